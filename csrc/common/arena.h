@@ -1,0 +1,42 @@
+// Scratch memory of one thread, kept between calls: fresh pages would cost more than the arithmetic on them.
+#pragma once
+
+#include <cstddef>
+#include <cstdlib>
+#include <memory>
+#include <new>
+#include <vector>
+
+namespace eaml {
+
+class Arena {
+ public:
+  // Forgets what was handed out, keeps the memory.
+  void reset() { current_ = 0, used_ = 0; }
+
+  // Uninitialised, aligned to a full vector, valid until reset().
+  template <class T>
+  T* take(std::size_t count) {
+    const std::size_t bytes = (count * sizeof(T) + kAlign - 1) / kAlign * kAlign;
+    while (current_ < blocks_.size() && used_ + bytes > blocks_[current_].size) ++current_, used_ = 0;
+    if (current_ == blocks_.size()) blocks_.emplace_back(bytes > kBlock ? bytes : kBlock);
+    T* out = reinterpret_cast<T*>(blocks_[current_].data.get() + used_);
+    used_ += bytes;
+    return out;
+  }
+
+ private:
+  static constexpr std::size_t kAlign = 64, kBlock = std::size_t{1} << 18;
+  struct Delete {
+    void operator()(std::byte* p) const { ::operator delete(p, std::align_val_t{kAlign}); }
+  };
+  struct Block {
+    explicit Block(std::size_t n) : data(static_cast<std::byte*>(::operator new(n, std::align_val_t{kAlign}))), size(n) {}
+    std::unique_ptr<std::byte, Delete> data;
+    std::size_t size;
+  };
+  std::vector<Block> blocks_;
+  std::size_t current_ = 0, used_ = 0;
+};
+
+}  // namespace eaml

@@ -1,0 +1,59 @@
+"""Experience-augmented meta-learning with state-space models.
+
+Names are imported on first use, so that ``import eaml_ext`` costs nothing::
+
+    >>> import eaml_ext
+    >>> model = eaml_ext.SSM(state_dim=10)
+"""
+
+from importlib import import_module
+from typing import Any
+
+__version__ = "0.1.0"
+
+_HOME = {
+    "selective_scan": "ops",
+    "selective_scan_step": "ops",
+    "knn": "ops",
+    "Neighbors": "ops",
+    "SSM": "nn",
+    "SSMLayer": "nn",
+    "Stateful": "nn",
+    "MetaMAML": "meta",
+    "ExperienceBuffer": "experience",
+    "Adapter": "adaptation",
+    "AdaptationConfig": "adaptation",
+}
+_ROOMS = ("adaptation", "experience", "jobs", "meta", "nn", "ops", "rl", "tasks")
+
+__all__ = ["__version__", "build_info", *_HOME, *_ROOMS]
+
+
+def build_info() -> dict[str, Any]:
+    """What was compiled and what runs.
+
+    Returns a dict: ``kernels`` (bool: whether the compiled kernels are loaded), ``torch`` (the version running), and,
+    with kernels, ``compiler``, ``simd`` (the instruction set in use), ``cuda`` (version or None) and ``torch_target``
+    (the oldest torch release this build works with).
+
+    >>> sorted(build_info())[:2]
+    ['compiler', 'cuda']
+    """
+    import torch
+
+    from eaml_ext import ops
+
+    compiled = ops._C.build_info() if ops._C is not None else {}
+    return {**compiled, "kernels": ops._C is not None, "torch": torch.__version__}
+
+
+def __getattr__(name: str) -> Any:
+    if name in _HOME:
+        return getattr(import_module(f"eaml_ext.{_HOME[name]}"), name)
+    if name in _ROOMS:
+        return import_module(f"eaml_ext.{name}")
+    raise AttributeError(f"module 'eaml_ext' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

@@ -1,0 +1,607 @@
+"""Test-time adaptation that cannot blow up: a few guarded gradient steps on the present and on retrieved experience."""
+
+from __future__ import annotations
+
+import copy
+import math
+import re
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call, vmap
+from torch.utils._pytree import tree_map
+
+from eaml_ext import _check
+from eaml_ext.adaptation.config import AdaptationConfig
+from eaml_ext.experience import ExperienceBuffer, retrieval
+
+LossFn = Callable[[Tensor, Tensor], Tensor]
+# Which parameters adapt: prefixes of names at module boundaries, a pattern searched in names, or a choice by name.
+ParameterFilter = str | Sequence[str] | re.Pattern[str] | Callable[[str, nn.Parameter], bool]
+
+_WARMUP = 10  # calls before a loss can count as a spike: fewer do not tell a spread
+_SIGMAS = 6.0  # heavy tails of small batches stay below it, corrupted targets do not
+_PATIENCE = 3  # a spike in this many calls in a row is a new regime, to be adapted to
+
+
+class Adapter:
+    """Takes a model through a stream of batches, a few guarded gradient steps per call.
+
+    The loss of a batch, and of the experience retrieved for it, make up what is reported and what is stepped on::
+
+        total     = loss_current + experience_weight · loss_experience
+        objective = total / (1 + experience_weight) + entropy_weight · H
+
+    (dividing keeps the step size whatever the weight; without experience total is loss_current, undivided). Each step
+    clips the gradient by its global norm, moves θ and projects it onto the trust region around the parameters with
+    which the call began: AdaptationConfig has the formulas.
+
+    *Rollback.* A loss, gradient or parameter vector that is not finite, and a loss that spikes, end the call: θ
+    returns to the averaged parameters (a rollback is not bound by the trust region), the model's buffers to what they
+    were when the call began, and the optimiser starts anew. A total v is a spike when ``v − m > max(6·s, |m|)``, with m
+    and s the running mean and standard deviation of the totals with which accepted calls began, once there are 10 of
+    them. Spikes never enter these statistics, but the third call in a row that begins with one is taken for a new
+    regime: the statistics start anew and the call goes through. So a rollback costs one evaluation of the loss and
+    can neither repeat inside a call nor freeze a stream that has really changed.
+
+    The model's mode (train or eval) is never changed; parameters that do not require a gradient, or are not selected,
+    are never touched, nor is any ``.grad``. The model must not be replaced or moved to another device afterwards; when
+    you change its parameters yourself, call :meth:`snapshot`, then :meth:`reset`.
+
+    Args:
+        model: called as ``model(states)`` or ``model(states, hidden_state)``; returns one tensor.
+        cfg: the limits; None: the defaults of AdaptationConfig.
+        experience_buffer: where experience comes from; None: none is used.
+        experience_weight: w ≥ 0 above; 0: the buffer is not asked.
+        retriever: ``(buffer, batch_dict) -> {"states": ..., "targets": ...} or None``, asked once per call; see
+            ``eaml_ext.experience.retrieval``. Default: the nearest experiences to ``batch_dict["context_embedding"]``
+            where there is one (those of ``batch_dict["task"]``, where given, left out), uniform ones otherwise; as
+            many as the batch has rows.
+        parameters: which parameters adapt: a prefix of names or several (``"head"`` means ``head.weight`` and
+            ``head.bias``), a compiled pattern that is searched in the name, or ``(name, parameter) -> bool``.
+            Default: all that require a gradient.
+        optimizer: a ``torch.optim`` class or any factory called as ``optimizer(params, lr=lr)``, kept across calls.
+            Default: plain gradient descent, without state.
+
+    Attributes:
+        last_steps: how many gradient steps the last call made.
+        rollbacks: how many calls ended in a rollback since the last reset.
+
+    Raises:
+        TypeError, ValueError: an argument is of the wrong kind, a parameter is not finite, or ``parameters`` selects
+            none.
+
+    Source: test-time training with the guards of the trust-region and weight-averaging literature; entropy
+    minimisation after Wang et al., "Tent", 2021.
+
+    >>> import torch
+    >>> from torch import nn
+    >>> _ = torch.manual_seed(0)
+    >>> adapter = Adapter(nn.Linear(4, 1), AdaptationConfig(lr=0.1))
+    >>> batch = {"states": torch.randn(16, 4), "targets": torch.ones(16, 1)}
+    >>> losses = [adapter.adapt(nn.MSELoss(), batch) for _ in range(20)]
+    >>> losses[-1] < 0.1 * losses[0], adapter.last_steps
+    (True, 5)
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        cfg: AdaptationConfig | None = None,
+        experience_buffer: ExperienceBuffer | None = None,
+        experience_weight: float = 0.1,
+        *,
+        retriever: retrieval.Retriever | None = None,
+        parameters: ParameterFilter | None = None,
+        optimizer: Callable[..., torch.optim.Optimizer] | None = None,
+    ):
+        where = "Adapter"
+        if not isinstance(model, nn.Module):
+            raise TypeError(f"{where}: model must be a torch.nn.Module, got {type(model).__name__}")
+        cfg = AdaptationConfig() if cfg is None else cfg
+        if not isinstance(cfg, AdaptationConfig):
+            raise TypeError(f"{where}: cfg must be an AdaptationConfig, got {type(cfg).__name__}")
+        if experience_buffer is not None and not isinstance(experience_buffer, ExperienceBuffer):
+            kind = type(experience_buffer).__name__
+            raise TypeError(f"{where}: experience_buffer must be an ExperienceBuffer, got {kind}")
+        _check.positive(where, "experience_weight", experience_weight, zero=True)
+        if math.isinf(experience_weight):
+            raise ValueError(f"{where}: experience_weight must be finite, got {experience_weight!r}")
+        for name, value in (("retriever", retriever), ("optimizer", optimizer)):
+            if value is not None and not callable(value):
+                raise TypeError(f"{where}: {name} must be callable, got {type(value).__name__}")
+        selected = _select(model, parameters)
+        for name, parameter in selected.items():
+            if not torch.isfinite(parameter).all():
+                raise ValueError(f"{where}: the parameter {name} is not finite")
+
+        self.model = model
+        self.cfg = cfg
+        self.experience_buffer = experience_buffer
+        self.experience_weight = experience_weight
+        self.last_steps = 0
+        self.rollbacks = 0
+        self._retriever = _retrieve if retriever is None else retriever
+        self._names = list(selected)
+        self._params = list(selected.values())
+        self._optimizer = None if optimizer is None else optimizer(self._params, lr=cfg.lr)
+        self._statistics = _LossStatistics(cfg.ema_decay or 0.0)
+        self._anchor = [p.detach().clone() for p in self._params]
+        self._average = [p.detach().clone() for p in self._params]
+        self.snapshot()
+
+    # ------------------------------------------------------------------------------------------------ one model
+
+    def adapt(self, loss_fn: LossFn, batch_dict: Mapping[str, Any]) -> float:
+        """Up to ``max_steps_per_call`` gradient steps; returns the total loss at the last step, before it was made.
+
+        Args:
+            loss_fn: ``(predictions, targets) -> scalar``.
+            batch_dict: ``states`` ``(n, ...)``, ``targets`` ``(n, ...)``; optionally ``hidden_state``, given to the
+                model as its second argument (a tensor or a nest of them), ``mask``, bool ``(n,)`` or ``(n, time)``:
+                only where it is True do predictions and targets count (they then reach loss_fn flattened to
+                ``(count, ...)``); ``context_embedding`` and ``task`` for the retriever. All on the model's device,
+                floating states and targets in its dtype.
+
+        Returns:
+            The total loss; the offending value (perhaps NaN) when the call ended in a rollback.
+
+        Raises:
+            TypeError, ValueError: the batch is empty or does not fit together, or loss_fn returns something else than
+                a scalar that depends on the adapted parameters; the model is unchanged then.
+        """
+        where = "Adapter.adapt"
+        batch = self._check_batch(where, loss_fn, batch_dict, 1)
+        experience = self._experience(where, batch)
+        buffers = self._copy_buffers()
+        with torch.no_grad():
+            torch._foreach_copy_(self._anchor, self._params)
+            radius = self._radius(float(_norm(self._anchor)))
+        self.last_steps = 0
+        value = math.nan
+        for step in range(self.cfg.max_steps_per_call):
+            with torch.enable_grad():
+                total, objective = self._losses(where, self.model, loss_fn, batch, experience)
+                value = float(total.detach())
+                sound = math.isfinite(value) and not self._statistics.spikes(value, first=step == 0)
+                grads = _gradients(where, objective, self._params) if sound else []
+            with torch.no_grad():
+                if sound:
+                    if step == 0:
+                        self._statistics.update(value)
+                    # Only parameters whose loss has been seen to be sound are averaged: a rollback can trust them.
+                    torch._foreach_lerp_(self._average, self._params, 1 - (self.cfg.ema_decay or 0.0))
+                    sound = self._step(grads, radius)
+                if not sound:
+                    self._rollback(buffers)
+                    break
+            self.last_steps += 1
+        return value
+
+    def _step(self, grads: list[Tensor], radius: float) -> bool:
+        """One clipped and projected step; False when the gradient or the new parameters are not finite."""
+        norm = float(_norm(grads))
+        if not math.isfinite(norm):
+            return False
+        clip = self.cfg.grad_clip_norm or math.inf
+        scale = clip / norm if norm > clip else 1.0
+        if self._optimizer is None:
+            torch._foreach_add_(self._params, grads, alpha=-self.cfg.lr * scale)
+        else:
+            kept = [p.grad for p in self._params]
+            for p, g in zip(self._params, torch._foreach_mul(grads, scale), strict=True):
+                p.grad = g
+            try:
+                self._optimizer.step()
+            finally:
+                for p, old in zip(self._params, kept, strict=True):
+                    p.grad = old
+        moved = torch._foreach_sub(self._params, self._anchor)
+        distance = float(_norm(moved))
+        if not math.isfinite(distance):
+            return False
+        if distance > radius:
+            torch._foreach_mul_(moved, radius / distance)
+            torch._foreach_copy_(self._params, torch._foreach_add(self._anchor, moved))
+        return True
+
+    def _rollback(self, buffers: dict[str, Tensor]) -> None:
+        self.rollbacks += 1
+        self._restore(self._average, buffers)
+
+    # ------------------------------------------------------------------------------------------- many users at once
+
+    def adapt_many(
+        self, loss_fn: LossFn, batch_dict: Mapping[str, Any], params: Mapping[str, Tensor] | None = None
+    ) -> tuple[dict[str, Tensor], Tensor]:
+        """Adapt a batch of independent users at once, each a copy of the model; the model itself does not change.
+
+        Every user takes ``max_steps_per_call`` plain gradient steps with a clip and a trust region of its own. A user
+        whose loss, gradient or parameters are not finite returns to the parameters it began with and stays there.
+        There is no history per user, hence no average and no spike rule. Layers that update buffers in training
+        mode (batch norm) cannot be vmapped: put such a model in eval mode.
+
+        Args:
+            loss_fn: as in :meth:`adapt`, for one user; runs under ``torch.func.vmap``.
+            batch_dict: as in :meth:`adapt`, every tensor with one more leading dimension, ``users``. With ``mask``, all
+                users must have equally many True. Retrieval is by user, and must find equally many for all of them.
+            params: what an earlier call returned, to go on from there; default: every user starts at the model.
+
+        Returns:
+            ``(params, losses)``: name to ``(users, *shape)`` for the adapted parameters, to be used with
+            ``torch.func.functional_call``, and ``(users,)``, each user's total at its last step.
+
+        >>> import torch
+        >>> from torch import nn
+        >>> _ = torch.manual_seed(0)
+        >>> adapter = Adapter(nn.Linear(4, 1), AdaptationConfig(lr=0.1))
+        >>> batch = {"states": torch.randn(8, 16, 4), "targets": torch.randn(8, 16, 1)}
+        >>> params, losses = adapter.adapt_many(nn.functional.mse_loss, batch)
+        >>> params["weight"].shape, losses.shape
+        (torch.Size([8, 1, 4]), torch.Size([8]))
+        """
+        where = "Adapter.adapt_many"
+        batch = self._check_batch(where, loss_fn, batch_dict, 2)
+        users = len(batch["states"])
+        anchor = self._stacked(where, params, users)
+        experience = self._experience_of_users(where, batch, users)
+        data = {name: batch[name] for name in ("states", "targets", "hidden_state", "rows") if name in batch}
+
+        def losses_of(leaves: list[Tensor], data: dict[str, Any], experience: Any) -> tuple[Tensor, Tensor]:
+            chosen = dict(zip(self._names, leaves, strict=True))
+            depth = {"mask_dims": batch.get("mask_dims", 0)}
+            return self._losses(
+                where, lambda *args: functional_call(self.model, chosen, args), loss_fn, {**data, **depth}, experience
+            )
+
+        run = vmap(losses_of, in_dims=(0, 0, None if experience is None else 0), randomness="different")
+        radius = self._radius(_norms(anchor))
+        clip = self.cfg.grad_clip_norm or math.inf
+        current = anchor
+        alive = torch.ones(users, dtype=torch.bool, device=anchor[0].device)
+        losses = torch.zeros(users, device=anchor[0].device)
+        for _ in range(self.cfg.max_steps_per_call):
+            with torch.enable_grad():
+                leaves = [p.detach().requires_grad_() for p in current]
+                total, objective = run(leaves, data, experience)
+                # Users share nothing that is asked for: the gradient of the sum holds each one's own.
+                grads = _gradients(where, objective.sum(), leaves)
+            with torch.no_grad():
+                losses = torch.where(alive, total.detach(), losses)
+                norm = _norms(grads)
+                scale = self.cfg.lr * (clip / norm).clamp(max=1)
+                moved = [p - _rows(scale, g) * g - a for p, g, a in zip(current, grads, anchor, strict=True)]
+                distance = _norms(moved)
+                alive = alive & torch.isfinite(total) & torch.isfinite(norm) & torch.isfinite(distance)
+                shrink = (radius / distance).clamp(max=1)
+                current = [
+                    torch.where(_rows(alive, a), a + _rows(shrink, m) * m, a)
+                    for a, m in zip(anchor, moved, strict=True)
+                ]
+        return dict(zip(self._names, current, strict=True)), losses
+
+    def _stacked(self, where: str, params: Mapping[str, Tensor] | None, users: int) -> list[Tensor]:
+        if params is None:
+            return [p.detach().expand(users, *p.shape).clone() for p in self._params]
+        if set(params) != set(self._names):
+            raise ValueError(f"{where}: params has {', '.join(params)}, wanted {', '.join(self._names)}")
+        for name, p in zip(self._names, self._params, strict=True):
+            value = params[name]
+            _check.tensor(where, f"params[{name!r}]", value)
+            _check.shape(where, f"params[{name!r}]", value, (users, *p.shape), str((users, *p.shape)))
+            _check.dtype(where, f"params[{name!r}]", value, (p.dtype,))
+            _check.device(where, f"params[{name!r}]", value, p.device, "the model")
+        return [params[name].detach() for name in self._names]
+
+    # -------------------------------------------------------------------------------------------- loss and batch
+
+    def _losses(
+        self, where: str, call: Callable[..., Any], loss_fn: LossFn, batch: Mapping[str, Any], experience: Any
+    ) -> tuple[Tensor, Tensor]:
+        """``(total, objective)`` of one batch and its experience."""
+        inputs = (batch["states"], batch["hidden_state"]) if "hidden_state" in batch else (batch["states"],)
+        predictions, targets = _prediction(where, call(*inputs)), batch["targets"]
+        if "rows" in batch:
+            depth = batch["mask_dims"]
+            if predictions.shape[:depth] != targets.shape[:depth]:
+                got, wanted = tuple(predictions.shape), tuple(targets.shape[:depth])
+                raise ValueError(f"{where}: the model returned shape {got}, the mask has shape {wanted}")
+            predictions = predictions.flatten(0, depth - 1)[batch["rows"]]
+            targets = targets.flatten(0, depth - 1)[batch["rows"]]
+        total = objective = _scalar(where, loss_fn(predictions, targets))
+        if experience is not None:
+            remembered = _prediction(where, call(experience["states"]))
+            weight = self.experience_weight
+            total = total + weight * _scalar(where, loss_fn(remembered, experience["targets"]))
+            objective = total / (1 + weight)
+        if self.cfg.entropy_weight:
+            entropy = _entropy(predictions, targets)
+            if entropy is not None:
+                objective = objective + self.cfg.entropy_weight * entropy
+        return total, objective
+
+    def _check_batch(self, where: str, loss_fn: LossFn, batch: Mapping[str, Any], lead: int) -> dict[str, Any]:
+        """The batch, detached, its mask turned into ``rows`` (indices) and ``mask_dims``; ``lead`` leading dims agree.
+
+        Boolean indexing has no fixed size, so vmap could not do it.
+        """
+        if not callable(loss_fn):
+            raise TypeError(f"{where}: loss_fn must be callable, got {type(loss_fn).__name__}")
+        if not isinstance(batch, Mapping):
+            raise TypeError(f"{where}: batch_dict must be a dict, got {type(batch).__name__}")
+        parameter = self._params[0]
+        leading = "(n, ...)" if lead == 1 else "(users, n, ...)"
+        for name in ("states", "targets"):
+            if name not in batch:
+                raise ValueError(f"{where}: batch_dict has no {name}, only {', '.join(map(str, batch))}")
+            value = batch[name]
+            _check.tensor(where, name, value)
+            if value.dim() < lead:
+                raise ValueError(f"{where}: {name} must have shape {leading}, got {tuple(value.shape)}")
+            if value.is_floating_point():
+                _check.dtype(where, name, value, (parameter.dtype,))
+            _check.device(where, name, value, parameter.device, "the model")
+        states, targets = batch["states"], batch["targets"]
+        if states.shape[:lead] != targets.shape[:lead]:
+            got, wanted = tuple(targets.shape), tuple(states.shape)
+            raise ValueError(f"{where}: targets has shape {got}, states has shape {wanted}: {leading} must agree")
+        if 0 in states.shape[:lead]:
+            raise ValueError(f"{where}: the batch is empty, states has shape {tuple(states.shape)}")
+        checked = {name: value.detach() if isinstance(value, Tensor) else value for name, value in batch.items()}
+        if checked.get("hidden_state") is None:
+            checked.pop("hidden_state", None)
+        else:
+            checked["hidden_state"] = tree_map(
+                lambda leaf: leaf.detach() if isinstance(leaf, Tensor) else leaf, batch["hidden_state"]
+            )
+        mask = checked.pop("mask", None)
+        if mask is not None:
+            _check.tensor(where, "mask", mask)
+            _check.dtype(where, "mask", mask, (torch.bool,))
+            _check.device(where, "mask", mask, parameter.device, "the model")
+            if mask.dim() < lead or mask.shape != targets.shape[: mask.dim()]:
+                got, wanted = tuple(mask.shape), tuple(targets.shape)
+                raise ValueError(f"{where}: mask has shape {got}, wanted the leading dimensions of targets, {wanted}")
+            flat = mask.reshape(-1) if lead == 1 else mask.flatten(1)
+            counts = flat.sum(-1)
+            if not counts.all():
+                raise ValueError(f"{where}: mask is nowhere True, the batch is empty")
+            if lead == 2 and (counts != counts[0]).any():
+                raise ValueError(f"{where}: mask must have equally many True for all users, got {counts.tolist()}")
+            rows = flat.nonzero()[:, -1]
+            checked["rows"] = rows if lead == 1 else rows.view(len(states), -1)
+            checked["mask_dims"] = mask.dim() - lead + 1
+        return checked
+
+    def _experience(self, where: str, batch: Mapping[str, Any]) -> dict[str, Tensor] | None:
+        if not self.experience_weight or (self.experience_buffer is None and self._retriever is _retrieve):
+            return None
+        found = self._retriever(self.experience_buffer, batch)  # type: ignore[arg-type]
+        if found is None:
+            return None
+        if not isinstance(found, Mapping) or not {"states", "targets"} <= set(found):
+            kind = type(found).__name__
+            raise TypeError(f"{where}: the retriever must return a dict with states and targets, or None, got {kind}")
+        parameter = self._params[0]
+        for name in ("states", "targets"):
+            _check.tensor(where, f"the retriever's {name}", found[name])
+            _check.device(where, f"the retriever's {name}", found[name], parameter.device, "the model")
+            if found[name].is_floating_point():
+                _check.dtype(where, f"the retriever's {name}", found[name], (parameter.dtype,))
+        states, targets = found["states"].detach(), found["targets"].detach()
+        if states.shape[:1] != targets.shape[:1]:
+            got, wanted = tuple(targets.shape), tuple(states.shape)
+            raise ValueError(f"{where}: the retriever's targets have shape {got}, its states {wanted}")
+        return {"states": states, "targets": targets} if states.numel() else None
+
+    def _experience_of_users(self, where: str, batch: dict[str, Any], users: int) -> dict[str, Tensor] | None:
+        shared = ("rows", "mask_dims", "hidden_state")
+        own = {name: value for name, value in batch.items() if name not in shared}
+        found = []
+        for i in range(users):
+            one = {n: v[i] if isinstance(v, Tensor) and v.shape[:1] == (users,) else v for n, v in own.items()}
+            found.append(self._experience(where, one))
+        if all(f is None for f in found):
+            return None
+        if len({None if f is None else (f["states"].shape, f["targets"].shape) for f in found}) != 1:
+            raise ValueError(f"{where}: the retriever must find equally many experiences for all users")
+        return {name: torch.stack([f[name] for f in found if f is not None]) for name in ("states", "targets")}
+
+    def _radius(self, norm: Any) -> Any:
+        """Of the trust region around an anchor of this norm (a float, or one per user)."""
+        eps = self.cfg.trust_region_eps
+        if isinstance(norm, Tensor):
+            return torch.full_like(norm, math.inf) if not eps else torch.where(norm > 0, eps * norm, eps)
+        return math.inf if not eps else eps * (norm or 1.0)
+
+    # ------------------------------------------------------------------------------------------------ parameters
+
+    def ema_model(self) -> nn.Module:
+        """A copy of the model with the averaged parameters: steadier than the model itself on a noisy stream."""
+        model = copy.deepcopy(self.model)
+        chosen = dict(model.named_parameters())
+        with torch.no_grad():
+            torch._foreach_copy_([chosen[name] for name in self._names], self._average)
+        return model
+
+    def snapshot(self) -> None:
+        """Remember the adapted parameters and the model's buffers as they are, for :meth:`reset`; done on creation."""
+        self._home = [p.detach().clone() for p in self._params]
+        self._home_buffers = self._copy_buffers()
+
+    def reset(self) -> None:
+        """Return to the snapshot; average, statistics, counters and optimiser start anew from there."""
+        with torch.no_grad():
+            self._restore(self._home, self._home_buffers)
+            torch._foreach_copy_(self._average, self._home)
+        self._statistics = _LossStatistics(self.cfg.ema_decay or 0.0)
+        self.last_steps = self.rollbacks = 0
+
+    def _restore(self, values: list[Tensor], buffers: dict[str, Tensor]) -> None:
+        torch._foreach_copy_(self._params, values)
+        for name, buffer in self.model.named_buffers():
+            if name in buffers:
+                buffer.copy_(buffers[name])
+        if self._optimizer is not None:
+            self._optimizer.state.clear()  # its moments may hold what the rollback is about
+
+    def _copy_buffers(self) -> dict[str, Tensor]:
+        return {name: buffer.detach().clone() for name, buffer in self.model.named_buffers()}
+
+    def state_dict(self) -> dict[str, Any]:
+        """What the adapter knows beyond the model's own ``state_dict``, as copies: save both to go on exactly."""
+        return {
+            "average": {n: v.clone() for n, v in zip(self._names, self._average, strict=True)},
+            "snapshot": {n: v.clone() for n, v in zip(self._names, self._home, strict=True)},
+            "snapshot_buffers": {n: v.clone() for n, v in self._home_buffers.items()},
+            "statistics": dict(vars(self._statistics)),
+            "last_steps": self.last_steps,
+            "rollbacks": self.rollbacks,
+            "optimizer": None if self._optimizer is None else copy.deepcopy(self._optimizer.state_dict()),
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Take over what :meth:`state_dict` returned; the model's own state is loaded separately.
+
+        Raises:
+            ValueError: an entry is missing, or the parameters' names or shapes differ; nothing has been modified then.
+        """
+        where = "Adapter.load_state_dict"
+        wanted = set(self.state_dict())
+        if not isinstance(state, Mapping) or set(state) != wanted:
+            raise ValueError(f"{where}: state must be a dict with the entries {', '.join(sorted(wanted))}")
+        for entry in ("average", "snapshot"):
+            if set(state[entry]) != set(self._names):
+                raise ValueError(f"{where}: {entry} has {', '.join(state[entry])}, wanted {', '.join(self._names)}")
+            for name, p in zip(self._names, self._params, strict=True):
+                _check.shape(where, f"{entry} of {name}", state[entry][name], p.shape, str(tuple(p.shape)))
+        if (state["optimizer"] is None) != (self._optimizer is None):
+            raise ValueError(f"{where}: one of the state and the adapter has an optimizer, the other has none")
+        if self._optimizer is not None:
+            self._optimizer.load_state_dict(state["optimizer"])
+        torch._foreach_copy_(self._average, [state["average"][name] for name in self._names])
+        torch._foreach_copy_(self._home, [state["snapshot"][name] for name in self._names])
+        self._home_buffers = {name: value.clone() for name, value in state["snapshot_buffers"].items()}
+        vars(self._statistics).update(state["statistics"])
+        self.last_steps, self.rollbacks = state["last_steps"], state["rollbacks"]
+
+
+class _LossStatistics:
+    """Exponentially weighted mean and variance of the losses with which calls begin, and the spike rule."""
+
+    def __init__(self, decay: float):
+        self.decay = decay
+        self.count = 0
+        self.mean = 0.0
+        self.scatter = 0.0  # the weighted sum of squared deviations
+        self.strange = 0  # calls in a row that began with a spike
+
+    def update(self, value: float) -> None:
+        self.count += 1
+        self.strange = 0
+        deviation = value - self.mean
+        # Welford's recurrence with weights (1 - d)·d^age, whose sum is 1 - d^count.
+        self.mean += deviation * (1 - self.decay) / (1 - self.decay**self.count)
+        self.scatter = self.decay * self.scatter + (1 - self.decay) * deviation * (value - self.mean)
+
+    def spikes(self, value: float, *, first: bool) -> bool:
+        """Whether a finite loss is a spike; ``first``: it is the loss with which a call begins."""
+        if not self.decay or self.count < _WARMUP:
+            return False
+        deviation = math.sqrt(max(self.scatter, 0.0) / (1 - self.decay**self.count))
+        if value - self.mean <= max(_SIGMAS * deviation, abs(self.mean)):
+            return False
+        if first:
+            self.strange += 1
+            if self.strange >= _PATIENCE:
+                self.__init__(self.decay)  # type: ignore[misc]
+                return False
+        return True
+
+
+def _retrieve(buffer: ExperienceBuffer, batch: Mapping[str, Any]) -> dict[str, Tensor] | None:
+    make = retrieval.nearest if "context_embedding" in batch else retrieval.uniform
+    return make(len(batch["states"]))(buffer, batch)
+
+
+def _select(model: nn.Module, choice: ParameterFilter | None) -> dict[str, nn.Parameter]:
+    """The parameters that adapt, by name."""
+    trainable = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    if choice is None:
+        selected = trainable
+    elif isinstance(choice, re.Pattern):
+        selected = {name: p for name, p in trainable.items() if choice.search(name)}
+    elif callable(choice):
+        selected = {name: p for name, p in trainable.items() if choice(name, p)}
+    else:
+        prefixes = [choice] if isinstance(choice, str) else list(choice)
+        if not all(isinstance(prefix, str) for prefix in prefixes):
+            raise TypeError(f"Adapter: parameters must be prefixes, a pattern or a function, got {choice!r}")
+        selected = {
+            n: p for n, p in trainable.items() if any(f"{n}.".startswith(f"{x.rstrip('.')}.") for x in prefixes)
+        }
+    if not selected:
+        names = ", ".join(trainable) or "none that require a gradient"
+        raise ValueError(f"Adapter: parameters selects nothing from the model, which has {names}")
+    return selected
+
+
+def _prediction(where: str, value: Any) -> Tensor:
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{where}: the model must return one tensor, got {type(value).__name__}")
+    return value
+
+
+def _scalar(where: str, loss: Any) -> Tensor:
+    if not isinstance(loss, Tensor) or not loss.is_floating_point():
+        kind = f"a {str(loss.dtype)} tensor" if isinstance(loss, Tensor) else type(loss).__name__
+        raise TypeError(f"{where}: loss_fn must return a floating scalar tensor, got {kind}")
+    if loss.dim():
+        raise ValueError(f"{where}: loss_fn must return a scalar, got shape {tuple(loss.shape)}")
+    return loss
+
+
+def _gradients(where: str, objective: Tensor, leaves: Sequence[Tensor]) -> list[Tensor]:
+    grads: Sequence[Tensor | None] = [None]
+    if objective.requires_grad:
+        grads = torch.autograd.grad(objective, leaves, allow_unused=True)
+    if all(g is None for g in grads):
+        raise ValueError(f"{where}: the loss does not depend on the adapted parameters")
+    return [torch.zeros_like(p) if g is None else g for p, g in zip(leaves, grads, strict=True)]
+
+
+def _entropy(predictions: Tensor, targets: Tensor) -> Tensor | None:
+    """Mean entropy of the softmax over classes; None unless these are logits with integer class targets.
+
+    Classes stand last, ``(n, ..., classes)``, or second, ``(n, classes, ...)``, as in ``cross_entropy``.
+    """
+    if targets.is_floating_point() or targets.is_complex() or targets.dtype == torch.bool:
+        return None
+    if not predictions.is_floating_point() or predictions.dim() < 2:
+        return None
+    if targets.shape == predictions.shape[:-1]:
+        dim = -1
+    elif targets.shape == predictions.shape[:1] + predictions.shape[2:]:
+        dim = 1
+    else:
+        return None
+    logs = predictions.log_softmax(dim)
+    # A class ruled out by a logit of -inf adds 0, not 0 times -inf.
+    return -(logs.exp() * logs.clamp(min=torch.finfo(logs.dtype).min)).sum(dim).mean()
+
+
+def _norm(tensors: Sequence[Tensor]) -> Tensor:
+    return torch.linalg.vector_norm(torch.stack(torch._foreach_norm(tensors)))
+
+
+def _norms(tensors: Sequence[Tensor]) -> Tensor:
+    """One norm per user: over everything but the leading dimension."""
+    parts = [torch.linalg.vector_norm(t.flatten(1), dim=1) if t.dim() > 1 else t.abs() for t in tensors]
+    return torch.linalg.vector_norm(torch.stack(parts), dim=0)
+
+
+def _rows(value: Tensor, like: Tensor) -> Tensor:
+    """``value``, one per user, shaped to broadcast over ``like``."""
+    return value.view(-1, *[1] * (like.dim() - 1))

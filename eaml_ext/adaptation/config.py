@@ -1,0 +1,62 @@
+"""What bounds an adaptation."""
+
+import math
+from dataclasses import dataclass
+
+from eaml_ext import _check
+
+
+@dataclass(frozen=True)
+class AdaptationConfig:
+    """The six numbers that say how far, how fast and how safely an Adapter may move a model.
+
+    Below, θ are the adapted parameters taken as one vector and g is the gradient of the objective.
+
+    Attributes:
+        lr: step size, > 0. One step is ``θ ← θ − lr·g`` (or what the Adapter's ``optimizer`` does with this lr).
+        grad_clip_norm: ``g ← g · min(1, grad_clip_norm / ‖g‖)`` before each step. None or 0: off.
+        trust_region_eps: after each step θ is projected onto ``‖θ − a‖ ≤ trust_region_eps·‖a‖``, where a is θ at the
+            start of the call (``≤ trust_region_eps`` where a is exactly 0). Each call starts a new region, so that a
+            long stream can travel. None or 0: off. The default, 0.1, leaves room for what a few useful steps do (they
+            move θ by some percent), and no single call can take more than a tenth of the model away.
+        ema_decay: d in ``average ← d·average + (1 − d)·θ``, taken whenever the loss at θ was found sound, and in the
+            running mean and variance of the losses with which calls begin (weights ``d^age``, normalised to sum to 1:
+            unbiased from the first call on). From both follow the spike rule and the rollback (see Adapter). In
+            [0, 1); None or 0: the average is the last sound θ and no finite loss counts as a spike.
+        entropy_weight: β in ``objective = total loss + β·H``, H the mean entropy of the softmax of the predictions on
+            the current batch; for logits with integer class targets only, never on a regression. 0 or None: off.
+        max_steps_per_call: how many gradient steps one call makes at most, an integer ≥ 1.
+
+    Raises:
+        TypeError: a value is not a number of the right kind.
+        ValueError: a value is out of its range.
+
+    >>> AdaptationConfig(lr=0.05).max_steps_per_call
+    5
+    >>> AdaptationConfig(ema_decay=1.5)
+    Traceback (most recent call last):
+        ...
+    ValueError: AdaptationConfig: ema_decay must be >= 0 and < 1, got 1.5
+    """
+
+    lr: float = 0.01
+    grad_clip_norm: float | None = 1.0
+    trust_region_eps: float | None = 0.1
+    ema_decay: float | None = 0.99
+    entropy_weight: float | None = 0.0
+    max_steps_per_call: int = 5
+
+    def __post_init__(self) -> None:
+        for name in ("lr", "grad_clip_norm", "trust_region_eps", "ema_decay", "entropy_weight"):
+            value = getattr(self, name)
+            if value is None and name != "lr":
+                continue
+            if isinstance(value, bool) or not isinstance(value, (int, float)):
+                raise TypeError(f"AdaptationConfig: {name} must be a number, got {value!r}")
+            if name == "lr" and not 0 < value < math.inf:
+                raise ValueError(f"AdaptationConfig: lr must be > 0 and finite, got {value!r}")
+            if name == "ema_decay" and not 0 <= value < 1:
+                raise ValueError(f"AdaptationConfig: ema_decay must be >= 0 and < 1, got {value!r}")
+            if not 0 <= value < math.inf:
+                raise ValueError(f"AdaptationConfig: {name} must be >= 0 and finite, got {value!r}")
+        _check.positive("AdaptationConfig", "max_steps_per_call", self.max_steps_per_call, integer=True)

@@ -1,0 +1,32 @@
+"""The two custom ops. Loading this package registers them; without compiled kernels the references stand in."""
+
+import warnings
+
+import torch  # noqa: F401  (the kernels link against libtorch: it has to be loaded first)
+
+try:
+    from eaml_ext import _C
+except ImportError as error:
+    _C = None  # type: ignore[assignment]
+    warnings.warn(
+        f"eaml_ext: compiled kernels are not available ({error}); the slow pure-PyTorch reference is used. "
+        "To get them, install a C++ compiler and run: pip install --force-reinstall --no-deps --no-cache-dir eaml_ext",
+        RuntimeWarning,
+        stacklevel=2,
+    )
+
+from eaml_ext.ops.knn import Neighbors, knn, knn_reference  # noqa: E402
+from eaml_ext.ops.selective_scan import (  # noqa: E402
+    selective_scan,
+    selective_scan_reference,
+    selective_scan_step,
+)
+
+__all__ = [
+    "Neighbors",
+    "knn",
+    "knn_reference",
+    "selective_scan",
+    "selective_scan_reference",
+    "selective_scan_step",
+]

@@ -1,0 +1,51 @@
+"""Which task distribution stands behind an environment's name."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from eaml_ext.tasks.base import TaskDistribution
+from eaml_ext.tasks.cartpole import CartPoleTasks
+from eaml_ext.tasks.seeds import SeedTasks
+
+_FACTORIES: dict[str, Callable[[], TaskDistribution[Any]]] = {"CartPole-v1": CartPoleTasks}
+
+
+def register(env_name: str, distribution_factory: Callable[[], TaskDistribution[Any]]) -> None:
+    """Make ``make_tasks(env_name)`` return ``distribution_factory()``; a later registration replaces an earlier one.
+
+    ``env_name`` is a Gymnasium id with its version, or a new name of your own. Raises TypeError unless ``env_name`` is
+    a string and ``distribution_factory`` callable.
+
+    >>> register("Pendulum-v1", lambda: SeedTasks("Pendulum-v1"))
+    """
+    if not isinstance(env_name, str):
+        raise TypeError(f"register: env_name must be a string, got {type(env_name).__name__}")
+    if not callable(distribution_factory):
+        got = type(distribution_factory).__name__
+        raise TypeError(f"register: distribution_factory must be callable without arguments, got {got}")
+    _FACTORIES[env_name] = distribution_factory
+
+
+def make_tasks(env_name: str) -> TaskDistribution[Any]:
+    """The task distribution registered for ``env_name``, else one whose tasks are seeds of that environment.
+
+    Registered from the start: ``CartPole-v1`` (``CartPoleTasks``). Raises TypeError unless ``env_name`` is a string;
+    ValueError when Gymnasium cannot make the environment, with Gymnasium's own suggestion, when its observations are
+    not a Box or its actions neither Discrete nor Box.
+
+    >>> make_tasks("CartPole-v1").name
+    'CartPole-v1-physics-flip-v1'
+    >>> make_tasks("MountainCar-v0").name
+    'MountainCar-v0-seeds-v1'
+    """
+    if not isinstance(env_name, str):
+        raise TypeError(f"make_tasks: env_name must be a string, got {type(env_name).__name__}")
+    if env_name not in _FACTORIES:
+        seeds = SeedTasks(env_name)
+        # Gymnasium resolves an id without version, such as "CartPole", to the latest one.
+        if seeds.env_name not in _FACTORIES:
+            return seeds
+        env_name = seeds.env_name
+    return _FACTORIES[env_name]()
