@@ -1,0 +1,87 @@
+// The CPU kernels of the selective scan, seen from outside: pointers, strides and four entry points per precision.
+#pragma once
+
+#include <cstdint>
+
+namespace eaml::selective_scan {
+
+// Steps between two saved states. CHUNK in eaml_ext/ops/selective_scan.py is the same number.
+constexpr std::int64_t kChunk = 32;
+// Channel blocks (each one full vector wide) that share one pass over B and C; fixed, so that sums never depend on the
+// number of threads.
+constexpr std::int64_t kBlocksPerUnit = 4;
+
+// A strided input; a null pointer reads as zeros. Strides are in elements: batch row or task, channel, step or state.
+template <class T>
+struct In {
+  const T* data = nullptr;
+  std::int64_t outer = 0, channel = 0, inner = 0;
+  std::int64_t group = 0;           // of B and C; for them `channel` is the stride over states
+  std::int64_t rows_per_outer = 1;  // batch rows that share one entry: 1, or batch / tasks
+};
+
+template <class T>
+struct Out {
+  T* data = nullptr;
+  std::int64_t outer = 0, channel = 0, inner = 0;
+};
+
+// Inputs of one evaluation; in a Dual run a second set of these carries the tangents.
+template <class T>
+struct Inputs {
+  In<T> u, delta, z;         // (batch, dim, length)
+  In<T> A;                   // (tasks, dim, state)
+  In<T> B, C;                // (batch, groups, state, length) or, invariant, (tasks, dim, state)
+  In<T> D, delta_bias;       // (tasks, dim)
+  In<T> initial_state;       // (batch, dim, state)
+  In<T> grad_y, grad_state;  // cotangents: (batch, dim, length), (batch, dim, state)
+};
+
+struct Shape {
+  std::int64_t batch, dim, length, state, groups;
+  bool B_invariant, C_invariant, softplus, gated;
+  const bool* reset;  // (batch, length) or null
+  std::int64_t reset_outer, reset_inner;
+};
+
+// Outputs of the forward pass; of a Dual run, their tangents. Null ones are not written.
+template <class T>
+struct Outputs {
+  Out<T> y;                          // (batch, dim, length)
+  Out<T> last_state;                 // (batch, dim, state)
+  T* checkpoints = nullptr;          // (batch, chunks, state, dim): the state each chunk starts from
+  T* checkpoint_tangents = nullptr;  // of a Dual run
+};
+
+// Gradients; of a Dual run, their tangents. All but the first three are partial sums, reduced by the caller.
+template <class T>
+struct Gradients {
+  Out<T> u, delta, z;          // (batch, dim, length)
+  T* initial_state = nullptr;  // (batch, dim, state)
+  T* A = nullptr;              // (batch, dim, state)
+  T* B = nullptr;              // (batch, unit, state, length) or, invariant, (batch, dim, state)
+  T* C = nullptr;              // likewise
+  T* D = nullptr;              // (batch, dim)
+  T* delta_bias = nullptr;     // (batch, dim)
+  const T* checkpoints = nullptr;  // what the forward pass saved
+  const T* checkpoint_tangents = nullptr;
+};
+
+// Work is cut into batch * units(shape) independent units; a call does those in [begin, end).
+template <class T>
+std::int64_t units(const Shape& shape);
+
+void forward(const Shape&, const Inputs<float>&, const Outputs<float>&, std::int64_t begin, std::int64_t end);
+void forward(const Shape&, const Inputs<double>&, const Outputs<double>&, std::int64_t begin, std::int64_t end);
+void forward_dual(const Shape&, const Inputs<float>&, const Inputs<float>& tangents, const Outputs<float>&,
+                  std::int64_t begin, std::int64_t end);
+void forward_dual(const Shape&, const Inputs<double>&, const Inputs<double>& tangents, const Outputs<double>&,
+                  std::int64_t begin, std::int64_t end);
+void backward(const Shape&, const Inputs<float>&, const Gradients<float>&, std::int64_t begin, std::int64_t end);
+void backward(const Shape&, const Inputs<double>&, const Gradients<double>&, std::int64_t begin, std::int64_t end);
+void backward_dual(const Shape&, const Inputs<float>&, const Inputs<float>& tangents, const Gradients<float>&,
+                   std::int64_t begin, std::int64_t end);
+void backward_dual(const Shape&, const Inputs<double>&, const Inputs<double>& tangents, const Gradients<double>&,
+                   std::int64_t begin, std::int64_t end);
+
+}  // namespace eaml::selective_scan

@@ -1,0 +1,383 @@
+// Tensors in, tensors out: shapes, strides, allocation and threads of the CPU selective scan. No arithmetic but the
+// second stage of the reductions. Python checks the arguments in full; what is checked here keeps memory safe.
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+
+#include <algorithm>
+#include <optional>
+#include <tuple>
+#include <vector>
+
+#include "common/check.h"
+#include "selective_scan/cpu_kernel.h"
+
+namespace eaml::selective_scan {
+namespace {
+
+using std::int64_t;
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+using Maybe = std::optional<Tensor>;
+using Sizes = std::vector<int64_t>;
+
+// The differentiable arguments of the op, in the order of its schema; also the order of their tangents and gradients.
+struct Arguments {
+  Maybe u, delta, A, B, C, D, z, delta_bias, initial_state;
+};
+
+template <class T>
+const T* data(const Tensor& t) {
+  return static_cast<const T*>(t.const_data_ptr());
+}
+template <class T>
+T* mutable_data(const Tensor& t) {
+  return static_cast<T*>(t.mutable_data_ptr());
+}
+
+Sizes sizes_of(const Tensor& t) {
+  const auto sizes = t.sizes();
+  return {sizes.begin(), sizes.end()};
+}
+
+int64_t chunks(const Shape& s) { return (s.length + kChunk - 1) / kChunk; }
+
+void check_kind(const char* name, const Maybe& t, ScalarType dtype, int64_t min_rank, int64_t max_rank) {
+  if (!t) return;
+  EAML_CHECK(t->is_cpu(), "selective_scan: ", name, " must be on the CPU");
+  EAML_CHECK(t->scalar_type() == dtype, "selective_scan: ", name, " must have the dtype of u");
+  EAML_CHECK(t->dim() >= min_rank && t->dim() <= max_rank, "selective_scan: ", name, " has ", t->dim(), " dimensions");
+}
+
+void check_sizes(const char* name, const Maybe& t, int64_t first, const Sizes& wanted) {
+  if (!t) return;
+  for (std::size_t i = 0; i < wanted.size(); ++i)
+    EAML_CHECK(t->size(first + i) == wanted[i], "selective_scan: ", name, " has size ", t->size(first + i),
+               " in dimension ", first + i, ", wanted ", wanted[i]);
+}
+
+// A parameter of `rank` dimensions, alone or per task.
+void check_parameter(const char* name, const Maybe& t, const Sizes& wanted, int64_t batch) {
+  if (!t) return;
+  const int64_t first = t->dim() - static_cast<int64_t>(wanted.size());
+  check_sizes(name, t, first, wanted);
+  EAML_CHECK(first == 0 || (t->size(0) > 0 && batch % t->size(0) == 0), "selective_scan: ", name, " has ", t->size(0),
+             " tasks, which do not divide the batch of ", batch);
+}
+
+Shape make_shape(const Arguments& x, const Maybe& reset, bool softplus, bool B_invariant, bool C_invariant) {
+  const ScalarType dtype = x.u->scalar_type();
+  EAML_CHECK(dtype == ScalarType::Float || dtype == ScalarType::Double, "selective_scan: u must be float32 or float64");
+  check_kind("u", x.u, dtype, 3, 3), check_kind("delta", x.delta, dtype, 3, 3), check_kind("A", x.A, dtype, 2, 3);
+  check_kind("B", x.B, dtype, B_invariant ? 2 : 3, B_invariant ? 3 : 4);
+  check_kind("C", x.C, dtype, C_invariant ? 2 : 3, C_invariant ? 3 : 4);
+  check_kind("D", x.D, dtype, 1, 2), check_kind("z", x.z, dtype, 3, 3);
+  check_kind("delta_bias", x.delta_bias, dtype, 1, 2), check_kind("initial_state", x.initial_state, dtype, 3, 3);
+
+  Shape s{};
+  s.batch = x.u->size(0), s.dim = x.u->size(1), s.length = x.u->size(2), s.state = x.A->size(x.A->dim() - 1);
+  s.groups = 1, s.softplus = softplus, s.gated = x.z.has_value();
+  s.B_invariant = B_invariant, s.C_invariant = C_invariant;
+  check_sizes("delta", x.delta, 0, {s.batch, s.dim, s.length}), check_sizes("z", x.z, 0, {s.batch, s.dim, s.length});
+  check_sizes("initial_state", x.initial_state, 0, {s.batch, s.dim, s.state});
+  check_parameter("A", x.A, {s.dim, s.state}, s.batch);
+  check_parameter("D", x.D, {s.dim}, s.batch), check_parameter("delta_bias", x.delta_bias, {s.dim}, s.batch);
+  bool first = true;
+  const auto check_matrix = [&](const char* name, const Tensor& t, bool invariant) {
+    if (invariant) return check_parameter(name, t, {s.dim, s.state}, s.batch);
+    const int64_t groups = t.dim() == 4 ? t.size(1) : 1;
+    EAML_CHECK(groups > 0 && s.dim % groups == 0 && (first || groups == s.groups), "selective_scan: ", name, " has ",
+               groups, " groups");
+    s.groups = groups, first = false;
+    check_sizes(name, t, 0, {s.batch}), check_sizes(name, t, t.dim() - 2, {s.state, s.length});
+  };
+  check_matrix("B", *x.B, B_invariant), check_matrix("C", *x.C, C_invariant);
+  if (reset) {
+    EAML_CHECK(reset->is_cpu() && reset->scalar_type() == ScalarType::Bool && reset->dim() == 2,
+               "selective_scan: reset must be a bool tensor of shape (batch, length) on the CPU");
+    check_sizes("reset", reset, 0, {s.batch, s.length});
+    s.reset = data<bool>(*reset), s.reset_outer = reset->stride(0), s.reset_inner = reset->stride(1);
+  }
+  return s;
+}
+
+void check_cotangents(const Shape& s, const Arguments& x, const Maybe& grad_y, const Maybe& grad_state) {
+  check_kind("grad_y", grad_y, x.u->scalar_type(), 3, 3);
+  check_kind("grad_state", grad_state, x.u->scalar_type(), 3, 3);
+  check_sizes("grad_y", grad_y, 0, {s.batch, s.dim, s.length});
+  check_sizes("grad_state", grad_state, 0, {s.batch, s.dim, s.state});
+}
+
+void check_tangents(const Arguments& x, const Arguments& tangents) {
+  const auto check = [&](const char* name, const Maybe& value, const Maybe& tangent) {
+    if (!tangent) return;
+    EAML_CHECK(value.has_value(), "selective_scan: ", name, " has a tangent but no value");
+    check_kind(name, tangent, x.u->scalar_type(), value->dim(), value->dim());
+    check_sizes(name, tangent, 0, sizes_of(*value));
+  };
+  check("u", x.u, tangents.u), check("delta", x.delta, tangents.delta), check("A", x.A, tangents.A);
+  check("B", x.B, tangents.B), check("C", x.C, tangents.C), check("D", x.D, tangents.D), check("z", x.z, tangents.z);
+  check("delta_bias", x.delta_bias, tangents.delta_bias);
+  check("initial_state", x.initial_state, tangents.initial_state);
+}
+
+// A (batch, dim, length) or (batch, dim, state) input.
+template <class T>
+In<T> sequence(const Maybe& t) {
+  if (!t) return {};
+  return {data<T>(*t), t->stride(0), t->stride(1), t->stride(2)};
+}
+
+// A (tasks, dim[, state]) or (dim[, state]) input; `rank` counts the dimensions behind tasks.
+template <class T>
+In<T> parameter(const Maybe& t, int64_t rank, int64_t batch) {
+  if (!t) return {};
+  const int64_t first = t->dim() - rank;
+  In<T> in{data<T>(*t), 0, t->stride(first), rank == 2 ? t->stride(first + 1) : 0};
+  if (first == 1) in.outer = t->stride(0), in.rows_per_outer = std::max<int64_t>(batch / t->size(0), 1);
+  return in;
+}
+
+// B or C: (batch, [groups,] state, length), or a parameter where it is invariant in time.
+template <class T>
+In<T> matrix(const Maybe& t, bool invariant, int64_t batch) {
+  if (!t || invariant) return parameter<T>(t, 2, batch);
+  const int64_t rank = t->dim();
+  In<T> in{data<T>(*t), t->stride(0), t->stride(rank - 2), t->stride(rank - 1)};
+  if (rank == 4) in.group = t->stride(1);
+  return in;
+}
+
+template <class T>
+Inputs<T> inputs(const Shape& s, const Arguments& x) {
+  Inputs<T> in;
+  in.u = sequence<T>(x.u), in.delta = sequence<T>(x.delta), in.z = sequence<T>(x.z);
+  in.A = parameter<T>(x.A, 2, s.batch), in.D = parameter<T>(x.D, 1, s.batch);
+  in.delta_bias = parameter<T>(x.delta_bias, 1, s.batch);
+  in.B = matrix<T>(x.B, s.B_invariant, s.batch), in.C = matrix<T>(x.C, s.C_invariant, s.batch);
+  in.initial_state = sequence<T>(x.initial_state);
+  return in;
+}
+
+template <class T>
+Out<T> out(const Tensor& t) {
+  return {mutable_data<T>(t), t.stride(0), t.stride(1), t.stride(2)};
+}
+
+Tensor empty(const Tensor& like, const Sizes& size) { return torch::stable::new_empty(like, size); }
+
+// Calls f on ranges of [0, total), on several threads where a thread gets at least this much work.
+template <class F>
+void parallel(int64_t total, int64_t work_each, F f) {
+  constexpr int64_t kWorthAThread = int64_t{1} << 16;
+  const int64_t grain = std::max<int64_t>(1, kWorthAThread / std::max<int64_t>(work_each, 1));
+  if (total <= grain) {
+    if (total > 0) f(0, total);
+  } else {
+    torch::stable::parallel_for(0, total, grain, f);
+  }
+}
+
+template <class T, class F>
+void over_units(const Shape& s, F f) {
+  const int64_t total = s.batch * units<T>(s);
+  if (total > 0) parallel(total, s.batch * s.dim * s.length * s.state / total, f);
+}
+
+// to[i][k] = sum over j of from[i][j][k], in order of j.
+template <class T>
+void sum_middle(T* to, const T* from, int64_t outer, int64_t middle, int64_t inner) {
+  parallel(outer, middle * inner, [=](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) {
+      T* sum = to + i * inner;
+      std::copy_n(from + i * middle * inner, inner, sum);
+      for (int64_t j = 1; j < middle; ++j) {
+        const T* term = from + (i * middle + j) * inner;
+        for (int64_t k = 0; k < inner; ++k) sum[k] += term[k];
+      }
+    }
+  });
+}
+
+// Gradient tensors shaped like the inputs, and the partial sums behind those that are reduced.
+template <class T>
+struct GradientTensors {
+  const Shape& s;
+  const Arguments& x;
+  Tensor u, delta, z, initial_state, A, B, C, D, delta_bias;
+
+  GradientTensors(const Shape& shape, const Arguments& args) : s(shape), x(args) {
+    const Sizes per_unit{s.batch, units<T>(s), s.state, s.length}, per_channel{s.batch, s.dim, s.state};
+    u = torch::stable::empty_like(*x.u), delta = torch::stable::empty_like(*x.delta);
+    z = x.z ? torch::stable::empty_like(*x.z) : empty(*x.u, {0});
+    initial_state = empty(*x.u, per_channel), A = empty(*x.u, per_channel);
+    B = empty(*x.u, s.B_invariant ? per_channel : per_unit), C = empty(*x.u, s.C_invariant ? per_channel : per_unit);
+    D = empty(*x.u, {s.batch, s.dim}), delta_bias = empty(*x.u, {s.batch, s.dim});
+  }
+
+  Gradients<T> pointers() const {
+    Gradients<T> g;
+    g.u = out<T>(u), g.delta = out<T>(delta);
+    if (x.z) g.z = out<T>(z);
+    g.initial_state = mutable_data<T>(initial_state), g.A = mutable_data<T>(A), g.B = mutable_data<T>(B);
+    g.C = mutable_data<T>(C), g.D = mutable_data<T>(D), g.delta_bias = mutable_data<T>(delta_bias);
+    return g;
+  }
+
+  // partial (outer, middle, inner) added over middle, in the shape of `like`.
+  Tensor reduce(const Tensor& partial, const Tensor& like, int64_t outer, int64_t middle, int64_t inner) const {
+    const Sizes size = sizes_of(like);
+    if (middle == 0) return torch::stable::new_zeros(*x.u, size);
+    if (middle == 1) return torch::stable::view(partial, size);
+    Tensor sum = empty(*x.u, size);
+    sum_middle(mutable_data<T>(sum), data<T>(partial), outer, middle, inner);
+    return sum;
+  }
+
+  // Over the batch rows that share a parameter.
+  Tensor over_rows(const Tensor& partial, const Maybe& like, int64_t rank) const {
+    if (!like) return empty(*x.u, {0});
+    const int64_t tasks = like->dim() > rank ? like->size(0) : 1;
+    return reduce(partial, *like, tasks, s.batch / tasks, rank == 2 ? s.dim * s.state : s.dim);
+  }
+
+  // Over the channels of a group.
+  Tensor over_channels(const Tensor& partial, const Tensor& like, bool invariant) const {
+    if (invariant) return over_rows(partial, like, 2);
+    return reduce(partial, like, s.batch * s.groups, units<T>(s) / s.groups, s.state * s.length);
+  }
+
+  std::vector<Tensor> reduced() const {
+    return {u,
+            delta,
+            over_rows(A, x.A, 2),
+            over_channels(B, *x.B, s.B_invariant),
+            over_channels(C, *x.C, s.C_invariant),
+            over_rows(D, x.D, 1),
+            z,
+            over_rows(delta_bias, x.delta_bias, 1),
+            x.initial_state ? initial_state : empty(*x.u, {0})};
+  }
+};
+
+template <class T>
+std::tuple<Tensor, Tensor, Tensor> run(const Shape& s, const Arguments& x, bool save) {
+  Tensor y = torch::stable::empty_like(*x.u), last = empty(*x.u, {s.batch, s.dim, s.state});
+  Tensor saved = save ? empty(*x.u, {s.batch, chunks(s), s.state, s.dim}) : empty(*x.u, {0});
+  const Inputs<T> in = inputs<T>(s, x);
+  const Outputs<T> to{out<T>(y), out<T>(last), save ? mutable_data<T>(saved) : nullptr};
+  over_units<T>(s, [&](int64_t begin, int64_t end) { forward(s, in, to, begin, end); });
+  return {y, last, saved};
+}
+
+template <class T>
+std::vector<Tensor> run_backward(const Shape& s, const Arguments& x, const Tensor& grad_y, const Maybe& grad_state,
+                                 const Maybe& saved) {
+  Inputs<T> in = inputs<T>(s, x);
+  in.grad_y = sequence<T>(grad_y), in.grad_state = sequence<T>(grad_state);
+  Tensor states = saved ? *saved : empty(*x.u, {s.batch, chunks(s), s.state, s.dim});
+  if (!saved) {
+    const Outputs<T> to{{}, {}, mutable_data<T>(states)};
+    over_units<T>(s, [&](int64_t begin, int64_t end) { forward(s, in, to, begin, end); });
+  }
+  GradientTensors<T> gradients(s, x);
+  Gradients<T> to = gradients.pointers();
+  to.checkpoints = data<T>(states);
+  over_units<T>(s, [&](int64_t begin, int64_t end) { backward(s, in, to, begin, end); });
+  return gradients.reduced();
+}
+
+template <class T>
+std::tuple<Tensor, Tensor> run_jvp(const Shape& s, const Arguments& x, const Arguments& tangents) {
+  const Inputs<T> in = inputs<T>(s, x), along = inputs<T>(s, tangents);
+  Tensor y = torch::stable::empty_like(*x.u), last = empty(*x.u, {s.batch, s.dim, s.state});
+  const Outputs<T> to{out<T>(y), out<T>(last)};
+  over_units<T>(s, [&](int64_t begin, int64_t end) { forward_dual(s, in, along, to, begin, end); });
+  return {y, last};
+}
+
+template <class T>
+std::vector<Tensor> run_backward_jvp(const Shape& s, const Arguments& x, const Tensor& grad_y, const Maybe& grad_state,
+                                     const Arguments& tangents, const Maybe& grad_y_tangent,
+                                     const Maybe& grad_state_tangent) {
+  Inputs<T> in = inputs<T>(s, x), along = inputs<T>(s, tangents);
+  in.grad_y = sequence<T>(grad_y), in.grad_state = sequence<T>(grad_state);
+  along.grad_y = sequence<T>(grad_y_tangent), along.grad_state = sequence<T>(grad_state_tangent);
+  Tensor y = torch::stable::empty_like(*x.u), last = empty(*x.u, {s.batch, s.dim, s.state});
+  const int64_t count = s.batch * chunks(s) * s.state * s.dim;
+  Tensor states = empty(*x.u, {2, count});
+  T* const values = mutable_data<T>(states);
+  const Outputs<T> first{out<T>(y), out<T>(last), values, values + count};
+  over_units<T>(s, [&](int64_t begin, int64_t end) { forward_dual(s, in, along, first, begin, end); });
+  GradientTensors<T> gradients(s, x);
+  Gradients<T> to = gradients.pointers();
+  to.checkpoints = values, to.checkpoint_tangents = values + count;
+  over_units<T>(s, [&](int64_t begin, int64_t end) { backward_dual(s, in, along, to, begin, end); });
+  std::vector<Tensor> all{y, last};
+  for (Tensor& t : gradients.reduced()) all.push_back(std::move(t));
+  return all;
+}
+
+bool single(const Arguments& x) { return x.u->scalar_type() == ScalarType::Float; }
+
+// The ops. Their schemas, and what they compute, stand in eaml_ext/ops/selective_scan.py.
+
+std::tuple<Tensor, Tensor, Tensor> selective_scan(Tensor u, Tensor delta, Tensor A, Tensor B, Tensor C, Maybe D,
+                                                  Maybe z, Maybe delta_bias, Maybe initial_state, Maybe reset,
+                                                  bool delta_softplus, bool B_invariant, bool C_invariant, bool save) {
+  const Arguments x{u, delta, A, B, C, D, z, delta_bias, initial_state};
+  const Shape s = make_shape(x, reset, delta_softplus, B_invariant, C_invariant);
+  return single(x) ? run<float>(s, x, save) : run<double>(s, x, save);
+}
+
+std::vector<Tensor> selective_scan_backward(Tensor grad_y, Maybe grad_state, Tensor u, Tensor delta, Tensor A, Tensor B,
+                                            Tensor C, Maybe D, Maybe z, Maybe delta_bias, Maybe initial_state,
+                                            Maybe reset, bool delta_softplus, bool B_invariant, bool C_invariant,
+                                            Maybe saved) {
+  const Arguments x{u, delta, A, B, C, D, z, delta_bias, initial_state};
+  const Shape s = make_shape(x, reset, delta_softplus, B_invariant, C_invariant);
+  check_cotangents(s, x, grad_y, grad_state);
+  check_kind("saved", saved, u.scalar_type(), 4, 4);
+  check_sizes("saved", saved, 0, {s.batch, chunks(s), s.state, s.dim});
+  EAML_CHECK(!saved || saved->is_contiguous(), "selective_scan: saved must be contiguous");
+  return single(x) ? run_backward<float>(s, x, grad_y, grad_state, saved)
+                   : run_backward<double>(s, x, grad_y, grad_state, saved);
+}
+
+std::tuple<Tensor, Tensor> selective_scan_jvp(Tensor u, Tensor delta, Tensor A, Tensor B, Tensor C, Maybe D, Maybe z,
+                                              Maybe delta_bias, Maybe initial_state, Maybe tu, Maybe tdelta, Maybe tA,
+                                              Maybe tB, Maybe tC, Maybe tD, Maybe tz, Maybe tdelta_bias,
+                                              Maybe tinitial_state, Maybe reset, bool delta_softplus, bool B_invariant,
+                                              bool C_invariant) {
+  const Arguments x{u, delta, A, B, C, D, z, delta_bias, initial_state};
+  const Arguments tangents{tu, tdelta, tA, tB, tC, tD, tz, tdelta_bias, tinitial_state};
+  const Shape s = make_shape(x, reset, delta_softplus, B_invariant, C_invariant);
+  check_tangents(x, tangents);
+  return single(x) ? run_jvp<float>(s, x, tangents) : run_jvp<double>(s, x, tangents);
+}
+
+std::vector<Tensor> selective_scan_backward_jvp(Tensor grad_y, Maybe grad_state, Maybe grad_y_tangent,
+                                                Maybe grad_state_tangent, Tensor u, Tensor delta, Tensor A, Tensor B,
+                                                Tensor C, Maybe D, Maybe z, Maybe delta_bias, Maybe initial_state,
+                                                Maybe tu, Maybe tdelta, Maybe tA, Maybe tB, Maybe tC, Maybe tD,
+                                                Maybe tz, Maybe tdelta_bias, Maybe tinitial_state, Maybe reset,
+                                                bool delta_softplus, bool B_invariant, bool C_invariant) {
+  const Arguments x{u, delta, A, B, C, D, z, delta_bias, initial_state};
+  const Arguments tangents{tu, tdelta, tA, tB, tC, tD, tz, tdelta_bias, tinitial_state};
+  const Shape s = make_shape(x, reset, delta_softplus, B_invariant, C_invariant);
+  check_cotangents(s, x, grad_y, grad_state), check_cotangents(s, x, grad_y_tangent, grad_state_tangent);
+  check_tangents(x, tangents);
+  return single(x) ? run_backward_jvp<float>(s, x, grad_y, grad_state, tangents, grad_y_tangent, grad_state_tangent)
+                   : run_backward_jvp<double>(s, x, grad_y, grad_state, tangents, grad_y_tangent, grad_state_tangent);
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_IMPL(eaml_ext, CPU, m) {
+  m.impl("selective_scan", TORCH_BOX(&selective_scan));
+  m.impl("selective_scan_backward", TORCH_BOX(&selective_scan_backward));
+  m.impl("selective_scan_jvp", TORCH_BOX(&selective_scan_jvp));
+  m.impl("selective_scan_backward_jvp", TORCH_BOX(&selective_scan_backward_jvp));
+}
+
+}  // namespace eaml::selective_scan
