@@ -54,11 +54,9 @@ EAML_INLINE T output(Dual<T> x) {
 constexpr double kLog2e = 1.4426950408889634074;
 constexpr double kLn2 = 0.69314718055994530942;
 
-// 2^t with relative error below 2 ulp, exactly 1 at 0; 0 below the smallest normal number, inf above the largest power, NaN for NaN.
-// Adding `round` leaves the rounded, biased exponent in the low mantissa bits; a shift makes it the scale 2^n.
+// 2^t with relative error below 2 ulp, exactly 1 at 0; 0 below the smallest normal number, NaN for NaN, inf or NaN above
+// the largest number. Adding `round` leaves the rounded, biased exponent in the low mantissa bits; a shift makes it 2^n.
 EAML_INLINE float exp2_(float t) {
-  t = t < -127.0f ? -127.0f : t;
-  t = t > 128.0f ? 128.0f : t;
   const float round = 12582912.0f + 127.0f;
   const float shifted = t + round;
   const float r = t - (shifted - round);
@@ -68,12 +66,13 @@ EAML_INLINE float exp2_(float t) {
   p = p * r + 2.4022242e-1f;
   p = p * r + 6.9314700e-1f;
   p = p * r + 1.0f;
-  return p * std::bit_cast<float>(std::bit_cast<std::uint32_t>(shifted) << 23);
+  const std::int32_t top = std::bit_cast<std::int32_t>(12582912.0f + 255.0f);
+  std::int32_t n = std::bit_cast<std::int32_t>(shifted);
+  n = n < top ? n : top;
+  return t < -126.5f ? 0.0f : p * std::bit_cast<float>(n << 23);
 }
 
 EAML_INLINE double exp2_(double t) {
-  t = t < -1023.0 ? -1023.0 : t;
-  t = t > 1024.0 ? 1024.0 : t;
   const double round = 6755399441055744.0 + 1023.0;
   const double shifted = t + round;
   const double x = (t - (shifted - round)) * kLn2;
@@ -91,7 +90,10 @@ EAML_INLINE double exp2_(double t) {
   p = p * x + 0.5;
   p = p * x + 1.0;
   p = p * x + 1.0;
-  return p * std::bit_cast<double>(std::bit_cast<std::uint64_t>(shifted) << 52);
+  const std::int64_t top = std::bit_cast<std::int64_t>(6755399441055744.0 + 2047.0);
+  std::int64_t n = std::bit_cast<std::int64_t>(shifted);
+  n = n < top ? n : top;
+  return t < -1022.5 ? 0.0 : p * std::bit_cast<double>(n << 52);
 }
 
 template <class T>
