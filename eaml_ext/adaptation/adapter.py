@@ -14,16 +14,15 @@ from torch.func import functional_call, vmap
 from torch.utils._pytree import tree_map
 
 from eaml_ext import _check
+from eaml_ext.adaptation import guards, objective
 from eaml_ext.adaptation.config import AdaptationConfig
+from eaml_ext.adaptation.objective import LossFn
 from eaml_ext.experience import ExperienceBuffer, retrieval
 
-LossFn = Callable[[Tensor, Tensor], Tensor]
 # Which parameters adapt: prefixes of names at module boundaries, a pattern searched in names, or a choice by name.
 ParameterFilter = str | Sequence[str] | re.Pattern[str] | Callable[[str, nn.Parameter], bool]
 
-_WARMUP = 10  # calls before a loss can count as a spike: fewer do not tell a spread
-_SIGMAS = 6.0  # heavy tails of small batches stay below it, corrupted targets do not
-_PATIENCE = 3  # a spike in this many calls in a row is a new regime, to be adapted to
+_PER_USER = ("states", "targets", "hidden_state", "rows")
 
 
 class Adapter:
@@ -127,7 +126,7 @@ class Adapter:
         self._names = list(selected)
         self._params = list(selected.values())
         self._optimizer = None if optimizer is None else optimizer(self._params, lr=cfg.lr)
-        self._statistics = _LossStatistics(cfg.ema_decay or 0.0)
+        self._statistics = guards.LossStatistics(cfg.ema_decay or 0.0)
         self._anchor = [p.detach().clone() for p in self._params]
         self._average = [p.detach().clone() for p in self._params]
         self.snapshot()
@@ -150,66 +149,64 @@ class Adapter:
 
         Raises:
             TypeError, ValueError: the batch is empty or does not fit together, or loss_fn returns something else than
-                a scalar that depends on the adapted parameters; the model is unchanged then.
+                a scalar that depends on the adapted parameters; no parameter has been modified then.
         """
         where = "Adapter.adapt"
-        batch = self._check_batch(where, loss_fn, batch_dict, 1)
-        experience = self._experience(where, batch)
+        batch = objective.check_batch(where, loss_fn, batch_dict, self._params[0], 1)
+        experience = self._experience(where, batch_dict)
         buffers = self._copy_buffers()
         with torch.no_grad():
-            torch._foreach_copy_(self._anchor, self._params)
-            radius = self._radius(float(_norm(self._anchor)))
+            torch._foreach_copy_(self._anchor, list(self._params))
+            norm = float(guards.norm(self._anchor))
+        radius = self.cfg.trust_region_eps * (norm or 1.0) if self.cfg.trust_region_eps else math.inf
         self.last_steps = 0
         value = math.nan
         for step in range(self.cfg.max_steps_per_call):
             with torch.enable_grad():
-                total, objective = self._losses(where, self.model, loss_fn, batch, experience)
+                total, goal = self._losses(where, self.model, loss_fn, batch, experience)
                 value = float(total.detach())
                 sound = math.isfinite(value) and not self._statistics.spikes(value, first=step == 0)
-                grads = _gradients(where, objective, self._params) if sound else []
+                grads = objective.gradients(where, goal, self._params) if sound else []
             with torch.no_grad():
                 if sound:
                     if step == 0:
                         self._statistics.update(value)
                     # Only parameters whose loss has been seen to be sound are averaged: a rollback can trust them.
-                    torch._foreach_lerp_(self._average, self._params, 1 - (self.cfg.ema_decay or 0.0))
+                    torch._foreach_lerp_(self._average, list(self._params), 1 - (self.cfg.ema_decay or 0.0))
                     sound = self._step(grads, radius)
                 if not sound:
-                    self._rollback(buffers)
+                    self.rollbacks += 1
+                    self._restore(self._average, buffers)
                     break
             self.last_steps += 1
         return value
 
     def _step(self, grads: list[Tensor], radius: float) -> bool:
         """One clipped and projected step; False when the gradient or the new parameters are not finite."""
-        norm = float(_norm(grads))
+        norm = float(guards.norm(grads))
         if not math.isfinite(norm):
             return False
         clip = self.cfg.grad_clip_norm or math.inf
         scale = clip / norm if norm > clip else 1.0
+        params: list[Tensor] = list(self._params)
         if self._optimizer is None:
-            torch._foreach_add_(self._params, grads, alpha=-self.cfg.lr * scale)
+            torch._foreach_add_(params, grads, alpha=-self.cfg.lr * scale)
         else:
-            kept = [p.grad for p in self._params]
-            for p, g in zip(self._params, torch._foreach_mul(grads, scale), strict=True):
-                p.grad = g
+            kept = [p.grad for p in params]
+            for p, g in zip(params, grads, strict=True):
+                p.grad = g * scale
             try:
                 self._optimizer.step()
             finally:
-                for p, old in zip(self._params, kept, strict=True):
+                for p, old in zip(params, kept, strict=True):
                     p.grad = old
-        moved = torch._foreach_sub(self._params, self._anchor)
-        distance = float(_norm(moved))
+        moved = torch._foreach_sub(params, self._anchor)
+        distance = float(guards.norm(moved))
         if not math.isfinite(distance):
             return False
         if distance > radius:
-            torch._foreach_mul_(moved, radius / distance)
-            torch._foreach_copy_(self._params, torch._foreach_add(self._anchor, moved))
+            torch._foreach_copy_(params, torch._foreach_add(self._anchor, moved, alpha=radius / distance))
         return True
-
-    def _rollback(self, buffers: dict[str, Tensor]) -> None:
-        self.rollbacks += 1
-        self._restore(self._average, buffers)
 
     # ------------------------------------------------------------------------------------------- many users at once
 
@@ -243,44 +240,47 @@ class Adapter:
         (torch.Size([8, 1, 4]), torch.Size([8]))
         """
         where = "Adapter.adapt_many"
-        batch = self._check_batch(where, loss_fn, batch_dict, 2)
+        batch = objective.check_batch(where, loss_fn, batch_dict, self._params[0], 2)
         users = len(batch["states"])
         anchor = self._stacked(where, params, users)
-        experience = self._experience_of_users(where, batch, users)
-        data = {name: batch[name] for name in ("states", "targets", "hidden_state", "rows") if name in batch}
+        experience = self._experience_of_users(where, batch_dict, users)
+        depth = batch.get("mask_dims")
+        data: dict[str, Any] = {name: batch[name] for name in _PER_USER if name in batch}
 
         def losses_of(leaves: list[Tensor], data: dict[str, Any], experience: Any) -> tuple[Tensor, Tensor]:
             chosen = dict(zip(self._names, leaves, strict=True))
-            depth = {"mask_dims": batch.get("mask_dims", 0)}
-            return self._losses(
-                where, lambda *args: functional_call(self.model, chosen, args), loss_fn, {**data, **depth}, experience
-            )
+
+            def call(*inputs: Any) -> Any:
+                return functional_call(self.model, chosen, inputs)
+
+            return self._losses(where, call, loss_fn, {**data, "mask_dims": depth}, experience)
 
         run = vmap(losses_of, in_dims=(0, 0, None if experience is None else 0), randomness="different")
-        radius = self._radius(_norms(anchor))
-        clip = self.cfg.grad_clip_norm or math.inf
+        norm = guards.norms(anchor)
+        eps, clip = self.cfg.trust_region_eps or math.inf, self.cfg.grad_clip_norm or math.inf
+        radius = eps * torch.where(norm > 0, norm, 1.0)
+        alive = torch.ones_like(norm, dtype=torch.bool)
+        values = torch.zeros_like(norm)
         current = anchor
-        alive = torch.ones(users, dtype=torch.bool, device=anchor[0].device)
-        losses = torch.zeros(users, device=anchor[0].device)
         for _ in range(self.cfg.max_steps_per_call):
             with torch.enable_grad():
                 leaves = [p.detach().requires_grad_() for p in current]
-                total, objective = run(leaves, data, experience)
+                total, goal = run(leaves, data, experience)
                 # Users share nothing that is asked for: the gradient of the sum holds each one's own.
-                grads = _gradients(where, objective.sum(), leaves)
+                grads = objective.gradients(where, goal.sum(), leaves)
             with torch.no_grad():
-                losses = torch.where(alive, total.detach(), losses)
-                norm = _norms(grads)
+                values = torch.where(alive, total.detach(), values)
+                norm = guards.norms(grads)
                 scale = self.cfg.lr * (clip / norm).clamp(max=1)
-                moved = [p - _rows(scale, g) * g - a for p, g, a in zip(current, grads, anchor, strict=True)]
-                distance = _norms(moved)
+                moved = [p - guards.rows(scale, g) * g - a for p, g, a in zip(current, grads, anchor, strict=True)]
+                distance = guards.norms(moved)
                 alive = alive & torch.isfinite(total) & torch.isfinite(norm) & torch.isfinite(distance)
                 shrink = (radius / distance).clamp(max=1)
                 current = [
-                    torch.where(_rows(alive, a), a + _rows(shrink, m) * m, a)
+                    torch.where(guards.rows(alive, a), a + guards.rows(shrink, m) * m, a)
                     for a, m in zip(anchor, moved, strict=True)
                 ]
-        return dict(zip(self._names, current, strict=True)), losses
+        return dict(zip(self._names, current, strict=True)), values
 
     def _stacked(self, where: str, params: Mapping[str, Tensor] | None, users: int) -> list[Tensor]:
         if params is None:
@@ -297,124 +297,26 @@ class Adapter:
 
     # -------------------------------------------------------------------------------------------- loss and batch
 
-    def _losses(
-        self, where: str, call: Callable[..., Any], loss_fn: LossFn, batch: Mapping[str, Any], experience: Any
-    ) -> tuple[Tensor, Tensor]:
-        """``(total, objective)`` of one batch and its experience."""
-        inputs = (batch["states"], batch["hidden_state"]) if "hidden_state" in batch else (batch["states"],)
-        predictions, targets = _prediction(where, call(*inputs)), batch["targets"]
-        if "rows" in batch:
-            depth = batch["mask_dims"]
-            if predictions.shape[:depth] != targets.shape[:depth]:
-                got, wanted = tuple(predictions.shape), tuple(targets.shape[:depth])
-                raise ValueError(f"{where}: the model returned shape {got}, the mask has shape {wanted}")
-            predictions = predictions.flatten(0, depth - 1)[batch["rows"]]
-            targets = targets.flatten(0, depth - 1)[batch["rows"]]
-        total = objective = _scalar(where, loss_fn(predictions, targets))
-        if experience is not None:
-            remembered = _prediction(where, call(experience["states"]))
-            weight = self.experience_weight
-            total = total + weight * _scalar(where, loss_fn(remembered, experience["targets"]))
-            objective = total / (1 + weight)
-        if self.cfg.entropy_weight:
-            entropy = _entropy(predictions, targets)
-            if entropy is not None:
-                objective = objective + self.cfg.entropy_weight * entropy
-        return total, objective
-
-    def _check_batch(self, where: str, loss_fn: LossFn, batch: Mapping[str, Any], lead: int) -> dict[str, Any]:
-        """The batch, detached, its mask turned into ``rows`` (indices) and ``mask_dims``; ``lead`` leading dims agree.
-
-        Boolean indexing has no fixed size, so vmap could not do it.
-        """
-        if not callable(loss_fn):
-            raise TypeError(f"{where}: loss_fn must be callable, got {type(loss_fn).__name__}")
-        if not isinstance(batch, Mapping):
-            raise TypeError(f"{where}: batch_dict must be a dict, got {type(batch).__name__}")
-        parameter = self._params[0]
-        leading = "(n, ...)" if lead == 1 else "(users, n, ...)"
-        for name in ("states", "targets"):
-            if name not in batch:
-                raise ValueError(f"{where}: batch_dict has no {name}, only {', '.join(map(str, batch))}")
-            value = batch[name]
-            _check.tensor(where, name, value)
-            if value.dim() < lead:
-                raise ValueError(f"{where}: {name} must have shape {leading}, got {tuple(value.shape)}")
-            if value.is_floating_point():
-                _check.dtype(where, name, value, (parameter.dtype,))
-            _check.device(where, name, value, parameter.device, "the model")
-        states, targets = batch["states"], batch["targets"]
-        if states.shape[:lead] != targets.shape[:lead]:
-            got, wanted = tuple(targets.shape), tuple(states.shape)
-            raise ValueError(f"{where}: targets has shape {got}, states has shape {wanted}: {leading} must agree")
-        if 0 in states.shape[:lead]:
-            raise ValueError(f"{where}: the batch is empty, states has shape {tuple(states.shape)}")
-        checked = {name: value.detach() if isinstance(value, Tensor) else value for name, value in batch.items()}
-        if checked.get("hidden_state") is None:
-            checked.pop("hidden_state", None)
-        else:
-            checked["hidden_state"] = tree_map(
-                lambda leaf: leaf.detach() if isinstance(leaf, Tensor) else leaf, batch["hidden_state"]
-            )
-        mask = checked.pop("mask", None)
-        if mask is not None:
-            _check.tensor(where, "mask", mask)
-            _check.dtype(where, "mask", mask, (torch.bool,))
-            _check.device(where, "mask", mask, parameter.device, "the model")
-            if mask.dim() < lead or mask.shape != targets.shape[: mask.dim()]:
-                got, wanted = tuple(mask.shape), tuple(targets.shape)
-                raise ValueError(f"{where}: mask has shape {got}, wanted the leading dimensions of targets, {wanted}")
-            flat = mask.reshape(-1) if lead == 1 else mask.flatten(1)
-            counts = flat.sum(-1)
-            if not counts.all():
-                raise ValueError(f"{where}: mask is nowhere True, the batch is empty")
-            if lead == 2 and (counts != counts[0]).any():
-                raise ValueError(f"{where}: mask must have equally many True for all users, got {counts.tolist()}")
-            rows = flat.nonzero()[:, -1]
-            checked["rows"] = rows if lead == 1 else rows.view(len(states), -1)
-            checked["mask_dims"] = mask.dim() - lead + 1
-        return checked
+    def _losses(self, where: str, call: Any, loss_fn: LossFn, batch: Any, experience: Any) -> tuple[Tensor, Tensor]:
+        weights = self.experience_weight, self.cfg.entropy_weight or 0.0
+        return objective.losses(where, call, loss_fn, batch, experience, *weights)
 
     def _experience(self, where: str, batch: Mapping[str, Any]) -> dict[str, Tensor] | None:
         if not self.experience_weight or (self.experience_buffer is None and self._retriever is _retrieve):
             return None
         found = self._retriever(self.experience_buffer, batch)  # type: ignore[arg-type]
-        if found is None:
-            return None
-        if not isinstance(found, Mapping) or not {"states", "targets"} <= set(found):
-            kind = type(found).__name__
-            raise TypeError(f"{where}: the retriever must return a dict with states and targets, or None, got {kind}")
-        parameter = self._params[0]
-        for name in ("states", "targets"):
-            _check.tensor(where, f"the retriever's {name}", found[name])
-            _check.device(where, f"the retriever's {name}", found[name], parameter.device, "the model")
-            if found[name].is_floating_point():
-                _check.dtype(where, f"the retriever's {name}", found[name], (parameter.dtype,))
-        states, targets = found["states"].detach(), found["targets"].detach()
-        if states.shape[:1] != targets.shape[:1]:
-            got, wanted = tuple(targets.shape), tuple(states.shape)
-            raise ValueError(f"{where}: the retriever's targets have shape {got}, its states {wanted}")
-        return {"states": states, "targets": targets} if states.numel() else None
+        return objective.check_experience(where, found, self._params[0])
 
-    def _experience_of_users(self, where: str, batch: dict[str, Any], users: int) -> dict[str, Tensor] | None:
-        shared = ("rows", "mask_dims", "hidden_state")
-        own = {name: value for name, value in batch.items() if name not in shared}
+    def _experience_of_users(self, where: str, batch: Mapping[str, Any], users: int) -> dict[str, Tensor] | None:
         found = []
         for i in range(users):
-            one = {n: v[i] if isinstance(v, Tensor) and v.shape[:1] == (users,) else v for n, v in own.items()}
-            found.append(self._experience(where, one))
-        if all(f is None for f in found):
+            found.append(self._experience(where, _of_user(batch, i, users)))
+        kept = [f for f in found if f is not None]
+        if not kept:
             return None
-        if len({None if f is None else (f["states"].shape, f["targets"].shape) for f in found}) != 1:
+        if len(kept) < users or len({(f["states"].shape, f["targets"].shape) for f in kept}) > 1:
             raise ValueError(f"{where}: the retriever must find equally many experiences for all users")
-        return {name: torch.stack([f[name] for f in found if f is not None]) for name in ("states", "targets")}
-
-    def _radius(self, norm: Any) -> Any:
-        """Of the trust region around an anchor of this norm (a float, or one per user)."""
-        eps = self.cfg.trust_region_eps
-        if isinstance(norm, Tensor):
-            return torch.full_like(norm, math.inf) if not eps else torch.where(norm > 0, eps * norm, eps)
-        return math.inf if not eps else eps * (norm or 1.0)
+        return {name: torch.stack([f[name] for f in kept]) for name in ("states", "targets")}
 
     # ------------------------------------------------------------------------------------------------ parameters
 
@@ -423,7 +325,8 @@ class Adapter:
         model = copy.deepcopy(self.model)
         chosen = dict(model.named_parameters())
         with torch.no_grad():
-            torch._foreach_copy_([chosen[name] for name in self._names], self._average)
+            for name, value in zip(self._names, self._average, strict=True):
+                chosen[name].copy_(value)
         return model
 
     def snapshot(self) -> None:
@@ -436,11 +339,11 @@ class Adapter:
         with torch.no_grad():
             self._restore(self._home, self._home_buffers)
             torch._foreach_copy_(self._average, self._home)
-        self._statistics = _LossStatistics(self.cfg.ema_decay or 0.0)
+        self._statistics = guards.LossStatistics(self.cfg.ema_decay or 0.0)
         self.last_steps = self.rollbacks = 0
 
     def _restore(self, values: list[Tensor], buffers: dict[str, Tensor]) -> None:
-        torch._foreach_copy_(self._params, values)
+        torch._foreach_copy_(list(self._params), values)
         for name, buffer in self.model.named_buffers():
             if name in buffers:
                 buffer.copy_(buffers[name])
@@ -456,7 +359,7 @@ class Adapter:
             "average": {n: v.clone() for n, v in zip(self._names, self._average, strict=True)},
             "snapshot": {n: v.clone() for n, v in zip(self._names, self._home, strict=True)},
             "snapshot_buffers": {n: v.clone() for n, v in self._home_buffers.items()},
-            "statistics": dict(vars(self._statistics)),
+            "statistics": self._statistics.state_dict(),
             "last_steps": self.last_steps,
             "rollbacks": self.rollbacks,
             "optimizer": None if self._optimizer is None else copy.deepcopy(self._optimizer.state_dict()),
@@ -476,6 +379,7 @@ class Adapter:
             if set(state[entry]) != set(self._names):
                 raise ValueError(f"{where}: {entry} has {', '.join(state[entry])}, wanted {', '.join(self._names)}")
             for name, p in zip(self._names, self._params, strict=True):
+                _check.tensor(where, f"{entry} of {name}", state[entry][name])
                 _check.shape(where, f"{entry} of {name}", state[entry][name], p.shape, str(tuple(p.shape)))
         if (state["optimizer"] is None) != (self._optimizer is None):
             raise ValueError(f"{where}: one of the state and the adapter has an optimizer, the other has none")
@@ -488,42 +392,16 @@ class Adapter:
         self.last_steps, self.rollbacks = state["last_steps"], state["rollbacks"]
 
 
-class _LossStatistics:
-    """Exponentially weighted mean and variance of the losses with which calls begin, and the spike rule."""
-
-    def __init__(self, decay: float):
-        self.decay = decay
-        self.count = 0
-        self.mean = 0.0
-        self.scatter = 0.0  # the weighted sum of squared deviations
-        self.strange = 0  # calls in a row that began with a spike
-
-    def update(self, value: float) -> None:
-        self.count += 1
-        self.strange = 0
-        deviation = value - self.mean
-        # Welford's recurrence with weights (1 - d)·d^age, whose sum is 1 - d^count.
-        self.mean += deviation * (1 - self.decay) / (1 - self.decay**self.count)
-        self.scatter = self.decay * self.scatter + (1 - self.decay) * deviation * (value - self.mean)
-
-    def spikes(self, value: float, *, first: bool) -> bool:
-        """Whether a finite loss is a spike; ``first``: it is the loss with which a call begins."""
-        if not self.decay or self.count < _WARMUP:
-            return False
-        deviation = math.sqrt(max(self.scatter, 0.0) / (1 - self.decay**self.count))
-        if value - self.mean <= max(_SIGMAS * deviation, abs(self.mean)):
-            return False
-        if first:
-            self.strange += 1
-            if self.strange >= _PATIENCE:
-                self.__init__(self.decay)  # type: ignore[misc]
-                return False
-        return True
-
-
 def _retrieve(buffer: ExperienceBuffer, batch: Mapping[str, Any]) -> dict[str, Tensor] | None:
     make = retrieval.nearest if "context_embedding" in batch else retrieval.uniform
     return make(len(batch["states"]))(buffer, batch)
+
+
+def _of_user(batch: Mapping[str, Any], index: int, users: int) -> dict[str, Any]:
+    def own(value: Any) -> Any:
+        return value[index] if isinstance(value, Tensor) and value.shape[:1] == (users,) else value
+
+    return tree_map(own, dict(batch))
 
 
 def _select(model: nn.Module, choice: ParameterFilter | None) -> dict[str, nn.Parameter]:
@@ -546,62 +424,3 @@ def _select(model: nn.Module, choice: ParameterFilter | None) -> dict[str, nn.Pa
         names = ", ".join(trainable) or "none that require a gradient"
         raise ValueError(f"Adapter: parameters selects nothing from the model, which has {names}")
     return selected
-
-
-def _prediction(where: str, value: Any) -> Tensor:
-    if not isinstance(value, Tensor):
-        raise TypeError(f"{where}: the model must return one tensor, got {type(value).__name__}")
-    return value
-
-
-def _scalar(where: str, loss: Any) -> Tensor:
-    if not isinstance(loss, Tensor) or not loss.is_floating_point():
-        kind = f"a {str(loss.dtype)} tensor" if isinstance(loss, Tensor) else type(loss).__name__
-        raise TypeError(f"{where}: loss_fn must return a floating scalar tensor, got {kind}")
-    if loss.dim():
-        raise ValueError(f"{where}: loss_fn must return a scalar, got shape {tuple(loss.shape)}")
-    return loss
-
-
-def _gradients(where: str, objective: Tensor, leaves: Sequence[Tensor]) -> list[Tensor]:
-    grads: Sequence[Tensor | None] = [None]
-    if objective.requires_grad:
-        grads = torch.autograd.grad(objective, leaves, allow_unused=True)
-    if all(g is None for g in grads):
-        raise ValueError(f"{where}: the loss does not depend on the adapted parameters")
-    return [torch.zeros_like(p) if g is None else g for p, g in zip(leaves, grads, strict=True)]
-
-
-def _entropy(predictions: Tensor, targets: Tensor) -> Tensor | None:
-    """Mean entropy of the softmax over classes; None unless these are logits with integer class targets.
-
-    Classes stand last, ``(n, ..., classes)``, or second, ``(n, classes, ...)``, as in ``cross_entropy``.
-    """
-    if targets.is_floating_point() or targets.is_complex() or targets.dtype == torch.bool:
-        return None
-    if not predictions.is_floating_point() or predictions.dim() < 2:
-        return None
-    if targets.shape == predictions.shape[:-1]:
-        dim = -1
-    elif targets.shape == predictions.shape[:1] + predictions.shape[2:]:
-        dim = 1
-    else:
-        return None
-    logs = predictions.log_softmax(dim)
-    # A class ruled out by a logit of -inf adds 0, not 0 times -inf.
-    return -(logs.exp() * logs.clamp(min=torch.finfo(logs.dtype).min)).sum(dim).mean()
-
-
-def _norm(tensors: Sequence[Tensor]) -> Tensor:
-    return torch.linalg.vector_norm(torch.stack(torch._foreach_norm(tensors)))
-
-
-def _norms(tensors: Sequence[Tensor]) -> Tensor:
-    """One norm per user: over everything but the leading dimension."""
-    parts = [torch.linalg.vector_norm(t.flatten(1), dim=1) if t.dim() > 1 else t.abs() for t in tensors]
-    return torch.linalg.vector_norm(torch.stack(parts), dim=0)
-
-
-def _rows(value: Tensor, like: Tensor) -> Tensor:
-    """``value``, one per user, shaped to broadcast over ``like``."""
-    return value.view(-1, *[1] * (like.dim() - 1))

@@ -15,10 +15,11 @@ class AdaptationConfig:
     Attributes:
         lr: step size, > 0. One step is ``θ ← θ − lr·g`` (or what the Adapter's ``optimizer`` does with this lr).
         grad_clip_norm: ``g ← g · min(1, grad_clip_norm / ‖g‖)`` before each step. None or 0: off.
-        trust_region_eps: after each step θ is projected onto ``‖θ − a‖ ≤ trust_region_eps·‖a‖``, where a is θ at the
-            start of the call (``≤ trust_region_eps`` where a is exactly 0). Each call starts a new region, so that a
-            long stream can travel. None or 0: off. The default, 0.1, leaves room for what a few useful steps do (they
-            move θ by some percent), and no single call can take more than a tenth of the model away.
+        trust_region_eps: after each step θ is projected onto ``‖θ − a‖ ≤ trust_region_eps·‖a‖``, a being θ at the start
+            of the call (the radius is trust_region_eps itself where a is exactly 0). Each call starts a new region, so
+            that a long stream can travel. None or 0: off. The default, 0.1: no single call can take more than a tenth
+            of the model away, and useful calls do not feel it (with the other defaults a call moves θ by at most
+            5 · 0.01 · 1.0 = 0.05).
         ema_decay: d in ``average ← d·average + (1 − d)·θ``, taken whenever the loss at θ was found sound, and in the
             running mean and variance of the losses with which calls begin (weights ``d^age``, normalised to sum to 1:
             unbiased from the first call on). From both follow the spike rule and the rollback (see Adapter). In

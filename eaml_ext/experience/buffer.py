@@ -163,7 +163,6 @@ class ExperienceBuffer:
             _check.device(where, name, value, self.device, "the buffer")
             if value.layout != torch.strided:
                 raise TypeError(f"{where}: {name} must be a dense tensor, got layout {value.layout}")
-            value = value.detach()
         else:
             try:
                 value = torch.as_tensor(value, device=self.device)

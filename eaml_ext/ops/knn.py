@@ -9,6 +9,7 @@ import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -22,7 +23,7 @@ DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
 
 class Neighbors(NamedTuple):
-    """The k best of every query, best first: ``values (*, Q, k)``, ``indices (*, Q, k)`` int64, -1 where there is none."""
+    """The k best of every query, best first: ``values (*, Q, k)`` and int64 ``indices (*, Q, k)``, -1 where none is."""
 
     values: Tensor
     indices: Tensor
@@ -52,6 +53,11 @@ def _lane_sum(term: Callable[[slice], Tensor], features: int) -> Tensor:
     return lanes.squeeze(-1)
 
 
+def _sqrt(x: Tensor) -> Tensor:
+    """Correctly rounded, as torch's own is not on every CPU."""
+    return torch.from_numpy(np.sqrt(x.numpy())) if x.device.type == "cpu" else x.sqrt()
+
+
 def _scores(queries: Tensor, keys: Tensor, metric: int, bias: Tensor | None) -> Tensor:
     """Values of float64 ``queries (q, d)`` against ``keys (M, d)``, negated where larger is better."""
     pad = (0, -keys.shape[-1] % LANES if keys.shape[-1] else LANES)
@@ -62,8 +68,8 @@ def _scores(queries: Tensor, keys: Tensor, metric: int, bias: Tensor | None) -> 
         return score if bias is None else score - bias
     value = _lane_sum(lambda s: q[..., s] * key[..., s], features)
     if metric == COSINE:
-        q_norm, key_norm = (_lane_sum(lambda s, x=x: x[..., s].square(), features).sqrt() for x in (q, key))
-        norm = q_norm * key_norm
+        q_square, square = (_lane_sum(lambda s, x=x: x[..., s].square(), features) for x in (q, key))
+        norm = _sqrt(q_square) * _sqrt(square)
         value = torch.where(norm == 0, 0.0, value / norm)
     return -value if bias is None else -(value + bias)
 

@@ -1,0 +1,161 @@
+"""What an adaptation steps on: the checked batch, its loss, the loss of its experience, the entropy."""
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._pytree import tree_map
+
+from eaml_ext import _check
+
+LossFn = Callable[[Tensor, Tensor], Tensor]
+
+
+def check_batch(where: str, loss_fn: LossFn, batch: Mapping[str, Any], like: Tensor, lead: int) -> dict[str, Any]:
+    """The batch, detached; ``lead`` leading dimensions must agree; floating values match ``like`` in dtype and device.
+
+    The mask becomes ``rows``, the indices where it is True, and ``mask_dims``, how many dimensions they run over:
+    boolean indexing has no fixed size, so vmap could not do it.
+    """
+    if not callable(loss_fn):
+        raise TypeError(f"{where}: loss_fn must be callable, got {type(loss_fn).__name__}")
+    if not isinstance(batch, Mapping):
+        raise TypeError(f"{where}: batch_dict must be a dict, got {type(batch).__name__}")
+    leading = "(n, ...)" if lead == 1 else "(users, n, ...)"
+    for name in ("states", "targets"):
+        if name not in batch:
+            raise ValueError(f"{where}: batch_dict has no {name}, only {', '.join(map(str, batch))}")
+        value = batch[name]
+        _check.tensor(where, name, value)
+        if value.dim() < lead:
+            raise ValueError(f"{where}: {name} must have shape {leading}, got {tuple(value.shape)}")
+        if value.is_floating_point():
+            _check.dtype(where, name, value, (like.dtype,))
+        _check.device(where, name, value, like.device, "the model")
+    states, targets = batch["states"], batch["targets"]
+    if states.shape[:lead] != targets.shape[:lead]:
+        got, wanted = tuple(targets.shape), tuple(states.shape)
+        raise ValueError(f"{where}: targets has shape {got}, states has shape {wanted}: {leading} must agree")
+    if 0 in states.shape[:lead]:
+        raise ValueError(f"{where}: the batch is empty, states has shape {tuple(states.shape)}")
+    checked = {name: value.detach() if isinstance(value, Tensor) else value for name, value in batch.items()}
+    if checked.get("hidden_state") is None:
+        checked.pop("hidden_state", None)
+    else:
+        checked["hidden_state"] = tree_map(
+            lambda leaf: leaf.detach() if isinstance(leaf, Tensor) else leaf, batch["hidden_state"]
+        )
+    mask = checked.pop("mask", None)
+    if mask is not None:
+        _check.tensor(where, "mask", mask)
+        _check.dtype(where, "mask", mask, (torch.bool,))
+        _check.device(where, "mask", mask, like.device, "the model")
+        if mask.dim() < lead or mask.shape != targets.shape[: mask.dim()]:
+            got, wanted = tuple(mask.shape), tuple(targets.shape)
+            raise ValueError(f"{where}: mask has shape {got}, wanted the leading dimensions of targets, {wanted}")
+        flat = mask.reshape(-1) if lead == 1 else mask.flatten(1)
+        counts = flat.sum(-1)
+        if not counts.all():
+            raise ValueError(f"{where}: mask is nowhere True, the batch is empty")
+        if lead == 2 and (counts != counts[0]).any():
+            raise ValueError(f"{where}: mask must have equally many True for all users, got {counts.tolist()}")
+        rows = flat.nonzero()[:, -1]
+        checked["rows"] = rows if lead == 1 else rows.view(len(states), -1)
+        checked["mask_dims"] = mask.dim() - lead + 1
+    return checked
+
+
+def check_experience(where: str, found: Any, like: Tensor) -> dict[str, Tensor] | None:
+    """What a retriever returned, detached; None when there is nothing in it."""
+    if found is None:
+        return None
+    if not isinstance(found, Mapping) or not {"states", "targets"} <= set(found):
+        kind = type(found).__name__
+        raise TypeError(f"{where}: the retriever must return a dict with states and targets, or None, got {kind}")
+    for name in ("states", "targets"):
+        _check.tensor(where, f"the retriever's {name}", found[name])
+        _check.device(where, f"the retriever's {name}", found[name], like.device, "the model")
+        if found[name].is_floating_point():
+            _check.dtype(where, f"the retriever's {name}", found[name], (like.dtype,))
+    states, targets = found["states"].detach(), found["targets"].detach()
+    if states.shape[:1] != targets.shape[:1]:
+        got, wanted = tuple(targets.shape), tuple(states.shape)
+        raise ValueError(f"{where}: the retriever's targets have shape {got}, its states {wanted}")
+    return {"states": states, "targets": targets} if states.numel() else None
+
+
+def losses(
+    where: str,
+    call: Callable[..., Any],
+    loss_fn: LossFn,
+    batch: Mapping[str, Any],
+    experience: Mapping[str, Tensor] | None,
+    experience_weight: float,
+    entropy_weight: float,
+) -> tuple[Tensor, Tensor]:
+    """``(total, objective)`` of one batch and its experience, with the model ``call``."""
+    inputs = (batch["states"], batch["hidden_state"]) if "hidden_state" in batch else (batch["states"],)
+    predictions, targets = _prediction(where, call(*inputs)), batch["targets"]
+    if "rows" in batch:
+        depth = batch["mask_dims"]
+        if predictions.shape[:depth] != targets.shape[:depth]:
+            got, wanted = tuple(predictions.shape), tuple(targets.shape[:depth])
+            raise ValueError(f"{where}: the model returned shape {got}, the mask has shape {wanted}")
+        predictions = predictions.flatten(0, depth - 1)[batch["rows"]]
+        targets = targets.flatten(0, depth - 1)[batch["rows"]]
+    total = objective = _scalar(where, loss_fn(predictions, targets))
+    if experience is not None:
+        remembered = _prediction(where, call(experience["states"]))
+        total = total + experience_weight * _scalar(where, loss_fn(remembered, experience["targets"]))
+        objective = total / (1 + experience_weight)
+    if entropy_weight:
+        entropy = _entropy(predictions, targets)
+        if entropy is not None:
+            objective = objective + entropy_weight * entropy
+    return total, objective
+
+
+def gradients(where: str, objective: Tensor, leaves: Sequence[Tensor]) -> list[Tensor]:
+    """Of the objective, by leaf; zeros for a leaf it does not depend on, one sentence when it depends on none."""
+    grads: Sequence[Tensor | None] = [None]
+    if objective.requires_grad:
+        grads = torch.autograd.grad(objective, leaves, allow_unused=True)
+    if all(g is None for g in grads):
+        raise ValueError(f"{where}: the loss does not depend on the adapted parameters")
+    return [torch.zeros_like(p) if g is None else g for p, g in zip(leaves, grads, strict=True)]
+
+
+def _prediction(where: str, value: Any) -> Tensor:
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{where}: the model must return one tensor, got {type(value).__name__}")
+    return value
+
+
+def _scalar(where: str, loss: Any) -> Tensor:
+    if not isinstance(loss, Tensor) or not loss.is_floating_point():
+        kind = f"a {loss.dtype!s} tensor" if isinstance(loss, Tensor) else type(loss).__name__
+        raise TypeError(f"{where}: loss_fn must return a floating scalar tensor, got {kind}")
+    if loss.dim():
+        raise ValueError(f"{where}: loss_fn must return a scalar, got shape {tuple(loss.shape)}")
+    return loss
+
+
+def _entropy(predictions: Tensor, targets: Tensor) -> Tensor | None:
+    """Mean entropy of the softmax over classes; None unless these are logits with integer class targets.
+
+    Classes stand last, ``(n, ..., classes)``, or second, ``(n, classes, ...)``, as in ``cross_entropy``.
+    """
+    if targets.is_floating_point() or targets.is_complex() or targets.dtype == torch.bool:
+        return None
+    if not predictions.is_floating_point() or predictions.dim() < 2:
+        return None
+    if targets.shape == predictions.shape[:-1]:
+        dim = -1
+    elif targets.shape == predictions.shape[:1] + predictions.shape[2:]:
+        dim = 1
+    else:
+        return None
+    logs = predictions.log_softmax(dim)
+    # A class ruled out by a logit of -inf adds 0, not 0 times -inf.
+    return -(logs.exp() * logs.clamp(min=torch.finfo(logs.dtype).min)).sum(dim).mean()

@@ -1,0 +1,48 @@
+import dataclasses
+import re
+
+import pytest
+
+from eaml_ext.adaptation import AdaptationConfig
+
+
+def test_exactly_six_fields_and_sane_defaults():
+    names = [field.name for field in dataclasses.fields(AdaptationConfig)]
+    assert names == [
+        "lr",
+        "grad_clip_norm",
+        "trust_region_eps",
+        "ema_decay",
+        "entropy_weight",
+        "max_steps_per_call",
+    ]
+    assert dataclasses.astuple(AdaptationConfig()) == (0.01, 1.0, 0.1, 0.99, 0.0, 5)
+    assert AdaptationConfig(0.01, 1.0, 0.01, 0.99, 0.01, 5).entropy_weight == 0.01
+
+
+@pytest.mark.parametrize("off", [None, 0, 0.0])
+def test_a_guard_can_be_switched_off(off):
+    AdaptationConfig(grad_clip_norm=off, trust_region_eps=off, ema_decay=off, entropy_weight=off)
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "error", "text"),
+    [
+        ("lr", 0, ValueError, "lr must be > 0 and finite, got 0"),
+        ("lr", float("inf"), ValueError, "lr must be > 0 and finite, got inf"),
+        ("lr", None, TypeError, "lr must be a number, got None"),
+        ("lr", "0.1", TypeError, "lr must be a number, got '0.1'"),
+        ("grad_clip_norm", -1.0, ValueError, "grad_clip_norm must be >= 0 and finite, got -1.0"),
+        ("trust_region_eps", float("nan"), ValueError, "trust_region_eps must be >= 0 and finite, got nan"),
+        ("ema_decay", 1.0, ValueError, "ema_decay must be >= 0 and < 1, got 1.0"),
+        ("ema_decay", True, TypeError, "ema_decay must be a number, got True"),
+        ("entropy_weight", -0.1, ValueError, "entropy_weight must be >= 0 and finite, got -0.1"),
+        ("max_steps_per_call", 0, ValueError, "max_steps_per_call must be > 0, got 0"),
+        ("max_steps_per_call", 2.0, TypeError, "max_steps_per_call must be an integer, got 2.0"),
+    ],
+)
+def test_refusals(name, value, error, text):
+    with pytest.raises(error, match="^AdaptationConfig: " + re.escape(text)):
+        AdaptationConfig(**{name: value})
+    with pytest.raises(error, match="^AdaptationConfig: " + re.escape(text)):
+        dataclasses.replace(AdaptationConfig(), **{name: value})
