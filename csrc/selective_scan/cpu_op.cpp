@@ -21,6 +21,9 @@ using torch::stable::Tensor;
 using Maybe = std::optional<Tensor>;
 using Sizes = std::vector<int64_t>;
 
+using GradientTuple = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
+using JvpTuple = decltype(std::tuple_cat(std::tuple<Tensor, Tensor>(), GradientTuple()));
+
 // The differentiable arguments of the op, in the order of its schema; also the order of their tangents and gradients.
 struct Arguments {
   Maybe u, delta, A, B, C, D, z, delta_bias, initial_state;
@@ -247,7 +250,7 @@ struct GradientTensors {
     return reduce(partial, like, s.batch * s.groups, units<T>(s) / s.groups, s.state * s.length);
   }
 
-  std::vector<Tensor> reduced() const {
+  GradientTuple reduced() const {
     return {u,
             delta,
             over_rows(A, x.A, 2),
@@ -271,7 +274,7 @@ std::tuple<Tensor, Tensor, Tensor> run(const Shape& s, const Arguments& x, bool 
 }
 
 template <class T>
-std::vector<Tensor> run_backward(const Shape& s, const Arguments& x, const Tensor& grad_y, const Maybe& grad_state,
+GradientTuple run_backward(const Shape& s, const Arguments& x, const Tensor& grad_y, const Maybe& grad_state,
                                  const Maybe& saved) {
   Inputs<T> in = inputs<T>(s, x);
   in.grad_y = sequence<T>(grad_y), in.grad_state = sequence<T>(grad_state);
@@ -297,7 +300,7 @@ std::tuple<Tensor, Tensor> run_jvp(const Shape& s, const Arguments& x, const Arg
 }
 
 template <class T>
-std::vector<Tensor> run_backward_jvp(const Shape& s, const Arguments& x, const Tensor& grad_y, const Maybe& grad_state,
+JvpTuple run_backward_jvp(const Shape& s, const Arguments& x, const Tensor& grad_y, const Maybe& grad_state,
                                      const Arguments& tangents, const Maybe& grad_y_tangent,
                                      const Maybe& grad_state_tangent) {
   Inputs<T> in = inputs<T>(s, x), along = inputs<T>(s, tangents);
@@ -313,9 +316,7 @@ std::vector<Tensor> run_backward_jvp(const Shape& s, const Arguments& x, const T
   Gradients<T> to = gradients.pointers();
   to.checkpoints = values, to.checkpoint_tangents = values + count;
   over_units<T>(s, [&](int64_t begin, int64_t end) { backward_dual(s, in, along, to, begin, end); });
-  std::vector<Tensor> all{y, last};
-  for (Tensor& t : gradients.reduced()) all.push_back(std::move(t));
-  return all;
+  return std::tuple_cat(std::make_tuple(y, last), gradients.reduced());
 }
 
 bool single(const Arguments& x) { return x.u->scalar_type() == ScalarType::Float; }
@@ -330,7 +331,7 @@ std::tuple<Tensor, Tensor, Tensor> selective_scan(Tensor u, Tensor delta, Tensor
   return single(x) ? run<float>(s, x, save) : run<double>(s, x, save);
 }
 
-std::vector<Tensor> selective_scan_backward(Tensor grad_y, Maybe grad_state, Tensor u, Tensor delta, Tensor A, Tensor B,
+GradientTuple selective_scan_backward(Tensor grad_y, Maybe grad_state, Tensor u, Tensor delta, Tensor A, Tensor B,
                                             Tensor C, Maybe D, Maybe z, Maybe delta_bias, Maybe initial_state,
                                             Maybe reset, bool delta_softplus, bool B_invariant, bool C_invariant,
                                             Maybe saved) {
@@ -356,7 +357,7 @@ std::tuple<Tensor, Tensor> selective_scan_jvp(Tensor u, Tensor delta, Tensor A, 
   return single(x) ? run_jvp<float>(s, x, tangents) : run_jvp<double>(s, x, tangents);
 }
 
-std::vector<Tensor> selective_scan_backward_jvp(Tensor grad_y, Maybe grad_state, Maybe grad_y_tangent,
+JvpTuple selective_scan_backward_jvp(Tensor grad_y, Maybe grad_state, Maybe grad_y_tangent,
                                                 Maybe grad_state_tangent, Tensor u, Tensor delta, Tensor A, Tensor B,
                                                 Tensor C, Maybe D, Maybe z, Maybe delta_bias, Maybe initial_state,
                                                 Maybe tu, Maybe tdelta, Maybe tA, Maybe tB, Maybe tC, Maybe tD,

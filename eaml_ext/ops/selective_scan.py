@@ -33,17 +33,19 @@ _INPUTS = (
 _TANGENTS = ", ".join(f"Tensor? {name}_tangent" for name in ARGUMENTS)
 _OPTIONS = "Tensor? reset, bool delta_softplus, bool B_invariant, bool C_invariant"
 
-# Gradients come as a list in the order of ARGUMENTS, with an empty tensor for an argument that is None.
+_GRADIENTS = ", ".join(["Tensor"] * _COUNT)
+
+# Gradients come in the order of ARGUMENTS, an empty tensor for an argument that is None.
 torch.library.define("eaml_ext::selective_scan", f"({_INPUTS}, {_OPTIONS}, bool save) -> (Tensor, Tensor, Tensor)")
 torch.library.define(
     "eaml_ext::selective_scan_backward",
-    f"(Tensor grad_y, Tensor? grad_state, {_INPUTS}, {_OPTIONS}, Tensor? saved) -> Tensor[]",
+    f"(Tensor grad_y, Tensor? grad_state, {_INPUTS}, {_OPTIONS}, Tensor? saved) -> ({_GRADIENTS})",
 )
 torch.library.define("eaml_ext::selective_scan_jvp", f"({_INPUTS}, {_TANGENTS}, {_OPTIONS}) -> (Tensor, Tensor)")
 torch.library.define(
     "eaml_ext::selective_scan_backward_jvp",
     "(Tensor grad_y, Tensor? grad_state, Tensor? grad_y_tangent, Tensor? grad_state_tangent, "
-    f"{_INPUTS}, {_TANGENTS}, {_OPTIONS}) -> Tensor[]",
+    f"{_INPUTS}, {_TANGENTS}, {_OPTIONS}) -> (Tensor, Tensor, {_GRADIENTS})",
 )
 
 _ops = torch.ops.eaml_ext
@@ -129,10 +131,21 @@ def _as_function(inputs: Sequence[Any], options: Sequence[Any]) -> tuple[Callabl
     return function, [inputs[i] for i in indices]
 
 
-def _spread(present: Sequence[Tensor], inputs: Sequence[Any], u: Tensor) -> list[Tensor]:
-    """A list over ARGUMENTS from the gradients of the present ones."""
+def _empty_gradients(inputs: Sequence[Any]) -> tuple[Tensor, ...]:
+    """Uninitialised gradients; those of sequences have the strides of their argument."""
+    u = inputs[0]
+    keep = ("u", "delta", "z")
+    return tuple(
+        u.new_empty(0) if v is None else torch.empty_like(v) if name in keep else u.new_empty(v.shape)
+        for name, v in zip(ARGUMENTS, inputs, strict=True)
+    )
+
+
+def _spread(present: Sequence[Tensor], inputs: Sequence[Any]) -> tuple[Tensor, ...]:
+    """A tuple over ARGUMENTS from the gradients of the present ones."""
     grads = iter(present)
-    return [u.new_empty(0) if value is None else next(grads).contiguous() for value in inputs]
+    like = _empty_gradients(inputs)
+    return tuple(to if v is None else to.copy_(next(grads)) for to, v in zip(like, inputs, strict=True))
 
 
 def _fill(tangents: Sequence[Any], values: Sequence[Any]) -> tuple[Tensor, ...]:
@@ -156,12 +169,12 @@ def _scan_reference(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
 
 
 @torch.library.impl("eaml_ext::selective_scan_backward", "CompositeExplicitAutograd")
-def _backward_reference(grad_y: Tensor, grad_state: Tensor | None, *args: Any) -> list[Tensor]:
+def _backward_reference(grad_y: Tensor, grad_state: Tensor | None, *args: Any) -> tuple[Tensor, ...]:
     inputs, options = args[:_COUNT], args[_COUNT:-1]
     function, present = _as_function(inputs, options)
     (_, last), pull = torch.func.vjp(function, *present)
     grads = pull((grad_y, torch.zeros_like(last) if grad_state is None else grad_state))
-    return _spread(grads, inputs, inputs[0])
+    return _spread(grads, inputs)
 
 
 @torch.library.impl("eaml_ext::selective_scan_jvp", "CompositeExplicitAutograd")
@@ -175,7 +188,7 @@ def _jvp_reference(*args: Any) -> tuple[Tensor, Tensor]:
 @torch.library.impl("eaml_ext::selective_scan_backward_jvp", "CompositeExplicitAutograd")
 def _backward_jvp_reference(
     grad_y: Tensor, grad_state: Tensor | None, grad_y_tangent: Tensor | None, grad_state_tangent: Tensor | None, *args: Any
-) -> list[Tensor]:
+) -> tuple[Tensor, ...]:
     inputs, tangents, options = args[:_COUNT], args[_COUNT : 2 * _COUNT], args[2 * _COUNT :]
     function, present = _as_function(inputs, options)
     along = _fill(tangents, inputs)
@@ -190,7 +203,7 @@ def _backward_jvp_reference(
     moved = _fill((grad_y_tangent, grad_state_tangent), (grad_y, grad_state))
     _, grads = torch.func.jvp(pull, (grad_y, grad_state, *present), (*moved, *along))
     y, last = torch.empty_like(u).copy_(y), last.clone(memory_format=torch.contiguous_format)
-    return [y, last, *_spread(grads, inputs, u)]
+    return (y, last, *_spread(grads, inputs))
 
 
 # --- shapes for torch.compile, torch.export and FakeTensor ------------------------------------------------------------
@@ -198,15 +211,6 @@ def _backward_jvp_reference(
 
 def _fake_state(u: Tensor, A: Tensor) -> Tensor:
     return u.new_empty(u.shape[0], u.shape[1], A.shape[-1])
-
-
-def _fake_gradients(inputs: Sequence[Any]) -> list[Tensor]:
-    u = inputs[0]
-    like = {"u", "delta", "z"}  # these keep their strides
-    return [
-        u.new_empty(0) if v is None else torch.empty_like(v) if name in like else u.new_empty(v.shape)
-        for name, v in zip(ARGUMENTS, inputs, strict=True)
-    ]
 
 
 @torch.library.register_fake("eaml_ext::selective_scan")
@@ -218,8 +222,8 @@ def _scan_fake(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
 
 
 @torch.library.register_fake("eaml_ext::selective_scan_backward")
-def _backward_fake(grad_y: Tensor, grad_state: Tensor | None, *args: Any) -> list[Tensor]:
-    return _fake_gradients(args[:_COUNT])
+def _backward_fake(grad_y: Tensor, grad_state: Tensor | None, *args: Any) -> tuple[Tensor, ...]:
+    return _empty_gradients(args[:_COUNT])
 
 
 @torch.library.register_fake("eaml_ext::selective_scan_jvp")
@@ -228,8 +232,8 @@ def _jvp_fake(*args: Any) -> tuple[Tensor, Tensor]:
 
 
 @torch.library.register_fake("eaml_ext::selective_scan_backward_jvp")
-def _backward_jvp_fake(grad_y: Any, grad_state: Any, gy_tangent: Any, gs_tangent: Any, *args: Any) -> list[Tensor]:
-    return [torch.empty_like(args[0]), _fake_state(args[0], args[2]), *_fake_gradients(args[:_COUNT])]
+def _backward_jvp_fake(grad_y: Any, grad_state: Any, gy_tangent: Any, gs_tangent: Any, *args: Any) -> tuple[Tensor, ...]:
+    return (torch.empty_like(args[0]), _fake_state(args[0], args[2]), *_empty_gradients(args[:_COUNT]))
 
 
 # --- autograd --------------------------------------------------------------------------------------------------------
