@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <cmath>
+#include <cstring>
 #include <limits>
 #include <utility>
 #include <vector>
@@ -36,6 +37,7 @@ using Vec __attribute__((vector_size(N * sizeof(T)), aligned(alignof(T)), may_al
 
 constexpr int kRows = 12;    // queries of a tile: with one vector of keys, 12 accumulators + operands fill 16 registers
 constexpr int kPanel = 32;   // keys of a panel [features + 1][kPanel]
+constexpr int kFew = 4;      // queries searched row by row, without packing
 constexpr int kLanes = 8;    // lanes of an exact sum
 
 // scores[r][l] = start[l] + sum_i queries[i][r] * panel[i][l]
@@ -129,36 +131,69 @@ EAML_INLINE void pack_(const T* keys, int count, std::int64_t features, const T*
   for (int v = 0; v < kPanel / N; ++v) *reinterpret_cast<V*>(square + v * N) = sum[v];
 }
 
-#define EAML_DEFINE(TARGET, BYTES)                                                                                  \
-  TARGET void tile(const float* queries, const float* panel, const float* start, std::int64_t depth, float* scores) { \
-    tile_<float, BYTES>(queries, panel, start, depth, scores);                                                       \
-  }                                                                                                                  \
-  TARGET void tile(const double* queries, const double* panel, const double* start, std::int64_t depth,              \
-                   double* scores) {                                                                                 \
-    tile_<double, BYTES>(queries, panel, start, depth, scores);                                                      \
-  }                                                                                                                  \
-  TARGET void pack(const float* keys, int count, std::int64_t features, const float* centre, const float* scale,       \
-                   float* panel, float* square) {                                                                    \
-    pack_<float, BYTES>(keys, count, features, centre, scale, panel, square);                                        \
-  }                                                                                                                  \
-  TARGET void pack(const double* keys, int count, std::int64_t features, const double* centre, const double* scale,   \
-                   double* panel, double* square) {                                                                  \
-    pack_<double, BYTES>(keys, count, features, centre, scale, panel, square);                                       \
-  }                                                                                                                  \
-  TARGET EAML_NO_CONTRACTION double square_distance(const float* a, const float* b, std::int64_t features) {         \
-    return exact_sum_<float, BYTES, true>(a, b, features);                                              \
-  }                                                                                                                  \
-  TARGET EAML_NO_CONTRACTION double square_distance(const double* a, const double* b, std::int64_t features) {       \
-    return exact_sum_<double, BYTES, true>(a, b, features);                                            \
-  }                                                                                                                  \
-  TARGET EAML_NO_CONTRACTION double product(const float* a, const float* b, std::int64_t features) {                 \
-    return exact_sum_<float, BYTES, false>(a, b, features);                                                 \
-  }                                                                                                                  \
-  TARGET EAML_NO_CONTRACTION double product(const double* a, const double* b, std::int64_t features) {               \
-    return exact_sum_<double, BYTES, false>(a, b, features);                                               \
+template <class T, int Bytes>
+EAML_INLINE T total_(Vec<T, Bytes / sizeof(T)> x) {
+  if constexpr (Bytes == 2 * sizeof(T)) {
+    return x[0] + x[1];
+  } else {
+    using Half = Vec<T, Bytes / sizeof(T) / 2>;
+    Half half[2];
+    std::memcpy(half, &x, sizeof x);
+    return total_<T, Bytes / 2>(half[0] + half[1]);
   }
+}
+
+// For each of `count` keys |query - key|², or query . key and |key|²: in the keys' precision, in any order.
+template <class T, int Bytes, bool kDifference>
+EAML_INLINE void rows_(const T* query, const T* keys, int count, std::int64_t features, T* sum, T* square) {
+  constexpr int N = Bytes / sizeof(T);
+  using V = Vec<T, N>;
+  for (int l = 0; l < count; ++l) {
+    const T* key = keys + l * features;
+    V sums = {}, squares = {};
+    std::int64_t i = 0;
+    for (; i + N <= features; i += N) {
+      const V x = *reinterpret_cast<const V*>(key + i), q = *reinterpret_cast<const V*>(query + i), d = q - x;
+      sums += kDifference ? d * d : q * x;
+      if constexpr (!kDifference) squares += x * x;
+    }
+    T last = 0, last_square = 0;
+    for (; i < features; ++i) {
+      const T x = key[i], q = query[i];
+      last += kDifference ? (q - x) * (q - x) : q * x;
+      last_square += x * x;
+    }
+    sum[l] = total_<T, Bytes>(sums) + last;
+    if constexpr (!kDifference) square[l] = total_<T, Bytes>(squares) + last_square;
+  }
+}
+
+#define EAML_DEFINE_FOR(T, TARGET, BYTES)                                                                             \
+  TARGET void tile(const T* queries, const T* panel, const T* start, std::int64_t depth, T* scores) {                 \
+    tile_<T, BYTES>(queries, panel, start, depth, scores);                                                            \
+  }                                                                                                                   \
+  TARGET void pack(const T* keys, int count, std::int64_t features, const T* centre, const T* scale, T* panel,        \
+                   T* square) {                                                                                       \
+    pack_<T, BYTES>(keys, count, features, centre, scale, panel, square);                                             \
+  }                                                                                                                   \
+  TARGET void difference_rows(const T* query, const T* keys, int count, std::int64_t features, T* sum) {              \
+    rows_<T, BYTES, true>(query, keys, count, features, sum, nullptr);                                                \
+  }                                                                                                                   \
+  TARGET void product_rows(const T* query, const T* keys, int count, std::int64_t features, T* sum, T* square) {      \
+    rows_<T, BYTES, false>(query, keys, count, features, sum, square);                                                \
+  }                                                                                                                   \
+  TARGET EAML_NO_CONTRACTION double square_distance(const T* a, const T* b, std::int64_t features) {                  \
+    return exact_sum_<T, BYTES, true>(a, b, features);                                                                \
+  }                                                                                                                   \
+  TARGET EAML_NO_CONTRACTION double product(const T* a, const T* b, std::int64_t features) {                          \
+    return exact_sum_<T, BYTES, false>(a, b, features);                                                               \
+  }
+#define EAML_DEFINE(TARGET, BYTES)       \
+  EAML_DEFINE_FOR(float, TARGET, BYTES)  \
+  EAML_DEFINE_FOR(double, TARGET, BYTES)
 EAML_VERSIONS(EAML_DEFINE)
 #undef EAML_DEFINE
+#undef EAML_DEFINE_FOR
 
 // Whether any of a panel's scores may be among the best.
 template <class T>
@@ -250,6 +285,7 @@ struct Shortlist {
     threshold = std::numeric_limits<T>::max();
     margin = margin_;
     k = k_, limit = 2 * k + 64, most = 8 * k + 4096;
+    entries.reserve(std::min<std::size_t>(limit, 1024));
   }
   // Too many keys are too close to call: take none, all will be evaluated.
   void give_up() {
@@ -335,9 +371,13 @@ class Screen {
     queries_ = problem_.queries + row * problem_.features;
 
     lists_.resize(std::max<std::size_t>(lists_.size(), count_));
-    centre(memory);
-    pack_queries();
-    for (std::int64_t slot = begin_; slot < end_; slot += kPanel) panel(memory, slot);
+    if (count_ <= kFew) {
+      search_rows(memory);
+    } else {
+      centre(memory);
+      pack_queries();
+      for (std::int64_t slot = begin_; slot < end_; slot += kPanel) panel(memory, slot);
+    }
 
     const std::int64_t out = (key_block * problem_.memories * problem_.queries_each + row) * problem_.k;
     for (std::int64_t q = 0; q < count_; ++q)
@@ -378,6 +418,74 @@ class Screen {
       square += double(centre_[i]) * double(centre_[i]);
     }
     centre_norm_ = std::sqrt(square);
+  }
+
+  // The bias of a slot, cut where it is so low that a bound from below is enough: a mask, as it were.
+  T weight(const Memory<T>& memory, std::int64_t slot, bool* cut) const {
+    const T bias = memory.bias ? memory.bias[slot] : T(0);
+    *cut = bias < -Limits<T>::kBias;
+    return *cut ? -Limits<T>::kBias : bias;
+  }
+
+  // Few queries do not repay the packing. The differences of a squared distance are taken directly and need no centre,
+  // so errors are relative: g (|q - x|² + |b|), g (|q||x| + |b|), and 2g (1 + |b|) as |x| is rounded like q.x.
+  void search_rows(const Memory<T>& memory) {
+    using L = Limits<T>;
+    constexpr T kInfinity = std::numeric_limits<T>::infinity();
+    const std::int64_t features = problem_.features;
+    const T g = T(bound_.own), tiny = T(bound_.tiny);
+    for (std::int64_t q = 0; q < count_; ++q) {
+      Shortlist<T>& list = lists_[q];
+      list.reset(problem_.k, 2 * tiny);
+      const T* query = queries_ + q * features;
+      if (cosine()) {
+        const T factor = scale(query);
+        packed_.resize(features);
+        for (std::int64_t i = 0; i < features; ++i) packed_[i] = query[i] * factor;
+        query = packed_.data();
+      }
+      const T norm = T(std::sqrt(product(query, query, features)));
+      if (!bound_.holds() || !(norm <= L::kNorm)) {
+        list.give_up();
+        continue;
+      }
+      T sum[kPanel] = {}, square[kPanel] = {}, extent[kPanel] = {}, lower[kPanel], upper[kPanel];
+      for (std::int64_t slot = begin_; slot < end_; slot += kPanel) {
+        const int keys = int(std::min<std::int64_t>(kPanel, end_ - slot));
+        if (sqeuclidean())
+          difference_rows(query, memory.key(slot), keys, features, sum);
+        else
+          product_rows(query, memory.key(slot), keys, features, sum, square);
+        T bias[kPanel] = {}, spread[kPanel] = {};
+        for (int l = 0; memory.bias && l < keys; ++l) {
+          bool cut;
+          bias[l] = weight(memory, slot + l, &cut);
+          spread[l] = cut ? kInfinity : 0;
+        }
+        if (cosine()) {
+          for (int l = 0; l < keys; ++l) {
+            const bool safe = square[l] >= T(1e-30) && square[l] <= T(1e30);
+            sum[l] *= safe ? -1 / std::sqrt(square[l]) : -scale(memory.key(slot + l));
+            extent[l] = 2 + std::abs(bias[l]);
+          }
+        } else if (sqeuclidean()) {
+          std::copy(sum, sum + kPanel, extent);
+        } else {
+          for (int l = 0; l < kPanel; ++l) sum[l] = -sum[l], extent[l] = norm * std::sqrt(square[l] + tiny) * (1 + g);
+        }
+        for (int l = 0; l < kPanel; ++l) {
+          const T value = sum[l] - bias[l], error = g * (extent[l] + std::abs(bias[l]));
+          const bool known = std::abs(value) + error <= L::kMax / 4;
+          lower[l] = known ? value - error : -L::kMax;
+          upper[l] = known ? value + error + spread[l] : kInfinity;
+        }
+        for (int l = keys; l < kPanel; ++l) lower[l] = kInfinity;
+        if (memory.valid)
+          for (int l = 0; l < keys; ++l) lower[l] = memory.valid[slot + l] ? lower[l] : kInfinity;
+        if (!any_below(lower, list.threshold)) continue;
+        for (int l = 0; l < keys; ++l) list.add(lower[l], upper[l], std::int32_t(slot + l - begin_));
+      }
+    }
   }
 
   // Negated and transposed, tiles [features + 1][kRows]; the last row is g|q|.
@@ -436,12 +544,11 @@ class Screen {
     for (int l = 0; l < kPanel; ++l) {
       start[l] = kInfinity, width[l] = norms[l] = 0;
       if (l >= keys || !memory.live(slot + l)) continue;
-      T bias = memory.bias ? memory.bias[slot + l] : T(0);
-      const bool faint = bias < -L::kBias;  // a mask, as it were: a bound from below is enough
-      if (faint) bias = -L::kBias;
+      bool cut;
+      const T bias = weight(memory, slot + l, &cut);
       norms[l] = std::sqrt(square[l] + T(bound_.tiny)) * (1 + g);
       const T own = sqeuclidean() ? square[l] : T(0), error = g * (own + std::abs(bias));
-      start[l] = half * (own - bias) - error, width[l] = faint ? kInfinity : 2 * error;
+      start[l] = half * (own - bias) - error, width[l] = cut ? kInfinity : 2 * error;
       if (norms[l] <= L::kNorm && bias <= L::kBias) continue;
       start[l] = -L::kMax, width[l] = kInfinity, norms[l] = 0;  // too large, or not a number: always on the list
       for (std::int64_t i = 0; i < problem_.features; ++i) panel_[i * kPanel + l] = 0;

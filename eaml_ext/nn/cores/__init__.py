@@ -1,0 +1,29 @@
+"""State-space cores: sequence mixers of one width, interchangeable in :class:`eaml_ext.nn.SSM`.
+
+A core is an ``nn.Module`` built as ``Core(dim, state_size)`` with
+
+- ``state_shape``: the shape of one row's state;
+- ``scan(x, state=None, reset=None) -> (y, state)`` for ``x`` of shape ``(batch, time, dim)``, ``reset`` ``(batch, time)``;
+- ``step(x, state) -> (y, state)`` for ``x`` of shape ``(batch, dim)``.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+from torch import nn
+
+from eaml_ext.nn.cores.s6 import S6
+
+CORES: dict[str, Callable[[int, int], nn.Module]] = {"s6": S6}
+
+
+def make_core(core: str | Callable[[int, int], nn.Module], dim: int, state_size: int) -> Any:
+    """The core named ``core``, or built by it if it is a callable ``(dim, state_size) -> nn.Module``."""
+    if callable(core):
+        return core(dim, state_size)
+    if core not in CORES:
+        raise ValueError(f"make_core: core must be one of {sorted(CORES)} or a callable, got {core!r}")
+    return CORES[core](dim, state_size)
+
+
+__all__ = ["CORES", "S6", "make_core"]

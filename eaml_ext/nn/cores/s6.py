@@ -1,0 +1,69 @@
+"""h_t = exp(dt_t A) h_{t-1} + dt_t B(x_t) u_t;  y_t = (C(x_t) . h_t + D u_t) * silu(z(x_t)): Mamba's selective core."""
+
+import math
+
+import torch
+from torch import Tensor, nn
+
+from eaml_ext import _check
+from eaml_ext.ops import selective_scan, selective_scan_step
+
+
+class S6(nn.Module):
+    """Selective state-space core: step size, B and C depend on the input (Gu & Dao 2023, "Mamba", section 3).
+
+    A starts as S4D-Real, ``-(1..state_size)``, and the step sizes log-uniform in [0.001, 0.1], as there.
+
+    Args:
+        dim: width of input and output.
+        state_size: states per channel.
+
+    >>> core = S6(8, 4)
+    >>> y, state = core.scan(torch.randn(2, 5, 8))
+    >>> y.shape, state.shape
+    (torch.Size([2, 5, 8]), torch.Size([2, 8, 4]))
+    """
+
+    def __init__(self, dim: int, state_size: int = 16):
+        super().__init__()
+        _check.positive("S6", "dim", dim, integer=True)
+        _check.positive("S6", "state_size", state_size, integer=True)
+        self.state_shape = (dim, state_size)
+        rank = math.ceil(dim / 16)
+        self.split = (rank, state_size, state_size)
+        self.project = nn.Linear(dim, sum(self.split), bias=False)  # step size (low rank), B, C
+        self.expand = nn.Linear(rank, dim, bias=False)
+        self.gate = nn.Linear(dim, dim)
+        self.mix = nn.Linear(dim, dim)
+        self.A_log = nn.Parameter(torch.arange(1.0, state_size + 1).log().repeat(dim, 1))
+        self.D = nn.Parameter(torch.ones(dim))
+        step = torch.exp(torch.empty(dim).uniform_(math.log(1e-3), math.log(1e-1)))
+        self.delta_bias = nn.Parameter(step + torch.log(-torch.expm1(-step)))  # softplus(delta_bias) = step
+        nn.init.uniform_(self.expand.weight, -(rank**-0.5), rank**-0.5)
+
+    def scan(self, x: Tensor, state: Tensor | None = None, reset: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """``x`` (batch, time, dim), ``state`` (batch, dim, state_size), ``reset`` (batch, time) bool -> (y, state)."""
+        delta, B, C = self.project(x).split(self.split, dim=-1)
+        y, state = selective_scan(  # type: ignore[misc]
+            x.transpose(1, 2),
+            self.expand(delta).transpose(1, 2),
+            -self.A_log.exp(),
+            B.transpose(1, 2),
+            C.transpose(1, 2),
+            self.D,
+            self.gate(x).transpose(1, 2),
+            self.delta_bias,
+            True,
+            True,
+            initial_state=state,
+            reset=reset,
+        )
+        return self.mix(y.transpose(1, 2)), state
+
+    def step(self, x: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
+        """``x`` (batch, dim), ``state`` (batch, dim, state_size) -> (y, state): one step of :meth:`scan`."""
+        delta, B, C = self.project(x).split(self.split, dim=-1)
+        y, state = selective_scan_step(
+            state, x, self.expand(delta), -self.A_log.exp(), B, C, self.D, self.gate(x), self.delta_bias, True
+        )
+        return self.mix(y), state

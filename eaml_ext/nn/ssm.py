@@ -1,0 +1,228 @@
+"""x -> Linear -> num_layers times h + core(norm(h)) -> norm -> Linear: sequence models over a state-space core."""
+
+from collections.abc import Callable
+from os import PathLike
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from eaml_ext import _check, checkpoint
+from eaml_ext.nn.cores import make_core
+
+
+class SSM(nn.Module):
+    """Sequence model on a state-space core. The call returns one tensor, always; states are explicit and never hidden.
+
+    **Two-dimensional input is a batch** of single steps (in :class:`SSMLayer` it is one sequence in time).
+
+    Args:
+        state_dim: size of an observation.
+        hidden_dim: width of the model.
+        output_dim: size of an output.
+        device: where the parameters live.
+        state_size: states per channel.
+        num_layers: residual layers.
+        core: "s6" (Mamba's), or a callable ``(hidden_dim, state_size) -> core``, see :mod:`eaml_ext.nn.cores`.
+
+    Raises:
+        TypeError, ValueError: a size is not a positive integer, ``core`` is unknown, or an input has the wrong shape.
+
+    >>> model = SSM(state_dim=10)
+    >>> model(torch.randn(32, 10)).shape
+    torch.Size([32, 32])
+    >>> y, state = model.scan(torch.randn(4, 7, 10))
+    >>> y, state = model.step(torch.randn(4, 10), state)
+    >>> y.shape, state.shape
+    (torch.Size([4, 32]), torch.Size([4, 1, 128, 16]))
+    """
+
+    def __init__(
+        self,
+        state_dim: int,
+        hidden_dim: int = 128,
+        output_dim: int = 32,
+        device: str | torch.device = "cpu",
+        *,
+        state_size: int = 16,
+        num_layers: int = 1,
+        core: str | Callable[[int, int], nn.Module] = "s6",
+    ):
+        super().__init__()
+        options = {
+            "state_dim": state_dim,
+            "hidden_dim": hidden_dim,
+            "output_dim": output_dim,
+            "state_size": state_size,
+            "num_layers": num_layers,
+        }
+        for name, value in options.items():
+            _check.positive("SSM", name, value, integer=True)
+        self.options = {**options, "core": core}
+        self.state_dim, self.hidden_dim, self.output_dim = state_dim, hidden_dim, output_dim
+        self.embed = nn.Linear(state_dim, hidden_dim)
+        self.norms = nn.ModuleList(nn.RMSNorm(hidden_dim) for _ in range(num_layers))
+        self.cores = nn.ModuleList(make_core(core, hidden_dim, state_size) for _ in range(num_layers))
+        self.norm = nn.RMSNorm(hidden_dim)
+        self.head = nn.Linear(hidden_dim, output_dim)
+        self.to(device)
+
+    def forward(self, x: Tensor, hidden_state: Tensor | None = None) -> Tensor:
+        """``(batch, state_dim)`` -> ``(batch, output_dim)`` or ``(batch, time, state_dim)`` -> ``(batch, time, output_dim)``.
+
+        ``hidden_state`` is the state to start from, ``init_hidden(batch)`` if absent.
+        """
+        self._check_input("SSM", x, (2, 3))
+        if x.dim() == 3:
+            return self.scan(x, hidden_state)[0]
+        return self.step(x, self.init_hidden(x.shape[0]) if hidden_state is None else hidden_state)[0]
+
+    def init_hidden(self, batch: int) -> Tensor:
+        """The zero state, ``(batch, num_layers, *core.state_shape)``."""
+        _check.positive("SSM.init_hidden", "batch", batch, zero=True, integer=True)
+        like = self.embed.weight
+        return like.new_zeros(batch, len(self.cores), *self.cores[0].state_shape)  # type: ignore[arg-type]
+
+    def scan(self, x: Tensor, state: Tensor | None = None, reset: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """A sequence at once.
+
+        Args:
+            x: ``(batch, time, state_dim)``.
+            state: the state before the first step, from :meth:`init_hidden`, :meth:`scan` or :meth:`step`.
+            reset: ``(batch, time)`` bool: the state is zeroed before step t.
+
+        Returns:
+            ``(batch, time, output_dim)`` and the state after the last step.
+        """
+        self._check_input("SSM.scan", x, (3,))
+        self._check_state("SSM.scan", x, state)
+        h, states = self.embed(x), []
+        for i, (norm, core) in enumerate(zip(self.norms, self.cores, strict=True)):
+            y, last = core.scan(norm(h), None if state is None else state[:, i], reset)  # type: ignore[operator]
+            h = h + y
+            states.append(last)
+        return self.head(self.norm(h)), torch.stack(states, dim=1)
+
+    def step(self, x: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
+        """One step: ``x`` ``(batch, state_dim)`` -> ``(batch, output_dim)`` and the next state."""
+        self._check_input("SSM.step", x, (2,))
+        self._check_state("SSM.step", x, state)
+        h, states = self.embed(x), []
+        for i, (norm, core) in enumerate(zip(self.norms, self.cores, strict=True)):
+            y, last = core.step(norm(h), state[:, i])  # type: ignore[operator]
+            h = h + y
+            states.append(last)
+        return self.head(self.norm(h)), torch.stack(states, dim=1)
+
+    def save(self, path: str | PathLike[str]) -> None:
+        """Writes weights and options (no code) to ``path``; models with a custom ``core`` save their ``state_dict``."""
+        if not isinstance(self.options["core"], str):
+            raise ValueError("SSM.save: core is a custom callable, which a file cannot hold; save state_dict() instead")
+        checkpoint.save(path, self.state_dict(), self.options, kind="SSM")
+
+    @classmethod
+    def load(cls, path: str | PathLike[str], device: str | torch.device = "cpu") -> "SSM":
+        """The model that :meth:`save` wrote. Loading never runs code from the file."""
+        tensors, options = checkpoint.load(path, device, kind="SSM")
+        model = cls(**options, device=device)
+        model.load_state_dict(tensors)
+        return model
+
+    def _check_input(self, where: str, x: Any, ranks: tuple[int, ...]) -> None:
+        _check.tensor(where, "x", x)
+        if x.dim() not in ranks or x.shape[-1] != self.state_dim:
+            shapes = {2: f"(batch, {self.state_dim})", 3: f"(batch, time, {self.state_dim})"}
+            wanted = " or ".join(shapes[r] for r in ranks)
+            raise ValueError(f"{where}: x must have shape {wanted}, got {tuple(x.shape)}")
+        _check.dtype(where, "x", x, (self.embed.weight.dtype,))
+        _check.device(where, "x", x, self.embed.weight.device, "the model")
+
+    def _check_state(self, where: str, x: Tensor, state: Any) -> None:
+        if state is None:
+            return
+        _check.tensor(where, "state", state)
+        shape = (x.shape[0], len(self.cores), *self.cores[0].state_shape)  # type: ignore[misc]
+        _check.shape(where, "state", state, shape, str(shape))
+
+
+class SSMLayer(nn.Module):
+    """Sequence encoder; the mean of its output over time is a task's context embedding.
+
+    **Two-dimensional input is one sequence in time** (in :class:`SSM` it is a batch of single steps).
+
+    Args:
+        input_dim: size of an observation.
+        hidden_dim: size of the encoding.
+        state_size, num_layers, core: as in :class:`SSM`.
+
+    >>> encoder = SSMLayer(4, 16)
+    >>> encoder(torch.randn(50, 4)).mean(dim=0).shape
+    torch.Size([16])
+    >>> encoder(torch.randn(3, 50, 4)).shape
+    torch.Size([3, 50, 16])
+    """
+
+    def __init__(
+        self,
+        input_dim: int,
+        hidden_dim: int,
+        *,
+        state_size: int = 16,
+        num_layers: int = 1,
+        core: str | Callable[[int, int], nn.Module] = "s6",
+    ):
+        super().__init__()
+        for name, value in (("input_dim", input_dim), ("hidden_dim", hidden_dim)):
+            _check.positive("SSMLayer", name, value, integer=True)
+        self.input_dim, self.hidden_dim = input_dim, hidden_dim
+        self.model = SSM(input_dim, hidden_dim, hidden_dim, state_size=state_size, num_layers=num_layers, core=core)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``(time, input_dim)`` -> ``(time, hidden_dim)`` or ``(batch, time, input_dim)`` -> ``(batch, time, hidden_dim)``."""
+        _check.tensor("SSMLayer", "x", x)
+        if x.dim() not in (2, 3) or x.shape[-1] != self.input_dim:
+            wanted = f"(time, {self.input_dim}) or (batch, time, {self.input_dim})"
+            raise ValueError(f"SSMLayer: x must have shape {wanted}, got {tuple(x.shape)}")
+        return self.model(x) if x.dim() == 3 else self.model(x.unsqueeze(0)).squeeze(0)
+
+
+class Stateful(nn.Module):
+    """Wraps a model with ``scan``, ``step`` and ``init_hidden`` so that it remembers its state from call to call.
+
+    The state is kept detached: a gradient never reaches into an earlier call. It starts at zero, anew whenever the
+    batch size changes or :meth:`reset` is called.
+
+    >>> model = Stateful(SSM(3, 8, 2))
+    >>> a, b = model(torch.ones(1, 3)), model(torch.ones(1, 3))
+    >>> torch.equal(a, b)
+    False
+    >>> model.reset()
+    >>> torch.equal(model(torch.ones(1, 3)), a)
+    True
+    """
+
+    def __init__(self, model: Any):
+        super().__init__()
+        self.model = model
+        self.state: Tensor | None = None
+
+    def forward(self, x: Tensor) -> Tensor:
+        """One step for 2-D ``x``, a sequence for 3-D ``x``, from where the last call ended."""
+        _check.tensor("Stateful", "x", x)
+        state = self.state
+        if state is None or state.shape[0] != x.shape[0]:
+            state = self.model.init_hidden(x.shape[0])
+        y, state = self.model.scan(x, state) if x.dim() == 3 else self.model.step(x, state)
+        self.state = state.detach()
+        return y
+
+    def reset(self, rows: Tensor | None = None) -> None:
+        """Forgets the state; of the batch rows marked in ``rows`` ``(batch,)`` bool only, if given."""
+        if rows is None or self.state is None:
+            self.state = None
+            return
+        _check.tensor("Stateful.reset", "rows", rows)
+        _check.dtype("Stateful.reset", "rows", rows, (torch.bool,))
+        _check.shape("Stateful.reset", "rows", rows, self.state.shape[:1], str(tuple(self.state.shape[:1])))
+        keep = ~rows.view(-1, *[1] * (self.state.dim() - 1))
+        self.state = torch.where(keep, self.state, torch.zeros_like(self.state))
