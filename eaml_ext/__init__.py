@@ -21,6 +21,7 @@ _HOME = {
     "Stateful": "nn",
     "MetaMAML": "meta",
     "ExperienceBuffer": "experience",
+    "Experiences": "experience",
     "Adapter": "adaptation",
     "AdaptationConfig": "adaptation",
 }
@@ -43,7 +44,7 @@ def build_info() -> dict[str, Any]:
 
     from eaml_ext import ops
 
-    compiled = ops._C.build_info() if ops._C is not None else {}
+    compiled: dict[str, Any] = ops._C.build_info() if ops._C is not None else {}
     return {**compiled, "kernels": ops._C is not None, "torch": torch.__version__}
 
 

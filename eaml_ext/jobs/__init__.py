@@ -1,0 +1,1 @@
+"""Jobs: whole runs, from collecting data to a report."""

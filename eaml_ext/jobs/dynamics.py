@@ -1,0 +1,276 @@
+"""The main job: an SSM learns the dynamics of many tasks by MAML, then adapts to unseen ones with retrieved experience.
+
+The model predicts the next observation from the observations and actions of an episode so far. Every transition met in
+meta-training goes into an ExperienceBuffer. At test time each held-out task gives ``shots`` transitions; the model
+adapts on them alone (plain), with experience of other tasks (uniform, nearest, best fit), or not at all, and is judged
+on the transitions that follow, beside the predictor that copies its input.
+"""
+
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.func import functional_call, vmap
+from tqdm import tqdm
+
+from eaml_ext import checkpoint
+from eaml_ext.adaptation import AdaptationConfig, Adapter
+from eaml_ext.experience import ExperienceBuffer, Experiences, retrieval
+from eaml_ext.jobs import report
+from eaml_ext.jobs.settings import DynamicsSettings
+from eaml_ext.meta import MetaMAML
+from eaml_ext.nn import SSM
+from eaml_ext.rl import Trajectories, collect
+from eaml_ext.tasks import Task, TaskDistribution, make_tasks
+
+SIMILAR_TASKS = 5  # past tasks whose experience is taken
+MEMORY_STEPS = 20  # gradient steps by which the models of past tasks are adapted, for best_fit
+
+
+class DynamicsModel(nn.Module):
+    """Predicts the step ``next_observation - observation``, in units of ``scale``, with an SSM over the episode.
+
+    Input features: observation, action, and 1 where an episode starts (the state is zeroed there, else 0).
+
+    Args:
+        obs_dim, action_dim: sizes of observation and encoded action.
+        hidden_dim, state_size, num_layers: of the :class:`eaml_ext.nn.SSM`.
+
+    >>> model = DynamicsModel(4, 2, hidden_dim=8)
+    >>> model(torch.zeros(20, 7)).shape, model(torch.zeros(3, 20, 7)).shape
+    (torch.Size([20, 4]), torch.Size([3, 20, 4]))
+    """
+
+    mean: Tensor
+    std: Tensor
+    scale: Tensor
+
+    def __init__(
+        self, obs_dim: int, action_dim: int, hidden_dim: int = 32, state_size: int = 16, num_layers: int = 1
+    ) -> None:
+        super().__init__()
+        self.sizes = (obs_dim, action_dim, 1)
+        self.ssm = SSM(obs_dim + action_dim, hidden_dim, obs_dim, state_size=state_size, num_layers=num_layers)
+        self.register_buffer("mean", torch.zeros(obs_dim))  # of observations
+        self.register_buffer("std", torch.ones(obs_dim))
+        self.register_buffer("scale", torch.ones(obs_dim))  # of steps
+
+    def normalise(self, data: Trajectories) -> None:
+        """Takes the units of inputs and outputs from data."""
+        steps = (data.next_observations - data.observations).flatten(0, -2)
+        observations = data.observations.flatten(0, -2)
+        self.mean.copy_(observations.mean(0))
+        self.std.copy_(observations.std(0).clamp(min=1e-6))
+        self.scale.copy_(steps.std(0).clamp(min=1e-6))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``(time, features)`` or ``(batch, time, features)`` -> steps of the same leading shape."""
+        if x.dim() == 2:
+            return self.forward(x.unsqueeze(0)).squeeze(0)
+        observation, action, start = x.split(self.sizes, dim=-1)
+        inputs = torch.cat([(observation - self.mean) / self.std, action], dim=-1)
+        return self.ssm.scan(inputs, reset=start.squeeze(-1) > 0.5)[0]
+
+
+def features(observation: Tensor, action: Tensor, start: Tensor) -> Tensor:
+    """The model's input, ``(..., obs_dim + action_dim + 1)``."""
+    return torch.cat([observation, action, start.unsqueeze(-1).to(observation.dtype)], dim=-1)
+
+
+def fingerprint(x: Tensor, y: Tensor) -> Tensor:
+    """A task's context embedding: ridge-regression weights of steps on features, ``(tasks, features * obs_dim)``.
+
+    ``x`` ``(tasks, time, features)``, ``y`` ``(tasks, time, obs_dim)``. It needs no model, so it never goes stale.
+    """
+    x = torch.cat([x[..., :-1], torch.ones_like(x[..., :1])], dim=-1)
+    gram = x.mT @ x + torch.eye(x.shape[-1], dtype=x.dtype, device=x.device)
+    return torch.linalg.solve(gram, x.mT @ y).flatten(1)
+
+
+class PastModels:
+    """The meta-learned model adapted to each past task of a buffer: what ``retrieval.best_fit`` asks which fits best."""
+
+    def __init__(self, maml: MetaMAML, buffer: ExperienceBuffer, select: dict[str, Any], length: int) -> None:
+        self.maml = maml
+        parts = {task: buffer.of_task(task) for task in buffer.tasks().tolist()}
+        whole = {task: part.batch(**select) for task, part in parts.items() if len(part) == length}
+        self.row = {task: i for i, task in enumerate(whole)}
+        x = torch.stack([batch["states"] for batch in whole.values()])
+        y = torch.stack([batch["targets"] for batch in whole.values()])
+        start = {name: p.detach() for name, p in maml.parameters().items()}
+
+        def adapt(x: Tensor, y: Tensor) -> dict[str, Tensor]:
+            return maml.adapt_params(start, x, y, F.mse_loss, MEMORY_STEPS)
+
+        self.params = vmap(adapt, chunk_size=64)(x, y)
+
+    def score(self, buffer: ExperienceBuffer, tasks: Tensor, batch: Any) -> Tensor:
+        """Loss on the batch of each past task's model; inf for tasks that the ring has overwritten in part."""
+        x, y = batch["states"], batch["targets"]
+        losses = vmap(lambda params: F.mse_loss(self.maml.call(params, x), y))(self.params)
+        rows = torch.tensor([self.row.get(task, -1) for task in tasks.tolist()], device=losses.device)
+        return torch.where(rows < 0, torch.inf, losses[rows])
+
+
+def run(settings: DynamicsSettings) -> dict[str, Any]:
+    """Runs the job, prints its progress and writes ``settings.folder``; returns the report.
+
+    The folder gets ``report.json``, ``report.png``, ``model.safetensors`` and ``buffer.safetensors``.
+    """
+    device = torch.device(settings.device)
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise ValueError(f"DynamicsSettings: device is {settings.device}, but torch sees no CUDA device")
+    torch.manual_seed(settings.seed)
+    distribution = make_tasks(settings.env_name)
+    model = DynamicsModel(
+        distribution.obs_dim, distribution.action_dim, settings.hidden_dim, settings.state_size, settings.num_layers
+    )
+    model.normalise(collect(distribution, distribution.sample(64, "valid", settings.seed), 64, settings.seed))
+    model.to(device)
+    maml = MetaMAML(model, settings.inner_lr, settings.outer_lr, inner_steps=settings.inner_steps)
+    buffer = ExperienceBuffer(settings.buffer_size, distribution.obs_dim, distribution.action_dim, device=device)
+
+    losses = meta_train(settings, distribution, maml, buffer)
+    print("MetaMAML training completed.")
+    print(f"Experience Buffer populated with {len(buffer)} experiences.")
+    arms = adapt(settings, distribution, maml, buffer)
+
+    results = {
+        "settings": vars(settings),
+        "meta_loss": losses,
+        "arms": {name: report.summary(errors[-1]) for name, errors in arms.items()},
+        "curves": {name: errors.mean(dim=1).tolist() for name, errors in arms.items()},
+    }
+    folder = Path(settings.folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    checkpoint.save(folder / "model.safetensors", model.state_dict(), {"settings": vars(settings)}, kind="dynamics")
+    buffer.save(folder / "buffer.safetensors")
+    report.write_json(folder / "report.json", results)
+    report.plot(folder / "report.png", results)
+    print("=== Hybrid Execution completed successfully ===")
+    print(report.table(results["arms"]))
+    print(f"Results: {folder}")
+    return results
+
+
+def meta_train(
+    settings: DynamicsSettings, distribution: TaskDistribution[Task], maml: MetaMAML, buffer: ExperienceBuffer
+) -> list[float]:
+    """Second-order MAML over freshly drawn tasks; every transition goes into the buffer. Returns the loss per epoch."""
+    model: Any = maml.model
+    updates = settings.updates_per_epoch
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(maml.optimizer, settings.num_epochs * updates)
+    losses = []
+    with tqdm(total=settings.num_epochs * updates, desc="meta-training", unit="update", leave=False) as progress:
+        for epoch in range(settings.num_epochs):
+            total = 0.0
+            for update in range(updates):
+                tasks = distribution.sample(
+                    settings.tasks_per_update, "train", settings.seed, epoch=epoch * updates + update
+                )
+                data = collect(distribution, tasks, settings.shots + settings.query, settings.seed)
+                x, y = tensors(data, model)
+                k = settings.shots
+                batch = [(x[i, :k], y[i, :k], x[i, k:], y[i, k:]) for i in range(len(tasks))]
+                total += maml.meta_update(batch, F.mse_loss)
+                schedule.step()
+                first = (epoch * updates + update) * len(tasks)
+                remember(buffer, range(first, first + len(tasks)), data, fingerprint(x, y))
+                progress.update()
+            losses.append(total / updates)
+            if epoch % 10 == 0 or epoch == settings.num_epochs - 1:
+                progress.write(f"Epoch {epoch}, Meta Loss: {losses[-1]:.4f}")
+    return losses
+
+
+def tensors(data: Trajectories, model: DynamicsModel) -> tuple[Tensor, Tensor]:
+    """Features and targets of the model, ``(tasks, time, ...)``, on its device."""
+    device = model.scale.device
+    x = features(data.observations, data.actions, data.resets).to(device)
+    return x, (data.next_observations - data.observations).to(device) / model.scale
+
+
+def remember(buffer: ExperienceBuffer, numbers: Iterable[int], data: Trajectories, embeddings: Tensor) -> None:
+    """Adds all transitions, task by task, so that a task's transitions stand in the buffer in their order in time."""
+    time = data.rewards.shape[1]
+    buffer.add(
+        state=data.observations.flatten(0, 1).to(buffer.device),
+        action=data.actions.flatten(0, 1).to(buffer.device),
+        reward=data.rewards.flatten().to(buffer.device),
+        next_state=data.next_observations.flatten(0, 1).to(buffer.device),
+        start=data.resets.flatten().to(buffer.device),
+        context_embedding=embeddings.repeat_interleave(time, dim=0),
+        task=torch.tensor(list(numbers), device=buffer.device).repeat_interleave(time),
+    )
+
+
+def adapt(
+    settings: DynamicsSettings, distribution: TaskDistribution[Task], maml: MetaMAML, buffer: ExperienceBuffer
+) -> dict[str, Tensor]:
+    """Adapts to held-out tasks in every arm; the error of each task after each call, ``(calls + 1, tasks)``.
+
+    Errors are mean squared, in units of the standard deviation of a step, so that copying the input is about 1.
+    """
+    model: Any = maml.model
+    tasks = distribution.sample(settings.test_tasks, "test", settings.seed)
+    x, y = tensors(collect(distribution, tasks, settings.shots + settings.query, settings.seed), model)
+    k, length = settings.shots, settings.shots + settings.query
+    support = {
+        "states": x[:, :k],
+        "targets": y[:, :k],
+        "context_embedding": fingerprint(x[:, :k], y[:, :k]),
+        "task": -1 - torch.arange(len(tasks), device=x.device),  # no past task has a negative number
+    }
+
+    def error(params: dict[str, Tensor]) -> Tensor:
+        with torch.no_grad():
+            predict = vmap(lambda params, x: functional_call(model, params, (x,)))
+            return (predict(params, x[:, k:]) - y[:, k:]).square().mean(dim=(1, 2))
+
+    def inputs(e: Experiences) -> Tensor:
+        return features(e.state, e.action, e.start)
+
+    def targets(e: Experiences) -> Tensor:
+        return (e.next_state - e.state) / model.scale
+
+    select: dict[str, Any] = {"states": inputs, "targets": targets}
+    count = min(SIMILAR_TASKS * length, len(buffer))
+    retrievers: dict[str, Callable[..., Any]] = {
+        "uniform": retrieval.uniform(count, **select),
+        "nearest": retrieval.nearest(count, **select),
+        "best_fit": retrieval.best_fit(PastModels(maml, buffer, select, length).score, SIMILAR_TASKS, **select),
+    }
+    cfg = AdaptationConfig(lr=settings.inner_lr, max_steps_per_call=5)
+    unadapted = {name: p.detach().expand(len(tasks), *p.shape) for name, p in maml.parameters().items()}
+    arms = {"copy input": y[:, k:].square().mean(dim=(1, 2)).unsqueeze(0), "no adaptation": error(unadapted)[None]}
+    print("Starting test-time adaptation with Experience Buffer...")
+    for name in ("plain", *sorted(retrievers, key=lambda name: name == settings.retrieval)):
+        weight = 0.0 if name == "plain" else settings.experience_weight
+        adapter = Adapter(model, cfg, buffer, weight, retriever=once(retrievers.get(name, retrieval.uniform(1))))
+        params, errors = None, [error(unadapted)]
+        for call in tqdm(range(settings.adaptation_calls), desc=name, unit="call", leave=False):
+            params, losses = adapter.adapt_many(F.mse_loss, support, params)
+            errors.append(error(params))
+            if name == settings.retrieval and call % 10 == 0:
+                tqdm.write(
+                    f"Adaptation step {call}, Hybrid Loss: {losses.mean():.4f}, Steps taken: {cfg.max_steps_per_call}"
+                )
+        arms[name] = torch.stack(errors)
+    print("Adaptation completed.")
+    return arms
+
+
+def once(retriever: Callable[..., Any]) -> Callable[..., Any]:
+    """The retriever, asked once per task: the buffer does not change while the job adapts."""
+    found: dict[int, Any] = {}
+
+    def retrieve(buffer: ExperienceBuffer, batch: Any) -> Any:
+        task = int(batch["task"])
+        if task not in found:
+            found[task] = retriever(buffer, batch)
+        return found[task]
+
+    return retrieve

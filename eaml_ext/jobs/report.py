@@ -1,0 +1,53 @@
+"""What a run leaves behind: numbers as JSON, curves as PNG, a table to read."""
+
+import json
+import math
+import os
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from eaml_ext import build_info
+
+
+def summary(errors: Tensor) -> dict[str, float]:
+    """Mean over tasks, half width of its 95 % interval (normal), and median, of ``(tasks,)``."""
+    half = 1.96 * float(errors.std()) / math.sqrt(len(errors)) if len(errors) > 1 else math.nan
+    return {"mean": float(errors.mean()), "interval": half, "median": float(errors.median())}
+
+
+def table(arms: dict[str, dict[str, float]]) -> str:
+    """The arms as text."""
+    lines = [f"{'held-out tasks':<16}{'prediction error':>18}{'95 % +-':>10}{'median':>10}"]
+    lines += [f"{n:<16}{a['mean']:>18.4f}{a['interval']:>10.4f}{a['median']:>10.4f}" for n, a in arms.items()]
+    return "\n".join(lines)
+
+
+def write_json(path: str | Path, results: dict[str, Any]) -> None:
+    """Writes the results and what they were made with, whole or not at all."""
+    path = Path(path)
+    part = path.with_name(path.name + ".part")
+    part.write_text(json.dumps({**results, "build": build_info()}, indent=1) + "\n")
+    os.replace(part, path)
+
+
+def plot(path: str | Path, results: dict[str, Any]) -> None:
+    """Meta-loss over epochs, and the error of each arm over adaptation steps."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(10, 4), layout="constrained")
+    FigureCanvasAgg(figure)
+    left, right = figure.subplots(1, 2)
+    left.plot(range(1, len(results["meta_loss"]) + 1), results["meta_loss"])
+    left.set(xlabel="epoch", ylabel="query loss after adaptation", yscale="log", title="meta-training")
+    for name, curve in results["curves"].items():
+        if len(curve) == 1:
+            style = ":" if name == "copy input" else "--"
+            right.axhline(curve[0], color="0.4", linestyle=style, label=name)
+        else:
+            right.plot([5 * i for i in range(len(curve))], curve, label=name)
+    right.set(xlabel="gradient steps", ylabel="prediction error", yscale="log", title="held-out tasks")
+    right.legend()
+    figure.savefig(path, dpi=120)

@@ -1,0 +1,65 @@
+"""What a run can be told. No torch here: the command line reads its flags and defaults from these fields."""
+
+from dataclasses import dataclass, field, fields
+from typing import Any
+
+from eaml_ext import _check
+
+RETRIEVALS = ("best_fit", "nearest", "uniform")
+
+
+def _flag(default: Any, text: str, **options: Any) -> Any:
+    return field(default=default, metadata={"help": text, **options})
+
+
+@dataclass(frozen=True)
+class DynamicsSettings:
+    """The main job's settings; each is a flag of ``eaml-ext``.
+
+    Raises TypeError or ValueError, one sentence, for a value out of its range.
+
+    >>> DynamicsSettings(num_epochs=5).env_name
+    'CartPole-v1'
+    """
+
+    env_name: str = _flag("CartPole-v1", "Gymnasium id; any with Box observations")
+    num_epochs: int = _flag(50, "epochs of meta-training")
+    seed: int = _flag(0, "seed of everything random")
+    device: str = _flag("cpu", "where the model lives: cpu, cuda, cuda:1, ...")
+    experience_weight: float = _flag(0.3, "weight of the experience in the hybrid loss")
+    inner_lr: float = _flag(0.05, "step size of the inner loop, and of adaptation")
+    outer_lr: float = _flag(3e-3, "learning rate of the meta-update (Adam)")
+    buffer_size: int = _flag(50_000, "transitions the experience buffer holds")
+    retrieval: str = _flag("best_fit", "which experience the hybrid loss takes", choices=RETRIEVALS)
+    shots: int = _flag(10, "transitions a task is adapted on")
+    query: int = _flag(64, "transitions a task is judged on")
+    tasks_per_update: int = _flag(16, "tasks in a meta-batch")
+    updates_per_epoch: int = _flag(8, "meta-updates in an epoch")
+    inner_steps: int = _flag(3, "gradient steps of the inner loop")
+    hidden_dim: int = _flag(32, "width of the SSM")
+    state_size: int = _flag(16, "states per channel of the SSM")
+    num_layers: int = _flag(1, "layers of the SSM")
+    test_tasks: int = _flag(64, "held-out tasks")
+    adaptation_calls: int = _flag(21, "calls of the Adapter per held-out task, 5 gradient steps each")
+    out: str = _flag("", "folder of the results; runs/<env_name>-seed<seed> if empty")
+
+    def __post_init__(self) -> None:
+        for f in fields(self):
+            value = getattr(self, f.name)
+            if f.type in (int, "int"):
+                _check.positive("DynamicsSettings", f.name, value, zero=f.name == "seed", integer=True)
+            elif f.type in (float, "float"):
+                _check.positive("DynamicsSettings", f.name, value, zero=f.name == "experience_weight")
+            elif not isinstance(value, str):
+                raise TypeError(f"DynamicsSettings: {f.name} must be a string, got {value!r}")
+        if self.retrieval not in RETRIEVALS:
+            raise ValueError(f"DynamicsSettings: retrieval must be one of {RETRIEVALS}, got {self.retrieval!r}")
+        if self.buffer_size < self.shots + self.query:
+            raise ValueError(
+                f"DynamicsSettings: buffer_size must hold one task, {self.shots + self.query}, got {self.buffer_size}"
+            )
+
+    @property
+    def folder(self) -> str:
+        """Where the results go."""
+        return self.out or f"runs/{self.env_name.replace('/', '-')}-seed{self.seed}"

@@ -1,0 +1,47 @@
+"""Options and fixtures of the whole suite."""
+
+import os
+import random
+import sys
+
+import pytest
+import torch
+
+THREADS = min(4, os.cpu_count() or 1)
+DEVICES = ["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"]
+
+pytest.register_assert_rewrite("battery")
+
+
+def pytest_addoption(parser):
+    parser.addoption("--reference", action="store_true", help="hide the compiled kernels: test the references")
+
+
+def pytest_configure(config):
+    if config.getoption("--reference"):
+        assert "eaml_ext.ops" not in sys.modules
+        sys.modules["eaml_ext._C"] = None  # type: ignore[assignment]  # `import` then raises ImportError
+        config.addinivalue_line("filterwarnings", "ignore:eaml_ext. compiled kernels are not available:RuntimeWarning")
+
+
+def pytest_report_header(config):
+    return "eaml_ext: references alone" if config.getoption("--reference") else None
+
+
+@pytest.fixture(scope="session")
+def reference_only(request) -> bool:
+    """Whether the compiled kernels are hidden (``--reference``)."""
+    return request.config.getoption("--reference")
+
+
+@pytest.fixture(scope="session", params=DEVICES)
+def device(request) -> str:
+    return request.param
+
+
+@pytest.fixture(autouse=True)
+def _reproducible():
+    """Every test starts from the same seed and thread count."""
+    random.seed(0)
+    torch.manual_seed(0)
+    torch.set_num_threads(THREADS)
