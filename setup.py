@@ -1,4 +1,4 @@
-"""Compiles csrc/ into eaml_ext._C against the torch already installed; without torch or a compiler, installs Python only."""
+"""Compiles csrc/ into eaml_ext._C against the torch already installed; without torch or compiler, Python only."""
 
 import os
 import shutil

@@ -33,7 +33,7 @@ def device(where: str, name: str, value: Tensor, wanted: torch.device, owner: st
 
 
 def positive(where: str, name: str, value: float, *, zero: bool = False, integer: bool = False) -> None:
-    """Raise TypeError or ValueError unless ``value`` is a positive number (``zero``: zero passes; ``integer``: an int)."""
+    """Raise TypeError or ValueError unless ``value`` is a positive number (``zero`` allows 0, ``integer`` wants int)."""
     kind = "an integer" if integer else "a number"
     if isinstance(value, bool) or not isinstance(value, int if integer else (int, float)):
         raise TypeError(f"{where}: {name} must be {kind}, got {value!r}")

@@ -91,7 +91,7 @@ def fingerprint(x: Tensor, y: Tensor) -> Tensor:
 
 
 class PastModels:
-    """The meta-learned model adapted to each past task of a buffer: what ``retrieval.best_fit`` asks which fits best."""
+    """The meta-learned model adapted to each past task of a buffer: ``retrieval.best_fit`` asks which fits best."""
 
     def __init__(self, maml: MetaMAML, buffer: ExperienceBuffer, select: dict[str, Any], length: int) -> None:
         self.maml = maml
@@ -138,7 +138,7 @@ def run(settings: DynamicsSettings) -> dict[str, Any]:
     print(f"Experience Buffer populated with {len(buffer)} experiences.")
     arms = adapt(settings, distribution, maml, buffer)
 
-    results = {
+    results: dict[str, Any] = {
         "settings": vars(settings),
         "meta_loss": losses,
         "arms": {name: report.summary(errors[-1]) for name, errors in arms.items()},

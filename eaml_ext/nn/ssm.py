@@ -63,12 +63,13 @@ class SSM(nn.Module):
         self.embed = nn.Linear(state_dim, hidden_dim)
         self.norms = nn.ModuleList(nn.RMSNorm(hidden_dim) for _ in range(num_layers))
         self.cores = nn.ModuleList(make_core(core, hidden_dim, state_size) for _ in range(num_layers))
+        self._state_shape = (num_layers, *self.cores[0].state_shape)  # type: ignore[misc]
         self.norm = nn.RMSNorm(hidden_dim)
         self.head = nn.Linear(hidden_dim, output_dim)
         self.to(device)
 
     def forward(self, x: Tensor, hidden_state: Tensor | None = None) -> Tensor:
-        """``(batch, state_dim)`` -> ``(batch, output_dim)`` or ``(batch, time, state_dim)`` -> ``(batch, time, output_dim)``.
+        """``(batch, state_dim)`` or ``(batch, time, state_dim)`` -> the same with ``output_dim`` last.
 
         ``hidden_state`` is the state to start from, ``init_hidden(batch)`` if absent.
         """
@@ -81,7 +82,7 @@ class SSM(nn.Module):
         """The zero state, ``(batch, num_layers, *core.state_shape)``."""
         _check.positive("SSM.init_hidden", "batch", batch, zero=True, integer=True)
         like = self.embed.weight
-        return like.new_zeros(batch, len(self.cores), *self.cores[0].state_shape)  # type: ignore[arg-type]
+        return like.new_zeros(batch, *self._state_shape)
 
     def scan(self, x: Tensor, state: Tensor | None = None, reset: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """A sequence at once.
@@ -141,7 +142,7 @@ class SSM(nn.Module):
         if state is None:
             return
         _check.tensor(where, "state", state)
-        shape = (x.shape[0], len(self.cores), *self.cores[0].state_shape)  # type: ignore[misc]
+        shape = (x.shape[0], *self._state_shape)
         _check.shape(where, "state", state, shape, str(shape))
 
 
@@ -178,7 +179,7 @@ class SSMLayer(nn.Module):
         self.model = SSM(input_dim, hidden_dim, hidden_dim, state_size=state_size, num_layers=num_layers, core=core)
 
     def forward(self, x: Tensor) -> Tensor:
-        """``(time, input_dim)`` -> ``(time, hidden_dim)`` or ``(batch, time, input_dim)`` -> ``(batch, time, hidden_dim)``."""
+        """``(time, input_dim)`` or ``(batch, time, input_dim)`` -> the same with ``hidden_dim`` last."""
         _check.tensor("SSMLayer", "x", x)
         if x.dim() not in (2, 3) or x.shape[-1] != self.input_dim:
             wanted = f"(time, {self.input_dim}) or (batch, time, {self.input_dim})"

@@ -15,8 +15,8 @@ except ImportError as error:
         stacklevel=2,
     )
 
-from eaml_ext.ops.knn import Neighbors, knn, knn_reference  # noqa: E402
-from eaml_ext.ops.selective_scan import (  # noqa: E402
+from eaml_ext.ops.knn import Neighbors, knn, knn_reference
+from eaml_ext.ops.selective_scan import (
     selective_scan,
     selective_scan_reference,
     selective_scan_step,

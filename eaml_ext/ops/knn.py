@@ -53,9 +53,11 @@ def _lane_sum(term: Callable[[slice], Tensor], features: int) -> Tensor:
     return lanes.squeeze(-1)
 
 
-def _sqrt(x: Tensor) -> Tensor:
-    """Correctly rounded, as torch's own is not on every CPU."""
-    return torch.from_numpy(np.sqrt(x.numpy())) if x.device.type == "cpu" else x.sqrt()
+def _norm(x: Tensor) -> Tensor:
+    square = _lane_sum(lambda s: x[..., s].square(), x.shape[-1])
+    if square.device.type == "cpu":  # numpy rounds correctly, torch's own root does not on every CPU
+        return torch.from_numpy(np.sqrt(square.numpy()))
+    return square.sqrt()
 
 
 def _scores(queries: Tensor, keys: Tensor, metric: int, bias: Tensor | None) -> Tensor:
@@ -68,8 +70,7 @@ def _scores(queries: Tensor, keys: Tensor, metric: int, bias: Tensor | None) -> 
         return score if bias is None else score - bias
     value = _lane_sum(lambda s: q[..., s] * key[..., s], features)
     if metric == COSINE:
-        q_square, square = (_lane_sum(lambda s, x=x: x[..., s].square(), features) for x in (q, key))
-        norm = _sqrt(q_square) * _sqrt(square)
+        norm = _norm(q) * _norm(key)
         value = torch.where(norm == 0, 0.0, value / norm)
     return -value if bias is None else -(value + bias)
 
@@ -93,10 +94,11 @@ def _reference(
     weight = None if bias is None else bias.reshape(-1, size).double()
     step = max(1, CHUNK // (LANES * size))
     for b in range(rows):
-        memory_b, live_b, weight_b = (None if x is None else x[b * len(x) // rows] for x in (memory, live, weight))
+        memory_b = memory[b * len(memory) // rows].double()
+        live_b, weight_b = (None if x is None else x[b * len(x) // rows] for x in (live, weight))
         for start in range(0, queries.shape[-2], step):
             chunk = slice(start, start + step)
-            score = _scores(q[b, chunk].double(), memory_b.double(), metric, weight_b)
+            score = _scores(q[b, chunk].double(), memory_b, metric, weight_b)
             score, order = score.to(torch.promote_types(keys.dtype, torch.float32)).sort(dim=-1, stable=True)
             if live_b is not None:  # a second stable sort puts dead slots behind the live ones, NaN included
                 dead, rank = (~live_b)[order].byte().sort(dim=-1, stable=True)

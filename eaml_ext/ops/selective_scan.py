@@ -1,4 +1,4 @@
-"""h_t = exp(dt_t A) h_{t-1} + dt_t B_t u_t;  y_t = C_t . h_t + D u_t;  y_t *= silu(z_t);  dt = softplus(delta + delta_bias).
+"""h_t = exp(dt_t A) h_{t-1} + dt_t B_t u_t;  y_t = (C_t . h_t + D u_t) silu(z_t);  dt = softplus(delta + delta_bias).
 
 The recurrence of Mamba (Gu & Dao 2023, "Mamba: Linear-Time Sequence Modeling with Selective State Spaces", eq. 2 with
 the zero-order hold on A and Euler's rule on B), with states and episode resets as arguments.
@@ -126,7 +126,7 @@ def _as_function(inputs: Sequence[Any], options: Sequence[Any]) -> tuple[Callabl
         full: list[Any] = [None] * _COUNT
         for i, tensor in zip(indices, tensors, strict=True):
             full[i] = tensor
-        return _reference(*full, *options)[:2]  # type: ignore[arg-type]
+        return _reference(*full, *options)[:2]
 
     return function, [inputs[i] for i in indices]
 
@@ -172,7 +172,7 @@ def _scan_reference(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
 def _backward_reference(grad_y: Tensor, grad_state: Tensor | None, *args: Any) -> tuple[Tensor, ...]:
     inputs, options = args[:_COUNT], args[_COUNT:-1]
     function, present = _as_function(inputs, options)
-    (_, last), pull = torch.func.vjp(function, *present)
+    (_, last), pull = torch.func.vjp(function, *present)[:2]
     grads = pull((grad_y, torch.zeros_like(last) if grad_state is None else grad_state))
     return _spread(grads, inputs)
 
@@ -181,13 +181,17 @@ def _backward_reference(grad_y: Tensor, grad_state: Tensor | None, *args: Any) -
 def _jvp_reference(*args: Any) -> tuple[Tensor, Tensor]:
     inputs, tangents, options = args[:_COUNT], args[_COUNT : 2 * _COUNT], args[2 * _COUNT :]
     function, present = _as_function(inputs, options)
-    _, (y, last) = torch.func.jvp(function, tuple(present), _fill(tangents, inputs))
+    y, last = torch.func.jvp(function, tuple(present), _fill(tangents, inputs))[1]
     return torch.empty_like(inputs[0]).copy_(y), last.clone(memory_format=torch.contiguous_format)
 
 
 @torch.library.impl("eaml_ext::selective_scan_backward_jvp", "CompositeExplicitAutograd")
 def _backward_jvp_reference(
-    grad_y: Tensor, grad_state: Tensor | None, grad_y_tangent: Tensor | None, grad_state_tangent: Tensor | None, *args: Any
+    grad_y: Tensor,
+    grad_state: Tensor | None,
+    grad_y_tangent: Tensor | None,
+    grad_state_tangent: Tensor | None,
+    *args: Any,
 ) -> tuple[Tensor, ...]:
     inputs, tangents, options = args[:_COUNT], args[_COUNT : 2 * _COUNT], args[2 * _COUNT :]
     function, present = _as_function(inputs, options)
@@ -199,9 +203,9 @@ def _backward_jvp_reference(
     def pull(grad_y: Tensor, grad_state: Tensor, *tensors: Tensor) -> tuple[Tensor, ...]:
         return torch.func.vjp(function, *tensors)[1]((grad_y, grad_state))
 
-    _, (y, last) = torch.func.jvp(function, tuple(present), along)
+    y, last = torch.func.jvp(function, tuple(present), along)[1]
     moved = _fill((grad_y_tangent, grad_state_tangent), (grad_y, grad_state))
-    _, grads = torch.func.jvp(pull, (grad_y, grad_state, *present), (*moved, *along))
+    grads = torch.func.jvp(pull, (grad_y, grad_state, *present), (*moved, *along))[1]
     y, last = torch.empty_like(u).copy_(y), last.clone(memory_format=torch.contiguous_format)
     return (y, last, *_spread(grads, inputs))
 
@@ -232,7 +236,9 @@ def _jvp_fake(*args: Any) -> tuple[Tensor, Tensor]:
 
 
 @torch.library.register_fake("eaml_ext::selective_scan_backward_jvp")
-def _backward_jvp_fake(grad_y: Any, grad_state: Any, gy_tangent: Any, gs_tangent: Any, *args: Any) -> tuple[Tensor, ...]:
+def _backward_jvp_fake(
+    grad_y: Any, grad_state: Any, gy_tangent: Any, gs_tangent: Any, *args: Any
+) -> tuple[Tensor, ...]:
     return (torch.empty_like(args[0]), _fake_state(args[0], args[2]), *_empty_gradients(args[:_COUNT]))
 
 
@@ -251,7 +257,8 @@ _THIRD = (
 class _Function(torch.autograd.Function):
     @classmethod
     def ready(cls) -> None:
-        cls.forward.__signature__ = inspect.signature(cls.forward)  # type: ignore[attr-defined]  # apply() asks each call
+        # Kept, because apply() asks for it at each call.
+        cls.forward.__signature__ = inspect.signature(cls.forward)  # type: ignore[attr-defined]
 
 
 def _save(ctx: Any, tensors: Sequence[Any], options: Sequence[Any]) -> None:
@@ -384,7 +391,7 @@ class _Jvp(_Function):
 
 
 class _VjpJvp(_Function):
-    """J(x) v, then d/de J(x + e v)^T (g + e w) over the present arguments, for g = (grad_y, grad_state) and w its move."""
+    """J(x) v, then d/de J(x + e v)^T (g + e w) over the present arguments; g = (grad_y, grad_state), w its tangent."""
 
     @staticmethod
     def forward(*args: Any) -> tuple[Tensor, ...]:
@@ -536,7 +543,9 @@ def _check_arguments(where: str, x: Sequence[Any], reset: Any) -> tuple[bool, bo
     if z is not None:
         _check.shape(where, "z", z, u.shape, f"of u, {tuple(u.shape)}")
     if initial_state is not None:
-        _check.shape(where, "initial_state", initial_state, (batch, dim, state), f"(batch, dim, state) = {(batch, dim, state)}")
+        _check.shape(
+            where, "initial_state", initial_state, (batch, dim, state), f"(batch, dim, state) = {(batch, dim, state)}"
+        )
     if reset is not None:
         _check.tensor(where, "reset", reset)
         _check.shape(where, "reset", reset, (batch, length), f"(batch, length) = {(batch, length)}")
@@ -662,7 +671,7 @@ def selective_scan_reference(
     initial_state: Tensor | None = None,
     reset: Tensor | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
-    """The specification of :func:`selective_scan`: the same arguments, a PyTorch loop over time, derivatives of any order.
+    """The specification of :func:`selective_scan`: the same arguments, a loop over time, derivatives of any order.
 
     >>> u = torch.randn(1, 2, 3)
     >>> A, B = -torch.ones(2, 1), torch.ones(1, 1, 3)

@@ -3,8 +3,8 @@
 A core is an ``nn.Module`` built as ``Core(dim, state_size)`` with
 
 - ``state_shape``: the shape of one row's state;
-- ``scan(x, state=None, reset=None) -> (y, state)`` for ``x`` of shape ``(batch, time, dim)``, ``reset`` ``(batch, time)``;
-- ``step(x, state) -> (y, state)`` for ``x`` of shape ``(batch, dim)``.
+- ``scan(x, state=None, reset=None) -> (y, state)``, ``x`` ``(batch, time, dim)``, ``reset`` ``(batch, time)`` bool;
+- ``step(x, state) -> (y, state)``, ``x`` ``(batch, dim)``.
 """
 
 from collections.abc import Callable
