@@ -1,14 +1,19 @@
 """Argument checks: one sentence that names the argument, what came and what was wanted."""
 
-from collections.abc import Sequence
-from typing import Any
+from __future__ import annotations
 
-import torch
-from torch import Tensor
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
 
 
 def tensor(where: str, name: str, value: Any) -> None:
     """Raise TypeError unless ``value`` is a tensor."""
+    from torch import Tensor  # here, because the command line checks its numbers before torch is loaded
+
     if not isinstance(value, Tensor):
         raise TypeError(f"{where}: {name} must be a torch.Tensor, got {type(value).__name__}")
 
@@ -33,7 +38,7 @@ def device(where: str, name: str, value: Tensor, wanted: torch.device, owner: st
 
 
 def positive(where: str, name: str, value: float, *, zero: bool = False, integer: bool = False) -> None:
-    """Raise TypeError or ValueError unless ``value`` is a positive number (``zero`` allows 0, ``integer`` wants int)."""
+    """Raise TypeError or ValueError unless ``value`` is a positive number (``zero`` lets 0 pass, ``integer``: int)."""
     kind = "an integer" if integer else "a number"
     if isinstance(value, bool) or not isinstance(value, int if integer else (int, float)):
         raise TypeError(f"{where}: {name} must be {kind}, got {value!r}")

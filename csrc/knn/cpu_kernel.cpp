@@ -1,9 +1,11 @@
+// Fast scores that skip nearly all keys for certain, exact scores for the rest.
 #include "knn/cpu_kernel.h"
 
 #include <algorithm>
 #include <cmath>
 #include <cstring>
 #include <limits>
+#include <numeric>
 #include <utility>
 #include <vector>
 
@@ -11,9 +13,9 @@
 
 // A function in three versions, each written with the vector width (bytes) its instruction set has; the loader picks.
 #if defined(__x86_64__) && defined(__ELF__) && !defined(EAML_NO_CLONES)
-#define EAML_VERSIONS(DEFINE)                                              \
-  DEFINE(__attribute__((target("default"))), 16)                           \
-  DEFINE(__attribute__((target("arch=x86-64-v3"))), 32)                    \
+#define EAML_VERSIONS(DEFINE)                           \
+  DEFINE(__attribute__((target("default"))), 16)        \
+  DEFINE(__attribute__((target("arch=x86-64-v3"))), 32) \
   DEFINE(__attribute__((target("arch=x86-64-v4"))), 64)
 #else
 #define EAML_VERSIONS(DEFINE) DEFINE(, 16)
@@ -35,10 +37,10 @@ namespace eaml::knn {
 template <class T, int N>
 using Vec __attribute__((vector_size(N * sizeof(T)), aligned(alignof(T)), may_alias)) = T;
 
-constexpr int kRows = 12;    // queries of a tile: with one vector of keys, 12 accumulators + operands fill 16 registers
-constexpr int kPanel = 32;   // keys of a panel [features + 1][kPanel]
-constexpr int kFew = 4;      // queries searched row by row, without packing
-constexpr int kLanes = 8;    // lanes of an exact sum
+constexpr int kRows = 12;   // queries of a tile: with one vector of keys, 12 accumulators + operands fill 16 registers
+constexpr int kPanel = 32;  // keys of a panel [features + 1][kPanel]
+constexpr int kFew = 4;     // queries searched row by row, without packing
+constexpr int kLanes = 8;   // lanes of an exact sum
 
 // scores[r][l] = start[l] + sum_i queries[i][r] * panel[i][l]
 template <class T, int Bytes>
@@ -59,7 +61,7 @@ EAML_INLINE void tile_(const T* queries, const T* panel, const T* start, std::in
   }
 }
 
-// The exact sum over features of (a - b)² or a b in double: lane l sums features l, l + 8, ..., then lanes join in pairs.
+// The exact sum over features of (a - b)² or a b, in double: lane l sums features l, l + 8, ...; lanes join in pairs.
 template <class T, int Bytes, bool kDifference>
 EAML_INLINE double exact_sum_(const T* a, const T* b, std::int64_t features) {
   EAML_NO_CONTRACTION_PRAGMA
@@ -96,14 +98,14 @@ EAML_INLINE void pack_(const T* keys, int count, std::int64_t features, const T*
   int l = 0;
   for (; l + 4 <= count; l += 4) {
     const T* rows = keys + l * features;
-    for (std::int64_t i = 0; i < 4 * features; i += 64 / sizeof(T)) __builtin_prefetch(rows + kPanel * features + i, 0, 2);
+    for (std::int64_t i = 0; i < 4 * features; i += 64 / sizeof(T))
+      __builtin_prefetch(rows + kPanel * features + i, 0, 2);
     const T scales[4] = {scale[l], scale[l + 1], scale[l + 2], scale[l + 3]};
     for (std::int64_t i = 0; i < whole; i += 4) {
       const Four middle = *reinterpret_cast<const Four*>(centre + i);
       Four row[4];
       EAML_UNROLL
-      for (int r = 0; r < 4; ++r)
-        row[r] = *reinterpret_cast<const Four*>(rows + r * features + i) * scales[r] - middle;
+      for (int r = 0; r < 4; ++r) row[r] = *reinterpret_cast<const Four*>(rows + r * features + i) * scales[r] - middle;
       const Four a = __builtin_shufflevector(row[0], row[1], 0, 4, 1, 5);
       const Four b = __builtin_shufflevector(row[0], row[1], 2, 6, 3, 7);
       const Four c = __builtin_shufflevector(row[2], row[3], 0, 4, 1, 5);
@@ -131,6 +133,7 @@ EAML_INLINE void pack_(const T* keys, int count, std::int64_t features, const T*
   for (int v = 0; v < kPanel / N; ++v) *reinterpret_cast<V*>(square + v * N) = sum[v];
 }
 
+// The sum of all lanes.
 template <class T, int Bytes>
 EAML_INLINE T total_(Vec<T, Bytes / sizeof(T)> x) {
   if constexpr (Bytes == 2 * sizeof(T)) {
@@ -168,28 +171,28 @@ EAML_INLINE void rows_(const T* query, const T* keys, int count, std::int64_t fe
   }
 }
 
-#define EAML_DEFINE_FOR(T, TARGET, BYTES)                                                                             \
-  TARGET void tile(const T* queries, const T* panel, const T* start, std::int64_t depth, T* scores) {                 \
-    tile_<T, BYTES>(queries, panel, start, depth, scores);                                                            \
-  }                                                                                                                   \
-  TARGET void pack(const T* keys, int count, std::int64_t features, const T* centre, const T* scale, T* panel,        \
-                   T* square) {                                                                                       \
-    pack_<T, BYTES>(keys, count, features, centre, scale, panel, square);                                             \
-  }                                                                                                                   \
-  TARGET void difference_rows(const T* query, const T* keys, int count, std::int64_t features, T* sum) {              \
-    rows_<T, BYTES, true>(query, keys, count, features, sum, nullptr);                                                \
-  }                                                                                                                   \
-  TARGET void product_rows(const T* query, const T* keys, int count, std::int64_t features, T* sum, T* square) {      \
-    rows_<T, BYTES, false>(query, keys, count, features, sum, square);                                                \
-  }                                                                                                                   \
-  TARGET EAML_NO_CONTRACTION double square_distance(const T* a, const T* b, std::int64_t features) {                  \
-    return exact_sum_<T, BYTES, true>(a, b, features);                                                                \
-  }                                                                                                                   \
-  TARGET EAML_NO_CONTRACTION double product(const T* a, const T* b, std::int64_t features) {                          \
-    return exact_sum_<T, BYTES, false>(a, b, features);                                                               \
+#define EAML_DEFINE_FOR(T, TARGET, BYTES)                                                                        \
+  TARGET void tile(const T* queries, const T* panel, const T* start, std::int64_t depth, T* scores) {            \
+    tile_<T, BYTES>(queries, panel, start, depth, scores);                                                       \
+  }                                                                                                              \
+  TARGET void pack(const T* keys, int count, std::int64_t features, const T* centre, const T* scale, T* panel,   \
+                   T* square) {                                                                                  \
+    pack_<T, BYTES>(keys, count, features, centre, scale, panel, square);                                        \
+  }                                                                                                              \
+  TARGET void difference_rows(const T* query, const T* keys, int count, std::int64_t features, T* sum) {         \
+    rows_<T, BYTES, true>(query, keys, count, features, sum, nullptr);                                           \
+  }                                                                                                              \
+  TARGET void product_rows(const T* query, const T* keys, int count, std::int64_t features, T* sum, T* square) { \
+    rows_<T, BYTES, false>(query, keys, count, features, sum, square);                                           \
+  }                                                                                                              \
+  TARGET EAML_NO_CONTRACTION double square_distance(const T* a, const T* b, std::int64_t features) {             \
+    return exact_sum_<T, BYTES, true>(a, b, features);                                                           \
+  }                                                                                                              \
+  TARGET EAML_NO_CONTRACTION double product(const T* a, const T* b, std::int64_t features) {                     \
+    return exact_sum_<T, BYTES, false>(a, b, features);                                                          \
   }
-#define EAML_DEFINE(TARGET, BYTES)       \
-  EAML_DEFINE_FOR(float, TARGET, BYTES)  \
+#define EAML_DEFINE(TARGET, BYTES)      \
+  EAML_DEFINE_FOR(float, TARGET, BYTES) \
   EAML_DEFINE_FOR(double, TARGET, BYTES)
 EAML_VERSIONS(EAML_DEFINE)
 #undef EAML_DEFINE
@@ -306,7 +309,8 @@ struct Shortlist {
   void shrink() {
     if (entries.size() <= k) return;
     const auto kth = entries.begin() + (k - 1);
-    std::nth_element(entries.begin(), kth, entries.end(), [](const Entry& a, const Entry& b) { return a.upper < b.upper; });
+    std::nth_element(entries.begin(), kth, entries.end(),
+                     [](const Entry& a, const Entry& b) { return a.upper < b.upper; });
     threshold = std::min(threshold, kth->upper + margin);
     std::erase_if(entries, [this](const Entry& e) { return !(e.lower <= threshold); });
   }
@@ -314,10 +318,11 @@ struct Shortlist {
 
 // ---- the fast scores ---------------------------------------------------------------------------------------------
 
-// With q, x the query and key as computed with (x is centred, and normalised for the cosine), b the bias, the fast score
+// With q, x the query and key as computed with (centred, or normalised for the cosine), b the bias, the fast score
 //   sqeuclidean  (|x|² - b) / 2 - q.x  =  (|q - x|² - b - |q|²) / 2,        otherwise  -b - q.x
 // orders keys as the exact score does: it differs from an increasing function of it by a constant of the query alone
-// and by an error. With u, v the unit roundoffs of T and double, n features and g = (n + 16)(u + v) 5/4:
+// and by an error. With u, v the unit roundoffs of T and double, n features, g' = (n + 1) u / (1 - (n + 1) u) and
+// g = (n + 16)(u + v) 5/4:
 //   the sum of n + 1 products onto the start, any order           <=  g' (|q||x| + |start|)
 //   |x|² likewise, halving and subtracting the bias               <=  g' (|x|² + |b|) / 2
 //   centring, (1 + u) on each component of q - c and x - c        <=  u (|q| + |x|)²  (sqeuclidean),  u |q||x|
@@ -604,11 +609,14 @@ Plan plan(const Problem<T>& p, std::int64_t threads) {
   constexpr std::int64_t kQueryBlock = 40 * kRows, kKeyBlock = 1024, kGrain = 1 << 17, kEntries = 1 << 21;
   const auto ceil = [](std::int64_t a, std::int64_t b) { return (a + b - 1) / b; };
   const std::int64_t entries = std::max<std::int64_t>(1, std::min(p.size, 2 * p.k + 64));
+  const std::int64_t most = std::clamp<std::int64_t>(kEntries / entries, 1, kQueryBlock);
   Plan plan;
-  plan.query_block = std::clamp<std::int64_t>(kEntries / entries, 1, kQueryBlock);
+  plan.query_block = ceil(ceil(p.queries_each, ceil(p.queries_each, most)), kRows) * kRows;
   plan.query_blocks = ceil(p.queries_each, plan.query_block);
+  // Few units are made a multiple of the threads by cutting the keys too.
   const std::int64_t whole = p.memories * plan.query_blocks;
-  const std::int64_t wanted = std::clamp<std::int64_t>(p.size / kKeyBlock, 1, ceil(threads, whole));
+  const std::int64_t even = whole < 8 * threads ? threads / std::gcd(whole, threads) : 1;
+  const std::int64_t wanted = std::clamp<std::int64_t>(p.size / kKeyBlock, 1, even);
   const std::int64_t blocks = std::max(wanted, ceil(p.size, std::int64_t(1) << 30));  // slots of a block fit 32 bits
   plan.key_block = std::max<std::int64_t>(1, ceil(p.size, blocks));
   plan.key_blocks = std::max<std::int64_t>(1, ceil(p.size, plan.key_block));

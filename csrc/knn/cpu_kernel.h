@@ -1,5 +1,5 @@
-// The CPU half of knn on raw pointers. Exact search in two stages: a fast score in the keys' own precision, with a proven
-// error bound, leaves a short list per query; its members are evaluated in double and ordered by (value, index).
+// The CPU half of knn on raw pointers. Exact search in two stages: a fast score in the keys' own precision, with a
+// proven error bound, leaves a short list per query; its members are evaluated in double and ordered by (value, index).
 #pragma once
 
 #include <cstdint>
@@ -8,8 +8,8 @@ namespace eaml::knn {
 
 enum class Metric { kSqeuclidean, kCosine, kInnerProduct };
 
-// Memory m: `size` keys (size, features) with optional valid and bias (size,); `share` consecutive memories use one block.
-// Queries (memories, queries, features), row-major like everything here.
+// Memory m: `size` keys (size, features) with optional valid and bias (size,); `share` consecutive memories use one
+// block. Queries (memories, queries, features), row-major like everything here.
 template <class T>
 struct Problem {
   const T* queries;
@@ -37,9 +37,10 @@ template <class T>
 Plan plan(const Problem<T>& problem, std::int64_t threads);
 
 template <class T>
-void search(const Problem<T>& problem, const Plan& plan, std::int64_t first_unit, std::int64_t last_unit, Found<T> found);
+void search(const Problem<T>& problem, const Plan& plan, std::int64_t first_unit, std::int64_t last_unit,
+            Found<T> found);
 
-// The best k of the key blocks' results; a no-op's work when there is one block, so call it only with several.
+// The best k of the results of several key blocks.
 template <class T>
 void merge(const Problem<T>& problem, const Plan& plan, Found<T> blocks, Found<T> found);
 

@@ -80,7 +80,8 @@ std::tuple<Tensor, Tensor> knn(Tensor queries, Tensor keys, std::int64_t k, std:
 
   const auto dense = [](const Tensor& x) { return x.is_contiguous() ? x : torch::stable::contiguous(x); };
   const auto wide = [&](const Tensor& x) {  // half types are searched as float
-    return dense(type == ScalarType::Half || type == ScalarType::BFloat16 ? torch::stable::to(x, ScalarType::Float) : x);
+    return dense(type == ScalarType::Half || type == ScalarType::BFloat16 ? torch::stable::to(x, ScalarType::Float)
+                                                                          : x);
   };
   queries = wide(queries), keys = wide(keys);
   if (valid) valid = dense(*valid);

@@ -120,7 +120,10 @@ def run(settings: DynamicsSettings) -> dict[str, Any]:
 
     The folder gets ``report.json``, ``report.png``, ``model.safetensors`` and ``buffer.safetensors``.
     """
-    device = torch.device(settings.device)
+    try:
+        device = torch.device(settings.device)
+    except RuntimeError:
+        raise ValueError(f"DynamicsSettings: device must be cpu, cuda or cuda:<n>, got {settings.device!r}") from None
     if device.type == "cuda" and not torch.cuda.is_available():
         raise ValueError(f"DynamicsSettings: device is {settings.device}, but torch sees no CUDA device")
     torch.manual_seed(settings.seed)

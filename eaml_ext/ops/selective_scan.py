@@ -495,7 +495,7 @@ _FULL = (torch.float32, torch.float64)
 def _check_arguments(where: str, x: Sequence[Any], reset: Any) -> tuple[bool, bool]:
     """Raises on bad input; returns whether B and C are invariant in time."""
     for name, value in zip(ARGUMENTS, x, strict=True):
-        if value is not None or name in ("u", "delta", "A", "B", "C"):
+        if not isinstance(value, Tensor) and (value is not None or name in ("u", "delta", "A", "B", "C")):
             _check.tensor(where, name, value)
     u, delta, A, B, C, D, z, delta_bias, initial_state = x
     if u.dim() != 3:

@@ -115,20 +115,22 @@ def test_extreme_magnitudes_are_exact(metric, dtype):
     torch.manual_seed(0)
     tiny, huge = torch.finfo(dtype).tiny, torch.finfo(dtype).max
     scales = [0, tiny / 64, tiny, tiny**0.5, 1, huge**0.5 / 8, huge**0.5, huge / 8]
-    base, base_queries = torch.randn(200, 8, dtype=dtype), torch.randn(3, 8, dtype=dtype)
+    base, base_queries = torch.randn(200, 8, dtype=dtype), torch.randn(6, 8, dtype=dtype)
     for scale, query_scale in itertools.product(scales, scales):
         some = base.clone()
         some[::7] *= scale
         for keys in (base * scale, some):
             queries = base_queries * query_scale
-            assert_same(knn(queries, keys, 4, metric=metric), knn_reference(queries, keys, 4, metric=metric))
+            want = knn_reference(queries, keys, 4, metric=metric)
+            assert_same(knn(queries, keys, 4, metric=metric), want)  # few and many queries take different paths
+            assert_same(knn(queries[:2], keys, 4, metric=metric), Neighbors(want.values[:2], want.indices[:2]))
 
 
 @pytest.mark.parametrize("metric", METRICS)
 @pytest.mark.parametrize("bad", [torch.nan, torch.inf, -torch.inf])
 def test_non_finite_inputs(metric, bad):
     torch.manual_seed(0)
-    queries, keys, bias = torch.randn(4, 6), torch.randn(90, 6), torch.randn(90)
+    queries, keys, bias = torch.randn(6, 6), torch.randn(90, 6), torch.randn(90)
     bad_queries, bad_keys, bad_bias, masking = queries.clone(), keys.clone(), bias.clone(), bias.clone()
     bad_queries[1, 2] = bad_keys[5, 0] = bad_bias[7] = bad
     bad_keys[11] = bad
@@ -140,17 +142,19 @@ def test_non_finite_inputs(metric, bad):
         (queries, keys, masking),
     ]:
         for k in (3, 90, 95):
-            assert_same(knn(q, x, k, metric=metric, bias=b), knn_reference(q, x, k, metric=metric, bias=b))
+            want = knn_reference(q, x, k, metric=metric, bias=b)
+            assert_same(knn(q, x, k, metric=metric, bias=b), want)
+            assert_same(knn(q[:2], x, k, metric=metric, bias=b), Neighbors(want.values[:2], want.indices[:2]))
     assert not knn(bad_queries, keys, 3, metric="sqeuclidean").values[1].isfinite().any()
 
 
 def test_a_large_negative_bias_masks_exactly():
     torch.manual_seed(0)
-    queries, keys = torch.randn(4, 16), torch.randn(6000, 16)
+    queries, keys = torch.randn(6, 16), torch.randn(6000, 16)
     for least in (-1e9, torch.finfo(torch.float32).min, -torch.inf):
         bias = torch.where(torch.rand(6000) < 0.5, 0.0, least)
-        found = knn(queries, keys, 5, bias=bias)
-        assert_same(found, knn(queries, keys, 5, valid=bias == 0))
+        for some in (queries, queries[:2]):
+            assert_same(knn(some, keys, 5, bias=bias), knn(some, keys, 5, valid=bias == 0))
 
 
 @pytest.mark.parametrize("metric", METRICS)

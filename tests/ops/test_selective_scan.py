@@ -20,7 +20,7 @@ OPTIONAL = ("D", "z", "delta_bias", "initial_state", "reset")
 
 # Roundings in a row that an output or gradient sees: a dozen in a step and its exp, for the steps that the state
 # remembers (about three at the decay drawn here); as many again in each of the two derivatives.
-FACTOR = 64
+FACTOR = 32
 
 
 def build(
@@ -299,7 +299,10 @@ def in_pieces(*cuts: int) -> Any:
 def in_steps(delta_softplus: bool, return_last_state: bool, **tensors: Tensor) -> tuple[Tensor, Tensor]:
     state, ys = tensors["initial_state"], []
     for t in range(tensors["u"].shape[-1]):
-        step = {n: x.squeeze(-1) if n in ("u", "delta", "z", "B", "C") else x for n, x in steps_of(tensors, t, t + 1).items()}
+        step = {
+            n: x.squeeze(-1) if n in ("u", "delta", "z", "B", "C") else x
+            for n, x in steps_of(tensors, t, t + 1).items()
+        }
         fresh = step.pop("reset", None)
         step.pop("initial_state")
         if fresh is not None:
@@ -451,7 +454,9 @@ def mistakes() -> Any:
             if (function, name) != (selective_scan_step, "state"):
                 wrong += [("device meta", ValueError, x.to("meta"))]
             for what, error, value in wrong:
-                yield pytest.param(function, {**good, name: value}, name, error, id=f"{function.__name__}-{name}-{what}")
+                yield pytest.param(
+                    function, {**good, name: value}, name, error, id=f"{function.__name__}-{name}-{what}"
+                )
 
 
 @pytest.mark.parametrize("function, arguments, name, error", list(mistakes()))

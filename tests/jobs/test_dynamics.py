@@ -1,0 +1,130 @@
+"""The main job in small: what it prints, what it leaves, and that adaptation with experience helps."""
+
+import json
+
+import pytest
+import torch
+
+from eaml_ext import checkpoint, cli
+from eaml_ext.experience import ExperienceBuffer
+from eaml_ext.jobs.dynamics import DynamicsModel, fingerprint, run
+from eaml_ext.jobs.settings import DynamicsSettings
+
+SMALL = {"num_epochs": 12, "hidden_dim": 16, "state_size": 8, "test_tasks": 24, "adaptation_calls": 11}
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("run")
+    return folder, run(DynamicsSettings(out=str(folder), buffer_size=8000, **SMALL))
+
+
+def test_adapted_models_beat_copying_and_no_adaptation_on_unseen_tasks(finished):
+    _, results = finished
+    errors = {name: arm["mean"] for name, arm in results["arms"].items()}
+    assert errors["plain"] < 0.5 * errors["no adaptation"] < errors["copy input"]
+    assert errors["best_fit"] < 0.5 * errors["no adaptation"]
+    assert errors["best_fit"] < errors["uniform"]
+    assert results["meta_loss"][-1] < 0.3 * results["meta_loss"][0]
+
+
+def test_folder_holds_report_plot_model_and_buffer(finished):
+    folder, results = finished
+    report = json.loads((folder / "report.json").read_text())
+    assert report["arms"].keys() == results["arms"].keys() and report["settings"]["seed"] == 0
+    assert (folder / "report.png").stat().st_size > 10_000
+    tensors, metadata = checkpoint.load(folder / "model.safetensors", kind="dynamics")
+    settings = metadata["settings"]
+    model = DynamicsModel(4, 2, settings["hidden_dim"], settings["state_size"])
+    model.load_state_dict(tensors)
+    buffer = ExperienceBuffer.load(folder / "buffer.safetensors")
+    assert len(buffer) == 8000 and buffer.get_batch(3).context_embedding.shape == (3, 28)
+
+
+def test_command_line_prints_the_promised_lines_in_order(tmp_path, capsys):
+    arguments = [
+        "--num_epochs",
+        "2",
+        "--updates_per_epoch",
+        "1",
+        "--tasks_per_update",
+        "4",
+        "--hidden_dim",
+        "8",
+        "--test_tasks",
+        "3",
+    ]
+    assert cli.main([*arguments, "--adaptation_calls", "11", "--out", str(tmp_path)]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    patterns = [
+        "Epoch 0, Meta Loss: ",
+        "MetaMAML training completed.",
+        "Experience Buffer populated with 592 experiences.",
+        "Starting test-time adaptation with Experience Buffer...",
+        "Adaptation step 0, Hybrid Loss: ",
+        "Adaptation step 10, Hybrid Loss: ",
+        "Adaptation completed.",
+        "=== Hybrid Execution completed successfully ===",
+        "held-out tasks",
+    ]
+    found = [next(i for i, line in enumerate(lines) if line.startswith(p)) for p in patterns]
+    assert found == sorted(found)
+    assert any("Steps taken: 5" in line for line in lines)
+
+
+def test_same_seed_same_numbers(tmp_path):
+    small = {**SMALL, "num_epochs": 2, "updates_per_epoch": 2, "test_tasks": 4, "adaptation_calls": 2}
+    a = run(DynamicsSettings(out=str(tmp_path / "a"), **small))
+    b = run(DynamicsSettings(out=str(tmp_path / "b"), **small))
+    other = run(DynamicsSettings(out=str(tmp_path / "c"), seed=1, **small))
+    assert a["arms"] == b["arms"] and a["meta_loss"] == b["meta_loss"] != other["meta_loss"]
+
+
+def test_any_environment_with_box_observations_works(tmp_path):
+    small = {**SMALL, "num_epochs": 1, "updates_per_epoch": 2, "test_tasks": 4, "adaptation_calls": 1}
+    results = run(DynamicsSettings(env_name="Pendulum-v1", out=str(tmp_path), **small))
+    assert all(torch.isfinite(torch.tensor(arm["mean"])) for arm in results["arms"].values())
+
+
+def test_fingerprint_tells_flipped_actions_apart():
+    x = torch.randn(2, 40, 7)
+    x[1] = x[0]
+    y = torch.stack([x[0, :, 4:5] - x[0, :, 5:6], x[0, :, 5:6] - x[0, :, 4:5]])
+    a, b = fingerprint(x, y)
+    assert torch.allclose(a, -b, atol=1e-5) and a.abs().max() > 0.5
+
+
+@pytest.mark.parametrize(
+    "flags, text",
+    [
+        (["--num_epochs", "0"], "num_epochs must be > 0"),
+        (["--inner_lr", "-1"], "inner_lr must be > 0"),
+        (["--experience_weight", "-1"], "experience_weight must be >= 0"),
+        (["--retrieval", "magic"], "invalid choice"),
+        (["--buffer_size", "3"], "buffer_size must hold one task"),
+        (["--num_epochs", "many"], "invalid int value"),
+    ],
+)
+def test_bad_flags_are_refused_before_anything_runs(flags, text, capsys):
+    with pytest.raises(SystemExit) as info:
+        cli.main(flags)
+    assert info.value.code == 2 and text in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "flags, text",
+    [(["--env_name", "NoSuch-v0"], "NoSuch"), (["--device", "cuda:77"], "device"), (["--device", "x"], "x")],
+)
+def test_bad_environment_or_device_is_one_sentence(flags, text, tmp_path, capsys):
+    if flags[0] == "--device" and torch.cuda.is_available():
+        flags = ["--device", "x"]
+    assert cli.main([*flags, "--out", str(tmp_path / "r")]) == 2
+    error = capsys.readouterr().err
+    assert text in error and error.count("\n") == 1 and not (tmp_path / "r").exists()
+
+
+def test_settings_refuse_wrong_types():
+    with pytest.raises(TypeError, match="num_epochs must be an integer"):
+        DynamicsSettings(num_epochs=1.5)
+    with pytest.raises(TypeError, match="env_name must be a string"):
+        DynamicsSettings(env_name=3)

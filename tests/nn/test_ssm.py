@@ -1,0 +1,216 @@
+"""SSM, SSMLayer, Stateful and the S6 core."""
+
+import pytest
+import torch
+from torch.func import functional_call, grad, vmap
+
+from eaml_ext.nn import SSM, SSMLayer, Stateful
+from eaml_ext.nn.cores import S6, make_core
+from eaml_ext.ops import selective_scan_reference
+
+
+def model(**options):
+    return SSM(5, 8, 3, state_size=4, **options).double()
+
+
+def test_call_returns_one_tensor_for_steps_and_sequences():
+    net = SSM(state_dim=10)
+    assert net(torch.randn(32, 10)).shape == (32, 32)
+    assert net.forward(torch.randn(4, 7, 10)).shape == (4, 7, 32)
+    assert net.forward(torch.randn(32, 10), hidden_state=net.init_hidden(32)).shape == (32, 32)
+
+
+@pytest.mark.parametrize("num_layers", [1, 3])
+def test_scan_equals_steps_equals_split_scans(num_layers):
+    net, x = model(num_layers=num_layers), torch.randn(2, 9, 5, dtype=torch.float64)
+    whole, last = net.scan(x)
+    a, state = net.scan(x[:, :4])
+    b, split_last = net.scan(x[:, 4:], state)
+    assert torch.allclose(torch.cat([a, b], dim=1), whole) and torch.allclose(split_last, last)
+    state, ys = net.init_hidden(2), []
+    for t in range(9):
+        y, state = net.step(x[:, t], state)
+        ys.append(y)
+    assert torch.allclose(torch.stack(ys, dim=1), whole) and torch.allclose(state, last)
+    assert torch.allclose(net(x[:, 4:], a_state := net.scan(x[:, :4])[1]), b) and a_state.shape == last.shape
+
+
+def test_resets_cut_a_sequence_into_episodes():
+    net, x = model(num_layers=2), torch.randn(2, 9, 5, dtype=torch.float64)
+    reset = torch.zeros(2, 9, dtype=torch.bool)
+    reset[:, 6] = True
+    y, _ = net.scan(x, net.scan(x)[1], reset)
+    assert torch.allclose(y[:, 6:], net(x[:, 6:]))
+    assert not torch.allclose(y[:, :6], net(x[:, :6]))
+
+
+def test_every_parameter_learns_and_the_memory_is_used():
+    net = model()
+    x = torch.randn(8, 20, 5, dtype=torch.float64)
+    target = x.cumsum(dim=1)[..., :3] / 5  # needs memory
+    optimizer = torch.optim.Adam(net.parameters(), lr=1e-2)
+    losses = []
+    for _ in range(150):
+        loss = (net(x) - target).square().mean()
+        optimizer.zero_grad()
+        loss.backward()
+        assert all(p.grad is not None and p.grad.abs().max() > 0 for p in net.parameters())
+        optimizer.step()
+        losses.append(loss.item())
+    assert losses[-1] < 0.2 * losses[0]
+
+
+def test_parameters_named_in_the_recurrence_can_be_read_and_set():
+    core = model().cores[0]
+    assert isinstance(core, S6)
+    assert torch.allclose(core.A_log.exp()[0], torch.arange(1.0, 5.0, dtype=torch.float64))
+    with torch.no_grad():
+        core.D.fill_(7.0)
+    assert core.D.unique().tolist() == [7.0]
+    step = torch.nn.functional.softplus(core.delta_bias)
+    assert step.min() >= 0.99e-3 and step.max() <= 1.01e-1
+
+
+def test_core_computes_the_published_formula():
+    core, x = S6(6, 4).double(), torch.randn(2, 5, 6, dtype=torch.float64)
+    delta, B, C = core.project(x).split(core.split, dim=-1)
+    y = selective_scan_reference(
+        x.mT, core.expand(delta).mT, -core.A_log.exp(), B.mT, C.mT, core.D, core.gate(x).mT, core.delta_bias, True
+    )
+    assert torch.allclose(core.scan(x)[0], core.mix(y.mT))
+
+
+def test_per_task_weights_under_vmap_equal_a_loop():
+    net, x = model(), torch.randn(3, 2, 6, 5, dtype=torch.float64)
+    params = {k: p.detach() + 0.1 * torch.randn(3, *p.shape, dtype=p.dtype) for k, p in net.named_parameters()}
+
+    def loss(p, x):
+        return functional_call(net, p, (x,)).square().sum()
+
+    together = vmap(grad(loss))(params, x)
+    for i in range(3):
+        alone = grad(loss)({k: p[i] for k, p in params.items()}, x[i])
+        assert all(torch.allclose(together[k][i], alone[k]) for k in alone)
+
+
+def test_maml_outer_gradient_equals_the_reference_loop(monkeypatch):
+    """One inner step, fp64: 1e-6 relative is asked, rounding is what comes."""
+    net = model()
+    x, y = torch.randn(2, 40, 5, dtype=torch.float64), torch.randn(2, 40, 3, dtype=torch.float64)
+    params = {k: p.detach() for k, p in net.named_parameters()}
+
+    def outer(p):
+        def inner(q):
+            return (functional_call(net, q, (x,)) - y).square().mean()
+
+        g = grad(inner)(p)
+        return inner({k: v - 0.1 * g[k] for k, v in p.items()})
+
+    ours = grad(outer)(params)
+    monkeypatch.setattr("eaml_ext.nn.cores.s6.selective_scan", selective_scan_reference)
+    reference = grad(outer)(params)
+    for k in ours:
+        assert (ours[k] - reference[k]).abs().max() <= 1e-6 * reference[k].abs().max(), k
+
+
+def test_save_and_load_keep_weights_and_options(tmp_path):
+    net = SSM(5, 8, 3, state_size=4, num_layers=2)
+    net.save(tmp_path / "m.safetensors")
+    back = SSM.load(tmp_path / "m.safetensors")
+    x = torch.randn(2, 6, 5)
+    assert torch.equal(back(x), net(x)) and back.options == net.options
+    (tmp_path / "junk").write_bytes(b"not a model")
+    with pytest.raises(ValueError, match="junk"):
+        SSM.load(tmp_path / "junk")
+    with pytest.raises(ValueError, match="custom callable"):
+        SSM(5, 8, 3, core=lambda dim, n: S6(dim, n)).save(tmp_path / "c")
+
+
+def test_custom_core_plugs_in():
+    class Leaky(torch.nn.Module):
+        def __init__(self, dim, state_size):
+            super().__init__()
+            self.state_shape = (dim,)
+
+        def scan(self, x, state=None, reset=None):
+            ys = []
+            state = x.new_zeros(x.shape[0], x.shape[2]) if state is None else state
+            for t in range(x.shape[1]):
+                y, state = self.step(x[:, t], state)
+                ys.append(y)
+            return torch.stack(ys, dim=1), state
+
+        def step(self, x, state):
+            state = 0.5 * state + x
+            return state, state
+
+    net = SSM(5, 8, 3, core=Leaky)
+    assert net(torch.randn(2, 4, 5)).shape == (2, 4, 3) and net.init_hidden(2).shape == (2, 1, 8)
+
+
+def test_encoder_reads_two_dimensions_as_time():
+    encoder = SSMLayer(4, 16)
+    x = torch.randn(50, 4)
+    assert encoder(x).shape == (50, 16)
+    assert torch.allclose(encoder(x.unsqueeze(0))[0], encoder(x), atol=1e-6)
+    assert not torch.allclose(encoder(x)[-1], encoder(x[-1:])[-1])  # what came before matters
+
+
+def test_stateful_remembers_and_forgets():
+    net = model()
+    wrapped, x = Stateful(net), torch.randn(2, 9, 5, dtype=torch.float64)
+    whole = net(x)
+    assert torch.allclose(wrapped(x[:, :5]), whole[:, :5])
+    assert torch.allclose(wrapped(x[:, 5]), whole[:, 5])
+    assert not wrapped.state.requires_grad
+    wrapped.reset(torch.tensor([True, False]))
+    after = wrapped(x[:, 6])
+    assert torch.allclose(after[0], net(x[:1, 6])[0]) and torch.allclose(after[1], whole[1, 6])
+    wrapped.reset()
+    assert torch.allclose(wrapped(x[:, :5]), whole[:, :5])
+    assert wrapped(x[:1]).shape == (1, 9, 3)  # another batch size starts anew
+
+
+def bad_calls():
+    net, x, state = SSM(5, 8, 3), torch.randn(2, 4, 5), SSM(5, 8, 3).init_hidden(2)
+    yield lambda: SSM(0), ValueError, "state_dim must be > 0"
+    yield lambda: SSM(5, 8.0), TypeError, "hidden_dim must be an integer"
+    yield lambda: SSM(5, 8, -1), ValueError, "output_dim must be > 0"
+    yield lambda: SSM(5, state_size=0), ValueError, "state_size must be > 0"
+    yield lambda: SSM(5, num_layers=0), ValueError, "num_layers must be > 0"
+    yield lambda: SSM(5, core="rwkv9"), ValueError, "core must be one of"
+    yield lambda: net([1.0]), TypeError, "x must be a torch.Tensor"
+    yield lambda: net(torch.randn(2, 4)), ValueError, "x must have shape"
+    yield lambda: net(x.double()), TypeError, "x must be float32"
+    yield lambda: net(x.to("meta")), ValueError, "x is on meta"
+    yield lambda: net(x, state[:1]), ValueError, "state must have shape"
+    yield lambda: net(x, "state"), TypeError, "state must be a torch.Tensor"
+    yield lambda: net(x, state.to("meta")), ValueError, "is on meta"
+    yield lambda: net(x, state.double()), TypeError, "must be float32"
+    yield lambda: net.scan(x[0]), ValueError, "x must have shape"
+    yield lambda: net.scan(x, None, torch.zeros(2, 4)), TypeError, "reset must be bool"
+    yield lambda: net.scan(x, None, torch.zeros(2, 3, dtype=torch.bool)), ValueError, "reset must have shape"
+    yield lambda: net.step(x, state), ValueError, "x must have shape"
+    yield lambda: net.step(x[:, 0], state[..., :2]), ValueError, "state must have shape"
+    yield lambda: net.init_hidden(-1), ValueError, "batch must be >= 0"
+    yield lambda: SSMLayer(0, 3), ValueError, "input_dim must be > 0"
+    yield lambda: SSMLayer(4, 3)(torch.randn(4)), ValueError, "x must have shape"
+    yield lambda: S6(0), ValueError, "dim must be > 0"
+    yield lambda: make_core(3, 4, 4), ValueError, "core must be one of"
+    yield lambda: Stateful(net)("x"), TypeError, "x must be a torch.Tensor"
+
+
+@pytest.mark.parametrize("call, error, text", list(bad_calls()), ids=lambda v: v if isinstance(v, str) else "")
+def test_bad_input_gets_one_sentence(call, error, text):
+    with pytest.raises(error) as info:
+        call()
+    assert text in str(info.value) and "\n" not in str(info.value)
+
+
+def test_stateful_reset_refuses_bad_rows():
+    wrapped = Stateful(SSM(5, 8, 3))
+    wrapped(torch.randn(2, 5))
+    with pytest.raises(TypeError, match="rows must be bool"):
+        wrapped.reset(torch.zeros(2))
+    with pytest.raises(ValueError, match="rows must have shape"):
+        wrapped.reset(torch.zeros(3, dtype=torch.bool))

@@ -1,0 +1,77 @@
+"""Rooms import downwards only, and importing the package costs nothing."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import eaml_ext
+
+ROOT = Path(eaml_ext.__file__).parent
+# A room may import those after it. experience and nn share a floor and never import each other.
+FLOORS = [
+    {"__main__"},
+    {"cli"},
+    {"jobs", "integrations"},
+    {"rl"},
+    {"tasks"},
+    {"adaptation"},
+    {"meta"},
+    {"experience", "nn"},
+    {"ops"},
+    {"_C"},
+]
+LEAVES = {"distributed", "checkpoint", "_check"}
+FLOOR = {room: i for i, floor in enumerate(FLOORS) for room in floor}
+
+
+def room_of(path: Path) -> str:
+    parts = path.relative_to(ROOT).with_suffix("").parts
+    return parts[0]
+
+
+def imported(path: Path) -> set[str]:
+    """Rooms of eaml_ext that a file imports, also inside functions."""
+    rooms = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        names = []
+        if isinstance(node, ast.ImportFrom) and node.module and node.level == 0:
+            names = [f"{node.module}.{alias.name}" for alias in node.names]
+        elif isinstance(node, ast.Import):
+            names = [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            pytest.fail(f"{path.name} uses a relative import")
+        rooms |= {name.split(".")[1] for name in names if name.startswith("eaml_ext.")}
+    return {room for room in rooms if (ROOT / room).is_dir() or (ROOT / f"{room}.py").exists() or room == "_C"}
+
+
+@pytest.mark.parametrize("path", sorted(ROOT.rglob("*.py")), ids=lambda p: str(p.relative_to(ROOT)))
+def test_imports_run_downwards(path):
+    room = room_of(path)
+    if room == "__init__":
+        return
+    for other in imported(path):
+        if other in (room, "_check") or (other in LEAVES and room not in LEAVES):
+            continue
+        assert room not in LEAVES, f"{room} is a leaf but imports {other}"
+        assert other in FLOOR and room in FLOOR, f"{room} -> {other}: give both a floor"
+        assert FLOOR[room] < FLOOR[other], f"{room} imports {other}, which does not stand below it"
+
+
+def python(code: str) -> str:
+    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+
+
+def test_importing_the_package_and_asking_for_help_load_no_torch():
+    assert python("import sys, eaml_ext, eaml_ext.cli; print('torch' in sys.modules)").strip() == "False"
+    out = subprocess.run([sys.executable, "-m", "eaml_ext", "--help"], capture_output=True, text=True, check=True)
+    assert "--env_name" in out.stdout
+
+
+def test_every_public_name_exists():
+    for name in eaml_ext.__all__:
+        assert getattr(eaml_ext, name) is not None, name
+    with pytest.raises(AttributeError, match="no attribute 'nothing'"):
+        eaml_ext.nothing  # noqa: B018
