@@ -36,7 +36,7 @@ def build(
     last: bool = True,
     seed: int = 0,
 ) -> Build:
-    """A call with the optional arguments ``present``; ``tasks`` names the parameters that come per task, two of them."""
+    """A call with the optional arguments ``present``; ``tasks`` names the parameters that come one per each of two tasks."""
 
     def make(dtype: torch.dtype, device: str) -> Call:
         draw = torch.Generator().manual_seed(seed)
@@ -97,7 +97,7 @@ SHAPES = {
     "three_chunks": build(*OPTIONAL, length=70, dim=2, state=2, softplus=True),
     "lanes_and_one": build("D", "delta_bias", dim=17, length=3, softplus=True),
     "units": build(*OPTIONAL, batch=1, dim=150, length=3, state=5),
-    "units_groups": build("z", batch=1, dim=140, groups=2, length=34, state=2),
+    "units_groups": build("z", batch=1, dim=140, groups=2, length=3, state=2),
     "units_invariant": build("z", batch=2, dim=70, length=3, invariant=("B", "C"), tasks=("A",)),
 }
 
@@ -152,7 +152,7 @@ class TestScan(Battery):
         differentiable=ARGUMENTS,
         cases=CASES,
         shapes=SHAPES,
-        parallel=build(*OPTIONAL, batch=4, dim=96, length=70, state=8, softplus=True),
+        parallel=build(*OPTIONAL, batch=4, dim=130, length=20, state=16, softplus=True),
         drawn=drawn(),
         raw=raw_calls,
         factor=FACTOR,
@@ -255,8 +255,9 @@ def test_every_combination_of_options(softplus, layout, device):
             for last in (False, True):
                 call.options["return_last_state"] = last
                 close(outputs(selective_scan, call), outputs(selective_scan_reference, call), FACTOR)
-                got, want = (derivatives(f, call, names) for f in (selective_scan, selective_scan_reference))
-                close(got, want, FACTOR)
+            call.options["return_last_state"] = n % 2 == 0
+            got, want = (derivatives(f, call, names) for f in (selective_scan, selective_scan_reference))
+            close(got, want, FACTOR)
 
 
 @pytest.mark.parametrize("name", ["B", "C"])

@@ -1,0 +1,14 @@
+"""All benchmarks, one after another: python -m benchmarks.run [--quick] [--threads 1]."""
+
+from benchmarks import meta
+from benchmarks.ops import knn, selective_scan
+
+
+def main() -> None:
+    for benchmark in (selective_scan, knn, meta):
+        print(f"\n== {benchmark.__name__}")
+        benchmark.main()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,162 @@
+"""The compiled extension: what it says of itself, what it links to, what its hot loops became; and its absence."""
+
+import ctypes
+import platform
+import re
+import shutil
+import subprocess
+import sys
+
+import pytest
+import torch
+
+import eaml_ext
+from eaml_ext import ops
+
+X86 = platform.machine() in ("x86_64", "AMD64")
+ELF = sys.platform == "linux"
+
+STABLE_C = re.compile(r"^(?:aoti_torch_|torch_)\w+$")
+
+
+@pytest.fixture(scope="module")
+def library(reference_only):
+    if reference_only:
+        pytest.skip("the kernels are hidden")
+    return ops._C.__file__
+
+
+def tool(*command: str) -> str:
+    if not ELF or shutil.which(command[0]) is None:
+        pytest.skip(f"{command[0]} reads this binary on Linux with binutils")
+    return subprocess.run(command, capture_output=True, text=True, check=True).stdout
+
+
+def python(code: str) -> subprocess.CompletedProcess:
+    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+
+
+# ---- build_info --------------------------------------------------------------------------------------------------
+
+
+def test_build_info(reference_only):
+    info = eaml_ext.build_info()
+    assert info["torch"] == torch.__version__
+    assert info["kernels"] is not reference_only
+    if reference_only:
+        assert set(info) == {"kernels", "torch"}
+        return
+    assert set(info) == {"kernels", "torch", "compiler", "simd", "cuda", "torch_target"}
+    assert re.match(r"(gcc|clang|msvc) \d+", info["compiler"])
+    assert info["cuda"] is None or re.match(r"\d+\.\d+", info["cuda"])
+    assert re.fullmatch(r"\d+\.\d+", info["torch_target"])
+    if X86 and ELF:
+        assert info["simd"] in ("x86-64-v4 (AVX-512)", "x86-64-v3 (AVX2)", "x86-64 (SSE2)")
+
+
+def test_runs_on_the_torch_it_was_built_for_or_a_later_one(library):
+    def release(version: str) -> list[int]:
+        return [int(part) for part in version.split(".")[:2]]
+
+    assert release(eaml_ext.build_info()["torch_target"]) <= release(torch.__version__)
+
+
+def test_kernels_are_registered_for_the_cpu(library):
+    names = [name for name in torch._C._dispatch_get_all_op_names() if name.startswith("eaml_ext::")]
+    assert {"eaml_ext::knn", "eaml_ext::selective_scan"} <= set(names)
+    for name in names:
+        assert torch._C._dispatch_has_kernel_for_dispatch_key(name, "CPU"), name
+
+
+# ---- the stable ABI ----------------------------------------------------------------------------------------------
+
+
+def undefined(library: str) -> list[str]:
+    lines = tool("nm", "-D", "--undefined-only", library).splitlines()
+    return [line.split()[-1].split("@")[0] for line in lines if line.strip()]
+
+
+def allowed(name: str) -> bool:
+    """Of torch's stable C functions, Python, the C++ standard library and its runtime, or the C library."""
+    if name.startswith("_Z"):
+        # std:: and its members, operators new and delete, and type information of the runtime
+        return bool(
+            re.match(r"_ZN?[KVRO]*(?:S[a-z]|St)|_ZT[IVS]N?(?:St|S[a-z]|10__cxxabiv1|[a-z])|_Z(?:n|d)[wal]", name)
+        )
+    return bool(
+        STABLE_C.match(name) or re.match(r"_?Py|__cxa_|__gxx_|__dynamic_cast|_Unwind_|_ITM_|__gmon_start__", name)
+    ) or libc(name)
+
+
+def libc(name: str) -> bool:
+    return hasattr(ctypes.CDLL(None), name)
+
+
+def test_only_the_stable_abi_of_torch_is_used(library):
+    names = undefined(library)
+    demangled = tool("nm", "-D", "-C", "--undefined-only", library)
+    assert not re.findall(r"\b(?:at|c10|caffe2|torch)::", demangled)
+    assert any(STABLE_C.match(name) for name in names)
+    unknown = [name for name in names if not allowed(name)]
+    assert not unknown, unknown
+
+
+# ---- vector instructions -----------------------------------------------------------------------------------------
+
+
+def clones(library: str, mangled: str, level: str) -> dict[str, list[str]]:
+    """Instructions of every function whose name has ``mangled``, compiled for ``level``."""
+    if not X86:
+        pytest.skip("AVX-512 is of x86-64")
+    symbols = [line.split()[-1] for line in tool("nm", library).splitlines()]
+    # gcc writes arch_x86_64_v4, clang arch_x86-64-v4.N
+    names = [s for s in symbols if mangled in s and re.search(level.replace("-", "[-_]"), s) and ".cold" not in s]
+    return {
+        name: tool("objdump", "-d", "--no-show-raw-insn", f"--disassemble={name}", library).splitlines()
+        for name in names
+    }
+
+
+@pytest.mark.parametrize("kind, scalar", [("f", "ps"), ("d", "pd")], ids=["float32", "float64"])
+@pytest.mark.parametrize("kernel", ["7forward", "8backward", "12forward_dual", "13backward_dual"])
+def test_hot_loops_are_as_wide_as_the_machine_allows(library, kernel, kind, scalar):
+    """The scan's AVX-512 clones multiply-add and take exponentials sixteen (eight) lanes at a time."""
+    bodies = clones(library, f"4eaml14selective_scan{kernel}ERKNS0_5ShapeERKNS0_6InputsI{kind}E", "x86-64-v4")
+    assert len(bodies) == 1, list(bodies)
+    (body,) = bodies.values()
+    fma = [line for line in body if re.search(rf"vf\w*m\w*{scalar} .*%zmm", line)]
+    # exp builds 2^n by a shift of an integer into the exponent's place
+    shift = [line for line in body if re.search(rf"vpsll{'d' if scalar == 'ps' else 'q'} .*%zmm", line)]
+    assert len(fma) > 20 and len(shift) >= 2, (len(fma), len(shift))
+    scalar_exp = [line for line in body if re.search(r"call.*\bexpf?\b", line)]
+    assert not scalar_exp
+
+
+# ---- without kernels, without torch ------------------------------------------------------------------------------
+
+
+def test_without_kernels_one_warning_says_how_to_get_them():
+    code = """
+import sys, warnings
+sys.modules["eaml_ext._C"] = None
+with warnings.catch_warnings(record=True) as caught:
+    warnings.simplefilter("always")
+    import eaml_ext.ops, eaml_ext
+    import torch
+    from eaml_ext.ops import selective_scan, knn
+    x = torch.ones(1, 2, 3)
+    selective_scan(x, x, -torch.ones(2, 1), x[:, :1], x[:, :1])
+    knn(x[0], x[0], 1)
+ours = [w for w in caught if "eaml_ext" in str(w.message)]
+assert len(ours) == 1 and ours[0].category is RuntimeWarning, ours
+assert eaml_ext.build_info() == {"kernels": False, "torch": torch.__version__}
+print(ours[0].message)
+"""
+    message = python(code).stdout.strip()
+    assert "\n" not in message
+    assert "pip install" in message and "eaml_ext" in message
+
+
+def test_import_is_silent_and_loads_no_torch():
+    done = python("import sys, eaml_ext; dir(eaml_ext); assert 'torch' not in sys.modules, 'torch was imported'")
+    assert done.stdout == done.stderr == ""
