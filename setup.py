@@ -25,7 +25,7 @@ def extension() -> dict:
         print("eaml_ext: building without kernels (no C++ compiler; gcc and clang are supported)", file=sys.stderr)
         return {}
     # No -ffp-contract: both compilers fuse by default, and clang's `fast` would override pragmas that forbid it.
-    flags = ["-O3", "-std=c++20", "-fno-math-errno", "-fno-trapping-math", "-fvisibility=hidden"]
+    flags = ["-O3", "-g0", "-std=c++20", "-fno-math-errno", "-fno-trapping-math", "-fvisibility=hidden"]
     flags += ["-Wall", "-Wno-unknown-pragmas", "-Wno-psabi"]
     if platform.machine() in ("x86_64", "AMD64"):
         flags.append("-mprefer-vector-width=512")
