@@ -16,9 +16,13 @@
 
 #if defined(__GNUC__) || defined(__clang__)
 #define EAML_INLINE inline __attribute__((always_inline))
+#define EAML_NOINLINE __attribute__((noinline))
+#define EAML_PREFETCH(address) __builtin_prefetch(address)
 #define EAML_LAMBDA __attribute__((always_inline))  // a lambda that is not inlined misses its caller's instruction set
 #else
 #define EAML_INLINE inline
+#define EAML_NOINLINE
+#define EAML_PREFETCH(address) ((void)0)
 #define EAML_LAMBDA
 #endif
 

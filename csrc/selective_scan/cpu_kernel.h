@@ -9,7 +9,7 @@ namespace eaml::selective_scan {
 constexpr std::int64_t kChunk = 32;
 // Channel blocks (each one full vector wide) that share one pass over B and C; fixed, so that sums never depend on the
 // number of threads.
-constexpr std::int64_t kBlocksPerUnit = 4;
+constexpr std::int64_t kBlocksPerUnit = 8;
 
 // A strided input; a null pointer reads as zeros. Strides are in elements: batch row or task, channel, step or state.
 template <class T>

@@ -1,5 +1,5 @@
 // One step of the selective scan for one channel and one state, on any scalar: a float, a double, or a Dual of either.
-//   h_t = a h_{t-1} + x B,  a = 2^(dt A2),  x = dt u,  y += C h_t        (A2 = A log2(e))
+//   h_t = a h_{t-1} + x B,  a = exp(dt A),  x = dt u,  y += C h_t
 // The backward step is the only derivation in the library: on duals it is the double backward.
 #pragma once
 
@@ -7,9 +7,23 @@
 
 namespace eaml::selective_scan {
 
-template <class S>
-EAML_INLINE S decay(S dt, S A2) {
-  return exp2_(dt * A2);
+// a = exp(dt A) for K states. A2 = A log2(e) is kept beside A: values need no further factor then, tangents none at all.
+template <int K, class T>
+EAML_INLINE void decay(T dt, const T (&)[K], const T (&A2)[K], T (&a)[K]) {
+  T t[K];
+  EAML_UNROLL
+  for (int n = 0; n < K; ++n) t[n] = dt * A2[n];
+  exp2_(t, a);
+}
+template <int K, class T>
+EAML_INLINE void decay(Dual<T> dt, const Dual<T> (&A)[K], const T (&A2)[K], Dual<T> (&a)[K]) {
+  T t[K], values[K];
+  EAML_UNROLL
+  for (int n = 0; n < K; ++n) t[n] = dt.value * A2[n];
+  exp2_(t, values);
+  EAML_UNROLL
+  for (int n = 0; n < K; ++n)
+    a[n] = {values[n], values[n] * (dt.value * A[n].tangent + dt.tangent * A[n].value)};
 }
 
 template <class S>
@@ -24,7 +38,7 @@ struct StepGradient {
   S C;       // dL/dC_t
   S B;       // dL/dB_t
   S x;       // dL/dx_t, one state's share
-  S dt_A2;   // dL/d(dt A2) / ln 2, one state's share: times A2 it goes to dt, times dt to A
+  S dt_A;    // dL/d(dt A), one state's share: times A it goes to dt, times dt to A
 };
 
 template <class S>
