@@ -11,11 +11,19 @@ if TYPE_CHECKING:
 
 
 def tensor(where: str, name: str, value: Any) -> None:
-    """Raise TypeError unless ``value`` is a tensor."""
-    from torch import Tensor  # here, because the command line checks its numbers before torch is loaded
+    """Raise TypeError unless ``value`` is a dense tensor."""
+    from torch import Tensor, strided  # here, because the command line checks its numbers before torch is loaded
 
     if not isinstance(value, Tensor):
         raise TypeError(f"{where}: {name} must be a torch.Tensor, got {type(value).__name__}")
+    if value.layout is not strided:
+        raise TypeError(f"{where}: {name} must be a dense tensor, got layout {value.layout}")
+
+
+def flag(where: str, name: str, value: Any) -> None:
+    """Raise TypeError unless ``value`` is True or False."""
+    if not isinstance(value, bool):
+        raise TypeError(f"{where}: {name} must be True or False, got {type(value).__name__}")
 
 
 def shape(where: str, name: str, value: Tensor, wanted: Sequence[int | None], text: str) -> None:

@@ -62,7 +62,7 @@ struct Exp2<float> {
   using Int = std::int32_t;
   static constexpr float round = 12582912.0f + 127.0f, top = 12582912.0f + 255.0f, bottom = -126.5f, scale = 1.0f;
   static constexpr int mantissa = 23, terms = 6;
-  static constexpr float polynomial[terms] = {1.3264715e-3f, 9.671513e-3f, 5.5507340e-2f,
+  static constexpr float polynomial[terms] = {1.3264715e-3f, 9.671513e-3f,  5.5507340e-2f,
                                               2.4022242e-1f, 6.9314700e-1f, 1.0f};
 };
 template <>
@@ -71,15 +71,15 @@ struct Exp2<double> {
   static constexpr double round = 6755399441055744.0 + 1023.0, top = 6755399441055744.0 + 2047.0, bottom = -1022.5;
   static constexpr double scale = kLn2;  // Taylor of exp on |x| <= ln2/2: the first dropped term is below 5e-18
   static constexpr int mantissa = 52, terms = 14;
-  static constexpr double polynomial[terms] = {1.0 / 6227020800, 1.0 / 479001600, 1.0 / 39916800, 1.0 / 3628800,
-                                               1.0 / 362880,     1.0 / 40320,     1.0 / 5040,     1.0 / 720,
-                                               1.0 / 120,        1.0 / 24,        1.0 / 6,        0.5,
-                                               1.0,              1.0};
+  static constexpr double polynomial[terms] = {
+      1.0 / 6227020800, 1.0 / 479001600, 1.0 / 39916800, 1.0 / 3628800, 1.0 / 362880, 1.0 / 40320, 1.0 / 5040,
+      1.0 / 720,        1.0 / 120,       1.0 / 24,       1.0 / 6,       0.5,          1.0,         1.0};
 };
 
-// 2^t with relative error below 2 ulp, exactly 1 at 0; 0 below the smallest normal number, NaN for NaN, inf or NaN above
-// the largest number. Adding `round` leaves the rounded, biased exponent in the low mantissa bits; a shift makes it 2^n.
-// K numbers go side by side: as one chain after the other they would fill the processor's queues with waiting work.
+// 2^t with relative error below 2 ulp, exactly 1 at 0; 0 below the smallest normal number, NaN for NaN, inf or NaN
+// above the largest number. Adding `round` leaves the rounded, biased exponent in the low mantissa bits; a shift makes
+// it 2^n. K numbers go side by side: as one chain after the other they would fill the processor's queues with waiting
+// work.
 template <int K, class T>
 EAML_INLINE void exp2_(const T (&t)[K], T (&out)[K]) {
   using E = Exp2<T>;
@@ -125,8 +125,8 @@ EAML_INLINE T exp_(T x) {
 template <int K>
 EAML_INLINE void log1p_unit(const float (&v)[K], float (&out)[K]) {
   // log(1 + v) / v, minimax: a division would cost more than this polynomial.
-  constexpr float polynomial[] = {-3.24398419e-3f, 1.98512822e-2f, -5.69592081e-2f, 1.06036231e-1f, -1.53055742e-1f,
-                                  1.96759343e-1f,  -2.49541327e-1f, 3.33299637e-1f, -4.99999017e-1f, 1.0f};
+  constexpr float polynomial[] = {-3.24398419e-3f, 1.98512822e-2f,  -5.69592081e-2f, 1.06036231e-1f,  -1.53055742e-1f,
+                                  1.96759343e-1f,  -2.49541327e-1f, 3.33299637e-1f,  -4.99999017e-1f, 1.0f};
   float p[K];
   EAML_UNROLL
   for (int k = 0; k < K; ++k) p[k] = polynomial[0];

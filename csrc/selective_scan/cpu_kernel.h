@@ -56,13 +56,13 @@ struct Outputs {
 // Gradients; of a Dual run, their tangents. All but the first three are partial sums, reduced by the caller.
 template <class T>
 struct Gradients {
-  Out<T> u, delta, z;          // (batch, dim, length)
-  T* initial_state = nullptr;  // (batch, dim, state)
-  T* A = nullptr;              // (batch, dim, state)
-  T* B = nullptr;              // (batch, unit, state, length) or, invariant, (batch, dim, state)
-  T* C = nullptr;              // likewise
-  T* D = nullptr;              // (batch, dim)
-  T* delta_bias = nullptr;     // (batch, dim)
+  Out<T> u, delta, z;              // (batch, dim, length)
+  T* initial_state = nullptr;      // (batch, dim, state)
+  T* A = nullptr;                  // (batch, dim, state)
+  T* B = nullptr;                  // (batch, unit, state, length) or, invariant, (batch, dim, state)
+  T* C = nullptr;                  // likewise
+  T* D = nullptr;                  // (batch, dim)
+  T* delta_bias = nullptr;         // (batch, dim)
   const T* checkpoints = nullptr;  // what the forward pass saved
   const T* checkpoint_tangents = nullptr;
 };

@@ -13,8 +13,8 @@ EAML_CLONES void forward_dual(const Shape& shape, const Inputs<double>& in, cons
                               const Outputs<double>& out, std::int64_t begin, std::int64_t end) {
   run_forward(shape, Source<Dual<double>>{in, &tangents}, out, begin, end);
 }
-EAML_CLONES void backward(const Shape& shape, const Inputs<double>& in, const Gradients<double>& out, std::int64_t begin,
-                          std::int64_t end) {
+EAML_CLONES void backward(const Shape& shape, const Inputs<double>& in, const Gradients<double>& out,
+                          std::int64_t begin, std::int64_t end) {
   run_backward(shape, Source<double>{in, nullptr}, out, begin, end);
 }
 EAML_CLONES void backward_dual(const Shape& shape, const Inputs<double>& in, const Inputs<double>& tangents,

@@ -1,9 +1,9 @@
 // The CPU kernels as templates on the scalar; one translation unit per precision instantiates them.
 //
-// Lanes are channels, so there is no horizontal sum per step and the exponential runs at full vector width. A unit of work
-// is one batch row times kBlocksPerUnit blocks of lanes. Time is walked in chunks: inputs of a chunk are staged as
-// [step][lane] tiles, states are taken a few at a time and stay in registers through the chunk. Backward walks the chunks
-// from the last to the first and recomputes each from the state saved at its start.
+// Lanes are channels, so there is no horizontal sum per step and the exponential runs at full vector width. A unit of
+// work is one batch row times kBlocksPerUnit blocks of lanes. Time is walked in chunks: inputs of a chunk are staged as
+// [step][lane] tiles, states are taken a few at a time and stay in registers through the chunk. Backward walks the
+// chunks from the last to the first and recomputes each from the state saved at its start.
 #pragma once
 
 #include <algorithm>
@@ -41,7 +41,7 @@ struct Span<Dual<T>> {
   EAML_INLINE T* written() const { return tangent; }  // what leaves the kernel of a Dual run
 };
 
-constexpr int kStates = 4;    // states in flight: enough independent chains, few enough registers
+constexpr int kStates = 4;  // states in flight: enough independent chains, few enough registers
 
 constexpr int kTogether = 4;  // steps whose softplus is computed side by side
 
@@ -68,7 +68,7 @@ EAML_INLINE void copy(Span<S> to, Span<S> from, int64_t count) {
   for (int64_t i = 0; i < count; ++i) to.set(i, from.get(i));
 }
 
-// The states of one group in local arrays: a loop over time keeps them in registers, where the compiler cannot keep a Span.
+// The states of one group in local arrays, which a loop over time keeps in registers; a Span may alias what is written.
 template <class S, int64_t kSize = kGroup<S>>
 struct Registers {
   alignas(kVectorBytes) S data[kSize];
@@ -158,14 +158,15 @@ const T* origin(const In<T>& in, int64_t row, int64_t channel) {
 // tile[step][lane] = in[row][channel + lane][start + step], zeros beyond `lanes`.
 template <class T>
 EAML_NOINLINE void stage_tile(T* tile, const In<T>& in, int64_t row, int64_t channel, int64_t lanes, int64_t start,
-                              int64_t steps) {
+                              int64_t steps, int64_t ahead) {
   constexpr int64_t W = kLanes<T>;
   if (in.data == nullptr || lanes < W) std::fill_n(tile, steps * W, T(0));
   if (in.data == nullptr) return;
   const T* from = origin(in, row, channel) + start * in.inner;
   if (in.inner == 1) {
-    for (int64_t i = 0; i < lanes; ++i)
-      for (int64_t t = 0; t < steps; ++t) tile[t * W + i] = from[t + i * in.channel];
+    for (int64_t i = 0; i < lanes; ++i)  // of the next chunk: rows are too short for the processor to see them coming
+      for (int64_t t = 0; t < kChunk; t += kLanes<T>) EAML_PREFETCH(from + i * in.channel + ahead + t);
+    transpose(tile, W, from, in.channel, lanes, steps);
   } else {
     for (int64_t t = 0; t < steps; ++t)
       for (int64_t i = 0; i < lanes; ++i) tile[t * W + i] = from[t * in.inner + i * in.channel];
@@ -175,13 +176,9 @@ EAML_NOINLINE void stage_tile(T* tile, const In<T>& in, int64_t row, int64_t cha
 template <class T>
 EAML_NOINLINE void scatter_tile(T* to, const Out<T>& out, const T* tile, int64_t lanes, int64_t steps) {
   constexpr int64_t W = kLanes<T>;
-  if (out.inner == 1) {
-    for (int64_t i = 0; i < lanes; ++i)
-      for (int64_t t = 0; t < steps; ++t) to[t + i * out.channel] = tile[t * W + i];
-  } else {
-    for (int64_t t = 0; t < steps; ++t)
-      for (int64_t i = 0; i < lanes; ++i) to[t * out.inner + i * out.channel] = tile[t * W + i];
-  }
+  if (out.inner == 1) return transpose(to, out.channel, tile, W, steps, lanes);
+  for (int64_t t = 0; t < steps; ++t)
+    for (int64_t i = 0; i < lanes; ++i) to[t * out.inner + i * out.channel] = tile[t * W + i];
 }
 
 template <class T>
@@ -204,6 +201,7 @@ EAML_NOINLINE void gather_matrix(T* matrix, const In<T>& in, int64_t row, int64_
   std::fill_n(matrix, padded * W, T(0));
   if (in.data == nullptr) return;
   const T* from = origin(in, row, channel);
+  if (in.inner == 1) return transpose(matrix, W, from, in.channel, lanes, state);
   for (int64_t i = 0; i < lanes; ++i)
     for (int64_t n = 0; n < state; ++n) matrix[n * W + i] = from[i * in.channel + n * in.inner];
 }
@@ -221,6 +219,7 @@ template <class T>
 EAML_NOINLINE void scatter_matrix(T* to, int64_t channel_stride, int64_t inner_stride, const T* matrix, int64_t lanes,
                                   int64_t state) {
   constexpr int64_t W = kLanes<T>;
+  if (inner_stride == 1) return transpose(to, channel_stride, matrix, W, state, lanes);
   for (int64_t i = 0; i < lanes; ++i)
     for (int64_t n = 0; n < state; ++n) to[i * channel_stride + n * inner_stride] = matrix[n * W + i];
 }
@@ -287,6 +286,7 @@ EAML_NOINLINE void stage_states(T* to, const In<T>& in, const Place& at, int64_t
   if (in.data == nullptr || padded != state) std::fill_n(to, steps * padded * kCopies, T(0));
   if (in.data == nullptr) return;
   const T* from = in.data + at.row * in.outer + at.group * in.group + start * in.inner;
+  if (kCopies == 1 && in.inner == 1) return transpose(to, padded, from, in.channel, state, steps);
   for (int64_t t = 0; t < steps; ++t)
     for (int64_t n = 0; n < state; ++n)
       std::fill_n(to + (t * padded + n) * kCopies, kCopies, from[n * in.channel + t * in.inner]);
@@ -312,7 +312,7 @@ struct Rates {
 // A chunk cut where the state is reset, so that the loops over time inside are free of branches.
 struct Segments {
   int64_t count, begin[kChunk + 1];  // begin[count]: the end of the chunk
-  bool first_reset;                     // of the first segment; all others start with a reset
+  bool first_reset;                  // of the first segment; all others start with a reset
   EAML_INLINE bool reset(int64_t segment) const { return segment > 0 || first_reset; }
 };
 
@@ -325,11 +325,11 @@ struct Unit {
   const Shape& shape;
   const Source<S>& source;
   Place at;
-  int64_t padded;               // states, rounded up to whole groups
-  Span<S> A, D, bias;           // [block][state][lane], [block][lane]
-  T* A2;                        // A log2(e)
-  Operand<S, kLane> B, C;       // of the current chunk (invariant: of the current block)
-  Span<S> dt, x, y;             // tiles of the current chunk and block
+  int64_t padded;          // states, rounded up to whole groups
+  Span<S> A, D, bias;      // [block][state][lane], [block][lane]
+  T* A2;                   // A log2(e)
+  Operand<S, kLane> B, C;  // of the current chunk (invariant: of the current block)
+  Span<S> dt, x, y;        // tiles of the current chunk and block
   Span<S> memory_u, memory_delta, memory_z;
   View<S> u, z;
   Segments segments;
@@ -394,12 +394,13 @@ struct Unit {
     if (shape.C_invariant) stage(&Inputs<T>::C, C);
   }
 
-  // The chunk of an input, copied to `tile` only where lanes are not adjacent.
-  EAML_INLINE View<S> view(In<T> Inputs<T>::* member, Span<S> tile, int64_t block, int64_t start, int64_t steps) const {
+  // The chunk of an input, copied to `tile` only where lanes are not adjacent. The next chunk starts `ahead` steps on.
+  EAML_INLINE View<S> view(In<T> Inputs<T>::* member, Span<S> tile, int64_t block, int64_t start, int64_t steps,
+                           int64_t ahead) const {
     const auto rows = [&](T* to, const In<T>& in) EAML_LAMBDA -> View<T> {
       if (in.data != nullptr && in.channel == 1 && lanes(block) == W)
         return {origin(in, at.row, channel(block)) + start * in.inner, in.inner};
-      stage_tile(to, in, at.row, channel(block), lanes(block), start, steps);
+      stage_tile(to, in, at.row, channel(block), lanes(block), start, steps, ahead);
       return {to, W};
     };
     const View<T> value = rows(tile.value, source.values.*member);
@@ -415,12 +416,13 @@ struct Unit {
   template <bool kSlope>
   EAML_INLINE void stage_block(int64_t block, int64_t start, int64_t steps, Span<S> slope) {
     if constexpr (kLane) stage_invariant(block);
-    u = view(&Inputs<T>::u, memory_u, block, start, steps);
-    if (shape.gated) z = view(&Inputs<T>::z, memory_z, block, start, steps);
-    const View<S> delta = view(&Inputs<T>::delta, memory_delta, block, start, steps), u_ = u;
+    constexpr int64_t ahead = kSlope ? -kChunk : kChunk;  // backward walks backward
+    u = view(&Inputs<T>::u, memory_u, block, start, steps, ahead);
+    if (shape.gated) z = view(&Inputs<T>::z, memory_z, block, start, steps, ahead);
+    const View<S> delta = view(&Inputs<T>::delta, memory_delta, block, start, steps, ahead), u_ = u;
     const Span<S> dt_ = dt, x_ = x, y_ = y, offset = bias.at(block * W), d = D.at(block * W);
     const bool last = block + 1 == blocks();  // what comes next: the next block, or the first one of the next chunk
-    const int64_t later = !last ? 0 : kSlope ? -kChunk : kChunk, over = last ? -block * W : W;
+    const int64_t later = last ? ahead : 0, over = last ? -block * W : W;
     const auto each = [&](auto f) EAML_LAMBDA {
       for (int64_t t = 0; t < steps; t += kTogether) {
         int64_t rows[kTogether];
@@ -616,8 +618,8 @@ EAML_INLINE void backward_states(const Segments& segments, bool gated, Rates<S> 
         for (int n = 0; n < kStates; ++n) {
           const int64_t j = n * W + i;
           const S h_prev = before.get(j);
-          const StepGradient<S> g = step_backward(grad_h.get(j), gy, a.get(j), h_prev, current.get(j), input,
-                                                  B.get(t, n, i), C.get(t, n, i));
+          const StepGradient<S> g =
+              step_backward(grad_h.get(j), gy, a.get(j), h_prev, current.get(j), input, B.get(t, n, i), C.get(t, n, i));
           current.set(j, h_prev);
           grad_h.set(j, g.h_prev);
           sum_C[j] += output(g.C);
@@ -677,7 +679,7 @@ EAML_INLINE void backward_unit(Arena& arena, const Shape& shape, const Source<S>
     for (int64_t block = 0; block < blocks; ++block) {
       const int64_t channel = unit.channel(block), lanes = unit.lanes(block);
       unit.template stage_block<true>(block, start, steps, slope);
-      const View<S> u = unit.u, z = unit.z, gy = unit.view(&Inputs<T>::grad_y, memory_gy, block, start, steps);
+      const View<S> u = unit.u, z = unit.z, gy = unit.view(&Inputs<T>::grad_y, memory_gy, block, start, steps, -kChunk);
       const Span<S> dt = unit.dt, y = unit.y;
       if (shape.gated) {
         for (int64_t t = 0; t < steps; ++t) {
@@ -741,10 +743,8 @@ EAML_INLINE void backward_unit(Arena& arena, const Shape& shape, const Source<S>
       T line[kChunk * kStates];
       for (int64_t n = 0; n < shape.state; n += kStates) {
         sum_lanes(line, sums + n * tile);
-        for (int64_t k = 0; k < std::min<int64_t>(kStates, shape.state - n); ++k) {
-          T* const row_to = to + (unit_row * shape.state + n + k) * shape.length + start;
-          for (int64_t t = 0; t < steps; ++t) row_to[t] = line[t * kStates + k];
-        }
+        transpose(to + (unit_row * shape.state + n) * shape.length + start, shape.length, line, kStates, steps,
+                  std::min<int64_t>(kStates, shape.state - n));
       }
     };
     if (!shape.B_invariant) reduce_lanes(out.B, sum_B);

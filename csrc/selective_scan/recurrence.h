@@ -7,7 +7,7 @@
 
 namespace eaml::selective_scan {
 
-// a = exp(dt A) for K states. A2 = A log2(e) is kept beside A: values need no further factor then, tangents none at all.
+// a = exp(dt A) for K states. A2 = A log2(e) is kept beside A, so that values need no further factor.
 template <int K, class T>
 EAML_INLINE void decay(T dt, const T (&)[K], const T (&A2)[K], T (&a)[K]) {
   T t[K];
@@ -22,8 +22,7 @@ EAML_INLINE void decay(Dual<T> dt, const Dual<T> (&A)[K], const T (&A2)[K], Dual
   for (int n = 0; n < K; ++n) t[n] = dt.value * A2[n];
   exp2_(t, values);
   EAML_UNROLL
-  for (int n = 0; n < K; ++n)
-    a[n] = {values[n], values[n] * (dt.value * A[n].tangent + dt.tangent * A[n].value)};
+  for (int n = 0; n < K; ++n) a[n] = {values[n], values[n] * (dt.value * A[n].tangent + dt.tangent * A[n].value)};
 }
 
 template <class S>

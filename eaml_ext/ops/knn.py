@@ -170,7 +170,7 @@ class _Select(torch.autograd.Function):
                 if x is None or dim is None:
                     return x
                 x = x.movedim(dim, 1)
-                each = rows // len(x)
+                each = rows // max(1, len(x))
                 return _merge(_merge(x[:, None].expand(len(x), each, *x.shape[1:])))
 
             queries = _merge(queries.transpose(0, 1))
@@ -314,7 +314,7 @@ def knn(
         last. Where fewer than ``k`` slots are valid: index -1, value +inf (sqeuclidean) or -inf, gradient 0.
 
         Values are summed in float64, rounded to the dtype of ``keys`` (half types: ordered by their float32 value), and
-        differentiable to any order with respect to ``queries``, ``keys`` and ``bias``; the selection is not.
+        twice differentiable with respect to ``queries``, ``keys`` and ``bias``; the selection is not.
 
     Raises:
         TypeError: an argument has the wrong type or dtype.

@@ -7,8 +7,9 @@ From top to bottom: schemas, reference (the specification; it also runs where no
 compiler, autograd, public functions. Kernels: ``csrc/selective_scan``.
 """
 
+import contextlib
 import inspect
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -154,6 +155,29 @@ def _fill(tangents: Sequence[Any], values: Sequence[Any]) -> tuple[Tensor, ...]:
     return tuple(torch.zeros_like(v) if t is None else t for t, v in pairs if v is not None)
 
 
+@contextlib.contextmanager
+def _autograd() -> Iterator[None]:
+    """Lets a kernel record gradients, below a dispatch mode too (a FLOP counter), where autograd is switched off."""
+    keys, exclude = torch._C.DispatchKey, torch._C._SetExcludeDispatchKeyGuard
+    with torch.enable_grad(), exclude(keys.AutogradFunctionality, False), exclude(keys.ADInplaceOrView, False):
+        yield
+
+
+def _leaves(values: Sequence[Tensor]) -> list[Tensor]:
+    return [v.detach().requires_grad_() for v in values]
+
+
+def _pull(outs: Sequence[Tensor], inputs: Sequence[Tensor], cotangents: Sequence[Tensor], graph: bool = False) -> Any:
+    """J^T g, zero where nothing connects, as over no steps."""
+    pairs = [(out, g) for out, g in zip(outs, cotangents, strict=True) if out.requires_grad]
+    if not pairs:
+        return tuple(torch.zeros_like(x) for x in inputs)
+    outs, cotangents = zip(*pairs, strict=True)
+    return torch.autograd.grad(
+        outs, inputs, cotangents, retain_graph=True, create_graph=graph, allow_unused=True, materialize_grads=True
+    )
+
+
 @torch.library.impl("eaml_ext::selective_scan", "CompositeExplicitAutograd")
 def _scan_reference(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
     *inputs, save = args
@@ -172,8 +196,10 @@ def _scan_reference(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
 def _backward_reference(grad_y: Tensor, grad_state: Tensor | None, *args: Any) -> tuple[Tensor, ...]:
     inputs, options = args[:_COUNT], args[_COUNT:-1]
     function, present = _as_function(inputs, options)
-    (_, last), pull = torch.func.vjp(function, *present)[:2]
-    grads = pull((grad_y, torch.zeros_like(last) if grad_state is None else grad_state))
+    with _autograd():
+        x = _leaves(present)
+        y, last = function(*x)
+        grads = _pull((y, last), x, (grad_y, torch.zeros_like(last) if grad_state is None else grad_state))
     return _spread(grads, inputs)
 
 
@@ -181,7 +207,12 @@ def _backward_reference(grad_y: Tensor, grad_state: Tensor | None, *args: Any) -
 def _jvp_reference(*args: Any) -> tuple[Tensor, Tensor]:
     inputs, tangents, options = args[:_COUNT], args[_COUNT : 2 * _COUNT], args[2 * _COUNT :]
     function, present = _as_function(inputs, options)
-    y, last = torch.func.jvp(function, tuple(present), _fill(tangents, inputs))[1]
+    with _autograd():
+        x = _leaves(present)
+        outs = function(*x)
+        g = _leaves([torch.zeros_like(out) for out in outs])
+        # J v is the gradient in g of <v, J^T g>: reverse mode alone, as forward-mode levels do not nest.
+        y, last = _pull(_pull(outs, x, g, graph=True), g, _fill(tangents, inputs))
     return torch.empty_like(inputs[0]).copy_(y), last.clone(memory_format=torch.contiguous_format)
 
 
@@ -195,19 +226,17 @@ def _backward_jvp_reference(
 ) -> tuple[Tensor, ...]:
     inputs, tangents, options = args[:_COUNT], args[_COUNT : 2 * _COUNT], args[2 * _COUNT :]
     function, present = _as_function(inputs, options)
-    along = _fill(tangents, inputs)
     u, A = inputs[0], inputs[2]
     if grad_state is None:
         grad_state = u.new_zeros(*u.shape[:2], A.shape[-1])
-
-    def pull(grad_y: Tensor, grad_state: Tensor, *tensors: Tensor) -> tuple[Tensor, ...]:
-        return torch.func.vjp(function, *tensors)[1]((grad_y, grad_state))
-
-    y, last = torch.func.jvp(function, tuple(present), along)[1]
-    moved = _fill((grad_y_tangent, grad_state_tangent), (grad_y, grad_state))
-    grads = torch.func.jvp(pull, (grad_y, grad_state, *present), (*moved, *along))[1]
+    with _autograd():
+        x, g = _leaves(present), _leaves((grad_y, grad_state))
+        outs = function(*x)
+        # The gradient of <v, J(x)^T g>: in g it is J v, in x it is d/de J(x + e v)^T g.
+        y, last, *grads = _pull(_pull(outs, x, g, graph=True), (*g, *x), _fill(tangents, inputs))
+        moved = _pull(outs, x, _fill((grad_y_tangent, grad_state_tangent), g))
     y, last = torch.empty_like(u).copy_(y), last.clone(memory_format=torch.contiguous_format)
-    return (y, last, *_spread(grads, inputs))
+    return (y, last, *_spread([a + b for a, b in zip(grads, moved, strict=True)], inputs))
 
 
 # --- shapes for torch.compile, torch.export and FakeTensor ------------------------------------------------------------
@@ -492,11 +521,17 @@ _HALF = (torch.bfloat16, torch.float16)
 _FULL = (torch.float32, torch.float64)
 
 
-def _check_arguments(where: str, x: Sequence[Any], reset: Any) -> tuple[bool, bool]:
+def _check_arguments(
+    where: str, x: Sequence[Any], delta_softplus: Any, reset: Any, state_name: str = "initial_state"
+) -> tuple[bool, bool]:
     """Raises on bad input; returns whether B and C are invariant in time."""
-    for name, value in zip(ARGUMENTS, x, strict=True):
-        if not isinstance(value, Tensor) and (value is not None or name in ("u", "delta", "A", "B", "C")):
+    names = (*ARGUMENTS[:-1], state_name)
+    for name, value in zip(names, x, strict=True):
+        if value is None and name not in ("u", "delta", "A", "B", "C"):
+            continue
+        if not isinstance(value, Tensor) or value.layout is not torch.strided:
             _check.tensor(where, name, value)
+    _check.flag(where, "delta_softplus", delta_softplus)
     u, delta, A, B, C, D, z, delta_bias, initial_state = x
     if u.dim() != 3:
         raise ValueError(f"{where}: u must have shape (batch, dim, length), got {tuple(u.shape)}")
@@ -544,7 +579,7 @@ def _check_arguments(where: str, x: Sequence[Any], reset: Any) -> tuple[bool, bo
         _check.shape(where, "z", z, u.shape, f"of u, {tuple(u.shape)}")
     if initial_state is not None:
         _check.shape(
-            where, "initial_state", initial_state, (batch, dim, state), f"(batch, dim, state) = {(batch, dim, state)}"
+            where, state_name, initial_state, (batch, dim, state), f"(batch, dim, state) = {(batch, dim, state)}"
         )
     if reset is not None:
         _check.tensor(where, "reset", reset)
@@ -554,7 +589,7 @@ def _check_arguments(where: str, x: Sequence[Any], reset: Any) -> tuple[bool, bo
 
     _check.dtype(where, "u", u, (*_FULL, *_HALF))
     wide = torch.float32 if u.dtype in _HALF else u.dtype
-    for name, value in zip(ARGUMENTS, x, strict=True):
+    for name, value in zip(names, x, strict=True):
         if value is None:
             continue
         if name in ("delta", "z", "B", "C") and not (value.dim() == 2 or name == "u"):
@@ -577,20 +612,17 @@ def _plain(x: Sequence[Any]) -> bool:
     return not torch.is_grad_enabled() or not any(v is not None and v.requires_grad for v in x)
 
 
-def _scan(
-    where: str, x: Sequence[Any], delta_softplus: bool, reset: Tensor | None, run: Callable[..., Any] | None = None
-) -> tuple[Tensor, Tensor]:
-    """Checks, widens half types and computes (y, last state); ``run`` replaces the op."""
-    invariant = _check_arguments(where, x, reset)
+def _scan(x: Sequence[Any], options: Sequence[Any], run: Callable[..., Any] | None = None) -> tuple[Tensor, Tensor]:
+    """(y, last state) of checked arguments, half types widened; ``run`` replaces the op."""
     dtype = x[0].dtype
     if dtype != torch.float64:
         x = [v if v is None or v.dtype == torch.float32 else v.float() for v in x]
     if run is not None:
-        y, last, _ = run(*x, reset, delta_softplus, *invariant)
+        y, last, _ = run(*x, *options)
     elif _plain(x):
-        y, last, _ = _ops.selective_scan(*x, reset, delta_softplus, *invariant, False)
+        y, last, _ = _ops.selective_scan(*x, *options, False)
     else:
-        y, last, _ = _Scan.apply(*x, reset, delta_softplus, *invariant)
+        y, last, _ = _Scan.apply(*x, *options)
     return (y if y.dtype == dtype else y.to(dtype)), last
 
 
@@ -652,7 +684,9 @@ def selective_scan(
     (torch.Size([2, 3, 5]), torch.Size([2, 3, 4]))
     """
     x = (u, delta, A, B, C, D, z, delta_bias, initial_state)
-    y, last = _scan("selective_scan", x, delta_softplus, reset)
+    invariant = _check_arguments("selective_scan", x, delta_softplus, reset)
+    _check.flag("selective_scan", "return_last_state", return_last_state)
+    y, last = _scan(x, (reset, delta_softplus, *invariant))
     return (y, last) if return_last_state else y
 
 
@@ -679,7 +713,9 @@ def selective_scan_reference(
     True
     """
     x = (u, delta, A, B, C, D, z, delta_bias, initial_state)
-    y, last = _scan("selective_scan_reference", x, delta_softplus, reset, _reference)
+    invariant = _check_arguments("selective_scan_reference", x, delta_softplus, reset)
+    _check.flag("selective_scan_reference", "return_last_state", return_last_state)
+    y, last = _scan(x, (reset, delta_softplus, *invariant), _reference)
     return (y, last) if return_last_state else y
 
 
@@ -732,5 +768,6 @@ def selective_scan_step(
     _check.tensor(where, "state", state)
     gate = None if z is None else z.unsqueeze(-1)
     x = (u.unsqueeze(-1), delta.unsqueeze(-1), A, B.unsqueeze(-1), C.unsqueeze(-1), D, gate, delta_bias, state)
-    y, last = _scan(where, x, delta_softplus, None)
+    invariant = _check_arguments(where, x, delta_softplus, None, "state")
+    y, last = _scan(x, (None, delta_softplus, *invariant))
     return y.squeeze(-1), last

@@ -36,7 +36,7 @@ def build(
     last: bool = True,
     seed: int = 0,
 ) -> Build:
-    """A call with the optional arguments ``present``; ``tasks`` names the parameters that come one per each of two tasks."""
+    """A call with the optional arguments ``present``; ``tasks`` names the parameters given to each of two tasks."""
 
     def make(dtype: torch.dtype, device: str) -> Call:
         draw = torch.Generator().manual_seed(seed)
@@ -447,17 +447,21 @@ def mistakes() -> Any:
             dtypes = [torch.int64, torch.complex64, torch.float64, *[torch.bool] * (name != "reset")]
             if name == "reset":
                 dtypes.append(torch.float32)
-            if (function, name) == (selective_scan_step, "state"):
-                shapes, dtypes = {**shapes, name: []}, []
             wrong = [(f"type {type(v).__name__}", TypeError, v) for v in types]
             wrong += [(f"shape {shape}", ValueError, x.new_zeros(shape)) for shape in shapes[name]]
             wrong += [(f"dtype {dtype}", TypeError, x.to(dtype)) for dtype in dtypes]
-            if (function, name) != (selective_scan_step, "state"):
-                wrong += [("device meta", ValueError, x.to("meta"))]
+            wrong += [("device meta", ValueError, x.to("meta"))]
             for what, error, value in wrong:
                 yield pytest.param(
                     function, {**good, name: value}, name, error, id=f"{function.__name__}-{name}-{what}"
                 )
+        flags = ["delta_softplus"] + ["return_last_state"] * (function is not selective_scan_step)
+        for flag in flags:
+            for value in ("yes", 1, torch.ones(())):
+                identifier = f"{function.__name__}-{flag}-{type(value).__name__}"
+                yield pytest.param(function, {**good, flag: value}, flag, TypeError, id=identifier)
+        sparse = good["u"].to_sparse()
+        yield pytest.param(function, {**good, "u": sparse}, "u", TypeError, id=f"{function.__name__}-u-sparse")
 
 
 @pytest.mark.parametrize("function, arguments, name, error", list(mistakes()))
