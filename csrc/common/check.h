@@ -15,7 +15,7 @@ template <class... Args>
 
 }  // namespace eaml
 
-#define EAML_CHECK(condition, ...)             \
-  do {                                         \
+#define EAML_CHECK(condition, ...)               \
+  do {                                           \
     if (!(condition)) ::eaml::fail(__VA_ARGS__); \
   } while (0)

@@ -174,7 +174,7 @@ EAML_INLINE void softplus(const T (&x)[K], Softplus<T> (&out)[K]) {
   EAML_UNROLL
   for (int k = 0; k < K; ++k) {
     const T part = T(1) / (T(1) + e[k]);
-    out[k].value = (x[k] > T(0) ? x[k] : (x[k] - x[k])) + log[k];  // x - x: zero, but NaN for NaN
+    out[k].value = (x[k] > T(0) ? x[k] : T(0)) + log[k];  // of NaN, log is NaN
     out[k].slope = x[k] > T(0) ? part : e[k] * part;
   }
 }

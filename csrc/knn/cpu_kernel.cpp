@@ -205,8 +205,12 @@ EAML_INLINE bool any_below_(const T* scores, T threshold) {
   for (int l = 0; l < kPanel; ++l) any |= scores[l] <= threshold;
   return any;
 }
-EAML_CLONES bool any_below(const float* scores, float threshold) { return any_below_(scores, threshold); }
-EAML_CLONES bool any_below(const double* scores, double threshold) { return any_below_(scores, threshold); }
+EAML_CLONES bool any_below(const float* scores, float threshold) {
+  return any_below_(scores, threshold);
+}
+EAML_CLONES bool any_below(const double* scores, double threshold) {
+  return any_below_(scores, threshold);
+}
 
 namespace {
 

@@ -97,6 +97,8 @@ std::tuple<Tensor, Tensor> knn(Tensor queries, Tensor keys, std::int64_t k, std:
 
 }  // namespace
 
-STABLE_TORCH_LIBRARY_IMPL(eaml_ext, CPU, m) { m.impl("knn", TORCH_BOX(&knn)); }
+STABLE_TORCH_LIBRARY_IMPL(eaml_ext, CPU, m) {
+  m.impl("knn", TORCH_BOX(&knn));
+}
 
 }  // namespace eaml::knn

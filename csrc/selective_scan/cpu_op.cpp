@@ -43,7 +43,9 @@ Sizes sizes_of(const Tensor& t) {
   return {sizes.begin(), sizes.end()};
 }
 
-int64_t chunks(const Shape& s) { return (s.length + kChunk - 1) / kChunk; }
+int64_t chunks(const Shape& s) {
+  return (s.length + kChunk - 1) / kChunk;
+}
 
 void check_kind(const char* name, const Maybe& t, ScalarType dtype, int64_t min_rank, int64_t max_rank) {
   if (!t) return;
@@ -167,7 +169,9 @@ Out<T> out(const Tensor& t) {
   return {mutable_data<T>(t), t.stride(0), t.stride(1), t.stride(2)};
 }
 
-Tensor empty(const Tensor& like, const Sizes& size) { return torch::stable::new_empty(like, size); }
+Tensor empty(const Tensor& like, const Sizes& size) {
+  return torch::stable::new_empty(like, size);
+}
 
 // Calls f on ranges of [0, total), on several threads where a thread gets at least this much work.
 template <class F>
@@ -275,7 +279,7 @@ std::tuple<Tensor, Tensor, Tensor> run(const Shape& s, const Arguments& x, bool 
 
 template <class T>
 GradientTuple run_backward(const Shape& s, const Arguments& x, const Tensor& grad_y, const Maybe& grad_state,
-                                 const Maybe& saved) {
+                           const Maybe& saved) {
   Inputs<T> in = inputs<T>(s, x);
   in.grad_y = sequence<T>(grad_y), in.grad_state = sequence<T>(grad_state);
   Tensor states = saved ? *saved : empty(*x.u, {s.batch, chunks(s), s.state, s.dim});
@@ -301,8 +305,7 @@ std::tuple<Tensor, Tensor> run_jvp(const Shape& s, const Arguments& x, const Arg
 
 template <class T>
 JvpTuple run_backward_jvp(const Shape& s, const Arguments& x, const Tensor& grad_y, const Maybe& grad_state,
-                                     const Arguments& tangents, const Maybe& grad_y_tangent,
-                                     const Maybe& grad_state_tangent) {
+                          const Arguments& tangents, const Maybe& grad_y_tangent, const Maybe& grad_state_tangent) {
   Inputs<T> in = inputs<T>(s, x), along = inputs<T>(s, tangents);
   in.grad_y = sequence<T>(grad_y), in.grad_state = sequence<T>(grad_state);
   along.grad_y = sequence<T>(grad_y_tangent), along.grad_state = sequence<T>(grad_state_tangent);
@@ -319,7 +322,9 @@ JvpTuple run_backward_jvp(const Shape& s, const Arguments& x, const Tensor& grad
   return std::tuple_cat(std::make_tuple(y, last), gradients.reduced());
 }
 
-bool single(const Arguments& x) { return x.u->scalar_type() == ScalarType::Float; }
+bool single(const Arguments& x) {
+  return x.u->scalar_type() == ScalarType::Float;
+}
 
 // The ops. Their schemas, and what they compute, stand in eaml_ext/ops/selective_scan.py.
 
@@ -332,9 +337,8 @@ std::tuple<Tensor, Tensor, Tensor> selective_scan(Tensor u, Tensor delta, Tensor
 }
 
 GradientTuple selective_scan_backward(Tensor grad_y, Maybe grad_state, Tensor u, Tensor delta, Tensor A, Tensor B,
-                                            Tensor C, Maybe D, Maybe z, Maybe delta_bias, Maybe initial_state,
-                                            Maybe reset, bool delta_softplus, bool B_invariant, bool C_invariant,
-                                            Maybe saved) {
+                                      Tensor C, Maybe D, Maybe z, Maybe delta_bias, Maybe initial_state, Maybe reset,
+                                      bool delta_softplus, bool B_invariant, bool C_invariant, Maybe saved) {
   const Arguments x{u, delta, A, B, C, D, z, delta_bias, initial_state};
   const Shape s = make_shape(x, reset, delta_softplus, B_invariant, C_invariant);
   check_cotangents(s, x, grad_y, grad_state);
@@ -357,12 +361,11 @@ std::tuple<Tensor, Tensor> selective_scan_jvp(Tensor u, Tensor delta, Tensor A, 
   return single(x) ? run_jvp<float>(s, x, tangents) : run_jvp<double>(s, x, tangents);
 }
 
-JvpTuple selective_scan_backward_jvp(Tensor grad_y, Maybe grad_state, Maybe grad_y_tangent,
-                                                Maybe grad_state_tangent, Tensor u, Tensor delta, Tensor A, Tensor B,
-                                                Tensor C, Maybe D, Maybe z, Maybe delta_bias, Maybe initial_state,
-                                                Maybe tu, Maybe tdelta, Maybe tA, Maybe tB, Maybe tC, Maybe tD,
-                                                Maybe tz, Maybe tdelta_bias, Maybe tinitial_state, Maybe reset,
-                                                bool delta_softplus, bool B_invariant, bool C_invariant) {
+JvpTuple selective_scan_backward_jvp(Tensor grad_y, Maybe grad_state, Maybe grad_y_tangent, Maybe grad_state_tangent,
+                                     Tensor u, Tensor delta, Tensor A, Tensor B, Tensor C, Maybe D, Maybe z,
+                                     Maybe delta_bias, Maybe initial_state, Maybe tu, Maybe tdelta, Maybe tA, Maybe tB,
+                                     Maybe tC, Maybe tD, Maybe tz, Maybe tdelta_bias, Maybe tinitial_state, Maybe reset,
+                                     bool delta_softplus, bool B_invariant, bool C_invariant) {
   const Arguments x{u, delta, A, B, C, D, z, delta_bias, initial_state};
   const Arguments tangents{tu, tdelta, tA, tB, tC, tD, tz, tdelta_bias, tinitial_state};
   const Shape s = make_shape(x, reset, delta_softplus, B_invariant, C_invariant);
