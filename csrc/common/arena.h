@@ -11,22 +11,28 @@ namespace eaml {
 
 class Arena {
  public:
-  // Forgets what was handed out, keeps the memory.
-  void reset() { current_ = 0, used_ = 0; }
+  // Forgets what was handed out; keeps the memory unless it is a great deal.
+  void reset() {
+    current_ = 0, used_ = 0;
+    if (size_ > kKeep) blocks_.clear(), size_ = 0;
+  }
 
   // Uninitialised, aligned to a full vector, valid until reset().
   template <class T>
   T* take(std::size_t count) {
     const std::size_t bytes = (count * sizeof(T) + kAlign - 1) / kAlign * kAlign;
     while (current_ < blocks_.size() && used_ + bytes > blocks_[current_].size) ++current_, used_ = 0;
-    if (current_ == blocks_.size()) blocks_.emplace_back(bytes > kBlock ? bytes : kBlock);
+    if (current_ == blocks_.size()) {
+      blocks_.emplace_back(bytes > kBlock ? bytes : kBlock);
+      size_ += blocks_.back().size;
+    }
     T* out = reinterpret_cast<T*>(blocks_[current_].data.get() + used_);
     used_ += bytes;
     return out;
   }
 
  private:
-  static constexpr std::size_t kAlign = 64, kBlock = std::size_t{1} << 18;
+  static constexpr std::size_t kAlign = 64, kBlock = std::size_t{1} << 18, kKeep = std::size_t{1} << 26;
   struct Delete {
     void operator()(std::byte* p) const { ::operator delete(p, std::align_val_t{kAlign}); }
   };
@@ -37,7 +43,7 @@ class Arena {
     std::size_t size;
   };
   std::vector<Block> blocks_;
-  std::size_t current_ = 0, used_ = 0;
+  std::size_t current_ = 0, used_ = 0, size_ = 0;
 };
 
 }  // namespace eaml

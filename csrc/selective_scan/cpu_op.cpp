@@ -9,6 +9,7 @@
 #include <tuple>
 #include <vector>
 
+#include "common/arena.h"
 #include "common/check.h"
 #include "selective_scan/cpu_kernel.h"
 
@@ -206,64 +207,86 @@ void sum_middle(T* to, const T* from, int64_t outer, int64_t middle, int64_t inn
   });
 }
 
-// Gradient tensors shaped like the inputs, and the partial sums behind those that are reduced.
-template <class T>
-struct GradientTensors {
-  const Shape& s;
-  const Arguments& x;
-  Tensor u, delta, z, initial_state, A, B, C, D, delta_bias;
-
-  GradientTensors(const Shape& shape, const Arguments& args) : s(shape), x(args) {
-    const Sizes per_unit{s.batch, units<T>(s), s.state, s.length}, per_channel{s.batch, s.dim, s.state};
-    u = torch::stable::empty_like(*x.u), delta = torch::stable::empty_like(*x.delta);
-    z = x.z ? torch::stable::empty_like(*x.z) : empty(*x.u, {0});
-    initial_state = empty(*x.u, per_channel), A = empty(*x.u, per_channel);
-    B = empty(*x.u, s.B_invariant ? per_channel : per_unit), C = empty(*x.u, s.C_invariant ? per_channel : per_unit);
-    D = empty(*x.u, {s.batch, s.dim}), delta_bias = empty(*x.u, {s.batch, s.dim});
+// Scratch of one call on its own thread, kept for the next: fresh pages would cost a tenth of the backward pass.
+class Scratch {
+ public:
+  Scratch() : arena_(arena()) {}
+  ~Scratch() { arena_.reset(); }
+  Scratch(const Scratch&) = delete;
+  template <class T>
+  T* take(int64_t count) {
+    return arena_.take<T>(count);
   }
 
-  Gradients<T> pointers() const {
+ private:
+  static Arena& arena() {
+    static thread_local Arena a;
+    return a;
+  }
+  Arena& arena_;
+};
+
+// A gradient (outer, inner) that a kernel leaves as partial sums (outer, middle, inner).
+template <class T>
+struct Partial {
+  Tensor result;
+  T* data;  // the result itself where there is nothing to add up
+  int64_t outer, middle, inner;
+
+  Partial(Scratch& scratch, const Tensor& like_u, const Maybe& like, int64_t o, int64_t m, int64_t i)
+      : result(empty(like_u, like ? sizes_of(*like) : Sizes{0})), outer(like ? o : 0), middle(m), inner(i) {
+    data = like && m == 1 ? mutable_data<T>(result) : scratch.take<T>(o * m * i);
+  }
+
+  Tensor reduced() {
+    if (outer > 0 && middle == 0) torch::stable::zero_(result);
+    if (outer > 0 && middle > 1) sum_middle(mutable_data<T>(result), data, outer, middle, inner);
+    return result;
+  }
+};
+
+// All gradients of a call, shaped like its inputs.
+template <class T>
+struct GradientTensors {
+  Tensor u, delta, z;
+  Partial<T> A, B, C, D, delta_bias, initial_state;
+
+  GradientTensors(Scratch& scratch, const Shape& s, const Arguments& x)
+      : u(torch::stable::empty_like(*x.u)),
+        delta(torch::stable::empty_like(*x.delta)),
+        z(x.z ? torch::stable::empty_like(*x.z) : empty(*x.u, {0})),
+        A(over_rows(scratch, s, x, x.A, 2)),
+        B(over_channels(scratch, s, x, x.B, s.B_invariant)),
+        C(over_channels(scratch, s, x, x.C, s.C_invariant)),
+        D(over_rows(scratch, s, x, x.D, 1)),
+        delta_bias(over_rows(scratch, s, x, x.delta_bias, 1)),
+        initial_state(scratch, *x.u, x.initial_state, s.batch, 1, s.dim * s.state) {}
+
+  // Summed over the batch rows that share a parameter.
+  static Partial<T> over_rows(Scratch& scratch, const Shape& s, const Arguments& x, const Maybe& like, int64_t rank) {
+    const int64_t tasks = like && like->dim() > rank ? like->size(0) : 1;
+    return {scratch, *x.u, like, tasks, s.batch / tasks, rank == 2 ? s.dim * s.state : s.dim};
+  }
+
+  // Summed over the channels of a group.
+  static Partial<T> over_channels(Scratch& scratch, const Shape& s, const Arguments& x, const Maybe& like,
+                                  bool invariant) {
+    if (invariant) return over_rows(scratch, s, x, like, 2);
+    return {scratch, *x.u, like, s.batch * s.groups, units<T>(s) / s.groups, s.state * s.length};
+  }
+
+  Gradients<T> pointers(const Arguments& x) const {
     Gradients<T> g;
     g.u = out<T>(u), g.delta = out<T>(delta);
     if (x.z) g.z = out<T>(z);
-    g.initial_state = mutable_data<T>(initial_state), g.A = mutable_data<T>(A), g.B = mutable_data<T>(B);
-    g.C = mutable_data<T>(C), g.D = mutable_data<T>(D), g.delta_bias = mutable_data<T>(delta_bias);
+    g.initial_state = initial_state.data, g.A = A.data, g.B = B.data, g.C = C.data, g.D = D.data;
+    g.delta_bias = delta_bias.data;
     return g;
   }
 
-  // partial (outer, middle, inner) added over middle, in the shape of `like`.
-  Tensor reduce(const Tensor& partial, const Tensor& like, int64_t outer, int64_t middle, int64_t inner) const {
-    const Sizes size = sizes_of(like);
-    if (middle == 0) return torch::stable::new_zeros(*x.u, size);
-    if (middle == 1) return torch::stable::view(partial, size);
-    Tensor sum = empty(*x.u, size);
-    sum_middle(mutable_data<T>(sum), data<T>(partial), outer, middle, inner);
-    return sum;
-  }
-
-  // Over the batch rows that share a parameter.
-  Tensor over_rows(const Tensor& partial, const Maybe& like, int64_t rank) const {
-    if (!like) return empty(*x.u, {0});
-    const int64_t tasks = like->dim() > rank ? like->size(0) : 1;
-    return reduce(partial, *like, tasks, s.batch / tasks, rank == 2 ? s.dim * s.state : s.dim);
-  }
-
-  // Over the channels of a group.
-  Tensor over_channels(const Tensor& partial, const Tensor& like, bool invariant) const {
-    if (invariant) return over_rows(partial, like, 2);
-    return reduce(partial, like, s.batch * s.groups, units<T>(s) / s.groups, s.state * s.length);
-  }
-
-  GradientTuple reduced() const {
-    return {u,
-            delta,
-            over_rows(A, x.A, 2),
-            over_channels(B, *x.B, s.B_invariant),
-            over_channels(C, *x.C, s.C_invariant),
-            over_rows(D, x.D, 1),
-            z,
-            over_rows(delta_bias, x.delta_bias, 1),
-            x.initial_state ? initial_state : empty(*x.u, {0})};
+  GradientTuple reduced() {
+    return {
+        u, delta, A.reduced(), B.reduced(), C.reduced(), D.reduced(), z, delta_bias.reduced(), initial_state.reduced()};
   }
 };
 
@@ -280,16 +303,19 @@ std::tuple<Tensor, Tensor, Tensor> run(const Shape& s, const Arguments& x, bool 
 template <class T>
 GradientTuple run_backward(const Shape& s, const Arguments& x, const Tensor& grad_y, const Maybe& grad_state,
                            const Maybe& saved) {
+  Scratch scratch;
   Inputs<T> in = inputs<T>(s, x);
   in.grad_y = sequence<T>(grad_y), in.grad_state = sequence<T>(grad_state);
-  Tensor states = saved ? *saved : empty(*x.u, {s.batch, chunks(s), s.state, s.dim});
-  if (!saved) {
-    const Outputs<T> to{{}, {}, mutable_data<T>(states)};
-    over_units<T>(s, [&](int64_t begin, int64_t end) { forward(s, in, to, begin, end); });
+  GradientTensors<T> gradients(scratch, s, x);
+  Gradients<T> to = gradients.pointers(x);
+  if (saved) {
+    to.checkpoints = data<T>(*saved);
+  } else {
+    T* const states = scratch.take<T>(s.batch * chunks(s) * s.state * s.dim);
+    const Outputs<T> first{{}, {}, states};
+    over_units<T>(s, [&](int64_t begin, int64_t end) { forward(s, in, first, begin, end); });
+    to.checkpoints = states;
   }
-  GradientTensors<T> gradients(s, x);
-  Gradients<T> to = gradients.pointers();
-  to.checkpoints = data<T>(states);
   over_units<T>(s, [&](int64_t begin, int64_t end) { backward(s, in, to, begin, end); });
   return gradients.reduced();
 }
@@ -310,14 +336,15 @@ JvpTuple run_backward_jvp(const Shape& s, const Arguments& x, const Tensor& grad
   in.grad_y = sequence<T>(grad_y), in.grad_state = sequence<T>(grad_state);
   along.grad_y = sequence<T>(grad_y_tangent), along.grad_state = sequence<T>(grad_state_tangent);
   Tensor y = torch::stable::empty_like(*x.u), last = empty(*x.u, {s.batch, s.dim, s.state});
+  Scratch scratch;
   const int64_t count = s.batch * chunks(s) * s.state * s.dim;
-  Tensor states = empty(*x.u, {2, count});
-  T* const values = mutable_data<T>(states);
-  const Outputs<T> first{out<T>(y), out<T>(last), values, values + count};
+  T* const values = scratch.take<T>(count);
+  T* const moves = scratch.take<T>(count);
+  const Outputs<T> first{out<T>(y), out<T>(last), values, moves};
   over_units<T>(s, [&](int64_t begin, int64_t end) { forward_dual(s, in, along, first, begin, end); });
-  GradientTensors<T> gradients(s, x);
-  Gradients<T> to = gradients.pointers();
-  to.checkpoints = values, to.checkpoint_tangents = values + count;
+  GradientTensors<T> gradients(scratch, s, x);
+  Gradients<T> to = gradients.pointers(x);
+  to.checkpoints = values, to.checkpoint_tangents = moves;
   over_units<T>(s, [&](int64_t begin, int64_t end) { backward_dual(s, in, along, to, begin, end); });
   return std::tuple_cat(std::make_tuple(y, last), gradients.reduced());
 }
