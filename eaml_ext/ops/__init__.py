@@ -10,7 +10,8 @@ except ImportError as error:
     _C = None  # type: ignore[assignment]
     warnings.warn(
         f"eaml_ext: compiled kernels are not available ({error}); the slow pure-PyTorch reference is used. "
-        "To get them, install a C++ compiler and run: pip install --force-reinstall --no-deps --no-cache-dir eaml_ext",
+        "To get them, install gcc or clang and run, in the source folder: "
+        "pip install --force-reinstall --no-deps --no-cache-dir .",
         RuntimeWarning,
         stacklevel=2,
     )
