@@ -1,8 +1,8 @@
 """Timing that can be believed: everything in one process, interleaved, medians; limits measured in the same run."""
 
+import argparse
 import json
 import platform
-import resource
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -31,6 +31,17 @@ def machine() -> dict[str, Any]:
     return {"cpu": cpu_name(), "torch": torch.__version__, "build": eaml_ext.build_info()}
 
 
+def flags(text: str | None) -> argparse.Namespace:
+    """The flags every benchmark takes; seeds torch and sets its threads."""
+    parser = argparse.ArgumentParser(description=text, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--quick", action="store_true", help="fewer shapes, less time, no file written")
+    parser.add_argument("--threads", type=int, default=1)
+    arguments = parser.parse_args()
+    torch.set_num_threads(arguments.threads)
+    torch.manual_seed(0)
+    return arguments
+
+
 def once(function: Callable[[], Any]) -> float:
     """Seconds of one call."""
     start = time.perf_counter()
@@ -53,11 +64,6 @@ def medians(functions: dict[str, Callable[[], Any]], *, seconds: float = 1.0, at
         for name, function in functions.items():
             samples[name] += [once(function) for _ in range(max(1, repeats[name] // rounds))]
     return {name: sorted(s)[len(s) // 2] for name, s in samples.items()}
-
-
-def peak_memory() -> int:
-    """The process's peak resident memory so far, in bytes."""
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
 def write(name: str, results: Any) -> Path:

@@ -6,7 +6,6 @@ Three ways to the same gradient: MetaMAML with the fused scan, tasks in one vmap
 Python loop over steps under vmap; a Python loop over tasks and steps.
 """
 
-import argparse
 from typing import Any
 from unittest import mock
 
@@ -14,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from benchmarks.common import medians, write
+from benchmarks.common import flags, medians, write
 from eaml_ext import SSM, MetaMAML
 from eaml_ext.ops import selective_scan_reference
 
@@ -40,12 +39,7 @@ def one_by_one(maml: MetaMAML, tasks: Any) -> list[Tensor]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="one shape, less time")
-    parser.add_argument("--threads", type=int, default=1)
-    arguments = parser.parse_args()
-    torch.set_num_threads(arguments.threads)
-    torch.manual_seed(0)
+    arguments = flags(__doc__)
     maml = MetaMAML(SSM(6, 64, 4), inner_lr=0.05, outer_lr=1e-3)
     slow = mock.patch("eaml_ext.nn.cores.s6.selective_scan", selective_scan_reference)
     results = []

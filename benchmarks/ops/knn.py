@@ -3,13 +3,12 @@
 python -m benchmarks.ops.knn [--quick] [--threads 1]
 """
 
-import argparse
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from benchmarks.common import medians, write
+from benchmarks.common import flags, medians, write
 from eaml_ext.ops import knn
 
 K = 8
@@ -36,12 +35,7 @@ def cdist(queries: Tensor, keys: Tensor) -> Any:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="four shapes, less time")
-    parser.add_argument("--threads", type=int, default=1)
-    arguments = parser.parse_args()
-    torch.set_num_threads(arguments.threads)
-    torch.manual_seed(0)
+    arguments = flags(__doc__)
     shapes = [SHAPES[i] for i in (0, 1, 3, 5)] if arguments.quick else SHAPES
     results = []
     print(f"{'(memories, Q, M, d)':<24}{'ours ms':>9}{'addmm':>8}{'cdist':>8}   (peers: times ours)")

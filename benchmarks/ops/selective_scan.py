@@ -6,14 +6,13 @@ The loop discretises step by step on contiguous slices; its product with C is a 
 scratch: "+double backward" is forward, backward and double backward together.
 """
 
-import argparse
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from benchmarks.common import medians, write
+from benchmarks.common import flags, medians, write
 from eaml_ext.ops import selective_scan
 
 SHAPES = [(4, 512, 256, 16), (8, 128, 64, 16), (32, 64, 64, 16), (256, 32, 64, 16), (1, 2048, 1536, 16)]
@@ -66,12 +65,7 @@ def passes(function: Any, xs: list[Tensor]) -> dict[str, Any]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="two shapes, less time")
-    parser.add_argument("--threads", type=int, default=1)
-    arguments = parser.parse_args()
-    torch.set_num_threads(arguments.threads)
-    torch.manual_seed(0)
+    arguments = flags(__doc__)
     results: dict[str, Any] = {"threads": arguments.threads, "shapes": []}
     print(f"{'(batch, length, dim, state)':<28}{'pass':<18}{'ours ms':>9}{'loop ms':>10}{'ratio':>8}")
     for shape in SHAPES[: 2 if arguments.quick else None]:

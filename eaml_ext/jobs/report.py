@@ -37,7 +37,7 @@ def plot(path: str | Path, results: dict[str, Any]) -> None:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(10, 4), layout="constrained")
+    figure = Figure(figsize=(11, 4), layout="constrained")
     FigureCanvasAgg(figure)
     left, right = figure.subplots(1, 2)
     left.plot(range(1, len(results["meta_loss"]) + 1), results["meta_loss"])
@@ -49,5 +49,5 @@ def plot(path: str | Path, results: dict[str, Any]) -> None:
         else:
             right.plot([5 * i for i in range(len(curve))], curve, label=name)
     right.set(xlabel="gradient steps", ylabel="prediction error", yscale="log", title="held-out tasks")
-    right.legend()
+    right.legend(loc="upper left", bbox_to_anchor=(1.0, 1.0), frameon=False)
     figure.savefig(path, dpi=120)
