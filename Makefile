@@ -37,4 +37,4 @@ bench: $(VENV)/installed  ## the kernel benchmarks in brief
 	$(BIN)/python -m benchmarks.run --quick
 
 clean:
-	rm -rf build dist *.egg-info eaml_ext/*.so runs
+	rm -rf build dist *.egg-info eaml_ext/*.so runs $(VENV)/installed

@@ -27,7 +27,8 @@ _HOME = {
 }
 _ROOMS = ("adaptation", "experience", "jobs", "meta", "nn", "ops", "rl", "tasks")
 
-__all__ = ["__version__", "build_info", *_HOME, *_ROOMS]
+# Not the rooms: a star import would put eaml_ext.nn in the place of torch.nn.
+__all__ = ["__version__", "build_info", *_HOME]
 
 
 def build_info() -> dict[str, Any]:
@@ -57,4 +58,4 @@ def __getattr__(name: str) -> Any:
 
 
 def __dir__() -> list[str]:
-    return sorted(__all__)
+    return sorted([*__all__, *_ROOMS])

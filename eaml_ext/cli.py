@@ -35,8 +35,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     try:
         dynamics.run(settings)
-    except ValueError as error:
-        print(f"eaml-ext: {error}", file=sys.stderr)
+    except (ValueError, OSError) as error:
+        print(f"eaml-ext: {str(error).removeprefix('DynamicsSettings: ')}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("eaml-ext: interrupted", file=sys.stderr)

@@ -126,8 +126,11 @@ def run(settings: DynamicsSettings) -> dict[str, Any]:
         raise ValueError(f"DynamicsSettings: device must be cpu, cuda or cuda:<n>, got {settings.device!r}") from None
     if device.type == "cuda" and not torch.cuda.is_available():
         raise ValueError(f"DynamicsSettings: device is {settings.device}, but torch sees no CUDA device")
-    torch.manual_seed(settings.seed)
     distribution = make_tasks(settings.env_name)
+    folder = Path(settings.folder)
+    folder.mkdir(parents=True, exist_ok=True)  # first: a bad path must not cost a run
+    torch.set_num_threads(settings.threads)
+    torch.manual_seed(settings.seed)
     model = DynamicsModel(
         distribution.obs_dim, distribution.action_dim, settings.hidden_dim, settings.state_size, settings.num_layers
     )
@@ -147,8 +150,6 @@ def run(settings: DynamicsSettings) -> dict[str, Any]:
         "arms": {name: report.summary(errors[-1]) for name, errors in arms.items()},
         "curves": {name: errors.mean(dim=1).tolist() for name, errors in arms.items()},
     }
-    folder = Path(settings.folder)
-    folder.mkdir(parents=True, exist_ok=True)
     checkpoint.save(folder / "model.safetensors", model.state_dict(), {"settings": vars(settings)}, kind="dynamics")
     buffer.save(folder / "buffer.safetensors")
     report.write_json(folder / "report.json", results)
@@ -167,7 +168,9 @@ def meta_train(
     updates = settings.updates_per_epoch
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(maml.optimizer, settings.num_epochs * updates)
     losses = []
-    with tqdm(total=settings.num_epochs * updates, desc="meta-training", unit="update", leave=False) as progress:
+    with tqdm(
+        total=settings.num_epochs * updates, desc="meta-training", unit="update", leave=False, disable=None
+    ) as progress:
         for epoch in range(settings.num_epochs):
             total = 0.0
             for update in range(updates):
@@ -254,7 +257,7 @@ def adapt(
         weight = 0.0 if name == "plain" else settings.experience_weight
         adapter = Adapter(model, cfg, buffer, weight, retriever=once(retrievers.get(name, retrieval.uniform(1))))
         params, errors = None, [error(unadapted)]
-        for call in tqdm(range(settings.adaptation_calls), desc=name, unit="call", leave=False):
+        for call in tqdm(range(settings.adaptation_calls), desc=name, unit="call", leave=False, disable=None):
             params, losses = adapter.adapt_many(F.mse_loss, support, params)
             errors.append(error(params))
             if name == settings.retrieval and call % 10 == 0:

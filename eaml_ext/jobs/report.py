@@ -19,8 +19,9 @@ def summary(errors: Tensor) -> dict[str, float]:
 
 def table(arms: dict[str, dict[str, float]]) -> str:
     """The arms as text."""
-    lines = [f"{'held-out tasks':<16}{'prediction error':>18}{'95 % +-':>10}{'median':>10}"]
-    lines += [f"{n:<16}{a['mean']:>18.4f}{a['interval']:>10.4f}{a['median']:>10.4f}" for n, a in arms.items()]
+    lines = ["Prediction error on held-out tasks (mean squared, in variances of a step):"]
+    lines += [f"{'arm':<16}{'mean':>10}{'95 % +-':>10}{'median':>10}"]
+    lines += [f"{n:<16}{a['mean']:>10.4f}{a['interval']:>10.4f}{a['median']:>10.4f}" for n, a in arms.items()]
     return "\n".join(lines)
 
 
@@ -40,7 +41,7 @@ def plot(path: str | Path, results: dict[str, Any]) -> None:
     figure = Figure(figsize=(11, 4), layout="constrained")
     FigureCanvasAgg(figure)
     left, right = figure.subplots(1, 2)
-    left.plot(range(1, len(results["meta_loss"]) + 1), results["meta_loss"])
+    left.plot(range(len(results["meta_loss"])), results["meta_loss"])
     left.set(xlabel="epoch", ylabel="query loss after adaptation", yscale="log", title="meta-training")
     for name, curve in results["curves"].items():
         if len(curve) == 1:
@@ -48,6 +49,11 @@ def plot(path: str | Path, results: dict[str, Any]) -> None:
             right.axhline(curve[0], color="0.4", linestyle=style, label=name)
         else:
             right.plot([5 * i for i in range(len(curve))], curve, label=name)
-    right.set(xlabel="gradient steps", ylabel="prediction error", yscale="log", title="held-out tasks")
+    right.set(
+        xlabel="gradient steps",
+        ylabel="prediction error (variances of a step)",
+        yscale="log",
+        title=f"held-out tasks of {results['settings']['env_name']}, seed {results['settings']['seed']}",
+    )
     right.legend(loc="upper left", bbox_to_anchor=(1.0, 1.0), frameon=False)
     figure.savefig(path, dpi=120)

@@ -41,6 +41,7 @@ class DynamicsSettings:
     num_layers: int = _flag(1, "layers of the SSM")
     test_tasks: int = _flag(64, "held-out tasks")
     adaptation_calls: int = _flag(21, "calls of the Adapter per held-out task, 5 gradient steps each")
+    threads: int = _flag(1, "threads torch may use; the model is too small to gain from more")
     out: str = _flag("", "folder of the results; runs/<env_name>-seed<seed> if empty")
 
     def __post_init__(self) -> None:

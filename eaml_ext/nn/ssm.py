@@ -76,7 +76,7 @@ class SSM(nn.Module):
         self._check_input("SSM", x, (2, 3))
         if x.dim() == 3:
             return self.scan(x, hidden_state)[0]
-        return self.step(x, self.init_hidden(x.shape[0]) if hidden_state is None else hidden_state)[0]
+        return self.step(x, hidden_state)[0]
 
     def init_hidden(self, batch: int) -> Tensor:
         """The zero state, ``(batch, num_layers, *core.state_shape)``."""
@@ -104,10 +104,11 @@ class SSM(nn.Module):
             states.append(last)
         return self.head(self.norm(h)), torch.stack(states, dim=1)
 
-    def step(self, x: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
+    def step(self, x: Tensor, state: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """One step: ``x`` ``(batch, state_dim)`` -> ``(batch, output_dim)`` and the next state."""
         self._check_input("SSM.step", x, (2,))
         self._check_state("SSM.step", x, state)
+        state = self.init_hidden(x.shape[0]) if state is None else state
         h, states = self.embed(x), []
         for i, (norm, core) in enumerate(zip(self.norms, self.cores, strict=True)):
             y, last = core.step(norm(h), state[:, i])  # type: ignore[operator]

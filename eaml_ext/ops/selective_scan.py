@@ -599,7 +599,7 @@ def _check_arguments(
         else:
             wanted = (wide, *_HALF) if u.dtype != torch.float64 else (wide,)
         if value.dtype not in wanted:
-            _check.dtype(where, name, value, wanted[:1], f"{str(wanted[0]).removeprefix('torch.')} for u of {u.dtype}")
+            _check.dtype(where, name, value, wanted[:1], f"{wanted[0]} for u of {u.dtype}".replace("torch.", ""))
         if value.device != u.device:
             _check.device(where, name, value, u.device, "u")
     return invariant

@@ -65,7 +65,7 @@ def test_command_line_prints_the_promised_lines_in_order(tmp_path, capsys):
         "Adaptation step 10, Hybrid Loss: ",
         "Adaptation completed.",
         "=== Hybrid Execution completed successfully ===",
-        "held-out tasks",
+        "Prediction error on held-out tasks",
     ]
     found = [next(i for i, line in enumerate(lines) if line.startswith(p)) for p in patterns]
     assert found == sorted(found)
@@ -128,3 +128,10 @@ def test_settings_refuse_wrong_types():
         DynamicsSettings(num_epochs=1.5)
     with pytest.raises(TypeError, match="env_name must be a string"):
         DynamicsSettings(env_name=3)
+
+
+def test_a_folder_that_cannot_be_made_is_refused_before_the_work(tmp_path, capsys):
+    (tmp_path / "file").write_text("in the way")
+    assert cli.main(["--out", str(tmp_path / "file" / "run")]) == 2
+    error = capsys.readouterr()
+    assert "file" in error.err and error.err.count("\n") == 1 and "Epoch" not in error.out
