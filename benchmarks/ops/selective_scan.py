@@ -70,6 +70,7 @@ def main() -> None:
     print(f"{'(batch, length, dim, state)':<28}{'pass':<18}{'ours ms':>9}{'loop ms':>10}{'ratio':>8}")
     for shape in SHAPES[: 2 if arguments.quick else None]:
         xs = inputs(*shape)
+        torch.testing.assert_close(fused(*xs), loop(*xs), rtol=1e-3, atol=1e-3)
         ours, theirs = passes(fused, xs), passes(loop, xs)
         for name in ours:
             t = medians({"ours": ours[name], "loop": theirs[name]}, seconds=0.5 if arguments.quick else 2.0)

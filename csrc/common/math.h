@@ -77,9 +77,9 @@ struct Exp2<double> {
 };
 
 // 2^t with relative error below 2 ulp, exactly 1 at 0; 0 below the smallest normal number, NaN for NaN, inf or NaN
-// above the largest number. Adding `round` leaves the rounded, biased exponent in the low mantissa bits; a shift makes
-// it 2^n. K numbers go side by side: as one chain after the other they would fill the processor's queues with waiting
-// work.
+// above 2^127.5, where the exponent rounds up. Adding `round` leaves the rounded, biased exponent in the low mantissa
+// bits; a shift makes it 2^n. K numbers go side by side: as one chain after the other they would fill the processor's
+// queues with waiting work.
 template <int K, class T>
 EAML_INLINE void exp2_(const T (&t)[K], T (&out)[K]) {
   using E = Exp2<T>;

@@ -124,6 +124,8 @@ def run(settings: DynamicsSettings) -> dict[str, Any]:
         device = torch.device(settings.device)
     except RuntimeError:
         raise ValueError(f"DynamicsSettings: device must be cpu, cuda or cuda:<n>, got {settings.device!r}") from None
+    if device.type not in ("cpu", "cuda"):
+        raise ValueError(f"DynamicsSettings: device must be cpu, cuda or cuda:<n>, got {settings.device!r}")
     if device.type == "cuda" and not torch.cuda.is_available():
         raise ValueError(f"DynamicsSettings: device is {settings.device}, but torch sees no CUDA device")
     distribution = make_tasks(settings.env_name)

@@ -11,17 +11,19 @@ from torch import Tensor
 from eaml_ext import build_info
 
 
-def summary(errors: Tensor) -> dict[str, float]:
+def summary(errors: Tensor) -> dict[str, float | None]:
     """Mean over tasks, half width of its 95 % interval (normal), and median, of ``(tasks,)``."""
-    half = 1.96 * float(errors.std()) / math.sqrt(len(errors)) if len(errors) > 1 else math.nan
+    half = 1.96 * float(errors.std()) / math.sqrt(len(errors)) if len(errors) > 1 else None
     return {"mean": float(errors.mean()), "interval": half, "median": float(errors.median())}
 
 
-def table(arms: dict[str, dict[str, float]]) -> str:
+def table(arms: dict[str, Any]) -> str:
     """The arms as text."""
     lines = ["Prediction error on held-out tasks (mean squared, in variances of a step):"]
     lines += [f"{'arm':<16}{'mean':>10}{'95 % +-':>10}{'median':>10}"]
-    lines += [f"{n:<16}{a['mean']:>10.4f}{a['interval']:>10.4f}{a['median']:>10.4f}" for n, a in arms.items()]
+    for name, arm in arms.items():
+        interval = "-" if arm["interval"] is None else f"{arm['interval']:.4f}"
+        lines.append(f"{name:<16}{arm['mean']:>10.4f}{interval:>10}{arm['median']:>10.4f}")
     return "\n".join(lines)
 
 

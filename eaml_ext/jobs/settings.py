@@ -1,5 +1,6 @@
 """What a run can be told. No torch here: the command line reads its flags and defaults from these fields."""
 
+import math
 from dataclasses import dataclass, field, fields
 from typing import Any
 
@@ -51,6 +52,8 @@ class DynamicsSettings:
                 _check.positive("DynamicsSettings", f.name, value, zero=f.name == "seed", integer=True)
             elif f.type in (float, "float"):
                 _check.positive("DynamicsSettings", f.name, value, zero=f.name == "experience_weight")
+                if math.isinf(value):
+                    raise ValueError(f"DynamicsSettings: {f.name} must be finite, got {value!r}")
             elif not isinstance(value, str):
                 raise TypeError(f"DynamicsSettings: {f.name} must be a string, got {value!r}")
         if self.retrieval not in RETRIEVALS:

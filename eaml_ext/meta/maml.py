@@ -17,7 +17,8 @@ Task = tuple[Tensor, Tensor, Tensor, Tensor]  # support_x, support_y, query_x, q
 
 
 class MetaMAML:
-    """Model-agnostic meta-learning (Finn, Abbeel & Levine 2017, algorithm 1) over any ``nn.Module``.
+    """Model-agnostic meta-learning (Finn, Abbeel & Levine 2017, algorithm 1) over any ``nn.Module`` that changes no
+    buffer in place (batch norm: put it in eval mode).
 
     Tasks of equal shapes run as one vmapped batch, so that every op sees them in one call; tasks of different shapes
     are bucketed. Meta-gradients are exact second order, also through :func:`eaml_ext.ops.selective_scan`.
@@ -84,7 +85,7 @@ class MetaMAML:
             num_steps: ``inner_steps`` if absent; 0 returns ``params``.
 
         Returns:
-            The adapted parameters by name, connected to ``params``.
+            The adapted parameters by name, connected to ``params`` where gradients are recorded.
         """
         num_steps = self.inner_steps if num_steps is None else num_steps
         _check.positive("MetaMAML.adapt_params", "num_steps", num_steps, zero=True, integer=True)

@@ -192,7 +192,7 @@ class Stateful(nn.Module):
     """Wraps a model with ``scan``, ``step`` and ``init_hidden`` so that it remembers its state from call to call.
 
     The state is kept detached: a gradient never reaches into an earlier call. It starts at zero, anew whenever the
-    batch size changes or :meth:`reset` is called.
+    batch size, dtype or device changes or :meth:`reset` is called.
 
     >>> model = Stateful(SSM(3, 8, 2))
     >>> a, b = model(torch.ones(1, 3)), model(torch.ones(1, 3))
@@ -212,7 +212,7 @@ class Stateful(nn.Module):
         """One step for 2-D ``x``, a sequence for 3-D ``x``, from where the last call ended."""
         _check.tensor("Stateful", "x", x)
         state = self.state
-        if state is None or state.shape[0] != x.shape[0]:
+        if state is None or (state.shape[0], state.dtype, state.device) != (x.shape[0], x.dtype, x.device):
             state = self.model.init_hidden(x.shape[0])
         y, state = self.model.scan(x, state) if x.dim() == 3 else self.model.step(x, state)
         self.state = state.detach()

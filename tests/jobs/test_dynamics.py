@@ -99,6 +99,7 @@ def test_fingerprint_tells_flipped_actions_apart():
     [
         (["--num_epochs", "0"], "num_epochs must be > 0"),
         (["--inner_lr", "-1"], "inner_lr must be > 0"),
+        (["--inner_lr", "inf"], "inner_lr must be finite"),
         (["--experience_weight", "-1"], "experience_weight must be >= 0"),
         (["--retrieval", "magic"], "invalid choice"),
         (["--buffer_size", "3"], "buffer_size must hold one task"),
@@ -113,7 +114,12 @@ def test_bad_flags_are_refused_before_anything_runs(flags, text, capsys):
 
 @pytest.mark.parametrize(
     "flags, text",
-    [(["--env_name", "NoSuch-v0"], "NoSuch"), (["--device", "cuda:77"], "device"), (["--device", "x"], "x")],
+    [
+        (["--env_name", "NoSuch-v0"], "NoSuch"),
+        (["--device", "cuda:77"], "device"),
+        (["--device", "x"], "x"),
+        (["--device", "meta"], "device must be"),
+    ],
 )
 def test_bad_environment_or_device_is_one_sentence(flags, text, tmp_path, capsys):
     if flags[0] == "--device" and torch.cuda.is_available():
