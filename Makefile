@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 SOURCES := $(shell find csrc -name '*.cpp' -o -name '*.h')
 
-.PHONY: demo test test-slow lint format bench clean
+.PHONY: demo test lint format bench clean
 
 $(VENV)/installed: pyproject.toml setup.py $(SOURCES)
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
@@ -18,9 +18,6 @@ demo: $(VENV)/installed  ## the main job: meta-train on CartPole dynamics, adapt
 test: $(VENV)/installed  ## the whole suite, then the ops once more on their references
 	$(BIN)/pytest -n 2
 	$(BIN)/pytest -n 2 --reference tests/ops
-
-test-slow: $(VENV)/installed
-	$(BIN)/pytest -m slow
 
 lint: $(VENV)/installed
 	$(BIN)/ruff check .
