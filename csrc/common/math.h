@@ -1,8 +1,7 @@
-// Scalar arithmetic of the kernels, written so that a loop over lanes vectorises: no branches, no library calls.
-// Dual<T> carries a value and a tangent: a kernel run on duals is its own directional derivative.
+// Arithmetic of the kernels on a vector of lanes or on one number: no branches, no library calls.
+// Dual<V> carries a value and a tangent: a kernel run on duals is its own directional derivative.
 #pragma once
 
-#include <bit>
 #include <cmath>
 #include <cstdint>
 
@@ -10,151 +9,227 @@
 
 namespace eaml {
 
-template <class T>
+template <class V>
 struct Dual {
-  T value, tangent;
+  V value, tangent;
   Dual() = default;
-  EAML_INLINE Dual(T v, T t = T(0)) : value(v), tangent(t) {}
+  EAML_INLINE Dual(V v, V t = V{}) : value(v), tangent(t) {}
 };
 
-template <class T>
-EAML_INLINE Dual<T> operator+(const Dual<T>& a, const Dual<T>& b) {
+template <class V>
+EAML_INLINE Dual<V> operator+(const Dual<V>& a, const Dual<V>& b) {
   return {a.value + b.value, a.tangent + b.tangent};
 }
-template <class T>
-EAML_INLINE Dual<T> operator-(const Dual<T>& a, const Dual<T>& b) {
+template <class V>
+EAML_INLINE Dual<V> operator-(const Dual<V>& a, const Dual<V>& b) {
   return {a.value - b.value, a.tangent - b.tangent};
 }
-template <class T>
-EAML_INLINE Dual<T> operator*(const Dual<T>& a, const Dual<T>& b) {
+template <class V>
+EAML_INLINE Dual<V> operator*(const Dual<V>& a, const Dual<V>& b) {
   return {a.value * b.value, a.value * b.tangent + a.tangent * b.value};
 }
 
+// The vector inside a scalar of the kernels.
 template <class S>
-struct ScalarOf {
+struct VectorOf {
   using type = S;
 };
-template <class T>
-struct ScalarOf<Dual<T>> {
-  using type = T;
+template <class V>
+struct VectorOf<Dual<V>> {
+  using type = V;
 };
 template <class S>
-using scalar_t = typename ScalarOf<S>::type;
+using vector_t = typename VectorOf<S>::type;
 
 // What a kernel writes out: the value, or, run on duals, the tangent alone.
-template <class T>
-EAML_INLINE T output(T x) {
+template <class V>
+EAML_INLINE V output(V x) {
   return x;
 }
-template <class T>
-EAML_INLINE T output(const Dual<T>& x) {
+template <class V>
+EAML_INLINE V output(const Dual<V>& x) {
   return x.tangent;
 }
 
 constexpr double kLog2e = 1.4426950408889634074;
 constexpr double kLn2 = 0.69314718055994530942;
 
-// Polynomials and bit layouts of 2^t.
+// Polynomials and bit layouts of 2^t. `polynomial` serves |r| <= 1/2; AVX-512 looks 2^(j / table size) up, and `fine`
+// serves what remains (minimax, found by Remez's algorithm, exactly 1 at 0).
 template <class T>
 struct Exp2;
 template <>
 struct Exp2<float> {
-  using Int = std::int32_t;
   static constexpr float round = 12582912.0f + 127.0f, top = 12582912.0f + 255.0f, bottom = -126.5f, scale = 1.0f;
-  static constexpr int mantissa = 23, terms = 6;
+  static constexpr float grid = 393216.0f;  // 1.5 * 2^(mantissa - bits): what it adds to is rounded to the table's grid
+  static constexpr int mantissa = 23, terms = 6, fine_terms = 3, bits = 5;
   static constexpr float polynomial[terms] = {1.3264715e-3f, 9.671513e-3f,  5.5507340e-2f,
                                               2.4022242e-1f, 6.9314700e-1f, 1.0f};
+  static constexpr float fine[fine_terms] = {0.240231819f, 0.693157399f, 1.0f};
+  alignas(kAlignment) static constexpr float table[1 << bits] = {
+      1.0f,        1.02189715f, 1.04427378f, 1.0671404f,  1.09050773f, 1.11438674f, 1.13878863f, 1.16372486f,
+      1.18920712f, 1.21524736f, 1.24185781f, 1.26905096f, 1.29683955f, 1.32523664f, 1.35425555f, 1.38390988f,
+      1.41421356f, 1.44518081f, 1.47682615f, 1.50916443f, 1.54221083f, 1.57598085f, 1.61049033f, 1.64575548f,
+      1.68179283f, 1.7186193f,  1.75625216f, 1.79470908f, 1.83400809f, 1.87416763f, 1.91520656f, 1.95714412f};
 };
 template <>
 struct Exp2<double> {
-  using Int = std::int64_t;
   static constexpr double round = 6755399441055744.0 + 1023.0, top = 6755399441055744.0 + 2047.0, bottom = -1022.5;
+  static constexpr double grid = 422212465065984.0;
   static constexpr double scale = kLn2;  // Taylor of exp on |x| <= ln2/2: the first dropped term is below 5e-18
-  static constexpr int mantissa = 52, terms = 14;
+  static constexpr int mantissa = 52, terms = 14, fine_terms = 7, bits = 4;
   static constexpr double polynomial[terms] = {
       1.0 / 6227020800, 1.0 / 479001600, 1.0 / 39916800, 1.0 / 3628800, 1.0 / 362880, 1.0 / 40320, 1.0 / 5040,
       1.0 / 720,        1.0 / 120,       1.0 / 24,       1.0 / 6,       0.5,          1.0,         1.0};
+  static constexpr double fine[fine_terms] = {0.00015404211699335224095,
+                                              0.0013333820232815162885,
+                                              0.0096181291020536239683,
+                                              0.05550410865195458609,
+                                              0.24022650695910167029,
+                                              0.69314718055994688866,
+                                              1.0};
+  alignas(kAlignment) static constexpr double table[1 << bits] = {1.0,
+                                                                  1.0442737824274138,
+                                                                  1.0905077326652577,
+                                                                  1.1387886347566916,
+                                                                  1.189207115002721,
+                                                                  1.241857812073484,
+                                                                  1.2968395546510096,
+                                                                  1.3542555469368927,
+                                                                  1.4142135623730951,
+                                                                  1.4768261459394993,
+                                                                  1.5422108254079407,
+                                                                  1.6104903319492543,
+                                                                  1.681792830507429,
+                                                                  1.7562521603732995,
+                                                                  1.8340080864093424,
+                                                                  1.9152065613971474};
 };
 
-// 2^t with relative error below 2 ulp, exactly 1 at 0; 0 below the smallest normal number, NaN for NaN, inf or NaN
-// above 2^127.5, where the exponent rounds up. Adding `round` leaves the rounded, biased exponent in the low mantissa
-// bits; a shift makes it 2^n. K numbers go side by side: as one chain after the other they would fill the processor's
-// queues with waiting work.
-template <int K, class T>
-EAML_INLINE void exp2_(const T (&t)[K], T (&out)[K]) {
+#if defined(__x86_64__)
+// AVX-512's own instructions. As assembler, because gcc refuses an intrinsic inside a function that is inlined into
+// several instruction sets.
+// t rounded to a multiple of 1 / table size, subtracted from t; 0 for infinities.
+EAML_INLINE Vec<float, 16> remainder(Vec<float, 16> t) {
+  Vec<float, 16> r;
+  asm("vreduceps %2, %1, %0" : "=v"(r) : "v"(t), "i"(Exp2<float>::bits << 4));
+  return r;
+}
+EAML_INLINE Vec<double, 8> remainder(Vec<double, 8> t) {
+  Vec<double, 8> r;
+  asm("vreducepd %2, %1, %0" : "=v"(r) : "v"(t), "i"(Exp2<double>::bits << 4));
+  return r;
+}
+// low and high, one after the other, at the index in the lowest bits of each lane.
+EAML_INLINE Vec<float, 16> lookup(Vec<float, 16> low, Vec<float, 16> high, Vec<float, 16> index) {
+  asm("vpermi2ps %2, %1, %0" : "+v"(index) : "v"(low), "vm"(high));
+  return index;
+}
+EAML_INLINE Vec<double, 8> lookup(Vec<double, 8> low, Vec<double, 8> high, Vec<double, 8> index) {
+  asm("vpermi2pd %2, %1, %0" : "+v"(index) : "v"(low), "vm"(high));
+  return index;
+}
+// x 2^floor(t)
+EAML_INLINE Vec<float, 16> scale_by_power(Vec<float, 16> x, Vec<float, 16> t) {
+  Vec<float, 16> scaled;
+  asm("vscalefps %2, %1, %0" : "=v"(scaled) : "v"(x), "v"(t));
+  return scaled;
+}
+EAML_INLINE Vec<double, 8> scale_by_power(Vec<double, 8> x, Vec<double, 8> t) {
+  Vec<double, 8> scaled;
+  asm("vscalefpd %2, %1, %0" : "=v"(scaled) : "v"(x), "v"(t));
+  return scaled;
+}
+template <class V>
+constexpr bool kTableExp2 = sizeof(V) == 64;
+#else
+template <class V>
+constexpr bool kTableExp2 = false;
+#endif
+
+// 2^t with relative error below 2 ulp, exactly 1 at 0, NaN for NaN. It underflows to 0 near the smallest normal number
+// and overflows to inf or NaN above 2^127.5. K numbers go side by side: as one chain after the other they would fill
+// the processor's queues with waiting work.
+template <int K, class V>
+EAML_INLINE void exp2_(const V (&t)[K], V (&out)[K]) {
+  using T = element_t<V>;
   using E = Exp2<T>;
-  using Int = typename E::Int;
-  T shifted[K], r[K], p[K];
-  EAML_UNROLL
-  for (int k = 0; k < K; ++k) shifted[k] = t[k] + E::round;
-  EAML_UNROLL
-  for (int k = 0; k < K; ++k) r[k] = (t[k] - (shifted[k] - E::round)) * E::scale, p[k] = E::polynomial[0];
-  EAML_UNROLL
-  for (int i = 1; i < E::terms; ++i) {
+  if constexpr (kTableExp2<V>) {
+    const V low = load<V>(E::table), high = load<V>(E::table + Lanes<V>::count);
+    V r[K], p[K];
     EAML_UNROLL
-    for (int k = 0; k < K; ++k) p[k] = p[k] * r[k] + E::polynomial[i];
-  }
-  EAML_UNROLL
-  for (int k = 0; k < K; ++k) {
-    const Int top = std::bit_cast<Int>(E::top);
-    Int n = std::bit_cast<Int>(shifted[k]);
-    n = n < top ? n : top;
-    out[k] = t[k] < E::bottom ? T(0) : p[k] * std::bit_cast<T>(n << E::mantissa);
+    for (int k = 0; k < K; ++k) r[k] = remainder(t[k]), p[k] = splat<V>(E::fine[0]);
+    EAML_UNROLL
+    for (int i = 1; i < E::fine_terms; ++i) {
+      EAML_UNROLL
+      for (int k = 0; k < K; ++k) p[k] = p[k] * r[k] + E::fine[i];
+    }
+    EAML_UNROLL
+    for (int k = 0; k < K; ++k) out[k] = scale_by_power(p[k] * lookup(low, high, t[k] + E::grid), t[k] - r[k]);
+  } else {
+    // Adding `round` leaves the rounded, biased exponent in the low mantissa bits; a shift makes it 2^n.
+    using Bits = bits_t<V>;
+    V shifted[K], r[K], p[K];
+    EAML_UNROLL
+    for (int k = 0; k < K; ++k) shifted[k] = t[k] + E::round;
+    EAML_UNROLL
+    for (int k = 0; k < K; ++k) r[k] = (t[k] - (shifted[k] - E::round)) * E::scale, p[k] = splat<V>(E::polynomial[0]);
+    EAML_UNROLL
+    for (int i = 1; i < E::terms; ++i) {
+      EAML_UNROLL
+      for (int k = 0; k < K; ++k) p[k] = p[k] * r[k] + E::polynomial[i];
+    }
+    EAML_UNROLL
+    for (int k = 0; k < K; ++k) {
+      const Bits top = __builtin_bit_cast(Bits, splat<V>(E::top)), n = __builtin_bit_cast(Bits, shifted[k]);
+      const Bits exponent = n < top ? n : top;
+      out[k] = t[k] < splat<V>(E::bottom) ? V{} : p[k] * __builtin_bit_cast(V, exponent << E::mantissa);
+    }
   }
 }
 
-EAML_INLINE float exp2_(float t) {
-  const float in[1] = {t};
-  float out[1];
+template <class V>
+EAML_INLINE V exp_(V x) {
+  const V in[1] = {x * element_t<V>(kLog2e)};
+  V out[1];
   exp2_(in, out);
   return out[0];
-}
-EAML_INLINE double exp2_(double t) {
-  const double in[1] = {t};
-  double out[1];
-  exp2_(in, out);
-  return out[0];
-}
-
-template <class T>
-EAML_INLINE T exp_(T x) {
-  return exp2_(x * T(kLog2e));
 }
 
 // log(1 + v) for v in [0, 1], with relative accuracy also where v is tiny.
-template <int K>
-EAML_INLINE void log1p_unit(const float (&v)[K], float (&out)[K]) {
-  // log(1 + v) / v, minimax: a division would cost more than this polynomial.
-  constexpr float polynomial[] = {-3.24398419e-3f, 1.98512822e-2f,  -5.69592081e-2f, 1.06036231e-1f,  -1.53055742e-1f,
-                                  1.96759343e-1f,  -2.49541327e-1f, 3.33299637e-1f,  -4.99999017e-1f, 1.0f};
-  float p[K];
-  EAML_UNROLL
-  for (int k = 0; k < K; ++k) p[k] = polynomial[0];
-  EAML_UNROLL
-  for (int i = 1; i < 10; ++i) {
+template <int K, class V>
+EAML_INLINE void log1p_unit(const V (&v)[K], V (&out)[K]) {
+  V p[K];
+  if constexpr (sizeof(element_t<V>) == 4) {
+    // log(1 + v) / v, minimax: a division would cost more than this polynomial.
+    constexpr float polynomial[] = {-3.24398419e-3f, 1.98512822e-2f,  -5.69592081e-2f, 1.06036231e-1f,  -1.53055742e-1f,
+                                    1.96759343e-1f,  -2.49541327e-1f, 3.33299637e-1f,  -4.99999017e-1f, 1.0f};
     EAML_UNROLL
-    for (int k = 0; k < K; ++k) p[k] = p[k] * v[k] + polynomial[i];
+    for (int k = 0; k < K; ++k) p[k] = splat<V>(polynomial[0]);
+    EAML_UNROLL
+    for (int i = 1; i < 10; ++i) {
+      EAML_UNROLL
+      for (int k = 0; k < K; ++k) p[k] = p[k] * v[k] + polynomial[i];
+    }
+    EAML_UNROLL
+    for (int k = 0; k < K; ++k) out[k] = p[k] * v[k];
+  } else {
+    V s[K], q[K];
+    EAML_UNROLL
+    for (int k = 0; k < K; ++k) s[k] = v[k] / (2.0 + v[k]), q[k] = s[k] * s[k], p[k] = splat<V>(2.0 / 37);
+    EAML_UNROLL
+    for (int i = 1; i < 19; ++i) {  // as 2 artanh(s)
+      EAML_UNROLL
+      for (int k = 0; k < K; ++k) p[k] = p[k] * q[k] + 2.0 / (37 - 2 * i);
+    }
+    EAML_UNROLL
+    for (int k = 0; k < K; ++k) out[k] = p[k] * s[k];
   }
-  EAML_UNROLL
-  for (int k = 0; k < K; ++k) out[k] = p[k] * v[k];
 }
 
-template <int K>
-EAML_INLINE void log1p_unit(const double (&v)[K], double (&out)[K]) {
-  double s[K], q[K], p[K];
-  EAML_UNROLL
-  for (int k = 0; k < K; ++k) s[k] = v[k] / (2.0 + v[k]), q[k] = s[k] * s[k], p[k] = 2.0 / 37;  // as 2 artanh(s)
-  EAML_UNROLL
-  for (int i = 1; i < 19; ++i) {
-    EAML_UNROLL
-    for (int k = 0; k < K; ++k) p[k] = p[k] * q[k] + 2.0 / (37 - 2 * i);
-  }
-  EAML_UNROLL
-  for (int k = 0; k < K; ++k) out[k] = p[k] * s[k];
-}
-
-template <class T>
-EAML_INLINE T sigmoid(T x) {
+template <class V>
+EAML_INLINE V sigmoid(V x) {
+  using T = element_t<V>;
   return T(1) / (T(1) + exp_(-x));
 }
 
@@ -164,37 +239,38 @@ struct Softplus {
 };
 
 // Softplus and its derivative share one exponential; what is not used costs nothing.
-template <int K, class T>
-EAML_INLINE void softplus(const T (&x)[K], Softplus<T> (&out)[K]) {
-  T t[K], e[K], log[K];
+template <int K, class V>
+EAML_INLINE void softplus(const V (&x)[K], Softplus<V> (&out)[K]) {
+  using T = element_t<V>;
+  V t[K], e[K], log[K];
   EAML_UNROLL
-  for (int k = 0; k < K; ++k) t[k] = (x[k] < T(0) ? x[k] : -x[k]) * T(kLog2e);
+  for (int k = 0; k < K; ++k) t[k] = (x[k] < V{} ? x[k] : -x[k]) * T(kLog2e);
   exp2_(t, e);
   log1p_unit(e, log);
   EAML_UNROLL
   for (int k = 0; k < K; ++k) {
-    const T part = T(1) / (T(1) + e[k]);
-    out[k].value = (x[k] > T(0) ? x[k] : T(0)) + log[k];  // of NaN, log is NaN
-    out[k].slope = x[k] > T(0) ? part : e[k] * part;
+    const V part = T(1) / (T(1) + e[k]);
+    out[k].value = (x[k] > V{} ? x[k] : V{}) + log[k];  // of NaN, log is NaN
+    out[k].slope = x[k] > V{} ? part : e[k] * part;
   }
 }
 
-template <class T>
-EAML_INLINE Dual<T> sigmoid(Dual<T> x) {
-  const T s = sigmoid(x.value);
-  return {s, s * (T(1) - s) * x.tangent};
+template <class V>
+EAML_INLINE Dual<V> sigmoid(Dual<V> x) {
+  const V s = sigmoid(x.value);
+  return {s, s * (element_t<V>(1) - s) * x.tangent};
 }
-template <int K, class T>
-EAML_INLINE void softplus(const Dual<T> (&x)[K], Softplus<Dual<T>> (&out)[K]) {
-  T values[K];
-  Softplus<T> s[K];
+template <int K, class V>
+EAML_INLINE void softplus(const Dual<V> (&x)[K], Softplus<Dual<V>> (&out)[K]) {
+  V values[K];
+  Softplus<V> s[K];
   EAML_UNROLL
   for (int k = 0; k < K; ++k) values[k] = x[k].value;
   softplus(values, s);
   EAML_UNROLL
   for (int k = 0; k < K; ++k) {
     out[k].value = {s[k].value, s[k].slope * x[k].tangent};
-    out[k].slope = {s[k].slope, s[k].slope * (T(1) - s[k].slope) * x[k].tangent};
+    out[k].slope = {s[k].slope, s[k].slope * (element_t<V>(1) - s[k].slope) * x[k].tangent};
   }
 }
 

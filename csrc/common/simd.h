@@ -1,31 +1,24 @@
-// How portable loops become SIMD: plain loops over lanes, compiled once per instruction set and picked at load time.
+// How one source becomes SIMD: kernels are templates on a vector type, compiled once per instruction set with the
+// vectors that set has, and picked at load time.
 #pragma once
 
 #include <cstdint>
 #include <cstring>
+#include <type_traits>
+#include <utility>
 
 #if defined(__GNUC__) && !defined(__clang__)
-#define EAML_IVDEP _Pragma("GCC ivdep")
 #define EAML_UNROLL _Pragma("GCC unroll 16")
 #elif defined(__clang__)
-#define EAML_IVDEP _Pragma("clang loop vectorize(assume_safety)")
 #define EAML_UNROLL _Pragma("clang loop unroll(full)")
 #else
-#define EAML_IVDEP
-#define EAML_UNROLL
+#error "eaml_ext needs the vector extensions of gcc or clang"
 #endif
 
-#if defined(__GNUC__) || defined(__clang__)
 #define EAML_INLINE inline __attribute__((always_inline))
 #define EAML_NOINLINE __attribute__((noinline))
 #define EAML_PREFETCH(address) __builtin_prefetch(address)
 #define EAML_LAMBDA __attribute__((always_inline))  // a lambda that is not inlined misses its caller's instruction set
-#else
-#define EAML_INLINE inline
-#define EAML_NOINLINE
-#define EAML_PREFETCH(address) ((void)0)
-#define EAML_LAMBDA
-#endif
 
 #if defined(__has_builtin)
 #if __has_builtin(__builtin_shufflevector)
@@ -33,20 +26,62 @@
 #endif
 #endif
 
-// target_clones needs ELF's ifunc, and (clang) does not apply to templates: put it on plain overloads only.
+// EAML_VERSIONS(DEFINE) expands DEFINE(attribute, bytes of a vector) per instruction set; the loader picks. Only plain
+// functions can have versions: what they call must be always inlined to be compiled for the same set.
 #if defined(__x86_64__) && defined(__ELF__) && !defined(EAML_NO_CLONES)
-#define EAML_CLONES __attribute__((target_clones("arch=x86-64-v4", "arch=x86-64-v3", "default")))
+#define EAML_VERSIONS(DEFINE)                           \
+  DEFINE(__attribute__((target("default"))), 16)        \
+  DEFINE(__attribute__((target("arch=x86-64-v3"))), 32) \
+  DEFINE(__attribute__((target("arch=x86-64-v4"))), 64)
+#elif defined(__AVX512DQ__)
+#define EAML_VERSIONS(DEFINE) DEFINE(, 64)
+#elif defined(__AVX__)
+#define EAML_VERSIONS(DEFINE) DEFINE(, 32)
 #else
-#define EAML_CLONES
+#define EAML_VERSIONS(DEFINE) DEFINE(, 16)
 #endif
 
 namespace eaml {
 
-constexpr int kVectorBytes = 64;
+constexpr int kAlignment = 64;  // the widest vector
 
-// Lanes of one full-width vector of T; narrower machines split it.
+template <class T, int N>
+using Vec __attribute__((vector_size(N * sizeof(T)))) = T;
+
+// What follows works on vectors and on single numbers alike.
+template <class V>
+struct Lanes {
+  using Element = std::remove_cvref_t<decltype(std::declval<V&>()[0])>;
+  using Int = std::conditional_t<sizeof(Element) == 4, std::int32_t, std::int64_t>;
+  static constexpr int count = sizeof(V) / sizeof(Element);
+  using Bits = Vec<Int, count>;
+};
 template <class T>
-constexpr int kLanes = kVectorBytes / sizeof(T);
+  requires std::is_arithmetic_v<T>
+struct Lanes<T> {
+  using Element = T;
+  using Bits = std::conditional_t<sizeof(T) == 4, std::int32_t, std::int64_t>;
+  static constexpr int count = 1;
+};
+template <class V>
+using element_t = typename Lanes<V>::Element;
+template <class V>
+using bits_t = typename Lanes<V>::Bits;
+
+template <class V>
+EAML_INLINE V load(const element_t<V>* from) {
+  V v;
+  std::memcpy(&v, from, sizeof(V));
+  return v;
+}
+template <class V>
+EAML_INLINE void store(element_t<V>* to, V v) {
+  std::memcpy(to, &v, sizeof(V));
+}
+template <class V>
+EAML_INLINE V splat(element_t<V> x) {
+  return x - V{};  // the compiler knows that x - 0 is x, and of x + 0 it does not
+}
 
 // to[column][row] = from[row][column]; both have adjacent elements in their last dimension. Shuffles of four elements
 // are fast on every machine, so it needs no clones.
@@ -73,7 +108,7 @@ EAML_NOINLINE void transpose(T* to, std::int64_t to_step, const T* from, std::in
       to[c * to_step + r] = from[r * from_step + c];
 }
 
-// The level that EAML_CLONES picks on this machine, in the names of the x86-64 psABI.
+// The version that EAML_VERSIONS picks on this machine, in the names of the x86-64 psABI.
 inline const char* simd_level() {
 #if defined(__x86_64__) && defined(__ELF__) && !defined(EAML_NO_CLONES)
   __builtin_cpu_init();

@@ -11,16 +11,6 @@
 
 #include "common/simd.h"
 
-// A function in three versions, each written with the vector width (bytes) its instruction set has; the loader picks.
-#if defined(__x86_64__) && defined(__ELF__) && !defined(EAML_NO_CLONES)
-#define EAML_VERSIONS(DEFINE)                           \
-  DEFINE(__attribute__((target("default"))), 16)        \
-  DEFINE(__attribute__((target("arch=x86-64-v3"))), 32) \
-  DEFINE(__attribute__((target("arch=x86-64-v4"))), 64)
-#else
-#define EAML_VERSIONS(DEFINE) DEFINE(, 16)
-#endif
-
 // Rounds every product: the double sums must not depend on whether the machine has a fused multiply-add.
 #if defined(__clang__)
 #define EAML_NO_CONTRACTION
@@ -34,8 +24,9 @@ namespace eaml::knn {
 
 // ---- vector code -------------------------------------------------------------------------------------------------
 
+// Loaded from any address, in place.
 template <class T, int N>
-using Vec __attribute__((vector_size(N * sizeof(T)), aligned(alignof(T)), may_alias)) = T;
+using Unaligned __attribute__((vector_size(N * sizeof(T)), aligned(alignof(T)), may_alias)) = T;
 
 constexpr int kRows = 12;   // queries of a tile: with one vector of keys, 12 accumulators + operands fill 16 registers
 constexpr int kPanel = 32;  // keys of a panel [features + 1][kPanel]
@@ -46,7 +37,7 @@ constexpr int kLanes = 8;   // lanes of an exact sum
 template <class T, int Bytes>
 EAML_INLINE void tile_(const T* queries, const T* panel, const T* start, std::int64_t depth, T* scores) {
   constexpr int N = Bytes / sizeof(T);
-  using V = Vec<T, N>;
+  using V = Unaligned<T, N>;
   for (int lane = 0; lane < kPanel; lane += N) {
     V sum[kRows];
     EAML_UNROLL
@@ -66,15 +57,15 @@ template <class T, int Bytes, bool kDifference>
 EAML_INLINE double exact_sum_(const T* a, const T* b, std::int64_t features) {
   EAML_NO_CONTRACTION_PRAGMA
   constexpr int N = Bytes / sizeof(double), kVectors = kLanes / N;
-  using V = Vec<double, N>;
+  using V = Unaligned<double, N>;
   V sum[kVectors] = {};
   double lane[kLanes];
   std::int64_t i = 0;
   for (; i + kLanes <= features; i += kLanes) {
     EAML_UNROLL
     for (int v = 0; v < kVectors; ++v) {
-      const V x = __builtin_convertvector(*reinterpret_cast<const Vec<T, N>*>(a + i + v * N), V);
-      const V y = __builtin_convertvector(*reinterpret_cast<const Vec<T, N>*>(b + i + v * N), V);
+      const V x = __builtin_convertvector(*reinterpret_cast<const Unaligned<T, N>*>(a + i + v * N), V);
+      const V y = __builtin_convertvector(*reinterpret_cast<const Unaligned<T, N>*>(b + i + v * N), V);
       sum[v] += kDifference ? (x - y) * (x - y) : x * y;
     }
   }
@@ -90,7 +81,7 @@ EAML_INLINE double exact_sum_(const T* a, const T* b, std::int64_t features) {
 template <class T, int Bytes>
 EAML_INLINE void pack_(const T* keys, int count, std::int64_t features, const T* centre, const T* scale, T* panel,
                        T* square) {
-  using Four = Vec<T, 4>;
+  using Four = Unaligned<T, 4>;
   const auto scalar = [&](int l, std::int64_t i) {
     panel[i * kPanel + l] = keys[l * features + i] * scale[l] - centre[i];
   };
@@ -123,7 +114,7 @@ EAML_INLINE void pack_(const T* keys, int count, std::int64_t features, const T*
     for (std::int64_t i = 0; i < features; ++i) scalar(l, i);
 
   constexpr int N = Bytes / sizeof(T);
-  using V = Vec<T, N>;
+  using V = Unaligned<T, N>;
   V sum[kPanel / N] = {};
   for (std::int64_t i = 0; i < features; ++i)
     for (int v = 0; v < kPanel / N; ++v) {
@@ -135,11 +126,11 @@ EAML_INLINE void pack_(const T* keys, int count, std::int64_t features, const T*
 
 // The sum of all lanes.
 template <class T, int Bytes>
-EAML_INLINE T total_(Vec<T, Bytes / sizeof(T)> x) {
+EAML_INLINE T total_(Unaligned<T, Bytes / sizeof(T)> x) {
   if constexpr (Bytes == 2 * sizeof(T)) {
     return x[0] + x[1];
   } else {
-    using Half = Vec<T, Bytes / sizeof(T) / 2>;
+    using Half = Unaligned<T, Bytes / sizeof(T) / 2>;
     Half half[2];
     std::memcpy(half, &x, sizeof x);
     return total_<T, Bytes / 2>(half[0] + half[1]);
@@ -150,7 +141,7 @@ EAML_INLINE T total_(Vec<T, Bytes / sizeof(T)> x) {
 template <class T, int Bytes, bool kDifference>
 EAML_INLINE void rows_(const T* query, const T* keys, int count, std::int64_t features, T* sum, T* square) {
   constexpr int N = Bytes / sizeof(T);
-  using V = Vec<T, N>;
+  using V = Unaligned<T, N>;
   for (int l = 0; l < count; ++l) {
     const T* key = keys + l * features;
     V sums = {}, squares = {};
@@ -205,12 +196,15 @@ EAML_INLINE bool any_below_(const T* scores, T threshold) {
   for (int l = 0; l < kPanel; ++l) any |= scores[l] <= threshold;
   return any;
 }
-EAML_CLONES bool any_below(const float* scores, float threshold) {
-  return any_below_(scores, threshold);
-}
-EAML_CLONES bool any_below(const double* scores, double threshold) {
-  return any_below_(scores, threshold);
-}
+#define EAML_DEFINE(TARGET, BYTES)                                \
+  TARGET bool any_below(const float* scores, float threshold) {   \
+    return any_below_(scores, threshold);                         \
+  }                                                               \
+  TARGET bool any_below(const double* scores, double threshold) { \
+    return any_below_(scores, threshold);                         \
+  }
+EAML_VERSIONS(EAML_DEFINE)
+#undef EAML_DEFINE
 
 namespace {
 

@@ -7,9 +7,9 @@ namespace eaml::selective_scan {
 
 // Steps between two saved states. CHUNK in eaml_ext/ops/selective_scan.py is the same number.
 constexpr std::int64_t kChunk = 32;
-// Channel blocks (each one full vector wide) that share one pass over B and C; fixed, so that sums never depend on the
-// number of threads.
-constexpr std::int64_t kBlocksPerUnit = 8;
+// Bytes of a row of the channels that share one pass over B and C; fixed, so that sums never depend on the number of
+// threads.
+constexpr std::int64_t kUnitBytes = 512;
 
 // A strided input; a null pointer reads as zeros. Strides are in elements: batch row or task, channel, step or state.
 template <class T>

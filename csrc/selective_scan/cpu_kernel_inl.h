@@ -19,26 +19,31 @@ namespace {
 
 using std::int64_t;
 
+// Kernels are templates on S: a vector of lanes V, or a Dual<V>.
 template <class S>
-constexpr bool kIsDual = !std::is_same_v<S, scalar_t<S>>;
+constexpr bool kIsDual = !std::is_same_v<S, vector_t<S>>;
+template <class S>
+using number_t = element_t<vector_t<S>>;
+template <class S>
+constexpr int64_t kLanes = Lanes<vector_t<S>>::count;
 
-// An array of scalars; a Dual's values and tangents are two arrays, so that each loads as a vector.
-template <class S>
+// An array in memory, read and written a vector at a time; of duals it is two arrays.
+template <class V>
 struct Span {
-  S* value;
-  EAML_INLINE S get(int64_t i) const { return value[i]; }
-  EAML_INLINE void set(int64_t i, S x) const { value[i] = x; }
+  element_t<V>* value;
+  EAML_INLINE V get(int64_t i) const { return load<V>(value + i); }
+  EAML_INLINE void set(int64_t i, V x) const { store(value + i, x); }
   EAML_INLINE Span at(int64_t offset) const { return {value + offset}; }
-  EAML_INLINE S* written() const { return value; }
+  EAML_INLINE element_t<V>* written() const { return value; }
 };
-template <class T>
-struct Span<Dual<T>> {
-  T* value;
-  T* tangent;
-  EAML_INLINE Dual<T> get(int64_t i) const { return {value[i], tangent[i]}; }
-  EAML_INLINE void set(int64_t i, Dual<T> x) const { value[i] = x.value, tangent[i] = x.tangent; }
+template <class V>
+struct Span<Dual<V>> {
+  element_t<V>* value;
+  element_t<V>* tangent;
+  EAML_INLINE Dual<V> get(int64_t i) const { return {load<V>(value + i), load<V>(tangent + i)}; }
+  EAML_INLINE void set(int64_t i, Dual<V> x) const { store(value + i, x.value), store(tangent + i, x.tangent); }
   EAML_INLINE Span at(int64_t offset) const { return {value + offset, tangent + offset}; }
-  EAML_INLINE T* written() const { return tangent; }  // what leaves the kernel of a Dual run
+  EAML_INLINE element_t<V>* written() const { return tangent; }  // what leaves the kernel of a Dual run
 };
 
 constexpr int kStates = 4;  // states in flight: enough independent chains, few enough registers
@@ -46,75 +51,65 @@ constexpr int kStates = 4;  // states in flight: enough independent chains, few 
 constexpr int kTogether = 4;  // steps whose softplus is computed side by side
 
 template <class S>
-constexpr int64_t kGroup = kStates * kLanes<scalar_t<S>>;  // of one vector for each state in flight
+constexpr int64_t kGroup = kStates * kLanes<S>;  // numbers of one vector for each state in flight
+
+template <class S>
+EAML_INLINE S one() {
+  return splat<vector_t<S>>(number_t<S>(1));
+}
 
 template <class S>
 Span<S> take(Arena& arena, int64_t count) {
   if constexpr (kIsDual<S>)
-    return {arena.take<scalar_t<S>>(count), arena.take<scalar_t<S>>(count)};
+    return {arena.take<number_t<S>>(count), arena.take<number_t<S>>(count)};
   else
-    return {arena.take<S>(count)};
+    return {arena.take<number_t<S>>(count)};
 }
 
 template <class S>
 EAML_INLINE void clear(Span<S> span, int64_t count) {
-  std::fill_n(span.value, count, scalar_t<S>(0));
-  if constexpr (kIsDual<S>) std::fill_n(span.tangent, count, scalar_t<S>(0));
+  std::fill_n(span.value, count, number_t<S>(0));
+  if constexpr (kIsDual<S>) std::fill_n(span.tangent, count, number_t<S>(0));
 }
 
+// One vector per state in flight, between memory and registers.
 template <class S>
-EAML_INLINE void copy(Span<S> to, Span<S> from, int64_t count) {
-  EAML_IVDEP
-  for (int64_t i = 0; i < count; ++i) to.set(i, from.get(i));
+EAML_INLINE void read(S (&to)[kStates], Span<S> from) {
+  EAML_UNROLL
+  for (int n = 0; n < kStates; ++n) to[n] = from.get(n * kLanes<S>);
+}
+template <class S>
+EAML_INLINE void write(Span<S> to, const S (&from)[kStates]) {
+  EAML_UNROLL
+  for (int n = 0; n < kStates; ++n) to.set(n * kLanes<S>, from[n]);
 }
 
-// The states of one group in local arrays, which a loop over time keeps in registers; a Span may alias what is written.
-template <class S, int64_t kSize = kGroup<S>>
-struct Registers {
-  alignas(kVectorBytes) S data[kSize];
-  EAML_INLINE Span<S> span() { return {data}; }
-};
-template <class T, int64_t kSize>
-struct Registers<Dual<T>, kSize> {
-  alignas(kVectorBytes) T value[kSize];
-  alignas(kVectorBytes) T tangent[kSize];
-  EAML_INLINE Span<Dual<T>> span() { return {value, tangent}; }
-};
-
-template <class T>
-EAML_INLINE void copy_rows(T* to, int64_t to_step, const T* from, int64_t from_step, int64_t rows) {
-  for (int64_t t = 0; t < rows; ++t) std::copy_n(from + t * from_step, kLanes<T>, to + t * to_step);
+template <class V>
+EAML_INLINE void copy_rows(element_t<V>* to, int64_t to_step, const element_t<V>* from, int64_t from_step,
+                           int64_t rows) {
+  for (int64_t t = 0; t < rows; ++t) store(to + t * to_step, load<V>(from + t * from_step));
 }
 
 // Rows of full vectors: a staged tile, or the caller's own memory where lanes are adjacent in it.
-template <class S>
+template <class V>
 struct View {
-  const S* value;
+  const element_t<V>* value;
   int64_t step;
-  EAML_INLINE S get(int64_t t, int64_t i) const { return value[t * step + i]; }
-  EAML_INLINE void prefetch(int64_t t, int64_t i) const { EAML_PREFETCH(value + t * step + i); }
-  EAML_INLINE void copy_to(Span<S> tile, int64_t rows) const { copy_rows(tile.value, kLanes<S>, value, step, rows); }
+  EAML_INLINE V get(int64_t t) const { return load<V>(value + t * step); }
 };
-template <class T>
-struct View<Dual<T>> {
-  const T* value;
+template <class V>
+struct View<Dual<V>> {
+  const element_t<V>* value;
   int64_t step;
-  const T* tangent;
+  const element_t<V>* tangent;
   int64_t tangent_step;
-  EAML_INLINE Dual<T> get(int64_t t, int64_t i) const { return {value[t * step + i], tangent[t * tangent_step + i]}; }
-  EAML_INLINE void prefetch(int64_t t, int64_t i) const {
-    EAML_PREFETCH(value + t * step + i), EAML_PREFETCH(tangent + t * tangent_step + i);
-  }
-  EAML_INLINE void copy_to(Span<Dual<T>> tile, int64_t rows) const {
-    copy_rows(tile.value, kLanes<T>, value, step, rows);
-    copy_rows(tile.tangent, kLanes<T>, tangent, tangent_step, rows);
-  }
+  EAML_INLINE Dual<V> get(int64_t t) const { return {load<V>(value + t * step), load<V>(tangent + t * tangent_step)}; }
 };
 
 // The inputs of a run on S: values, and for duals their tangents.
 template <class S>
 struct Source {
-  using T = scalar_t<S>;
+  using T = number_t<S>;
   const Inputs<T>& values;
   const Inputs<T>* tangents;
 
@@ -133,14 +128,14 @@ struct Place {
 
 template <class T>
 int64_t units_per_group(const Shape& shape) {
-  const int64_t width = kLanes<T> * kBlocksPerUnit, dim = shape.dim / shape.groups;
+  const int64_t width = kUnitBytes / sizeof(T), dim = shape.dim / shape.groups;
   return (dim + width - 1) / width;
 }
 
 template <class T>
 Place place(const Shape& shape, int64_t index) {
   const int64_t per_group = units_per_group<T>(shape), per_row = per_group * shape.groups;
-  const int64_t width = kLanes<T> * kBlocksPerUnit, dim = shape.dim / shape.groups;
+  const int64_t width = kUnitBytes / sizeof(T), dim = shape.dim / shape.groups;
   Place p;
   p.row = index / per_row, p.unit = index % per_row, p.group = p.unit / per_group;
   const int64_t offset = p.unit % per_group * width;
@@ -153,19 +148,18 @@ const T* origin(const In<T>& in, int64_t row, int64_t channel) {
   return in.data + row / in.rows_per_outer * in.outer + channel * in.channel;
 }
 
-// Strided copies run once a chunk or less: they stay out of line, compiled once for all instruction sets.
+// Strided copies run once a chunk or less: they stay out of line, without instruction sets of their own.
 
 // tile[step][lane] = in[row][channel + lane][start + step], zeros beyond `lanes`.
-template <class T>
+template <int64_t W, class T>
 EAML_NOINLINE void stage_tile(T* tile, const In<T>& in, int64_t row, int64_t channel, int64_t lanes, int64_t start,
                               int64_t steps, int64_t ahead) {
-  constexpr int64_t W = kLanes<T>;
   if (in.data == nullptr || lanes < W) std::fill_n(tile, steps * W, T(0));
   if (in.data == nullptr) return;
   const T* from = origin(in, row, channel) + start * in.inner;
   if (in.inner == 1) {
     for (int64_t i = 0; i < lanes; ++i)  // of the next chunk: rows are too short for the processor to see them coming
-      for (int64_t t = 0; t < kChunk; t += kLanes<T>) EAML_PREFETCH(from + i * in.channel + ahead + t);
+      for (int64_t t = 0; t < kChunk; t += kAlignment / sizeof(T)) EAML_PREFETCH(from + i * in.channel + ahead + t);
     transpose(tile, W, from, in.channel, lanes, steps);
   } else {
     for (int64_t t = 0; t < steps; ++t)
@@ -173,31 +167,29 @@ EAML_NOINLINE void stage_tile(T* tile, const In<T>& in, int64_t row, int64_t cha
   }
 }
 
-template <class T>
+template <int64_t W, class T>
 EAML_NOINLINE void scatter_tile(T* to, const Out<T>& out, const T* tile, int64_t lanes, int64_t steps) {
-  constexpr int64_t W = kLanes<T>;
   if (out.inner == 1) return transpose(to, out.channel, tile, W, steps, lanes);
   for (int64_t t = 0; t < steps; ++t)
     for (int64_t i = 0; i < lanes; ++i) to[t * out.inner + i * out.channel] = tile[t * W + i];
 }
 
-template <class T>
+template <class V, class T = element_t<V>>
 EAML_INLINE void store_tile(const Out<T>& out, const T* tile, int64_t row, int64_t channel, int64_t lanes,
                             int64_t start, int64_t steps) {
-  constexpr int64_t W = kLanes<T>;
+  constexpr int64_t W = Lanes<V>::count;
   if (out.data == nullptr) return;
   T* const to = out.data + row * out.outer + channel * out.channel + start * out.inner;
   if (lanes == W && out.channel == 1)
-    copy_rows(to, out.inner, tile, W, steps);
+    copy_rows<V>(to, out.inner, tile, W, steps);
   else
-    scatter_tile(to, out, tile, lanes, steps);
+    scatter_tile<W>(to, out, tile, lanes, steps);
 }
 
 // matrix[state][lane] of a (rows, dim, state) input, zeros beyond `lanes` and beyond the true state count.
-template <class T>
+template <int64_t W, class T>
 EAML_NOINLINE void gather_matrix(T* matrix, const In<T>& in, int64_t row, int64_t channel, int64_t lanes, int64_t state,
                                  int64_t padded) {
-  constexpr int64_t W = kLanes<T>;
   std::fill_n(matrix, padded * W, T(0));
   if (in.data == nullptr) return;
   const T* from = origin(in, row, channel);
@@ -206,37 +198,38 @@ EAML_NOINLINE void gather_matrix(T* matrix, const In<T>& in, int64_t row, int64_
     for (int64_t n = 0; n < state; ++n) matrix[n * W + i] = from[i * in.channel + n * in.inner];
 }
 
-template <class T>
+template <class V, class T = element_t<V>>
 EAML_INLINE void stage_matrix(T* matrix, const In<T>& in, int64_t row, int64_t channel, int64_t lanes, int64_t state,
                               int64_t padded) {
-  if (in.data != nullptr && in.channel == 1 && lanes == kLanes<T> && state == padded)
-    copy_rows(matrix, kLanes<T>, origin(in, row, channel), in.inner, state);
+  constexpr int64_t W = Lanes<V>::count;
+  if (in.data != nullptr && in.channel == 1 && lanes == W && state == padded)
+    copy_rows<V>(matrix, W, origin(in, row, channel), in.inner, state);
   else
-    gather_matrix(matrix, in, row, channel, lanes, state, padded);
+    gather_matrix<W>(matrix, in, row, channel, lanes, state, padded);
 }
 
-template <class T>
+template <int64_t W, class T>
 EAML_NOINLINE void scatter_matrix(T* to, int64_t channel_stride, int64_t inner_stride, const T* matrix, int64_t lanes,
                                   int64_t state) {
-  constexpr int64_t W = kLanes<T>;
   if (inner_stride == 1) return transpose(to, channel_stride, matrix, W, state, lanes);
   for (int64_t i = 0; i < lanes; ++i)
     for (int64_t n = 0; n < state; ++n) to[i * channel_stride + n * inner_stride] = matrix[n * W + i];
 }
 
-template <class T>
+template <class V, class T = element_t<V>>
 EAML_INLINE void store_matrix(T* to, int64_t channel_stride, int64_t inner_stride, const T* matrix, int64_t lanes,
                               int64_t state) {
-  if (lanes == kLanes<T> && channel_stride == 1)
-    copy_rows(to, inner_stride, matrix, kLanes<T>, state);
+  constexpr int64_t W = Lanes<V>::count;
+  if (lanes == W && channel_stride == 1)
+    copy_rows<V>(to, inner_stride, matrix, W, state);
   else
-    scatter_matrix(to, channel_stride, inner_stride, matrix, lanes, state);
+    scatter_matrix<W>(to, channel_stride, inner_stride, matrix, lanes, state);
 }
 
 // One value per lane of a (rows, dim) input.
-template <class T>
+template <int64_t W, class T>
 EAML_NOINLINE void stage_vector(T* vector, const In<T>& in, int64_t row, int64_t channel, int64_t lanes) {
-  std::fill_n(vector, kLanes<T>, T(0));
+  std::fill_n(vector, W, T(0));
   if (in.data == nullptr) return;
   const T* from = origin(in, row, channel);
   for (int64_t i = 0; i < lanes; ++i) vector[i] = from[i * in.channel];
@@ -248,23 +241,68 @@ In<T> checkpoint(const T* all, const Shape& shape, int64_t row, int64_t chunk, i
   return {all + (row * chunks + chunk) * shape.state * shape.dim, 0, 1, shape.dim};
 }
 
-// sums[row] = sum over the lanes of a row, in a fixed order. Quarters add as vectors; the last four go rows at a time.
-template <class T, int64_t kRows>
+// sums[row] = sum over the lanes of a row, in a fixed order: vectors of four (or two) are added, then their lanes.
+template <class V, int64_t kRows, class T = element_t<V>>
 EAML_INLINE void sum_lanes(T (&sums)[kRows], const T* rows) {
-  constexpr int64_t W = kLanes<T>, Q = 4;
-  T quarter[kRows * Q];
+  constexpr int64_t W = Lanes<V>::count, Q = W < 4 ? W : 4;
+  T part[kRows * Q];
   for (int64_t r = 0; r < kRows; ++r) {
-    EAML_IVDEP
-    for (int64_t i = 0; i < Q; ++i) {
-      T sum = rows[r * W + i];
-      EAML_UNROLL
-      for (int64_t k = Q; k < W; k += Q) sum += rows[r * W + k + i];
-      quarter[r * Q + i] = sum;
-    }
+    auto sum = load<Vec<T, Q>>(rows + r * W);
+    EAML_UNROLL
+    for (int64_t k = Q; k < W; k += Q) sum += load<Vec<T, Q>>(rows + r * W + k);
+    store(part + r * Q, sum);
   }
-  EAML_IVDEP
-  for (int64_t r = 0; r < kRows; ++r)
-    sums[r] = (quarter[r * Q] + quarter[r * Q + 1]) + (quarter[r * Q + 2] + quarter[r * Q + 3]);
+  for (int64_t r = 0; r < kRows; ++r) {
+    T sum = part[r * Q] + part[r * Q + 1];
+    if constexpr (Q == 4) sum += part[r * Q + 2] + part[r * Q + 3];
+    sums[r] = sum;
+  }
+}
+
+// Four vectors' sums over lanes, halfway: kFolded numbers, of which `folded_sum` is the rest. It costs six shuffles
+// where four accumulators in memory would cost three more loads and stores.
+template <class V>
+constexpr int64_t kFolded = Lanes<V>::count < kStates ? kStates : Lanes<V>::count;
+
+// Which of the lanes of (a, b) goes to lane i: the lower (upper) ones of each 16 bytes, a and b in turn, as shuffles
+// inside 16 bytes are the cheap ones; or a's and then b's lower (upper) half.
+template <int kLanes, int kSlot, bool kUpper>
+constexpr int neighbour(int i) {
+  return i / kSlot * kSlot + i % kSlot / 2 + i % 2 * kLanes + kUpper * kSlot / 2;
+}
+template <int kLanes, bool kUpper>
+constexpr int half(int i) {
+  return i + (i < kLanes / 2 ? 0 : kLanes / 2) + kUpper * kLanes / 2;
+}
+template <class V, int... i>
+EAML_INLINE V add_neighbours(V a, V b, std::integer_sequence<int, i...>) {
+  constexpr int n = sizeof...(i), slot = 16 / sizeof(element_t<V>);
+  return EAML_SHUFFLE(a, b, neighbour<n, slot, false>(i)...) + EAML_SHUFFLE(a, b, neighbour<n, slot, true>(i)...);
+}
+template <class V, int... i>
+EAML_INLINE V add_halves(V a, V b, std::integer_sequence<int, i...>) {
+  constexpr int n = sizeof...(i);
+  return EAML_SHUFFLE(a, b, half<n, false>(i)...) + EAML_SHUFFLE(a, b, half<n, true>(i)...);
+}
+template <class V>
+EAML_INLINE void add_folded(element_t<V>* sums, const V (&x)[kStates]) {
+  static_assert(kStates == 4);
+  constexpr int64_t W = Lanes<V>::count;
+  const auto lanes = std::make_integer_sequence<int, W>();
+  const V low = add_neighbours(x[0], x[1], lanes), high = add_neighbours(x[2], x[3], lanes);
+  if constexpr (W < kStates)
+    store(sums, load<V>(sums) + low), store(sums + W, load<V>(sums + W) + high);
+  else
+    store(sums, load<V>(sums) + add_halves(low, high, lanes));
+}
+template <class V>
+EAML_INLINE element_t<V> folded_sum(const element_t<V>* sums, int64_t n) {
+  constexpr int64_t half = kFolded<V> / 2;
+  const element_t<V>* const from = sums + n / 2 * half + n % 2;
+  element_t<V> sum = from[0];
+  EAML_UNROLL
+  for (int64_t i = 2; i < half; i += 2) sum += from[i];
+  return sum;
 }
 
 // B or C of one chunk: [step][state], the same for every lane, or (kLane) [step][state][lane] with step stride 0 when
@@ -273,10 +311,16 @@ template <class S, bool kLane>
 struct Operand {
   Span<S> data;
   int64_t step;
-  EAML_INLINE S get(int64_t t, int64_t n, int64_t lane) const {
-    return data.get(kLane ? t * step + n * kLanes<scalar_t<S>> + lane : t * step + n);
+  EAML_INLINE S get(int64_t t, int64_t n) const {
+    using V = vector_t<S>;
+    if constexpr (kLane)
+      return data.get(t * step + n * kLanes<S>);
+    else if constexpr (kIsDual<S>)
+      return {splat<V>(data.value[t * step + n]), splat<V>(data.tangent[t * step + n])};
+    else
+      return splat<V>(data.value[t * step + n]);
   }
-  EAML_INLINE Operand states_from(int64_t n) const { return {data.at(kLane ? n * kLanes<scalar_t<S>> : n), step}; }
+  EAML_INLINE Operand states_from(int64_t n) const { return {data.at(kLane ? n * kLanes<S> : n), step}; }
 };
 
 // to[step][state][copy] of a variable B or C, zeros beyond the true state count.
@@ -295,17 +339,12 @@ EAML_NOINLINE void stage_states(T* to, const In<T>& in, const Place& at, int64_t
 // A and A log2(e) of the states in flight.
 template <class S>
 struct Rates {
-  Span<S> A;
-  const scalar_t<S>* A2;
-  EAML_INLINE void decays(S dt, int64_t lane, S (&a)[kStates]) const {
-    S rate[kStates];
-    scalar_t<S> rate2[kStates];
+  S A[kStates];
+  vector_t<S> A2[kStates];
+  EAML_INLINE Rates(Span<S> from, const number_t<S>* from2) {
+    read(A, from);
     EAML_UNROLL
-    for (int n = 0; n < kStates; ++n) {
-      const int64_t j = n * kLanes<scalar_t<S>> + lane;
-      rate[n] = A.get(j), rate2[n] = A2[j];
-    }
-    decay(dt, rate, rate2, a);
+    for (int n = 0; n < kStates; ++n) A2[n] = load<vector_t<S>>(from2 + n * kLanes<S>);
   }
 };
 
@@ -316,11 +355,26 @@ struct Segments {
   EAML_INLINE bool reset(int64_t segment) const { return segment > 0 || first_reset; }
 };
 
+// Rows of the caller's memory that are needed next. The loops over time prefetch two streams, a row of each per step:
+// all at once, or left to the processor (which does not see rows of a matrix coming), they would stall it.
+template <class T>
+struct Stream {
+  const T* row;
+  int64_t step;
+  EAML_INLINE void prefetch(int64_t t) const { EAML_PREFETCH(row + t * step); }
+};
+template <class T>
+struct Streams {
+  Stream<T> first, second;
+  EAML_INLINE void prefetch(int64_t t) const { first.prefetch(t), second.prefetch(t); }
+};
+
 // The part of a unit's scratch memory that forward and backward share, and how it is filled.
 template <class S, bool kLane>
 struct Unit {
-  using T = scalar_t<S>;
-  static constexpr int64_t W = kLanes<T>;
+  using V = vector_t<S>;
+  using T = number_t<S>;
+  static constexpr int64_t W = kLanes<S>;
 
   const Shape& shape;
   const Source<S>& source;
@@ -333,6 +387,8 @@ struct Unit {
   Span<S> memory_u, memory_delta, memory_z;
   View<S> u, z;
   Segments segments;
+  Stream<T> coming[8];  // u, delta and, where there are, grad_y and z, with their tangents
+  int64_t streams;
 
   Unit(Arena& arena, const Shape& s, const Source<S>& src, int64_t index)
       : shape(s), source(src), at(place<T>(s, index)), padded((s.state + kStates - 1) / kStates * kStates) {
@@ -342,12 +398,12 @@ struct Unit {
     bias = take<S>(arena, blocks() * W);
     for (int64_t block = 0; block < blocks(); ++block) {
       source.each(&Inputs<T>::A, A.at(block * padded * W), [&](T* to, const In<T>& in) {
-        stage_matrix(to, in, at.row, channel(block), lanes(block), shape.state, padded);
+        stage_matrix<V>(to, in, at.row, channel(block), lanes(block), shape.state, padded);
       });
       source.each(&Inputs<T>::D, D.at(block * W),
-                  [&](T* to, const In<T>& in) { stage_vector(to, in, at.row, channel(block), lanes(block)); });
+                  [&](T* to, const In<T>& in) { stage_vector<W>(to, in, at.row, channel(block), lanes(block)); });
       source.each(&Inputs<T>::delta_bias, bias.at(block * W),
-                  [&](T* to, const In<T>& in) { stage_vector(to, in, at.row, channel(block), lanes(block)); });
+                  [&](T* to, const In<T>& in) { stage_vector<W>(to, in, at.row, channel(block), lanes(block)); });
     }
     for (int64_t j = 0; j < blocks() * padded * W; ++j) A2[j] = A.value[j] * T(kLog2e);
     const int64_t operand = kLane ? kChunk * padded * W : kChunk * padded;
@@ -361,6 +417,12 @@ struct Unit {
   int64_t lanes(int64_t block) const { return std::min(W, at.channels - block * W); }
   int64_t channel(int64_t block) const { return at.first + block * W; }
   int64_t chunks() const { return (shape.length + kChunk - 1) / kChunk; }
+  // What the states from n on prefetch; the arrays' own memory, which is at hand, where there is nothing more to come.
+  EAML_INLINE Streams<T> streams_from(int64_t n) const {
+    const int64_t i = n / kStates * 2;
+    const Stream<T> none{dt.value, 0};
+    return {i < streams ? coming[i] : none, i + 1 < streams ? coming[i + 1] : none};
+  }
   EAML_INLINE Rates<S> rates(int64_t j) const { return {A.at(j), A2 + j}; }
 
   // What all blocks of the unit share in a chunk: resets, and B and C where they vary in time.
@@ -387,7 +449,7 @@ struct Unit {
   EAML_INLINE void stage_invariant(int64_t block) {
     const auto stage = [&](In<T> Inputs<T>::* member, const Operand<S, kLane>& operand) {
       source.each(member, operand.data, [&](T* to, const In<T>& in) {
-        stage_matrix(to, in, at.row, channel(block), lanes(block), shape.state, padded);
+        stage_matrix<V>(to, in, at.row, channel(block), lanes(block), shape.state, padded);
       });
     };
     if (shape.B_invariant) stage(&Inputs<T>::B, B);
@@ -396,16 +458,20 @@ struct Unit {
 
   // The chunk of an input, copied to `tile` only where lanes are not adjacent. The next chunk starts `ahead` steps on.
   EAML_INLINE View<S> view(In<T> Inputs<T>::* member, Span<S> tile, int64_t block, int64_t start, int64_t steps,
-                           int64_t ahead) const {
-    const auto rows = [&](T* to, const In<T>& in) EAML_LAMBDA -> View<T> {
-      if (in.data != nullptr && in.channel == 1 && lanes(block) == W)
-        return {origin(in, at.row, channel(block)) + start * in.inner, in.inner};
-      stage_tile(to, in, at.row, channel(block), lanes(block), start, steps, ahead);
+                           int64_t ahead) {
+    const auto rows = [&](T* to, const In<T>& in) EAML_LAMBDA -> View<V> {
+      if (in.data != nullptr && in.channel == 1 && lanes(block) == W) {
+        const T* const row = origin(in, at.row, channel(block)) + start * in.inner;
+        const bool last = block + 1 == blocks();  // next is another block, or the first one of the next chunk
+        coming[streams++] = {last ? row + ahead * in.inner - block * W : row + W, in.inner};
+        return {row, in.inner};
+      }
+      stage_tile<W>(to, in, at.row, channel(block), lanes(block), start, steps, ahead);
       return {to, W};
     };
-    const View<T> value = rows(tile.value, source.values.*member);
+    const View<V> value = rows(tile.value, source.values.*member);
     if constexpr (kIsDual<S>) {
-      const View<T> tangent = rows(tile.tangent, source.tangents->*member);
+      const View<V> tangent = rows(tile.tangent, source.tangents->*member);
       return {value.value, value.step, tangent.value, tangent.step};
     } else {
       return value;
@@ -416,34 +482,28 @@ struct Unit {
   template <bool kSlope>
   EAML_INLINE void stage_block(int64_t block, int64_t start, int64_t steps, Span<S> slope) {
     if constexpr (kLane) stage_invariant(block);
+    streams = 0;
     constexpr int64_t ahead = kSlope ? -kChunk : kChunk;  // backward walks backward
     u = view(&Inputs<T>::u, memory_u, block, start, steps, ahead);
     if (shape.gated) z = view(&Inputs<T>::z, memory_z, block, start, steps, ahead);
     const View<S> delta = view(&Inputs<T>::delta, memory_delta, block, start, steps, ahead), u_ = u;
-    const Span<S> dt_ = dt, x_ = x, y_ = y, offset = bias.at(block * W), d = D.at(block * W);
-    const bool last = block + 1 == blocks();  // what comes next: the next block, or the first one of the next chunk
-    const int64_t later = last ? ahead : 0, over = last ? -block * W : W;
+    const Span<S> dt_ = dt, x_ = x, y_ = y;
+    const S offset = bias.get(block * W), d = D.get(block * W);
     const auto each = [&](auto f) EAML_LAMBDA {
       for (int64_t t = 0; t < steps; t += kTogether) {
         int64_t rows[kTogether];
+        for (int k = 0; k < kTogether; ++k) rows[k] = std::min(t + k, steps - 1);  // the last step may be done twice
+        S shifted[kTogether];
+        Softplus<S> step[kTogether];
+        EAML_UNROLL
+        for (int k = 0; k < kTogether; ++k) shifted[k] = delta.get(rows[k]) + offset;
+        f(shifted, step);
+        EAML_UNROLL
         for (int k = 0; k < kTogether; ++k) {
-          rows[k] = std::min(t + k, steps - 1);  // the last step may be done twice
-          u_.prefetch(rows[k] + later, over), delta.prefetch(rows[k] + later, over);
-        }
-        EAML_IVDEP
-        for (int64_t i = 0; i < W; ++i) {
-          S shifted[kTogether];
-          Softplus<S> step[kTogether];
-          EAML_UNROLL
-          for (int k = 0; k < kTogether; ++k) shifted[k] = delta.get(rows[k], i) + offset.get(i);
-          f(shifted, step);
-          EAML_UNROLL
-          for (int k = 0; k < kTogether; ++k) {
-            const int64_t j = rows[k] * W + i;
-            const S input = u_.get(rows[k], i);
-            dt_.set(j, step[k].value), x_.set(j, step[k].value * input), y_.set(j, d.get(i) * input);
-            if constexpr (kSlope) slope.set(j, step[k].slope);
-          }
+          const S input = u_.get(rows[k]);
+          dt_.set(rows[k] * W, step[k].value), x_.set(rows[k] * W, step[k].value * input);
+          y_.set(rows[k] * W, d * input);
+          if constexpr (kSlope) slope.set(rows[k] * W, step[k].slope);
         }
       }
     };
@@ -453,58 +513,54 @@ struct Unit {
       each([](const Rows& v, Steps& out) EAML_LAMBDA { softplus(v, out); });
     else
       each([](const Rows& v, Steps& out) EAML_LAMBDA {
-        for (int k = 0; k < kTogether; ++k) out[k] = {v[k], S(T(1))};
+        for (int k = 0; k < kTogether; ++k) out[k] = {v[k], one<S>()};
       });
   }
 };
 
 // Advances the states of a group through a chunk and adds C h to y.
 template <class S, bool kLane>
-EAML_INLINE void forward_states(const Segments& segments, Rates<S> rates, Span<S> state, Span<S> dt, Span<S> x,
-                                Operand<S, kLane> B, Operand<S, kLane> C, Span<S> y) {
-  constexpr int64_t W = kLanes<scalar_t<S>>;
-  Registers<S> registers;
-  const Span<S> h = registers.span();
-  copy(h, state, kGroup<S>);
+EAML_INLINE void forward_states(const Segments& segments, Streams<number_t<S>> coming, Rates<S> rates, Span<S> state,
+                                Span<S> dt, Span<S> x, Operand<S, kLane> B, Operand<S, kLane> C, Span<S> y) {
+  constexpr int64_t W = kLanes<S>;
+  S h[kStates], a[kStates];
+  read(h, state);
   for (int64_t segment = 0; segment < segments.count; ++segment) {
-    if (segments.reset(segment)) clear(h, kGroup<S>);
+    if (segments.reset(segment)) std::fill_n(h, kStates, S{});
     for (int64_t t = segments.begin[segment]; t < segments.begin[segment + 1]; ++t) {
-      EAML_IVDEP
-      for (int64_t i = 0; i < W; ++i) {
-        const S step = dt.get(t * W + i), input = x.get(t * W + i);
-        S a[kStates], sum = y.get(t * W + i);
-        rates.decays(step, i, a);
-        EAML_UNROLL
-        for (int n = 0; n < kStates; ++n) {
-          const int64_t j = n * W + i;
-          const S next = advance(a[n], h.get(j), input, B.get(t, n, i));
-          h.set(j, next);
-          sum = sum + C.get(t, n, i) * next;
-        }
-        y.set(t * W + i, sum);
+      const S step = dt.get(t * W), input = x.get(t * W);
+      S sum = y.get(t * W);
+      coming.prefetch(t);
+      decay(step, rates.A, rates.A2, a);
+      EAML_UNROLL
+      for (int n = 0; n < kStates; ++n) {
+        h[n] = advance(a[n], h[n], input, B.get(t, n));
+        sum = sum + C.get(t, n) * h[n];
       }
+      y.set(t * W, sum);
     }
   }
-  copy(state, h, kGroup<S>);
+  write(state, h);
 }
 
 template <class S, bool kLane>
 EAML_INLINE void forward_unit(Arena& arena, const Shape& shape, const Source<S>& source,
-                              const Outputs<scalar_t<S>>& out, int64_t index) {
-  using T = scalar_t<S>;
-  constexpr int64_t W = kLanes<T>;
+                              const Outputs<number_t<S>>& out, int64_t index) {
+  using V = vector_t<S>;
+  using T = number_t<S>;
+  constexpr int64_t W = kLanes<S>;
   Unit<S, kLane> unit(arena, shape, source, index);
   const int64_t row = unit.at.row, size = unit.padded * W, chunks = unit.chunks();
   const Span<S> h = take<S>(arena, unit.blocks() * size);
   T* const tile = arena.take<T>(kChunk * W);
   for (int64_t block = 0; block < unit.blocks(); ++block)
     source.each(&Inputs<T>::initial_state, h.at(block * size), [&](T* to, const In<T>& in) {
-      stage_matrix(to, in, row, unit.channel(block), unit.lanes(block), shape.state, unit.padded);
+      stage_matrix<V>(to, in, row, unit.channel(block), unit.lanes(block), shape.state, unit.padded);
     });
   const auto save = [&](T* all, const T* matrix, int64_t chunk, int64_t block) {
     if (all == nullptr) return;
     T* to = all + (row * chunks + chunk) * shape.state * shape.dim + unit.channel(block);
-    store_matrix(to, 1, shape.dim, matrix, unit.lanes(block), shape.state);
+    store_matrix<V>(to, 1, shape.dim, matrix, unit.lanes(block), shape.state);
   };
 
   for (int64_t chunk = 0; chunk < chunks; ++chunk) {
@@ -516,34 +572,31 @@ EAML_INLINE void forward_unit(Arena& arena, const Shape& shape, const Source<S>&
       if constexpr (kIsDual<S>) save(out.checkpoint_tangents, state.tangent, chunk, block);
       unit.template stage_block<false>(block, start, steps, y);
       for (int64_t n = 0; n < unit.padded; n += kStates)
-        forward_states(unit.segments, unit.rates(block * size + n * W), state.at(n * W), unit.dt, unit.x,
-                       unit.B.states_from(n), unit.C.states_from(n), y);
+        forward_states(unit.segments, unit.streams_from(n), unit.rates(block * size + n * W), state.at(n * W), unit.dt,
+                       unit.x, unit.B.states_from(n), unit.C.states_from(n), y);
       if (shape.gated) {
         const View<S> z = unit.z;
         for (int64_t t = 0; t < steps; ++t) {
-          EAML_IVDEP
-          for (int64_t i = 0; i < W; ++i) {
-            const S gate = z.get(t, i);
-            tile[t * W + i] = output(y.get(t * W + i) * (gate * sigmoid(gate)));
-          }
+          const S gate = z.get(t);
+          store(tile + t * W, output(y.get(t * W) * (gate * sigmoid(gate))));
         }
       }
-      store_tile(out.y, shape.gated ? tile : y.written(), row, unit.channel(block), unit.lanes(block), start, steps);
+      store_tile<V>(out.y, shape.gated ? tile : y.written(), row, unit.channel(block), unit.lanes(block), start, steps);
     }
   }
 
   if (out.last_state.data == nullptr) return;
   for (int64_t block = 0; block < unit.blocks(); ++block) {
     const Out<T>& to = out.last_state;
-    store_matrix(to.data + row * to.outer + unit.channel(block) * to.channel, to.channel, to.inner,
-                 h.at(block * size).written(), unit.lanes(block), shape.state);
+    store_matrix<V>(to.data + row * to.outer + unit.channel(block) * to.channel, to.channel, to.inner,
+                    h.at(block * size).written(), unit.lanes(block), shape.state);
   }
 }
 
 // The gradients that backward accumulates; plain numbers, also in a Dual run, where they are tangents.
 template <class T>
 struct Sums {
-  T *A, *B, *C;            // of one group: [state][lane]; [step][state][lane]
+  T *A, *B, *C;            // of one group: [state][lane]; [step][kFolded], or (kLane) [step][state][lane]
   int64_t B_step, C_step;  // 0 where B, C are invariant in time: all steps add to one place
 };
 
@@ -555,94 +608,88 @@ struct GradientTiles {
 
 // Takes the states of a group back through a chunk, from `start`, their values before it.
 template <class S, bool kLane>
-EAML_INLINE void backward_states(const Segments& segments, bool gated, Rates<S> rates, Span<S> start, Span<S> dt,
-                                 Span<S> x, Operand<S, kLane> B, Operand<S, kLane> C, Span<S> y, Span<S> grad_state,
-                                 GradientTiles<S> grad, Span<S> decays, Span<S> states, Span<S> zeros,
-                                 Sums<scalar_t<S>> sums) {
-  using T = scalar_t<S>;
-  constexpr int64_t W = kLanes<T>, size = kGroup<S>;
+EAML_INLINE void backward_states(const Segments& segments, Streams<number_t<S>> coming, bool gated, Rates<S> rates,
+                                 Span<S> start, Span<S> dt, Span<S> x, Operand<S, kLane> B, Operand<S, kLane> C,
+                                 Span<S> y, Span<S> grad_state, GradientTiles<S> grad, Span<S> decays, Span<S> states,
+                                 Span<S> zeros, Sums<number_t<S>> sums) {
+  using V = vector_t<S>;
+  constexpr int64_t W = kLanes<S>, size = kGroup<S>;
 
-  Registers<S> registers;
-  const Span<S> h = registers.span();
-  copy(h, start, size);
+  S h[kStates];
+  read(h, start);
   for (int64_t segment = 0; segment < segments.count; ++segment) {
-    if (segments.reset(segment)) clear(h, size);
+    if (segments.reset(segment)) std::fill_n(h, kStates, S{});
     for (int64_t t = segments.begin[segment]; t < segments.begin[segment + 1]; ++t) {
-      EAML_IVDEP
-      for (int64_t i = 0; i < W; ++i) {
-        const S step = dt.get(t * W + i), input = x.get(t * W + i);
-        S a[kStates];
-        rates.decays(step, i, a);
-        EAML_UNROLL
-        for (int n = 0; n < kStates; ++n) {
-          const int64_t j = n * W + i;
-          const S next = advance(a[n], h.get(j), input, B.get(t, n, i));
-          h.set(j, next), decays.set(t * size + j, a[n]), states.set(t * size + j, next);
-        }
-      }
+      const S step = dt.get(t * W), input = x.get(t * W);
+      S a[kStates];
+      coming.prefetch(t);
+      decay(step, rates.A, rates.A2, a);
+      EAML_UNROLL
+      for (int n = 0; n < kStates; ++n) h[n] = advance(a[n], h[n], input, B.get(t, n));
+      write(decays.at(t * size), a);
+      write(states.at(t * size), h);
     }
   }
   if (gated) {
     for (int64_t t = 0; t < segments.begin[segments.count]; ++t) {
-      EAML_IVDEP
-      for (int64_t i = 0; i < W; ++i) {
-        S sum = y.get(t * W + i);
-        EAML_UNROLL
-        for (int n = 0; n < kStates; ++n) sum = sum + C.get(t, n, i) * states.get(t * size + n * W + i);
-        y.set(t * W + i, sum);
-      }
+      S sum = y.get(t * W);
+      EAML_UNROLL
+      for (int n = 0; n < kStates; ++n) sum = sum + C.get(t, n) * states.get(t * size + n * W);
+      y.set(t * W, sum);
     }
   }
 
-  Registers<S> grad_registers, A_registers;
-  Registers<T, size> sum_registers;
-  const Span<S> grad_h = grad_registers.span(), current = registers.span(), A = A_registers.span();
-  const Span<T> sum_A = sum_registers.span();
-  copy(A, rates.A, size);
-  copy(grad_h, grad_state, size);
-  for (int64_t j = 0; j < size; ++j) sum_A.set(j, sums.A[j]);
+  S grad_h[kStates];
+  V sum_A[kStates];
+  read(grad_h, grad_state);
+  EAML_UNROLL
+  for (int n = 0; n < kStates; ++n) sum_A[n] = load<V>(sums.A + n * W);
   for (int64_t segment = segments.count - 1; segment >= 0; --segment) {
     const int64_t first = segments.begin[segment];
     const Span<S> initial = segments.reset(segment) ? zeros : start;
-    copy(current, states.at((segments.begin[segment + 1] - 1) * size), size);
+    read(h, states.at((segments.begin[segment + 1] - 1) * size));
     for (int64_t t = segments.begin[segment + 1] - 1; t >= first; --t) {
       const Span<S> before = t == first ? initial : states.at((t - 1) * size);
       const Span<S> a = decays.at(t * size);
-      T* const sum_B = sums.B + t * sums.B_step;
-      T* const sum_C = sums.C + t * sums.C_step;
-      EAML_IVDEP
-      for (int64_t i = 0; i < W; ++i) {
-        const S gy = grad.y.get(t * W + i), step = dt.get(t * W + i), input = x.get(t * W + i);
-        S gx = grad.x.get(t * W + i), gdt = grad.dt.get(t * W + i);
-        EAML_UNROLL
-        for (int n = 0; n < kStates; ++n) {
-          const int64_t j = n * W + i;
-          const S h_prev = before.get(j);
-          const StepGradient<S> g =
-              step_backward(grad_h.get(j), gy, a.get(j), h_prev, current.get(j), input, B.get(t, n, i), C.get(t, n, i));
-          current.set(j, h_prev);
-          grad_h.set(j, g.h_prev);
-          sum_C[j] += output(g.C);
-          sum_B[j] += output(g.B);
-          gx = gx + g.x;
-          gdt = gdt + g.dt_A * A.get(j);
-          sum_A.set(j, sum_A.get(j) + output(g.dt_A * step));
+      number_t<S>* const sum_B = sums.B + t * sums.B_step;
+      number_t<S>* const sum_C = sums.C + t * sums.C_step;
+      const S gy = grad.y.get(t * W), step = dt.get(t * W), input = x.get(t * W);
+      S gx = grad.x.get(t * W), gdt = grad.dt.get(t * W);
+      V term_B[kStates], term_C[kStates];
+      EAML_UNROLL
+      for (int n = 0; n < kStates; ++n) {
+        const S h_prev = before.get(n * W);
+        const StepGradient<S> g =
+            step_backward(grad_h[n], gy, a.get(n * W), h_prev, h[n], input, B.get(t, n), C.get(t, n));
+        h[n] = h_prev;
+        grad_h[n] = g.h_prev;
+        if constexpr (kLane) {
+          store(sum_C + n * W, load<V>(sum_C + n * W) + output(g.C));
+          store(sum_B + n * W, load<V>(sum_B + n * W) + output(g.B));
+        } else {
+          term_C[n] = output(g.C), term_B[n] = output(g.B);
         }
-        grad.x.set(t * W + i, gx);
-        grad.dt.set(t * W + i, gdt);
+        gx = gx + g.x;
+        gdt = gdt + g.dt_A * rates.A[n];
+        sum_A[n] = sum_A[n] + output(g.dt_A * step);
       }
+      if constexpr (!kLane) add_folded(sum_C, term_C), add_folded(sum_B, term_B);
+      grad.x.set(t * W, gx);
+      grad.dt.set(t * W, gdt);
     }
-    if (segments.reset(segment)) clear(grad_h, size);
+    if (segments.reset(segment)) std::fill_n(grad_h, kStates, S{});
   }
-  copy(grad_state, grad_h, size);
-  for (int64_t j = 0; j < size; ++j) sums.A[j] = sum_A.get(j);
+  write(grad_state, grad_h);
+  EAML_UNROLL
+  for (int n = 0; n < kStates; ++n) store(sums.A + n * W, sum_A[n]);
 }
 
 template <class S, bool kLane>
 EAML_INLINE void backward_unit(Arena& arena, const Shape& shape, const Source<S>& source,
-                               const Gradients<scalar_t<S>>& out, int64_t index) {
-  using T = scalar_t<S>;
-  constexpr int64_t W = kLanes<T>, group = kGroup<S>, tile = kChunk * W;
+                               const Gradients<number_t<S>>& out, int64_t index) {
+  using V = vector_t<S>;
+  using T = number_t<S>;
+  constexpr int64_t W = kLanes<S>, group = kGroup<S>, tile = kChunk * W;
   Unit<S, kLane> unit(arena, shape, source, index);
   const int64_t row = unit.at.row, size = unit.padded * W, blocks = unit.blocks(), chunks = unit.chunks();
 
@@ -657,8 +704,10 @@ EAML_INLINE void backward_unit(Arena& arena, const Shape& shape, const Source<S>
     return sum;
   };
   T* const sum_A = zeroed(blocks * size);
-  T* const sum_B = zeroed((shape.B_invariant ? blocks : kChunk) * size);  // variable: [group][step][state][lane]
-  T* const sum_C = zeroed((shape.C_invariant ? blocks : kChunk) * size);
+  constexpr int64_t row_size = kLane ? group : kFolded<V>;
+  const int64_t sums_size = unit.padded / kStates * kChunk * row_size;  // [group][step][..]
+  T* const sum_B = zeroed(shape.B_invariant ? blocks * size : sums_size);
+  T* const sum_C = zeroed(shape.C_invariant ? blocks * size : sums_size);
   T* const sum_D = zeroed(blocks * W);
   T* const sum_bias = zeroed(blocks * W);
   T* const tile_u = arena.take<T>(tile);
@@ -667,14 +716,14 @@ EAML_INLINE void backward_unit(Arena& arena, const Shape& shape, const Source<S>
   clear(zeros, group);
   for (int64_t block = 0; block < blocks; ++block)
     source.each(&Inputs<T>::grad_state, grad_h.at(block * size), [&](T* to, const In<T>& in) {
-      stage_matrix(to, in, row, unit.channel(block), unit.lanes(block), shape.state, unit.padded);
+      stage_matrix<V>(to, in, row, unit.channel(block), unit.lanes(block), shape.state, unit.padded);
     });
 
   for (int64_t chunk = chunks - 1; chunk >= 0; --chunk) {
     const int64_t start = chunk * kChunk, steps = std::min(kChunk, shape.length - start);
     unit.stage_chunk(start, steps);
-    if (!shape.B_invariant) std::fill_n(sum_B, kChunk * size, T(0));
-    if (!shape.C_invariant) std::fill_n(sum_C, kChunk * size, T(0));
+    if (!shape.B_invariant) std::fill_n(sum_B, sums_size, T(0));
+    if (!shape.C_invariant) std::fill_n(sum_C, sums_size, T(0));
 
     for (int64_t block = 0; block < blocks; ++block) {
       const int64_t channel = unit.channel(block), lanes = unit.lanes(block);
@@ -683,58 +732,49 @@ EAML_INLINE void backward_unit(Arena& arena, const Shape& shape, const Source<S>
       const Span<S> dt = unit.dt, y = unit.y;
       if (shape.gated) {
         for (int64_t t = 0; t < steps; ++t) {
-          EAML_IVDEP
-          for (int64_t i = 0; i < W; ++i) gate.set(t * W + i, sigmoid(z.get(t, i)));
-          EAML_IVDEP
-          for (int64_t i = 0; i < W; ++i) grad.y.set(t * W + i, gy.get(t, i) * (z.get(t, i) * gate.get(t * W + i)));
+          const S s = sigmoid(z.get(t));
+          gate.set(t * W, s), grad.y.set(t * W, gy.get(t) * (z.get(t) * s));
         }
       } else {
-        gy.copy_to(grad.y, steps);
+        for (int64_t t = 0; t < steps; ++t) grad.y.set(t * W, gy.get(t));
       }
-      stage_matrix(h0.value, checkpoint(out.checkpoints, shape, row, chunk, chunks), 0, channel, lanes, shape.state,
-                   unit.padded);
+      stage_matrix<V>(h0.value, checkpoint(out.checkpoints, shape, row, chunk, chunks), 0, channel, lanes, shape.state,
+                      unit.padded);
       if constexpr (kIsDual<S>)
-        stage_matrix(h0.tangent, checkpoint(out.checkpoint_tangents, shape, row, chunk, chunks), 0, channel, lanes,
-                     shape.state, unit.padded);
+        stage_matrix<V>(h0.tangent, checkpoint(out.checkpoint_tangents, shape, row, chunk, chunks), 0, channel, lanes,
+                        shape.state, unit.padded);
       clear(grad.x, steps * W);
       clear(grad.dt, steps * W);
 
       for (int64_t n = 0; n < unit.padded; n += kStates) {
         const int64_t j = block * size + n * W;
-        const Sums<T> sums{sum_A + j, sum_B + (shape.B_invariant ? j : n * tile),
-                           sum_C + (shape.C_invariant ? j : n * tile), shape.B_invariant ? 0 : group,
-                           shape.C_invariant ? 0 : group};
-        backward_states(unit.segments, shape.gated, unit.rates(j), h0.at(n * W), dt, unit.x, unit.B.states_from(n),
-                        unit.C.states_from(n), y, grad_h.at(j), grad, decays, states, zeros, sums);
+        const int64_t k = n / kStates * kChunk * row_size;
+        const Sums<T> sums{sum_A + j, sum_B + (shape.B_invariant ? j : k), sum_C + (shape.C_invariant ? j : k),
+                           shape.B_invariant ? 0 : row_size, shape.C_invariant ? 0 : row_size};
+        backward_states(unit.segments, unit.streams_from(n), shape.gated, unit.rates(j), h0.at(n * W), dt, unit.x,
+                        unit.B.states_from(n), unit.C.states_from(n), y, grad_h.at(j), grad, decays, states, zeros,
+                        sums);
       }
 
-      const Span<S> d = unit.D.at(block * W);
-      T* const block_D = sum_D + block * W;
-      T* const block_bias = sum_bias + block * W;
+      const S d = unit.D.get(block * W);
+      V block_D = load<V>(sum_D + block * W), block_bias = load<V>(sum_bias + block * W);
       for (int64_t t = 0; t < steps; ++t) {
-        EAML_IVDEP
-        for (int64_t i = 0; i < W; ++i) {
-          const int64_t j = t * W + i;
-          tile_u[j] = output(dt.get(j) * grad.x.get(j) + d.get(i) * grad.y.get(j));
-          tile_delta[j] = output((grad.dt.get(j) + u.get(t, i) * grad.x.get(j)) * slope.get(j));
-        }
-        EAML_IVDEP
-        for (int64_t i = 0; i < W; ++i) {
-          block_D[i] += output(grad.y.get(t * W + i) * u.get(t, i));
-          block_bias[i] += tile_delta[t * W + i];
-        }
+        const int64_t j = t * W;
+        const S gx = grad.x.get(j), input = u.get(t);
+        const V grad_delta = output((grad.dt.get(j) + input * gx) * slope.get(j));
+        store(tile_u + j, output(dt.get(j) * gx + d * grad.y.get(j)));
+        store(tile_delta + j, grad_delta);
+        block_D += output(grad.y.get(j) * input), block_bias += grad_delta;
       }
-      store_tile(out.u, tile_u, row, channel, lanes, start, steps);
-      store_tile(out.delta, tile_delta, row, channel, lanes, start, steps);
+      store(sum_D + block * W, block_D), store(sum_bias + block * W, block_bias);
+      store_tile<V>(out.u, tile_u, row, channel, lanes, start, steps);
+      store_tile<V>(out.delta, tile_delta, row, channel, lanes, start, steps);
       if (shape.gated) {
         for (int64_t t = 0; t < steps; ++t) {
-          EAML_IVDEP
-          for (int64_t i = 0; i < W; ++i) {
-            const S s = gate.get(t * W + i);
-            tile_z[t * W + i] = output(gy.get(t, i) * y.get(t * W + i) * (s + z.get(t, i) * (s * (S(T(1)) - s))));
-          }
+          const S s = gate.get(t * W);
+          store(tile_z + t * W, output(gy.get(t) * y.get(t * W) * (s + z.get(t) * (s * (one<S>() - s)))));
         }
-        store_tile(out.z, tile_z, row, channel, lanes, start, steps);
+        store_tile<V>(out.z, tile_z, row, channel, lanes, start, steps);
       }
     }
 
@@ -742,7 +782,13 @@ EAML_INLINE void backward_unit(Arena& arena, const Shape& shape, const Source<S>
     const auto reduce_lanes = [&](T* to, const T* sums) EAML_LAMBDA {
       T line[kChunk * kStates];
       for (int64_t n = 0; n < shape.state; n += kStates) {
-        sum_lanes(line, sums + n * tile);
+        const T* const rows = sums + n / kStates * kChunk * row_size;
+        if constexpr (kLane) {
+          sum_lanes<V>(line, rows);
+        } else {
+          for (int64_t i = 0; i < kChunk * kStates; ++i)
+            line[i] = folded_sum<V>(rows + i / kStates * row_size, i % kStates);
+        }
         transpose(to + (unit_row * shape.state + n) * shape.length + start, shape.length, line, kStates, steps,
                   std::min<int64_t>(kStates, shape.state - n));
       }
@@ -754,7 +800,7 @@ EAML_INLINE void backward_unit(Arena& arena, const Shape& shape, const Source<S>
   for (int64_t block = 0; block < blocks; ++block) {
     const int64_t channel = row * shape.dim + unit.channel(block), lanes = unit.lanes(block);
     const auto store = [&](T* to, const T* matrix) {
-      store_matrix(to + channel * shape.state, shape.state, 1, matrix + block * size, lanes, shape.state);
+      store_matrix<V>(to + channel * shape.state, shape.state, 1, matrix + block * size, lanes, shape.state);
     };
     store(out.A, sum_A);
     if (shape.B_invariant) store(out.B, sum_B);
@@ -767,7 +813,7 @@ EAML_INLINE void backward_unit(Arena& arena, const Shape& shape, const Source<S>
 
 // Units on S, with B and C laid out per lane where one of them is invariant in time.
 template <class S>
-EAML_INLINE void run_forward(const Shape& shape, const Source<S>& source, const Outputs<scalar_t<S>>& out,
+EAML_INLINE void run_forward(const Shape& shape, const Source<S>& source, const Outputs<number_t<S>>& out,
                              int64_t begin, int64_t end) {
   static thread_local Arena arena;
   for (int64_t index = begin; index < end; ++index) {
@@ -780,7 +826,7 @@ EAML_INLINE void run_forward(const Shape& shape, const Source<S>& source, const 
 }
 
 template <class S>
-EAML_INLINE void run_backward(const Shape& shape, const Source<S>& source, const Gradients<scalar_t<S>>& out,
+EAML_INLINE void run_backward(const Shape& shape, const Source<S>& source, const Gradients<number_t<S>>& out,
                               int64_t begin, int64_t end) {
   static thread_local Arena arena;
   for (int64_t index = begin; index < end; ++index) {

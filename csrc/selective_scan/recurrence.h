@@ -1,4 +1,5 @@
-// One step of the selective scan for one channel and one state, on any scalar: a float, a double, or a Dual of either.
+// One step of the selective scan for one channel and one state, on a vector of lanes, one number, or a
+// Dual of either.
 //   h_t = a h_{t-1} + x B,  a = exp(dt A),  x = dt u,  y += C h_t
 // The backward step is the only derivation in the library: on duals it is the double backward.
 #pragma once
@@ -8,16 +9,16 @@
 namespace eaml::selective_scan {
 
 // a = exp(dt A) for K states. A2 = A log2(e) is kept beside A, so that values need no further factor.
-template <int K, class T>
-EAML_INLINE void decay(T dt, const T (&)[K], const T (&A2)[K], T (&a)[K]) {
-  T t[K];
+template <int K, class V>
+EAML_INLINE void decay(V dt, const V (&)[K], const V (&A2)[K], V (&a)[K]) {
+  V t[K];
   EAML_UNROLL
   for (int n = 0; n < K; ++n) t[n] = dt * A2[n];
   exp2_(t, a);
 }
-template <int K, class T>
-EAML_INLINE void decay(Dual<T> dt, const Dual<T> (&A)[K], const T (&A2)[K], Dual<T> (&a)[K]) {
-  T t[K], values[K];
+template <int K, class V>
+EAML_INLINE void decay(Dual<V> dt, const Dual<V> (&A)[K], const V (&A2)[K], Dual<V> (&a)[K]) {
+  V t[K], values[K];
   EAML_UNROLL
   for (int n = 0; n < K; ++n) t[n] = dt.value * A2[n];
   exp2_(t, values);
