@@ -9,8 +9,9 @@ Against it:
 - ours: ``selective_scan`` in float32 and in float64.
 - usual: an ``autograd.Function`` whose backward calls a kernel, as in mamba_ssm. Under ``create_graph=True`` the
   kernel's results enter the graph as constants. Forward, losses and first-order gradients are those of ours to the last
-  bit, and nothing warns; but how the scan's gradients depend on the weights is lost. (Marked ``once_differentiable``,
-  the same Function would raise.) It runs our own kernels, so that the difference is autograd's and nothing else's.
+  bit, and nothing warns; but how the scan's gradients depend on the weights is lost. It runs our own kernels, so that
+  the difference is autograd's and nothing else's. ``once_differentiable`` would make ``backward()`` raise, but not
+  ``torch.autograd.grad``, which visits only what leads to its inputs: there the answer is the same wrong one.
 - first order: the gradient of the query loss at the adapted weights (FOMAML), which neglects the same on purpose.
 
 Three settings. "scan": the weights are the scan's arguments; here ``usual`` comes out as first order, whatever
