@@ -24,8 +24,9 @@ template <class V>
 EAML_INLINE Dual<V> operator-(const Dual<V>& a, const Dual<V>& b) {
   return {a.value - b.value, a.tangent - b.tangent};
 }
-template <class V>
-EAML_INLINE Dual<V> operator*(const Dual<V>& a, const Dual<V>& b) {
+// b may hold one number for all lanes of a.
+template <class V, class W>
+EAML_INLINE Dual<V> operator*(const Dual<V>& a, const Dual<W>& b) {
   return {a.value * b.value, a.value * b.tangent + a.tangent * b.value};
 }
 
@@ -62,10 +63,10 @@ template <>
 struct Exp2<float> {
   static constexpr float round = 12582912.0f + 127.0f, top = 12582912.0f + 255.0f, bottom = -126.5f, scale = 1.0f;
   static constexpr float grid = 393216.0f;  // 1.5 * 2^(mantissa - bits): what it adds to is rounded to the table's grid
-  static constexpr int mantissa = 23, terms = 6, fine_terms = 3, bits = 5;
+  static constexpr int mantissa = 23, terms = 6, fine_terms = 2, bits = 5;
   static constexpr float polynomial[terms] = {1.3264715e-3f, 9.671513e-3f,  5.5507340e-2f,
                                               2.4022242e-1f, 6.9314700e-1f, 1.0f};
-  static constexpr float fine[fine_terms] = {0.240231819f, 0.693157399f, 1.0f};
+  static constexpr float fine[fine_terms] = {0.240231819f, 0.693157399f};
   alignas(kAlignment) static constexpr float table[1 << bits] = {
       1.0f,        1.02189715f, 1.04427378f, 1.0671404f,  1.09050773f, 1.11438674f, 1.13878863f, 1.16372486f,
       1.18920712f, 1.21524736f, 1.24185781f, 1.26905096f, 1.29683955f, 1.32523664f, 1.35425555f, 1.38390988f,
@@ -77,7 +78,7 @@ struct Exp2<double> {
   static constexpr double round = 6755399441055744.0 + 1023.0, top = 6755399441055744.0 + 2047.0, bottom = -1022.5;
   static constexpr double grid = 422212465065984.0;
   static constexpr double scale = kLn2;  // Taylor of exp on |x| <= ln2/2: the first dropped term is below 5e-18
-  static constexpr int mantissa = 52, terms = 14, fine_terms = 7, bits = 4;
+  static constexpr int mantissa = 52, terms = 14, fine_terms = 6, bits = 4;
   static constexpr double polynomial[terms] = {
       1.0 / 6227020800, 1.0 / 479001600, 1.0 / 39916800, 1.0 / 3628800, 1.0 / 362880, 1.0 / 40320, 1.0 / 5040,
       1.0 / 720,        1.0 / 120,       1.0 / 24,       1.0 / 6,       0.5,          1.0,         1.0};
@@ -86,8 +87,7 @@ struct Exp2<double> {
                                               0.0096181291020536239683,
                                               0.05550410865195458609,
                                               0.24022650695910167029,
-                                              0.69314718055994688866,
-                                              1.0};
+                                              0.69314718055994688866};
   alignas(kAlignment) static constexpr double table[1 << bits] = {1.0,
                                                                   1.0442737824274138,
                                                                   1.0905077326652577,
@@ -156,7 +156,7 @@ EAML_INLINE void exp2_(const V (&t)[K], V (&out)[K]) {
   using E = Exp2<T>;
   if constexpr (kTableExp2<V>) {
     const V low = load<V>(E::table), high = load<V>(E::table + Lanes<V>::count);
-    V r[K], p[K];
+    V r[K], p[K], base[K];
     EAML_UNROLL
     for (int k = 0; k < K; ++k) r[k] = remainder(t[k]), p[k] = splat<V>(E::fine[0]);
     EAML_UNROLL
@@ -165,7 +165,9 @@ EAML_INLINE void exp2_(const V (&t)[K], V (&out)[K]) {
       for (int k = 0; k < K; ++k) p[k] = p[k] * r[k] + E::fine[i];
     }
     EAML_UNROLL
-    for (int k = 0; k < K; ++k) out[k] = scale_by_power(p[k] * lookup(low, high, t[k] + E::grid), t[k] - r[k]);
+    for (int k = 0; k < K; ++k) base[k] = lookup(low, high, t[k] + E::grid);
+    EAML_UNROLL
+    for (int k = 0; k < K; ++k) out[k] = scale_by_power((p[k] * r[k]) * base[k] + base[k], t[k] - r[k]);
   } else {
     // Adding `round` leaves the rounded, biased exponent in the low mantissa bits; a shift makes it 2^n.
     using Bits = bits_t<V>;

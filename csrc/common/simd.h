@@ -78,9 +78,11 @@ template <class V>
 EAML_INLINE void store(element_t<V>* to, V v) {
   std::memcpy(to, &v, sizeof(V));
 }
+// Of constants: gcc builds a vector of a variable lane by lane where it inlines a function that returns it. A variable
+// is to stay a number until an operation with a vector makes it one.
 template <class V>
-EAML_INLINE V splat(element_t<V> x) {
-  return x - V{};  // the compiler knows that x - 0 is x, and of x + 0 it does not
+EAML_INLINE V splat(element_t<V> constant) {
+  return constant - V{};
 }
 
 // to[column][row] = from[row][column]; both have adjacent elements in their last dimension. Shuffles of four elements

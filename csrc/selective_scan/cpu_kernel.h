@@ -1,4 +1,4 @@
-// The CPU kernels of the selective scan, seen from outside: pointers, strides and four entry points per precision.
+// The CPU kernels of the selective scan, seen from outside: pointers, strides and two entry points per precision.
 #pragma once
 
 #include <cstdint>
@@ -71,17 +71,14 @@ struct Gradients {
 template <class T>
 std::int64_t units(const Shape& shape);
 
-void forward(const Shape&, const Inputs<float>&, const Outputs<float>&, std::int64_t begin, std::int64_t end);
-void forward(const Shape&, const Inputs<double>&, const Outputs<double>&, std::int64_t begin, std::int64_t end);
-void forward_dual(const Shape&, const Inputs<float>&, const Inputs<float>& tangents, const Outputs<float>&,
-                  std::int64_t begin, std::int64_t end);
-void forward_dual(const Shape&, const Inputs<double>&, const Inputs<double>& tangents, const Outputs<double>&,
-                  std::int64_t begin, std::int64_t end);
-void backward(const Shape&, const Inputs<float>&, const Gradients<float>&, std::int64_t begin, std::int64_t end);
-void backward(const Shape&, const Inputs<double>&, const Gradients<double>&, std::int64_t begin, std::int64_t end);
-void backward_dual(const Shape&, const Inputs<float>&, const Inputs<float>& tangents, const Gradients<float>&,
-                   std::int64_t begin, std::int64_t end);
-void backward_dual(const Shape&, const Inputs<double>&, const Inputs<double>& tangents, const Gradients<double>&,
-                   std::int64_t begin, std::int64_t end);
+// With tangents, everything runs on Duals.
+void forward(const Shape&, const Inputs<float>&, const Inputs<float>* tangents, const Outputs<float>&,
+             std::int64_t begin, std::int64_t end);
+void forward(const Shape&, const Inputs<double>&, const Inputs<double>* tangents, const Outputs<double>&,
+             std::int64_t begin, std::int64_t end);
+void backward(const Shape&, const Inputs<float>&, const Inputs<float>* tangents, const Gradients<float>&,
+              std::int64_t begin, std::int64_t end);
+void backward(const Shape&, const Inputs<double>&, const Inputs<double>* tangents, const Gradients<double>&,
+              std::int64_t begin, std::int64_t end);
 
 }  // namespace eaml::selective_scan

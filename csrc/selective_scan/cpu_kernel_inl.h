@@ -311,14 +311,13 @@ template <class S, bool kLane>
 struct Operand {
   Span<S> data;
   int64_t step;
-  EAML_INLINE S get(int64_t t, int64_t n) const {
-    using V = vector_t<S>;
+  EAML_INLINE auto get(int64_t t, int64_t n) const {
     if constexpr (kLane)
       return data.get(t * step + n * kLanes<S>);
     else if constexpr (kIsDual<S>)
-      return {splat<V>(data.value[t * step + n]), splat<V>(data.tangent[t * step + n])};
+      return Dual<number_t<S>>(data.value[t * step + n], data.tangent[t * step + n]);
     else
-      return splat<V>(data.value[t * step + n]);
+      return data.value[t * step + n];
   }
   EAML_INLINE Operand states_from(int64_t n) const { return {data.at(kLane ? n * kLanes<S> : n), step}; }
 };
@@ -535,7 +534,7 @@ EAML_INLINE void forward_states(const Segments& segments, Streams<number_t<S>> c
       EAML_UNROLL
       for (int n = 0; n < kStates; ++n) {
         h[n] = advance(a[n], h[n], input, B.get(t, n));
-        sum = sum + C.get(t, n) * h[n];
+        sum = sum + h[n] * C.get(t, n);
       }
       y.set(t * W, sum);
     }
@@ -634,7 +633,7 @@ EAML_INLINE void backward_states(const Segments& segments, Streams<number_t<S>> 
     for (int64_t t = 0; t < segments.begin[segments.count]; ++t) {
       S sum = y.get(t * W);
       EAML_UNROLL
-      for (int n = 0; n < kStates; ++n) sum = sum + C.get(t, n) * states.get(t * size + n * W);
+      for (int n = 0; n < kStates; ++n) sum = sum + states.get(t * size + n * W) * C.get(t, n);
       y.set(t * W, sum);
     }
   }
@@ -843,6 +842,45 @@ EAML_INLINE void run_backward(const Shape& shape, const Source<S>& source, const
 template <class T>
 int64_t units(const Shape& shape) {
   return units_per_group<T>(shape) * shape.groups;
+}
+template int64_t units<EAML_NUMBER>(const Shape&);
+
+using Number = EAML_NUMBER;
+
+#define EAML_DEFINE(TARGET, BYTES)                                                                                     \
+  TARGET void forward_version(const Shape& shape, const Inputs<Number>& in, const Outputs<Number>& out, int64_t begin, \
+                              int64_t end) {                                                                           \
+    run_forward(shape, Source<Vec<Number, BYTES / sizeof(Number)>>{in, nullptr}, out, begin, end);                     \
+  }                                                                                                                    \
+  TARGET void forward_dual_version(const Shape& shape, const Inputs<Number>& in, const Inputs<Number>& along,          \
+                                   const Outputs<Number>& out, int64_t begin, int64_t end) {                           \
+    run_forward(shape, Source<Dual<Vec<Number, BYTES / sizeof(Number)>>>{in, &along}, out, begin, end);                \
+  }                                                                                                                    \
+  TARGET void backward_version(const Shape& shape, const Inputs<Number>& in, const Gradients<Number>& out,             \
+                               int64_t begin, int64_t end) {                                                           \
+    run_backward(shape, Source<Vec<Number, BYTES / sizeof(Number)>>{in, nullptr}, out, begin, end);                    \
+  }                                                                                                                    \
+  TARGET void backward_dual_version(const Shape& shape, const Inputs<Number>& in, const Inputs<Number>& along,         \
+                                    const Gradients<Number>& out, int64_t begin, int64_t end) {                        \
+    run_backward(shape, Source<Dual<Vec<Number, BYTES / sizeof(Number)>>>{in, &along}, out, begin, end);               \
+  }
+EAML_VERSIONS(EAML_DEFINE)
+#undef EAML_DEFINE
+
+// The loader picks a version only for callers that see all of them.
+void forward(const Shape& shape, const Inputs<Number>& in, const Inputs<Number>* tangents, const Outputs<Number>& out,
+             int64_t begin, int64_t end) {
+  if (tangents)
+    forward_dual_version(shape, in, *tangents, out, begin, end);
+  else
+    forward_version(shape, in, out, begin, end);
+}
+void backward(const Shape& shape, const Inputs<Number>& in, const Inputs<Number>* tangents,
+              const Gradients<Number>& out, int64_t begin, int64_t end) {
+  if (tangents)
+    backward_dual_version(shape, in, *tangents, out, begin, end);
+  else
+    backward_version(shape, in, out, begin, end);
 }
 
 }  // namespace eaml::selective_scan

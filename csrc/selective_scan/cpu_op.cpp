@@ -296,7 +296,7 @@ std::tuple<Tensor, Tensor, Tensor> run(const Shape& s, const Arguments& x, bool 
   Tensor saved = save ? empty(*x.u, {s.batch, chunks(s), s.state, s.dim}) : empty(*x.u, {0});
   const Inputs<T> in = inputs<T>(s, x);
   const Outputs<T> to{out<T>(y), out<T>(last), save ? mutable_data<T>(saved) : nullptr};
-  over_units<T>(s, [&](int64_t begin, int64_t end) { forward(s, in, to, begin, end); });
+  over_units<T>(s, [&](int64_t begin, int64_t end) { forward(s, in, nullptr, to, begin, end); });
   return {y, last, saved};
 }
 
@@ -313,10 +313,10 @@ GradientTuple run_backward(const Shape& s, const Arguments& x, const Tensor& gra
   } else {
     T* const states = scratch.take<T>(s.batch * chunks(s) * s.state * s.dim);
     const Outputs<T> first{{}, {}, states};
-    over_units<T>(s, [&](int64_t begin, int64_t end) { forward(s, in, first, begin, end); });
+    over_units<T>(s, [&](int64_t begin, int64_t end) { forward(s, in, nullptr, first, begin, end); });
     to.checkpoints = states;
   }
-  over_units<T>(s, [&](int64_t begin, int64_t end) { backward(s, in, to, begin, end); });
+  over_units<T>(s, [&](int64_t begin, int64_t end) { backward(s, in, nullptr, to, begin, end); });
   return gradients.reduced();
 }
 
@@ -325,7 +325,7 @@ std::tuple<Tensor, Tensor> run_jvp(const Shape& s, const Arguments& x, const Arg
   const Inputs<T> in = inputs<T>(s, x), along = inputs<T>(s, tangents);
   Tensor y = torch::stable::empty_like(*x.u), last = empty(*x.u, {s.batch, s.dim, s.state});
   const Outputs<T> to{out<T>(y), out<T>(last)};
-  over_units<T>(s, [&](int64_t begin, int64_t end) { forward_dual(s, in, along, to, begin, end); });
+  over_units<T>(s, [&](int64_t begin, int64_t end) { forward(s, in, &along, to, begin, end); });
   return {y, last};
 }
 
@@ -341,11 +341,11 @@ JvpTuple run_backward_jvp(const Shape& s, const Arguments& x, const Tensor& grad
   T* const values = scratch.take<T>(count);
   T* const moves = scratch.take<T>(count);
   const Outputs<T> first{out<T>(y), out<T>(last), values, moves};
-  over_units<T>(s, [&](int64_t begin, int64_t end) { forward_dual(s, in, along, first, begin, end); });
+  over_units<T>(s, [&](int64_t begin, int64_t end) { forward(s, in, &along, first, begin, end); });
   GradientTensors<T> gradients(scratch, s, x);
   Gradients<T> to = gradients.pointers(x);
   to.checkpoints = values, to.checkpoint_tangents = moves;
-  over_units<T>(s, [&](int64_t begin, int64_t end) { backward_dual(s, in, along, to, begin, end); });
+  over_units<T>(s, [&](int64_t begin, int64_t end) { backward(s, in, &along, to, begin, end); });
   return std::tuple_cat(std::make_tuple(y, last), gradients.reduced());
 }
 

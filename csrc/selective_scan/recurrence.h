@@ -26,8 +26,9 @@ EAML_INLINE void decay(Dual<V> dt, const Dual<V> (&A)[K], const V (&A2)[K], Dual
   for (int n = 0; n < K; ++n) a[n] = {values[n], values[n] * (dt.value * A[n].tangent + dt.tangent * A[n].value)};
 }
 
-template <class S>
-EAML_INLINE S advance(S a, S h_prev, S x, S B) {
+// B and C may be one number for all lanes.
+template <class S, class M>
+EAML_INLINE S advance(S a, S h_prev, S x, M B) {
   return a * h_prev + x * B;
 }
 
@@ -41,8 +42,8 @@ struct StepGradient {
   S dt_A;    // dL/d(dt A), one state's share: times A it goes to dt, times dt to A
 };
 
-template <class S>
-EAML_INLINE StepGradient<S> step_backward(S grad_h, S grad_y, S a, S h_prev, S h, S x, S B, S C) {
+template <class S, class M>
+EAML_INLINE StepGradient<S> step_backward(S grad_h, S grad_y, S a, S h_prev, S h, S x, M B, M C) {
   const S g = grad_h + grad_y * C;
   const S ga = g * a;
   return {ga, grad_y * h, g * x, g * B, ga * h_prev};
