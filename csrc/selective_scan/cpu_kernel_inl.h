@@ -259,7 +259,7 @@ EAML_INLINE void sum_lanes(T (&sums)[kRows], const T* rows) {
   }
 }
 
-// Four vectors' sums over lanes, halfway: kFolded numbers, of which `folded_sum` is the rest. It costs six shuffles
+// Four vectors' sums over lanes, halfway: kFolded numbers, of which `unfold` does the rest. It costs six shuffles
 // where four accumulators in memory would cost three more loads and stores.
 template <class V>
 constexpr int64_t kFolded = Lanes<V>::count < kStates ? kStates : Lanes<V>::count;
@@ -296,13 +296,17 @@ EAML_INLINE void add_folded(element_t<V>* sums, const V (&x)[kStates]) {
     store(sums, load<V>(sums) + add_halves(low, high, lanes));
 }
 template <class V>
-EAML_INLINE element_t<V> folded_sum(const element_t<V>* sums, int64_t n) {
+EAML_INLINE void unfold(element_t<V>* to, const element_t<V>* sums) {
+  using Four = Vec<element_t<V>, 4>;
   constexpr int64_t half = kFolded<V> / 2;
-  const element_t<V>* const from = sums + n / 2 * half + n % 2;
-  element_t<V> sum = from[0];
-  EAML_UNROLL
-  for (int64_t i = 2; i < half; i += 2) sum += from[i];
-  return sum;
+  if constexpr (half < 4) {
+    store(to, load<Four>(sums));
+  } else {
+    Four low = load<Four>(sums), high = load<Four>(sums + half);
+    EAML_UNROLL
+    for (int64_t i = 4; i < half; i += 4) low += load<Four>(sums + i), high += load<Four>(sums + half + i);
+    store(to, EAML_SHUFFLE(low, high, 0, 1, 4, 5) + EAML_SHUFFLE(low, high, 2, 3, 6, 7));
+  }
 }
 
 // B or C of one chunk: [step][state], the same for every lane, or (kLane) [step][state][lane] with step stride 0 when
@@ -330,6 +334,10 @@ EAML_NOINLINE void stage_states(T* to, const In<T>& in, const Place& at, int64_t
   if (in.data == nullptr) return;
   const T* from = in.data + at.row * in.outer + at.group * in.group + start * in.inner;
   if (kCopies == 1 && in.inner == 1) return transpose(to, padded, from, in.channel, state, steps);
+  if (kCopies == 1 && in.channel == 1) {
+    for (int64_t t = 0; t < steps; ++t) std::copy_n(from + t * in.inner, state, to + t * padded);
+    return;
+  }
   for (int64_t t = 0; t < steps; ++t)
     for (int64_t n = 0; n < state; ++n)
       std::fill_n(to + (t * padded + n) * kCopies, kCopies, from[n * in.channel + t * in.inner]);
@@ -646,10 +654,9 @@ EAML_INLINE void backward_states(const Segments& segments, Streams<number_t<S>> 
   for (int64_t segment = segments.count - 1; segment >= 0; --segment) {
     const int64_t first = segments.begin[segment];
     const Span<S> initial = segments.reset(segment) ? zeros : start;
-    read(h, states.at((segments.begin[segment + 1] - 1) * size));
     for (int64_t t = segments.begin[segment + 1] - 1; t >= first; --t) {
       const Span<S> before = t == first ? initial : states.at((t - 1) * size);
-      const Span<S> a = decays.at(t * size);
+      const Span<S> a = decays.at(t * size), after = states.at(t * size);
       number_t<S>* const sum_B = sums.B + t * sums.B_step;
       number_t<S>* const sum_C = sums.C + t * sums.C_step;
       const S gy = grad.y.get(t * W), step = dt.get(t * W), input = x.get(t * W);
@@ -659,8 +666,7 @@ EAML_INLINE void backward_states(const Segments& segments, Streams<number_t<S>> 
       for (int n = 0; n < kStates; ++n) {
         const S h_prev = before.get(n * W);
         const StepGradient<S> g =
-            step_backward(grad_h[n], gy, a.get(n * W), h_prev, h[n], input, B.get(t, n), C.get(t, n));
-        h[n] = h_prev;
+            step_backward(grad_h[n], gy, a.get(n * W), h_prev, after.get(n * W), input, B.get(t, n), C.get(t, n));
         grad_h[n] = g.h_prev;
         if constexpr (kLane) {
           store(sum_C + n * W, load<V>(sum_C + n * W) + output(g.C));
@@ -785,8 +791,7 @@ EAML_INLINE void backward_unit(Arena& arena, const Shape& shape, const Source<S>
         if constexpr (kLane) {
           sum_lanes<V>(line, rows);
         } else {
-          for (int64_t i = 0; i < kChunk * kStates; ++i)
-            line[i] = folded_sum<V>(rows + i / kStates * row_size, i % kStates);
+          for (int64_t t = 0; t < kChunk; ++t) unfold<V>(line + t * kStates, rows + t * row_size);
         }
         transpose(to + (unit_row * shape.state + n) * shape.length + start, shape.length, line, kStates, steps,
                   std::min<int64_t>(kStates, shape.state - n));
