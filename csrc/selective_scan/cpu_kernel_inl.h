@@ -525,8 +525,8 @@ struct Unit {
   }
 };
 
-// Advances the states of a group through a chunk and adds C h to y.
-template <class S, bool kLane>
+// Advances the states of a group through a chunk and, if kOutput, adds C h to y.
+template <bool kOutput, class S, bool kLane>
 EAML_INLINE void forward_states(const Segments& segments, Streams<number_t<S>> coming, Rates<S> rates, Span<S> state,
                                 Span<S> dt, Span<S> x, Operand<S, kLane> B, Operand<S, kLane> C, Span<S> y) {
   constexpr int64_t W = kLanes<S>;
@@ -536,15 +536,16 @@ EAML_INLINE void forward_states(const Segments& segments, Streams<number_t<S>> c
     if (segments.reset(segment)) std::fill_n(h, kStates, S{});
     for (int64_t t = segments.begin[segment]; t < segments.begin[segment + 1]; ++t) {
       const S step = dt.get(t * W), input = x.get(t * W);
-      S sum = y.get(t * W);
+      S sum;
+      if constexpr (kOutput) sum = y.get(t * W);
       coming.prefetch(t);
       decay(step, rates.A, rates.A2, a);
       EAML_UNROLL
       for (int n = 0; n < kStates; ++n) {
         h[n] = advance(a[n], h[n], input, B.get(t, n));
-        sum = sum + h[n] * C.get(t, n);
+        if constexpr (kOutput) sum = sum + h[n] * C.get(t, n);
       }
-      y.set(t * W, sum);
+      if constexpr (kOutput) y.set(t * W, sum);
     }
   }
   write(state, h);
@@ -578,9 +579,16 @@ EAML_INLINE void forward_unit(Arena& arena, const Shape& shape, const Source<S>&
       save(out.checkpoints, state.value, chunk, block);
       if constexpr (kIsDual<S>) save(out.checkpoint_tangents, state.tangent, chunk, block);
       unit.template stage_block<false>(block, start, steps, y);
-      for (int64_t n = 0; n < unit.padded; n += kStates)
-        forward_states(unit.segments, unit.streams_from(n), unit.rates(block * size + n * W), state.at(n * W), unit.dt,
-                       unit.x, unit.B.states_from(n), unit.C.states_from(n), y);
+      const auto advance_all = [&](auto output) EAML_LAMBDA {
+        for (int64_t n = 0; n < unit.padded; n += kStates)
+          forward_states<output>(unit.segments, unit.streams_from(n), unit.rates(block * size + n * W), state.at(n * W),
+                                 unit.dt, unit.x, unit.B.states_from(n), unit.C.states_from(n), y);
+      };
+      if (out.y.data == nullptr) {
+        advance_all(std::false_type());
+        continue;
+      }
+      advance_all(std::true_type());
       if (shape.gated) {
         const View<S> z = unit.z;
         for (int64_t t = 0; t < steps; ++t) {

@@ -331,16 +331,19 @@ std::tuple<Tensor, Tensor> run_jvp(const Shape& s, const Arguments& x, const Arg
 
 template <class T>
 JvpTuple run_backward_jvp(const Shape& s, const Arguments& x, const Tensor& grad_y, const Maybe& grad_state,
-                          const Arguments& tangents, const Maybe& grad_y_tangent, const Maybe& grad_state_tangent) {
+                          const Arguments& tangents, const Maybe& grad_y_tangent, const Maybe& grad_state_tangent,
+                          bool outputs) {
   Inputs<T> in = inputs<T>(s, x), along = inputs<T>(s, tangents);
   in.grad_y = sequence<T>(grad_y), in.grad_state = sequence<T>(grad_state);
   along.grad_y = sequence<T>(grad_y_tangent), along.grad_state = sequence<T>(grad_state_tangent);
-  Tensor y = torch::stable::empty_like(*x.u), last = empty(*x.u, {s.batch, s.dim, s.state});
+  Tensor y = outputs ? torch::stable::empty_like(*x.u) : empty(*x.u, {0});
+  Tensor last = empty(*x.u, outputs ? Sizes{s.batch, s.dim, s.state} : Sizes{0});
   Scratch scratch;
   const int64_t count = s.batch * chunks(s) * s.state * s.dim;
   T* const values = scratch.take<T>(count);
   T* const moves = scratch.take<T>(count);
-  const Outputs<T> first{out<T>(y), out<T>(last), values, moves};
+  Outputs<T> first{{}, {}, values, moves};
+  if (outputs) first.y = out<T>(y), first.last_state = out<T>(last);
   over_units<T>(s, [&](int64_t begin, int64_t end) { forward(s, in, &along, first, begin, end); });
   GradientTensors<T> gradients(scratch, s, x);
   Gradients<T> to = gradients.pointers(x);
@@ -392,14 +395,16 @@ JvpTuple selective_scan_backward_jvp(Tensor grad_y, Maybe grad_state, Maybe grad
                                      Tensor u, Tensor delta, Tensor A, Tensor B, Tensor C, Maybe D, Maybe z,
                                      Maybe delta_bias, Maybe initial_state, Maybe tu, Maybe tdelta, Maybe tA, Maybe tB,
                                      Maybe tC, Maybe tD, Maybe tz, Maybe tdelta_bias, Maybe tinitial_state, Maybe reset,
-                                     bool delta_softplus, bool B_invariant, bool C_invariant) {
+                                     bool delta_softplus, bool B_invariant, bool C_invariant, bool outputs) {
   const Arguments x{u, delta, A, B, C, D, z, delta_bias, initial_state};
   const Arguments tangents{tu, tdelta, tA, tB, tC, tD, tz, tdelta_bias, tinitial_state};
   const Shape s = make_shape(x, reset, delta_softplus, B_invariant, C_invariant);
   check_cotangents(s, x, grad_y, grad_state), check_cotangents(s, x, grad_y_tangent, grad_state_tangent);
   check_tangents(x, tangents);
-  return single(x) ? run_backward_jvp<float>(s, x, grad_y, grad_state, tangents, grad_y_tangent, grad_state_tangent)
-                   : run_backward_jvp<double>(s, x, grad_y, grad_state, tangents, grad_y_tangent, grad_state_tangent);
+  return single(x)
+             ? run_backward_jvp<float>(s, x, grad_y, grad_state, tangents, grad_y_tangent, grad_state_tangent, outputs)
+             : run_backward_jvp<double>(s, x, grad_y, grad_state, tangents, grad_y_tangent, grad_state_tangent,
+                                        outputs);
 }
 
 }  // namespace

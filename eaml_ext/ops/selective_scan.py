@@ -36,7 +36,8 @@ _OPTIONS = "Tensor? reset, bool delta_softplus, bool B_invariant, bool C_invaria
 
 _GRADIENTS = ", ".join(["Tensor"] * _COUNT)
 
-# Gradients come in the order of ARGUMENTS, an empty tensor for an argument that is None.
+# Gradients come in the order of ARGUMENTS, an empty tensor for an argument that is None. What is not asked for by `save`
+# or `outputs` is an empty tensor too.
 torch.library.define("eaml_ext::selective_scan", f"({_INPUTS}, {_OPTIONS}, bool save) -> (Tensor, Tensor, Tensor)")
 torch.library.define(
     "eaml_ext::selective_scan_backward",
@@ -46,7 +47,7 @@ torch.library.define("eaml_ext::selective_scan_jvp", f"({_INPUTS}, {_TANGENTS}, 
 torch.library.define(
     "eaml_ext::selective_scan_backward_jvp",
     "(Tensor grad_y, Tensor? grad_state, Tensor? grad_y_tangent, Tensor? grad_state_tangent, "
-    f"{_INPUTS}, {_TANGENTS}, {_OPTIONS}) -> (Tensor, Tensor, {_GRADIENTS})",
+    f"{_INPUTS}, {_TANGENTS}, {_OPTIONS}, bool outputs) -> (Tensor, Tensor, {_GRADIENTS})",
 )
 
 _ops = torch.ops.eaml_ext
@@ -224,7 +225,7 @@ def _backward_jvp_reference(
     grad_state_tangent: Tensor | None,
     *args: Any,
 ) -> tuple[Tensor, ...]:
-    inputs, tangents, options = args[:_COUNT], args[_COUNT : 2 * _COUNT], args[2 * _COUNT :]
+    inputs, tangents, options = args[:_COUNT], args[_COUNT : 2 * _COUNT], args[2 * _COUNT : -1]
     function, present = _as_function(inputs, options)
     u, A = inputs[0], inputs[2]
     if grad_state is None:
@@ -235,7 +236,10 @@ def _backward_jvp_reference(
         # The gradient of <v, J(x)^T g>: in g it is J v, in x it is d/de J(x + e v)^T g.
         y, last, *grads = _pull(_pull(outs, x, g, graph=True), (*g, *x), _fill(tangents, inputs))
         moved = _pull(outs, x, _fill((grad_y_tangent, grad_state_tangent), g))
-    y, last = torch.empty_like(u).copy_(y), last.clone(memory_format=torch.contiguous_format)
+    if args[-1]:
+        y, last = torch.empty_like(u).copy_(y), last.clone(memory_format=torch.contiguous_format)
+    else:
+        y, last = u.new_empty(0), u.new_empty(0)
     return (y, last, *_spread([a + b for a, b in zip(grads, moved, strict=True)], inputs))
 
 
@@ -268,7 +272,9 @@ def _jvp_fake(*args: Any) -> tuple[Tensor, Tensor]:
 def _backward_jvp_fake(
     grad_y: Any, grad_state: Any, gy_tangent: Any, gs_tangent: Any, *args: Any
 ) -> tuple[Tensor, ...]:
-    return (torch.empty_like(args[0]), _fake_state(args[0], args[2]), *_empty_gradients(args[:_COUNT]))
+    u, A = args[0], args[2]
+    outs = (torch.empty_like(u), _fake_state(u, A)) if args[-1] else (u.new_empty(0), u.new_empty(0))
+    return (*outs, *_empty_gradients(args[:_COUNT]))
 
 
 # --- autograd --------------------------------------------------------------------------------------------------------
@@ -363,14 +369,17 @@ class _Vjp(_Function):
     @staticmethod
     def backward(ctx: Any, *v: Any) -> Any:
         (grad_y, grad_state, *x), options = _saved(ctx)
-        y, last, *grads = _VjpJvp.apply(grad_y, grad_state, None, None, *x, *_place(v, x), *options)
-        return (y, None if grad_state is None else last, *_place(grads, x), None, None, None, None, None)
+        outputs = any(ctx.needs_input_grad[:2])
+        grads = _VjpJvp.apply(grad_y, grad_state, None, None, *x, *_place(v, x), *options, outputs)
+        y, last = grads[:2] if outputs else (None, None)
+        grads = _place(grads[2 * outputs :], x)
+        return (y, None if grad_state is None else last, *grads, None, None, None, None, None)
 
     @staticmethod
     def jvp(ctx: Any, *tangents: Any) -> Any:
         (grad_y, grad_state, *x), options = _saved(ctx)
         moves = tangents[: 2 + _COUNT]
-        return tuple(_VjpJvp.apply(grad_y, grad_state, *moves[:2], *x, *moves[2:], *options)[2:])
+        return tuple(_VjpJvp.apply(grad_y, grad_state, *moves[:2], *x, *moves[2:], *options, False))
 
     @staticmethod
     def vmap(info: Any, in_dims: Any, *args: Any) -> Any:
@@ -402,7 +411,7 @@ class _Jvp(_Function):
         if grad_y is None and grad_state is None:
             return (None,) * (2 * _COUNT + 4)
         grad_y = torch.zeros_like(x[0]) if grad_y is None else grad_y
-        to_x = _VjpJvp.apply(grad_y, grad_state, None, None, *x, *v, *options)[2:]
+        to_x = _VjpJvp.apply(grad_y, grad_state, None, None, *x, *v, *options, False)
         to_v = _place(_Vjp.apply(grad_y, grad_state, *x, *options, None), x)
         to_v = tuple(None if move is None else grad for grad, move in zip(to_v, v, strict=True))
         return (*_place(to_x, x), *to_v, None, None, None, None)
@@ -420,12 +429,16 @@ class _Jvp(_Function):
 
 
 class _VjpJvp(_Function):
-    """J(x) v, then d/de J(x + e v)^T (g + e w) over the present arguments; g = (grad_y, grad_state), w its tangent."""
+    """d/de J(x + e v)^T (g + e w) over the present arguments; g = (grad_y, grad_state), w its tangent.
+
+    With ``outputs`` (the last argument), J(x) v comes before them.
+    """
 
     @staticmethod
     def forward(*args: Any) -> tuple[Tensor, ...]:
-        y, last, *grads = _ops.selective_scan_backward_jvp(*args)
-        return y, last, *_pick(grads, args[4 : 4 + _COUNT])
+        outs = _ops.selective_scan_backward_jvp(*args)
+        grads = _pick(outs[2:], args[4 : 4 + _COUNT])
+        return (*outs[:2], *grads) if args[-1] else grads
 
     @staticmethod
     def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
@@ -442,13 +455,14 @@ class _VjpJvp(_Function):
     @staticmethod
     def vmap(info: Any, in_dims: Any, *args: Any) -> Any:
         start = 4 + 2 * _COUNT
-        fold = _Fold(info.batch_size, args[4 : 4 + _COUNT], in_dims[4 : 4 + _COUNT], args[start:], True)
+        fold = _Fold(info.batch_size, args[4 : 4 + _COUNT], in_dims[4 : 4 + _COUNT], args[start:-1], True)
         cotangents = (fold.rows(a, d) for a, d in zip(args[:4], in_dims[:4], strict=True))
         x = fold.inputs(args[4:], in_dims[4:])
         v = fold.inputs(args[4 + _COUNT :], in_dims[4 + _COUNT :])
-        options = fold.options(args[start:], in_dims[start:])
-        y, last, *grads = _VjpJvp.apply(*cotangents, *x, *v, *options)
-        outs = (fold.unfold_rows(y), fold.unfold_rows(last), *fold.unfold_gradients(grads))
+        options = fold.options(args[start:-1], in_dims[start:])
+        outs = _VjpJvp.apply(*cotangents, *x, *v, *options, args[-1])
+        rows, grads = (outs[:2], outs[2:]) if args[-1] else ((), outs)
+        outs = (*map(fold.unfold_rows, rows), *fold.unfold_gradients(grads))
         return outs, (0,) * len(outs)
 
 

@@ -121,7 +121,8 @@ def raw_calls(call: Call) -> list[tuple[Any, tuple[Any, ...]]]:
         (ops.selective_scan_backward.default, (grad_y, grad_state, *x, *options, saved)),
         (ops.selective_scan_backward.default, (grad_y, None, *x, *options, None)),
         (ops.selective_scan_jvp.default, (*x, *along, *options)),
-        (ops.selective_scan_backward_jvp.default, (grad_y, grad_state, grad_y, None, *x, *along, *options)),
+        (ops.selective_scan_backward_jvp.default, (grad_y, grad_state, grad_y, None, *x, *along, *options, True)),
+        (ops.selective_scan_backward_jvp.default, (grad_y, None, None, None, *x, *along, *options, False)),
     ]
 
 
