@@ -1,12 +1,19 @@
 """Timing that can be believed: everything in one process, interleaved, medians; limits measured in the same run."""
 
 import argparse
+import concurrent.futures
+import ctypes
+import gc
 import json
+import multiprocessing
+import os
 import platform
+import re
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 
@@ -42,6 +49,9 @@ def flags(text: str | None) -> argparse.Namespace:
     return arguments
 
 
+# --- time ------------------------------------------------------------------------------------------------------------
+
+
 def once(function: Callable[[], Any]) -> float:
     """Seconds of one call."""
     start = time.perf_counter()
@@ -49,26 +59,116 @@ def once(function: Callable[[], Any]) -> float:
     return time.perf_counter() - start
 
 
-def medians(functions: dict[str, Callable[[], Any]], *, seconds: float = 1.0, at_most: int = 200) -> dict[str, float]:
+def medians(
+    functions: dict[str, Callable[[], Any]],
+    *,
+    seconds: float = 1.0,
+    at_most: int = 200,
+    before: Callable[[str], Any] = lambda name: None,
+) -> dict[str, float]:
     """Median seconds of each function, calls interleaved round by round for about ``seconds`` per function.
 
     A round calls fast functions several times (each up to the slowest's share), so that all get enough samples.
+    ``before(name)`` runs untimed before a function's calls of a round.
     """
-    for function in functions.values():
+    cost = {}
+    for name, function in functions.items():
+        before(name)
         function()
-    cost = {name: min(once(f), once(f)) for name, f in functions.items()}
+        cost[name] = min(once(function), once(function))
     repeats = {name: max(2, min(at_most, int(seconds / c))) for name, c in cost.items()}
-    rounds = min(10, *repeats.values())
+    rounds = min([10, *repeats.values()])
     samples: dict[str, list[float]] = {name: [] for name in functions}
     for _ in range(rounds):
         for name, function in functions.items():
+            before(name)
             samples[name] += [once(function) for _ in range(max(1, repeats[name] // rounds))]
     return {name: sorted(s)[len(s) // 2] for name, s in samples.items()}
 
 
-def write(name: str, results: Any) -> Path:
-    """``benchmarks/results/<name>-<cpu>.json``."""
+def cores(function: Callable[[], Any], seconds: float = 0.2) -> float:
+    """CPU seconds of all threads per second, at its highest over a few tries: how many cores a function keeps busy."""
+    function()
+    calls = 1 + int(seconds / once(function))
+    busy = []
+    for _ in range(3):
+        start = time.process_time()
+        wall = once(lambda: [function() for _ in range(calls)])
+        busy.append((time.process_time() - start) / wall)
+    return max(busy)
+
+
+# --- memory ----------------------------------------------------------------------------------------------------------
+
+
+def in_fresh_process(function: Callable[..., Any], *arguments: Any) -> Any:
+    """The function's value in a new interpreter whose malloc gives freed memory back at once, as peak_bytes needs."""
+    settings = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536", "MALLOC_TOP_PAD_": "0"}
+    context = multiprocessing.get_context("spawn")
+    with mock.patch.dict(os.environ, settings), concurrent.futures.ProcessPoolExecutor(1, context) as pool:
+        return pool.submit(function, *arguments).result()
+
+
+def peak_bytes(function: Callable[[], Any]) -> int:
+    """How far one call, after another that warms up, raises the process's resident memory. Linux only."""
+
+    def resident(field: str) -> int:
+        match = re.search(rf"^{field}:\s+(\d+) kB", Path("/proc/self/status").read_text(), re.MULTILINE)
+        assert match, f"no {field} in /proc/self/status"
+        return 1024 * int(match[1])
+
+    function()
+    gc.collect()
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # free pages below the top of the heap
+    if trim is not None:
+        trim(0)
+    before = resident("VmRSS")
+    Path("/proc/self/clear_refs").write_text("5")  # the high-water mark starts again at what is resident now
+    function()
+    return max(0, resident("VmHWM") - before)
+
+
+# --- limits ----------------------------------------------------------------------------------------------------------
+
+
+def fastest(function: Callable[[], Any], seconds: float = 0.5) -> float:
+    """Seconds of the fastest call."""
+    function()
+    repeats = max(5, int(seconds / once(function)))
+    return min(once(function) for _ in range(repeats))
+
+
+def exp_rates() -> dict[str, float]:
+    """float32 exponentials per second of one thread: torch.exp in L1, and the kernels' own where they report it."""
+    x, out, calls = torch.randn(4096), torch.empty(4096), 100
+    rates = {"torch.exp": calls * x.numel() / fastest(lambda: [torch.exp(x, out=out) for _ in range(calls)])}
+    own = getattr(getattr(eaml_ext, "_C", None), "exp_rate", None)
+    return rates if own is None else {**rates, "kernel": max(own() for _ in range(5))}
+
+
+def l2_bytes() -> int:
+    """The size of the second-level cache; 1 MiB where the system does not say."""
+    size = Path("/sys/devices/system/cpu/cpu0/cache/index2/size")
+    return 1024 * int(size.read_text().strip().rstrip("K")) if size.exists() else 2**20
+
+
+def copy_rate(size: int) -> float:
+    """Bytes read and written per second by a copy of ``size`` bytes."""
+    source, target = torch.ones(size // 4), torch.ones(size // 4)
+    return 2 * size / fastest(lambda: target.copy_(source))
+
+
+# --- results ---------------------------------------------------------------------------------------------------------
+
+
+def result_path(name: str, suffix: str = ".json") -> Path:
+    """``benchmarks/results/<name>-<cpu><suffix>``."""
     RESULTS.mkdir(exist_ok=True)
-    path = RESULTS / f"{name}-{cpu_name()}.json"
+    return RESULTS / f"{name}-{cpu_name()}{suffix}"
+
+
+def write(name: str, results: Any) -> Path:
+    """The results and the machine, as JSON in :func:`result_path`."""
+    path = result_path(name)
     path.write_text(json.dumps({"machine": machine(), "results": results}, indent=1) + "\n")
     return path
