@@ -36,8 +36,8 @@ _OPTIONS = "Tensor? reset, bool delta_softplus, bool B_invariant, bool C_invaria
 
 _GRADIENTS = ", ".join(["Tensor"] * _COUNT)
 
-# Gradients come in the order of ARGUMENTS, an empty tensor for an argument that is None. What is not asked for by `save`
-# or `outputs` is an empty tensor too.
+# Gradients come in the order of ARGUMENTS, an empty tensor for an argument that is None; so are saved states without
+# `save`, and (y, last state) without `outputs`.
 torch.library.define("eaml_ext::selective_scan", f"({_INPUTS}, {_OPTIONS}, bool save) -> (Tensor, Tensor, Tensor)")
 torch.library.define(
     "eaml_ext::selective_scan_backward",
