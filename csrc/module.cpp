@@ -1,6 +1,7 @@
 // The pybind11 module eaml_ext._C. The ops themselves register with torch's dispatcher when this library is loaded.
 #include <pybind11/pybind11.h>
 
+#include "common/exp_rate.h"
 #include "common/simd.h"
 
 #define EAML_STRING_(x) #x
@@ -33,4 +34,5 @@ pybind11::dict build_info() {
 PYBIND11_MODULE(_C, m) {
   m.doc() = "Compiled kernels of eaml_ext; loading it registers them with torch's dispatcher.";
   m.def("build_info", &build_info, "What was compiled: compiler, SIMD level in use, CUDA version, torch ABI target.");
+  m.def("exp_rate", &eaml::exp_rate, "float32 exponentials a second, one thread, in registers: the limit of the scan.");
 }

@@ -5,6 +5,7 @@
 #include <torch/csrc/stable/tensor.h>
 
 #include <algorithm>
+#include <atomic>
 #include <optional>
 #include <tuple>
 #include <vector>
@@ -107,6 +108,28 @@ Shape make_shape(const Arguments& x, const Maybe& reset, bool softplus, bool B_i
   return s;
 }
 
+// The shape of one step: tensors as in a scan, but for the dimension of time.
+Shape make_step_shape(const Tensor& state, const Arguments& x, bool softplus) {
+  const ScalarType dtype = state.scalar_type();
+  EAML_CHECK(dtype == ScalarType::Float || dtype == ScalarType::Double, "selective_scan_step: state has a wrong dtype");
+  check_kind("state", state, dtype, 3, 3), check_kind("u", x.u, dtype, 2, 2), check_kind("delta", x.delta, dtype, 2, 2);
+  check_kind("A", x.A, dtype, 2, 3), check_kind("B", x.B, dtype, 2, 3), check_kind("C", x.C, dtype, 2, 3);
+  check_kind("D", x.D, dtype, 1, 2), check_kind("z", x.z, dtype, 2, 2);
+  check_kind("delta_bias", x.delta_bias, dtype, 1, 2);
+  Shape s{};
+  s.batch = state.size(0), s.dim = state.size(1), s.length = 1, s.state = state.size(2);
+  s.groups = x.B->dim() == 3 ? x.B->size(1) : 1, s.softplus = softplus, s.gated = x.z.has_value();
+  EAML_CHECK(s.groups > 0 && s.dim % s.groups == 0, "selective_scan_step: B has ", s.groups, " groups");
+  EAML_CHECK((x.C->dim() == 3 ? x.C->size(1) : 1) == s.groups, "selective_scan_step: C has other groups than B");
+  check_sizes("u", x.u, 0, {s.batch, s.dim}), check_sizes("delta", x.delta, 0, {s.batch, s.dim});
+  check_sizes("z", x.z, 0, {s.batch, s.dim});
+  check_parameter("A", x.A, {s.dim, s.state}, s.batch);
+  check_parameter("D", x.D, {s.dim}, s.batch), check_parameter("delta_bias", x.delta_bias, {s.dim}, s.batch);
+  for (const Maybe* t : {&x.B, &x.C})
+    check_sizes("B or C", *t, 0, {s.batch}), check_sizes("B or C", *t, (*t)->dim() - 1, {s.state});
+  return s;
+}
+
 void check_cotangents(const Shape& s, const Arguments& x, const Maybe& grad_y, const Maybe& grad_state) {
   check_kind("grad_y", grad_y, x.u->scalar_type(), 3, 3);
   check_kind("grad_state", grad_state, x.u->scalar_type(), 3, 3);
@@ -132,6 +155,19 @@ template <class T>
 In<T> sequence(const Maybe& t) {
   if (!t) return {};
   return {data<T>(*t), t->stride(0), t->stride(1), t->stride(2)};
+}
+
+// The same at one step: (batch, dim), and (batch, [groups,] state).
+template <class T>
+In<T> sequence_step(const Maybe& t) {
+  if (!t) return {};
+  return {data<T>(*t), t->stride(0), t->stride(1), 0};
+}
+template <class T>
+In<T> matrix_step(const Tensor& t) {
+  In<T> in{data<T>(t), t.stride(0), t.stride(t.dim() - 1), 0};
+  if (t.dim() == 3) in.group = t.stride(1);
+  return in;
 }
 
 // A (tasks, dim[, state]) or (dim[, state]) input; `rank` counts the dimensions behind tasks.
@@ -186,10 +222,15 @@ void parallel(int64_t total, int64_t work_each, F f) {
   }
 }
 
+// Threads take the next unit when they are done with one: they start, and are disturbed, at different times.
 template <class T, class F>
 void over_units(const Shape& s, F f) {
   const int64_t total = s.batch * units<T>(s);
-  if (total > 0) parallel(total, s.batch * s.dim * s.length * s.state / total, f);
+  if (total == 0) return;
+  std::atomic<int64_t> next{0};
+  parallel(total, s.batch * s.dim * s.length * s.state / total, [&](int64_t, int64_t) {
+    for (int64_t i = next++; i < total; i = next++) f(i, i + 1);
+  });
 }
 
 // to[i][k] = sum over j of from[i][j][k], in order of j.
@@ -352,6 +393,19 @@ JvpTuple run_backward_jvp(const Shape& s, const Arguments& x, const Tensor& grad
   return std::tuple_cat(std::make_tuple(y, last), gradients.reduced());
 }
 
+template <class T>
+std::tuple<Tensor, Tensor> run_step(const Shape& s, const Tensor& state, const Arguments& x) {
+  Inputs<T> in;
+  in.u = sequence_step<T>(x.u), in.delta = sequence_step<T>(x.delta), in.z = sequence_step<T>(x.z);
+  in.A = parameter<T>(x.A, 2, s.batch), in.D = parameter<T>(x.D, 1, s.batch);
+  in.delta_bias = parameter<T>(x.delta_bias, 1, s.batch);
+  in.B = matrix_step<T>(*x.B), in.C = matrix_step<T>(*x.C), in.initial_state = sequence<T>(state);
+  Tensor y = empty(state, {s.batch, s.dim}), next = empty(state, {s.batch, s.dim, s.state});
+  const Outputs<T> to{{mutable_data<T>(y), s.dim, 1, 0}, out<T>(next)};
+  over_units<T>(s, [&](int64_t begin, int64_t end) { forward(s, in, nullptr, to, begin, end); });
+  return {y, next};
+}
+
 bool single(const Arguments& x) {
   return x.u->scalar_type() == ScalarType::Float;
 }
@@ -364,6 +418,13 @@ std::tuple<Tensor, Tensor, Tensor> selective_scan(Tensor u, Tensor delta, Tensor
   const Arguments x{u, delta, A, B, C, D, z, delta_bias, initial_state};
   const Shape s = make_shape(x, reset, delta_softplus, B_invariant, C_invariant);
   return single(x) ? run<float>(s, x, save) : run<double>(s, x, save);
+}
+
+std::tuple<Tensor, Tensor> selective_scan_step(Tensor state, Tensor u, Tensor delta, Tensor A, Tensor B, Tensor C,
+                                               Maybe D, Maybe z, Maybe delta_bias, bool delta_softplus) {
+  const Arguments x{u, delta, A, B, C, D, z, delta_bias};
+  const Shape s = make_step_shape(state, x, delta_softplus);
+  return single(x) ? run_step<float>(s, state, x) : run_step<double>(s, state, x);
 }
 
 GradientTuple selective_scan_backward(Tensor grad_y, Maybe grad_state, Tensor u, Tensor delta, Tensor A, Tensor B,
@@ -411,6 +472,7 @@ JvpTuple selective_scan_backward_jvp(Tensor grad_y, Maybe grad_state, Maybe grad
 
 STABLE_TORCH_LIBRARY_IMPL(eaml_ext, CPU, m) {
   m.impl("selective_scan", TORCH_BOX(&selective_scan));
+  m.impl("selective_scan_step", TORCH_BOX(&selective_scan_step));
   m.impl("selective_scan_backward", TORCH_BOX(&selective_scan_backward));
   m.impl("selective_scan_jvp", TORCH_BOX(&selective_scan_jvp));
   m.impl("selective_scan_backward_jvp", TORCH_BOX(&selective_scan_backward_jvp));

@@ -40,6 +40,11 @@ _GRADIENTS = ", ".join(["Tensor"] * _COUNT)
 # `save`, and (y, last state) without `outputs`.
 torch.library.define("eaml_ext::selective_scan", f"({_INPUTS}, {_OPTIONS}, bool save) -> (Tensor, Tensor, Tensor)")
 torch.library.define(
+    "eaml_ext::selective_scan_step",
+    "(Tensor state, Tensor u, Tensor delta, Tensor A, Tensor B, Tensor C, Tensor? D, Tensor? z, Tensor? delta_bias, "
+    "bool delta_softplus) -> (Tensor, Tensor)",
+)
+torch.library.define(
     "eaml_ext::selective_scan_backward",
     f"(Tensor grad_y, Tensor? grad_state, {_INPUTS}, {_OPTIONS}, Tensor? saved) -> ({_GRADIENTS})",
 )
@@ -193,6 +198,22 @@ def _scan_reference(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
     return y, last, torch.stack(saved, dim=1).transpose(2, 3).contiguous()
 
 
+def _with_time(
+    state: Tensor, u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Any, z: Any, bias: Any
+) -> Any:
+    """The arguments of a scan over the one step."""
+    gate = None if z is None else z.unsqueeze(-1)
+    return u.unsqueeze(-1), delta.unsqueeze(-1), A, B.unsqueeze(-1), C.unsqueeze(-1), D, gate, bias, state
+
+
+@torch.library.impl("eaml_ext::selective_scan_step", "CompositeExplicitAutograd")
+def _step_reference(*args: Any) -> tuple[Tensor, Tensor]:
+    x: Any = _with_time(*args[:-1])
+    options: Any = (None, args[-1], *_check_arguments("selective_scan_step", x, args[-1], None, "state"))
+    y, last, _ = _reference(*x, *options)
+    return y.squeeze(-1).contiguous(), last.contiguous()
+
+
 @torch.library.impl("eaml_ext::selective_scan_backward", "CompositeExplicitAutograd")
 def _backward_reference(grad_y: Tensor, grad_state: Tensor | None, *args: Any) -> tuple[Tensor, ...]:
     inputs, options = args[:_COUNT], args[_COUNT:-1]
@@ -256,6 +277,11 @@ def _scan_fake(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
     chunks = (u.shape[2] + CHUNK - 1) // CHUNK
     saved = u.new_empty(u.shape[0], chunks, A.shape[-1], u.shape[1]) if save else u.new_empty(0)
     return torch.empty_like(u), _fake_state(u, A), saved
+
+
+@torch.library.register_fake("eaml_ext::selective_scan_step")
+def _step_fake(state: Tensor, u: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
+    return u.new_empty(u.shape), state.new_empty(state.shape)
 
 
 @torch.library.register_fake("eaml_ext::selective_scan_backward")
@@ -766,6 +792,12 @@ def selective_scan_step(
     >>> y
     tensor([[3., 3.]])
     """
+    x = (state, u, delta, A, B, C, D, z, delta_bias)
+    with contextlib.suppress(Exception):  # what the op does not take is widened, or explained, below
+        device = state.device
+        dense = all(v is None or (v.layout is torch.strided and v.device == device) for v in x)
+        if dense and type(delta_softplus) is bool and _plain(x):
+            return _ops.selective_scan_step(*x, delta_softplus)
     where = "selective_scan_step"
     for name, value, ranks, text in (
         ("u", u, (2,), "(batch, dim)"),
@@ -780,8 +812,7 @@ def selective_scan_step(
         if value.dim() not in ranks:  # type: ignore[union-attr]
             raise ValueError(f"{where}: {name} must have shape {text}, got {tuple(value.shape)}")  # type: ignore[union-attr]
     _check.tensor(where, "state", state)
-    gate = None if z is None else z.unsqueeze(-1)
-    x = (u.unsqueeze(-1), delta.unsqueeze(-1), A, B.unsqueeze(-1), C.unsqueeze(-1), D, gate, delta_bias, state)
+    x = _with_time(state, u, delta, A, B, C, D, z, delta_bias)
     invariant = _check_arguments(where, x, delta_softplus, None, "state")
     y, last = _scan(x, (None, delta_softplus, *invariant))
     return y.squeeze(-1), last
