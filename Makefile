@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 SOURCES := $(shell find csrc -name '*.cpp' -o -name '*.h')
 
-.PHONY: demo test lint format bench clean
+.PHONY: demo test sanitize lint format bench clean
 
 $(VENV)/installed: pyproject.toml setup.py $(SOURCES)
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
@@ -18,6 +18,22 @@ demo: $(VENV)/installed  ## the main job: meta-train on CartPole dynamics, adapt
 test: $(VENV)/installed  ## the whole suite, then the ops once more on their references
 	$(BIN)/pytest -n 2
 	$(BIN)/pytest -n 2 --reference tests/ops
+
+# A package of its own in build/sanitize; gcc's runtime has to be loaded before Python's own allocations.
+SANITIZE := -fsanitize=address,undefined -fno-sanitize-recover=all
+RUNTIME = $(shell gcc -print-file-name=libasan.so):$(shell gcc -print-file-name=libubsan.so)
+REPORT := log_path=$(abspath build/sanitize/report)
+SANITIZED = cd build/sanitize && rm -f report.* && LD_PRELOAD=$(RUNTIME) ASAN_OPTIONS=detect_leaks=0:$(REPORT) \
+	UBSAN_OPTIONS=print_stacktrace=1:$(REPORT) $(abspath $(BIN))/python
+EVERY_KERNEL := float64 or strides or threads or drawn or any_shape or extreme or non_finite or (vmap and not gradients)
+
+sanitize: $(VENV)/installed  ## the tests that reach every kernel, on kernels that stop at the first stray access
+	PATH=$(abspath $(BIN)):$$PATH CXX=g++ CXXFLAGS="$(SANITIZE) -O1 -g1" LDFLAGS="$(SANITIZE)" \
+		$(BIN)/python setup.py -q build_ext --build-lib build/sanitize --build-temp build/sanitize/objects
+	find eaml_ext -name '*.py' -exec cp --parents {} build/sanitize ';'
+	$(SANITIZED) -c 'from eaml_ext import ops; assert "/build/sanitize/" in ops._C.__file__'
+	$(SANITIZED) -m pytest -x -n 2 --hypothesis-profile=few --ignore=../../tests/ops/test_build.py \
+		-k '$(EVERY_KERNEL)' ../../tests/ops || { cat report.*; exit 1; }
 
 lint: $(VENV)/installed
 	$(BIN)/ruff check .

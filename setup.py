@@ -29,6 +29,7 @@ def extension() -> dict:
     flags += ["-Wall", "-Wno-unknown-pragmas", "-Wno-psabi"]
     if platform.machine() in ("x86_64", "AMD64"):
         flags.append("-mprefer-vector-width=512")
+    flags += os.environ.get("CXXFLAGS", "").split()  # the user's have the last word
     module = CppExtension(
         name="eaml_ext._C",
         sources=sorted(glob("csrc/**/*.cpp", recursive=True)),

@@ -13,7 +13,7 @@ DEVICES = ["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"]
 
 # Drawn examples are the same in every run; the references are slow and get fewer.
 settings.register_profile("kernels", max_examples=200, deadline=None, derandomize=True)
-settings.register_profile("reference", max_examples=25, deadline=None, derandomize=True)
+settings.register_profile("few", max_examples=25, deadline=None, derandomize=True)
 
 pytest.register_assert_rewrite("battery")
 
@@ -23,7 +23,7 @@ def pytest_addoption(parser):
 
 
 def pytest_configure(config):
-    settings.load_profile("reference" if config.getoption("--reference") else "kernels")
+    settings.load_profile("few" if config.getoption("--reference") else "kernels")
     if config.getoption("--reference"):
         assert "eaml_ext.ops" not in sys.modules
         sys.modules["eaml_ext._C"] = None  # type: ignore[assignment]  # `import` then raises ImportError

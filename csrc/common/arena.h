@@ -32,7 +32,12 @@ class Arena {
   }
 
  private:
-  static constexpr std::size_t kAlign = 64, kBlock = std::size_t{1} << 18, kKeep = std::size_t{1} << 26;
+  static constexpr std::size_t kAlign = 64;
+#ifdef __SANITIZE_ADDRESS__  // every array an allocation of its own, so that a step beyond its end is seen
+  static constexpr std::size_t kBlock = 0, kKeep = 0;
+#else
+  static constexpr std::size_t kBlock = std::size_t{1} << 18, kKeep = std::size_t{1} << 26;
+#endif
   struct Delete {
     void operator()(std::byte* p) const { ::operator delete(p, std::align_val_t{kAlign}); }
   };
