@@ -334,7 +334,7 @@ struct GradientTensors {
 template <class T>
 std::tuple<Tensor, Tensor, Tensor> run(const Shape& s, const Arguments& x, bool save) {
   Tensor y = torch::stable::empty_like(*x.u), last = empty(*x.u, {s.batch, s.dim, s.state});
-  Tensor saved = save ? empty(*x.u, {s.batch, chunks(s), s.state, s.dim}) : empty(*x.u, {0});
+  Tensor saved = save ? empty(*x.u, {s.batch, chunks(s) * s.state * s.dim}) : empty(*x.u, {0});
   const Inputs<T> in = inputs<T>(s, x);
   const Outputs<T> to{out<T>(y), out<T>(last), save ? mutable_data<T>(saved) : nullptr};
   over_units<T>(s, [&](int64_t begin, int64_t end) { forward(s, in, nullptr, to, begin, end); });
@@ -433,8 +433,8 @@ GradientTuple selective_scan_backward(Tensor grad_y, Maybe grad_state, Tensor u,
   const Arguments x{u, delta, A, B, C, D, z, delta_bias, initial_state};
   const Shape s = make_shape(x, reset, delta_softplus, B_invariant, C_invariant);
   check_cotangents(s, x, grad_y, grad_state);
-  check_kind("saved", saved, u.scalar_type(), 4, 4);
-  check_sizes("saved", saved, 0, {s.batch, chunks(s), s.state, s.dim});
+  check_kind("saved", saved, u.scalar_type(), 2, 2);
+  check_sizes("saved", saved, 0, {s.batch, chunks(s) * s.state * s.dim});
   EAML_CHECK(!saved || saved->is_contiguous(), "selective_scan: saved must be contiguous");
   return single(x) ? run_backward<float>(s, x, grad_y, grad_state, saved)
                    : run_backward<double>(s, x, grad_y, grad_state, saved);

@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd import forward_ad
+from torch.utils.flop_counter import register_flop_formula
 
 from eaml_ext import _check
 
@@ -122,6 +123,15 @@ def _empty(
     return queries.new_empty(shape), queries.new_empty(shape, dtype=torch.int64)
 
 
+# ---- operation count for torch.utils.flop_counter ---------------------------------------------------------------
+
+
+@register_flop_formula(torch.ops.eaml_ext.knn)
+def _count(queries: Any, keys: Any, *_: Any, **__: Any) -> int:
+    """A product and a sum for every feature of every pair."""
+    return 2 * math.prod(queries) * keys[-2]
+
+
 # ---- autograd ---------------------------------------------------------------------------------------------------
 
 
@@ -207,7 +217,7 @@ class _Attach(torch.autograd.Function):
 
 def _gather(memory: Tensor, rows: int, indices: Tensor) -> Tensor:
     """``memory (memories, M, *)`` at ``indices (rows, Q, k)``; by index_select, whose backward is deterministic."""
-    each = max(1, rows // max(1, len(memory)))
+    each = max(1, rows // max(1, memory.shape[0]))  # len() would be a constant to the compiler
     first = torch.arange(rows, device=memory.device) // each * memory.shape[1]
     flat = (first[:, None, None] + indices).reshape(indices.numel())
     slots = memory.reshape(memory.shape[0] * memory.shape[1], *memory.shape[2:])
@@ -216,7 +226,7 @@ def _gather(memory: Tensor, rows: int, indices: Tensor) -> Tensor:
 
 def _recompute(queries: Tensor, keys: Tensor, metric: int, bias: Tensor | None, indices: Tensor) -> Tensor:
     """The values at ``indices`` from plain differentiable operations, O(Q k d); 0 where there is no neighbour."""
-    rows, live, indices = len(queries), indices >= 0, indices.clamp(min=0)
+    rows, live, indices = queries.shape[0], indices >= 0, indices.clamp(min=0)
     if keys.shape[1] == 0:  # a slot to gather from keeps every argument connected
         keys, bias = F.pad(keys, (0, 0, 0, 1)), None if bias is None else F.pad(bias, (0, 1))
     dtype = torch.float64 if metric == COSINE else torch.promote_types(keys.dtype, torch.float32)  # norms may overflow

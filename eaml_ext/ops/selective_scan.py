@@ -4,11 +4,13 @@ The recurrence of Mamba (Gu & Dao 2023, "Mamba: Linear-Time Sequence Modeling wi
 the zero-order hold on A and Euler's rule on B), with states and episode resets as arguments.
 
 From top to bottom: schemas, reference (the specification; it also runs where no kernel is registered), shapes for the
-compiler, autograd, public functions. Kernels: ``csrc/selective_scan``.
+compiler, operation counts, autograd, public functions. Kernels: ``csrc/selective_scan``.
 """
 
 import contextlib
+import functools
 import inspect
+import math
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -16,6 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd import forward_ad
+from torch.utils.flop_counter import register_flop_formula
 
 from eaml_ext import _check
 
@@ -193,9 +196,10 @@ def _scan_reference(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
     last = last.clone(memory_format=torch.contiguous_format)
     if not save:
         return y, last, u.new_empty(0)
+    batch, size = u.shape[0], len(saved) * A.shape[-1] * u.shape[1]
     if not saved:
-        return y, last, u.new_empty(u.shape[0], 0, A.shape[-1], u.shape[1])
-    return y, last, torch.stack(saved, dim=1).transpose(2, 3).contiguous()
+        return y, last, u.new_empty(batch, size)
+    return y, last, torch.stack(saved, dim=1).transpose(2, 3).reshape(batch, size)
 
 
 def _with_time(
@@ -274,8 +278,9 @@ def _fake_state(u: Tensor, A: Tensor) -> Tensor:
 @torch.library.register_fake("eaml_ext::selective_scan")
 def _scan_fake(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
     u, A, save = args[0], args[2], args[-1]
+    # One dimension for (chunks, state, dim): of its own, that of chunks would be compiled anew for each side of 1.
     chunks = (u.shape[2] + CHUNK - 1) // CHUNK
-    saved = u.new_empty(u.shape[0], chunks, A.shape[-1], u.shape[1]) if save else u.new_empty(0)
+    saved = u.new_empty(u.shape[0], chunks * A.shape[-1] * u.shape[1]) if save else u.new_empty(0)
     return torch.empty_like(u), _fake_state(u, A), saved
 
 
@@ -302,6 +307,23 @@ def _backward_jvp_fake(
     outs = (torch.empty_like(u), _fake_state(u, A)) if args[-1] else (u.new_empty(0), u.new_empty(0))
     return (*outs, *_empty_gradients(args[:_COUNT]))
 
+
+# --- operation counts for torch.utils.flop_counter -------------------------------------------------------------------
+
+# What the kernels do for one state of one channel at one step. An exponential counts as one; on duals a sum counts as
+# two and a product as four. What has no state (step size, skip, gate) is left out.
+
+
+def _count(name: str, u_at: int, operations: int) -> None:
+    @register_flop_formula(getattr(_ops, name))
+    def formula(*shapes: Any, **_: Any) -> int:
+        return operations * math.prod(shapes[u_at]) * shapes[u_at + 2][-1]
+
+
+_count("selective_scan", 0, 7)  # dt A, exp, a h, x B, + and C h, +
+_count("selective_scan_backward", 2, 19)  # a, h again (5); step_backward in csrc/selective_scan/recurrence.h and sums
+_count("selective_scan_jvp", 0, 22)
+_count("selective_scan_backward_jvp", 4, 79)  # the jvp, a, h again (16), step_backward and sums (41)
 
 # --- autograd --------------------------------------------------------------------------------------------------------
 # f is the scan, x its arguments. Four Functions close the calculus up to second order, each derivative of one being
@@ -645,6 +667,20 @@ def _check_arguments(
     return invariant
 
 
+def _autocast(x: tuple[Any, ...]) -> tuple[Any, ...]:
+    """Under autocast, sequences of mixed dtypes become the widest of them, as in torch's ops of several arguments."""
+    if not torch._C._is_any_autocast_enabled() or not isinstance(x[0], Tensor):
+        return x
+    names = ("u", "delta", "B", "C", "z")
+    found = [i for i, v in enumerate(x) if ARGUMENTS[i] in names and isinstance(v, Tensor) and v.dim() > 2]
+    dtypes = {x[i].dtype for i in found}
+    device = x[0].device.type
+    on = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+    if not on or not dtypes <= {torch.float32, *_HALF}:
+        return x
+    return tuple(v.to(functools.reduce(torch.promote_types, dtypes)) if i in found else v for i, v in enumerate(x))
+
+
 def _plain(x: Sequence[Any]) -> bool:
     """Whether nothing asks for derivatives or batching, so that the raw op may be called."""
     if forward_ad._current_level >= 0 or torch._C._functorch.peek_interpreter_stack() is not None:
@@ -687,7 +723,8 @@ def selective_scan(
     The positional arguments are those of mamba_ssm's ``selective_scan_fn``. Derivatives are exact to second order in
     every argument: reverse over reverse, forward over reverse, reverse over forward. ``torch.func``, ``vmap`` (per-task
     parameters in one call) and ``torch.compile`` compose with it. The batch is task-major: with per-task parameters,
-    row ``b`` belongs to task ``b // (batch / tasks)``.
+    row ``b`` belongs to task ``b // (batch / tasks)``. Under ``torch.autocast``, ``u``, ``delta``, ``z`` and variable
+    ``B``, ``C`` of mixed dtypes are taken in the widest of them.
 
     Args:
         u: input, ``(batch, dim, length)``, float32, float64, bfloat16 or float16, any strides; channel-last memory is
@@ -723,7 +760,7 @@ def selective_scan(
     >>> y.shape, last.shape
     (torch.Size([2, 3, 5]), torch.Size([2, 3, 4]))
     """
-    x = (u, delta, A, B, C, D, z, delta_bias, initial_state)
+    x = _autocast((u, delta, A, B, C, D, z, delta_bias, initial_state))
     invariant = _check_arguments("selective_scan", x, delta_softplus, reset)
     _check.flag("selective_scan", "return_last_state", return_last_state)
     y, last = _scan(x, (reset, delta_softplus, *invariant))
@@ -752,7 +789,7 @@ def selective_scan_reference(
     >>> torch.allclose(selective_scan_reference(u, u, A, B, B), selective_scan(u, u, A, B, B), atol=1e-6)
     True
     """
-    x = (u, delta, A, B, C, D, z, delta_bias, initial_state)
+    x = _autocast((u, delta, A, B, C, D, z, delta_bias, initial_state))
     invariant = _check_arguments("selective_scan_reference", x, delta_softplus, reset)
     _check.flag("selective_scan_reference", "return_last_state", return_last_state)
     y, last = _scan(x, (reset, delta_softplus, *invariant), _reference)
@@ -812,7 +849,7 @@ def selective_scan_step(
         if value.dim() not in ranks:  # type: ignore[union-attr]
             raise ValueError(f"{where}: {name} must have shape {text}, got {tuple(value.shape)}")  # type: ignore[union-attr]
     _check.tensor(where, "state", state)
-    x = _with_time(state, u, delta, A, B, C, D, z, delta_bias)
+    x = _autocast(_with_time(state, u, delta, A, B, C, D, z, delta_bias))
     invariant = _check_arguments(where, x, delta_softplus, None, "state")
     y, last = _scan(x, (None, delta_softplus, *invariant))
     return y.squeeze(-1), last

@@ -1,5 +1,8 @@
 """SSM, SSMLayer, Stateful and the S6 core."""
 
+import copy
+import pickle
+
 import pytest
 import torch
 from torch.func import functional_call, grad, vmap
@@ -124,6 +127,40 @@ def test_save_and_load_keep_weights_and_options(tmp_path):
         SSM.load(tmp_path / "junk")
     with pytest.raises(ValueError, match="custom callable"):
         SSM(5, 8, 3, core=lambda dim, n: S6(dim, n)).save(tmp_path / "c")
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda net: pickle.loads(pickle.dumps(net))], ids=["copy", "pickle"])
+def test_a_copy_is_equal_and_independent(copied):
+    net, x = Stateful(model(num_layers=2)), torch.randn(2, 4, 5, dtype=torch.float64)
+    net(x)
+    other = copied(net)
+    want = net(x)
+    assert torch.equal(other(x), want)
+    with torch.no_grad():
+        other.model.cores[0].D.add_(1)
+    net.reset()
+    net(x)
+    assert torch.equal(net(x), want)
+
+
+def test_autocast_takes_a_core_on_full_precision_input():
+    core, x = S6(6, 4), torch.randn(2, 5, 6)
+    want, want_state = core.scan(x)
+    with torch.autocast("cpu", torch.bfloat16):
+        y, state = core.scan(x)  # u stays float32 where the projections come in bfloat16, as after CUDA's RMSNorm
+        stepped, _ = core.step(x[:, 0], core.scan(x[:, :0])[1])
+    assert y.dtype == stepped.dtype == torch.bfloat16 and state.dtype == torch.float32
+    torch.testing.assert_close(y.float(), want, rtol=0.05, atol=0.05)
+    torch.testing.assert_close(state, want_state, rtol=0.05, atol=0.05)
+    torch.testing.assert_close(stepped.float(), want[:, 0], rtol=0.05, atol=0.05)
+
+
+def test_exported_model_takes_every_size():
+    net = model()
+    shapes = ({0: torch.export.Dim("batch", max=64), 1: torch.export.Dim("time", min=2, max=4096)},)
+    program = torch.export.export(net, (torch.randn(2, 5, 5, dtype=torch.float64),), dynamic_shapes=shapes)
+    x = torch.randn(4, 77, 5, dtype=torch.float64)
+    torch.testing.assert_close(program.module()(x), net(x))
 
 
 def test_custom_core_plugs_in():
