@@ -29,7 +29,7 @@ from typing import Any, NamedTuple
 
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, given, note, settings
 from hypothesis import strategies as st
 from hypothesis.strategies import SearchStrategy
 from torch import Tensor
@@ -226,6 +226,9 @@ def sliced(x: Tensor) -> Tensor:
 def expanded(x: Tensor) -> Tensor:
     """All entries along the first dimension the same one, in memory too."""
     return x[:1].expand_as(x)
+
+
+LAYOUTS = (torch.Tensor.contiguous, transposed, channel_last, sliced, expanded)
 
 
 # ---- the battery -------------------------------------------------------------------------------------------------
@@ -496,9 +499,17 @@ class Battery:
         build = data.draw(op.drawn)
         dtype = data.draw(st.sampled_from(DTYPES))
         call = build(dtype, device)
+        layouts = {
+            n: data.draw(st.sampled_from(LAYOUTS), label=f"layout of {n}") for n in (*call.tensors, "cotangents")
+        }
+        call = call._replace(tensors={n: layouts[n](x) for n, x in call.tensors.items()})
+        note(f"{ {n: tuple(x.shape) for n, x in call.tensors.items()} } {call.options}")
         exact = to_float64(call)
         names = [n for n in op.names(call) if data.draw(st.booleans(), label=n)]
         close(outputs(op.function, call), outputs(op.reference, exact), op.factor, floor=1)
         if names:
-            got, want = derivatives(op.function, call, names), derivatives(op.reference, exact, names)
+            layout = layouts["cotangents"]
+            got, want = (
+                derivatives(f, x, names, layout=layout) for f, x in ((op.function, call), (op.reference, exact))
+            )
             close(got, want, op.factor, floor=1)

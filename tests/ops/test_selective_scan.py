@@ -48,9 +48,10 @@ def build(
             return randn(*(2,) * (name in tasks), *shape)
 
         def matrix(name: str) -> Tensor:
-            if name in invariant:
-                return randn(dim, state)
-            return randn(*(batch, state, length) if groups is None else (batch, groups, state, length))
+            shape = (dim, state)
+            if name not in invariant:
+                shape = (batch, state, length) if groups is None else (batch, groups, state, length)
+            return randn(*shape) * min(1.0, 4 * state**-0.5)  # beyond 16, sums over states grow no further
 
         tensors = {
             "u": randn(batch, dim, length),
@@ -60,7 +61,7 @@ def build(
             "C": matrix("C"),
             "D": parameter("D", dim),
             "z": randn(batch, dim, length),
-            "delta_bias": parameter("delta_bias", dim),
+            "delta_bias": parameter("delta_bias", dim) if softplus else parameter("delta_bias", dim).abs(),  # dt > 0
             "initial_state": randn(batch, dim, state),
             "reset": randn(batch, length) > 0.7,
         }
@@ -131,12 +132,13 @@ def drawn(draw: Any) -> Build:
     tasks = draw(st.lists(st.sampled_from(("A", "D", "delta_bias", "B", "C")), unique=True))
     invariant = draw(st.sampled_from(((), ("B",), ("C",), ("B", "C"))))
     groups = draw(st.sampled_from((None, 1, 2, 3)))
+    large = draw(st.integers(0, 7)) == 7  # many states, few channels and steps
     return build(
         *draw(st.lists(st.sampled_from(OPTIONAL), unique=True)),
         batch=2 * draw(st.integers(0, 2)) if tasks else draw(st.integers(0, 3)),
-        dim=draw(st.integers(1, 40)) * (groups or 1),
-        length=draw(st.integers(0, 40)),
-        state=draw(st.integers(1, 9)),
+        dim=(1 if large else draw(st.integers(1, 40))) * (groups or 1),
+        length=draw(st.integers(0, 5) if large else st.integers(0, 40) | st.sampled_from((64, 65, 97))),
+        state=draw(st.sampled_from((16, 17, 64, 100, 256)) if large else st.integers(1, 9)),
         tasks=tuple(tasks),
         groups=groups,
         invariant=invariant,
