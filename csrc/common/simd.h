@@ -85,6 +85,17 @@ EAML_INLINE V splat(element_t<V> constant) {
   return constant - V{};
 }
 
+// x, rounded: a product that is not fused into the sum it goes to. Sums that two threads or one may do need it.
+template <class V>
+EAML_INLINE V rounded(V x) {
+#if defined(__x86_64__)
+  asm("" : "+v"(x));
+#elif defined(__aarch64__)
+  asm("" : "+w"(x));
+#endif
+  return x;
+}
+
 // to[column][row] = from[row][column]; both have adjacent elements in their last dimension. Shuffles of four elements
 // are fast on every machine, so it needs no clones.
 template <class T>

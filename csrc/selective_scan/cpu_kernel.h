@@ -39,17 +39,24 @@ struct Inputs {
 
 struct Shape {
   std::int64_t batch, dim, length, state, groups;
+  std::int64_t all_states;  // of the arrays that hold states; a call may do a part of them, `state`
+  std::int64_t parts = 1;   // y, and gradients of sequences, are sums over states: first within, then over these parts
   bool B_invariant, C_invariant, softplus, gated;
   const bool* reset;  // (batch, length) or null
   std::int64_t reset_outer, reset_inner;
 };
+
+// The first state of a part: whole groups of the kernel's states in flight.
+inline std::int64_t part_begin(const Shape& s, std::int64_t part) {
+  return part == s.parts ? s.state : part * ((s.state / s.parts + 3) / 4 * 4);
+}
 
 // Outputs of the forward pass; of a Dual run, their tangents. Null ones are not written.
 template <class T>
 struct Outputs {
   Out<T> y;                          // (batch, dim, length)
   Out<T> last_state;                 // (batch, dim, state)
-  T* checkpoints = nullptr;          // (batch, chunks, state, dim): the state each chunk starts from
+  T* checkpoints = nullptr;          // (batch, chunks, all_states, dim): the state each chunk starts from
   T* checkpoint_tangents = nullptr;  // of a Dual run
 };
 
@@ -57,7 +64,7 @@ struct Outputs {
 template <class T>
 struct Gradients {
   Out<T> u, delta, z;              // (batch, dim, length)
-  T* initial_state = nullptr;      // (batch, dim, state)
+  T* initial_state = nullptr;      // (batch, dim, all_states)
   T* A = nullptr;                  // (batch, dim, state)
   T* B = nullptr;                  // (batch, unit, state, length) or, invariant, (batch, dim, state)
   T* C = nullptr;                  // likewise

@@ -238,7 +238,7 @@ EAML_NOINLINE void stage_vector(T* vector, const In<T>& in, int64_t row, int64_t
 // The saved states (batch, chunks, state, dim) at the start of a chunk, as an input.
 template <class T>
 In<T> checkpoint(const T* all, const Shape& shape, int64_t row, int64_t chunk, int64_t chunks) {
-  return {all + (row * chunks + chunk) * shape.state * shape.dim, 0, 1, shape.dim};
+  return {all + (row * chunks + chunk) * shape.all_states * shape.dim, 0, 1, shape.dim};
 }
 
 // sums[row] = sum over the lanes of a row, in a fixed order: vectors of four (or two) are added, then their lanes.
@@ -567,7 +567,7 @@ EAML_INLINE void forward_unit(Arena& arena, const Shape& shape, const Source<S>&
     });
   const auto save = [&](T* all, const T* matrix, int64_t chunk, int64_t block) {
     if (all == nullptr) return;
-    T* to = all + (row * chunks + chunk) * shape.state * shape.dim + unit.channel(block);
+    T* to = all + (row * chunks + chunk) * shape.all_states * shape.dim + unit.channel(block);
     store_matrix<V>(to, 1, shape.dim, matrix, unit.lanes(block), shape.state);
   };
 
@@ -579,24 +579,28 @@ EAML_INLINE void forward_unit(Arena& arena, const Shape& shape, const Source<S>&
       save(out.checkpoints, state.value, chunk, block);
       if constexpr (kIsDual<S>) save(out.checkpoint_tangents, state.tangent, chunk, block);
       unit.template stage_block<false>(block, start, steps, y);
-      const auto advance_all = [&](auto output) EAML_LAMBDA {
-        for (int64_t n = 0; n < unit.padded; n += kStates)
-          forward_states<output>(unit.segments, unit.streams_from(n), unit.rates(block * size + n * W), state.at(n * W),
-                                 unit.dt, unit.x, unit.B.states_from(n), unit.C.states_from(n), y);
-      };
-      if (out.y.data == nullptr) {
-        advance_all(std::false_type());
-        continue;
-      }
-      advance_all(std::true_type());
-      if (shape.gated) {
-        const View<S> z = unit.z;
+      for (int64_t part = 0; part < shape.parts; ++part) {
+        if (part > 0) clear(y, steps * W);
+        const auto advance_part = [&](auto output) EAML_LAMBDA {
+          for (int64_t n = part_begin(shape, part); n < part_begin(shape, part + 1); n += kStates)
+            forward_states<output>(unit.segments, unit.streams_from(n), unit.rates(block * size + n * W),
+                                   state.at(n * W), unit.dt, unit.x, unit.B.states_from(n), unit.C.states_from(n), y);
+        };
+        if (out.y.data == nullptr) {
+          advance_part(std::false_type());
+          continue;
+        }
+        advance_part(std::true_type());
         for (int64_t t = 0; t < steps; ++t) {
-          const S gate = z.get(t);
-          store(tile + t * W, output(y.get(t * W) * (gate * sigmoid(gate))));
+          V term = output(y.get(t * W));
+          if (shape.gated) {
+            const S gate = unit.z.get(t);
+            term = output(y.get(t * W) * (gate * sigmoid(gate)));
+          }
+          store(tile + t * W, part == 0 ? term : load<V>(tile + t * W) + rounded(term));
         }
       }
-      store_tile<V>(out.y, shape.gated ? tile : y.written(), row, unit.channel(block), unit.lanes(block), start, steps);
+      store_tile<V>(out.y, tile, row, unit.channel(block), unit.lanes(block), start, steps);
     }
   }
 
@@ -722,7 +726,7 @@ EAML_INLINE void backward_unit(Arena& arena, const Shape& shape, const Source<S>
   T* const sum_B = zeroed(shape.B_invariant ? blocks * size : sums_size);
   T* const sum_C = zeroed(shape.C_invariant ? blocks * size : sums_size);
   T* const sum_D = zeroed(blocks * W);
-  T* const sum_bias = zeroed(blocks * W);
+  T* const sum_bias = zeroed(shape.parts * blocks * W);  // [part][block][lane]
   T* const tile_u = arena.take<T>(tile);
   T* const tile_delta = arena.take<T>(tile);
   T* const tile_z = arena.take<T>(tile);
@@ -756,39 +760,43 @@ EAML_INLINE void backward_unit(Arena& arena, const Shape& shape, const Source<S>
       if constexpr (kIsDual<S>)
         stage_matrix<V>(h0.tangent, checkpoint(out.checkpoint_tangents, shape, row, chunk, chunks), 0, channel, lanes,
                         shape.state, unit.padded);
-      clear(grad.x, steps * W);
-      clear(grad.dt, steps * W);
+      for (int64_t part = 0; part < shape.parts; ++part) {
+        if (part > 0) clear(y, steps * W);
+        clear(grad.x, steps * W);
+        clear(grad.dt, steps * W);
 
-      for (int64_t n = 0; n < unit.padded; n += kStates) {
-        const int64_t j = block * size + n * W;
-        const int64_t k = n / kStates * kChunk * row_size;
-        const Sums<T> sums{sum_A + j, sum_B + (shape.B_invariant ? j : k), sum_C + (shape.C_invariant ? j : k),
-                           shape.B_invariant ? 0 : row_size, shape.C_invariant ? 0 : row_size};
-        backward_states(unit.segments, unit.streams_from(n), shape.gated, unit.rates(j), h0.at(n * W), dt, unit.x,
-                        unit.B.states_from(n), unit.C.states_from(n), y, grad_h.at(j), grad, decays, states, zeros,
-                        sums);
-      }
+        for (int64_t n = part_begin(shape, part); n < part_begin(shape, part + 1); n += kStates) {
+          const int64_t j = block * size + n * W;
+          const int64_t k = n / kStates * kChunk * row_size;
+          const Sums<T> sums{sum_A + j, sum_B + (shape.B_invariant ? j : k), sum_C + (shape.C_invariant ? j : k),
+                             shape.B_invariant ? 0 : row_size, shape.C_invariant ? 0 : row_size};
+          backward_states(unit.segments, unit.streams_from(n), shape.gated, unit.rates(j), h0.at(n * W), dt, unit.x,
+                          unit.B.states_from(n), unit.C.states_from(n), y, grad_h.at(j), grad, decays, states, zeros,
+                          sums);
+        }
 
-      const S d = unit.D.get(block * W);
-      V block_D = load<V>(sum_D + block * W), block_bias = load<V>(sum_bias + block * W);
-      for (int64_t t = 0; t < steps; ++t) {
-        const int64_t j = t * W;
-        const S gx = grad.x.get(j), input = u.get(t);
-        const V grad_delta = output((grad.dt.get(j) + input * gx) * slope.get(j));
-        store(tile_u + j, output(dt.get(j) * gx + d * grad.y.get(j)));
-        store(tile_delta + j, grad_delta);
-        block_D += output(grad.y.get(j) * input), block_bias += grad_delta;
+        const S d = part == 0 ? unit.D.get(block * W) : S{};
+        T* const bias = sum_bias + (part * blocks + block) * W;
+        V block_D = load<V>(sum_D + block * W), block_bias = load<V>(bias);
+        const auto put = [&](T* to, V x) EAML_LAMBDA { store(to, part == 0 ? x : load<V>(to) + rounded(x)); };
+        for (int64_t t = 0; t < steps; ++t) {
+          const int64_t j = t * W;
+          const S gx = grad.x.get(j), input = u.get(t);
+          const V grad_delta = output((grad.dt.get(j) + input * gx) * slope.get(j));
+          put(tile_u + j, output(dt.get(j) * gx + d * grad.y.get(j)));
+          put(tile_delta + j, grad_delta);
+          block_bias += grad_delta;
+          if (part == 0) block_D += output(grad.y.get(j) * input);
+          if (shape.gated) {
+            const S s = gate.get(j);
+            put(tile_z + j, output(gy.get(t) * y.get(j) * (s + z.get(t) * (s * (one<S>() - s)))));
+          }
+        }
+        store(sum_D + block * W, block_D), store(bias, block_bias);
       }
-      store(sum_D + block * W, block_D), store(sum_bias + block * W, block_bias);
       store_tile<V>(out.u, tile_u, row, channel, lanes, start, steps);
       store_tile<V>(out.delta, tile_delta, row, channel, lanes, start, steps);
-      if (shape.gated) {
-        for (int64_t t = 0; t < steps; ++t) {
-          const S s = gate.get(t * W);
-          store(tile_z + t * W, output(gy.get(t) * y.get(t * W) * (s + z.get(t) * (s * (one<S>() - s)))));
-        }
-        store_tile<V>(out.z, tile_z, row, channel, lanes, start, steps);
-      }
+      if (shape.gated) store_tile<V>(out.z, tile_z, row, channel, lanes, start, steps);
     }
 
     const int64_t unit_row = row * units_per_group<T>(shape) * shape.groups + unit.at.unit;
@@ -801,7 +809,7 @@ EAML_INLINE void backward_unit(Arena& arena, const Shape& shape, const Source<S>
         } else {
           for (int64_t t = 0; t < kChunk; ++t) unfold<V>(line + t * kStates, rows + t * row_size);
         }
-        transpose(to + (unit_row * shape.state + n) * shape.length + start, shape.length, line, kStates, steps,
+        transpose(to + (unit_row * shape.all_states + n) * shape.length + start, shape.length, line, kStates, steps,
                   std::min<int64_t>(kStates, shape.state - n));
       }
     };
@@ -812,13 +820,15 @@ EAML_INLINE void backward_unit(Arena& arena, const Shape& shape, const Source<S>
   for (int64_t block = 0; block < blocks; ++block) {
     const int64_t channel = row * shape.dim + unit.channel(block), lanes = unit.lanes(block);
     const auto store = [&](T* to, const T* matrix) {
-      store_matrix<V>(to + channel * shape.state, shape.state, 1, matrix + block * size, lanes, shape.state);
+      store_matrix<V>(to + channel * shape.all_states, shape.all_states, 1, matrix + block * size, lanes, shape.state);
     };
     store(out.A, sum_A);
     if (shape.B_invariant) store(out.B, sum_B);
     if (shape.C_invariant) store(out.C, sum_C);
     store(out.initial_state, grad_h.written());
     std::copy_n(sum_D + block * W, lanes, out.D + channel);
+    for (int64_t part = 1; part < shape.parts; ++part)
+      for (int64_t i = 0; i < lanes; ++i) sum_bias[block * W + i] += sum_bias[(part * blocks + block) * W + i];
     std::copy_n(sum_bias + block * W, lanes, out.delta_bias + channel);
   }
 }

@@ -72,6 +72,15 @@ void check_parameter(const char* name, const Maybe& t, const Sizes& wanted, int6
              " tasks, which do not divide the batch of ", batch);
 }
 
+// Where there are few units for many threads, the states of each are summed up in two parts, which two threads may do.
+// It depends on the shape alone, as sums must not depend on threads.
+template <class T>
+int64_t parts(const Shape& s) {
+  constexpr int64_t kFewUnits = 4, kPartStates = 4, kWorthwhile = int64_t{1} << 20;
+  const bool few = s.batch * units<T>(s) < kFewUnits, much = s.dim * s.length * s.state >= kWorthwhile;
+  return few && much && s.state >= 2 * kPartStates ? 2 : 1;
+}
+
 Shape make_shape(const Arguments& x, const Maybe& reset, bool softplus, bool B_invariant, bool C_invariant) {
   const ScalarType dtype = x.u->scalar_type();
   EAML_CHECK(dtype == ScalarType::Float || dtype == ScalarType::Double, "selective_scan: u must be float32 or float64");
@@ -82,7 +91,8 @@ Shape make_shape(const Arguments& x, const Maybe& reset, bool softplus, bool B_i
   check_kind("delta_bias", x.delta_bias, dtype, 1, 2), check_kind("initial_state", x.initial_state, dtype, 3, 3);
 
   Shape s{};
-  s.batch = x.u->size(0), s.dim = x.u->size(1), s.length = x.u->size(2), s.state = x.A->size(x.A->dim() - 1);
+  s.batch = x.u->size(0), s.dim = x.u->size(1), s.length = x.u->size(2),
+  s.state = s.all_states = x.A->size(x.A->dim() - 1);
   s.groups = 1, s.softplus = softplus, s.gated = x.z.has_value();
   s.B_invariant = B_invariant, s.C_invariant = C_invariant;
   check_sizes("delta", x.delta, 0, {s.batch, s.dim, s.length}), check_sizes("z", x.z, 0, {s.batch, s.dim, s.length});
@@ -105,6 +115,7 @@ Shape make_shape(const Arguments& x, const Maybe& reset, bool softplus, bool B_i
     check_sizes("reset", reset, 0, {s.batch, s.length});
     s.reset = data<bool>(*reset), s.reset_outer = reset->stride(0), s.reset_inner = reset->stride(1);
   }
+  s.parts = dtype == ScalarType::Float ? parts<float>(s) : parts<double>(s);
   return s;
 }
 
@@ -117,7 +128,7 @@ Shape make_step_shape(const Tensor& state, const Arguments& x, bool softplus) {
   check_kind("D", x.D, dtype, 1, 2), check_kind("z", x.z, dtype, 2, 2);
   check_kind("delta_bias", x.delta_bias, dtype, 1, 2);
   Shape s{};
-  s.batch = state.size(0), s.dim = state.size(1), s.length = 1, s.state = state.size(2);
+  s.batch = state.size(0), s.dim = state.size(1), s.length = 1, s.state = s.all_states = state.size(2);
   s.groups = x.B->dim() == 3 ? x.B->size(1) : 1, s.softplus = softplus, s.gated = x.z.has_value();
   EAML_CHECK(s.groups > 0 && s.dim % s.groups == 0, "selective_scan_step: B has ", s.groups, " groups");
   EAML_CHECK((x.C->dim() == 3 ? x.C->size(1) : 1) == s.groups, "selective_scan_step: C has other groups than B");
@@ -222,14 +233,69 @@ void parallel(int64_t total, int64_t work_each, F f) {
   }
 }
 
-// Threads take the next unit when they are done with one: they start, and are disturbed, at different times.
+// Whether the parts are calls of their own, which costs an addition of their outputs.
+bool apart(const Shape& s) {
+  return s.parts > 1 && torch::stable::get_num_threads() > 1;
+}
+
+// One part of the problem: its shape, and where its states stand in the arrays.
+struct Part {
+  Shape shape;
+  int64_t first;
+
+  Part(const Shape& s, bool apart, int64_t index) : shape(s), first(0) {
+    if (!apart) return;
+    first = part_begin(s, index), shape.state = part_begin(s, index + 1) - first, shape.parts = 1;
+  }
+
+  template <class T>
+  Inputs<T> of(Inputs<T> in) const {
+    const auto shift = [&](In<T>& x, int64_t step) { x.data = x.data ? x.data + first * step : nullptr; };
+    shift(in.A, in.A.inner), shift(in.initial_state, in.initial_state.inner);
+    shift(in.B, shape.B_invariant ? in.B.inner : in.B.channel);
+    shift(in.C, shape.C_invariant ? in.C.inner : in.C.channel);
+    shift(in.grad_state, in.grad_state.inner);
+    if (first > 0) in.D = {};
+    return in;
+  }
+
+  template <class T>
+  Outputs<T> of(Outputs<T> out) const {
+    for (T** states : {&out.checkpoints, &out.checkpoint_tangents})
+      if (*states) *states += first * shape.dim;
+    if (out.last_state.data) out.last_state.data += first * out.last_state.inner;
+    return out;
+  }
+
+  template <class T>
+  Gradients<T> of(Gradients<T> out) const {
+    const int64_t matrix = first, sequence = first * shape.length;
+    for (const T** states : {&out.checkpoints, &out.checkpoint_tangents})
+      if (*states) *states += first * shape.dim;
+    out.A += matrix, out.initial_state += matrix;
+    out.B += shape.B_invariant ? matrix : sequence, out.C += shape.C_invariant ? matrix : sequence;
+    return out;
+  }
+};
+
+// Calls f(part, index, unit, unit + 1) on all units, of all parts if they are calls of their own. Threads take the next
+// when they are done with one: they start, and are disturbed, at different times.
 template <class T, class F>
-void over_units(const Shape& s, F f) {
-  const int64_t total = s.batch * units<T>(s);
+void over_units(const Shape& s, bool apart, F f) {
+  const int64_t count = apart ? s.parts : 1, total = s.batch * units<T>(s) * count;
   if (total == 0) return;
   std::atomic<int64_t> next{0};
   parallel(total, s.batch * s.dim * s.length * s.state / total, [&](int64_t, int64_t) {
-    for (int64_t i = next++; i < total; i = next++) f(i, i + 1);
+    for (int64_t i = next++; i < total; i = next++) f(Part(s, apart, i % count), i % count, i / count, i / count + 1);
+  });
+}
+
+// to[i] += from[i]
+template <class T>
+void add(T* to, const T* from, int64_t count) {
+  constexpr int64_t kBlock = int64_t{1} << 14;
+  parallel((count + kBlock - 1) / kBlock, kBlock, [=](int64_t begin, int64_t end) {
+    for (int64_t i = begin * kBlock; i < std::min(end * kBlock, count); ++i) to[i] += from[i];
   });
 }
 
@@ -331,19 +397,56 @@ struct GradientTensors {
   }
 };
 
+// The forward kernel; with tangents, on Duals.
+template <class T>
+void run_forward(Scratch& scratch, const Shape& s, const Inputs<T>& in, const Inputs<T>* tangents,
+                 const Outputs<T>& out) {
+  const int64_t count = s.batch * s.dim * s.length;
+  const bool split = apart(s), sum = split && out.y.data;
+  Outputs<T> second = out;
+  if (sum) second.y.data = scratch.take<T>(count);
+  over_units<T>(s, split, [&](const Part& part, int64_t index, int64_t begin, int64_t end) {
+    const Inputs<T> along = tangents ? part.of(*tangents) : Inputs<T>{};
+    forward(part.shape, part.of(in), tangents ? &along : nullptr, part.of(index ? second : out), begin, end);
+  });
+  if (sum) add(out.y.data, second.y.data, count);
+}
+
+template <class T>
+void run_backward(Scratch& scratch, const Shape& s, const Inputs<T>& in, const Inputs<T>* tangents,
+                  const Gradients<T>& out) {
+  const int64_t count = s.batch * s.dim * s.length, channels = s.batch * s.dim;
+  const bool split = apart(s);
+  Gradients<T> second = out;
+  if (split) {
+    for (Out<T>* sequence : {&second.u, &second.delta, &second.z})
+      if (sequence->data) sequence->data = scratch.take<T>(count);
+    second.delta_bias = scratch.take<T>(channels);
+    second.D = scratch.take<T>(channels);  // the same again
+  }
+  over_units<T>(s, split, [&](const Part& part, int64_t index, int64_t begin, int64_t end) {
+    const Inputs<T> along = tangents ? part.of(*tangents) : Inputs<T>{};
+    backward(part.shape, part.of(in), tangents ? &along : nullptr, part.of(index ? second : out), begin, end);
+  });
+  if (!split) return;
+  add(out.u.data, second.u.data, count), add(out.delta.data, second.delta.data, count);
+  if (out.z.data) add(out.z.data, second.z.data, count);
+  add(out.delta_bias, second.delta_bias, channels);
+}
+
 template <class T>
 std::tuple<Tensor, Tensor, Tensor> run(const Shape& s, const Arguments& x, bool save) {
+  Scratch scratch;
   Tensor y = torch::stable::empty_like(*x.u), last = empty(*x.u, {s.batch, s.dim, s.state});
   Tensor saved = save ? empty(*x.u, {s.batch, chunks(s) * s.state * s.dim}) : empty(*x.u, {0});
-  const Inputs<T> in = inputs<T>(s, x);
   const Outputs<T> to{out<T>(y), out<T>(last), save ? mutable_data<T>(saved) : nullptr};
-  over_units<T>(s, [&](int64_t begin, int64_t end) { forward(s, in, nullptr, to, begin, end); });
+  run_forward<T>(scratch, s, inputs<T>(s, x), nullptr, to);
   return {y, last, saved};
 }
 
 template <class T>
-GradientTuple run_backward(const Shape& s, const Arguments& x, const Tensor& grad_y, const Maybe& grad_state,
-                           const Maybe& saved) {
+GradientTuple run_vjp(const Shape& s, const Arguments& x, const Tensor& grad_y, const Maybe& grad_state,
+                      const Maybe& saved) {
   Scratch scratch;
   Inputs<T> in = inputs<T>(s, x);
   in.grad_y = sequence<T>(grad_y), in.grad_state = sequence<T>(grad_state);
@@ -353,27 +456,26 @@ GradientTuple run_backward(const Shape& s, const Arguments& x, const Tensor& gra
     to.checkpoints = data<T>(*saved);
   } else {
     T* const states = scratch.take<T>(s.batch * chunks(s) * s.state * s.dim);
-    const Outputs<T> first{{}, {}, states};
-    over_units<T>(s, [&](int64_t begin, int64_t end) { forward(s, in, nullptr, first, begin, end); });
+    run_forward<T>(scratch, s, in, nullptr, {{}, {}, states});
     to.checkpoints = states;
   }
-  over_units<T>(s, [&](int64_t begin, int64_t end) { backward(s, in, nullptr, to, begin, end); });
+  run_backward<T>(scratch, s, in, nullptr, to);
   return gradients.reduced();
 }
 
 template <class T>
 std::tuple<Tensor, Tensor> run_jvp(const Shape& s, const Arguments& x, const Arguments& tangents) {
-  const Inputs<T> in = inputs<T>(s, x), along = inputs<T>(s, tangents);
+  Scratch scratch;
+  const Inputs<T> along = inputs<T>(s, tangents);
   Tensor y = torch::stable::empty_like(*x.u), last = empty(*x.u, {s.batch, s.dim, s.state});
-  const Outputs<T> to{out<T>(y), out<T>(last)};
-  over_units<T>(s, [&](int64_t begin, int64_t end) { forward(s, in, &along, to, begin, end); });
+  run_forward<T>(scratch, s, inputs<T>(s, x), &along, {out<T>(y), out<T>(last)});
   return {y, last};
 }
 
 template <class T>
-JvpTuple run_backward_jvp(const Shape& s, const Arguments& x, const Tensor& grad_y, const Maybe& grad_state,
-                          const Arguments& tangents, const Maybe& grad_y_tangent, const Maybe& grad_state_tangent,
-                          bool outputs) {
+JvpTuple run_vjp_jvp(const Shape& s, const Arguments& x, const Tensor& grad_y, const Maybe& grad_state,
+                     const Arguments& tangents, const Maybe& grad_y_tangent, const Maybe& grad_state_tangent,
+                     bool outputs) {
   Inputs<T> in = inputs<T>(s, x), along = inputs<T>(s, tangents);
   in.grad_y = sequence<T>(grad_y), in.grad_state = sequence<T>(grad_state);
   along.grad_y = sequence<T>(grad_y_tangent), along.grad_state = sequence<T>(grad_state_tangent);
@@ -381,15 +483,13 @@ JvpTuple run_backward_jvp(const Shape& s, const Arguments& x, const Tensor& grad
   Tensor last = empty(*x.u, outputs ? Sizes{s.batch, s.dim, s.state} : Sizes{0});
   Scratch scratch;
   const int64_t count = s.batch * chunks(s) * s.state * s.dim;
-  T* const values = scratch.take<T>(count);
-  T* const moves = scratch.take<T>(count);
-  Outputs<T> first{{}, {}, values, moves};
+  Outputs<T> first{{}, {}, scratch.take<T>(count), scratch.take<T>(count)};
   if (outputs) first.y = out<T>(y), first.last_state = out<T>(last);
-  over_units<T>(s, [&](int64_t begin, int64_t end) { forward(s, in, &along, first, begin, end); });
+  run_forward<T>(scratch, s, in, &along, first);
   GradientTensors<T> gradients(scratch, s, x);
   Gradients<T> to = gradients.pointers(x);
-  to.checkpoints = values, to.checkpoint_tangents = moves;
-  over_units<T>(s, [&](int64_t begin, int64_t end) { backward(s, in, &along, to, begin, end); });
+  to.checkpoints = first.checkpoints, to.checkpoint_tangents = first.checkpoint_tangents;
+  run_backward<T>(scratch, s, in, &along, to);
   return std::tuple_cat(std::make_tuple(y, last), gradients.reduced());
 }
 
@@ -402,7 +502,8 @@ std::tuple<Tensor, Tensor> run_step(const Shape& s, const Tensor& state, const A
   in.B = matrix_step<T>(*x.B), in.C = matrix_step<T>(*x.C), in.initial_state = sequence<T>(state);
   Tensor y = empty(state, {s.batch, s.dim}), next = empty(state, {s.batch, s.dim, s.state});
   const Outputs<T> to{{mutable_data<T>(y), s.dim, 1, 0}, out<T>(next)};
-  over_units<T>(s, [&](int64_t begin, int64_t end) { forward(s, in, nullptr, to, begin, end); });
+  Scratch scratch;
+  run_forward<T>(scratch, s, in, nullptr, to);
   return {y, next};
 }
 
@@ -436,8 +537,7 @@ GradientTuple selective_scan_backward(Tensor grad_y, Maybe grad_state, Tensor u,
   check_kind("saved", saved, u.scalar_type(), 2, 2);
   check_sizes("saved", saved, 0, {s.batch, chunks(s) * s.state * s.dim});
   EAML_CHECK(!saved || saved->is_contiguous(), "selective_scan: saved must be contiguous");
-  return single(x) ? run_backward<float>(s, x, grad_y, grad_state, saved)
-                   : run_backward<double>(s, x, grad_y, grad_state, saved);
+  return single(x) ? run_vjp<float>(s, x, grad_y, grad_state, saved) : run_vjp<double>(s, x, grad_y, grad_state, saved);
 }
 
 std::tuple<Tensor, Tensor> selective_scan_jvp(Tensor u, Tensor delta, Tensor A, Tensor B, Tensor C, Maybe D, Maybe z,
@@ -463,9 +563,8 @@ JvpTuple selective_scan_backward_jvp(Tensor grad_y, Maybe grad_state, Maybe grad
   check_cotangents(s, x, grad_y, grad_state), check_cotangents(s, x, grad_y_tangent, grad_state_tangent);
   check_tangents(x, tangents);
   return single(x)
-             ? run_backward_jvp<float>(s, x, grad_y, grad_state, tangents, grad_y_tangent, grad_state_tangent, outputs)
-             : run_backward_jvp<double>(s, x, grad_y, grad_state, tangents, grad_y_tangent, grad_state_tangent,
-                                        outputs);
+             ? run_vjp_jvp<float>(s, x, grad_y, grad_state, tangents, grad_y_tangent, grad_state_tangent, outputs)
+             : run_vjp_jvp<double>(s, x, grad_y, grad_state, tangents, grad_y_tangent, grad_state_tangent, outputs);
 }
 
 }  // namespace

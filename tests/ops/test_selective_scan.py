@@ -484,3 +484,36 @@ def test_bad_input_gives_one_sentence_that_names_it(function, arguments, name, e
 def test_examples():
     failures, examples = doctest.testmod(module)
     assert examples and not failures
+
+
+# ---- long sequences of few channels ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("present", [(), OPTIONAL], ids=["plain", "all"])
+@pytest.mark.parametrize("state, invariant", [(16, ()), (9, ("B",))])
+def test_few_channels_are_summed_in_parts(state, invariant, present, device):
+    """The states of few, long channels are two sums, for two threads; in a batch there is enough work without them."""
+    rows = 4
+    single = build(*present, batch=1, dim=17, length=70000 // state, state=state, invariant=invariant, softplus=True)(
+        torch.float32, device
+    )
+    names = [name for name in ARGUMENTS if name in single.tensors]
+    shared = {"A", "D", "delta_bias", *invariant}
+    repeated = {n: x if n in shared else x.expand(rows, *x.shape[1:]) for n, x in single.tensors.items()}
+
+    def results(call: Call, threads: int = 1) -> list[Tensor]:
+        before = torch.get_num_threads()
+        torch.set_num_threads(threads)
+        try:
+            x = list(leaves(call, names).values())
+            outs = outputs(selective_scan, call, **dict(zip(names, x, strict=True)))
+            first = torch.autograd.grad(outs, x, [out.detach() for out in outs], create_graph=True)
+            return [*outs, *first, *torch.autograd.grad(first, x, [v.detach() for v in x])]
+        finally:
+            torch.set_num_threads(before)
+
+    got = results(single)
+    assert all(map(torch.equal, got, results(single, threads=2)))
+    want = results(single._replace(tensors=repeated))
+    of = ["y", "last", *names, *names]
+    close(got, [w / rows if n in shared else w[:1] for n, w in zip(of, want, strict=True)], 4 * FACTOR)
