@@ -52,7 +52,7 @@ using Vec __attribute__((vector_size(N * sizeof(T)))) = T;
 template <class V>
 struct Lanes {
   using Element = std::remove_cvref_t<decltype(std::declval<V&>()[0])>;
-  using Int = std::conditional_t<sizeof(Element) == 4, std::int32_t, std::int64_t>;
+  using Int = std::conditional_t<sizeof(Element) <= 4, std::int32_t, std::int64_t>;
   static constexpr int count = sizeof(V) / sizeof(Element);
   using Bits = Vec<Int, count>;
 };

@@ -3,6 +3,8 @@
 
 #include <cstdint>
 
+#include "common/half.h"
+
 namespace eaml::selective_scan {
 
 // Steps between two saved states. CHUNK in eaml_ext/ops/selective_scan.py is the same number.
@@ -18,12 +20,14 @@ struct In {
   std::int64_t outer = 0, channel = 0, inner = 0;
   std::int64_t group = 0;           // of B and C; for them `channel` is the stride over states
   std::int64_t rows_per_outer = 1;  // batch rows that share one entry: 1, or batch / tasks
+  Half half = Half::kNone;          // of sequences: `data` points to such numbers instead
 };
 
 template <class T>
 struct Out {
   T* data = nullptr;
   std::int64_t outer = 0, channel = 0, inner = 0;
+  Half half = Half::kNone;  // likewise
 };
 
 // Inputs of one evaluation; in a Dual run a second set of these carries the tangents.

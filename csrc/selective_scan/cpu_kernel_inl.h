@@ -148,7 +148,48 @@ const T* origin(const In<T>& in, int64_t row, int64_t channel) {
   return in.data + row / in.rows_per_outer * in.outer + channel * in.channel;
 }
 
+inline const std::uint16_t* halves(const float* data) {
+  return reinterpret_cast<const std::uint16_t*>(data);
+}
+inline std::uint16_t* halves(float* data) {
+  return reinterpret_cast<std::uint16_t*>(data);
+}
+
+// Calls f(std::integral_constant<Half, half>).
+template <class F>
+EAML_INLINE void with_half(Half half, F f) {
+  if (half == Half::kBfloat16)
+    f(std::integral_constant<Half, Half::kBfloat16>());
+  else
+    f(std::integral_constant<Half, Half::kFloat16>());
+}
+
 // Strided copies run once a chunk or less: they stay out of line, without instruction sets of their own.
+
+// As stage_tile and scatter_tile below, for sequences of halves.
+template <int64_t W>
+EAML_NOINLINE void stage_half_tile(float* tile, const In<float>& in, int64_t row, int64_t channel, int64_t lanes,
+                                   int64_t start, int64_t steps) {
+  float rows[W * kChunk];
+  const std::uint16_t* from = halves(in.data) + row * in.outer + channel * in.channel + start * in.inner;
+  with_half(in.half, [&](auto half) EAML_LAMBDA {
+    for (int64_t i = 0; i < lanes; ++i)
+      for (int64_t t = 0; t < steps; ++t)
+        rows[i * kChunk + t] = load_half<half, float>(from + i * in.channel + t * in.inner);
+  });
+  std::fill_n(tile, steps * W, 0.0f);
+  transpose(tile, W, rows, kChunk, lanes, steps);
+}
+template <int64_t W>
+EAML_NOINLINE void scatter_half_tile(std::uint16_t* to, const Out<float>& out, const float* tile, int64_t lanes,
+                                     int64_t steps) {
+  float rows[W * kChunk];
+  transpose(rows, kChunk, tile, W, steps, lanes);
+  with_half(out.half, [&](auto half) EAML_LAMBDA {
+    for (int64_t i = 0; i < lanes; ++i)
+      for (int64_t t = 0; t < steps; ++t) store_half<half>(to + i * out.channel + t * out.inner, rows[i * kChunk + t]);
+  });
+}
 
 // tile[step][lane] = in[row][channel + lane][start + step], zeros beyond `lanes`.
 template <int64_t W, class T>
@@ -179,7 +220,17 @@ EAML_INLINE void store_tile(const Out<T>& out, const T* tile, int64_t row, int64
                             int64_t start, int64_t steps) {
   constexpr int64_t W = Lanes<V>::count;
   if (out.data == nullptr) return;
-  T* const to = out.data + row * out.outer + channel * out.channel + start * out.inner;
+  const int64_t offset = row * out.outer + channel * out.channel + start * out.inner;
+  if constexpr (sizeof(T) == 4) {
+    if (out.half != Half::kNone) {
+      std::uint16_t* const to = halves(out.data) + offset;
+      if (lanes != W || out.channel != 1) return scatter_half_tile<W>(to, out, tile, lanes, steps);
+      return with_half(out.half, [&](auto half) EAML_LAMBDA {
+        for (int64_t t = 0; t < steps; ++t) store_half<half>(to + t * out.inner, load<V>(tile + t * W));
+      });
+    }
+  }
+  T* const to = out.data + offset;
   if (lanes == W && out.channel == 1)
     copy_rows<V>(to, out.inner, tile, W, steps);
   else
@@ -364,15 +415,13 @@ struct Segments {
 
 // Rows of the caller's memory that are needed next. The loops over time prefetch two streams, a row of each per step:
 // all at once, or left to the processor (which does not see rows of a matrix coming), they would stall it.
-template <class T>
 struct Stream {
-  const T* row;
-  int64_t step;
+  const char* row;
+  int64_t step;  // in bytes
   EAML_INLINE void prefetch(int64_t t) const { EAML_PREFETCH(row + t * step); }
 };
-template <class T>
 struct Streams {
-  Stream<T> first, second;
+  Stream first, second;
   EAML_INLINE void prefetch(int64_t t) const { first.prefetch(t), second.prefetch(t); }
 };
 
@@ -394,7 +443,7 @@ struct Unit {
   Span<S> memory_u, memory_delta, memory_z;
   View<S> u, z;
   Segments segments;
-  Stream<T> coming[8];  // u, delta and, where there are, grad_y and z, with their tangents
+  Stream coming[8];  // u, delta and, where there are, grad_y and z, with their tangents
   int64_t streams;
 
   Unit(Arena& arena, const Shape& s, const Source<S>& src, int64_t index)
@@ -425,9 +474,9 @@ struct Unit {
   int64_t channel(int64_t block) const { return at.first + block * W; }
   int64_t chunks() const { return (shape.length + kChunk - 1) / kChunk; }
   // What the states from n on prefetch; the arrays' own memory, which is at hand, where there is nothing more to come.
-  EAML_INLINE Streams<T> streams_from(int64_t n) const {
+  EAML_INLINE Streams streams_from(int64_t n) const {
     const int64_t i = n / kStates * 2;
-    const Stream<T> none{dt.value, 0};
+    const Stream none{reinterpret_cast<const char*>(dt.value), 0};
     return {i < streams ? coming[i] : none, i + 1 < streams ? coming[i + 1] : none};
   }
   EAML_INLINE Rates<S> rates(int64_t j) const { return {A.at(j), A2 + j}; }
@@ -466,11 +515,27 @@ struct Unit {
   // The chunk of an input, copied to `tile` only where lanes are not adjacent. The next chunk starts `ahead` steps on.
   EAML_INLINE View<S> view(In<T> Inputs<T>::* member, Span<S> tile, int64_t block, int64_t start, int64_t steps,
                            int64_t ahead) {
+    const bool last = block + 1 == blocks();  // next is another block, or the first one of the next chunk
     const auto rows = [&](T* to, const In<T>& in) EAML_LAMBDA -> View<V> {
-      if (in.data != nullptr && in.channel == 1 && lanes(block) == W) {
+      const bool adjacent = in.data != nullptr && in.channel == 1 && lanes(block) == W;
+      const int64_t next = last ? ahead * in.inner - block * W : W;
+      if constexpr (sizeof(T) == 4) {
+        if (in.data != nullptr && in.half != Half::kNone) {
+          if (!adjacent) {
+            stage_half_tile<W>(to, in, at.row, channel(block), lanes(block), start, steps);
+          } else {
+            const std::uint16_t* const row = halves(in.data) + at.row * in.outer + channel(block) + start * in.inner;
+            coming[streams++] = {reinterpret_cast<const char*>(row + next), in.inner * int64_t(sizeof(*row))};
+            with_half(in.half, [&](auto half) EAML_LAMBDA {
+              for (int64_t t = 0; t < steps; ++t) store(to + t * W, load_half<half, V>(row + t * in.inner));
+            });
+          }
+          return {to, W};
+        }
+      }
+      if (adjacent) {
         const T* const row = origin(in, at.row, channel(block)) + start * in.inner;
-        const bool last = block + 1 == blocks();  // next is another block, or the first one of the next chunk
-        coming[streams++] = {last ? row + ahead * in.inner - block * W : row + W, in.inner};
+        coming[streams++] = {reinterpret_cast<const char*>(row + next), in.inner * int64_t(sizeof(T))};
         return {row, in.inner};
       }
       stage_tile<W>(to, in, at.row, channel(block), lanes(block), start, steps, ahead);
@@ -527,8 +592,8 @@ struct Unit {
 
 // Advances the states of a group through a chunk and, if kOutput, adds C h to y.
 template <bool kOutput, class S, bool kLane>
-EAML_INLINE void forward_states(const Segments& segments, Streams<number_t<S>> coming, Rates<S> rates, Span<S> state,
-                                Span<S> dt, Span<S> x, Operand<S, kLane> B, Operand<S, kLane> C, Span<S> y) {
+EAML_INLINE void forward_states(const Segments& segments, Streams coming, Rates<S> rates, Span<S> state, Span<S> dt,
+                                Span<S> x, Operand<S, kLane> B, Operand<S, kLane> C, Span<S> y) {
   constexpr int64_t W = kLanes<S>;
   S h[kStates], a[kStates];
   read(h, state);
@@ -627,9 +692,9 @@ struct GradientTiles {
 
 // Takes the states of a group back through a chunk, from `start`, their values before it.
 template <class S, bool kLane>
-EAML_INLINE void backward_states(const Segments& segments, Streams<number_t<S>> coming, bool gated, Rates<S> rates,
-                                 Span<S> start, Span<S> dt, Span<S> x, Operand<S, kLane> B, Operand<S, kLane> C,
-                                 Span<S> y, Span<S> grad_state, GradientTiles<S> grad, Span<S> decays, Span<S> states,
+EAML_INLINE void backward_states(const Segments& segments, Streams coming, bool gated, Rates<S> rates, Span<S> start,
+                                 Span<S> dt, Span<S> x, Operand<S, kLane> B, Operand<S, kLane> C, Span<S> y,
+                                 Span<S> grad_state, GradientTiles<S> grad, Span<S> decays, Span<S> states,
                                  Span<S> zeros, Sums<number_t<S>> sums) {
   using V = vector_t<S>;
   constexpr int64_t W = kLanes<S>, size = kGroup<S>;

@@ -52,7 +52,7 @@ int64_t chunks(const Shape& s) {
 void check_kind(const char* name, const Maybe& t, ScalarType dtype, int64_t min_rank, int64_t max_rank) {
   if (!t) return;
   EAML_CHECK(t->is_cpu(), "selective_scan: ", name, " must be on the CPU");
-  EAML_CHECK(t->scalar_type() == dtype, "selective_scan: ", name, " must have the dtype of u");
+  EAML_CHECK(t->scalar_type() == dtype, "selective_scan: ", name, " has a wrong dtype");
   EAML_CHECK(t->dim() >= min_rank && t->dim() <= max_rank, "selective_scan: ", name, " has ", t->dim(), " dimensions");
 }
 
@@ -81,14 +81,24 @@ int64_t parts(const Shape& s) {
   return few && much && s.state >= 2 * kPartStates ? 2 : 1;
 }
 
+// Of parameters, states and all arithmetic: sequences alone may be of half precision.
+ScalarType wide(ScalarType dtype) {
+  return dtype == ScalarType::Double ? dtype : ScalarType::Float;
+}
+
+Half half(ScalarType dtype) {
+  return dtype == ScalarType::BFloat16 ? Half::kBfloat16 : dtype == ScalarType::Half ? Half::kFloat16 : Half::kNone;
+}
+
 Shape make_shape(const Arguments& x, const Maybe& reset, bool softplus, bool B_invariant, bool C_invariant) {
   const ScalarType dtype = x.u->scalar_type();
-  EAML_CHECK(dtype == ScalarType::Float || dtype == ScalarType::Double, "selective_scan: u must be float32 or float64");
-  check_kind("u", x.u, dtype, 3, 3), check_kind("delta", x.delta, dtype, 3, 3), check_kind("A", x.A, dtype, 2, 3);
-  check_kind("B", x.B, dtype, B_invariant ? 2 : 3, B_invariant ? 3 : 4);
-  check_kind("C", x.C, dtype, C_invariant ? 2 : 3, C_invariant ? 3 : 4);
-  check_kind("D", x.D, dtype, 1, 2), check_kind("z", x.z, dtype, 3, 3);
-  check_kind("delta_bias", x.delta_bias, dtype, 1, 2), check_kind("initial_state", x.initial_state, dtype, 3, 3);
+  const ScalarType full = wide(dtype);
+  EAML_CHECK(dtype == full || half(dtype) != Half::kNone, "selective_scan: u must be floating-point");
+  check_kind("u", x.u, dtype, 3, 3), check_kind("delta", x.delta, dtype, 3, 3), check_kind("A", x.A, full, 2, 3);
+  check_kind("B", x.B, full, B_invariant ? 2 : 3, B_invariant ? 3 : 4);
+  check_kind("C", x.C, full, C_invariant ? 2 : 3, C_invariant ? 3 : 4);
+  check_kind("D", x.D, full, 1, 2), check_kind("z", x.z, dtype, 3, 3);
+  check_kind("delta_bias", x.delta_bias, full, 1, 2), check_kind("initial_state", x.initial_state, full, 3, 3);
 
   Shape s{};
   s.batch = x.u->size(0), s.dim = x.u->size(1), s.length = x.u->size(2),
@@ -115,7 +125,7 @@ Shape make_shape(const Arguments& x, const Maybe& reset, bool softplus, bool B_i
     check_sizes("reset", reset, 0, {s.batch, s.length});
     s.reset = data<bool>(*reset), s.reset_outer = reset->stride(0), s.reset_inner = reset->stride(1);
   }
-  s.parts = dtype == ScalarType::Float ? parts<float>(s) : parts<double>(s);
+  s.parts = dtype != full ? 1 : dtype == ScalarType::Float ? parts<float>(s) : parts<double>(s);
   return s;
 }
 
@@ -143,7 +153,7 @@ Shape make_step_shape(const Tensor& state, const Arguments& x, bool softplus) {
 
 void check_cotangents(const Shape& s, const Arguments& x, const Maybe& grad_y, const Maybe& grad_state) {
   check_kind("grad_y", grad_y, x.u->scalar_type(), 3, 3);
-  check_kind("grad_state", grad_state, x.u->scalar_type(), 3, 3);
+  check_kind("grad_state", grad_state, wide(x.u->scalar_type()), 3, 3);
   check_sizes("grad_y", grad_y, 0, {s.batch, s.dim, s.length});
   check_sizes("grad_state", grad_state, 0, {s.batch, s.dim, s.state});
 }
@@ -152,7 +162,7 @@ void check_tangents(const Arguments& x, const Arguments& tangents) {
   const auto check = [&](const char* name, const Maybe& value, const Maybe& tangent) {
     if (!tangent) return;
     EAML_CHECK(value.has_value(), "selective_scan: ", name, " has a tangent but no value");
-    check_kind(name, tangent, x.u->scalar_type(), value->dim(), value->dim());
+    check_kind(name, tangent, value->scalar_type(), value->dim(), value->dim());
     check_sizes(name, tangent, 0, sizes_of(*value));
   };
   check("u", x.u, tangents.u), check("delta", x.delta, tangents.delta), check("A", x.A, tangents.A);
@@ -165,7 +175,9 @@ void check_tangents(const Arguments& x, const Arguments& tangents) {
 template <class T>
 In<T> sequence(const Maybe& t) {
   if (!t) return {};
-  return {data<T>(*t), t->stride(0), t->stride(1), t->stride(2)};
+  In<T> in{data<T>(*t), t->stride(0), t->stride(1), t->stride(2)};
+  in.half = half(t->scalar_type());
+  return in;
 }
 
 // The same at one step: (batch, dim), and (batch, [groups,] state).
@@ -214,7 +226,7 @@ Inputs<T> inputs(const Shape& s, const Arguments& x) {
 
 template <class T>
 Out<T> out(const Tensor& t) {
-  return {mutable_data<T>(t), t.stride(0), t.stride(1), t.stride(2)};
+  return {mutable_data<T>(t), t.stride(0), t.stride(1), t.stride(2), half(t.scalar_type())};
 }
 
 Tensor empty(const Tensor& like, const Sizes& size) {
@@ -340,8 +352,8 @@ struct Partial {
   T* data;  // the result itself where there is nothing to add up
   int64_t outer, middle, inner;
 
-  Partial(Scratch& scratch, const Tensor& like_u, const Maybe& like, int64_t o, int64_t m, int64_t i)
-      : result(empty(like_u, like ? sizes_of(*like) : Sizes{0})), outer(like ? o : 0), middle(m), inner(i) {
+  Partial(Scratch& scratch, const Tensor& wide, const Maybe& like, int64_t o, int64_t m, int64_t i)
+      : result(empty(wide, like ? sizes_of(*like) : Sizes{0})), outer(like ? o : 0), middle(m), inner(i) {
     data = like && m == 1 ? mutable_data<T>(result) : scratch.take<T>(o * m * i);
   }
 
@@ -367,19 +379,19 @@ struct GradientTensors {
         C(over_channels(scratch, s, x, x.C, s.C_invariant)),
         D(over_rows(scratch, s, x, x.D, 1)),
         delta_bias(over_rows(scratch, s, x, x.delta_bias, 1)),
-        initial_state(scratch, *x.u, x.initial_state, s.batch, 1, s.dim * s.state) {}
+        initial_state(scratch, *x.A, x.initial_state, s.batch, 1, s.dim * s.state) {}
 
   // Summed over the batch rows that share a parameter.
   static Partial<T> over_rows(Scratch& scratch, const Shape& s, const Arguments& x, const Maybe& like, int64_t rank) {
     const int64_t tasks = like && like->dim() > rank ? like->size(0) : 1;
-    return {scratch, *x.u, like, tasks, s.batch / tasks, rank == 2 ? s.dim * s.state : s.dim};
+    return {scratch, *x.A, like, tasks, s.batch / tasks, rank == 2 ? s.dim * s.state : s.dim};
   }
 
   // Summed over the channels of a group.
   static Partial<T> over_channels(Scratch& scratch, const Shape& s, const Arguments& x, const Maybe& like,
                                   bool invariant) {
     if (invariant) return over_rows(scratch, s, x, like, 2);
-    return {scratch, *x.u, like, s.batch * s.groups, units<T>(s) / s.groups, s.state * s.length};
+    return {scratch, *x.A, like, s.batch * s.groups, units<T>(s) / s.groups, s.state * s.length};
   }
 
   Gradients<T> pointers(const Arguments& x) const {
@@ -437,8 +449,8 @@ void run_backward(Scratch& scratch, const Shape& s, const Inputs<T>& in, const I
 template <class T>
 std::tuple<Tensor, Tensor, Tensor> run(const Shape& s, const Arguments& x, bool save) {
   Scratch scratch;
-  Tensor y = torch::stable::empty_like(*x.u), last = empty(*x.u, {s.batch, s.dim, s.state});
-  Tensor saved = save ? empty(*x.u, {s.batch, chunks(s) * s.state * s.dim}) : empty(*x.u, {0});
+  Tensor y = torch::stable::empty_like(*x.u), last = empty(*x.A, {s.batch, s.dim, s.state});
+  Tensor saved = empty(*x.A, save ? Sizes{s.batch, chunks(s) * s.state * s.dim} : Sizes{0});
   const Outputs<T> to{out<T>(y), out<T>(last), save ? mutable_data<T>(saved) : nullptr};
   run_forward<T>(scratch, s, inputs<T>(s, x), nullptr, to);
   return {y, last, saved};
@@ -467,7 +479,7 @@ template <class T>
 std::tuple<Tensor, Tensor> run_jvp(const Shape& s, const Arguments& x, const Arguments& tangents) {
   Scratch scratch;
   const Inputs<T> along = inputs<T>(s, tangents);
-  Tensor y = torch::stable::empty_like(*x.u), last = empty(*x.u, {s.batch, s.dim, s.state});
+  Tensor y = torch::stable::empty_like(*x.u), last = empty(*x.A, {s.batch, s.dim, s.state});
   run_forward<T>(scratch, s, inputs<T>(s, x), &along, {out<T>(y), out<T>(last)});
   return {y, last};
 }
@@ -480,7 +492,7 @@ JvpTuple run_vjp_jvp(const Shape& s, const Arguments& x, const Tensor& grad_y, c
   in.grad_y = sequence<T>(grad_y), in.grad_state = sequence<T>(grad_state);
   along.grad_y = sequence<T>(grad_y_tangent), along.grad_state = sequence<T>(grad_state_tangent);
   Tensor y = outputs ? torch::stable::empty_like(*x.u) : empty(*x.u, {0});
-  Tensor last = empty(*x.u, outputs ? Sizes{s.batch, s.dim, s.state} : Sizes{0});
+  Tensor last = empty(*x.A, outputs ? Sizes{s.batch, s.dim, s.state} : Sizes{0});
   Scratch scratch;
   const int64_t count = s.batch * chunks(s) * s.state * s.dim;
   Outputs<T> first{{}, {}, scratch.take<T>(count), scratch.take<T>(count)};
@@ -508,7 +520,7 @@ std::tuple<Tensor, Tensor> run_step(const Shape& s, const Tensor& state, const A
 }
 
 bool single(const Arguments& x) {
-  return x.u->scalar_type() == ScalarType::Float;
+  return x.u->scalar_type() != ScalarType::Double;
 }
 
 // The ops. Their schemas, and what they compute, stand in eaml_ext/ops/selective_scan.py.
@@ -534,7 +546,7 @@ GradientTuple selective_scan_backward(Tensor grad_y, Maybe grad_state, Tensor u,
   const Arguments x{u, delta, A, B, C, D, z, delta_bias, initial_state};
   const Shape s = make_shape(x, reset, delta_softplus, B_invariant, C_invariant);
   check_cotangents(s, x, grad_y, grad_state);
-  check_kind("saved", saved, u.scalar_type(), 2, 2);
+  check_kind("saved", saved, A.scalar_type(), 2, 2);
   check_sizes("saved", saved, 0, {s.batch, chunks(s) * s.state * s.dim});
   EAML_CHECK(!saved || saved->is_contiguous(), "selective_scan: saved must be contiguous");
   return single(x) ? run_vjp<float>(s, x, grad_y, grad_state, saved) : run_vjp<double>(s, x, grad_y, grad_state, saved);

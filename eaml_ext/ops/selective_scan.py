@@ -24,6 +24,9 @@ from eaml_ext import _check
 
 CHUNK = 32  # steps between two saved states; kChunk in csrc/selective_scan/cpu_kernel.h
 
+_HALF = (torch.bfloat16, torch.float16)
+_FULL = (torch.float32, torch.float64)
+
 # The differentiable arguments, in the order of every schema, gradient and tangent list.
 ARGUMENTS = ("u", "delta", "A", "B", "C", "D", "z", "delta_bias", "initial_state")
 _COUNT = len(ARGUMENTS)
@@ -100,6 +103,9 @@ def _reference(
 ) -> tuple[Tensor, Tensor, list[Tensor]]:
     """The formula, one step at a time: y, last state, and the states at the start of each chunk."""
     batch, dim, length = u.shape
+    dtype = u.dtype
+    if dtype in _HALF:
+        u, delta, z = u.float(), delta.float(), None if z is None else z.float()
     bias = _per_row(delta_bias, 1, batch)
     dt = delta if bias is None else delta + bias.unsqueeze(-1)
     if delta_softplus:
@@ -121,7 +127,7 @@ def _reference(
         y = y + u * D.unsqueeze(-1)
     if z is not None:
         y = y * F.silu(z)
-    return y, h, saved
+    return y.to(dtype), h, saved
 
 
 def _present(values: Sequence[Any]) -> list[int]:
@@ -143,10 +149,13 @@ def _as_function(inputs: Sequence[Any], options: Sequence[Any]) -> tuple[Callabl
 
 def _empty_gradients(inputs: Sequence[Any]) -> tuple[Tensor, ...]:
     """Uninitialised gradients; those of sequences have the strides of their argument."""
-    u = inputs[0]
-    keep = ("u", "delta", "z")
+    u, A = inputs[0], inputs[2]
     return tuple(
-        u.new_empty(0) if v is None else torch.empty_like(v) if name in keep else u.new_empty(v.shape)
+        (u if name == "z" else A).new_empty(0)
+        if v is None
+        else torch.empty_like(v)
+        if name in ("u", "delta", "z")
+        else v.new_empty(v.shape)
         for name, v in zip(ARGUMENTS, inputs, strict=True)
     )
 
@@ -195,10 +204,10 @@ def _scan_reference(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
     y = torch.empty_like(u).copy_(y)
     last = last.clone(memory_format=torch.contiguous_format)
     if not save:
-        return y, last, u.new_empty(0)
+        return y, last, A.new_empty(0)
     batch, size = u.shape[0], len(saved) * A.shape[-1] * u.shape[1]
     if not saved:
-        return y, last, u.new_empty(batch, size)
+        return y, last, A.new_empty(batch, size)
     return y, last, torch.stack(saved, dim=1).transpose(2, 3).reshape(batch, size)
 
 
@@ -254,7 +263,7 @@ def _backward_jvp_reference(
     function, present = _as_function(inputs, options)
     u, A = inputs[0], inputs[2]
     if grad_state is None:
-        grad_state = u.new_zeros(*u.shape[:2], A.shape[-1])
+        grad_state = A.new_zeros(*u.shape[:2], A.shape[-1])
     with _autograd():
         x, g = _leaves(present), _leaves((grad_y, grad_state))
         outs = function(*x)
@@ -264,7 +273,7 @@ def _backward_jvp_reference(
     if args[-1]:
         y, last = torch.empty_like(u).copy_(y), last.clone(memory_format=torch.contiguous_format)
     else:
-        y, last = u.new_empty(0), u.new_empty(0)
+        y, last = u.new_empty(0), A.new_empty(0)
     return (y, last, *_spread([a + b for a, b in zip(grads, moved, strict=True)], inputs))
 
 
@@ -272,7 +281,7 @@ def _backward_jvp_reference(
 
 
 def _fake_state(u: Tensor, A: Tensor) -> Tensor:
-    return u.new_empty(u.shape[0], u.shape[1], A.shape[-1])
+    return A.new_empty(u.shape[0], u.shape[1], A.shape[-1])
 
 
 @torch.library.register_fake("eaml_ext::selective_scan")
@@ -280,7 +289,7 @@ def _scan_fake(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
     u, A, save = args[0], args[2], args[-1]
     # One dimension for (chunks, state, dim): of its own, that of chunks would be compiled anew for each side of 1.
     chunks = (u.shape[2] + CHUNK - 1) // CHUNK
-    saved = u.new_empty(u.shape[0], chunks * A.shape[-1] * u.shape[1]) if save else u.new_empty(0)
+    saved = A.new_empty(u.shape[0], chunks * A.shape[-1] * u.shape[1]) if save else A.new_empty(0)
     return torch.empty_like(u), _fake_state(u, A), saved
 
 
@@ -304,7 +313,7 @@ def _backward_jvp_fake(
     grad_y: Any, grad_state: Any, gy_tangent: Any, gs_tangent: Any, *args: Any
 ) -> tuple[Tensor, ...]:
     u, A = args[0], args[2]
-    outs = (torch.empty_like(u), _fake_state(u, A)) if args[-1] else (u.new_empty(0), u.new_empty(0))
+    outs = (torch.empty_like(u), _fake_state(u, A)) if args[-1] else (u.new_empty(0), A.new_empty(0))
     return (*outs, *_empty_gradients(args[:_COUNT]))
 
 
@@ -579,9 +588,6 @@ for _function in (_Scan, _Vjp, _Jvp, _VjpJvp):
 
 # --- public ----------------------------------------------------------------------------------------------------------
 
-_HALF = (torch.bfloat16, torch.float16)
-_FULL = (torch.float32, torch.float64)
-
 
 def _check_arguments(
     where: str, x: Sequence[Any], delta_softplus: Any, reset: Any, state_name: str = "initial_state"
@@ -689,17 +695,16 @@ def _plain(x: Sequence[Any]) -> bool:
 
 
 def _scan(x: Sequence[Any], options: Sequence[Any], run: Callable[..., Any] | None = None) -> tuple[Tensor, Tensor]:
-    """(y, last state) of checked arguments, half types widened; ``run`` replaces the op."""
-    dtype = x[0].dtype
-    if dtype != torch.float64:
-        x = [v if v is None or v.dtype == torch.float32 else v.float() for v in x]
+    """(y, last state) of checked arguments; ``run`` replaces the op, which takes u, delta and z in half types, too."""
+    if x[0].dtype != torch.float64:
+        x = [v if v is None or name in ("u", "delta", "z") else v.float() for name, v in zip(ARGUMENTS, x, strict=True)]
     if run is not None:
         y, last, _ = run(*x, *options)
     elif _plain(x):
         y, last, _ = _ops.selective_scan(*x, *options, False)
     else:
         y, last, _ = _Scan.apply(*x, *options)
-    return (y if y.dtype == dtype else y.to(dtype)), last
+    return y, last
 
 
 @torch.compiler.allow_in_graph

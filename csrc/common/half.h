@@ -1,0 +1,67 @@
+// bfloat16 and float16 in memory, float32 in registers.
+#pragma once
+
+#include <cstdint>
+
+#include "common/simd.h"
+
+namespace eaml {
+
+enum class Half : std::uint8_t { kNone, kBfloat16, kFloat16 };
+
+// What follows works on vectors and on single numbers alike; U is the same number of 32-bit integers.
+template <class V>
+struct Unsigned {
+  using type = Vec<std::uint32_t, Lanes<V>::count>;
+};
+template <>
+struct Unsigned<float> {
+  using type = std::uint32_t;
+};
+template <class V>
+using unsigned_t = typename Unsigned<V>::type;
+
+template <Half kHalf, class V, class U>
+EAML_INLINE V widen(U bits) {
+  if constexpr (kHalf == Half::kBfloat16) return __builtin_bit_cast(V, bits << 16);
+  const U magnitude = (bits & 0x7fffu) << 13, sign = (bits & 0x8000u) << 16;
+  const U finite = __builtin_bit_cast(U, __builtin_bit_cast(V, magnitude) * 0x1p112f);  // exponents differ by 112
+  return __builtin_bit_cast(V, (magnitude >= 0x0f800000u ? magnitude | 0x7f800000u : finite) | sign);
+}
+
+// Rounds to nearest, ties to even, as torch does.
+template <Half kHalf, class U, class V>
+EAML_INLINE U narrow(V x) {
+  const U bits = __builtin_bit_cast(U, x), magnitude = bits & 0x7fffffffu;
+  if constexpr (kHalf == Half::kBfloat16) {
+    const U rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
+    return magnitude > 0x7f800000u ? (bits >> 16) | 0x40u : rounded;
+  }
+  const U normal = (magnitude + 0xc8000fffu + ((magnitude >> 13) & 1u)) >> 13;   // exponent less 112, rounded
+  const U sum = __builtin_bit_cast(U, __builtin_bit_cast(V, magnitude) + 0.5f);  // aligns the bits of denormals
+  const U denormal = sum - 0x3f000000u;
+  const U finite = magnitude < 0x38800000u ? denormal : normal;
+  const U large = magnitude > 0x7f800000u ? (magnitude & 0u) + 0x7e00u : (magnitude & 0u) + 0x7c00u;
+  return (magnitude >= 0x47800000u ? large : finite) | ((bits >> 16) & 0x8000u);
+}
+
+template <Half kHalf, class V>
+EAML_INLINE V load_half(const std::uint16_t* from) {
+  using U = unsigned_t<V>;
+  if constexpr (Lanes<V>::count == 1)
+    return widen<kHalf, V>(U{*from});
+  else
+    return widen<kHalf, V>(__builtin_convertvector(load<Vec<std::uint16_t, Lanes<V>::count>>(from), U));
+}
+
+template <Half kHalf, class V>
+EAML_INLINE void store_half(std::uint16_t* to, V x) {
+  using U = unsigned_t<V>;
+  const U bits = narrow<kHalf, U>(x);
+  if constexpr (Lanes<V>::count == 1)
+    *to = static_cast<std::uint16_t>(bits);
+  else
+    store(to, __builtin_convertvector(bits, Vec<std::uint16_t, Lanes<V>::count>));
+}
+
+}  // namespace eaml
