@@ -1,7 +1,9 @@
 """h_t = exp(dt_t A) h_{t-1} + dt_t B_t u_t;  y_t = (C_t . h_t + D u_t) silu(z_t);  dt = softplus(delta + delta_bias).
 
 The recurrence of Mamba (Gu & Dao 2023, "Mamba: Linear-Time Sequence Modeling with Selective State Spaces", eq. 2 with
-the zero-order hold on A and Euler's rule on B), with states and episode resets as arguments.
+the zero-order hold on A and Euler's rule on B), with states and episode resets as arguments. With a complex A (S4D,
+Gu et al. 2022, "On the Parameterization and Initialization of Diagonal State Space Models") the states stand for
+conjugate pairs: 2 Re(C_t . h_t) takes the place of C_t . h_t.
 
 From top to bottom: schemas, reference (the specification; it also runs where no kernel is registered), shapes for the
 compiler, operation counts, autograd, public functions. Kernels: ``csrc/selective_scan``.
@@ -112,7 +114,7 @@ def _reference(
         dt = -F.logsigmoid(-dt)  # softplus without torch's linear branch above 20
     A, D = _per_row(A, 2, batch), _per_row(D, 1, batch)  # type: ignore[assignment]
     B_at, C_at = _per_step(B, B_invariant, batch, dim), _per_step(C, C_invariant, batch, dim)
-    h = u.new_zeros(batch, dim, A.shape[-1]) if initial_state is None else initial_state
+    h = A.new_zeros(batch, dim, A.shape[-1]) if initial_state is None else initial_state
     x = dt * u
     ys, saved = [], []
     for t in range(length):
@@ -123,6 +125,8 @@ def _reference(
         h = torch.exp(dt[..., t, None] * A) * h + x[..., t, None] * B_at(t)
         ys.append((h * C_at(t)).sum(-1))
     y = torch.stack(ys, dim=-1) if ys else torch.zeros_like(u)
+    if y.is_complex():
+        y = 2 * y.real
     if D is not None:
         y = y + u * D.unsqueeze(-1)
     if z is not None:
@@ -601,6 +605,7 @@ def _check_arguments(
             _check.tensor(where, name, value)
     _check.flag(where, "delta_softplus", delta_softplus)
     u, delta, A, B, C, D, z, delta_bias, initial_state = x
+    complex_A = A.is_complex()
     if u.dim() != 3:
         raise ValueError(f"{where}: u must have shape (batch, dim, length), got {tuple(u.shape)}")
     if A.dim() not in (2, 3):
@@ -615,6 +620,9 @@ def _check_arguments(
         if value.dim() > rank and (shape[0] == 0 or batch % shape[0]):
             raise ValueError(f"{where}: {name} has {shape[0]} tasks, which do not divide the batch of {batch}")
 
+    def packed(value: Tensor) -> bool:
+        return complex_A and value.is_floating_point() and value.shape[-1] == 2 * length
+
     def variable(name: str, value: Tensor) -> None:
         shape = value.shape
         if value.dim() not in (3, 4):
@@ -626,7 +634,7 @@ def _check_arguments(
             raise ValueError(f"{where}: {name} has batch {shape[0]}, u has batch {batch}")
         if shape[-2] != state:
             raise ValueError(f"{where}: {name} has {shape[-2]} states, A has {state}")
-        if shape[-1] != length:
+        if shape[-1] != length and not packed(value):
             raise ValueError(f"{where}: {name} has length {shape[-1]}, u has length {length}")
         if value.dim() == 4 and (shape[1] == 0 or dim % shape[1]):
             raise ValueError(f"{where}: {name} has {shape[1]} groups, which do not divide the {dim} channels of u")
@@ -657,28 +665,31 @@ def _check_arguments(
 
     _check.dtype(where, "u", u, (*_FULL, *_HALF))
     wide = torch.float32 if u.dtype in _HALF else u.dtype
-    for name, value in zip(names, x, strict=True):
+    plain = {name for name, value in (("B", B), ("C", C)) if value.dim() > 2 and (packed(value) or not complex_A)}
+    for name, value in zip(names[1:], x[1:], strict=True):
         if value is None:
             continue
-        if name in ("delta", "z", "B", "C") and not (value.dim() == 2 or name == "u"):
+        if name in ("delta", "z") or name in plain:
             wanted: tuple[torch.dtype, ...] = (u.dtype,)
-        elif name == "u":
-            continue
+        elif complex_A and name in ("A", "B", "C", state_name):
+            wanted = (wide.to_complex(),)
         else:
             wanted = (wide, *_HALF) if u.dtype != torch.float64 else (wide,)
         if value.dtype not in wanted:
-            _check.dtype(where, name, value, wanted[:1], f"{wanted[0]} for u of {u.dtype}".replace("torch.", ""))
+            kind = f" and {'complex' if complex_A else 'real'} A" * (name in ("B", "C", state_name))
+            _check.dtype(where, name, value, wanted[:1], f"{wanted[0]} for u of {u.dtype}{kind}".replace("torch.", ""))
         if value.device != u.device:
             _check.device(where, name, value, u.device, "u")
     return invariant
 
 
 def _autocast(x: tuple[Any, ...]) -> tuple[Any, ...]:
-    """Under autocast, sequences of mixed dtypes become the widest of them, as in torch's ops of several arguments."""
+    """Under autocast, real sequences of mixed dtypes become the widest of them, as in torch's own ops."""
     if not torch._C._is_any_autocast_enabled() or not isinstance(x[0], Tensor):
         return x
     names = ("u", "delta", "B", "C", "z")
-    found = [i for i, v in enumerate(x) if ARGUMENTS[i] in names and isinstance(v, Tensor) and v.dim() > 2]
+    sequences = [i for i, v in enumerate(x) if ARGUMENTS[i] in names and isinstance(v, Tensor) and v.dim() > 2]
+    found = [i for i in sequences if not x[i].is_complex()]
     dtypes = {x[i].dtype for i in found}
     device = x[0].device.type
     on = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
@@ -694,10 +705,22 @@ def _plain(x: Sequence[Any]) -> bool:
     return not torch.is_grad_enabled() or not any(v is not None and v.requires_grad for v in x)
 
 
+def _complex(matrix: Tensor) -> Tensor:
+    """B or C of a complex A, whose parts may be interleaved along time."""
+    return matrix if matrix.is_complex() else torch.complex(matrix[..., ::2], matrix[..., 1::2])
+
+
 def _scan(x: Sequence[Any], options: Sequence[Any], run: Callable[..., Any] | None = None) -> tuple[Tensor, Tensor]:
     """(y, last state) of checked arguments; ``run`` replaces the op, which takes u, delta and z in half types, too."""
     if x[0].dtype != torch.float64:
-        x = [v if v is None or name in ("u", "delta", "z") else v.float() for name, v in zip(ARGUMENTS, x, strict=True)]
+        full = (torch.float32, torch.complex64)
+        kept = ("u", "delta", "z")
+        x = [
+            v if v is None or name in kept or v.dtype in full else v.float()
+            for name, v in zip(ARGUMENTS, x, strict=True)
+        ]
+    if x[2].is_complex():
+        x, run = [*x[:3], _complex(x[3]), _complex(x[4]), *x[5:]], _reference
     if run is not None:
         y, last, _ = run(*x, *options)
     elif _plain(x):
@@ -729,27 +752,33 @@ def selective_scan(
     every argument: reverse over reverse, forward over reverse, reverse over forward. ``torch.func``, ``vmap`` (per-task
     parameters in one call) and ``torch.compile`` compose with it. The batch is task-major: with per-task parameters,
     row ``b`` belongs to task ``b // (batch / tasks)``. Under ``torch.autocast``, ``u``, ``delta``, ``z`` and variable
-    ``B``, ``C`` of mixed dtypes are taken in the widest of them.
+    real ``B``, ``C`` of mixed dtypes are taken in the widest of them.
+
+    A complex ``A`` (S4D) takes complex ``B``, ``C`` and ``initial_state`` and gives a complex last state and a real
+    ``y_t = 2 Re(C_t . h_t) + D u_t``; gradients follow PyTorch's convention. It runs as a differentiable loop over time
+    in PyTorch, as there is no kernel for it yet.
 
     Args:
         u: input, ``(batch, dim, length)``, float32, float64, bfloat16 or float16, any strides; channel-last memory is
             the fastest on a CPU.
         delta: step size, like ``u``.
-        A: ``(dim, state)`` or, one per task, ``(tasks, dim, state)``; float32 (float64 for float64 ``u``).
+        A: ``(dim, state)`` or, one per task, ``(tasks, dim, state)``; float32 or complex64 (float64 or complex128 for
+            float64 ``u``).
         B: ``(batch, state, length)``, ``(batch, groups, state, length)``, both in the dtype of ``u``, or, the same at
-            every step, ``(dim, state)`` in the dtype of ``A``.
+            every step, ``(dim, state)`` in the dtype of ``A``. With a complex ``A`` all are in its dtype, or, as in
+            mamba_ssm, ``(batch, [groups,] state, 2 * length)`` in that of ``u``, real and imaginary parts interleaved.
         C: as ``B``.
-        D: skip weight, ``(dim,)`` or ``(tasks, dim)``, in the dtype of ``A``.
+        D: skip weight, ``(dim,)`` or ``(tasks, dim)``, float32 (float64 for float64 ``u``).
         z: gate, like ``u``.
-        delta_bias: added to ``delta``, ``(dim,)`` or ``(tasks, dim)``, in the dtype of ``A``.
+        delta_bias: added to ``delta``, like ``D``.
         delta_softplus: take ``softplus(delta + delta_bias)`` as the step size.
         return_last_state: also return ``h`` after the last step.
         initial_state: ``h`` before the first step, ``(batch, dim, state)`` in the dtype of ``A``; zero if absent.
         reset: ``(batch, length)`` bool: the state is zeroed before step t, so that an episode starts at t.
 
     Returns:
-        ``y`` like ``u``, and with ``return_last_state`` also the last state ``(batch, dim, state)`` in float32 (float64
-        for float64 ``u``).
+        ``y`` like ``u``, and with ``return_last_state`` also the last state ``(batch, dim, state)`` in the dtype of
+        ``A``, half types widened.
 
     Raises:
         TypeError: an argument is not a tensor or has the wrong dtype.
@@ -817,10 +846,10 @@ def selective_scan_step(
     """One step of :func:`selective_scan`; differentiable, changes nothing in place.
 
     Args:
-        state: ``(batch, dim, state)``, float32 (float64 for float64 ``u``).
+        state: ``(batch, dim, state)`` in the dtype of ``A``.
         u, delta, z: ``(batch, dim)``.
         B, C: ``(batch, state)`` or ``(batch, groups, state)``; one that is the same for all rows is expanded by the
-            caller: ``B.expand(batch, dim, state)`` for ``(dim, state)``.
+            caller: ``B.expand(batch, dim, state)`` for ``(dim, state)``. Complex with a complex ``A``, never packed.
         A, D, delta_bias, delta_softplus: as in :func:`selective_scan`.
 
     Returns:
@@ -836,9 +865,9 @@ def selective_scan_step(
     """
     x = (state, u, delta, A, B, C, D, z, delta_bias)
     with contextlib.suppress(Exception):  # what the op does not take is widened, or explained, below
-        device = state.device
-        dense = all(v is None or (v.layout is torch.strided and v.device == device) for v in x)
-        if dense and type(delta_softplus) is bool and _plain(x):
+        device, dtype = state.device, state.dtype
+        alike = all(v is None or (v.layout is torch.strided and v.device == device and v.dtype == dtype) for v in x)
+        if alike and dtype in _FULL and type(delta_softplus) is bool and _plain(x):
             return _ops.selective_scan_step(*x, delta_softplus)
     where = "selective_scan_step"
     for name, value, ranks, text in (

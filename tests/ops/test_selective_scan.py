@@ -404,6 +404,23 @@ def test_every_half_number_passes_unchanged(channel_last, dtype, device):
     assert torch.equal(y[finite], u[finite]) and y[u.isnan()].isnan().all()
 
 
+@pytest.mark.parametrize("dtype", HALVES, ids=str)
+def test_half_types_are_widened_in_a_step(dtype, device):
+    """Compiled as well, where nothing but shapes is known of what the op takes."""
+    call = as_step(build("initial_state", "D", "z", length=1))(torch.float32, device)
+    half = call._replace(
+        tensors={n: x.to(dtype) if n in ("u", "delta", "z", "B", "C") else x for n, x in call.tensors.items()}
+    )
+    y, state = outputs(selective_scan_step, call._replace(tensors={n: x.float() for n, x in half.tensors.items()}))
+
+    def step(**tensors: Tensor) -> tuple[Tensor, ...]:
+        return outputs(selective_scan_step, half, **tensors)
+
+    for function in (step, torch.compile(step, fullgraph=True, backend="aot_eager")):
+        got = function(**half.tensors)
+        assert got[0].dtype == dtype and torch.equal(got[0], y.to(dtype)) and torch.equal(got[1], state)
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("scale", [1e2, 1e6, 1e30])
 def test_underflow_is_zero_and_never_nan(scale, dtype, device):

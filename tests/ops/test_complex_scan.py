@@ -1,0 +1,326 @@
+"""selective_scan and selective_scan_step with a complex A (S4D): the battery, a plain loop, packed matrices, errors.
+
+The battery sees real and imaginary parts, as real tensors with a last dimension of two, so that it can scatter,
+compare and perturb them like any others; gradcheck sees the complex tensors themselves.
+"""
+
+import cmath
+import math
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import pytest
+import test_selective_scan as real
+import torch
+from battery import DTYPES, Battery, Build, Call, Op, close, derivatives, leaves, outputs
+from hypothesis import strategies as st
+from torch import Tensor
+from torch.autograd import gradcheck, gradgradcheck
+
+from eaml_ext.ops import selective_scan, selective_scan_reference, selective_scan_step
+
+OPTIONAL, build = real.OPTIONAL, real.build
+COMPLEX = ("A", "B", "C", "initial_state")
+
+
+def in_parts(scan: Build) -> Build:
+    """The call with imaginary parts beside A, B, C and the initial state."""
+
+    def make(dtype: torch.dtype, device: str) -> Call:
+        call = scan(dtype, device)
+        draw = torch.Generator().manual_seed(1)
+
+        def paired(x: Tensor) -> Tensor:
+            return torch.stack((x, torch.randn(x.shape, generator=draw).to(x)), -1)
+
+        return call._replace(tensors={n: paired(x) if n in COMPLEX else x for n, x in call.tensors.items()})
+
+    return make
+
+
+def joined(tensors: dict[str, Any]) -> dict[str, Any]:
+    return {n: torch.complex(x[..., 0], x[..., 1]) if n in COMPLEX else x for n, x in tensors.items()}
+
+
+def parts(values: Iterable[Tensor]) -> tuple[Tensor, ...]:
+    return tuple(torch.stack((x.real, x.imag), -1) if x.is_complex() else x for x in values)
+
+
+def of_parts(function: Callable[..., Any]) -> Callable[..., tuple[Tensor, ...]]:
+    """A function of complex tensors as one of their parts."""
+
+    def of(**arguments: Any) -> tuple[Tensor, ...]:
+        return parts(outputs(function, Call(joined(arguments), {})))
+
+    return of
+
+
+def complex_call(*present: str, **sizes: Any) -> Call:
+    call = in_parts(build(*present, **sizes))(torch.float64, "cpu")
+    return call._replace(tensors=joined(call.tensors))
+
+
+CASES = {
+    "plain": build(state=1),
+    "per_task": build("D", "delta_bias", tasks=("A", "D"), batch=4, dim=2, length=3, softplus=True),
+    "groups": build("initial_state", groups=2, dim=4, length=3, state=2),
+    "invariant": build("reset", "z", invariant=("B", "C"), length=3, last=False),
+    "all": build(*OPTIONAL, softplus=True, dim=2, length=3, state=2),
+}
+SHAPES = {
+    "batch0": build(*OPTIONAL, batch=0),
+    "length0": build(*OPTIONAL, length=0, softplus=True),
+    "mixed": build("D", "initial_state", invariant=("B",), groups=1),
+    "state33": build("z", state=33, dim=5, length=6),
+    "chunk_and_one": build("initial_state", "reset", length=33, dim=2, state=5),
+}
+
+
+class TestComplexScan(Battery):
+    op = Op(
+        function=of_parts(selective_scan),
+        reference=of_parts(selective_scan_reference),
+        differentiable=real.ARGUMENTS,
+        cases={name: in_parts(case) for name, case in CASES.items()},
+        shapes={name: in_parts(shape) for name, shape in SHAPES.items()},
+        parallel=in_parts(build(*OPTIONAL, batch=4, dim=130, length=8, state=16, softplus=True)),
+        drawn=st.builds(
+            lambda present, invariant, **sizes: in_parts(build(*present, invariant=invariant, **sizes)),
+            present=st.lists(st.sampled_from(OPTIONAL), unique=True),
+            invariant=st.sampled_from(((), ("B",), ("C",), ("B", "C"))),
+            batch=st.integers(0, 3),
+            dim=st.integers(1, 9),
+            length=st.integers(0, 9),
+            state=st.integers(1, 9),
+            softplus=st.booleans(),
+            last=st.booleans(),
+            seed=st.integers(0, 999),
+        ),
+        raw=lambda call: [],  # no op of its own yet
+        factor=real.FACTOR,
+        highest_order=None,
+        compiled=("per_task", "all"),
+    )
+
+
+# ---- values ------------------------------------------------------------------------------------------------------
+
+
+def plain_loop(delta_softplus: bool, return_last_state: bool, **x: Tensor) -> tuple[Tensor, Tensor]:
+    """The recurrence in Python's complex numbers, one at a time."""
+    u, groups = x["u"], x["B"].shape[1] if x["B"].dim() == 4 else 1
+    (batch, dim, length), state = u.shape, x["A"].shape[-1]
+    y = torch.zeros(batch, dim, length, dtype=torch.float64)
+    last = torch.zeros(batch, dim, state, dtype=torch.complex128)
+
+    def parameter(name: str, b: int, *index: int) -> Any:
+        value = x[name]
+        shared = value.dim() == len(index)
+        return (value if shared else value[b // (batch // value.shape[0])])[index].item()
+
+    def matrix(name: str, b: int, d: int, n: int, t: int) -> Any:
+        value = x[name]
+        index = {2: (d, n), 3: (b, n, t), 4: (b, d // (dim // groups), n, t)}[value.dim()]
+        return value[index].item()
+
+    for b in range(batch):
+        for d in range(dim):
+            h = [x["initial_state"][b, d, n].item() if "initial_state" in x else 0j for n in range(state)]
+            for t in range(length):
+                dt = x["delta"][b, d, t].item() + (parameter("delta_bias", b, d) if "delta_bias" in x else 0)
+                dt = math.log1p(math.exp(dt)) if delta_softplus else dt
+                if "reset" in x and x["reset"][b, t]:
+                    h = [0j] * state
+                for n in range(state):
+                    h[n] = cmath.exp(dt * parameter("A", b, d, n)) * h[n]
+                    h[n] += dt * matrix("B", b, d, n, t) * u[b, d, t].item()
+                # A conjugate pair: C h and its conjugate.
+                out = sum(2 * (matrix("C", b, d, n, t) * h[n]).real for n in range(state))
+                out += parameter("D", b, d) * u[b, d, t].item() if "D" in x else 0
+                z = x["z"][b, d, t].item() if "z" in x else None
+                y[b, d, t] = out if z is None else out * z / (1 + math.exp(-z))
+            last[b, d] = torch.tensor(h, dtype=last.dtype)
+    return y, last
+
+
+@pytest.mark.parametrize("function", [selective_scan, selective_scan_reference])
+@pytest.mark.parametrize("name", [*CASES, "mixed", "chunk_and_one", "length0"])
+def test_equals_a_loop_over_complex_numbers(name, function):
+    call = in_parts({**CASES, **SHAPES}[name])(torch.float64, "cpu")
+    tensors = joined(call.tensors)
+    y, last = function(**tensors, delta_softplus=call.options["delta_softplus"], return_last_state=True)
+    want_y, want_last = plain_loop(delta_softplus=call.options["delta_softplus"], return_last_state=True, **tensors)
+    assert y.dtype == torch.float64 and last.dtype == torch.complex128
+    close(parts((y, last)), parts((want_y, want_last)), real.FACTOR)
+
+
+def test_a_real_system_is_half_a_pair():
+    """Without imaginary parts, y is twice that of the real scan."""
+    call = build("z", "reset", "initial_state")(torch.float64, "cpu")
+    paired = {n: x + 0j if n in COMPLEX else x for n, x in call.tensors.items()}
+    got, (y, last) = outputs(selective_scan, call._replace(tensors=paired)), outputs(selective_scan, call)
+    close(parts(got), parts((2 * y, last + 0j)), real.FACTOR)
+
+
+# ---- gradients in PyTorch's convention ---------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_gradients_are_numerical_ones(name):
+    call = in_parts(CASES[name])(torch.float64, "cpu")
+    call = call._replace(tensors=joined(call.tensors))
+    names = TestComplexScan.op.names(call)
+
+    def function(*values: Tensor) -> tuple[Tensor, ...]:
+        return outputs(selective_scan, call, **dict(zip(names, values, strict=True)))
+
+    x = tuple(leaves(call, names).values())
+    modes = {"check_batched_grad": True, "fast_mode": name != "plain"}
+    assert gradcheck(function, x, check_forward_ad=True, check_batched_forward_grad=True, **modes)
+    assert gradgradcheck(function, x, check_fwd_over_rev=True, check_rev_over_rev=True, **modes)
+
+
+# ---- packed matrices ---------------------------------------------------------------------------------------------
+
+
+def packed(x: Tensor) -> Tensor:
+    """Interleaved along time, as mamba_ssm's selective_scan_ref unpacks it."""
+    return torch.view_as_real(x).flatten(-2)
+
+
+@pytest.mark.parametrize("groups", [None, 2])
+@pytest.mark.parametrize("names", [("B",), ("C",), ("B", "C")], ids="".join)
+def test_packed_matrices_are_complex_ones(names, groups):
+    call = complex_call(*OPTIONAL, groups=groups, dim=4, softplus=True)
+    interleaved = {**call.tensors, **{n: packed(call.tensors[n]) for n in names}}
+    results = []
+    for tensors in (interleaved, call.tensors):
+        x = leaves(call._replace(tensors=tensors), TestComplexScan.op.names(call))
+        y, last = outputs(selective_scan, call, **x)
+        grads = torch.autograd.grad(y.square().sum() + last.abs().square().sum(), list(x.values()))
+        grads = [packed(g) if n in names and g.is_complex() else g for n, g in zip(x, grads, strict=True)]
+        results.append(parts((y, last, *grads)))
+    close(*results, real.FACTOR)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_half_types_are_widened(dtype):
+    call = complex_call(*OPTIONAL, softplus=True)
+    narrow = {n: x.to(dtype) for n, x in call.tensors.items() if n in ("u", "delta", "z", "D")}
+    narrow |= {n: packed(call.tensors[n]).to(dtype) for n in ("B", "C")}
+    rest = {n: x.to(torch.complex64) for n, x in call.tensors.items() if n in ("A", "initial_state")}
+    rest |= {"delta_bias": call.tensors["delta_bias"].float(), "reset": call.tensors["reset"]}
+    y, last = outputs(selective_scan, call._replace(tensors={**narrow, **rest}))
+    wide = {n: x.float() for n, x in narrow.items()}
+    want_y, want_last = outputs(selective_scan, call._replace(tensors={**wide, **rest}))
+    assert y.dtype == dtype and last.dtype == torch.complex64
+    assert torch.equal(y, want_y.to(dtype)) and torch.equal(last, want_last)
+
+
+def test_autocast_leaves_complex_matrices_alone():
+    tensors = {n: x.to(torch.complex64 if x.is_complex() else torch.float32) for n, x in complex_call().tensors.items()}
+    tensors["u"] = tensors["u"].bfloat16()
+    with torch.autocast("cpu", torch.bfloat16):
+        y = selective_scan(**tensors)
+    assert torch.equal(y, selective_scan(**{**tensors, "u": tensors["u"].float()}))
+
+
+# ---- properties --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("other", [real.in_pieces(1, 6), real.in_steps, real.in_episodes])
+def test_scan_equals(other):
+    call = in_parts(build(*OPTIONAL, length=9, dim=3, state=2, softplus=True))(torch.float64, "cpu")
+    names = TestComplexScan.op.names(call)
+    close(outputs(of_parts(other), call), outputs(of_parts(selective_scan), call), real.FACTOR)
+    close(derivatives(of_parts(other), call, names), derivatives(of_parts(selective_scan), call, names), real.FACTOR)
+
+
+def test_nothing_crosses_a_reset():
+    call = complex_call("initial_state", "reset", length=6)
+    call.tensors["reset"].zero_()[:, 3] = True
+    y, last = outputs(selective_scan, call)
+    u = call.tensors["u"].clone()
+    u[..., :3] = torch.nan
+    spoilt, same = outputs(selective_scan, call, u=u, initial_state=call.tensors["initial_state"] * torch.inf)
+    assert torch.equal(spoilt[..., 3:], y[..., 3:]) and torch.equal(same, last)
+    assert not spoilt[..., :3].isfinite().any()
+
+
+@pytest.mark.parametrize("names", [("A",), ("B",), ("A", "B", "C", "D")], ids="".join)
+def test_parameters_per_task_under_vmap(names):
+    """Gradients of complex parameters that vmap hides; all sizes agree, so no layout gives itself away."""
+    call = complex_call("D", "initial_state", invariant=("B", "C"), batch=3, dim=3, length=3, state=3)
+    many = {n: torch.stack([call.tensors[n] * (1 + 0.3 * i) for i in range(3)]) for n in names}
+
+    def gradient(parameters: dict[str, Tensor]) -> dict[str, Tensor]:
+        def loss(parameters: dict[str, Tensor]) -> Tensor:
+            y, last = outputs(selective_scan, call, **parameters)
+            return y.square().sum() + last.abs().square().sum()
+
+        return torch.func.grad(loss)(parameters)
+
+    got = torch.vmap(gradient)(many)
+    for i in range(3):
+        want = gradient({n: x[i] for n, x in many.items()})
+        close(parts(got[n][i] for n in names), parts(want[n] for n in names), real.FACTOR)
+
+
+# ---- errors ------------------------------------------------------------------------------------------------------
+
+SIZES = {"batch": 4, "dim": 6, "length": 5, "state": 3}
+REAL = build(*OPTIONAL, **SIZES)(torch.float64, "cpu").tensors
+GOOD = complex_call(*OPTIONAL, **SIZES).tensors
+FIXED = complex_call(*OPTIONAL, invariant=("B", "C"), **SIZES).tensors
+
+
+def last_step(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The arguments of selective_scan_step for the last step."""
+    step = {n: x[..., -1] if n in ("u", "delta", "z", "B", "C") else x for n, x in tensors.items() if n != "reset"}
+    return {"state": step.pop("initial_state"), **step}
+
+
+def mistakes() -> Any:
+    for function, good, plain, state in (
+        (selective_scan, GOOD, REAL, "initial_state"),
+        (selective_scan_reference, GOOD, REAL, "initial_state"),
+        (selective_scan_step, last_step(GOOD), last_step(REAL), "state"),
+    ):
+        wrong = [(good, n, TypeError, good[n].to(torch.complex64), "complex128") for n in ("A", "B", "C", state)]
+        wrong += [(good, n, TypeError, good[n].to(torch.complex32), "complex128") for n in ("A", "B", "C", state)]
+        wrong += [(good, n, TypeError, good[n].real, "complex A") for n in ("B", "C", state)]
+        wrong += [(plain, n, TypeError, good[n], "real A") for n in ("B", "C", state)]
+        wrong += [(good, n, TypeError, good[n] + 0j, "float64") for n in ("delta", "z", "D", "delta_bias")]
+        wrong += [(good, "u", TypeError, good["u"] + 0j, "float64")]
+        if function is selective_scan_step:
+            wrong += [(good, "B", ValueError, torch.view_as_real(good["B"]), "states")]
+        else:
+            wrong += [(good, n, ValueError, packed(good[n])[..., :-1], "length") for n in ("B", "C")]
+            wrong += [(good, n, TypeError, packed(good[n]).float(), "float64") for n in ("B", "C")]
+            wrong += [(plain, n, ValueError, packed(good[n]), "length") for n in ("B", "C")]
+            wrong += [(FIXED, n, TypeError, FIXED[n].real, "complex A") for n in ("B", "C")]
+            wrong += [(FIXED, n, ValueError, torch.view_as_real(FIXED[n]).flatten(-2), "shape") for n in ("B", "C")]
+        for base, name, error, value, words in wrong:
+            identifier = f"{function.__name__}-{name}-{str(value.dtype)[6:]}-{words}"
+            yield pytest.param(function, {**base, name: value}, name, error, words, id=identifier)
+
+
+@pytest.mark.parametrize("function, arguments, name, error, words", list(mistakes()))
+def test_bad_input_gives_one_sentence_that_names_it(function, arguments, name, error, words):
+    real.test_bad_input_gives_one_sentence_that_names_it(function, arguments, name, error)
+    with pytest.raises(error, match=words):
+        function(**arguments)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_good_input_is_taken(dtype):
+    """What the mistakes above start from."""
+
+    def cast(x: Tensor) -> Tensor:
+        return x if x.dtype == torch.bool else x.to(dtype.to_complex() if x.is_complex() else dtype)
+
+    for good in (GOOD, REAL, FIXED):
+        tensors = {n: cast(x) for n, x in good.items()}
+        assert selective_scan(**tensors).dtype == dtype
+        if good is not FIXED:
+            assert selective_scan_step(**last_step(tensors))[0].dtype == dtype
