@@ -1,9 +1,9 @@
-// The CPU kernels as templates on the scalar; one translation unit per precision instantiates them.
+// The CPU kernels as templates on a vector of lanes; a file per precision, EAML_NUMBER, instantiates them.
 //
 // Lanes are channels, so there is no horizontal sum per step and the exponential runs at full vector width. A unit of
-// work is one batch row times kBlocksPerUnit blocks of lanes. Time is walked in chunks: inputs of a chunk are staged as
-// [step][lane] tiles, states are taken a few at a time and stay in registers through the chunk. Backward walks the
-// chunks from the last to the first and recomputes each from the state saved at its start.
+// work is one batch row times kUnitBytes of channels, in blocks of one vector. Time is walked in chunks: inputs of a
+// chunk are staged as [step][lane] tiles, states are taken a few at a time and stay in registers through the chunk.
+// Backward walks the chunks from the last to the first and recomputes each from the state saved at its start.
 #pragma once
 
 #include <algorithm>
@@ -473,6 +473,7 @@ struct Unit {
   int64_t lanes(int64_t block) const { return std::min(W, at.channels - block * W); }
   int64_t channel(int64_t block) const { return at.first + block * W; }
   int64_t chunks() const { return (shape.length + kChunk - 1) / kChunk; }
+
   // What the states from n on prefetch; the arrays' own memory, which is at hand, where there is nothing more to come.
   EAML_INLINE Streams streams_from(int64_t n) const {
     const int64_t i = n / kStates * 2;
