@@ -105,36 +105,42 @@ struct Exp2<double> {
 
 #if defined(__x86_64__)
 // AVX-512's own instructions. As assembler, because gcc refuses an intrinsic inside a function that is inlined into
-// several instruction sets.
+// several instruction sets. clang refuses such operands too: there each is a function of AVX-512's own, which takes no
+// vector by value and is inlined after its callers have been.
+#if defined(__clang__)
+#define EAML_AVX512_ASM(...) [&]() __attribute__((target(EAML_AVX512))) { asm(__VA_ARGS__); }()
+#else
+#define EAML_AVX512_ASM(...) asm(__VA_ARGS__)
+#endif
 // t rounded to a multiple of 1 / table size, subtracted from t; 0 for infinities.
 EAML_INLINE Vec<float, 16> remainder(Vec<float, 16> t) {
   Vec<float, 16> r;
-  asm("vreduceps %2, %1, %0" : "=v"(r) : "v"(t), "i"(Exp2<float>::bits << 4));
+  EAML_AVX512_ASM("vreduceps %2, %1, %0" : "=v"(r) : "v"(t), "i"(Exp2<float>::bits << 4));
   return r;
 }
 EAML_INLINE Vec<double, 8> remainder(Vec<double, 8> t) {
   Vec<double, 8> r;
-  asm("vreducepd %2, %1, %0" : "=v"(r) : "v"(t), "i"(Exp2<double>::bits << 4));
+  EAML_AVX512_ASM("vreducepd %2, %1, %0" : "=v"(r) : "v"(t), "i"(Exp2<double>::bits << 4));
   return r;
 }
 // low and high, one after the other, at the index in the lowest bits of each lane.
 EAML_INLINE Vec<float, 16> lookup(Vec<float, 16> low, Vec<float, 16> high, Vec<float, 16> index) {
-  asm("vpermi2ps %2, %1, %0" : "+v"(index) : "v"(low), "vm"(high));
+  EAML_AVX512_ASM("vpermi2ps %2, %1, %0" : "+v"(index) : "v"(low), "vm"(high));
   return index;
 }
 EAML_INLINE Vec<double, 8> lookup(Vec<double, 8> low, Vec<double, 8> high, Vec<double, 8> index) {
-  asm("vpermi2pd %2, %1, %0" : "+v"(index) : "v"(low), "vm"(high));
+  EAML_AVX512_ASM("vpermi2pd %2, %1, %0" : "+v"(index) : "v"(low), "vm"(high));
   return index;
 }
 // x 2^floor(t)
 EAML_INLINE Vec<float, 16> scale_by_power(Vec<float, 16> x, Vec<float, 16> t) {
   Vec<float, 16> scaled;
-  asm("vscalefps %2, %1, %0" : "=v"(scaled) : "v"(x), "v"(t));
+  EAML_AVX512_ASM("vscalefps %2, %1, %0" : "=v"(scaled) : "v"(x), "v"(t));
   return scaled;
 }
 EAML_INLINE Vec<double, 8> scale_by_power(Vec<double, 8> x, Vec<double, 8> t) {
   Vec<double, 8> scaled;
-  asm("vscalefpd %2, %1, %0" : "=v"(scaled) : "v"(x), "v"(t));
+  EAML_AVX512_ASM("vscalefpd %2, %1, %0" : "=v"(scaled) : "v"(x), "v"(t));
   return scaled;
 }
 template <class V>

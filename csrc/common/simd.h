@@ -26,13 +26,22 @@
 #endif
 #endif
 
+// The instruction sets that kernels are compiled for, by the psABI's names; clang's versions know only single features.
+#if defined(__clang__)
+#define EAML_AVX2 "avx2,fma,bmi,bmi2"
+#define EAML_AVX512 EAML_AVX2 ",avx512f,avx512bw,avx512cd,avx512dq,avx512vl"
+#else
+#define EAML_AVX2 "arch=x86-64-v3"
+#define EAML_AVX512 "arch=x86-64-v4"
+#endif
+
 // EAML_VERSIONS(DEFINE) expands DEFINE(attribute, bytes of a vector) per instruction set; the loader picks. Only plain
 // functions can have versions: what they call must be always inlined to be compiled for the same set.
 #if defined(__x86_64__) && defined(__ELF__) && !defined(EAML_NO_CLONES)
-#define EAML_VERSIONS(DEFINE)                           \
-  DEFINE(__attribute__((target("default"))), 16)        \
-  DEFINE(__attribute__((target("arch=x86-64-v3"))), 32) \
-  DEFINE(__attribute__((target("arch=x86-64-v4"))), 64)
+#define EAML_VERSIONS(DEFINE)                    \
+  DEFINE(__attribute__((target("default"))), 16) \
+  DEFINE(__attribute__((target(EAML_AVX2))), 32) \
+  DEFINE(__attribute__((target(EAML_AVX512))), 64)
 #elif defined(__AVX512DQ__)
 #define EAML_VERSIONS(DEFINE) DEFINE(, 64)
 #elif defined(__AVX__)

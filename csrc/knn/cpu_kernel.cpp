@@ -24,9 +24,13 @@ namespace eaml::knn {
 
 // ---- vector code -------------------------------------------------------------------------------------------------
 
-// Loaded from any address, in place.
+// Loaded from any address, in place. A member, because clang ignores the alignment of an alias template.
 template <class T, int N>
-using Unaligned __attribute__((vector_size(N * sizeof(T)), aligned(alignof(T)), may_alias)) = T;
+struct UnalignedVector {
+  typedef T type __attribute__((vector_size(N * sizeof(T)), aligned(alignof(T)), may_alias));
+};
+template <class T, int N>
+using Unaligned = typename UnalignedVector<T, N>::type;
 
 constexpr int kRows = 12;   // queries of a tile: with one vector of keys, 12 accumulators + operands fill 16 registers
 constexpr int kPanel = 32;  // keys of a panel [features + 1][kPanel]
