@@ -456,6 +456,8 @@ struct Unit {
       source.each(&Inputs<T>::A, A.at(block * padded * W), [&](T* to, const In<T>& in) {
         stage_matrix<V>(to, in, at.row, channel(block), lanes(block), shape.state, padded);
       });
+      // States that only fill a group decay like others: of an infinite step, exp(inf 0) would be NaN.
+      std::fill_n(A.value + (block * padded + shape.state) * W, (padded - shape.state) * W, T(-1));
       source.each(&Inputs<T>::D, D.at(block * W),
                   [&](T* to, const In<T>& in) { stage_vector<W>(to, in, at.row, channel(block), lanes(block)); });
       source.each(&Inputs<T>::delta_bias, bias.at(block * W),
