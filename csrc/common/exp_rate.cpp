@@ -10,6 +10,7 @@ namespace {
 
 constexpr int kRounds = 4096, kVectors = 8;
 
+// The numbers overflow within a few rounds; the instructions take as long.
 template <class V>
 EAML_INLINE float rounds_() {
   V x[kVectors];

@@ -12,19 +12,13 @@
 #elif defined(__clang__)
 #define EAML_UNROLL _Pragma("clang loop unroll(full)")
 #else
-#error "eaml_ext needs the vector extensions of gcc or clang"
+#error "eaml_ext needs gcc 12 or clang 14, or a later one"
 #endif
 
 #define EAML_INLINE inline __attribute__((always_inline))
 #define EAML_NOINLINE __attribute__((noinline))
 #define EAML_PREFETCH(address) __builtin_prefetch(address)
 #define EAML_LAMBDA __attribute__((always_inline))  // a lambda that is not inlined misses its caller's instruction set
-
-#if defined(__has_builtin)
-#if __has_builtin(__builtin_shufflevector)
-#define EAML_SHUFFLE __builtin_shufflevector
-#endif
-#endif
 
 // The instruction sets that kernels are compiled for, by the psABI's names; clang's versions know only single features.
 #if defined(__clang__)
@@ -94,10 +88,12 @@ EAML_INLINE V splat(element_t<V> constant) {
   return constant - V{};
 }
 
-// x, rounded: a product that is not fused into the sum it goes to. Sums that two threads or one may do need it.
+// x, rounded: a product that is not fused into the sum it goes to, for sums that one thread does or two. clang fuses only
+// inside an expression.
 template <class V>
 EAML_INLINE V rounded(V x) {
-#if defined(__x86_64__)
+#if defined(__clang__)
+#elif defined(__x86_64__)
   asm("" : "+v"(x));
 #elif defined(__aarch64__)
   asm("" : "+w"(x));
@@ -110,27 +106,28 @@ EAML_INLINE V rounded(V x) {
 template <class T>
 EAML_NOINLINE void transpose(T* to, std::int64_t to_step, const T* from, std::int64_t from_step, std::int64_t rows,
                              std::int64_t columns) {
-  std::int64_t done_rows = 0, done_columns = 0;
-#ifdef EAML_SHUFFLE
   using Four __attribute__((vector_size(4 * sizeof(T)))) = T;
-  done_rows = rows / 4 * 4, done_columns = columns / 4 * 4;
+  const std::int64_t done_rows = rows / 4 * 4, done_columns = columns / 4 * 4;
   for (std::int64_t r = 0; r < done_rows; r += 4)
     for (std::int64_t c = 0; c < done_columns; c += 4) {
       Four a[4];
       for (int k = 0; k < 4; ++k) std::memcpy(&a[k], from + (r + k) * from_step + c, sizeof(Four));
-      const Four low01 = EAML_SHUFFLE(a[0], a[1], 0, 4, 1, 5), low23 = EAML_SHUFFLE(a[2], a[3], 0, 4, 1, 5);
-      const Four high01 = EAML_SHUFFLE(a[0], a[1], 2, 6, 3, 7), high23 = EAML_SHUFFLE(a[2], a[3], 2, 6, 3, 7);
-      a[0] = EAML_SHUFFLE(low01, low23, 0, 1, 4, 5), a[1] = EAML_SHUFFLE(low01, low23, 2, 3, 6, 7);
-      a[2] = EAML_SHUFFLE(high01, high23, 0, 1, 4, 5), a[3] = EAML_SHUFFLE(high01, high23, 2, 3, 6, 7);
+      const Four low01 = __builtin_shufflevector(a[0], a[1], 0, 4, 1, 5),
+                 low23 = __builtin_shufflevector(a[2], a[3], 0, 4, 1, 5);
+      const Four high01 = __builtin_shufflevector(a[0], a[1], 2, 6, 3, 7),
+                 high23 = __builtin_shufflevector(a[2], a[3], 2, 6, 3, 7);
+      a[0] = __builtin_shufflevector(low01, low23, 0, 1, 4, 5),
+      a[1] = __builtin_shufflevector(low01, low23, 2, 3, 6, 7);
+      a[2] = __builtin_shufflevector(high01, high23, 0, 1, 4, 5),
+      a[3] = __builtin_shufflevector(high01, high23, 2, 3, 6, 7);
       for (int k = 0; k < 4; ++k) std::memcpy(to + (c + k) * to_step + r, &a[k], sizeof(Four));
     }
-#endif
   for (std::int64_t r = 0; r < rows; ++r)
     for (std::int64_t c = r < done_rows ? done_columns : 0; c < columns; ++c)
       to[c * to_step + r] = from[r * from_step + c];
 }
 
-// The version that EAML_VERSIONS picks on this machine, in the names of the x86-64 psABI.
+// About what EAML_VERSIONS picks on this machine, by the names of the x86-64 psABI.
 inline const char* simd_level() {
 #if defined(__x86_64__) && defined(__ELF__) && !defined(EAML_NO_CLONES)
   __builtin_cpu_init();

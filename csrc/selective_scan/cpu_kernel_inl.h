@@ -316,24 +316,27 @@ template <class V>
 constexpr int64_t kFolded = Lanes<V>::count < kStates ? kStates : Lanes<V>::count;
 
 // Which of the lanes of (a, b) goes to lane i: the lower (upper) ones of each 16 bytes, a and b in turn, as shuffles
-// inside 16 bytes are the cheap ones; or a's and then b's lower (upper) half.
+// inside 16 bytes are the cheap ones; or a's and then b's lower (upper) half. Of four lanes, neighbours added are
+// [a0 + a2, b0 + b2, a1 + a3, b1 + b3], and halves of two such the sums of a, b, c and d.
 template <int kLanes, int kSlot, bool kUpper>
 constexpr int neighbour(int i) {
   return i / kSlot * kSlot + i % kSlot / 2 + i % 2 * kLanes + kUpper * kSlot / 2;
 }
 template <int kLanes, bool kUpper>
-constexpr int half(int i) {
+constexpr int half_lane(int i) {
   return i + (i < kLanes / 2 ? 0 : kLanes / 2) + kUpper * kLanes / 2;
 }
 template <class V, int... i>
 EAML_INLINE V add_neighbours(V a, V b, std::integer_sequence<int, i...>) {
   constexpr int n = sizeof...(i), slot = 16 / sizeof(element_t<V>);
-  return EAML_SHUFFLE(a, b, neighbour<n, slot, false>(i)...) + EAML_SHUFFLE(a, b, neighbour<n, slot, true>(i)...);
+  return __builtin_shufflevector(a, b, neighbour<n, slot, false>(i)...) +
+         __builtin_shufflevector(a, b, neighbour<n, slot, true>(i)...);
 }
 template <class V, int... i>
 EAML_INLINE V add_halves(V a, V b, std::integer_sequence<int, i...>) {
   constexpr int n = sizeof...(i);
-  return EAML_SHUFFLE(a, b, half<n, false>(i)...) + EAML_SHUFFLE(a, b, half<n, true>(i)...);
+  return __builtin_shufflevector(a, b, half_lane<n, false>(i)...) +
+         __builtin_shufflevector(a, b, half_lane<n, true>(i)...);
 }
 template <class V>
 EAML_INLINE void add_folded(element_t<V>* sums, const V (&x)[kStates]) {
@@ -356,7 +359,7 @@ EAML_INLINE void unfold(element_t<V>* to, const element_t<V>* sums) {
     Four low = load<Four>(sums), high = load<Four>(sums + half);
     EAML_UNROLL
     for (int64_t i = 4; i < half; i += 4) low += load<Four>(sums + i), high += load<Four>(sums + half + i);
-    store(to, EAML_SHUFFLE(low, high, 0, 1, 4, 5) + EAML_SHUFFLE(low, high, 2, 3, 6, 7));
+    store(to, __builtin_shufflevector(low, high, 0, 1, 4, 5) + __builtin_shufflevector(low, high, 2, 3, 6, 7));
   }
 }
 
@@ -443,7 +446,7 @@ struct Unit {
   Span<S> memory_u, memory_delta, memory_z;
   View<S> u, z;
   Segments segments;
-  Stream coming[8];  // u, delta and, where there are, grad_y and z, with their tangents
+  Stream coming[8];  // what the calls of view() found: u, delta, z, grad_y, with their tangents
   int64_t streams;
 
   Unit(Arena& arena, const Shape& s, const Source<S>& src, int64_t index)

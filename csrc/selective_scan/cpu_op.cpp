@@ -291,7 +291,7 @@ struct Part {
 };
 
 // Calls f(part, index, unit, unit + 1) on all units, of all parts if they are calls of their own. Threads take the next
-// when they are done with one: they start, and are disturbed, at different times.
+// when they are done with one, whatever range they are given: they start, and are disturbed, at different times.
 template <class T, class F>
 void over_units(const Shape& s, bool apart, F f) {
   const int64_t count = apart ? s.parts : 1, total = s.batch * units<T>(s) * count;
