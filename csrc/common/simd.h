@@ -88,8 +88,8 @@ EAML_INLINE V splat(element_t<V> constant) {
   return constant - V{};
 }
 
-// x, rounded: a product that is not fused into the sum it goes to, for sums that one thread does or two. clang fuses only
-// inside an expression.
+// x, rounded: a product that is not fused into the sum it goes to, for sums that one thread does or two. clang fuses
+// only inside an expression.
 template <class V>
 EAML_INLINE V rounded(V x) {
 #if defined(__clang__)
