@@ -21,6 +21,7 @@ reduce the loss most. The tasks are leaky integrators of white noise, each with 
 """
 
 import copy
+import inspect
 import json
 import statistics
 import warnings
@@ -35,6 +36,7 @@ from torch import Tensor, nn
 from benchmarks.common import RESULTS, flags, machine
 from eaml_ext import SSM, MetaMAML
 from eaml_ext.ops import selective_scan, selective_scan_reference
+from eaml_ext.ops.selective_scan import ARGUMENTS
 
 STEPS = (1, 2, 3, 4, 5)
 INNER_LR = 0.02
@@ -68,25 +70,17 @@ class RawBackward(torch.autograd.Function):
         return *(None if v is None else g for g, v in zip(grads, x, strict=True)), None, None, None, None
 
 
-def usual(
-    u: Tensor,
-    delta: Tensor,
-    A: Tensor,
-    B: Tensor,
-    C: Tensor,
-    D: Tensor | None = None,
-    z: Tensor | None = None,
-    delta_bias: Tensor | None = None,
-    delta_softplus: bool = False,
-    return_last_state: bool = False,
-    *,
-    initial_state: Tensor | None = None,
-    reset: Tensor | None = None,
-) -> Any:
+SIGNATURE = inspect.signature(selective_scan)  # before `usual` is put in its place
+
+
+def usual(*args: Any, **kwargs: Any) -> Any:
     """selective_scan, differentiated as other fused scans are."""
-    options = (reset, delta_softplus, B.dim() == 2, C.dim() == 2)
-    y, last = RawBackward.apply(u, delta, A, B, C, D, z, delta_bias, initial_state, *options)
-    return (y, last) if return_last_state else y
+    call = SIGNATURE.bind(*args, **kwargs)
+    call.apply_defaults()
+    x = call.arguments
+    options = (x["reset"], x["delta_softplus"], x["B"].dim() == 2, x["C"].dim() == 2)
+    y, last = RawBackward.apply(*(x[name] for name in ARGUMENTS), *options)
+    return (y, last) if x["return_last_state"] else y
 
 
 # Name -> scan, dtype, first order.

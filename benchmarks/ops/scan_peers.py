@@ -143,7 +143,7 @@ class Torch:
             make = (forward, backward, double_backward, double_backward_alone, jvp, maml_step)[PASSES.index(name)]
             return make(self.scan, p)
         if self.step is None:
-            raise NotImplementedError("no function for a single step")
+            raise LookupError("its package has a scan and nothing for a single step")
         return one_step(self.step, p)
 
     def outputs(self, name: str, p: Problem) -> list[Tensor]:

@@ -1,5 +1,4 @@
-// One step of the selective scan for one channel and one state, on a vector of lanes, one number, or a
-// Dual of either.
+// One step of the selective scan for one channel and one state, on a vector of lanes, one number, or a Dual of either.
 //   h_t = a h_{t-1} + x B,  a = exp(dt A),  x = dt u,  y += C h_t
 // The backward step is the only derivation in the library: on duals it is the double backward.
 #pragma once
