@@ -14,6 +14,12 @@ struct Dual {
   V value, tangent;
   Dual() = default;
   EAML_INLINE Dual(V v, V t = V{}) : value(v), tangent(t) {}
+  // Not the default, which copies memory: gcc then keeps in memory what could be two registers.
+  EAML_INLINE Dual(const Dual& other) : value(other.value), tangent(other.tangent) {}
+  EAML_INLINE Dual& operator=(const Dual& other) {
+    value = other.value, tangent = other.tangent;
+    return *this;
+  }
 };
 
 template <class V>
@@ -56,7 +62,7 @@ constexpr double kLog2e = 1.4426950408889634074;
 constexpr double kLn2 = 0.69314718055994530942;
 
 // Polynomials and bit layouts of 2^t. `polynomial` serves |r| <= 1/2; AVX-512 looks 2^(j / table size) up, and `fine`
-// serves what remains (minimax, found by Remez's algorithm, exactly 1 at 0).
+// or the square serves what remains (minimax, exactly 1 at 0).
 template <class T>
 struct Exp2;
 template <>
@@ -64,15 +70,16 @@ struct Exp2<float> {
   static constexpr float round = 12582912.0f + 127.0f, top = 12582912.0f + 255.0f, bottom = -126.5f, scale = 1.0f;
   // 1.5 * 2^(mantissa - bits): adding it leaves the number of 1 / table size steps in the lowest bits.
   static constexpr float grid = 393216.0f;
-  static constexpr int mantissa = 23, terms = 6, fine_terms = 2, bits = 5;
+  static constexpr int mantissa = 23, terms = 6, bits = 5;
   static constexpr float polynomial[terms] = {1.3264715e-3f, 9.671513e-3f,  5.5507340e-2f,
                                               2.4022242e-1f, 6.9314700e-1f, 1.0f};
-  static constexpr float fine[fine_terms] = {0.240231819f, 0.693157399f};
+  // 2^r = ((r + shift)^2 + offset) / (shift^2 + offset): one fused operation and a sum. The table has the quotient.
+  static constexpr float shift = 1.442147970f, offset = 2.081305265f;
   alignas(kAlignment) static constexpr float table[1 << bits] = {
-      1.0f,        1.02189715f, 1.04427378f, 1.0671404f,  1.09050773f, 1.11438674f, 1.13878863f, 1.16372486f,
-      1.18920712f, 1.21524736f, 1.24185781f, 1.26905096f, 1.29683955f, 1.32523664f, 1.35425555f, 1.38390988f,
-      1.41421356f, 1.44518081f, 1.47682615f, 1.50916443f, 1.54221083f, 1.57598085f, 1.61049033f, 1.64575548f,
-      1.68179283f, 1.7186193f,  1.75625216f, 1.79470908f, 1.83400809f, 1.87416763f, 1.91520656f, 1.95714412f};
+      0.240321293f, 0.245583639f, 0.250961214f, 0.256456554f, 0.262072235f, 0.267810851f, 0.273675174f, 0.279667854f,
+      0.285791785f, 0.292049825f, 0.298444867f, 0.30497998f,  0.311658174f, 0.318482578f, 0.32545644f,  0.33258301f,
+      0.339865625f, 0.347307712f, 0.354912758f, 0.362684339f, 0.370626092f, 0.378741771f, 0.387035131f, 0.395510077f,
+      0.404170632f, 0.413020819f, 0.422064781f, 0.431306809f, 0.440751195f, 0.450402379f, 0.460264921f, 0.470343411f};
 };
 template <>
 struct Exp2<double> {
@@ -151,7 +158,7 @@ template <class V>
 constexpr bool kTableExp2 = false;
 #endif
 
-// 2^t within 2.5 ulp (1.8 on AVX-512), exactly 1 at 0, NaN for NaN. Below 2^-126 it is 0, or on AVX-512 a denormal
+// 2^t within 2.5 ulp (2.2 on AVX-512), exactly 1 at 0, NaN for NaN. Below 2^-126 it is 0, or on AVX-512 a denormal
 // number; above 2^127.5 it may be infinite, of either sign, or NaN. K numbers go side by side: as one chain after the
 // other they would fill the processor's queues with waiting work.
 template <int K, class V>
@@ -162,16 +169,27 @@ EAML_INLINE void exp2_(const V (&t)[K], V (&out)[K]) {
     const V low = load<V>(E::table), high = load<V>(E::table + Lanes<V>::count);
     V r[K], p[K], base[K];
     EAML_UNROLL
-    for (int k = 0; k < K; ++k) r[k] = remainder(t[k]), p[k] = splat<V>(E::fine[0]);
-    EAML_UNROLL
-    for (int i = 1; i < E::fine_terms; ++i) {
+    for (int k = 0; k < K; ++k) r[k] = remainder(t[k]);
+    if constexpr (sizeof(T) == 4) {
       EAML_UNROLL
-      for (int k = 0; k < K; ++k) p[k] = p[k] * r[k] + E::fine[i];
+      for (int k = 0; k < K; ++k) p[k] = r[k] + E::shift;
+      EAML_UNROLL
+      for (int k = 0; k < K; ++k) p[k] = p[k] * p[k] + E::offset;
+    } else {
+      EAML_UNROLL
+      for (int k = 0; k < K; ++k) p[k] = splat<V>(E::fine[0]);
+      EAML_UNROLL
+      for (int i = 1; i < E::fine_terms; ++i) {
+        EAML_UNROLL
+        for (int k = 0; k < K; ++k) p[k] = p[k] * r[k] + E::fine[i];
+      }
+      EAML_UNROLL
+      for (int k = 0; k < K; ++k) p[k] = p[k] * r[k] + T(1);
     }
     EAML_UNROLL
     for (int k = 0; k < K; ++k) base[k] = lookup(low, high, t[k] + E::grid);
     EAML_UNROLL
-    for (int k = 0; k < K; ++k) out[k] = scale_by_power((p[k] * r[k]) * base[k] + base[k], t[k] - r[k]);
+    for (int k = 0; k < K; ++k) out[k] = scale_by_power(p[k] * base[k], t[k] - r[k]);
   } else {
     // Adding `round` leaves the rounded, biased exponent in the low mantissa bits; a shift makes it 2^n.
     using Bits = bits_t<V>;

@@ -72,16 +72,29 @@ EAML_INLINE void clear(Span<S> span, int64_t count) {
   if constexpr (kIsDual<S>) std::fill_n(span.tangent, count, number_t<S>(0));
 }
 
+// f(n) for each state in flight. What stays in registers from step to step is an array that only constants index: where
+// a loop does, unrolled or not, gcc keeps a copy of a Dual in memory and writes it at each step.
+template <class F, int... n>
+EAML_INLINE void each_state(F f, std::integer_sequence<int, n...>) {
+  (f(std::integral_constant<int, n>()), ...);
+}
+template <class F>
+EAML_INLINE void each_state(F f) {
+  each_state(f, std::make_integer_sequence<int, kStates>());
+}
+
 // One vector per state in flight, between memory and registers.
 template <class S>
 EAML_INLINE void read(S (&to)[kStates], Span<S> from) {
-  EAML_UNROLL
-  for (int n = 0; n < kStates; ++n) to[n] = from.get(n * kLanes<S>);
+  each_state([&](auto n) EAML_LAMBDA { to[n] = from.get(n * kLanes<S>); });
 }
 template <class S>
 EAML_INLINE void write(Span<S> to, const S (&from)[kStates]) {
-  EAML_UNROLL
-  for (int n = 0; n < kStates; ++n) to.set(n * kLanes<S>, from[n]);
+  each_state([&](auto n) EAML_LAMBDA { to.set(n * kLanes<S>, from[n]); });
+}
+template <class S>
+EAML_INLINE void forget(S (&states)[kStates]) {
+  each_state([&](auto n) EAML_LAMBDA { states[n] = S{}; });
 }
 
 template <class V>
@@ -105,6 +118,15 @@ struct View<Dual<V>> {
   int64_t tangent_step;
   EAML_INLINE Dual<V> get(int64_t t) const { return {load<V>(value + t * step), load<V>(tangent + t * tangent_step)}; }
 };
+
+template <class V>
+EAML_INLINE View<V> view_of(Span<V> tile) {
+  return {tile.value, Lanes<V>::count};
+}
+template <class V>
+EAML_INLINE View<Dual<V>> view_of(Span<Dual<V>> tile) {
+  return {tile.value, Lanes<V>::count, tile.tangent, Lanes<V>::count};
+}
 
 // The inputs of a run on S: values, and for duals their tangents.
 template <class S>
@@ -144,8 +166,16 @@ Place place(const Shape& shape, int64_t index) {
 }
 
 template <class T>
+int64_t offset_of(const In<T>& in, int64_t row) {
+  return row / in.rows_per_outer * in.outer;
+}
+template <class T>
+int64_t offset_of(const Out<T>& out, int64_t row) {
+  return row * out.outer;
+}
+template <class T>
 const T* origin(const In<T>& in, int64_t row, int64_t channel) {
-  return in.data + row / in.rows_per_outer * in.outer + channel * in.channel;
+  return in.data + offset_of(in, row) + channel * in.channel;
 }
 
 inline const std::uint16_t* halves(const float* data) {
@@ -215,6 +245,19 @@ EAML_NOINLINE void scatter_tile(T* to, const Out<T>& out, const T* tile, int64_t
     for (int64_t i = 0; i < lanes; ++i) to[t * out.inner + i * out.channel] = tile[t * W + i];
 }
 
+// Where a tile's rows go: the caller's own memory if a vector can be written there, or the tile, to be stored after.
+template <class V>
+struct Target {
+  element_t<V>* row;
+  int64_t step;
+  EAML_INLINE V get(int64_t t) const { return load<V>(row + t * step); }
+  EAML_INLINE void set(int64_t t, V x) const { store(row + t * step, x); }
+};
+template <class V, class T = element_t<V>>
+EAML_INLINE bool has_rows(const Out<T>& out, int64_t lanes) {
+  return out.data != nullptr && out.half == Half::kNone && out.channel == 1 && lanes == Lanes<V>::count;
+}
+
 template <class V, class T = element_t<V>>
 EAML_INLINE void store_tile(const Out<T>& out, const T* tile, int64_t row, int64_t channel, int64_t lanes,
                             int64_t start, int64_t steps) {
@@ -230,11 +273,7 @@ EAML_INLINE void store_tile(const Out<T>& out, const T* tile, int64_t row, int64
       });
     }
   }
-  T* const to = out.data + offset;
-  if (lanes == W && out.channel == 1)
-    copy_rows<V>(to, out.inner, tile, W, steps);
-  else
-    scatter_tile<W>(to, out, tile, lanes, steps);
+  if (!has_rows<V>(out, lanes)) scatter_tile<W>(out.data + offset, out, tile, lanes, steps);
 }
 
 // matrix[state][lane] of a (rows, dim, state) input, zeros beyond `lanes` and beyond the true state count.
@@ -404,8 +443,7 @@ struct Rates {
   vector_t<S> A2[kStates];
   EAML_INLINE Rates(Span<S> from, const number_t<S>* from2) {
     read(A, from);
-    EAML_UNROLL
-    for (int n = 0; n < kStates; ++n) A2[n] = load<vector_t<S>>(from2 + n * kLanes<S>);
+    each_state([&](auto n) EAML_LAMBDA { A2[n] = load<vector_t<S>>(from2 + n * kLanes<S>); });
   }
 };
 
@@ -437,7 +475,7 @@ struct Unit {
 
   const Shape& shape;
   const Source<S>& source;
-  Place at;
+  Place at, after;         // and the unit that is likely to come next
   int64_t padded;          // states, rounded up to whole groups
   Span<S> A, D, bias;      // [block][state][lane], [block][lane]
   T* A2;                   // A log2(e)
@@ -446,11 +484,16 @@ struct Unit {
   Span<S> memory_u, memory_delta, memory_z;
   View<S> u, z;
   Segments segments;
-  Stream coming[8];  // what the calls of view() found: u, delta, z, grad_y, with their tangents
+  static constexpr int64_t kStreams = 12;
+  Stream coming[kStreams];  // what the calls of view() and target() found: sequences, their tangents, outputs
   int64_t streams;
 
   Unit(Arena& arena, const Shape& s, const Source<S>& src, int64_t index)
-      : shape(s), source(src), at(place<T>(s, index)), padded((s.state + kStates - 1) / kStates * kStates) {
+      : shape(s),
+        source(src),
+        at(place<T>(s, index)),
+        after(place<T>(s, std::min(index + 1, s.batch * units_per_group<T>(s) * s.groups - 1))),
+        padded((s.state + kStates - 1) / kStates * kStates) {
     A = take<S>(arena, blocks() * padded * W);
     A2 = arena.take<T>(blocks() * padded * W);
     D = take<S>(arena, blocks() * W);
@@ -521,17 +564,15 @@ struct Unit {
   // The chunk of an input, copied to `tile` only where lanes are not adjacent. The next chunk starts `ahead` steps on.
   EAML_INLINE View<S> view(In<T> Inputs<T>::* member, Span<S> tile, int64_t block, int64_t start, int64_t steps,
                            int64_t ahead) {
-    const bool last = block + 1 == blocks();  // next is another block, or the first one of the next chunk
     const auto rows = [&](T* to, const In<T>& in) EAML_LAMBDA -> View<V> {
       const bool adjacent = in.data != nullptr && in.channel == 1 && lanes(block) == W;
-      const int64_t next = last ? ahead * in.inner - block * W : W;
       if constexpr (sizeof(T) == 4) {
         if (in.data != nullptr && in.half != Half::kNone) {
           if (!adjacent) {
             stage_half_tile<W>(to, in, at.row, channel(block), lanes(block), start, steps);
           } else {
             const std::uint16_t* const row = halves(in.data) + at.row * in.outer + channel(block) + start * in.inner;
-            coming[streams++] = {reinterpret_cast<const char*>(row + next), in.inner * int64_t(sizeof(*row))};
+            come(halves(in.data), in, block, start, ahead);
             with_half(in.half, [&](auto half) EAML_LAMBDA {
               for (int64_t t = 0; t < steps; ++t) store(to + t * W, load_half<half, V>(row + t * in.inner));
             });
@@ -541,7 +582,7 @@ struct Unit {
       }
       if (adjacent) {
         const T* const row = origin(in, at.row, channel(block)) + start * in.inner;
-        coming[streams++] = {reinterpret_cast<const char*>(row + next), in.inner * int64_t(sizeof(T))};
+        come(in.data, in, block, start, ahead);
         return {row, in.inner};
       }
       stage_tile<W>(to, in, at.row, channel(block), lanes(block), start, steps, ahead);
@@ -556,6 +597,27 @@ struct Unit {
     }
   }
 
+  // Where a chunk of an output goes; store_tile does the rest.
+  EAML_INLINE Target<V> target(const Out<T>& out, T* tile, int64_t block, int64_t start, int64_t ahead) {
+    if (!has_rows<V>(out, lanes(block))) return {tile, W};
+    T* const row = out.data + at.row * out.outer + channel(block) + start * out.inner;
+    come(out.data, out, block, start, ahead);
+    return {row, out.inner};
+  }
+
+  // Has the rows prefetched that the loops come to next: the next block's, the next chunk's, or the next unit's.
+  template <class N, class Sequence>
+  EAML_INLINE void come(const N* data, const Sequence& sequence, int64_t block, int64_t start, int64_t ahead) {
+    if (streams == kStreams) return;
+    int64_t row = at.row, next = channel(block) + W, t = start;
+    if (block + 1 == blocks()) {
+      next = at.first, t += ahead;
+      if (t < 0 || t >= shape.length) row = after.row, next = after.first, t = ahead < 0 ? (chunks() - 1) * kChunk : 0;
+    }
+    const N* const from = data + offset_of(sequence, row) + next * sequence.channel + t * sequence.inner;
+    coming[streams++] = {reinterpret_cast<const char*>(from), sequence.inner * int64_t(sizeof(N))};
+  }
+
   // dt = softplus(delta + bias), x = dt u, y = D u where the sum over states starts; with `slope`, also d dt / d delta.
   template <bool kSlope>
   EAML_INLINE void stage_block(int64_t block, int64_t start, int64_t steps, Span<S> slope) {
@@ -567,6 +629,7 @@ struct Unit {
     const View<S> delta = view(&Inputs<T>::delta, memory_delta, block, start, steps, ahead), u_ = u;
     const Span<S> dt_ = dt, x_ = x, y_ = y;
     const S offset = bias.get(block * W), d = D.get(block * W);
+    const bool sums = !kSlope || shape.gated;  // backward needs y for the gate alone
     const auto each = [&](auto f) EAML_LAMBDA {
       for (int64_t t = 0; t < steps; t += kTogether) {
         int64_t rows[kTogether];
@@ -580,7 +643,7 @@ struct Unit {
         for (int k = 0; k < kTogether; ++k) {
           const S input = u_.get(rows[k]);
           dt_.set(rows[k] * W, step[k].value), x_.set(rows[k] * W, step[k].value * input);
-          y_.set(rows[k] * W, d * input);
+          if (sums) y_.set(rows[k] * W, d * input);
           if constexpr (kSlope) slope.set(rows[k] * W, step[k].slope);
         }
       }
@@ -604,18 +667,17 @@ EAML_INLINE void forward_states(const Segments& segments, Streams coming, Rates<
   S h[kStates], a[kStates];
   read(h, state);
   for (int64_t segment = 0; segment < segments.count; ++segment) {
-    if (segments.reset(segment)) std::fill_n(h, kStates, S{});
+    if (segments.reset(segment)) forget(h);
     for (int64_t t = segments.begin[segment]; t < segments.begin[segment + 1]; ++t) {
       const S step = dt.get(t * W), input = x.get(t * W);
       S sum;
       if constexpr (kOutput) sum = y.get(t * W);
       coming.prefetch(t);
       decay(step, rates.A, rates.A2, a);
-      EAML_UNROLL
-      for (int n = 0; n < kStates; ++n) {
+      each_state([&](auto n) EAML_LAMBDA {
         h[n] = advance(a[n], h[n], input, B.get(t, n));
         if constexpr (kOutput) sum = sum + h[n] * C.get(t, n);
-      }
+      });
       if constexpr (kOutput) y.set(t * W, sum);
     }
   }
@@ -650,6 +712,7 @@ EAML_INLINE void forward_unit(Arena& arena, const Shape& shape, const Source<S>&
       save(out.checkpoints, state.value, chunk, block);
       if constexpr (kIsDual<S>) save(out.checkpoint_tangents, state.tangent, chunk, block);
       unit.template stage_block<false>(block, start, steps, y);
+      const Target<V> to = unit.target(out.y, tile, block, start, kChunk);
       for (int64_t part = 0; part < shape.parts; ++part) {
         if (part > 0) clear(y, steps * W);
         const auto advance_part = [&](auto output) EAML_LAMBDA {
@@ -668,7 +731,7 @@ EAML_INLINE void forward_unit(Arena& arena, const Shape& shape, const Source<S>&
             const S gate = unit.z.get(t);
             term = output(y.get(t * W) * (gate * sigmoid(gate)));
           }
-          store(tile + t * W, part == 0 ? term : load<V>(tile + t * W) + rounded(term));
+          to.set(t, part == 0 ? term : to.get(t) + rounded(term));
         }
       }
       store_tile<V>(out.y, tile, row, unit.channel(block), unit.lanes(block), start, steps);
@@ -690,86 +753,85 @@ struct Sums {
   int64_t B_step, C_step;  // 0 where B, C are invariant in time: all steps add to one place
 };
 
-// Tiles of gradients of one chunk and block.
+// Gradients of one chunk and block.
 template <class S>
-struct GradientTiles {
-  Span<S> y, x, dt;  // in; sums over states of dL/dx, and of dL/d(dt A) A
+struct ChunkGradients {
+  View<S> y;      // in
+  Span<S> x, dt;  // tiles; sums over states of dL/dx, and of dL/d(dt A) A
 };
 
-// Takes the states of a group back through a chunk, from `start`, their values before it.
-template <class S, bool kLane>
-EAML_INLINE void backward_states(const Segments& segments, Streams coming, bool gated, Rates<S> rates, Span<S> start,
-                                 Span<S> dt, Span<S> x, Operand<S, kLane> B, Operand<S, kLane> C, Span<S> y,
-                                 Span<S> grad_state, GradientTiles<S> grad, Span<S> decays, Span<S> states,
-                                 Span<S> zeros, Sums<number_t<S>> sums) {
+// Adds the terms of the states in flight to a step's sums over lanes.
+template <bool kLane, class V>
+EAML_INLINE void add_terms(element_t<V>* sums, const V (&terms)[kStates]) {
+  if constexpr (!kLane) return add_folded(sums, terms);
+  EAML_UNROLL
+  for (int n = 0; n < kStates; ++n) {
+    element_t<V>* const sum = sums + n * Lanes<V>::count;
+    store(sum, load<V>(sum) + terms[n]);
+  }
+}
+
+// Takes the states of a group back through a chunk, from `start`, their values before it; a gate needs y again.
+template <bool kGated, class S, bool kLane>
+EAML_INLINE void backward_states(const Segments& segments, Streams coming, Rates<S> rates, Span<S> start, Span<S> dt,
+                                 Span<S> x, Operand<S, kLane> B, Operand<S, kLane> C, Span<S> y, Span<S> grad_state,
+                                 ChunkGradients<S> grad, Span<S> decays, Span<S> kept, Sums<number_t<S>> sums) {
   using V = vector_t<S>;
   constexpr int64_t W = kLanes<S>, size = kGroup<S>;
 
   S h[kStates];
   read(h, start);
   for (int64_t segment = 0; segment < segments.count; ++segment) {
-    if (segments.reset(segment)) std::fill_n(h, kStates, S{});
+    if (segments.reset(segment)) forget(h);
     for (int64_t t = segments.begin[segment]; t < segments.begin[segment + 1]; ++t) {
-      const S step = dt.get(t * W), input = x.get(t * W);
+      const S step = dt.get(t * W), input = x.get(t * W), gy = grad.y.get(t);
       S a[kStates];
+      V terms[kStates];
       coming.prefetch(t);
       decay(step, rates.A, rates.A2, a);
-      EAML_UNROLL
-      for (int n = 0; n < kStates; ++n) h[n] = advance(a[n], h[n], input, B.get(t, n));
-      write(decays.at(t * size), a);
-      write(states.at(t * size), h);
-    }
-  }
-  if (gated) {
-    for (int64_t t = 0; t < segments.begin[segments.count]; ++t) {
-      S sum = y.get(t * W);
-      EAML_UNROLL
-      for (int n = 0; n < kStates; ++n) sum = sum + states.get(t * size + n * W) * C.get(t, n);
-      y.set(t * W, sum);
+      each_state([&](auto n) EAML_LAMBDA {
+        const S rest = decayed(a[n], h[n]);
+        decays.set(t * size + n * W, a[n]);
+        kept.set(t * size + n * W, rest);
+        h[n] = rest + input * B.get(t, n);
+        terms[n] = output(gy * h[n]);
+      });
+      add_terms<kLane>(sums.C + t * sums.C_step, terms);
+      if constexpr (kGated) {
+        S sum = y.get(t * W);
+        each_state([&](auto n) EAML_LAMBDA { sum = sum + h[n] * C.get(t, n); });
+        y.set(t * W, sum);
+      }
     }
   }
 
   S grad_h[kStates];
   V sum_A[kStates];
   read(grad_h, grad_state);
-  EAML_UNROLL
-  for (int n = 0; n < kStates; ++n) sum_A[n] = load<V>(sums.A + n * W);
+  each_state([&](auto n) EAML_LAMBDA { sum_A[n] = load<V>(sums.A + n * W); });
   for (int64_t segment = segments.count - 1; segment >= 0; --segment) {
-    const int64_t first = segments.begin[segment];
-    const Span<S> initial = segments.reset(segment) ? zeros : start;
-    for (int64_t t = segments.begin[segment + 1] - 1; t >= first; --t) {
-      const Span<S> before = t == first ? initial : states.at((t - 1) * size);
-      const Span<S> a = decays.at(t * size), after = states.at(t * size);
-      number_t<S>* const sum_B = sums.B + t * sums.B_step;
-      number_t<S>* const sum_C = sums.C + t * sums.C_step;
-      const S gy = grad.y.get(t * W), step = dt.get(t * W), input = x.get(t * W);
+    for (int64_t t = segments.begin[segment + 1] - 1; t >= segments.begin[segment]; --t) {
+      const S gy = grad.y.get(t), step = dt.get(t * W), input = x.get(t * W);
       S gx = grad.x.get(t * W), gdt = grad.dt.get(t * W);
-      V term_B[kStates], term_C[kStates];
-      EAML_UNROLL
-      for (int n = 0; n < kStates; ++n) {
-        const S h_prev = before.get(n * W);
+      V terms[kStates];
+      each_state([&](auto n) EAML_LAMBDA {
+        const int64_t i = t * size + n * W;
         const StepGradient<S> g =
-            step_backward(grad_h[n], gy, a.get(n * W), h_prev, after.get(n * W), input, B.get(t, n), C.get(t, n));
+            step_backward(grad_h[n], gy, decays.get(i), kept.get(i), input, B.get(t, n), C.get(t, n));
         grad_h[n] = g.h_prev;
-        if constexpr (kLane) {
-          store(sum_C + n * W, load<V>(sum_C + n * W) + output(g.C));
-          store(sum_B + n * W, load<V>(sum_B + n * W) + output(g.B));
-        } else {
-          term_C[n] = output(g.C), term_B[n] = output(g.B);
-        }
+        terms[n] = output(g.B);
         gx = gx + g.x;
         gdt = gdt + g.dt_A * rates.A[n];
         sum_A[n] = sum_A[n] + output(g.dt_A * step);
-      }
-      if constexpr (!kLane) add_folded(sum_C, term_C), add_folded(sum_B, term_B);
+      });
+      add_terms<kLane>(sums.B + t * sums.B_step, terms);
       grad.x.set(t * W, gx);
       grad.dt.set(t * W, gdt);
     }
-    if (segments.reset(segment)) std::fill_n(grad_h, kStates, S{});
+    if (segments.reset(segment)) forget(grad_h);
   }
   write(grad_state, grad_h);
-  EAML_UNROLL
-  for (int n = 0; n < kStates; ++n) store(sums.A + n * W, sum_A[n]);
+  each_state([&](auto n) EAML_LAMBDA { store(sums.A + n * W, sum_A[n]); });
 }
 
 template <class S, bool kLane>
@@ -781,11 +843,11 @@ EAML_INLINE void backward_unit(Arena& arena, const Shape& shape, const Source<S>
   Unit<S, kLane> unit(arena, shape, source, index);
   const int64_t row = unit.at.row, size = unit.padded * W, blocks = unit.blocks(), chunks = unit.chunks();
 
-  const Span<S> grad_h = take<S>(arena, blocks * size), h0 = take<S>(arena, size), zeros = take<S>(arena, group);
-  const Span<S> decays = take<S>(arena, kChunk * group), states = take<S>(arena, kChunk * group);
+  const Span<S> grad_h = take<S>(arena, blocks * size), h0 = take<S>(arena, size);
+  const Span<S> decays = take<S>(arena, kChunk * group), kept = take<S>(arena, kChunk * group);
   const Span<S> slope = take<S>(arena, tile), memory_gy = take<S>(arena, tile);
   const Span<S> gate = take<S>(arena, tile);  // sigmoid(z)
-  const GradientTiles<S> grad{take<S>(arena, tile), take<S>(arena, tile), take<S>(arena, tile)};
+  const Span<S> gated_gy = take<S>(arena, tile), grad_x = take<S>(arena, tile), grad_dt = take<S>(arena, tile);
   const auto zeroed = [&](int64_t count) {
     T* const sum = arena.take<T>(count);
     std::fill_n(sum, count, T(0));
@@ -801,7 +863,6 @@ EAML_INLINE void backward_unit(Arena& arena, const Shape& shape, const Source<S>
   T* const tile_u = arena.take<T>(tile);
   T* const tile_delta = arena.take<T>(tile);
   T* const tile_z = arena.take<T>(tile);
-  clear(zeros, group);
   for (int64_t block = 0; block < blocks; ++block)
     source.each(&Inputs<T>::grad_state, grad_h.at(block * size), [&](T* to, const In<T>& in) {
       stage_matrix<V>(to, in, row, unit.channel(block), unit.lanes(block), shape.state, unit.padded);
@@ -818,13 +879,16 @@ EAML_INLINE void backward_unit(Arena& arena, const Shape& shape, const Source<S>
       unit.template stage_block<true>(block, start, steps, slope);
       const View<S> u = unit.u, z = unit.z, gy = unit.view(&Inputs<T>::grad_y, memory_gy, block, start, steps, -kChunk);
       const Span<S> dt = unit.dt, y = unit.y;
+      const Target<V> to_u = unit.target(out.u, tile_u, block, start, -kChunk);
+      const Target<V> to_delta = unit.target(out.delta, tile_delta, block, start, -kChunk);
+      const Target<V> to_z = unit.target(out.z, tile_z, block, start, -kChunk);
+      ChunkGradients<S> grad{gy, grad_x, grad_dt};
       if (shape.gated) {
         for (int64_t t = 0; t < steps; ++t) {
           const S s = sigmoid(z.get(t));
-          gate.set(t * W, s), grad.y.set(t * W, gy.get(t) * (z.get(t) * s));
+          gate.set(t * W, s), gated_gy.set(t * W, gy.get(t) * (z.get(t) * s));
         }
-      } else {
-        for (int64_t t = 0; t < steps; ++t) grad.y.set(t * W, gy.get(t));
+        grad.y = view_of(gated_gy);
       }
       stage_matrix<V>(h0.value, checkpoint(out.checkpoints, shape, row, chunk, chunks), 0, channel, lanes, shape.state,
                       unit.padded);
@@ -841,26 +905,33 @@ EAML_INLINE void backward_unit(Arena& arena, const Shape& shape, const Source<S>
           const int64_t k = n / kStates * kChunk * row_size;
           const Sums<T> sums{sum_A + j, sum_B + (shape.B_invariant ? j : k), sum_C + (shape.C_invariant ? j : k),
                              shape.B_invariant ? 0 : row_size, shape.C_invariant ? 0 : row_size};
-          backward_states(unit.segments, unit.streams_from(n), shape.gated, unit.rates(j), h0.at(n * W), dt, unit.x,
-                          unit.B.states_from(n), unit.C.states_from(n), y, grad_h.at(j), grad, decays, states, zeros,
-                          sums);
+          const auto back = [&](auto gated) EAML_LAMBDA {
+            backward_states<gated>(unit.segments, unit.streams_from(n), unit.rates(j), h0.at(n * W), dt, unit.x,
+                                   unit.B.states_from(n), unit.C.states_from(n), y, grad_h.at(j), grad, decays, kept,
+                                   sums);
+          };
+          if (shape.gated)
+            back(std::true_type());
+          else
+            back(std::false_type());
         }
 
         const S d = part == 0 ? unit.D.get(block * W) : S{};
         T* const bias = sum_bias + (part * blocks + block) * W;
         V block_D = load<V>(sum_D + block * W), block_bias = load<V>(bias);
-        const auto put = [&](T* to, V x) EAML_LAMBDA { store(to, part == 0 ? x : load<V>(to) + rounded(x)); };
+        const auto put = [&](Target<V> to, int64_t t, V x)
+                             EAML_LAMBDA { to.set(t, part == 0 ? x : to.get(t) + rounded(x)); };
         for (int64_t t = 0; t < steps; ++t) {
           const int64_t j = t * W;
           const S gx = grad.x.get(j), input = u.get(t);
           const V grad_delta = output((grad.dt.get(j) + input * gx) * slope.get(j));
-          put(tile_u + j, output(dt.get(j) * gx + d * grad.y.get(j)));
-          put(tile_delta + j, grad_delta);
+          put(to_u, t, output(dt.get(j) * gx + d * grad.y.get(t)));
+          put(to_delta, t, grad_delta);
           block_bias += grad_delta;
-          if (part == 0) block_D += output(grad.y.get(j) * input);
+          if (part == 0) block_D += output(grad.y.get(t) * input);
           if (shape.gated) {
             const S s = gate.get(j);
-            put(tile_z + j, output(gy.get(t) * y.get(j) * (s + z.get(t) * (s * (one<S>() - s)))));
+            put(to_z, t, output(gy.get(t) * y.get(j) * (s + z.get(t) * (s * (one<S>() - s)))));
           }
         }
         store(sum_D + block * W, block_D), store(bias, block_bias);
