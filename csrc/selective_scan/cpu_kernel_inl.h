@@ -46,12 +46,33 @@ struct Span<Dual<V>> {
   EAML_INLINE element_t<V>* written() const { return tangent; }  // what leaves the kernel of a Dual run
 };
 
+// The same of a size known beforehand: of duals, tangents stand kSize numbers behind values, and one address serves
+// both.
+template <class V, int64_t kSize>
+struct Tile {
+  element_t<V>* value;
+  EAML_INLINE V get(int64_t i) const { return load<V>(value + i); }
+  EAML_INLINE void set(int64_t i, V x) const { store(value + i, x); }
+};
+template <class V, int64_t kSize>
+struct Tile<Dual<V>, kSize> {
+  element_t<V>* value;
+  EAML_INLINE Dual<V> get(int64_t i) const { return {load<V>(value + i), load<V>(value + kSize + i)}; }
+  EAML_INLINE void set(int64_t i, Dual<V> x) const { store(value + i, x.value), store(value + kSize + i, x.tangent); }
+  EAML_INLINE element_t<V>* tangent() const { return value + kSize; }
+};
+
 constexpr int kStates = 4;  // states in flight: enough independent chains, few enough registers
 
 constexpr int kTogether = 4;  // steps whose softplus is computed side by side
 
 template <class S>
 constexpr int64_t kGroup = kStates * kLanes<S>;  // numbers of one vector for each state in flight
+
+template <class S>
+using StepTile = Tile<S, kChunk * kLanes<S>>;  // [step][lane]
+template <class S>
+using GroupTile = Tile<S, kChunk * kGroup<S>>;  // [step][state in flight][lane]
 
 template <class S>
 EAML_INLINE S one() {
@@ -67,9 +88,18 @@ Span<S> take(Arena& arena, int64_t count) {
 }
 
 template <class S>
-EAML_INLINE void clear(Span<S> span, int64_t count) {
-  std::fill_n(span.value, count, number_t<S>(0));
-  if constexpr (kIsDual<S>) std::fill_n(span.tangent, count, number_t<S>(0));
+StepTile<S> step_tile(Arena& arena) {
+  return {arena.take<number_t<S>>((1 + kIsDual<S>)*kChunk * kLanes<S>)};
+}
+template <class S>
+GroupTile<S> group_tile(Arena& arena) {
+  return {arena.take<number_t<S>>((1 + kIsDual<S>)*kChunk * kGroup<S>)};
+}
+
+template <class S>
+EAML_INLINE void clear(StepTile<S> tile, int64_t count) {
+  std::fill_n(tile.value, count, number_t<S>(0));
+  if constexpr (kIsDual<S>) std::fill_n(tile.tangent(), count, number_t<S>(0));
 }
 
 // f(n) for each state in flight. What stays in registers from step to step is an array that only constants index: where
@@ -119,13 +149,12 @@ struct View<Dual<V>> {
   EAML_INLINE Dual<V> get(int64_t t) const { return {load<V>(value + t * step), load<V>(tangent + t * tangent_step)}; }
 };
 
-template <class V>
-EAML_INLINE View<V> view_of(Span<V> tile) {
-  return {tile.value, Lanes<V>::count};
-}
-template <class V>
-EAML_INLINE View<Dual<V>> view_of(Span<Dual<V>> tile) {
-  return {tile.value, Lanes<V>::count, tile.tangent, Lanes<V>::count};
+template <class S>
+EAML_INLINE View<S> view_of(StepTile<S> tile) {
+  if constexpr (kIsDual<S>)
+    return {tile.value, kLanes<S>, tile.tangent(), kLanes<S>};
+  else
+    return {tile.value, kLanes<S>};
 }
 
 // The inputs of a run on S: values, and for duals their tangents.
@@ -480,8 +509,8 @@ struct Unit {
   Span<S> A, D, bias;      // [block][state][lane], [block][lane]
   T* A2;                   // A log2(e)
   Operand<S, kLane> B, C;  // of the current chunk (invariant: of the current block)
-  Span<S> dt, x, y;        // tiles of the current chunk and block
-  Span<S> memory_u, memory_delta, memory_z;
+  StepTile<S> dt, x, y;    // of the current chunk and block
+  StepTile<S> memory_u, memory_delta, memory_z;
   View<S> u, z;
   Segments segments;
   static constexpr int64_t kStreams = 12;
@@ -514,7 +543,7 @@ struct Unit {
     B.data = take<S>(arena, operand), C.data = take<S>(arena, operand);
     B.step = kLane ? (shape.B_invariant ? 0 : padded * W) : padded;
     C.step = kLane ? (shape.C_invariant ? 0 : padded * W) : padded;
-    for (Span<S>* tile : {&dt, &x, &y, &memory_u, &memory_delta, &memory_z}) *tile = take<S>(arena, kChunk * W);
+    for (StepTile<S>* tile : {&dt, &x, &y, &memory_u, &memory_delta, &memory_z}) *tile = step_tile<S>(arena);
   }
 
   int64_t blocks() const { return (at.channels + W - 1) / W; }
@@ -562,7 +591,7 @@ struct Unit {
   }
 
   // The chunk of an input, copied to `tile` only where lanes are not adjacent. The next chunk starts `ahead` steps on.
-  EAML_INLINE View<S> view(In<T> Inputs<T>::* member, Span<S> tile, int64_t block, int64_t start, int64_t steps,
+  EAML_INLINE View<S> view(In<T> Inputs<T>::* member, StepTile<S> tile, int64_t block, int64_t start, int64_t steps,
                            int64_t ahead) {
     const auto rows = [&](T* to, const In<T>& in) EAML_LAMBDA -> View<V> {
       const bool adjacent = in.data != nullptr && in.channel == 1 && lanes(block) == W;
@@ -590,7 +619,7 @@ struct Unit {
     };
     const View<V> value = rows(tile.value, source.values.*member);
     if constexpr (kIsDual<S>) {
-      const View<V> tangent = rows(tile.tangent, source.tangents->*member);
+      const View<V> tangent = rows(tile.tangent(), source.tangents->*member);
       return {value.value, value.step, tangent.value, tangent.step};
     } else {
       return value;
@@ -620,14 +649,14 @@ struct Unit {
 
   // dt = softplus(delta + bias), x = dt u, y = D u where the sum over states starts; with `slope`, also d dt / d delta.
   template <bool kSlope>
-  EAML_INLINE void stage_block(int64_t block, int64_t start, int64_t steps, Span<S> slope) {
+  EAML_INLINE void stage_block(int64_t block, int64_t start, int64_t steps, StepTile<S> slope) {
     if constexpr (kLane) stage_invariant(block);
     streams = 0;
     constexpr int64_t ahead = kSlope ? -kChunk : kChunk;  // backward walks backward
     u = view(&Inputs<T>::u, memory_u, block, start, steps, ahead);
     if (shape.gated) z = view(&Inputs<T>::z, memory_z, block, start, steps, ahead);
     const View<S> delta = view(&Inputs<T>::delta, memory_delta, block, start, steps, ahead), u_ = u;
-    const Span<S> dt_ = dt, x_ = x, y_ = y;
+    const StepTile<S> dt_ = dt, x_ = x, y_ = y;
     const S offset = bias.get(block * W), d = D.get(block * W);
     const bool sums = !kSlope || shape.gated;  // backward needs y for the gate alone
     const auto each = [&](auto f) EAML_LAMBDA {
@@ -661,8 +690,8 @@ struct Unit {
 
 // Advances the states of a group through a chunk and, if kOutput, adds C h to y.
 template <bool kOutput, class S, bool kLane>
-EAML_INLINE void forward_states(const Segments& segments, Streams coming, Rates<S> rates, Span<S> state, Span<S> dt,
-                                Span<S> x, Operand<S, kLane> B, Operand<S, kLane> C, Span<S> y) {
+EAML_INLINE void forward_states(const Segments& segments, Streams coming, Rates<S> rates, Span<S> state, StepTile<S> dt,
+                                StepTile<S> x, Operand<S, kLane> B, Operand<S, kLane> C, StepTile<S> y) {
   constexpr int64_t W = kLanes<S>;
   S h[kStates], a[kStates];
   read(h, state);
@@ -708,13 +737,14 @@ EAML_INLINE void forward_unit(Arena& arena, const Shape& shape, const Source<S>&
     const int64_t start = chunk * kChunk, steps = std::min(kChunk, shape.length - start);
     unit.stage_chunk(start, steps);
     for (int64_t block = 0; block < unit.blocks(); ++block) {
-      const Span<S> state = h.at(block * size), y = unit.y;
+      const Span<S> state = h.at(block * size);
+      const StepTile<S> y = unit.y;
       save(out.checkpoints, state.value, chunk, block);
       if constexpr (kIsDual<S>) save(out.checkpoint_tangents, state.tangent, chunk, block);
       unit.template stage_block<false>(block, start, steps, y);
       const Target<V> to = unit.target(out.y, tile, block, start, kChunk);
       for (int64_t part = 0; part < shape.parts; ++part) {
-        if (part > 0) clear(y, steps * W);
+        if (part > 0) clear<S>(y, steps * W);
         const auto advance_part = [&](auto output) EAML_LAMBDA {
           for (int64_t n = part_begin(shape, part); n < part_begin(shape, part + 1); n += kStates)
             forward_states<output>(unit.segments, unit.streams_from(n), unit.rates(block * size + n * W),
@@ -756,8 +786,8 @@ struct Sums {
 // Gradients of one chunk and block.
 template <class S>
 struct ChunkGradients {
-  View<S> y;      // in
-  Span<S> x, dt;  // tiles; sums over states of dL/dx, and of dL/d(dt A) A
+  View<S> y;          // in
+  StepTile<S> x, dt;  // sums over states of dL/dx, and of dL/d(dt A) A
 };
 
 // Adds the terms of the states in flight to a step's sums over lanes.
@@ -773,9 +803,10 @@ EAML_INLINE void add_terms(element_t<V>* sums, const V (&terms)[kStates]) {
 
 // Takes the states of a group back through a chunk, from `start`, their values before it; a gate needs y again.
 template <bool kGated, class S, bool kLane>
-EAML_INLINE void backward_states(const Segments& segments, Streams coming, Rates<S> rates, Span<S> start, Span<S> dt,
-                                 Span<S> x, Operand<S, kLane> B, Operand<S, kLane> C, Span<S> y, Span<S> grad_state,
-                                 ChunkGradients<S> grad, Span<S> decays, Span<S> kept, Sums<number_t<S>> sums) {
+EAML_INLINE void backward_states(const Segments& segments, Streams coming, Rates<S> rates, Span<S> start,
+                                 StepTile<S> dt, StepTile<S> x, Operand<S, kLane> B, Operand<S, kLane> C, StepTile<S> y,
+                                 Span<S> grad_state, ChunkGradients<S> grad, GroupTile<S> decays, GroupTile<S> kept,
+                                 Sums<number_t<S>> sums) {
   using V = vector_t<S>;
   constexpr int64_t W = kLanes<S>, size = kGroup<S>;
 
@@ -844,10 +875,10 @@ EAML_INLINE void backward_unit(Arena& arena, const Shape& shape, const Source<S>
   const int64_t row = unit.at.row, size = unit.padded * W, blocks = unit.blocks(), chunks = unit.chunks();
 
   const Span<S> grad_h = take<S>(arena, blocks * size), h0 = take<S>(arena, size);
-  const Span<S> decays = take<S>(arena, kChunk * group), kept = take<S>(arena, kChunk * group);
-  const Span<S> slope = take<S>(arena, tile), memory_gy = take<S>(arena, tile);
-  const Span<S> gate = take<S>(arena, tile);  // sigmoid(z)
-  const Span<S> gated_gy = take<S>(arena, tile), grad_x = take<S>(arena, tile), grad_dt = take<S>(arena, tile);
+  const GroupTile<S> decays = group_tile<S>(arena), kept = group_tile<S>(arena);
+  const StepTile<S> slope = step_tile<S>(arena), memory_gy = step_tile<S>(arena);
+  const StepTile<S> gate = step_tile<S>(arena);  // sigmoid(z)
+  const StepTile<S> gated_gy = step_tile<S>(arena), grad_x = step_tile<S>(arena), grad_dt = step_tile<S>(arena);
   const auto zeroed = [&](int64_t count) {
     T* const sum = arena.take<T>(count);
     std::fill_n(sum, count, T(0));
@@ -878,7 +909,7 @@ EAML_INLINE void backward_unit(Arena& arena, const Shape& shape, const Source<S>
       const int64_t channel = unit.channel(block), lanes = unit.lanes(block);
       unit.template stage_block<true>(block, start, steps, slope);
       const View<S> u = unit.u, z = unit.z, gy = unit.view(&Inputs<T>::grad_y, memory_gy, block, start, steps, -kChunk);
-      const Span<S> dt = unit.dt, y = unit.y;
+      const StepTile<S> dt = unit.dt, y = unit.y;
       const Target<V> to_u = unit.target(out.u, tile_u, block, start, -kChunk);
       const Target<V> to_delta = unit.target(out.delta, tile_delta, block, start, -kChunk);
       const Target<V> to_z = unit.target(out.z, tile_z, block, start, -kChunk);
@@ -888,7 +919,7 @@ EAML_INLINE void backward_unit(Arena& arena, const Shape& shape, const Source<S>
           const S s = sigmoid(z.get(t));
           gate.set(t * W, s), gated_gy.set(t * W, gy.get(t) * (z.get(t) * s));
         }
-        grad.y = view_of(gated_gy);
+        grad.y = view_of<S>(gated_gy);
       }
       stage_matrix<V>(h0.value, checkpoint(out.checkpoints, shape, row, chunk, chunks), 0, channel, lanes, shape.state,
                       unit.padded);
@@ -896,9 +927,9 @@ EAML_INLINE void backward_unit(Arena& arena, const Shape& shape, const Source<S>
         stage_matrix<V>(h0.tangent, checkpoint(out.checkpoint_tangents, shape, row, chunk, chunks), 0, channel, lanes,
                         shape.state, unit.padded);
       for (int64_t part = 0; part < shape.parts; ++part) {
-        if (part > 0) clear(y, steps * W);
-        clear(grad.x, steps * W);
-        clear(grad.dt, steps * W);
+        if (part > 0) clear<S>(y, steps * W);
+        clear<S>(grad.x, steps * W);
+        clear<S>(grad.dt, steps * W);
 
         for (int64_t n = part_begin(shape, part); n < part_begin(shape, part + 1); n += kStates) {
           const int64_t j = block * size + n * W;
