@@ -776,6 +776,95 @@ EAML_INLINE void forward_unit(Arena& arena, const Shape& shape, const Source<S>&
   }
 }
 
+// Whether a call is one step whose states lie side by side in memory, in full vectors: as RL calls it.
+template <class V, class T = element_t<V>>
+EAML_INLINE bool one_step(const Shape& shape, const Inputs<T>& in, const Outputs<T>& out) {
+  const bool plain = in.u.half == Half::kNone && in.delta.half == Half::kNone && in.z.half == Half::kNone;
+  return shape.length == 1 && shape.state % Lanes<V>::count == 0 && shape.parts == 1 && !shape.reset && plain &&
+         !shape.B_invariant && !shape.C_invariant && in.A.inner == 1 && in.initial_state.inner == 1 && out.y.data &&
+         out.last_state.inner == 1 && !out.checkpoints && out.y.half == Half::kNone;
+}
+
+// Such a step with lanes for states, and no state transposed. Four channels go side by side; the last may be done
+// twice.
+template <class V, class T = element_t<V>>
+EAML_INLINE void step_unit(Arena& arena, const Shape& shape, const Inputs<T>& in, const Outputs<T>& out,
+                           int64_t index) {
+  constexpr int64_t W = Lanes<V>::count;
+  constexpr int kChannels = 2 * kStates;
+  const Place at = place<T>(shape, index);
+  const int64_t padded = (at.channels + W - 1) / W * W;
+  const auto channels = [&](const In<T>& of) {
+    T* const to = arena.take<T>(padded);
+    std::fill_n(to + padded - W, W, T(0));
+    if (of.data == nullptr)
+      std::fill_n(to, padded, T(0));
+    else if (of.channel == 1)
+      std::copy_n(origin(of, at.row, at.first), at.channels, to);
+    else
+      for (int64_t i = 0; i < at.channels; ++i) to[i] = origin(of, at.row, at.first)[i * of.channel];
+    return to;
+  };
+  const auto states = [&](const In<T>& of) {
+    T* const to = arena.take<T>(shape.state);
+    for (int64_t n = 0; n < shape.state; ++n) to[n] = of.data[at.row * of.outer + at.group * of.group + n * of.channel];
+    return to;
+  };
+  T *const u = channels(in.u), *const delta = channels(in.delta), *const bias = channels(in.delta_bias);
+  T *const y = channels(in.D), *const gate = channels(in.z), *const B = states(in.B), *const C = states(in.C);
+  T *const x = arena.take<T>(padded), *const dt2 = arena.take<T>(padded);  // dt u, dt log2(e)
+  T* const contracted = arena.take<T>(padded + kChannels);
+  for (int64_t i = 0; i < padded; i += W) {
+    const V shifted[1] = {load<V>(delta + i) + load<V>(bias + i)}, input = load<V>(u + i);
+    Softplus<V> step[1] = {{shifted[0], V{}}};
+    if (shape.softplus) softplus(shifted, step);
+    store(dt2 + i, step[0].value * T(kLog2e)), store(x + i, step[0].value * input),
+        store(y + i, load<V>(y + i) * input);
+  }
+
+  const T* const A = origin(in.A, at.row, at.first);
+  const T* const before = origin(in.initial_state, at.row, at.first);
+  T* const after = out.last_state.data + at.row * out.last_state.outer + at.first * out.last_state.channel;
+  for (int64_t i = 0; i < at.channels; i += kChannels) {
+    int64_t channel[kChannels];
+    V sums[kChannels / kStates][kStates];
+    EAML_UNROLL
+    for (int k = 0; k < kChannels; ++k) {
+      channel[k] = std::min<int64_t>(i + k, at.channels - 1);
+      sums[k / kStates][k % kStates] = V{};
+    }
+    for (int64_t n = 0; n < shape.state; n += W) {
+      V t[kChannels], a[kChannels];
+      EAML_UNROLL
+      for (int k = 0; k < kChannels; ++k) t[k] = load<V>(A + channel[k] * in.A.channel + n) * dt2[channel[k]];
+      exp2_(t, a);
+      EAML_UNROLL
+      for (int k = 0; k < kChannels; ++k) {
+        const V h_prev = load<V>(before + channel[k] * in.initial_state.channel + n);
+        const V h = advance(a[k], h_prev, load<V>(B + n), x[channel[k]]);
+        store(after + channel[k] * out.last_state.channel + n, h);
+        sums[k / kStates][k % kStates] = sums[k / kStates][k % kStates] + h * load<V>(C + n);
+      }
+    }
+    EAML_UNROLL
+    for (int k = 0; k < kChannels; k += kStates) {
+      alignas(kAlignment) T folded[kFolded<V>] = {};
+      add_folded(folded, sums[k / kStates]);
+      unfold<V>(contracted + i + k, folded);
+    }
+  }
+
+  for (int64_t i = 0; i < padded; i += W) {
+    const V z = load<V>(gate + i), sum = load<V>(y + i) + load<V>(contracted + i);
+    store(y + i, shape.gated ? sum * (z * sigmoid(z)) : sum);
+  }
+  T* const to = out.y.data + at.row * out.y.outer + at.first * out.y.channel;
+  if (out.y.channel == 1)
+    std::copy_n(y, at.channels, to);
+  else
+    for (int64_t i = 0; i < at.channels; ++i) to[i * out.y.channel] = y[i];
+}
+
 // The gradients that backward accumulates; plain numbers, also in a Dual run, where they are tangents.
 template <class T>
 struct Sums {
@@ -1013,6 +1102,12 @@ EAML_INLINE void run_forward(const Shape& shape, const Source<S>& source, const 
   static thread_local Arena arena;
   for (int64_t index = begin; index < end; ++index) {
     arena.reset();
+    if constexpr (!kIsDual<S>) {
+      if (one_step<S>(shape, source.values, out)) {
+        step_unit<S>(arena, shape, source.values, out, index);
+        continue;
+      }
+    }
     if (shape.B_invariant || shape.C_invariant)
       forward_unit<S, true>(arena, shape, source, out, index);
     else
