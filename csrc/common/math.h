@@ -30,6 +30,10 @@ template <class V>
 EAML_INLINE Dual<V> operator-(const Dual<V>& a, const Dual<V>& b) {
   return {a.value - b.value, a.tangent - b.tangent};
 }
+template <class V>
+EAML_INLINE Dual<V> operator-(const Dual<V>& a) {
+  return {-a.value, -a.tangent};
+}
 // b may hold one number for all lanes of a.
 template <class V, class W>
 EAML_INLINE Dual<V> operator*(const Dual<V>& a, const Dual<W>& b) {
@@ -56,6 +60,66 @@ EAML_INLINE V output(V x) {
 template <class V>
 EAML_INLINE V output(const Dual<V>& x) {
   return x.tangent;
+}
+
+// A complex number of two S, which may be Duals.
+template <class S>
+struct Complex {
+  S re, im;
+};
+template <class S>
+struct VectorOf<Complex<S>> : VectorOf<S> {};
+
+template <class S>
+EAML_INLINE Complex<S> operator+(const Complex<S>& a, const Complex<S>& b) {
+  return {a.re + b.re, a.im + b.im};
+}
+// Here too, what comes second may hold one number for all lanes.
+template <class S, class M>
+EAML_INLINE Complex<S> operator*(const Complex<S>& a, const Complex<M>& b) {
+  return {a.re * b.re - a.im * b.im, a.re * b.im + a.im * b.re};
+}
+template <class S, class M>
+EAML_INLINE Complex<S> operator*(const S& a, const Complex<M>& b) {
+  return {a * b.re, a * b.im};
+}
+template <class S>
+EAML_INLINE Complex<S> operator*(const Complex<S>& a, const S& b) {
+  return {a.re * b, a.im * b};
+}
+template <class S>
+EAML_INLINE Complex<vector_t<S>> output(const Complex<S>& x) {
+  return {output(x.re), output(x.im)};
+}
+
+// a times the conjugate of b, the conjugate, and the real part, of real numbers too.
+template <class S, class M>
+EAML_INLINE S times_conjugate(const S& a, const M& b) {
+  return a * b;
+}
+template <class S, class M>
+EAML_INLINE Complex<S> times_conjugate(const S& a, const Complex<M>& b) {
+  return {a * b.re, -(a * b.im)};
+}
+template <class S, class M>
+EAML_INLINE Complex<S> times_conjugate(const Complex<S>& a, const Complex<M>& b) {
+  return {a.re * b.re + a.im * b.im, a.im * b.re - a.re * b.im};
+}
+template <class S>
+EAML_INLINE S conjugate(const S& x) {
+  return x;
+}
+template <class S>
+EAML_INLINE Complex<S> conjugate(const Complex<S>& x) {
+  return {x.re, -x.im};
+}
+template <class S>
+EAML_INLINE S real(const S& x) {
+  return x;
+}
+template <class S>
+EAML_INLINE S real(const Complex<S>& x) {
+  return x.re;
 }
 
 constexpr double kLog2e = 1.4426950408889634074;
@@ -218,6 +282,79 @@ EAML_INLINE V exp_(V x) {
   V out[1];
   exp2_(in, out);
   return out[0];
+}
+
+// Minimax polynomials of sin(pi r) / r and of cos(pi r) in r^2, for |r| <= 1/2, by Remez's algorithm; the last
+// coefficient of the second is exactly 1. Adding `round`, 1.5 * 2^mantissa, leaves an integer in the lowest bits.
+template <class T>
+struct Turn;
+template <>
+struct Turn<float> {
+  static constexpr float round = 12582912.0f;
+  static constexpr int sign = 31, sine_terms = 5, cosine_terms = 6;
+  static constexpr float sine[sine_terms] = {0.0795397833f, -0.599313557f, 2.55025482f, -5.16772032f, 3.14159274f};
+  static constexpr float cosine[cosine_terms] = {-0.0239760354f, 0.234688058f, -1.33516192f,
+                                                 4.05870533f,    -4.93480206f, 1.0f};
+  static constexpr float per_radian = 0.318309873f, per_radian_rest = 1.28412765e-8f;  // their sum is 1 / pi
+};
+template <>
+struct Turn<double> {
+  static constexpr double round = 6755399441055744.0;
+  static constexpr int sign = 63, sine_terms = 9, cosine_terms = 9;
+  static constexpr double sine[sine_terms] = {7.6895922057447072e-7,  -2.1902691848915669e-5, 0.000466299496496898,
+                                              -0.0073704304398583588, 0.082145886565543808,   -0.59926452931847496,
+                                              2.550164039877286,      -5.1677127800499694,    3.1415926535897931};
+  static constexpr double cosine[cosine_terms] = {4.1469625105962147e-6, -0.00010456428091577896, 0.0019295554954383318,
+                                                  -0.025806888607130492, 0.2353306301189913,      -1.3352627688431442,
+                                                  4.0587121264165038,    -4.9348022005446772,     1.0};
+  static constexpr double per_radian = 0.3183098861837907, per_radian_rest = -1.9678676675182486e-17;
+};
+
+// An angle in half turns, as the sum of two numbers.
+template <class V>
+struct HalfTurns {
+  V high, low;
+};
+template <class T>
+EAML_INLINE HalfTurns<T> half_turns(T radians) {
+  const T high = radians * Turn<T>::per_radian;
+  return {high, std::fma(radians, Turn<T>::per_radian, -high) + radians * Turn<T>::per_radian_rest};
+}
+
+// modulus * e^(i x angle), each part within 2.5 ulp of the modulus where multiply-adds are fused; elsewhere the
+// rounding of x * angle comes on top. Beyond 2^22 (2^51) half turns, where numbers are too coarse for an angle, any;
+// NaN for infinite ones.
+template <int K, class V>
+EAML_INLINE void polar(const V (&modulus)[K], V x, const HalfTurns<V> (&angle)[K], Complex<V> (&out)[K]) {
+  using E = Turn<element_t<V>>;
+  using Bits = bits_t<V>;
+  V shifted[K], r[K], square[K], sine[K], cosine[K];
+  EAML_UNROLL
+  for (int k = 0; k < K; ++k) shifted[k] = x * angle[k].high + E::round;
+  EAML_UNROLL
+  for (int k = 0; k < K; ++k) {
+    r[k] = x * angle[k].high - (shifted[k] - E::round) + x * angle[k].low;
+    const V least = splat<V>(-0.51f), most = splat<V>(0.51f);
+    r[k] = r[k] < least ? least : r[k];
+    r[k] = r[k] > most ? most : r[k];
+    square[k] = r[k] * r[k], sine[k] = splat<V>(E::sine[0]), cosine[k] = splat<V>(E::cosine[0]);
+  }
+  EAML_UNROLL
+  for (int i = 1; i < E::sine_terms; ++i) {
+    EAML_UNROLL
+    for (int k = 0; k < K; ++k) sine[k] = sine[k] * square[k] + E::sine[i];
+  }
+  EAML_UNROLL
+  for (int i = 1; i < E::cosine_terms; ++i) {
+    EAML_UNROLL
+    for (int k = 0; k < K; ++k) cosine[k] = cosine[k] * square[k] + E::cosine[i];
+  }
+  EAML_UNROLL
+  for (int k = 0; k < K; ++k) {  // an odd number of half turns changes the sign
+    const Bits odd = __builtin_bit_cast(Bits, shifted[k]) << E::sign;
+    const V scale = __builtin_bit_cast(V, __builtin_bit_cast(Bits, modulus[k]) ^ odd);
+    out[k] = {scale * cosine[k], scale * (sine[k] * r[k])};
+  }
 }
 
 // log(1 + v) for v in [0, 1], with relative accuracy also where v is tiny.

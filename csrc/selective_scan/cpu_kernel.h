@@ -1,4 +1,5 @@
-// The CPU kernels of the selective scan, seen from outside: pointers, strides and two entry points per precision.
+// The CPU kernels of the selective scan, seen from outside: pointers, strides and two entry points per precision, for
+// real states and for complex ones. A complex number is two in memory, and two of them count one stride each.
 #pragma once
 
 #include <cstdint>
@@ -43,8 +44,9 @@ struct Inputs {
 
 struct Shape {
   std::int64_t batch, dim, length, state, groups;
-  std::int64_t all_states;  // of the arrays that hold states; a call may do a part of them, `state`
-  std::int64_t parts = 1;   // y, and gradients of sequences, are sums over states: first within, then over these parts
+  std::int64_t all_states;      // of the arrays that hold states; a call may do a part of them, `state`
+  std::int64_t components = 1;  // of a state: 2 of a complex one
+  std::int64_t parts = 1;  // y, and gradients of sequences, are sums over states: first within, then over these parts
   bool B_invariant, C_invariant, softplus, gated;
   const bool* reset;  // (batch, length) or null
   std::int64_t reset_outer, reset_inner;
@@ -80,16 +82,29 @@ struct Gradients {
 
 // Work is cut into batch * units(shape) independent units; a call does those in [begin, end).
 template <class T>
-std::int64_t units(const Shape& shape);
+std::int64_t units_per_group(const Shape& shape) {
+  const std::int64_t width = kUnitBytes / sizeof(T), dim = shape.dim / shape.groups;
+  return (dim + width - 1) / width;
+}
+template <class T>
+std::int64_t units(const Shape& shape) {
+  return units_per_group<T>(shape) * shape.groups;
+}
 
 // With tangents, everything runs on Duals.
-void forward(const Shape&, const Inputs<float>&, const Inputs<float>* tangents, const Outputs<float>&,
-             std::int64_t begin, std::int64_t end);
-void forward(const Shape&, const Inputs<double>&, const Inputs<double>* tangents, const Outputs<double>&,
-             std::int64_t begin, std::int64_t end);
-void backward(const Shape&, const Inputs<float>&, const Inputs<float>* tangents, const Gradients<float>&,
-              std::int64_t begin, std::int64_t end);
-void backward(const Shape&, const Inputs<double>&, const Inputs<double>* tangents, const Gradients<double>&,
-              std::int64_t begin, std::int64_t end);
+#define EAML_DECLARE(NUMBER)                                                                                   \
+  void forward(const Shape&, const Inputs<NUMBER>&, const Inputs<NUMBER>* tangents, const Outputs<NUMBER>&,    \
+               std::int64_t begin, std::int64_t end);                                                          \
+  void backward(const Shape&, const Inputs<NUMBER>&, const Inputs<NUMBER>* tangents, const Gradients<NUMBER>&, \
+                std::int64_t begin, std::int64_t end);
+namespace real_states {
+EAML_DECLARE(float)
+EAML_DECLARE(double)
+}  // namespace real_states
+namespace complex_states {
+EAML_DECLARE(float)
+EAML_DECLARE(double)
+}  // namespace complex_states
+#undef EAML_DECLARE
 
 }  // namespace eaml::selective_scan

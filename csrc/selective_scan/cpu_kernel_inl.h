@@ -1,4 +1,5 @@
-// The CPU kernels as templates on a vector of lanes; a file per precision, EAML_NUMBER, instantiates them.
+// The CPU kernels as templates on a vector of lanes; a file per precision, EAML_NUMBER, instantiates them for real
+// states, and another one, with EAML_COMPLEX, for complex states.
 //
 // Lanes are channels, so there is no horizontal sum per step and the exponential runs at full vector width. A unit of
 // work is one batch row times kUnitBytes of channels, in blocks of one vector. Time is walked in chunks: inputs of a
@@ -19,13 +20,30 @@ namespace {
 
 using std::int64_t;
 
-// Kernels are templates on S: a vector of lanes V, or a Dual<V>.
+// Kernels are templates on Z, what A, B, C and the states are: a vector of lanes V, a Dual<V>, or a Complex of either.
+// Sequences are real_t<Z>, S: V or Dual<V>.
+template <class Z>
+struct Components {
+  using Real = Z;
+  static constexpr int64_t count = 1;
+};
 template <class S>
-constexpr bool kIsDual = !std::is_same_v<S, vector_t<S>>;
-template <class S>
-using number_t = element_t<vector_t<S>>;
-template <class S>
-constexpr int64_t kLanes = Lanes<vector_t<S>>::count;
+struct Components<Complex<S>> {
+  using Real = S;
+  static constexpr int64_t count = 2;
+};
+template <class Z>
+using real_t = typename Components<Z>::Real;
+template <class Z>
+constexpr int64_t kComponents = Components<Z>::count;
+template <class Z>
+using output_t = decltype(output(std::declval<Z>()));
+template <class Z>
+constexpr bool kIsDual = !std::is_same_v<real_t<Z>, vector_t<Z>>;
+template <class Z>
+using number_t = element_t<vector_t<Z>>;
+template <class Z>
+constexpr int64_t kLanes = Lanes<vector_t<Z>>::count;
 
 // An array in memory, read and written a vector at a time; of duals it is two arrays.
 template <class V>
@@ -34,6 +52,7 @@ struct Span {
   EAML_INLINE V get(int64_t i) const { return load<V>(value + i); }
   EAML_INLINE void set(int64_t i, V x) const { store(value + i, x); }
   EAML_INLINE Span at(int64_t offset) const { return {value + offset}; }
+  EAML_INLINE element_t<V> number(int64_t i) const { return value[i]; }
   EAML_INLINE element_t<V>* written() const { return value; }
 };
 template <class V>
@@ -43,7 +62,21 @@ struct Span<Dual<V>> {
   EAML_INLINE Dual<V> get(int64_t i) const { return {load<V>(value + i), load<V>(tangent + i)}; }
   EAML_INLINE void set(int64_t i, Dual<V> x) const { store(value + i, x.value), store(tangent + i, x.tangent); }
   EAML_INLINE Span at(int64_t offset) const { return {value + offset, tangent + offset}; }
+  EAML_INLINE Dual<element_t<V>> number(int64_t i) const { return {value[i], tangent[i]}; }
   EAML_INLINE element_t<V>* written() const { return tangent; }  // what leaves the kernel of a Dual run
+};
+
+// Of complex numbers, the vector of the imaginary parts follows that of the real ones; offsets count the latter alone.
+template <class S>
+struct Span<Complex<S>> : Span<S> {
+  EAML_INLINE Complex<S> get(int64_t i) const { return {Span<S>::get(2 * i), Span<S>::get(2 * i + kLanes<S>)}; }
+  EAML_INLINE void set(int64_t i, Complex<S> x) const {
+    Span<S>::set(2 * i, x.re), Span<S>::set(2 * i + kLanes<S>, x.im);
+  }
+  EAML_INLINE Span at(int64_t offset) const { return {Span<S>::at(2 * offset)}; }
+  EAML_INLINE auto number(int64_t i) const {
+    return Complex<decltype(Span<S>::number(i))>{Span<S>::number(2 * i), Span<S>::number(2 * i + 1)};
+  }
 };
 
 // The same of a size known beforehand: of duals, tangents stand kSize numbers behind values, and one address serves
@@ -62,12 +95,21 @@ struct Tile<Dual<V>, kSize> {
   EAML_INLINE element_t<V>* tangent() const { return value + kSize; }
 };
 
-constexpr int kStates = 4;  // states in flight: enough independent chains, few enough registers
+template <class S, int64_t kSize>
+struct Tile<Complex<S>, kSize> : Tile<S, 2 * kSize> {
+  using Parts = Tile<S, 2 * kSize>;
+  EAML_INLINE Complex<S> get(int64_t i) const { return {Parts::get(2 * i), Parts::get(2 * i + kLanes<S>)}; }
+  EAML_INLINE void set(int64_t i, Complex<S> x) const { Parts::set(2 * i, x.re), Parts::set(2 * i + kLanes<S>, x.im); }
+};
+
+constexpr int kVectors = 4;  // of states in flight: enough independent chains, few enough registers
+template <class Z>
+constexpr int kStates = kVectors / kComponents<Z>;
 
 constexpr int kTogether = 4;  // steps whose softplus is computed side by side
 
 template <class S>
-constexpr int64_t kGroup = kStates * kLanes<S>;  // numbers of one vector for each state in flight
+constexpr int64_t kGroup = kStates<S> * kLanes<S>;  // numbers of one vector for each state in flight
 
 template <class S>
 using StepTile = Tile<S, kChunk * kLanes<S>>;  // [step][lane]
@@ -81,7 +123,9 @@ EAML_INLINE S one() {
 
 template <class S>
 Span<S> take(Arena& arena, int64_t count) {
-  if constexpr (kIsDual<S>)
+  if constexpr (kComponents<S> == 2)
+    return {take<real_t<S>>(arena, 2 * count)};
+  else if constexpr (kIsDual<S>)
     return {arena.take<number_t<S>>(count), arena.take<number_t<S>>(count)};
   else
     return {arena.take<number_t<S>>(count)};
@@ -91,15 +135,19 @@ template <class S>
 StepTile<S> step_tile(Arena& arena) {
   return {arena.take<number_t<S>>((1 + kIsDual<S>)*kChunk * kLanes<S>)};
 }
-template <class S>
-GroupTile<S> group_tile(Arena& arena) {
-  return {arena.take<number_t<S>>((1 + kIsDual<S>)*kChunk * kGroup<S>)};
+template <class Z>
+GroupTile<Z> group_tile(Arena& arena) {
+  return {arena.take<number_t<Z>>((1 + kIsDual<Z>)*kChunk * kGroup<Z> * kComponents<Z>)};
 }
 
 template <class S>
 EAML_INLINE void clear(StepTile<S> tile, int64_t count) {
   std::fill_n(tile.value, count, number_t<S>(0));
   if constexpr (kIsDual<S>) std::fill_n(tile.tangent(), count, number_t<S>(0));
+}
+template <class Z>
+EAML_INLINE void clear(Span<Z> span, int64_t count) {
+  std::fill_n(span.value, count * kComponents<Z>, number_t<Z>(0));
 }
 
 // f(n) for each state in flight. What stays in registers from step to step is an array that only constants index: where
@@ -108,23 +156,23 @@ template <class F, int... n>
 EAML_INLINE void each_state(F f, std::integer_sequence<int, n...>) {
   (f(std::integral_constant<int, n>()), ...);
 }
-template <class F>
+template <class Z, class F>
 EAML_INLINE void each_state(F f) {
-  each_state(f, std::make_integer_sequence<int, kStates>());
+  each_state(f, std::make_integer_sequence<int, kStates<Z>>());
 }
 
 // One vector per state in flight, between memory and registers.
 template <class S>
-EAML_INLINE void read(S (&to)[kStates], Span<S> from) {
-  each_state([&](auto n) EAML_LAMBDA { to[n] = from.get(n * kLanes<S>); });
+EAML_INLINE void read(S (&to)[kStates<S>], Span<S> from) {
+  each_state<S>([&](auto n) EAML_LAMBDA { to[n] = from.get(n * kLanes<S>); });
 }
 template <class S>
-EAML_INLINE void write(Span<S> to, const S (&from)[kStates]) {
-  each_state([&](auto n) EAML_LAMBDA { to.set(n * kLanes<S>, from[n]); });
+EAML_INLINE void write(Span<S> to, const S (&from)[kStates<S>]) {
+  each_state<S>([&](auto n) EAML_LAMBDA { to.set(n * kLanes<S>, from[n]); });
 }
 template <class S>
-EAML_INLINE void forget(S (&states)[kStates]) {
-  each_state([&](auto n) EAML_LAMBDA { states[n] = S{}; });
+EAML_INLINE void forget(S (&states)[kStates<S>]) {
+  each_state<S>([&](auto n) EAML_LAMBDA { states[n] = S{}; });
 }
 
 template <class V>
@@ -176,12 +224,6 @@ struct Source {
 struct Place {
   int64_t row, group, unit, first, channels;  // unit counts within the row; `channels` from `first` on
 };
-
-template <class T>
-int64_t units_per_group(const Shape& shape) {
-  const int64_t width = kUnitBytes / sizeof(T), dim = shape.dim / shape.groups;
-  return (dim + width - 1) / width;
-}
 
 template <class T>
 Place place(const Shape& shape, int64_t index) {
@@ -305,44 +347,48 @@ EAML_INLINE void store_tile(const Out<T>& out, const T* tile, int64_t row, int64
   if (!has_rows<V>(out, lanes)) scatter_tile<W>(out.data + offset, out, tile, lanes, steps);
 }
 
-// matrix[state][lane] of a (rows, dim, state) input, zeros beyond `lanes` and beyond the true state count.
-template <int64_t W, class T>
+// matrix[state][component][lane] of a (rows, dim, state) input, zeros beyond `lanes` and beyond the true state count.
+// Components of a complex number are neighbours in memory.
+template <int64_t W, int64_t kCount, class T>
 EAML_NOINLINE void gather_matrix(T* matrix, const In<T>& in, int64_t row, int64_t channel, int64_t lanes, int64_t state,
                                  int64_t padded) {
-  std::fill_n(matrix, padded * W, T(0));
+  std::fill_n(matrix, padded * kCount * W, T(0));
   if (in.data == nullptr) return;
   const T* from = origin(in, row, channel);
-  if (in.inner == 1) return transpose(matrix, W, from, in.channel, lanes, state);
+  if (in.inner == kCount) return transpose(matrix, W, from, in.channel, lanes, state * kCount);
   for (int64_t i = 0; i < lanes; ++i)
-    for (int64_t n = 0; n < state; ++n) matrix[n * W + i] = from[i * in.channel + n * in.inner];
+    for (int64_t n = 0; n < state; ++n)
+      for (int64_t c = 0; c < kCount; ++c) matrix[(n * kCount + c) * W + i] = from[i * in.channel + n * in.inner + c];
 }
 
-template <class V, class T = element_t<V>>
+template <class V, int64_t kCount, class T = element_t<V>>
 EAML_INLINE void stage_matrix(T* matrix, const In<T>& in, int64_t row, int64_t channel, int64_t lanes, int64_t state,
                               int64_t padded) {
   constexpr int64_t W = Lanes<V>::count;
-  if (in.data != nullptr && in.channel == 1 && lanes == W && state == padded)
+  if (kCount == 1 && in.data != nullptr && in.channel == 1 && lanes == W && state == padded)
     copy_rows<V>(matrix, W, origin(in, row, channel), in.inner, state);
   else
-    gather_matrix<W>(matrix, in, row, channel, lanes, state, padded);
+    gather_matrix<W, kCount>(matrix, in, row, channel, lanes, state, padded);
 }
 
-template <int64_t W, class T>
+template <int64_t W, int64_t kCount, class T>
 EAML_NOINLINE void scatter_matrix(T* to, int64_t channel_stride, int64_t inner_stride, const T* matrix, int64_t lanes,
                                   int64_t state) {
-  if (inner_stride == 1) return transpose(to, channel_stride, matrix, W, state, lanes);
+  if (inner_stride == kCount) return transpose(to, channel_stride, matrix, W, state * kCount, lanes);
   for (int64_t i = 0; i < lanes; ++i)
-    for (int64_t n = 0; n < state; ++n) to[i * channel_stride + n * inner_stride] = matrix[n * W + i];
+    for (int64_t n = 0; n < state; ++n)
+      for (int64_t c = 0; c < kCount; ++c)
+        to[i * channel_stride + n * inner_stride + c] = matrix[(n * kCount + c) * W + i];
 }
 
-template <class V, class T = element_t<V>>
+template <class V, int64_t kCount, class T = element_t<V>>
 EAML_INLINE void store_matrix(T* to, int64_t channel_stride, int64_t inner_stride, const T* matrix, int64_t lanes,
                               int64_t state) {
   constexpr int64_t W = Lanes<V>::count;
-  if (lanes == W && channel_stride == 1)
+  if (kCount == 1 && lanes == W && channel_stride == 1)
     copy_rows<V>(to, inner_stride, matrix, W, state);
   else
-    scatter_matrix<W>(to, channel_stride, inner_stride, matrix, lanes, state);
+    scatter_matrix<W, kCount>(to, channel_stride, inner_stride, matrix, lanes, state);
 }
 
 // One value per lane of a (rows, dim) input.
@@ -354,10 +400,18 @@ EAML_NOINLINE void stage_vector(T* vector, const In<T>& in, int64_t row, int64_t
   for (int64_t i = 0; i < lanes; ++i) vector[i] = from[i * in.channel];
 }
 
-// The saved states (batch, chunks, state, dim) at the start of a chunk, as an input.
+// The saved states (batch, chunks, state, component, dim) at the start of a chunk, each component a state of an input
+// of its own.
 template <class T>
 In<T> checkpoint(const T* all, const Shape& shape, int64_t row, int64_t chunk, int64_t chunks) {
-  return {all + (row * chunks + chunk) * shape.all_states * shape.dim, 0, 1, shape.dim};
+  return {all + (row * chunks + chunk) * shape.all_states * shape.components * shape.dim, 0, 1, shape.dim};
+}
+
+// to[state][step] = from[step][state] of complex numbers, kVectors / 2 states of which `count` are taken.
+template <class T>
+EAML_NOINLINE void scatter_steps(T* to, int64_t length, const T* from, int64_t steps, int64_t count) {
+  for (int64_t n = 0; n < count; ++n)
+    for (int64_t t = 0; t < steps; ++t) std::copy_n(from + t * kVectors + 2 * n, 2, to + 2 * (n * length + t));
 }
 
 // sums[row] = sum over the lanes of a row, in a fixed order: vectors of four (or two) are added, then their lanes.
@@ -381,7 +435,7 @@ EAML_INLINE void sum_lanes(T (&sums)[kRows], const T* rows) {
 // Four vectors' sums over lanes, halfway: kFolded numbers, of which `unfold` does the rest. It costs six shuffles
 // where four accumulators in memory would cost three more loads and stores.
 template <class V>
-constexpr int64_t kFolded = Lanes<V>::count < kStates ? kStates : Lanes<V>::count;
+constexpr int64_t kFolded = Lanes<V>::count < kVectors ? kVectors : Lanes<V>::count;
 
 // Which of the lanes of (a, b) goes to lane i: the lower (upper) ones of each 16 bytes, a and b in turn, as shuffles
 // inside 16 bytes are the cheap ones; or a's and then b's lower (upper) half. Of four lanes, neighbours added are
@@ -407,15 +461,20 @@ EAML_INLINE V add_halves(V a, V b, std::integer_sequence<int, i...>) {
          __builtin_shufflevector(a, b, half_lane<n, true>(i)...);
 }
 template <class V>
-EAML_INLINE void add_folded(element_t<V>* sums, const V (&x)[kStates]) {
-  static_assert(kStates == 4);
+EAML_INLINE void add_folded(element_t<V>* sums, const V (&x)[kVectors]) {
+  static_assert(kVectors == 4);
   constexpr int64_t W = Lanes<V>::count;
   const auto lanes = std::make_integer_sequence<int, W>();
   const V low = add_neighbours(x[0], x[1], lanes), high = add_neighbours(x[2], x[3], lanes);
-  if constexpr (W < kStates)
+  if constexpr (W < kVectors)
     store(sums, load<V>(sums) + low), store(sums + W, load<V>(sums + W) + high);
   else
     store(sums, load<V>(sums) + add_halves(low, high, lanes));
+}
+template <class V>
+EAML_INLINE void add_folded(element_t<V>* sums, const Complex<V> (&x)[kVectors / 2]) {
+  const V parts[kVectors] = {x[0].re, x[0].im, x[1].re, x[1].im};
+  add_folded(sums, parts);
 }
 template <class V>
 EAML_INLINE void unfold(element_t<V>* to, const element_t<V>* sums) {
@@ -431,8 +490,8 @@ EAML_INLINE void unfold(element_t<V>* to, const element_t<V>* sums) {
   }
 }
 
-// B or C of one chunk: [step][state], the same for every lane, or (kLane) [step][state][lane] with step stride 0 when
-// invariant in time.
+// B or C of one chunk: [step][state][component], the same for every lane, or (kLane) [step][state][component][lane]
+// with step stride 0 when invariant in time.
 template <class S, bool kLane>
 struct Operand {
   Span<S> data;
@@ -440,39 +499,66 @@ struct Operand {
   EAML_INLINE auto get(int64_t t, int64_t n) const {
     if constexpr (kLane)
       return data.get(t * step + n * kLanes<S>);
-    else if constexpr (kIsDual<S>)
-      return Dual<number_t<S>>(data.value[t * step + n], data.tangent[t * step + n]);
     else
-      return data.value[t * step + n];
+      return data.number(t * step + n);
   }
   EAML_INLINE Operand states_from(int64_t n) const { return {data.at(kLane ? n * kLanes<S> : n), step}; }
 };
 
-// to[step][state][copy] of a variable B or C, zeros beyond the true state count.
-template <int64_t kCopies, class T>
+// to[step][state][component][copy] of a variable B or C, zeros beyond the true state count.
+template <int64_t kCopies, int64_t kCount, class T>
 EAML_NOINLINE void stage_states(T* to, const In<T>& in, const Place& at, int64_t state, int64_t padded, int64_t start,
                                 int64_t steps) {
-  if (in.data == nullptr || padded != state) std::fill_n(to, steps * padded * kCopies, T(0));
+  if (in.data == nullptr || padded != state) std::fill_n(to, steps * padded * kCount * kCopies, T(0));
   if (in.data == nullptr) return;
   const T* from = in.data + at.row * in.outer + at.group * in.group + start * in.inner;
-  if (kCopies == 1 && in.inner == 1) return transpose(to, padded, from, in.channel, state, steps);
-  if (kCopies == 1 && in.channel == 1) {
-    for (int64_t t = 0; t < steps; ++t) std::copy_n(from + t * in.inner, state, to + t * padded);
+  if (kCopies == 1 && kCount == 1 && in.inner == 1) return transpose(to, padded, from, in.channel, state, steps);
+  if (kCopies == 1 && in.channel == kCount) {
+    for (int64_t t = 0; t < steps; ++t) std::copy_n(from + t * in.inner, state * kCount, to + t * padded * kCount);
     return;
   }
-  for (int64_t t = 0; t < steps; ++t)
-    for (int64_t n = 0; n < state; ++n)
-      std::fill_n(to + (t * padded + n) * kCopies, kCopies, from[n * in.channel + t * in.inner]);
+  for (int64_t n = 0; n < state; ++n)
+    for (int64_t t = 0; t < steps; ++t)
+      for (int64_t c = 0; c < kCount; ++c)
+        std::fill_n(to + ((t * padded + n) * kCount + c) * kCopies, kCopies, from[n * in.channel + t * in.inner + c]);
 }
 
-// A and A log2(e) of the states in flight.
-template <class S>
+// Rates in memory, [state][number of the rate][lane]; offsets count one of these numbers alone.
+template <class Z>
+struct RateSpan {
+  using V = vector_t<Z>;
+  static constexpr int64_t kCount = kComponents<Z> == 2 ? 3 : 1;
+  number_t<Z>* data;
+
+  EAML_INLINE Rate<Z> get(int64_t i) const {
+    const number_t<Z>* const from = data + i * kCount;
+    constexpr int64_t W = kLanes<Z>;
+    if constexpr (kCount == 3)
+      return {load<V>(from), {load<V>(from + W), load<V>(from + 2 * W)}};
+    else
+      return {load<V>(from)};
+  }
+  // Of `count` numbers from the start of A on.
+  EAML_INLINE void fill(Span<Z> A, int64_t count) const {
+    for (int64_t i = 0; i < count; i += kLanes<Z>)
+      for (int64_t lane = i; lane < i + kLanes<Z>; ++lane) {
+        data[i * (kCount - 1) + lane] = A.value[i * (kComponents<Z> - 1) + lane] * number_t<Z>(kLog2e);
+        if constexpr (kCount == 3) {
+          const auto angle = half_turns(A.value[i + lane + kLanes<Z>]);
+          data[i * 2 + lane + kLanes<Z>] = angle.high, data[i * 2 + lane + 2 * kLanes<Z>] = angle.low;
+        }
+      }
+  }
+};
+
+// A of the states in flight.
+template <class Z>
 struct Rates {
-  S A[kStates];
-  vector_t<S> A2[kStates];
-  EAML_INLINE Rates(Span<S> from, const number_t<S>* from2) {
-    read(A, from);
-    each_state([&](auto n) EAML_LAMBDA { A2[n] = load<vector_t<S>>(from2 + n * kLanes<S>); });
+  Z A[kStates<Z>];
+  Rate<Z> rate[kStates<Z>];
+  EAML_INLINE Rates(Span<Z> from, RateSpan<Z> prepared, int64_t offset) {
+    read(A, from.at(offset));
+    each_state<Z>([&](auto n) EAML_LAMBDA { rate[n] = prepared.get(offset + n * kLanes<Z>); });
   }
 };
 
@@ -496,19 +582,21 @@ struct Streams {
 };
 
 // The part of a unit's scratch memory that forward and backward share, and how it is filled.
-template <class S, bool kLane>
+template <class Z, bool kLane>
 struct Unit {
-  using V = vector_t<S>;
-  using T = number_t<S>;
-  static constexpr int64_t W = kLanes<S>;
+  using S = real_t<Z>;
+  using V = vector_t<Z>;
+  using T = number_t<Z>;
+  static constexpr int64_t W = kLanes<Z>;
 
   const Shape& shape;
   const Source<S>& source;
   Place at, after;         // and the unit that is likely to come next
   int64_t padded;          // states, rounded up to whole groups
-  Span<S> A, D, bias;      // [block][state][lane], [block][lane]
-  T* A2;                   // A log2(e)
-  Operand<S, kLane> B, C;  // of the current chunk (invariant: of the current block)
+  Span<Z> A;               // [block][state][lane]
+  RateSpan<Z> prepared;    // the same of A's rates
+  Span<S> D, bias;         // [block][lane]
+  Operand<Z, kLane> B, C;  // of the current chunk (invariant: of the current block)
   StepTile<S> dt, x, y;    // of the current chunk and block
   StepTile<S> memory_u, memory_delta, memory_z;
   View<S> u, z;
@@ -521,26 +609,26 @@ struct Unit {
       : shape(s),
         source(src),
         at(place<T>(s, index)),
-        after(place<T>(s, std::min(index + 1, s.batch * units_per_group<T>(s) * s.groups - 1))),
-        padded((s.state + kStates - 1) / kStates * kStates) {
-    A = take<S>(arena, blocks() * padded * W);
-    A2 = arena.take<T>(blocks() * padded * W);
+        after(place<T>(s, std::min(index + 1, s.batch * units<T>(s) - 1))),
+        padded((s.state + kStates<Z> - 1) / kStates<Z> * kStates<Z>) {
+    A = take<Z>(arena, blocks() * padded * W);
+    prepared.data = arena.take<T>(blocks() * padded * W * prepared.kCount);
     D = take<S>(arena, blocks() * W);
     bias = take<S>(arena, blocks() * W);
     for (int64_t block = 0; block < blocks(); ++block) {
       source.each(&Inputs<T>::A, A.at(block * padded * W), [&](T* to, const In<T>& in) {
-        stage_matrix<V>(to, in, at.row, channel(block), lanes(block), shape.state, padded);
+        stage_matrix<V, kComponents<Z>>(to, in, at.row, channel(block), lanes(block), shape.state, padded);
       });
       // States that only fill a group decay like others: of an infinite step, exp(inf 0) would be NaN.
-      std::fill_n(A.value + (block * padded + shape.state) * W, (padded - shape.state) * W, T(-1));
+      for (int64_t n = shape.state; n < padded; ++n) std::fill_n(A.at((block * padded + n) * W).value, W, T(-1));
       source.each(&Inputs<T>::D, D.at(block * W),
                   [&](T* to, const In<T>& in) { stage_vector<W>(to, in, at.row, channel(block), lanes(block)); });
       source.each(&Inputs<T>::delta_bias, bias.at(block * W),
                   [&](T* to, const In<T>& in) { stage_vector<W>(to, in, at.row, channel(block), lanes(block)); });
     }
-    for (int64_t j = 0; j < blocks() * padded * W; ++j) A2[j] = A.value[j] * T(kLog2e);
+    prepared.fill(A, blocks() * padded * W);
     const int64_t operand = kLane ? kChunk * padded * W : kChunk * padded;
-    B.data = take<S>(arena, operand), C.data = take<S>(arena, operand);
+    B.data = take<Z>(arena, operand), C.data = take<Z>(arena, operand);
     B.step = kLane ? (shape.B_invariant ? 0 : padded * W) : padded;
     C.step = kLane ? (shape.C_invariant ? 0 : padded * W) : padded;
     for (StepTile<S>* tile : {&dt, &x, &y, &memory_u, &memory_delta, &memory_z}) *tile = step_tile<S>(arena);
@@ -553,11 +641,11 @@ struct Unit {
 
   // What the states from n on prefetch; the arrays' own memory, which is at hand, where there is nothing more to come.
   EAML_INLINE Streams streams_from(int64_t n) const {
-    const int64_t i = n / kStates * 2;
+    const int64_t i = n / kStates<Z> * 2;
     const Stream none{reinterpret_cast<const char*>(dt.value), 0};
     return {i < streams ? coming[i] : none, i + 1 < streams ? coming[i + 1] : none};
   }
-  EAML_INLINE Rates<S> rates(int64_t j) const { return {A.at(j), A2 + j}; }
+  EAML_INLINE Rates<Z> rates(int64_t j) const { return {A, prepared, j}; }
 
   // What all blocks of the unit share in a chunk: resets, and B and C where they vary in time.
   EAML_INLINE void stage_chunk(int64_t start, int64_t steps) {
@@ -573,17 +661,17 @@ struct Unit {
     if (!shape.C_invariant) stage_variable(&Inputs<T>::C, C, start, steps);
   }
 
-  EAML_INLINE void stage_variable(In<T> Inputs<T>::* member, const Operand<S, kLane>& operand, int64_t start,
+  EAML_INLINE void stage_variable(In<T> Inputs<T>::* member, const Operand<Z, kLane>& operand, int64_t start,
                                   int64_t steps) {
     source.each(member, operand.data, [&](T* to, const In<T>& in) {
-      stage_states<kLane ? W : 1>(to, in, at, shape.state, padded, start, steps);
+      stage_states<kLane ? W : 1, kComponents<Z>>(to, in, at, shape.state, padded, start, steps);
     });
   }
 
   EAML_INLINE void stage_invariant(int64_t block) {
-    const auto stage = [&](In<T> Inputs<T>::* member, const Operand<S, kLane>& operand) {
+    const auto stage = [&](In<T> Inputs<T>::* member, const Operand<Z, kLane>& operand) {
       source.each(member, operand.data, [&](T* to, const In<T>& in) {
-        stage_matrix<V>(to, in, at.row, channel(block), lanes(block), shape.state, padded);
+        stage_matrix<V, kComponents<Z>>(to, in, at.row, channel(block), lanes(block), shape.state, padded);
       });
     };
     if (shape.B_invariant) stage(&Inputs<T>::B, B);
@@ -688,56 +776,61 @@ struct Unit {
   }
 };
 
+// y + sum C h over a group. A complex state stands for itself and its conjugate.
+template <class Z, bool kLane>
+EAML_INLINE real_t<Z> add_outputs(real_t<Z> y, const Z (&h)[kStates<Z>], Operand<Z, kLane> C, int64_t t) {
+  real_t<Z> sum = kComponents<Z> == 2 ? real_t<Z>{} : y;
+  each_state<Z>([&](auto n) EAML_LAMBDA { sum = sum + real(h[n] * C.get(t, n)); });
+  return kComponents<Z> == 2 ? y + (sum + sum) : sum;
+}
+
 // Advances the states of a group through a chunk and, if kOutput, adds C h to y.
-template <bool kOutput, class S, bool kLane>
-EAML_INLINE void forward_states(const Segments& segments, Streams coming, Rates<S> rates, Span<S> state, StepTile<S> dt,
-                                StepTile<S> x, Operand<S, kLane> B, Operand<S, kLane> C, StepTile<S> y) {
-  constexpr int64_t W = kLanes<S>;
-  S h[kStates], a[kStates];
+template <bool kOutput, class Z, bool kLane>
+EAML_INLINE void forward_states(const Segments& segments, Streams coming, Rates<Z> rates, Span<Z> state,
+                                StepTile<real_t<Z>> dt, StepTile<real_t<Z>> x, Operand<Z, kLane> B, Operand<Z, kLane> C,
+                                StepTile<real_t<Z>> y) {
+  constexpr int64_t W = kLanes<Z>;
+  Z h[kStates<Z>], a[kStates<Z>];
   read(h, state);
   for (int64_t segment = 0; segment < segments.count; ++segment) {
     if (segments.reset(segment)) forget(h);
     for (int64_t t = segments.begin[segment]; t < segments.begin[segment + 1]; ++t) {
-      const S step = dt.get(t * W), input = x.get(t * W);
-      S sum;
-      if constexpr (kOutput) sum = y.get(t * W);
+      const real_t<Z> step = dt.get(t * W), input = x.get(t * W);
       coming.prefetch(t);
-      decay(step, rates.A, rates.A2, a);
-      each_state([&](auto n) EAML_LAMBDA {
-        h[n] = advance(a[n], h[n], input, B.get(t, n));
-        if constexpr (kOutput) sum = sum + h[n] * C.get(t, n);
-      });
-      if constexpr (kOutput) y.set(t * W, sum);
+      decay(step, rates.A, rates.rate, a);
+      each_state<Z>([&](auto n) EAML_LAMBDA { h[n] = advance(a[n], h[n], input, B.get(t, n)); });
+      if constexpr (kOutput) y.set(t * W, add_outputs<Z>(y.get(t * W), h, C, t));
     }
   }
   write(state, h);
 }
 
-template <class S, bool kLane>
-EAML_INLINE void forward_unit(Arena& arena, const Shape& shape, const Source<S>& source,
-                              const Outputs<number_t<S>>& out, int64_t index) {
-  using V = vector_t<S>;
-  using T = number_t<S>;
-  constexpr int64_t W = kLanes<S>;
-  Unit<S, kLane> unit(arena, shape, source, index);
+template <class Z, bool kLane>
+EAML_INLINE void forward_unit(Arena& arena, const Shape& shape, const Source<real_t<Z>>& source,
+                              const Outputs<number_t<Z>>& out, int64_t index) {
+  using S = real_t<Z>;
+  using V = vector_t<Z>;
+  using T = number_t<Z>;
+  constexpr int64_t W = kLanes<Z>, components = kComponents<Z>;
+  Unit<Z, kLane> unit(arena, shape, source, index);
   const int64_t row = unit.at.row, size = unit.padded * W, chunks = unit.chunks();
-  const Span<S> h = take<S>(arena, unit.blocks() * size);
+  const Span<Z> h = take<Z>(arena, unit.blocks() * size);
   T* const tile = arena.take<T>(kChunk * W);
   for (int64_t block = 0; block < unit.blocks(); ++block)
     source.each(&Inputs<T>::initial_state, h.at(block * size), [&](T* to, const In<T>& in) {
-      stage_matrix<V>(to, in, row, unit.channel(block), unit.lanes(block), shape.state, unit.padded);
+      stage_matrix<V, components>(to, in, row, unit.channel(block), unit.lanes(block), shape.state, unit.padded);
     });
   const auto save = [&](T* all, const T* matrix, int64_t chunk, int64_t block) {
     if (all == nullptr) return;
-    T* to = all + (row * chunks + chunk) * shape.all_states * shape.dim + unit.channel(block);
-    store_matrix<V>(to, 1, shape.dim, matrix, unit.lanes(block), shape.state);
+    T* to = all + (row * chunks + chunk) * shape.all_states * components * shape.dim + unit.channel(block);
+    store_matrix<V, 1>(to, 1, shape.dim, matrix, unit.lanes(block), shape.state * components);
   };
 
   for (int64_t chunk = 0; chunk < chunks; ++chunk) {
     const int64_t start = chunk * kChunk, steps = std::min(kChunk, shape.length - start);
     unit.stage_chunk(start, steps);
     for (int64_t block = 0; block < unit.blocks(); ++block) {
-      const Span<S> state = h.at(block * size);
+      const Span<Z> state = h.at(block * size);
       const StepTile<S> y = unit.y;
       save(out.checkpoints, state.value, chunk, block);
       if constexpr (kIsDual<S>) save(out.checkpoint_tangents, state.tangent, chunk, block);
@@ -746,7 +839,7 @@ EAML_INLINE void forward_unit(Arena& arena, const Shape& shape, const Source<S>&
       for (int64_t part = 0; part < shape.parts; ++part) {
         if (part > 0) clear<S>(y, steps * W);
         const auto advance_part = [&](auto output) EAML_LAMBDA {
-          for (int64_t n = part_begin(shape, part); n < part_begin(shape, part + 1); n += kStates)
+          for (int64_t n = part_begin(shape, part); n < part_begin(shape, part + 1); n += kStates<Z>)
             forward_states<output>(unit.segments, unit.streams_from(n), unit.rates(block * size + n * W),
                                    state.at(n * W), unit.dt, unit.x, unit.B.states_from(n), unit.C.states_from(n), y);
         };
@@ -771,8 +864,8 @@ EAML_INLINE void forward_unit(Arena& arena, const Shape& shape, const Source<S>&
   if (out.last_state.data == nullptr) return;
   for (int64_t block = 0; block < unit.blocks(); ++block) {
     const Out<T>& to = out.last_state;
-    store_matrix<V>(to.data + row * to.outer + unit.channel(block) * to.channel, to.channel, to.inner,
-                    h.at(block * size).written(), unit.lanes(block), shape.state);
+    store_matrix<V, components>(to.data + row * to.outer + unit.channel(block) * to.channel, to.channel, to.inner,
+                                h.at(block * size).written(), unit.lanes(block), shape.state);
   }
 }
 
@@ -791,7 +884,7 @@ template <class V, class T = element_t<V>>
 EAML_INLINE void step_unit(Arena& arena, const Shape& shape, const Inputs<T>& in, const Outputs<T>& out,
                            int64_t index) {
   constexpr int64_t W = Lanes<V>::count;
-  constexpr int kChannels = 2 * kStates;
+  constexpr int kChannels = 2 * kVectors;
   const Place at = place<T>(shape, index);
   const int64_t padded = (at.channels + W - 1) / W * W;
   const auto channels = [&](const In<T>& of) {
@@ -827,11 +920,11 @@ EAML_INLINE void step_unit(Arena& arena, const Shape& shape, const Inputs<T>& in
   T* const after = out.last_state.data + at.row * out.last_state.outer + at.first * out.last_state.channel;
   for (int64_t i = 0; i < at.channels; i += kChannels) {
     int64_t channel[kChannels];
-    V sums[kChannels / kStates][kStates];
+    V sums[kChannels / kVectors][kVectors];
     EAML_UNROLL
     for (int k = 0; k < kChannels; ++k) {
       channel[k] = std::min<int64_t>(i + k, at.channels - 1);
-      sums[k / kStates][k % kStates] = V{};
+      sums[k / kVectors][k % kVectors] = V{};
     }
     for (int64_t n = 0; n < shape.state; n += W) {
       V t[kChannels], a[kChannels];
@@ -843,13 +936,13 @@ EAML_INLINE void step_unit(Arena& arena, const Shape& shape, const Inputs<T>& in
         const V h_prev = load<V>(before + channel[k] * in.initial_state.channel + n);
         const V h = advance(a[k], h_prev, load<V>(B + n), x[channel[k]]);
         store(after + channel[k] * out.last_state.channel + n, h);
-        sums[k / kStates][k % kStates] = sums[k / kStates][k % kStates] + h * load<V>(C + n);
+        sums[k / kVectors][k % kVectors] = sums[k / kVectors][k % kVectors] + h * load<V>(C + n);
       }
     }
     EAML_UNROLL
-    for (int k = 0; k < kChannels; k += kStates) {
+    for (int k = 0; k < kChannels; k += kVectors) {
       alignas(kAlignment) T folded[kFolded<V>] = {};
-      add_folded(folded, sums[k / kStates]);
+      add_folded(folded, sums[k / kVectors]);
       unfold<V>(contracted + i + k, folded);
     }
   }
@@ -866,10 +959,10 @@ EAML_INLINE void step_unit(Arena& arena, const Shape& shape, const Inputs<T>& in
 }
 
 // The gradients that backward accumulates; plain numbers, also in a Dual run, where they are tangents.
-template <class T>
+template <class Z>
 struct Sums {
-  T *A, *B, *C;            // of one group: [state][lane]; [step][kFolded], or (kLane) [step][state][lane]
-  int64_t B_step, C_step;  // 0 where B, C are invariant in time: all steps add to one place
+  Span<output_t<Z>> A, B, C;  // of one group: [state][lane]; [step][kFolded], or (kLane) [step][state][lane]
+  int64_t B_step, C_step;     // 0 where B, C are invariant in time: all steps add to one place
 };
 
 // Gradients of one chunk and block.
@@ -880,91 +973,89 @@ struct ChunkGradients {
 };
 
 // Adds the terms of the states in flight to a step's sums over lanes.
-template <bool kLane, class V>
-EAML_INLINE void add_terms(element_t<V>* sums, const V (&terms)[kStates]) {
-  if constexpr (!kLane) return add_folded(sums, terms);
-  EAML_UNROLL
-  for (int n = 0; n < kStates; ++n) {
-    element_t<V>* const sum = sums + n * Lanes<V>::count;
-    store(sum, load<V>(sum) + terms[n]);
-  }
+template <class Z, bool kLane>
+EAML_INLINE void add_terms(Span<output_t<Z>> sums, const output_t<Z> (&terms)[kStates<Z>]) {
+  if constexpr (!kLane) return add_folded(sums.value, terms);
+  each_state<Z>([&](auto n) EAML_LAMBDA { sums.set(n * kLanes<Z>, sums.get(n * kLanes<Z>) + terms[n]); });
 }
 
 // Takes the states of a group back through a chunk, from `start`, their values before it; a gate needs y again.
-template <bool kGated, class S, bool kLane>
-EAML_INLINE void backward_states(const Segments& segments, Streams coming, Rates<S> rates, Span<S> start,
-                                 StepTile<S> dt, StepTile<S> x, Operand<S, kLane> B, Operand<S, kLane> C, StepTile<S> y,
-                                 Span<S> grad_state, ChunkGradients<S> grad, GroupTile<S> decays, GroupTile<S> kept,
-                                 Sums<number_t<S>> sums) {
-  using V = vector_t<S>;
-  constexpr int64_t W = kLanes<S>, size = kGroup<S>;
+template <bool kGated, class Z, bool kLane>
+EAML_INLINE void backward_states(const Segments& segments, Streams coming, Rates<Z> rates, Span<Z> start,
+                                 StepTile<real_t<Z>> dt, StepTile<real_t<Z>> x, Operand<Z, kLane> B,
+                                 Operand<Z, kLane> C, StepTile<real_t<Z>> y, Span<Z> grad_state,
+                                 ChunkGradients<real_t<Z>> grad, GroupTile<Z> decays, GroupTile<Z> kept, Sums<Z> sums) {
+  using S = real_t<Z>;
+  constexpr int64_t W = kLanes<Z>, size = kGroup<Z>;
+  // A complex state stands for two: C h and its conjugate.
+  const auto cotangent = [&](int64_t t) EAML_LAMBDA {
+    const S gy = grad.y.get(t);
+    return kComponents<Z> == 2 ? gy + gy : gy;
+  };
 
-  S h[kStates];
+  Z h[kStates<Z>];
   read(h, start);
   for (int64_t segment = 0; segment < segments.count; ++segment) {
     if (segments.reset(segment)) forget(h);
     for (int64_t t = segments.begin[segment]; t < segments.begin[segment + 1]; ++t) {
-      const S step = dt.get(t * W), input = x.get(t * W), gy = grad.y.get(t);
-      S a[kStates];
-      V terms[kStates];
+      const S step = dt.get(t * W), input = x.get(t * W), gy = cotangent(t);
+      Z a[kStates<Z>];
+      output_t<Z> terms[kStates<Z>];
       coming.prefetch(t);
-      decay(step, rates.A, rates.A2, a);
-      each_state([&](auto n) EAML_LAMBDA {
-        const S rest = decayed(a[n], h[n]);
+      decay(step, rates.A, rates.rate, a);
+      each_state<Z>([&](auto n) EAML_LAMBDA {
+        const Z rest = decayed(a[n], h[n]);
         decays.set(t * size + n * W, a[n]);
         kept.set(t * size + n * W, rest);
         h[n] = rest + input * B.get(t, n);
-        terms[n] = output(gy * h[n]);
+        terms[n] = output(times_conjugate(gy, h[n]));
       });
-      add_terms<kLane>(sums.C + t * sums.C_step, terms);
-      if constexpr (kGated) {
-        S sum = y.get(t * W);
-        each_state([&](auto n) EAML_LAMBDA { sum = sum + h[n] * C.get(t, n); });
-        y.set(t * W, sum);
-      }
+      add_terms<Z, kLane>(sums.C.at(t * sums.C_step), terms);
+      if constexpr (kGated) y.set(t * W, add_outputs<Z>(y.get(t * W), h, C, t));
     }
   }
 
-  S grad_h[kStates];
-  V sum_A[kStates];
+  Z grad_h[kStates<Z>];
+  output_t<Z> sum_A[kStates<Z>];
   read(grad_h, grad_state);
-  each_state([&](auto n) EAML_LAMBDA { sum_A[n] = load<V>(sums.A + n * W); });
+  read(sum_A, sums.A);
   for (int64_t segment = segments.count - 1; segment >= 0; --segment) {
     for (int64_t t = segments.begin[segment + 1] - 1; t >= segments.begin[segment]; --t) {
-      const S gy = grad.y.get(t), step = dt.get(t * W), input = x.get(t * W);
+      const S gy = cotangent(t), step = dt.get(t * W), input = x.get(t * W);
       S gx = grad.x.get(t * W), gdt = grad.dt.get(t * W);
-      V terms[kStates];
-      each_state([&](auto n) EAML_LAMBDA {
+      output_t<Z> terms[kStates<Z>];
+      each_state<Z>([&](auto n) EAML_LAMBDA {
         const int64_t i = t * size + n * W;
-        const StepGradient<S> g =
+        const StepGradient<Z, S> g =
             step_backward(grad_h[n], gy, decays.get(i), kept.get(i), input, B.get(t, n), C.get(t, n));
         grad_h[n] = g.h_prev;
         terms[n] = output(g.B);
         gx = gx + g.x;
-        gdt = gdt + g.dt_A * rates.A[n];
+        gdt = gdt + real(times_conjugate(g.dt_A, rates.A[n]));
         sum_A[n] = sum_A[n] + output(g.dt_A * step);
       });
-      add_terms<kLane>(sums.B + t * sums.B_step, terms);
+      add_terms<Z, kLane>(sums.B.at(t * sums.B_step), terms);
       grad.x.set(t * W, gx);
       grad.dt.set(t * W, gdt);
     }
     if (segments.reset(segment)) forget(grad_h);
   }
   write(grad_state, grad_h);
-  each_state([&](auto n) EAML_LAMBDA { store(sums.A + n * W, sum_A[n]); });
+  write(sums.A, sum_A);
 }
 
-template <class S, bool kLane>
-EAML_INLINE void backward_unit(Arena& arena, const Shape& shape, const Source<S>& source,
-                               const Gradients<number_t<S>>& out, int64_t index) {
-  using V = vector_t<S>;
-  using T = number_t<S>;
-  constexpr int64_t W = kLanes<S>, group = kGroup<S>, tile = kChunk * W;
-  Unit<S, kLane> unit(arena, shape, source, index);
+template <class Z, bool kLane>
+EAML_INLINE void backward_unit(Arena& arena, const Shape& shape, const Source<real_t<Z>>& source,
+                               const Gradients<number_t<Z>>& out, int64_t index) {
+  using S = real_t<Z>;
+  using V = vector_t<Z>;
+  using T = number_t<Z>;
+  constexpr int64_t W = kLanes<Z>, group = kGroup<Z>, tile = kChunk * W, components = kComponents<Z>;
+  Unit<Z, kLane> unit(arena, shape, source, index);
   const int64_t row = unit.at.row, size = unit.padded * W, blocks = unit.blocks(), chunks = unit.chunks();
 
-  const Span<S> grad_h = take<S>(arena, blocks * size), h0 = take<S>(arena, size);
-  const GroupTile<S> decays = group_tile<S>(arena), kept = group_tile<S>(arena);
+  const Span<Z> grad_h = take<Z>(arena, blocks * size), h0 = take<Z>(arena, size);
+  const GroupTile<Z> decays = group_tile<Z>(arena), kept = group_tile<Z>(arena);
   const StepTile<S> slope = step_tile<S>(arena), memory_gy = step_tile<S>(arena);
   const StepTile<S> gate = step_tile<S>(arena);  // sigmoid(z)
   const StepTile<S> gated_gy = step_tile<S>(arena), grad_x = step_tile<S>(arena), grad_dt = step_tile<S>(arena);
@@ -973,11 +1064,12 @@ EAML_INLINE void backward_unit(Arena& arena, const Shape& shape, const Source<S>
     std::fill_n(sum, count, T(0));
     return sum;
   };
-  T* const sum_A = zeroed(blocks * size);
-  constexpr int64_t row_size = kLane ? group : kFolded<V>;
-  const int64_t sums_size = unit.padded / kStates * kChunk * row_size;  // [group][step][..]
-  T* const sum_B = zeroed(shape.B_invariant ? blocks * size : sums_size);
-  T* const sum_C = zeroed(shape.C_invariant ? blocks * size : sums_size);
+  const auto zeroed_states = [&](int64_t count) { return Span<output_t<Z>>{zeroed(count * components)}; };
+  const Span<output_t<Z>> sum_A = zeroed_states(blocks * size);
+  constexpr int64_t row_size = kLane ? group : kFolded<V> / components;
+  const int64_t sums_size = unit.padded / kStates<Z> * kChunk * row_size;  // [group][step][..]
+  const Span<output_t<Z>> sum_B = zeroed_states(shape.B_invariant ? blocks * size : sums_size);
+  const Span<output_t<Z>> sum_C = zeroed_states(shape.C_invariant ? blocks * size : sums_size);
   T* const sum_D = zeroed(blocks * W);
   T* const sum_bias = zeroed(shape.parts * blocks * W);  // [part][block][lane]
   T* const tile_u = arena.take<T>(tile);
@@ -985,14 +1077,14 @@ EAML_INLINE void backward_unit(Arena& arena, const Shape& shape, const Source<S>
   T* const tile_z = arena.take<T>(tile);
   for (int64_t block = 0; block < blocks; ++block)
     source.each(&Inputs<T>::grad_state, grad_h.at(block * size), [&](T* to, const In<T>& in) {
-      stage_matrix<V>(to, in, row, unit.channel(block), unit.lanes(block), shape.state, unit.padded);
+      stage_matrix<V, components>(to, in, row, unit.channel(block), unit.lanes(block), shape.state, unit.padded);
     });
 
   for (int64_t chunk = chunks - 1; chunk >= 0; --chunk) {
     const int64_t start = chunk * kChunk, steps = std::min(kChunk, shape.length - start);
     unit.stage_chunk(start, steps);
-    if (!shape.B_invariant) std::fill_n(sum_B, sums_size, T(0));
-    if (!shape.C_invariant) std::fill_n(sum_C, sums_size, T(0));
+    if (!shape.B_invariant) clear(sum_B, sums_size);
+    if (!shape.C_invariant) clear(sum_C, sums_size);
 
     for (int64_t block = 0; block < blocks; ++block) {
       const int64_t channel = unit.channel(block), lanes = unit.lanes(block);
@@ -1010,20 +1102,25 @@ EAML_INLINE void backward_unit(Arena& arena, const Shape& shape, const Source<S>
         }
         grad.y = view_of<S>(gated_gy);
       }
-      stage_matrix<V>(h0.value, checkpoint(out.checkpoints, shape, row, chunk, chunks), 0, channel, lanes, shape.state,
-                      unit.padded);
-      if constexpr (kIsDual<S>)
-        stage_matrix<V>(h0.tangent, checkpoint(out.checkpoint_tangents, shape, row, chunk, chunks), 0, channel, lanes,
-                        shape.state, unit.padded);
+      const auto stage_start = [&](T* to, const T* all) EAML_LAMBDA {
+        const In<T> saved = checkpoint(all, shape, row, chunk, chunks);
+        stage_matrix<V, 1>(to, saved, 0, channel, lanes, shape.state * components, unit.padded * components);
+        // Of the next block, or of the first one in the chunk before, which is the array's previous entry.
+        const bool last = block + 1 == blocks;
+        const T* next = saved.data + (last ? unit.at.first - shape.all_states * components * shape.dim : channel + W);
+        for (int64_t n = 0; n < shape.state * components; ++n) EAML_PREFETCH(next + n * shape.dim);
+      };
+      stage_start(h0.value, out.checkpoints);
+      if constexpr (kIsDual<S>) stage_start(h0.tangent, out.checkpoint_tangents);
       for (int64_t part = 0; part < shape.parts; ++part) {
         if (part > 0) clear<S>(y, steps * W);
         clear<S>(grad.x, steps * W);
         clear<S>(grad.dt, steps * W);
 
-        for (int64_t n = part_begin(shape, part); n < part_begin(shape, part + 1); n += kStates) {
+        for (int64_t n = part_begin(shape, part); n < part_begin(shape, part + 1); n += kStates<Z>) {
           const int64_t j = block * size + n * W;
-          const int64_t k = n / kStates * kChunk * row_size;
-          const Sums<T> sums{sum_A + j, sum_B + (shape.B_invariant ? j : k), sum_C + (shape.C_invariant ? j : k),
+          const int64_t k = n / kStates<Z> * kChunk * row_size;
+          const Sums<Z> sums{sum_A.at(j), sum_B.at(shape.B_invariant ? j : k), sum_C.at(shape.C_invariant ? j : k),
                              shape.B_invariant ? 0 : row_size, shape.C_invariant ? 0 : row_size};
           const auto back = [&](auto gated) EAML_LAMBDA {
             backward_states<gated>(unit.segments, unit.streams_from(n), unit.rates(j), h0.at(n * W), dt, unit.x,
@@ -1062,17 +1159,21 @@ EAML_INLINE void backward_unit(Arena& arena, const Shape& shape, const Source<S>
     }
 
     const int64_t unit_row = row * units_per_group<T>(shape) * shape.groups + unit.at.unit;
-    const auto reduce_lanes = [&](T* to, const T* sums) EAML_LAMBDA {
-      T line[kChunk * kStates];
-      for (int64_t n = 0; n < shape.state; n += kStates) {
-        const T* const rows = sums + n / kStates * kChunk * row_size;
+    const auto reduce_lanes = [&](T* to, Span<output_t<Z>> sums) EAML_LAMBDA {
+      T line[kChunk * kVectors];
+      for (int64_t n = 0; n < shape.state; n += kStates<Z>) {
+        const Span<output_t<Z>> rows = sums.at(n / kStates<Z> * kChunk * row_size);
         if constexpr (kLane) {
-          sum_lanes<V>(line, rows);
+          sum_lanes<V>(line, rows.value);
         } else {
-          for (int64_t t = 0; t < kChunk; ++t) unfold<V>(line + t * kStates, rows + t * row_size);
+          for (int64_t t = 0; t < kChunk; ++t) unfold<V>(line + t * kVectors, rows.at(t * row_size).value);
         }
-        transpose(to + (unit_row * shape.all_states + n) * shape.length + start, shape.length, line, kStates, steps,
-                  std::min<int64_t>(kStates, shape.state - n));
+        T* const first = to + ((unit_row * shape.all_states + n) * shape.length + start) * components;
+        const int64_t count = std::min<int64_t>(kStates<Z>, shape.state - n);
+        if constexpr (components == 2)
+          scatter_steps(first, shape.length, line, steps, count);
+        else
+          transpose(first, shape.length, line, kVectors, steps, count);
       }
     };
     if (!shape.B_invariant) reduce_lanes(out.B, sum_B);
@@ -1082,12 +1183,13 @@ EAML_INLINE void backward_unit(Arena& arena, const Shape& shape, const Source<S>
   for (int64_t block = 0; block < blocks; ++block) {
     const int64_t channel = row * shape.dim + unit.channel(block), lanes = unit.lanes(block);
     const auto store = [&](T* to, const T* matrix) {
-      store_matrix<V>(to + channel * shape.all_states, shape.all_states, 1, matrix + block * size, lanes, shape.state);
+      const int64_t stride = shape.all_states * components;
+      store_matrix<V, components>(to + channel * stride, stride, components, matrix, lanes, shape.state);
     };
-    store(out.A, sum_A);
-    if (shape.B_invariant) store(out.B, sum_B);
-    if (shape.C_invariant) store(out.C, sum_C);
-    store(out.initial_state, grad_h.written());
+    store(out.A, sum_A.at(block * size).value);
+    if (shape.B_invariant) store(out.B, sum_B.at(block * size).value);
+    if (shape.C_invariant) store(out.C, sum_C.at(block * size).value);
+    store(out.initial_state, grad_h.at(block * size).written());
     std::copy_n(sum_D + block * W, lanes, out.D + channel);
     for (int64_t part = 1; part < shape.parts; ++part)
       for (int64_t i = 0; i < lanes; ++i) sum_bias[block * W + i] += sum_bias[(part * blocks + block) * W + i];
@@ -1095,65 +1197,73 @@ EAML_INLINE void backward_unit(Arena& arena, const Shape& shape, const Source<S>
   }
 }
 
-// Units on S, with B and C laid out per lane where one of them is invariant in time.
-template <class S>
-EAML_INLINE void run_forward(const Shape& shape, const Source<S>& source, const Outputs<number_t<S>>& out,
+// Units on Z, with B and C laid out per lane where one of them is invariant in time.
+template <class Z>
+EAML_INLINE void run_forward(const Shape& shape, const Source<real_t<Z>>& source, const Outputs<number_t<Z>>& out,
                              int64_t begin, int64_t end) {
   static thread_local Arena arena;
   for (int64_t index = begin; index < end; ++index) {
     arena.reset();
-    if constexpr (!kIsDual<S>) {
-      if (one_step<S>(shape, source.values, out)) {
-        step_unit<S>(arena, shape, source.values, out, index);
+    if constexpr (std::is_same_v<Z, vector_t<Z>>) {
+      if (one_step<Z>(shape, source.values, out)) {
+        step_unit<Z>(arena, shape, source.values, out, index);
         continue;
       }
     }
     if (shape.B_invariant || shape.C_invariant)
-      forward_unit<S, true>(arena, shape, source, out, index);
+      forward_unit<Z, true>(arena, shape, source, out, index);
     else
-      forward_unit<S, false>(arena, shape, source, out, index);
+      forward_unit<Z, false>(arena, shape, source, out, index);
   }
 }
 
-template <class S>
-EAML_INLINE void run_backward(const Shape& shape, const Source<S>& source, const Gradients<number_t<S>>& out,
+template <class Z>
+EAML_INLINE void run_backward(const Shape& shape, const Source<real_t<Z>>& source, const Gradients<number_t<Z>>& out,
                               int64_t begin, int64_t end) {
   static thread_local Arena arena;
   for (int64_t index = begin; index < end; ++index) {
     arena.reset();
     if (shape.B_invariant || shape.C_invariant)
-      backward_unit<S, true>(arena, shape, source, out, index);
+      backward_unit<Z, true>(arena, shape, source, out, index);
     else
-      backward_unit<S, false>(arena, shape, source, out, index);
+      backward_unit<Z, false>(arena, shape, source, out, index);
   }
 }
 
 }  // namespace
 
-template <class T>
-int64_t units(const Shape& shape) {
-  return units_per_group<T>(shape) * shape.groups;
-}
-template int64_t units<EAML_NUMBER>(const Shape&);
+#if defined(EAML_COMPLEX)
+namespace complex_states {
+template <class S>
+using State = Complex<S>;
+#else
+namespace real_states {
+template <class S>
+using State = S;
+#endif
 
 using Number = EAML_NUMBER;
 
 #define EAML_DEFINE(TARGET, BYTES)                                                                                     \
   TARGET void forward_version(const Shape& shape, const Inputs<Number>& in, const Outputs<Number>& out, int64_t begin, \
                               int64_t end) {                                                                           \
-    run_forward(shape, Source<Vec<Number, BYTES / sizeof(Number)>>{in, nullptr}, out, begin, end);                     \
+    using S = Vec<Number, BYTES / sizeof(Number)>;                                                                     \
+    run_forward<State<S>>(shape, Source<S>{in, nullptr}, out, begin, end);                                             \
   }                                                                                                                    \
   TARGET void forward_dual_version(const Shape& shape, const Inputs<Number>& in, const Inputs<Number>& along,          \
                                    const Outputs<Number>& out, int64_t begin, int64_t end) {                           \
-    run_forward(shape, Source<Dual<Vec<Number, BYTES / sizeof(Number)>>>{in, &along}, out, begin, end);                \
+    using S = Dual<Vec<Number, BYTES / sizeof(Number)>>;                                                               \
+    run_forward<State<S>>(shape, Source<S>{in, &along}, out, begin, end);                                              \
   }                                                                                                                    \
   TARGET void backward_version(const Shape& shape, const Inputs<Number>& in, const Gradients<Number>& out,             \
                                int64_t begin, int64_t end) {                                                           \
-    run_backward(shape, Source<Vec<Number, BYTES / sizeof(Number)>>{in, nullptr}, out, begin, end);                    \
+    using S = Vec<Number, BYTES / sizeof(Number)>;                                                                     \
+    run_backward<State<S>>(shape, Source<S>{in, nullptr}, out, begin, end);                                            \
   }                                                                                                                    \
   TARGET void backward_dual_version(const Shape& shape, const Inputs<Number>& in, const Inputs<Number>& along,         \
                                     const Gradients<Number>& out, int64_t begin, int64_t end) {                        \
-    run_backward(shape, Source<Dual<Vec<Number, BYTES / sizeof(Number)>>>{in, &along}, out, begin, end);               \
+    using S = Dual<Vec<Number, BYTES / sizeof(Number)>>;                                                               \
+    run_backward<State<S>>(shape, Source<S>{in, &along}, out, begin, end);                                             \
   }
 EAML_VERSIONS(EAML_DEFINE)
 #undef EAML_DEFINE
@@ -1174,4 +1284,5 @@ void backward(const Shape& shape, const Inputs<Number>& in, const Inputs<Number>
     backward_version(shape, in, out, begin, end);
 }
 
+}  // namespace
 }  // namespace eaml::selective_scan

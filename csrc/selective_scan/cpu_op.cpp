@@ -40,6 +40,11 @@ T* mutable_data(const Tensor& t) {
   return static_cast<T*>(t.mutable_data_ptr());
 }
 
+// Real numbers in one of the tensor's: 2 in a complex one.
+int64_t components(ScalarType dtype) {
+  return dtype == ScalarType::ComplexFloat || dtype == ScalarType::ComplexDouble ? 2 : 1;
+}
+
 Sizes sizes_of(const Tensor& t) {
   const auto sizes = t.sizes();
   return {sizes.begin(), sizes.end()};
@@ -81,9 +86,14 @@ int64_t parts(const Shape& s) {
   return few && much && s.state >= 2 * kPartStates ? 2 : 1;
 }
 
-// Of parameters, states and all arithmetic: sequences alone may be of half precision.
+// Of parameters and all arithmetic: sequences alone may be of half precision.
 ScalarType wide(ScalarType dtype) {
   return dtype == ScalarType::Double ? dtype : ScalarType::Float;
+}
+// Of A, B, C and states, which are of this precision.
+ScalarType state_type(const Tensor& A, ScalarType full) {
+  if (components(A.scalar_type()) == 1) return full;
+  return full == ScalarType::Double ? ScalarType::ComplexDouble : ScalarType::ComplexFloat;
 }
 
 Half half(ScalarType dtype) {
@@ -92,18 +102,18 @@ Half half(ScalarType dtype) {
 
 Shape make_shape(const Arguments& x, const Maybe& reset, bool softplus, bool B_invariant, bool C_invariant) {
   const ScalarType dtype = x.u->scalar_type();
-  const ScalarType full = wide(dtype);
+  const ScalarType full = wide(dtype), states = state_type(*x.A, full);
   EAML_CHECK(dtype == full || half(dtype) != Half::kNone, "selective_scan: u must be floating-point");
-  check_kind("u", x.u, dtype, 3, 3), check_kind("delta", x.delta, dtype, 3, 3), check_kind("A", x.A, full, 2, 3);
-  check_kind("B", x.B, full, B_invariant ? 2 : 3, B_invariant ? 3 : 4);
-  check_kind("C", x.C, full, C_invariant ? 2 : 3, C_invariant ? 3 : 4);
+  check_kind("u", x.u, dtype, 3, 3), check_kind("delta", x.delta, dtype, 3, 3), check_kind("A", x.A, states, 2, 3);
+  check_kind("B", x.B, states, B_invariant ? 2 : 3, B_invariant ? 3 : 4);
+  check_kind("C", x.C, states, C_invariant ? 2 : 3, C_invariant ? 3 : 4);
   check_kind("D", x.D, full, 1, 2), check_kind("z", x.z, dtype, 3, 3);
-  check_kind("delta_bias", x.delta_bias, full, 1, 2), check_kind("initial_state", x.initial_state, full, 3, 3);
+  check_kind("delta_bias", x.delta_bias, full, 1, 2), check_kind("initial_state", x.initial_state, states, 3, 3);
 
   Shape s{};
   s.batch = x.u->size(0), s.dim = x.u->size(1), s.length = x.u->size(2),
   s.state = s.all_states = x.A->size(x.A->dim() - 1);
-  s.groups = 1, s.softplus = softplus, s.gated = x.z.has_value();
+  s.groups = 1, s.components = components(states), s.softplus = softplus, s.gated = x.z.has_value();
   s.B_invariant = B_invariant, s.C_invariant = C_invariant;
   check_sizes("delta", x.delta, 0, {s.batch, s.dim, s.length}), check_sizes("z", x.z, 0, {s.batch, s.dim, s.length});
   check_sizes("initial_state", x.initial_state, 0, {s.batch, s.dim, s.state});
@@ -131,15 +141,16 @@ Shape make_shape(const Arguments& x, const Maybe& reset, bool softplus, bool B_i
 
 // The shape of one step: tensors as in a scan, but for the dimension of time.
 Shape make_step_shape(const Tensor& state, const Arguments& x, bool softplus) {
-  const ScalarType dtype = state.scalar_type();
-  EAML_CHECK(dtype == ScalarType::Float || dtype == ScalarType::Double, "selective_scan_step: state has a wrong dtype");
-  check_kind("state", state, dtype, 3, 3), check_kind("u", x.u, dtype, 2, 2), check_kind("delta", x.delta, dtype, 2, 2);
-  check_kind("A", x.A, dtype, 2, 3), check_kind("B", x.B, dtype, 2, 3), check_kind("C", x.C, dtype, 2, 3);
+  const ScalarType dtype = wide(x.u->scalar_type()), states = state_type(*x.A, dtype);
+  check_kind("state", state, states, 3, 3), check_kind("u", x.u, dtype, 2, 2),
+      check_kind("delta", x.delta, dtype, 2, 2);
+  check_kind("A", x.A, states, 2, 3), check_kind("B", x.B, states, 2, 3), check_kind("C", x.C, states, 2, 3);
   check_kind("D", x.D, dtype, 1, 2), check_kind("z", x.z, dtype, 2, 2);
   check_kind("delta_bias", x.delta_bias, dtype, 1, 2);
   Shape s{};
   s.batch = state.size(0), s.dim = state.size(1), s.length = 1, s.state = s.all_states = state.size(2);
-  s.groups = x.B->dim() == 3 ? x.B->size(1) : 1, s.softplus = softplus, s.gated = x.z.has_value();
+  s.groups = x.B->dim() == 3 ? x.B->size(1) : 1, s.components = components(states);
+  s.softplus = softplus, s.gated = x.z.has_value();
   EAML_CHECK(s.groups > 0 && s.dim % s.groups == 0, "selective_scan_step: B has ", s.groups, " groups");
   EAML_CHECK((x.C->dim() == 3 ? x.C->size(1) : 1) == s.groups, "selective_scan_step: C has other groups than B");
   check_sizes("u", x.u, 0, {s.batch, s.dim}), check_sizes("delta", x.delta, 0, {s.batch, s.dim});
@@ -153,7 +164,7 @@ Shape make_step_shape(const Tensor& state, const Arguments& x, bool softplus) {
 
 void check_cotangents(const Shape& s, const Arguments& x, const Maybe& grad_y, const Maybe& grad_state) {
   check_kind("grad_y", grad_y, x.u->scalar_type(), 3, 3);
-  check_kind("grad_state", grad_state, wide(x.u->scalar_type()), 3, 3);
+  check_kind("grad_state", grad_state, x.A->scalar_type(), 3, 3);
   check_sizes("grad_y", grad_y, 0, {s.batch, s.dim, s.length});
   check_sizes("grad_state", grad_state, 0, {s.batch, s.dim, s.state});
 }
@@ -171,11 +182,11 @@ void check_tangents(const Arguments& x, const Arguments& tangents) {
   check("initial_state", x.initial_state, tangents.initial_state);
 }
 
-// A (batch, dim, length) or (batch, dim, state) input.
+// A (batch, dim, length) or (batch, dim, state) input. Here and below `n` is the components of its numbers.
 template <class T>
-In<T> sequence(const Maybe& t) {
+In<T> sequence(const Maybe& t, int64_t n = 1) {
   if (!t) return {};
-  In<T> in{data<T>(*t), t->stride(0), t->stride(1), t->stride(2)};
+  In<T> in{data<T>(*t), n * t->stride(0), n * t->stride(1), n * t->stride(2)};
   in.half = half(t->scalar_type());
   return in;
 }
@@ -187,46 +198,47 @@ In<T> sequence_step(const Maybe& t) {
   return {data<T>(*t), t->stride(0), t->stride(1), 0};
 }
 template <class T>
-In<T> matrix_step(const Tensor& t) {
-  In<T> in{data<T>(t), t.stride(0), t.stride(t.dim() - 1), 0};
-  if (t.dim() == 3) in.group = t.stride(1);
+In<T> matrix_step(const Tensor& t, int64_t n) {
+  In<T> in{data<T>(t), n * t.stride(0), n * t.stride(t.dim() - 1), 0};
+  if (t.dim() == 3) in.group = n * t.stride(1);
   return in;
 }
 
 // A (tasks, dim[, state]) or (dim[, state]) input; `rank` counts the dimensions behind tasks.
 template <class T>
-In<T> parameter(const Maybe& t, int64_t rank, int64_t batch) {
+In<T> parameter(const Maybe& t, int64_t rank, int64_t batch, int64_t n = 1) {
   if (!t) return {};
   const int64_t first = t->dim() - rank;
-  In<T> in{data<T>(*t), 0, t->stride(first), rank == 2 ? t->stride(first + 1) : 0};
-  if (first == 1) in.outer = t->stride(0), in.rows_per_outer = std::max<int64_t>(batch / t->size(0), 1);
+  In<T> in{data<T>(*t), 0, n * t->stride(first), rank == 2 ? n * t->stride(first + 1) : 0};
+  if (first == 1) in.outer = n * t->stride(0), in.rows_per_outer = std::max<int64_t>(batch / t->size(0), 1);
   return in;
 }
 
 // B or C: (batch, [groups,] state, length), or a parameter where it is invariant in time.
 template <class T>
-In<T> matrix(const Maybe& t, bool invariant, int64_t batch) {
-  if (!t || invariant) return parameter<T>(t, 2, batch);
+In<T> matrix(const Maybe& t, bool invariant, int64_t batch, int64_t n) {
+  if (!t || invariant) return parameter<T>(t, 2, batch, n);
   const int64_t rank = t->dim();
-  In<T> in{data<T>(*t), t->stride(0), t->stride(rank - 2), t->stride(rank - 1)};
-  if (rank == 4) in.group = t->stride(1);
+  In<T> in{data<T>(*t), n * t->stride(0), n * t->stride(rank - 2), n * t->stride(rank - 1)};
+  if (rank == 4) in.group = n * t->stride(1);
   return in;
 }
 
 template <class T>
 Inputs<T> inputs(const Shape& s, const Arguments& x) {
+  const int64_t n = s.components;
   Inputs<T> in;
   in.u = sequence<T>(x.u), in.delta = sequence<T>(x.delta), in.z = sequence<T>(x.z);
-  in.A = parameter<T>(x.A, 2, s.batch), in.D = parameter<T>(x.D, 1, s.batch);
+  in.A = parameter<T>(x.A, 2, s.batch, n), in.D = parameter<T>(x.D, 1, s.batch);
   in.delta_bias = parameter<T>(x.delta_bias, 1, s.batch);
-  in.B = matrix<T>(x.B, s.B_invariant, s.batch), in.C = matrix<T>(x.C, s.C_invariant, s.batch);
-  in.initial_state = sequence<T>(x.initial_state);
+  in.B = matrix<T>(x.B, s.B_invariant, s.batch, n), in.C = matrix<T>(x.C, s.C_invariant, s.batch, n);
+  in.initial_state = sequence<T>(x.initial_state, n);
   return in;
 }
 
 template <class T>
-Out<T> out(const Tensor& t) {
-  return {mutable_data<T>(t), t.stride(0), t.stride(1), t.stride(2), half(t.scalar_type())};
+Out<T> out(const Tensor& t, int64_t n = 1) {
+  return {mutable_data<T>(t), n * t.stride(0), n * t.stride(1), n * t.stride(2), half(t.scalar_type())};
 }
 
 Tensor empty(const Tensor& like, const Sizes& size) {
@@ -274,16 +286,16 @@ struct Part {
   template <class T>
   Outputs<T> of(Outputs<T> out) const {
     for (T** states : {&out.checkpoints, &out.checkpoint_tangents})
-      if (*states) *states += first * shape.dim;
+      if (*states) *states += first * shape.components * shape.dim;
     if (out.last_state.data) out.last_state.data += first * out.last_state.inner;
     return out;
   }
 
   template <class T>
   Gradients<T> of(Gradients<T> out) const {
-    const int64_t matrix = first, sequence = first * shape.length;
+    const int64_t matrix = first * shape.components, sequence = matrix * shape.length;
     for (const T** states : {&out.checkpoints, &out.checkpoint_tangents})
-      if (*states) *states += first * shape.dim;
+      if (*states) *states += first * shape.components * shape.dim;
     out.A += matrix, out.initial_state += matrix;
     out.B += shape.B_invariant ? matrix : sequence, out.C += shape.C_invariant ? matrix : sequence;
     return out;
@@ -345,7 +357,7 @@ class Scratch {
   Arena& arena_;
 };
 
-// A gradient (outer, inner) that a kernel leaves as partial sums (outer, middle, inner).
+// A gradient (outer, inner real numbers) that a kernel leaves as partial sums (outer, middle, inner).
 template <class T>
 struct Partial {
   Tensor result;
@@ -353,7 +365,7 @@ struct Partial {
   int64_t outer, middle, inner;
 
   Partial(Scratch& scratch, const Tensor& wide, const Maybe& like, int64_t o, int64_t m, int64_t i)
-      : result(empty(wide, like ? sizes_of(*like) : Sizes{0})), outer(like ? o : 0), middle(m), inner(i) {
+      : result(like ? empty(*like, sizes_of(*like)) : empty(wide, {0})), outer(like ? o : 0), middle(m), inner(i) {
     data = like && m == 1 ? mutable_data<T>(result) : scratch.take<T>(o * m * i);
   }
 
@@ -379,19 +391,19 @@ struct GradientTensors {
         C(over_channels(scratch, s, x, x.C, s.C_invariant)),
         D(over_rows(scratch, s, x, x.D, 1)),
         delta_bias(over_rows(scratch, s, x, x.delta_bias, 1)),
-        initial_state(scratch, *x.A, x.initial_state, s.batch, 1, s.dim * s.state) {}
+        initial_state(scratch, *x.A, x.initial_state, s.batch, 1, s.dim * s.state * s.components) {}
 
   // Summed over the batch rows that share a parameter.
   static Partial<T> over_rows(Scratch& scratch, const Shape& s, const Arguments& x, const Maybe& like, int64_t rank) {
     const int64_t tasks = like && like->dim() > rank ? like->size(0) : 1;
-    return {scratch, *x.A, like, tasks, s.batch / tasks, rank == 2 ? s.dim * s.state : s.dim};
+    return {scratch, *x.A, like, tasks, s.batch / tasks, rank == 2 ? s.dim * s.state * s.components : s.dim};
   }
 
   // Summed over the channels of a group.
   static Partial<T> over_channels(Scratch& scratch, const Shape& s, const Arguments& x, const Maybe& like,
                                   bool invariant) {
     if (invariant) return over_rows(scratch, s, x, like, 2);
-    return {scratch, *x.A, like, s.batch * s.groups, units<T>(s) / s.groups, s.state * s.length};
+    return {scratch, *x.A, like, s.batch * s.groups, units<T>(s) / s.groups, s.state * s.length * s.components};
   }
 
   Gradients<T> pointers(const Arguments& x) const {
@@ -409,6 +421,11 @@ struct GradientTensors {
   }
 };
 
+// Real numbers in all saved states.
+int64_t saved_size(const Shape& s) {
+  return s.batch * chunks(s) * s.state * s.components * s.dim;
+}
+
 // The forward kernel; with tangents, on Duals.
 template <class T>
 void run_forward(Scratch& scratch, const Shape& s, const Inputs<T>& in, const Inputs<T>* tangents,
@@ -419,7 +436,11 @@ void run_forward(Scratch& scratch, const Shape& s, const Inputs<T>& in, const In
   if (sum) second.y.data = scratch.take<T>(count);
   over_units<T>(s, split, [&](const Part& part, int64_t index, int64_t begin, int64_t end) {
     const Inputs<T> along = tangents ? part.of(*tangents) : Inputs<T>{};
-    forward(part.shape, part.of(in), tangents ? &along : nullptr, part.of(index ? second : out), begin, end);
+    const Outputs<T> to = part.of(index ? second : out);
+    if (s.components == 1)
+      real_states::forward(part.shape, part.of(in), tangents ? &along : nullptr, to, begin, end);
+    else
+      complex_states::forward(part.shape, part.of(in), tangents ? &along : nullptr, to, begin, end);
   });
   if (sum) add(out.y.data, second.y.data, count);
 }
@@ -438,7 +459,11 @@ void run_backward(Scratch& scratch, const Shape& s, const Inputs<T>& in, const I
   }
   over_units<T>(s, split, [&](const Part& part, int64_t index, int64_t begin, int64_t end) {
     const Inputs<T> along = tangents ? part.of(*tangents) : Inputs<T>{};
-    backward(part.shape, part.of(in), tangents ? &along : nullptr, part.of(index ? second : out), begin, end);
+    const Gradients<T> to = part.of(index ? second : out);
+    if (s.components == 1)
+      real_states::backward(part.shape, part.of(in), tangents ? &along : nullptr, to, begin, end);
+    else
+      complex_states::backward(part.shape, part.of(in), tangents ? &along : nullptr, to, begin, end);
   });
   if (!split) return;
   add(out.u.data, second.u.data, count), add(out.delta.data, second.delta.data, count);
@@ -451,7 +476,7 @@ std::tuple<Tensor, Tensor, Tensor> run(const Shape& s, const Arguments& x, bool 
   Scratch scratch;
   Tensor y = torch::stable::empty_like(*x.u), last = empty(*x.A, {s.batch, s.dim, s.state});
   Tensor saved = empty(*x.A, save ? Sizes{s.batch, chunks(s) * s.state * s.dim} : Sizes{0});
-  const Outputs<T> to{out<T>(y), out<T>(last), save ? mutable_data<T>(saved) : nullptr};
+  const Outputs<T> to{out<T>(y), out<T>(last, s.components), save ? mutable_data<T>(saved) : nullptr};
   run_forward<T>(scratch, s, inputs<T>(s, x), nullptr, to);
   return {y, last, saved};
 }
@@ -461,13 +486,13 @@ GradientTuple run_vjp(const Shape& s, const Arguments& x, const Tensor& grad_y, 
                       const Maybe& saved) {
   Scratch scratch;
   Inputs<T> in = inputs<T>(s, x);
-  in.grad_y = sequence<T>(grad_y), in.grad_state = sequence<T>(grad_state);
+  in.grad_y = sequence<T>(grad_y), in.grad_state = sequence<T>(grad_state, s.components);
   GradientTensors<T> gradients(scratch, s, x);
   Gradients<T> to = gradients.pointers(x);
   if (saved) {
     to.checkpoints = data<T>(*saved);
   } else {
-    T* const states = scratch.take<T>(s.batch * chunks(s) * s.state * s.dim);
+    T* const states = scratch.take<T>(saved_size(s));
     run_forward<T>(scratch, s, in, nullptr, {{}, {}, states});
     to.checkpoints = states;
   }
@@ -480,7 +505,7 @@ std::tuple<Tensor, Tensor> run_jvp(const Shape& s, const Arguments& x, const Arg
   Scratch scratch;
   const Inputs<T> along = inputs<T>(s, tangents);
   Tensor y = torch::stable::empty_like(*x.u), last = empty(*x.A, {s.batch, s.dim, s.state});
-  run_forward<T>(scratch, s, inputs<T>(s, x), &along, {out<T>(y), out<T>(last)});
+  run_forward<T>(scratch, s, inputs<T>(s, x), &along, {out<T>(y), out<T>(last, s.components)});
   return {y, last};
 }
 
@@ -489,14 +514,14 @@ JvpTuple run_vjp_jvp(const Shape& s, const Arguments& x, const Tensor& grad_y, c
                      const Arguments& tangents, const Maybe& grad_y_tangent, const Maybe& grad_state_tangent,
                      bool outputs) {
   Inputs<T> in = inputs<T>(s, x), along = inputs<T>(s, tangents);
-  in.grad_y = sequence<T>(grad_y), in.grad_state = sequence<T>(grad_state);
-  along.grad_y = sequence<T>(grad_y_tangent), along.grad_state = sequence<T>(grad_state_tangent);
+  in.grad_y = sequence<T>(grad_y), in.grad_state = sequence<T>(grad_state, s.components);
+  along.grad_y = sequence<T>(grad_y_tangent), along.grad_state = sequence<T>(grad_state_tangent, s.components);
   Tensor y = outputs ? torch::stable::empty_like(*x.u) : empty(*x.u, {0});
   Tensor last = empty(*x.A, outputs ? Sizes{s.batch, s.dim, s.state} : Sizes{0});
   Scratch scratch;
-  const int64_t count = s.batch * chunks(s) * s.state * s.dim;
+  const int64_t count = saved_size(s);
   Outputs<T> first{{}, {}, scratch.take<T>(count), scratch.take<T>(count)};
-  if (outputs) first.y = out<T>(y), first.last_state = out<T>(last);
+  if (outputs) first.y = out<T>(y), first.last_state = out<T>(last, s.components);
   run_forward<T>(scratch, s, in, &along, first);
   GradientTensors<T> gradients(scratch, s, x);
   Gradients<T> to = gradients.pointers(x);
@@ -509,11 +534,12 @@ template <class T>
 std::tuple<Tensor, Tensor> run_step(const Shape& s, const Tensor& state, const Arguments& x) {
   Inputs<T> in;
   in.u = sequence_step<T>(x.u), in.delta = sequence_step<T>(x.delta), in.z = sequence_step<T>(x.z);
-  in.A = parameter<T>(x.A, 2, s.batch), in.D = parameter<T>(x.D, 1, s.batch);
+  in.A = parameter<T>(x.A, 2, s.batch, s.components), in.D = parameter<T>(x.D, 1, s.batch);
   in.delta_bias = parameter<T>(x.delta_bias, 1, s.batch);
-  in.B = matrix_step<T>(*x.B), in.C = matrix_step<T>(*x.C), in.initial_state = sequence<T>(state);
-  Tensor y = empty(state, {s.batch, s.dim}), next = empty(state, {s.batch, s.dim, s.state});
-  const Outputs<T> to{{mutable_data<T>(y), s.dim, 1, 0}, out<T>(next)};
+  in.B = matrix_step<T>(*x.B, s.components), in.C = matrix_step<T>(*x.C, s.components);
+  in.initial_state = sequence<T>(state, s.components);
+  Tensor y = empty(*x.u, {s.batch, s.dim}), next = empty(state, {s.batch, s.dim, s.state});
+  const Outputs<T> to{{mutable_data<T>(y), s.dim, 1, 0}, out<T>(next, s.components)};
   Scratch scratch;
   run_forward<T>(scratch, s, in, nullptr, to);
   return {y, next};

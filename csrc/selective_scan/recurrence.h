@@ -1,34 +1,71 @@
 // One step of the selective scan for one channel and one state, on a vector of lanes, one number, or a Dual of either.
 //   h_t = a h_{t-1} + x B,  a = exp(dt A),  x = dt u,  y += C h_t
-// The backward step is the only derivation in the library: on duals it is the double backward.
+// The backward step is the only derivation in the library: on duals it is the double backward. A, B, C, a and h may be
+// Complex; gradients are then dL/dRe + i dL/dIm, and of C h_t the real part counts.
 #pragma once
 
 #include "common/math.h"
 
 namespace eaml::selective_scan {
 
-// a = exp(dt A) for K states. A2 = A log2(e) is kept beside A, so that values need no further factor. The tangent of a
-// Dual a is that of its logarithm: a product with it then needs one multiplication less.
+// What exp(dt A) takes of A: A log2(e), so that values need no further factor; of a complex A, also its angle.
+template <class Z>
+struct Rate {
+  vector_t<Z> log2;
+};
+template <class S>
+struct Rate<Complex<S>> {
+  vector_t<S> log2;
+  HalfTurns<vector_t<S>> angle;
+};
+
+// a = exp(dt A) for K states. The tangent of a Dual a is that of its logarithm: a product with it then needs one
+// multiplication less.
 template <int K, class V>
-EAML_INLINE void decay(V dt, const V (&)[K], const V (&A2)[K], V (&a)[K]) {
+EAML_INLINE void decay(V dt, const V (&)[K], const Rate<V> (&rate)[K], V (&a)[K]) {
   V t[K];
   EAML_UNROLL
-  for (int n = 0; n < K; ++n) t[n] = dt * A2[n];
+  for (int n = 0; n < K; ++n) t[n] = dt * rate[n].log2;
   exp2_(t, a);
 }
 template <int K, class V>
-EAML_INLINE void decay(Dual<V> dt, const Dual<V> (&A)[K], const V (&A2)[K], Dual<V> (&a)[K]) {
+EAML_INLINE void decay(Dual<V> dt, const Dual<V> (&A)[K], const Rate<Dual<V>> (&rate)[K], Dual<V> (&a)[K]) {
   V t[K], values[K];
   EAML_UNROLL
-  for (int n = 0; n < K; ++n) t[n] = dt.value * A2[n];
+  for (int n = 0; n < K; ++n) t[n] = dt.value * rate[n].log2;
   exp2_(t, values);
   EAML_UNROLL
   for (int n = 0; n < K; ++n) a[n] = {values[n], dt.value * A[n].tangent + dt.tangent * A[n].value};
 }
 
+template <int K, class V, class S>
+EAML_INLINE void decay(V dt, const Rate<Complex<S>> (&rate)[K], Complex<V> (&a)[K]) {
+  V t[K], modulus[K];
+  HalfTurns<V> angle[K];
+  EAML_UNROLL
+  for (int n = 0; n < K; ++n) t[n] = dt * rate[n].log2, angle[n] = rate[n].angle;
+  exp2_(t, modulus);
+  polar(modulus, dt, angle, a);
+}
+template <int K, class V>
+EAML_INLINE void decay(V dt, const Complex<V> (&)[K], const Rate<Complex<V>> (&rate)[K], Complex<V> (&a)[K]) {
+  decay(dt, rate, a);
+}
+template <int K, class V>
+EAML_INLINE void decay(Dual<V> dt, const Complex<Dual<V>> (&A)[K], const Rate<Complex<Dual<V>>> (&rate)[K],
+                       Complex<Dual<V>> (&a)[K]) {
+  Complex<V> values[K];
+  decay(dt.value, rate, values);
+  EAML_UNROLL
+  for (int n = 0; n < K; ++n) {
+    const Complex<V> moved = output(dt * A[n]);
+    a[n] = {{values[n].re, moved.re}, {values[n].im, moved.im}};
+  }
+}
+
 // a h
 template <class V>
-EAML_INLINE V decayed(V a, V h) {
+EAML_INLINE V decayed(const V& a, const V& h) {
   return a * h;
 }
 template <class V>
@@ -36,27 +73,33 @@ EAML_INLINE Dual<V> decayed(const Dual<V>& a, const Dual<V>& h) {
   const V value = a.value * h.value;
   return {value, a.value * h.tangent + a.tangent * value};
 }
+template <class V>
+EAML_INLINE Complex<Dual<V>> decayed(const Complex<Dual<V>>& a, const Complex<Dual<V>>& h) {
+  const Complex<V> factor{a.re.value, a.im.value}, value = factor * Complex<V>{h.re.value, h.im.value};
+  const Complex<V> tangent = factor * output(h) + output(a) * value;
+  return {{value.re, tangent.re}, {value.im, tangent.im}};
+}
 
 // B and C may be one number for all lanes.
-template <class S, class M>
-EAML_INLINE S advance(S a, S h_prev, S x, M B) {
+template <class Z, class S, class M>
+EAML_INLINE Z advance(Z a, Z h_prev, S x, M B) {
   return decayed(a, h_prev) + x * B;
 }
 
 // What one step sends back for one state; gradients of shared factors are summed by the caller.
-template <class S>
+template <class Z, class S>
 struct StepGradient {
-  S h_prev;  // dL/dh_{t-1}
-  S B;       // dL/dB_t; dL/dC_t is grad_y h_t
+  Z h_prev;  // dL/dh_{t-1}
+  Z B;       // dL/dB_t; dL/dC_t is grad_y times the conjugate of h_t
   S x;       // dL/dx_t, one state's share
-  S dt_A;    // dL/d(dt A), one state's share: times A it goes to dt, times dt to A
+  Z dt_A;    // dL/d(dt A), one state's share: times A it goes to dt, times dt to A
 };
 
 // `rest` is a h_{t-1}.
-template <class S, class M>
-EAML_INLINE StepGradient<S> step_backward(S grad_h, S grad_y, S a, S rest, S x, M B, M C) {
-  const S g = grad_h + grad_y * C;
-  return {decayed(a, g), g * x, g * B, g * rest};
+template <class Z, class S, class M>
+EAML_INLINE StepGradient<Z, S> step_backward(Z grad_h, S grad_y, Z a, Z rest, S x, M B, M C) {
+  const Z g = grad_h + times_conjugate(grad_y, C);
+  return {decayed(conjugate(a), g), g * x, real(times_conjugate(g, B)), times_conjugate(g, rest)};
 }
 
 }  // namespace eaml::selective_scan

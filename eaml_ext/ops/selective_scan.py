@@ -12,7 +12,6 @@ compiler, operation counts, autograd, public functions. Kernels: ``csrc/selectiv
 import contextlib
 import functools
 import inspect
-import math
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -27,7 +26,7 @@ from eaml_ext import _check
 CHUNK = 32  # steps between two saved states; kChunk in csrc/selective_scan/cpu_kernel.h
 
 _HALF = (torch.bfloat16, torch.float16)
-_FULL = (torch.float32, torch.float64)
+_FULL = {dtype: (dtype, dtype.to_complex()) for dtype in (torch.float32, torch.float64)}
 
 # The differentiable arguments, in the order of every schema, gradient and tangent list.
 ARGUMENTS = ("u", "delta", "A", "B", "C", "D", "z", "delta_bias", "initial_state")
@@ -323,20 +322,21 @@ def _backward_jvp_fake(
 
 # --- operation counts for torch.utils.flop_counter -------------------------------------------------------------------
 
-# What the kernels do for one state of one channel at one step. An exponential counts as one; on duals a sum counts as
-# two and a product as four. What has no state (step size, skip, gate) is left out.
+# What the kernels do for one state of one channel at one step. An exponential counts as one, as a sine and a cosine do;
+# on duals a sum counts as two and a product as four. What has no state (step size, skip, gate) is left out.
 
 
-def _count(name: str, u_at: int, operations: int) -> None:
-    @register_flop_formula(getattr(_ops, name))
-    def formula(*shapes: Any, **_: Any) -> int:
-        return operations * math.prod(shapes[u_at]) * shapes[u_at + 2][-1]
+def _count(name: str, u_at: int, real: int, complex: int) -> None:
+    @register_flop_formula(getattr(_ops, name), get_raw=True)
+    def formula(*args: Any, **_: Any) -> int:
+        u, A = args[u_at], args[u_at + 2]
+        return (complex if A.is_complex() else real) * u.numel() * A.shape[-1]
 
 
-_count("selective_scan", 0, 7)  # dt A, exp, a h, x B, + and C h, +
-_count("selective_scan_backward", 2, 19)  # a, h again (5); step_backward in csrc/selective_scan/recurrence.h and sums
-_count("selective_scan_jvp", 0, 22)
-_count("selective_scan_backward_jvp", 4, 79)  # the jvp, a, h again (16), step_backward and sums (41)
+_count("selective_scan", 0, 7, 21)  # dt A, exp, a h, x B, + and C h, +
+_count("selective_scan_backward", 2, 19, 53)  # a, h again; step_backward in csrc/selective_scan/recurrence.h and sums
+_count("selective_scan_jvp", 0, 22, 63)
+_count("selective_scan_backward_jvp", 4, 79, 220)  # the jvp, a, h again, step_backward and sums
 
 # --- autograd --------------------------------------------------------------------------------------------------------
 # f is the scan, x its arguments. Four Functions close the calculus up to second order, each derivative of one being
@@ -720,7 +720,7 @@ def _scan(x: Sequence[Any], options: Sequence[Any], run: Callable[..., Any] | No
             for name, v in zip(ARGUMENTS, x, strict=True)
         ]
     if x[2].is_complex():
-        x, run = [*x[:3], _complex(x[3]), _complex(x[4]), *x[5:]], _reference
+        x = [*x[:3], _complex(x[3]), _complex(x[4]), *x[5:]]
     if run is not None:
         y, last, _ = run(*x, *options)
     elif _plain(x):
@@ -755,8 +755,7 @@ def selective_scan(
     real ``B``, ``C`` of mixed dtypes are taken in the widest of them.
 
     A complex ``A`` (S4D) takes complex ``B``, ``C`` and ``initial_state`` and gives a complex last state and a real
-    ``y_t = 2 Re(C_t . h_t) + D u_t``; gradients follow PyTorch's convention. It runs as a differentiable loop over time
-    in PyTorch, as there is no kernel for it yet.
+    ``y_t = 2 Re(C_t . h_t) + D u_t``; gradients follow PyTorch's convention, dL/dRe + i dL/dIm.
 
     Args:
         u: input, ``(batch, dim, length)``, float32, float64, bfloat16 or float16, any strides; channel-last memory is
@@ -865,9 +864,9 @@ def selective_scan_step(
     """
     x = (state, u, delta, A, B, C, D, z, delta_bias)
     with contextlib.suppress(Exception):  # what the op does not take is widened, or explained, below
-        device, dtype = state.device, state.dtype
-        alike = all(v is None or (v.layout is torch.strided and v.device == device and v.dtype == dtype) for v in x)
-        if alike and dtype in _FULL and type(delta_softplus) is bool and _plain(x):
+        device, dtypes = state.device, _FULL[u.dtype]
+        alike = all(v is None or (v.layout is torch.strided and v.device == device and v.dtype in dtypes) for v in x)
+        if alike and type(delta_softplus) is bool and _plain(x):
             return _ops.selective_scan_step(*x, delta_softplus)
     where = "selective_scan_step"
     for name, value, ranks, text in (

@@ -173,9 +173,11 @@ def counted(run: Callable[[], Any]) -> dict[Any, int]:
     return counter.get_flop_counts()["Global"]
 
 
-def test_operations_of_the_scan_are_counted():
+@pytest.mark.parametrize("states", [torch.float64, torch.complex128], ids=["real", "complex"])
+def test_operations_of_the_scan_are_counted(states):
     def each(batch: int, length: int, dim: int, state: int) -> dict[Any, float]:
-        x = [v.requires_grad_() for v in scan_arguments(batch, length, dim, state)]
+        x = scan_arguments(batch, length, dim, state)
+        x = [(v.to(states) if i in (2, 3, 4, 8) else v).requires_grad_() for i, v in enumerate(x)]
 
         def run() -> None:
             first = torch.autograd.grad(scan(*x)[0].sum(), x[:8], create_graph=True)
@@ -188,6 +190,7 @@ def test_operations_of_the_scan_are_counted():
     cost = each(2, 5, 3, 4)
     assert set(packets) <= set(cost) and all(cost[op] > 0 for op in packets)
     assert each(4, 70, 5, 1) == cost
+    assert cost[ops.selective_scan] == 2 * (7 if states is torch.float64 else 21)  # alone, and in the jvp
     assert cost[ops.selective_scan] < cost[ops.selective_scan_backward] < cost[ops.selective_scan_backward_jvp]
 
 
