@@ -321,9 +321,9 @@ EAML_INLINE HalfTurns<T> half_turns(T radians) {
   return {high, std::fma(radians, Turn<T>::per_radian, -high) + radians * Turn<T>::per_radian_rest};
 }
 
-// modulus * e^(i x angle), each part within 2.5 ulp of the modulus where multiply-adds are fused; elsewhere the
-// rounding of x * angle comes on top. Beyond 2^22 (2^51) half turns, where numbers are too coarse for an angle, any;
-// NaN for infinite ones.
+// modulus * e^(i x angle), each part within two roundings of the modulus where multiply-adds are fused; elsewhere the
+// rounding of x * angle comes on top. Beyond 2^18 half turns (2^47 in double precision) the angle is any, but one; of
+// an infinite one it is NaN.
 template <int K, class V>
 EAML_INLINE void polar(const V (&modulus)[K], V x, const HalfTurns<V> (&angle)[K], Complex<V> (&out)[K]) {
   using E = Turn<element_t<V>>;
@@ -333,7 +333,7 @@ EAML_INLINE void polar(const V (&modulus)[K], V x, const HalfTurns<V> (&angle)[K
   for (int k = 0; k < K; ++k) shifted[k] = x * angle[k].high + E::round;
   EAML_UNROLL
   for (int k = 0; k < K; ++k) {
-    r[k] = x * angle[k].high - (shifted[k] - E::round) + x * angle[k].low;
+    r[k] = x * angle[k].high - (shifted[k] - E::round) + x * angle[k].low;  // the first product is not rounded
     const V least = splat<V>(-0.51f), most = splat<V>(0.51f);
     r[k] = r[k] < least ? least : r[k];
     r[k] = r[k] > most ? most : r[k];

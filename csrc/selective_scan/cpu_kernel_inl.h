@@ -523,7 +523,7 @@ EAML_NOINLINE void stage_states(T* to, const In<T>& in, const Place& at, int64_t
         std::fill_n(to + ((t * padded + n) * kCount + c) * kCopies, kCopies, from[n * in.channel + t * in.inner + c]);
 }
 
-// Rates in memory, [state][number of the rate][lane]; offsets count one of these numbers alone.
+// Rates in memory, [state][number of the rate][lane]; offsets are those of A's Span.
 template <class Z>
 struct RateSpan {
   using V = vector_t<Z>;
@@ -538,16 +538,20 @@ struct RateSpan {
     else
       return {load<V>(from)};
   }
-  // Of `count` numbers from the start of A on.
+  // From `count` numbers of A.
   EAML_INLINE void fill(Span<Z> A, int64_t count) const {
-    for (int64_t i = 0; i < count; i += kLanes<Z>)
-      for (int64_t lane = i; lane < i + kLanes<Z>; ++lane) {
-        data[i * (kCount - 1) + lane] = A.value[i * (kComponents<Z> - 1) + lane] * number_t<Z>(kLog2e);
+    constexpr int64_t W = kLanes<Z>;
+    for (int64_t i = 0; i < count; i += W) {
+      const number_t<Z>* const from = A.at(i).value;
+      number_t<Z>* const to = data + i * kCount;
+      for (int64_t lane = 0; lane < W; ++lane) {
+        to[lane] = from[lane] * number_t<Z>(kLog2e);
         if constexpr (kCount == 3) {
-          const auto angle = half_turns(A.value[i + lane + kLanes<Z>]);
-          data[i * 2 + lane + kLanes<Z>] = angle.high, data[i * 2 + lane + 2 * kLanes<Z>] = angle.low;
+          const auto angle = half_turns(from[W + lane]);
+          to[W + lane] = angle.high, to[2 * W + lane] = angle.low;
         }
       }
+    }
   }
 };
 
@@ -594,7 +598,7 @@ struct Unit {
   Place at, after;         // and the unit that is likely to come next
   int64_t padded;          // states, rounded up to whole groups
   Span<Z> A;               // [block][state][lane]
-  RateSpan<Z> prepared;    // the same of A's rates
+  RateSpan<Z> prepared;    // A as `decay` takes it
   Span<S> D, bias;         // [block][lane]
   Operand<Z, kLane> B, C;  // of the current chunk (invariant: of the current block)
   StepTile<S> dt, x, y;    // of the current chunk and block

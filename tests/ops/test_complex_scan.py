@@ -10,12 +10,14 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 import pytest
+import test_scan_numerics as numerics
 import test_selective_scan as real
 import torch
-from battery import DTYPES, LAYOUTS, Battery, Build, Call, Op, close, derivatives, leaves, outputs
+from battery import DTYPES, LAYOUTS, Battery, Build, Call, Op, close, derivatives, leaves, outputs, to_float64
 from torch import Tensor
 from torch.autograd import gradcheck, gradgradcheck
 
+from eaml_ext import build_info
 from eaml_ext.ops import selective_scan, selective_scan_reference, selective_scan_step
 
 OPTIONAL, build = real.OPTIONAL, real.build
@@ -178,6 +180,67 @@ def test_gradients_are_numerical_ones(name):
     modes = {"check_batched_grad": True, "fast_mode": name != "plain"}
     assert gradcheck(function, x, check_forward_ad=True, check_batched_forward_grad=True, **modes)
     assert gradgradcheck(function, x, check_fwd_over_rev=True, check_rev_over_rev=True, **modes)
+
+
+# ---- rounding ----------------------------------------------------------------------------------------------------
+
+
+def spinning(length: int) -> Build:
+    """S4D-Lin, A = -(1..state) + i pi (0..state - 1), with the other arguments of the real scan's bounds."""
+
+    def make(dtype: torch.dtype, device: str) -> Call:
+        call = in_parts(lambda dtype, device: numerics.make(dtype, length))(dtype, device)
+        A = call.tensors["A"]
+        A[..., 1] = math.pi * torch.arange(A.shape[-2])
+        return call
+
+    return make
+
+
+@pytest.mark.parametrize("length", [64, 1024])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_rounding(dtype, length):
+    torch.set_num_threads(1)
+    call = spinning(length)(torch.float32, "cpu")
+    want = numerics.results(of_parts(numerics.loop), to_float64(call), torch.float32)
+    call = call._replace(tensors={n: x.to(dtype) for n, x in call.tensors.items()})
+    for name, got in numerics.results(of_parts(selective_scan), call, torch.float32).items():
+        error = (got.double() - want[name]).abs().max() / want[name].abs().max() / torch.finfo(dtype).eps
+        assert error <= numerics.BOUNDS[dtype][numerics.group(name)], f"{name}: {error:.1f} roundings"
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("turns", [1, 1e2, 1e4])
+def test_decay_of_one_step(turns, dtype, reference_only):
+    """exp(delta A): rounding delta A costs |delta A| eps / 2, the rest four roundings; of its angle, kernels round none
+    where multiply-adds are fused.
+    """
+    eps, draw = torch.finfo(dtype).eps, torch.Generator().manual_seed(0)
+    parts = torch.rand(2, 1, 20000, 1, generator=draw).to(dtype)
+    A = torch.complex(-10 * parts[0, 0], (2 * parts[1, 0] - 1) * 2 * math.pi * turns)
+    delta = torch.ones(1, 20000, 1, dtype=dtype)
+    if dtype == torch.float32:  # whose products float64 holds
+        delta += torch.rand(delta.shape, generator=draw)
+    one = torch.ones(1, 20000, 1, dtype=A.dtype)
+    B = torch.ones(1, 1, 1, dtype=A.dtype)
+    _, last = selective_scan(0 * delta, delta, A, B, B, return_last_state=True, initial_state=one)
+    exponent = delta[0].double() * A.to(torch.complex128)
+    want = exponent.exp()
+    fused = not reference_only and "AVX" in build_info()["simd"]
+    size = exponent.real.abs() if fused else exponent.abs()
+    assert ((last[0].to(want) - want).abs() <= (size + 4) * eps * want.abs()).all()
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("angle", [1e7, 1e18, 1e30, -1e37])
+def test_no_angle_is_too_large(angle, dtype):
+    """Beyond what its digits can tell, one is as good as another, but none makes a state grow."""
+    A = torch.full((3, 2), complex(0, angle), dtype=dtype.to_complex())
+    u = torch.rand(2, 3, 40, dtype=dtype)
+    B = torch.ones(2, 2, 40, dtype=A.dtype)
+    one = torch.ones(2, 3, 2, dtype=A.dtype)
+    _, last = selective_scan(0 * u, u, A, B, B, return_last_state=True, initial_state=one)
+    assert (last.abs() - 1).abs().max() < 0.1
 
 
 # ---- packed matrices ---------------------------------------------------------------------------------------------
