@@ -200,13 +200,14 @@ def spinning(length: int) -> Build:
 @pytest.mark.parametrize("length", [64, 1024])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_rounding(dtype, length):
+    """Within twice the real scan's bounds: a part of a complex product is two products."""
     torch.set_num_threads(1)
     call = spinning(length)(torch.float32, "cpu")
     want = numerics.results(of_parts(numerics.loop), to_float64(call), torch.float32)
     call = call._replace(tensors={n: x.to(dtype) for n, x in call.tensors.items()})
     for name, got in numerics.results(of_parts(selective_scan), call, torch.float32).items():
         error = (got.double() - want[name]).abs().max() / want[name].abs().max() / torch.finfo(dtype).eps
-        assert error <= numerics.BOUNDS[dtype][numerics.group(name)], f"{name}: {error:.1f} roundings"
+        assert error <= 2 * numerics.BOUNDS[dtype][numerics.group(name)], f"{name}: {error:.1f} roundings"
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
