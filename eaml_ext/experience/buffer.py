@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import threading
 from collections.abc import Sequence
@@ -11,9 +12,12 @@ import torch
 from torch import Tensor
 
 from eaml_ext import _check, checkpoint
+from eaml_ext.experience.directory import Directory
 from eaml_ext.experience.experiences import Experiences
+from eaml_ext.experience.index import Index
 
 _METRICS = ("sqeuclidean", "cosine")
+MARGIN = 1024  # slots of a memory on disk that no live item occupies: at least so many, and an eighth of the capacity
 _RESERVED = ("fields", "indices", "generations", "distances", "batch")
 
 
@@ -25,7 +29,19 @@ class ExperienceBuffer:
     (counted from the beginning) stands in slot ``s % capacity`` with generation ``s // capacity``, so that an index
     kept from an earlier search is recognised when its slot has been overwritten since (:meth:`get`).
 
-    Reads and writes may come from several threads.
+    *Weights.* Items may count for more or less: a field ``priority`` p > 0 (given at each add, changed by
+    :meth:`set_priority`), an ``age_half_life`` H, or both make the weight ``w = p · 2^(-age / H)``, where the age is
+    the number of items added since. Its logarithm is a bias of every search, ``distance = ‖q − key‖² − log w`` (or
+    ``1 − cosine − log w``): a weight e times as large makes up for one unit of distance. Random draws follow the
+    weights where asked (:meth:`get_batch`).
+
+    *On disk.* With ``directory`` the fields are memory-mapped files there, for memories larger than RAM; what was
+    added before the last :meth:`flush` is there after a crash, bit by bit, and :meth:`open` goes on from it. So that
+    no item of a flushed state is overwritten before the next flush, there are more slots than capacity (an eighth
+    more, 1024 at least; s and slots relate as above with their number), and the buffer flushes by itself whenever
+    that margin is used up.
+
+    Reads and writes may come from several threads; each call sees a state between two others.
 
     Args:
         capacity: how many items fit.
@@ -36,9 +52,13 @@ class ExperienceBuffer:
         seed: of the draws of :meth:`get_batch`; None: drawn from torch's global generator.
         metric: how context embeddings are compared, ``"sqeuclidean"`` (squared distance) or ``"cosine"``
             (1 - cosine similarity).
+        age_half_life: how many items must be added for the weight of an item to halve; None: age does not count.
+        directory: where the memory-mapped files go, a directory that holds no buffer yet (created if need be; the
+            space is taken at the first add); None: the data live in memory.
 
     Raises:
         TypeError, ValueError: an argument is out of its range.
+        BlockingIOError: another buffer has the directory open.
 
     >>> import torch
     >>> buffer = ExperienceBuffer(capacity=1000, state_dim=4, action_dim=2, seed=0)
@@ -57,6 +77,18 @@ class ExperienceBuffer:
     >>> batch = pairs.get_batch(16).batch()
     >>> batch["states"].shape, batch["targets"].shape
     (torch.Size([16, 4]), torch.Size([16, 1]))
+
+    With priorities, on disk:
+
+    >>> import tempfile
+    >>> folder = tempfile.mkdtemp()
+    >>> kept = ExperienceBuffer(1000, directory=folder, seed=0)
+    >>> kept.add(state=torch.randn(3, 4), priority=[1.0, 1.0, 98.0])
+    >>> torch.bincount(kept.get_batch(1000, weighted=True).indices).argmax()
+    tensor(2)
+    >>> kept.close()  # flushes
+    >>> len(ExperienceBuffer.open(folder))
+    3
     """
 
     def __init__(
@@ -68,30 +100,65 @@ class ExperienceBuffer:
         device: torch.device | str = "cpu",
         seed: int | None = None,
         metric: str = "sqeuclidean",
+        age_half_life: float | None = None,
+        directory: str | os.PathLike[str] | None = None,
     ):
-        _check.positive("ExperienceBuffer", "capacity", capacity, integer=True)
+        where = "ExperienceBuffer"
+        _check.positive(where, "capacity", capacity, integer=True)
         for name, value in (("state_dim", state_dim), ("action_dim", action_dim)):
             if value is not None:
-                _check.positive("ExperienceBuffer", name, value, integer=True)
+                _check.positive(where, name, value, integer=True)
         if seed is not None:
-            _check.positive("ExperienceBuffer", "seed", seed, integer=True, zero=True)
+            _check.positive(where, "seed", seed, integer=True, zero=True)
         if metric not in _METRICS:
-            raise ValueError(f"ExperienceBuffer: metric must be {' or '.join(_METRICS)}, got {metric!r}")
-        self.capacity = capacity
-        self.state_dim = state_dim
-        self.action_dim = action_dim
-        self.metric = metric
+            raise ValueError(f"{where}: metric must be {' or '.join(_METRICS)}, got {metric!r}")
+        if age_half_life is not None:
+            _check.positive(where, "age_half_life", age_half_life)
+            if math.isinf(age_half_life):
+                raise ValueError(f"{where}: age_half_life must be finite, or None for no ageing, got {age_half_life!r}")
         try:
             self.device = torch.empty(0, device=device).device  # "cuda" becomes "cuda:0", as tensors have it
         except (RuntimeError, AssertionError, TypeError) as error:
             reason = str(error).partition("\n")[0]
-            raise ValueError(f"ExperienceBuffer: device {device!r} cannot be used: {reason}") from None
+            raise ValueError(f"{where}: device {device!r} cannot be used: {reason}") from None
+        self.capacity = capacity
+        self.state_dim = state_dim
+        self.action_dim = action_dim
+        self.metric = metric
+        self.age_half_life = age_half_life
+        self._directory = None if directory is None else self._enter(where, directory, new=True)
+        # Slots beyond the capacity take what is added between two flushes.
+        self._slots = capacity if directory is None else capacity + max(MARGIN, capacity // 8)
         # Draws are made on the CPU: the same seed gives the same batches on every device.
         self._generator = torch.Generator().manual_seed(int(torch.randint(2**62, ())) if seed is None else seed)
         self._store: dict[str, Tensor] = {}
+        self._shapes: dict[str, tuple[int, ...]] = {}  # of an item
+        self._index: Index | None = None
+        self._origin = 0  # the item number from which the log-weights of the index count age
         self._written = 0  # items ever written, rounded up to whole rings by clear()
         self._cleared = 0  # the value of _written at the last clear()
+        self._flushed = 0  # and at the last flush
         self._lock = threading.RLock()
+        if self._directory is not None:
+            self.flush()
+
+    def _enter(self, where: str, directory: Any, *, new: bool) -> Directory:
+        if not isinstance(directory, (str, os.PathLike)):
+            raise TypeError(f"{where}: directory must be a path, got {type(directory).__name__}")
+        if self.device.type != "cpu":
+            raise ValueError(f"{where}: a buffer on disk (directory) lives on the cpu, got device {self.device}")
+        if new:
+            try:
+                os.makedirs(directory, exist_ok=True)
+            except OSError as error:
+                raise ValueError(f"{where}: directory {os.fspath(directory)!r} cannot be made: {error}") from None
+        entered = Directory(where, directory)
+        if new and entered.exists:
+            entered.close()
+            raise ValueError(
+                f"{where}: directory {os.fspath(directory)} holds a buffer, ExperienceBuffer.open opens it"
+            )
+        return entered
 
     # ------------------------------------------------------------------------------------------------- writing
 
@@ -100,8 +167,8 @@ class ExperienceBuffer:
 
         Fields may have any name. These have a meaning: ``state`` and ``observation`` end in ``state_dim``, ``action``
         ends in ``action_dim``; ``context_embedding`` is a finite floating vector, what :meth:`retrieve` searches;
-        ``task`` is an int64 scalar. A state may be a sequence ``(time, state_dim)`` with the action
-        ``(time, action_dim)``, the reward ``(time,)`` and one context embedding.
+        ``task`` is an int64 scalar; ``priority`` a finite floating scalar > 0. A state may be a sequence
+        ``(time, state_dim)`` with the action ``(time, action_dim)``, the reward ``(time,)`` and one context embedding.
 
         One or many is decided by one field: ``context_embedding`` where there is one (a vector: one item; a matrix:
         one row per item), otherwise ``state``, ``observation``, or the first field. At the first add, two dimensions
@@ -109,12 +176,13 @@ class ExperienceBuffer:
         scalar (``task=3``) holds for all of them.
 
         Values are tensors of exactly the stored dtype, on the buffer's device; or numbers, lists and arrays, which are
-        converted (floating ones to torch's default dtype at the first add, rewards always). They are copied, without
-        their graph. A batch larger than the capacity leaves its last ``capacity`` items.
+        converted (floating ones to torch's default dtype at the first add, rewards and priorities always). They are
+        copied, without their graph. A batch larger than the capacity leaves its last ``capacity`` items.
 
         Raises:
             TypeError: a value is no tensor, or of another dtype.
-            ValueError: a field is missing or unknown, has another shape or device, or an embedding is not finite.
+            ValueError: a field is missing or unknown, has another shape or device, an embedding is not finite, a
+                priority not positive, or the buffer is closed.
             In both cases nothing has been modified.
         """
         where = "ExperienceBuffer.add"
@@ -127,39 +195,172 @@ class ExperienceBuffer:
         if not fields:
             raise TypeError(f"{where}: there is nothing to add, give (observation, target) or fields by name")
         with self._lock, torch.no_grad():
-            values = {name: self._tensor(where, name, value) for name, value in fields.items()}
-            items = self._items(where, values)
+            self._check_open(where)
+            items = self._items(where, {name: self._tensor(where, name, value) for name, value in fields.items()})
             if not self._store:
-                # A normal tensor even under inference_mode, or no later add outside of it could write to it.
-                with torch.inference_mode(False):
-                    self._store = {
-                        name: torch.zeros((self.capacity, *value.shape[1:]), dtype=value.dtype, device=self.device)
-                        for name, value in items.items()
-                    }
+                schema = {name: (value.dtype, tuple(value.shape[1:])) for name, value in items.items()}
+                self._take(self._allocate(schema), self._written, self._cleared)
+                if self._directory is not None:
+                    self.flush()  # so that the directory knows its files
             self._write(items)
 
     def clear(self) -> None:
-        """Forget all items; the schema and the memory stay. Indices from before are stale for good."""
+        """Forget all items, on disk at once; the schema and the memory stay. Indices from before are stale for good."""
         with self._lock:
+            self._check_open("ExperienceBuffer.clear")
             self._written += -self._written % self.capacity
             self._cleared = self._written
+            if self._directory is not None:
+                self.flush()
+
+    def set_priority(self, indices: Tensor, priorities: Tensor | float, generations: Tensor | None = None) -> Tensor:
+        """Change the priorities of stored items, for instance to how much they have just taught.
+
+        Args:
+            indices: int64, any shape, the slots. Where one comes several times, one of its priorities is taken.
+            priorities: of the same shape, in the dtype stored, or one number for all; finite and > 0.
+            generations: int64, the same shape, as they came with the indices: items that have been overwritten or
+                cleared since are left out. None: all indices must be live.
+
+        Returns:
+            Which items were still stored and have changed: bool, of the indices' shape.
+
+        Raises:
+            ValueError: the buffer is empty or stores no priority; without generations, an index is outside the live
+                slots; a priority is not positive; shapes or devices differ. Nothing has been modified then.
+            TypeError: an argument has another type or dtype.
+
+        Source: Schaul et al., "Prioritized experience replay", 2016.
+
+        >>> import torch
+        >>> buffer = ExperienceBuffer(4)
+        >>> buffer.add(state=torch.zeros(4, 2), priority=1.0)
+        >>> seen = buffer.get_batch(3)
+        >>> buffer.set_priority(seen.indices, torch.tensor([2.0, 3.0, 4.0]), seen.generations)
+        tensor([True, True, True])
+        >>> buffer.add(state=torch.zeros(4, 2), priority=1.0)  # overwrites all
+        >>> buffer.set_priority(seen.indices, torch.tensor([2.0, 3.0, 4.0]), seen.generations)
+        tensor([False, False, False])
+        """
+        where = "ExperienceBuffer.set_priority"
+        with self._lock, torch.no_grad():
+            stored = self._column(where, "priority")
+            current = self._current(where, indices, generations)
+            if generations is None and not current.all():
+                count = int((~current).sum())
+                raise ValueError(f"{where}: {count} of {current.numel()} indices are stale or out of range")
+            values = self._tensor(where, "priority", priorities)
+            if values.dim() and values.shape != indices.shape:
+                got, wanted = tuple(values.shape), tuple(indices.shape)
+                raise ValueError(f"{where}: priorities has shape {got}, wanted {wanted} or one number")
+            _check_values(where, "priority", values)
+            slots = indices[current]
+            stored[slots] = values.expand(indices.shape)[current]
+            self._weigh(slots, self._numbers(slots))
+            return current
 
     def _write(self, items: dict[str, Tensor]) -> None:
         count = len(next(iter(items.values())))
-        skip = max(0, count - self.capacity)
-        start = (self._written + skip) % self.capacity
-        head = min(count - skip, self.capacity - start)
+        if self._directory is None:
+            skip = max(0, count - self.capacity)
+            self._written += skip
+            self._put(items, skip, count)
+            return
+        start = 0
+        while start < count:
+            room = self._flushed + self._slots - self.capacity - self._written
+            if room < min(count - start, self._slots - self.capacity):
+                self.flush()
+                continue
+            stop = min(count, start + room)
+            self._put(items, start, stop)
+            start = stop
+
+    def _put(self, items: dict[str, Tensor], start: int, stop: int) -> None:
+        """Write items ``start`` to ``stop`` of a batch, at most as many as there are slots."""
+        count = stop - start
+        slot = self._written % self._slots
+        head = min(count, self._slots - slot)
         for name, value in items.items():
             store = self._store[name]
-            store[start : start + head] = value[skip : skip + head]
-            if skip + head < count:
-                store[: count - skip - head] = value[skip + head :]
+            if head == len(value):  # the usual case: nothing to cut
+                store.narrow(0, slot, head).copy_(value)
+                continue
+            store.narrow(0, slot, head).copy_(value.narrow(0, start, head))
+            if head < count:
+                store.narrow(0, 0, count - head).copy_(value.narrow(0, start + head, count - head))
+        first = self._written
         self._written += count
+        if self._index is not None and self._weighted:
+            if self.age_half_life is not None and self._origin != self._age_origin:
+                self._reweigh()
+            else:
+                numbers = torch.arange(first, self._written, device=self.device)
+                self._weigh(numbers % self._slots, numbers)
+
+    def _allocate(self, schema: dict[str, tuple[torch.dtype, tuple[int, ...]]]) -> dict[str, Tensor]:
+        if self._directory is not None:
+            return self._directory.allocate({name: (dtype, (self._slots, *s)) for name, (dtype, s) in schema.items()})
+        # A normal tensor even under inference_mode, or no later add outside of it could write to it.
+        with torch.inference_mode(False):
+            return {
+                name: torch.zeros((self._slots, *shape), dtype=dtype, device=self.device)
+                for name, (dtype, shape) in schema.items()
+            }
+
+    def _take(self, store: dict[str, Tensor], written: int, cleared: int) -> None:
+        """Make ``store`` the memory, and its items those numbered up to ``written``."""
+        self._store, self._written, self._cleared = store, written, cleared
+        self._shapes = {name: tuple(value.shape[1:]) for name, value in store.items()}
+        self._index = None
+        if "context_embedding" in store:
+            self._index = Index(store["context_embedding"], self.metric, weighted=self._weighted)
+            if self._weighted:
+                self._reweigh()
+
+    # ------------------------------------------------------------------------------------------------- weights
+
+    @property
+    def _weighted(self) -> bool:
+        return self.age_half_life is not None or "priority" in self._store
+
+    def _log_weights(self, slots: Tensor, numbers: Tensor, origin: int) -> Tensor:
+        """float64 log-weights of items, age counted from item ``origin``: a constant for all of them."""
+        weights = torch.zeros(slots.shape, dtype=torch.float64, device=self.device)
+        if "priority" in self._store:
+            weights += self._store["priority"][slots].double().log()
+        if self.age_half_life is not None:
+            weights += (numbers - origin) * (math.log(2) / self.age_half_life)
+        return weights
+
+    def _weigh(self, slots: Tensor, numbers: Tensor) -> None:
+        """Tell the index the weights of items that have just been written."""
+        if self._index is not None:
+            self._index.write(slots, self._log_weights(slots, numbers, self._origin))
+
+    @property
+    def _age_origin(self) -> int:
+        """Where to count age from: it moves once in a turn of the ring, so that no log-weight grows large."""
+        return self._written - self._written % self.capacity
+
+    def _reweigh(self) -> None:
+        """Tell the index all weights anew."""
+        self._origin = self._age_origin
+        slots = torch.arange(self._first, self._written, device=self.device) % self._slots
+        self._weigh(slots, self._numbers(slots))
+
+    # ------------------------------------------------------------------------------------------------- checks
+
+    def _check_open(self, where: str) -> None:
+        if self._directory is not None and self._directory.closed:
+            raise ValueError(f"{where}: the buffer is closed")
 
     def _tensor(self, where: str, name: str, value: Any) -> Tensor:
         """``value`` as a tensor of the field's dtype on the buffer's device, or one sentence."""
         stored = self._store[name].dtype if name in self._store else None
         if isinstance(value, Tensor):
+            if value.dtype == stored and value.device == self.device and value.layout == torch.strided:
+                return value  # the usual case
             _check.device(where, name, value, self.device, "the buffer")
             if value.layout != torch.strided:
                 raise TypeError(f"{where}: {name} must be a dense tensor, got layout {value.layout}")
@@ -169,7 +370,8 @@ class ExperienceBuffer:
             except (TypeError, ValueError, RuntimeError):
                 kind = type(value).__name__
                 raise TypeError(f"{where}: {name} must be a tensor, an array or a number, got {kind}") from None
-            wanted = stored or (torch.get_default_dtype() if name == "reward" or value.is_floating_point() else None)
+            real = value.is_floating_point() or name in ("reward", "priority")
+            wanted = stored or (torch.get_default_dtype() if real else None)
             if wanted is not None and torch.can_cast(value.dtype, wanted):
                 value = value.to(wanted)
         if stored is not None and value.dtype != stored:
@@ -180,13 +382,14 @@ class ExperienceBuffer:
         """The values with a leading dimension of items, each checked against the schema; the first add makes it."""
         anchor = next((n for n in ("context_embedding", "state", "observation") if n in values), next(iter(values)))
         if self._store:
-            shapes = {name: tuple(store.shape[1:]) for name, store in self._store.items()}
-            for name in shapes:
-                if name not in values:
-                    raise ValueError(f"{where}: {name} is missing, the buffer stores {', '.join(shapes)}")
-            for name in values:
-                if name not in shapes:
-                    raise ValueError(f"{where}: {name} is not a field, the buffer stores {', '.join(shapes)}")
+            shapes = self._shapes
+            if values.keys() != shapes.keys():
+                for name in shapes:
+                    if name not in values:
+                        raise ValueError(f"{where}: {name} is missing, the buffer stores {', '.join(shapes)}")
+                for name in values:
+                    if name not in shapes:
+                        raise ValueError(f"{where}: {name} is not a field, the buffer stores {', '.join(shapes)}")
             extra = values[anchor].dim() - len(shapes[anchor])
             if extra not in (0, 1):
                 got, one = tuple(values[anchor].shape), shapes[anchor]
@@ -207,8 +410,9 @@ class ExperienceBuffer:
                     raise ValueError(f"{where}: {name} has shape {tuple(value.shape)}, wanted {wanted}")
                 value = value.expand(wanted)
             items[name] = value if many else value.unsqueeze(0)
-        if "context_embedding" in items and not torch.isfinite(items["context_embedding"]).all():
-            raise ValueError(f"{where}: context_embedding must be finite, it is what retrieve searches")
+        for name in ("context_embedding", "priority"):
+            if name in items:
+                _check_values(where, name, items[name])
         return items
 
     def _check_schema(self, where: str, values: dict[str, Tensor], shapes: dict[str, tuple[int, ...]]) -> None:
@@ -233,19 +437,24 @@ class ExperienceBuffer:
                 refuse("action", str((*steps, self.action_dim)))
         if "task" in shapes:
             _check.dtype(where, "task", values["task"], (torch.int64,))
-            if shapes["task"]:
-                refuse("task", "() (one number)")
-        if "context_embedding" in shapes:
-            if len(shapes["context_embedding"]) != 1:
-                refuse("context_embedding", "(dim,)")
-            if not values["context_embedding"].is_floating_point():
-                got = _short(values["context_embedding"].dtype)
-                raise TypeError(f"{where}: context_embedding has dtype {got}, wanted a floating one")
+        for name in ("task", "priority"):
+            if shapes.get(name):
+                refuse(name, "() (one number)")
+        if len(shapes.get("context_embedding", (0,))) != 1:
+            refuse("context_embedding", "(dim,)")
+        for name in ("context_embedding", "priority"):
+            if name in shapes and not values[name].is_floating_point():
+                raise TypeError(f"{where}: {name} has dtype {_short(values[name].dtype)}, wanted a floating one")
 
     # ------------------------------------------------------------------------------------------------- reading
 
     def retrieve(
-        self, query_embedding: Tensor, k: int, exclude_task: int | Tensor | Sequence[int] | None = None
+        self,
+        query_embedding: Tensor,
+        k: int,
+        exclude_task: int | Tensor | Sequence[int] | None = None,
+        *,
+        among: Tensor | None = None,
     ) -> Experiences:
         """The ``k`` experiences whose context embeddings are most similar to the query, nearest first, exactly.
 
@@ -253,10 +462,12 @@ class ExperienceBuffer:
             query_embedding: ``(dim,)``, or ``(queries, dim)`` for several at once, in the embeddings' dtype, finite.
             k: how many; fewer come back when fewer are stored or left.
             exclude_task: the id of a task, or several, whose experiences are left out (one's own, for instance).
+            among: int64 ``(n,)``, the slots to search, each at most once; those that are not live are passed over.
+                None: all.
 
         Returns:
-            Experiences of ``min(k, candidates)`` items, perhaps none; ``distances`` is differentiable with respect to
-            the query.
+            Experiences of ``min(k, candidates)`` items, perhaps none; ``distances`` (less the log-weights, where the
+            buffer has weights) is differentiable with respect to the query.
 
         Raises:
             ValueError: the buffer is empty or stores no context_embedding (no task, with ``exclude_task``), or an
@@ -269,11 +480,9 @@ class ExperienceBuffer:
         >>> buffer.retrieve(torch.tensor([0.0, 0.9, 0.0]), k=1).state
         tensor([[0., 1., 0.]])
         """
-        from eaml_ext.ops import knn
-
         where = "ExperienceBuffer.retrieve"
         with self._lock:
-            keys = self._live(where, "context_embedding")
+            keys = self._column(where, "context_embedding")
             _check.tensor(where, "query_embedding", query_embedding)
             if query_embedding.dim() not in (1, 2) or query_embedding.shape[-1] != keys.shape[1]:
                 wanted = f"({keys.shape[1]},) or (queries, {keys.shape[1]})"
@@ -283,32 +492,58 @@ class ExperienceBuffer:
             if not torch.isfinite(query_embedding).all():
                 raise ValueError(f"{where}: query_embedding must be finite")
             _check.positive(where, "k", k, integer=True)
-            valid = None if exclude_task is None else self._others(where, exclude_task)
-            k = min(k, len(keys) if valid is None else int(valid.sum()))
+            slots: Tensor | slice = slice(len(keys))
+            if among is None:
+                size, valid = len(keys), self._live_mask()
+            else:
+                valid = self._current(where, among, None, name="among")
+                _check.shape(where, "among", among, (None,), "(n,)")
+                slots, size = among.clamp(0, self._slots - 1), len(among)
+            if exclude_task is not None:
+                others = self._others(where, exclude_task, slots)
+                valid = others if valid is None else valid & others
+            k = min(k, size if valid is None else int(valid.sum()))
             queries = query_embedding if query_embedding.dim() == 2 else query_embedding.unsqueeze(0)
             if k == 0:
                 distances = queries.new_zeros((len(queries), 0))
                 indices = torch.zeros_like(distances, dtype=torch.int64)
             else:
-                distances, indices = knn(queries, keys, k, metric=self.metric, valid=valid)
-                if self.metric == "cosine":
-                    distances = 1 - distances
+                assert self._index is not None  # there is a context_embedding
+                distances, indices = self._index.search(queries, k, valid, slots)
+                if self.age_half_life is not None:  # the index counts age from another item
+                    distances = distances + (self._written - 1 - self._origin) * (math.log(2) / self.age_half_life)
             if query_embedding.dim() == 1:
                 distances, indices = distances[0], indices[0]
             return self._gather(indices, distances)
 
-    def get_batch(self, n: int) -> Experiences:
-        """``n`` experiences drawn uniformly at random, with replacement, by the buffer's own generator.
+    def get_batch(self, n: int, *, weighted: bool = False) -> Experiences:
+        """``n`` experiences drawn at random, with replacement, by the buffer's own generator.
+
+        Args:
+            n: how many.
+            weighted: draw in proportion to the items' weights (priority and age; a pass over all of them) instead of
+                uniformly.
 
         Raises:
-            ValueError: the buffer is empty, or ``n`` is not positive.
-            TypeError: ``n`` is not an integer.
+            ValueError: the buffer is empty or has no weights to draw by, or ``n`` is not positive.
+            TypeError: ``n`` is not an integer, or ``weighted`` not a bool.
         """
         where = "ExperienceBuffer.get_batch"
         with self._lock:
-            self._live(where)
+            self._column(where)
             _check.positive(where, "n", n, integer=True)
-            return self._gather(torch.randint(len(self), (n,), generator=self._generator).to(self.device))
+            _check.flag(where, "weighted", weighted)
+            if weighted and not self._weighted:
+                raise ValueError(f"{where}: weighted draws need a field priority or an age_half_life, there is neither")
+            if not weighted:
+                ranks = torch.randint(len(self), (n,), generator=self._generator).to(self.device)
+                return self._gather(self._slots_of(ranks))
+            slots = self._slots_of(torch.arange(len(self), device=self.device))
+            weights = self._log_weights(slots, self._numbers(slots), self._written)
+            total = (weights - weights.max()).exp().cumsum(0)
+            point = torch.rand(n, dtype=torch.float64, generator=self._generator).to(self.device) * total[-1]
+            below = total[-1].nextafter(torch.zeros_like(total[-1]))  # a product that is rounded up to the total
+            return self._gather(slots[torch.searchsorted(total, torch.minimum(point, below), right=True)])
 
     def get(self, indices: Tensor, generations: Tensor | None = None) -> Experiences:
         """The experiences in the slots ``indices``.
@@ -341,7 +576,7 @@ class ExperienceBuffer:
             return torch.unique(self._live("ExperienceBuffer.tasks", "task"))
 
     def of_task(self, task: int) -> Experiences:
-        """All experiences of one task, by slot.
+        """All experiences of one task, oldest first.
 
         Raises:
             ValueError: nothing of this task is stored.
@@ -349,13 +584,15 @@ class ExperienceBuffer:
         """
         where = "ExperienceBuffer.of_task"
         with self._lock:
-            tasks = self._live(where, "task")
+            found = self._column(where, "task")
             if isinstance(task, bool) or not isinstance(task, int):
                 raise TypeError(f"{where}: task must be an integer, got {task!r}")
-            indices = (tasks == task).nonzero().squeeze(1)
+            live = self._live_mask()
+            indices = (found == task if live is None else (found == task) & live).nonzero().squeeze(1)
             if not len(indices):
                 raise ValueError(f"{where}: nothing is stored of task {task}")
-            return self._gather(indices)
+            turn = indices < self._first % self._slots  # these were written after the end of the ring was reached
+            return self._gather(torch.cat([indices[~turn], indices[turn]]))
 
     def task_embeddings(self) -> Tensor:
         """The mean context embedding of each task: ``(tasks, dim)``, row by row as in :meth:`tasks`.
@@ -374,24 +611,59 @@ class ExperienceBuffer:
             return sums / counts.unsqueeze(1)
 
     def __len__(self) -> int:
-        return min(self._written - self._cleared, self.capacity)
+        return self._written - self._first
 
     def __repr__(self) -> str:
         fields = "".join(f", {n} {tuple(s.shape[1:])} {_short(s.dtype)}" for n, s in self._store.items())
-        return f"ExperienceBuffer({len(self)} of {self.capacity}{fields}, metric={self.metric}, device={self.device})"
+        options = f", metric={self.metric}, device={self.device}"
+        if self.age_half_life is not None:
+            options += f", age_half_life={self.age_half_life}"
+        if self._directory is not None:
+            options += f", directory={self._directory.path}"
+        return f"ExperienceBuffer({len(self)} of {self.capacity}{fields}{options})"
 
-    def _live(self, where: str, name: str | None = None) -> Tensor:
-        """The live slots of a field (of any, without a name); live slots are always the first len(self)."""
+    # Items are numbered from the first ever added; number s stands in slot s % _slots. In memory there are as many
+    # slots as capacity, so the live ones are always the first len(self); on disk any stretch of the ring.
+
+    @property
+    def _first(self) -> int:
+        """The number of the oldest item."""
+        return max(self._cleared, self._written - self.capacity)
+
+    def _column(self, where: str, name: str | None = None) -> Tensor:
+        """The first slots of a field (of any, without a name) up to the last live one."""
         if not len(self):
+            self._check_open(where)
             raise ValueError(f"{where}: the buffer is empty")
         if name is None:
             name = next(iter(self._store))
         if name not in self._store:
             raise ValueError(f"{where}: the buffer stores no {name}, only {', '.join(self._store)}")
-        return self._store[name][: len(self)]
+        start = self._first % self._slots
+        return self._store[name][: min(start + len(self), self._slots)]
 
-    def _others(self, where: str, exclude: int | Tensor | Sequence[int]) -> Tensor:
-        tasks = self._live(where, "task")
+    def _live_mask(self) -> Tensor | None:
+        """Which slots of :meth:`_column` are live; None: all."""
+        start, count = self._first % self._slots, len(self)
+        if start == 0 or count == self._slots:
+            return None
+        stop = start + count
+        slots = torch.arange(min(stop, self._slots), device=self.device)
+        return (slots >= start) | (slots < stop - self._slots)
+
+    def _live(self, where: str, name: str) -> Tensor:
+        column, mask = self._column(where, name), self._live_mask()
+        return column if mask is None else column[mask]
+
+    def _slots_of(self, ranks: Tensor) -> Tensor:
+        """Where the items stand that a buffer in memory would have in the slots ``ranks``: draws are alike on disk."""
+        if self._slots == self.capacity:
+            return ranks
+        return (self._first + (ranks - self._first) % self.capacity) % self._slots
+
+    def _others(self, where: str, exclude: int | Tensor | Sequence[int], slots: Tensor | slice) -> Tensor:
+        self._column(where, "task")
+        tasks = self._store["task"][slots]
         if isinstance(exclude, int) and not isinstance(exclude, bool):
             return tasks != exclude
         if isinstance(exclude, Tensor):
@@ -404,21 +676,24 @@ class ExperienceBuffer:
             raise TypeError(f"{where}: exclude_task must be an integer or a list or tensor of them, got {exclude!r}")
         return ~torch.isin(tasks, ids)
 
-    def _current(self, where: str, indices: Tensor, generations: Tensor | None) -> Tensor:
-        for name, value in (("indices", indices), ("generations", generations)):
+    def _current(self, where: str, indices: Tensor, generations: Tensor | None, name: str = "indices") -> Tensor:
+        for argument, value in ((name, indices), ("generations", generations)):
             if value is None:
                 continue
-            _check.tensor(where, name, value)
-            _check.dtype(where, name, value, (torch.int64,))
-            _check.device(where, name, value, self.device, "the buffer")
+            _check.tensor(where, argument, value)
+            _check.dtype(where, argument, value, (torch.int64,))
+            _check.device(where, argument, value, self.device, "the buffer")
             if value.shape != indices.shape:
-                raise ValueError(f"{where}: {name} has shape {tuple(value.shape)}, wanted {tuple(indices.shape)}")
-        current = (indices >= 0) & (indices < len(self))
+                raise ValueError(f"{where}: {argument} has shape {tuple(value.shape)}, wanted {tuple(indices.shape)}")
+        current = (indices >= 0) & (indices < self._slots) & (self._numbers(indices) >= self._first)
         return current if generations is None else current & (self._generations(indices) == generations)
 
     def _generations(self, indices: Tensor) -> Tensor:
-        """Of the newest item in each slot: it is the last s below _written with s % capacity == slot."""
-        return torch.div(self._written - 1 - indices, self.capacity, rounding_mode="floor")
+        """Of the newest item in each slot: it is the last s below _written with s % _slots == slot."""
+        return torch.div(self._written - 1 - indices, self._slots, rounding_mode="floor")
+
+    def _numbers(self, indices: Tensor) -> Tensor:
+        return self._generations(indices) * self._slots + indices
 
     def _gather(self, indices: Tensor, distances: Tensor | None = None) -> Experiences:
         fields = {name: store[indices] for name, store in self._store.items()}
@@ -426,23 +701,86 @@ class ExperienceBuffer:
 
     # ------------------------------------------------------------------------------------------------- keeping
 
+    def flush(self) -> None:
+        """Bring a buffer on disk to the disk: what has been added is there after a crash from now on.
+
+        The draws' generator is kept with it, so that the reopened buffer answers as this one would.
+
+        Raises:
+            ValueError: the buffer lives in memory (``save`` writes it to a file), or is closed.
+        """
+        where = "ExperienceBuffer.flush"
+        with self._lock:
+            if self._directory is None:
+                raise ValueError(f"{where}: the buffer lives in memory, there is no directory to flush to")
+            self._check_open(where)
+            fields = {name: [_short(value.dtype), list(value.shape)] for name, value in self._store.items()}
+            counters = {"written": self._written, "cleared": self._cleared, "slots": self._slots}
+            metadata = {"options": self._options(), "fields": fields, **counters}
+            self._directory.commit({"generator": self._generator.get_state()}, metadata)
+            self._flushed = self._written
+
+    def close(self) -> None:
+        """Flush a buffer on disk and let go of its files. The buffer is empty then, and takes nothing more."""
+        with self._lock:
+            if self._directory is not None and not self._directory.closed:
+                self.flush()
+                self._take({}, 0, 0)
+                self._directory.close()
+
+    @classmethod
+    def open(cls, directory: str | os.PathLike[str]) -> ExperienceBuffer:
+        """The buffer that was made with this ``directory``, as it was at its last flush. Opening never runs code.
+
+        Raises:
+            FileNotFoundError: there is no buffer.
+            BlockingIOError: another buffer, here or in another process, has the directory open.
+            ValueError: its files are damaged.
+            TypeError: ``directory`` is not a path.
+        """
+        where = "ExperienceBuffer.open"
+        buffer = cls.__new__(cls)
+        if isinstance(directory, (str, os.PathLike)) and not os.path.isdir(directory):
+            raise FileNotFoundError(f"{where}: there is no directory {os.fspath(directory)}")
+        buffer.device = torch.device("cpu")
+        entered = buffer._enter(where, directory, new=False)
+        try:
+            if not entered.exists:
+                raise FileNotFoundError(f"{where}: the directory {entered.path} holds no buffer")
+            tensors, state = entered.load()
+            buffer.__init__(**state["options"], seed=0)  # type: ignore[misc]
+            buffer._generator.set_state(tensors["generator"])
+            buffer._directory, buffer._slots = entered, state["slots"]
+            fields = {name: (_dtype(where, dtype), tuple(shape)) for name, (dtype, shape) in state["fields"].items()}
+            store = entered.attach(where, fields)
+            buffer._take(store, state["written"], state["cleared"])
+            buffer._flushed = buffer._written
+        except BaseException:
+            entered.close()
+            raise
+        return buffer
+
     def state_dict(self) -> dict[str, Any]:
         """All that decides what the buffer will answer, as copies: its items, its counters and its generator."""
         with self._lock:
+            self._check_open("ExperienceBuffer.state_dict")
+            slots: Any = slice(len(self))
+            if self._slots != self.capacity:
+                slots = self._slots_of(torch.arange(len(self)))
             return {
                 "capacity": self.capacity,
                 "written": self._written,
                 "cleared": self._cleared,
                 "generator": self._generator.get_state(),
-                "fields": {name: store[: len(self)].clone() for name, store in self._store.items()},
+                "fields": {name: store[slots].clone() for name, store in self._store.items()},
             }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Take over what :meth:`state_dict` returned; the buffer then answers as that one did.
 
         Raises:
-            ValueError: the capacity differs, an entry is missing, or the fields do not fit together or with
-                ``state_dim`` and ``action_dim``; nothing has been modified then.
+            ValueError: the capacity differs, an entry is missing, the fields do not fit together or with
+                ``state_dim`` and ``action_dim``, or hold what :meth:`add` refuses; nothing has been modified then.
         """
         where = "ExperienceBuffer.load_state_dict"
         wanted = {"capacity", "written", "cleared", "generator", "fields"}
@@ -450,28 +788,43 @@ class ExperienceBuffer:
             raise ValueError(f"{where}: state must be a dict with the entries {', '.join(sorted(wanted))}")
         if state["capacity"] != self.capacity:
             raise ValueError(f"{where}: the state is of capacity {state['capacity']}, the buffer of {self.capacity}")
-        count = min(state["written"] - state["cleared"], self.capacity)
+        written, cleared = state["written"], state["cleared"]
+        for name, value in (("written", written), ("cleared", cleared)):
+            if isinstance(value, bool) or not isinstance(value, int) or value < 0:
+                raise ValueError(f"{where}: {name} must be an integer >= 0, got {value!r}")
+        if cleared > written or cleared % self.capacity:
+            raise ValueError(f"{where}: cleared must be a multiple of {self.capacity} up to {written}, got {cleared}")
+        count = min(written - cleared, self.capacity)
         fields: dict[str, Tensor] = state["fields"]
         for name, value in fields.items():
             _check.tensor(where, name, value)
             if value.dim() == 0 or len(value) != count:
                 raise ValueError(f"{where}: {name} has shape {tuple(value.shape)}, wanted {count} items")
+        if count and not fields:
+            raise ValueError(f"{where}: fields is empty, wanted {count} items")
         self._check_schema(where, fields, {name: tuple(value.shape[1:]) for name, value in fields.items()})
+        for name in ("context_embedding", "priority"):
+            if name in fields:
+                _check_values(where, name, fields[name])
         generator = torch.Generator()
         try:
             generator.set_state(state["generator"].cpu())
         except (RuntimeError, TypeError, AttributeError) as error:
             raise ValueError(f"{where}: generator is not the state of a CPU generator ({error})") from None
-        store = {}
-        for name, value in fields.items():
-            store[name] = torch.zeros((self.capacity, *value.shape[1:]), dtype=value.dtype, device=self.device)
-            store[name][:count] = value.detach()
         with self._lock:
-            self._store, self._generator = store, generator
-            self._written, self._cleared = state["written"], state["cleared"]
+            self._check_open(where)
+            store = self._allocate({name: (value.dtype, tuple(value.shape[1:])) for name, value in fields.items()})
+            self._store, self._written, self._cleared = store, written, cleared
+            slots = self._slots_of(torch.arange(count, device=self.device))
+            for name, value in fields.items():
+                store[name][slots] = value.detach().to(self.device)
+            self._take(store, written, cleared)
+            self._generator = generator
+            if self._directory is not None:
+                self.flush()  # only now the new files take the place of the old ones
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Write the buffer to a file (safetensors), atomically."""
+        """Write the buffer to a file (safetensors), atomically. One on disk passes through memory."""
         state = self.state_dict()
         fields = state.pop("fields")
         tensors = {"generator": state.pop("generator"), **{f"field.{name}": value for name, value in fields.items()}}
@@ -480,7 +833,7 @@ class ExperienceBuffer:
 
     @classmethod
     def load(cls, path: str | os.PathLike[str], device: torch.device | str = "cpu") -> ExperienceBuffer:
-        """The buffer that :meth:`save` wrote, on ``device``. Loading never runs code.
+        """The buffer that :meth:`save` wrote, in memory, on ``device``. Loading never runs code.
 
         Raises:
             FileNotFoundError: there is no such file.
@@ -493,9 +846,10 @@ class ExperienceBuffer:
         return buffer
 
     def _options(self) -> dict[str, Any]:
-        return {name: getattr(self, name) for name in ("capacity", "state_dim", "action_dim", "metric")}
+        names = ("capacity", "state_dim", "action_dim", "metric", "age_half_life")
+        return {name: getattr(self, name) for name in names}
 
-    def __getstate__(self) -> dict[str, Any]:
+    def __getstate__(self) -> dict[str, Any]:  # a copy of a buffer on disk lives in memory
         return {"options": {**self._options(), "device": str(self.device)}, "state": self.state_dict()}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -505,3 +859,20 @@ class ExperienceBuffer:
 
 def _short(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
+
+
+def _dtype(where: str, name: Any) -> torch.dtype:
+    dtype = getattr(torch, name, None) if isinstance(name, str) else None
+    if not isinstance(dtype, torch.dtype):
+        raise ValueError(f"{where}: the directory names a dtype {name!r} that torch does not know")
+    return dtype
+
+
+def _check_values(where: str, name: str, values: Tensor) -> None:
+    """Embeddings must be finite, priorities positive too."""
+    # One sum tells nearly always: it is finite only if all are.
+    if not math.isfinite(values.sum()) and not torch.isfinite(values).all():
+        why = "it is what retrieve searches" if name == "context_embedding" else "a weight"
+        raise ValueError(f"{where}: {name} must be finite, {why}")
+    if name == "priority" and values.numel() and not values.min() > 0:
+        raise ValueError(f"{where}: priority must be > 0, got {values.min().item()}")
