@@ -55,9 +55,10 @@ class Adapter:
         experience_buffer: where experience comes from; None: none is used.
         experience_weight: w ≥ 0 above; 0: the buffer is not asked.
         retriever: ``(buffer, batch_dict) -> {"states": ..., "targets": ...} or None``, asked once per call; see
-            ``eaml_ext.experience.retrieval``. Default: the nearest experiences to ``batch_dict["context_embedding"]``
-            where there is one (those of ``batch_dict["task"]``, where given, left out), uniform ones otherwise; as
-            many as the batch has rows.
+            ``eaml_ext.experience.retrieval``. With ``"weights"`` ``(n,)`` too, loss_experience is the mean of the
+            items' own losses, each ``loss_fn(prediction (1, ...), target (1, ...))``, in that proportion.
+            Default: the nearest experiences to ``batch_dict["context_embedding"]`` where there is one (those of
+            ``batch_dict["task"]``, where given, left out), uniform ones otherwise; as many as the batch has rows.
         parameters: which parameters adapt: a prefix of names or several (``"head"`` means ``head.weight`` and
             ``head.bias``), a compiled pattern that is searched in the name, or ``(name, parameter) -> bool``.
             Default: all that require a gradient.
@@ -314,9 +315,9 @@ class Adapter:
         kept = [f for f in found if f is not None]
         if not kept:
             return None
-        if len(kept) < users or len({(f["states"].shape, f["targets"].shape) for f in kept}) > 1:
+        if len(kept) < users or len({tuple((name, x.shape) for name, x in f.items()) for f in kept}) > 1:
             raise ValueError(f"{where}: the retriever must find equally many experiences for all users")
-        return {name: torch.stack([f[name] for f in kept]) for name in ("states", "targets")}
+        return {name: torch.stack([f[name] for f in kept]) for name in kept[0]}
 
     # ------------------------------------------------------------------------------------------------ parameters
 

@@ -1,10 +1,12 @@
 """What an adaptation steps on: the checked batch, its loss, the loss of its experience, the entropy."""
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.func import vmap
 from torch.utils._pytree import tree_map
 
 from eaml_ext import _check
@@ -82,7 +84,18 @@ def check_experience(where: str, found: Any, like: Tensor) -> dict[str, Tensor] 
     if states.shape[:1] != targets.shape[:1]:
         got, wanted = tuple(targets.shape), tuple(states.shape)
         raise ValueError(f"{where}: the retriever's targets have shape {got}, its states {wanted}")
-    return {"states": states, "targets": targets} if states.numel() else None
+    experience = {"states": states, "targets": targets}
+    weights = found.get("weights")
+    if weights is not None:
+        name = "the retriever's weights"
+        _check.tensor(where, name, weights)
+        _check.device(where, name, weights, like.device, "the model")
+        _check.dtype(where, name, weights, (like.dtype,))
+        _check.shape(where, name, weights, states.shape[:1], str(tuple(states.shape[:1])))
+        weights = experience["weights"] = weights.detach()
+        if len(weights) and not (weights.min() >= 0 and 0 < weights.sum() < math.inf):
+            raise ValueError(f"{where}: {name} must be finite, >= 0 and not all 0")
+    return experience if states.numel() else None
 
 
 def losses(
@@ -107,13 +120,26 @@ def losses(
     total = objective = _scalar(where, loss_fn(predictions, targets))
     if experience is not None:
         remembered = _prediction(where, call(experience["states"]))
-        total = total + experience_weight * _scalar(where, loss_fn(remembered, experience["targets"]))
+        total = total + experience_weight * _experience_loss(where, loss_fn, remembered, experience)
         objective = total / (1 + experience_weight)
     if entropy_weight:
         entropy = _entropy(predictions, targets)
         if entropy is not None:
             objective = objective + entropy_weight * entropy
     return total, objective
+
+
+def _experience_loss(where: str, loss_fn: LossFn, predictions: Tensor, experience: Mapping[str, Tensor]) -> Tensor:
+    """Of all items at once; where they have weights w, the mean of the items' own losses: sum_i w_i l_i / sum_i w_i."""
+    targets = experience["targets"]
+    if "weights" not in experience:
+        return _scalar(where, loss_fn(predictions, targets))
+
+    def alone(prediction: Tensor, target: Tensor) -> Tensor:
+        return _scalar(where, loss_fn(prediction.unsqueeze(0), target.unsqueeze(0)))
+
+    weights = experience["weights"]
+    return (weights * vmap(alone, randomness="different")(predictions, targets)).sum() / weights.sum()
 
 
 def gradients(where: str, objective: Tensor, leaves: Sequence[Tensor]) -> list[Tensor]:

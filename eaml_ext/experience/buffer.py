@@ -32,8 +32,8 @@ class ExperienceBuffer:
     *Weights.* Items may count for more or less: a field ``priority`` p > 0 (given at each add, changed by
     :meth:`set_priority`), an ``age_half_life`` H, or both make the weight ``w = p · 2^(-age / H)``, where the age is
     the number of items added since. Its logarithm is a bias of every search, ``distance = ‖q − key‖² − log w`` (or
-    ``1 − cosine − log w``): a weight e times as large makes up for one unit of distance. Random draws follow the
-    weights where asked (:meth:`get_batch`).
+    ``1 − cosine − log w``): a weight e times as large makes up for one unit of distance. Searches take it in the
+    embeddings' dtype. Random draws follow the weights where asked (:meth:`get_batch`).
 
     *On disk.* With ``directory`` the fields are memory-mapped files there, for memories larger than RAM; what was
     added before the last :meth:`flush` is there after a crash, bit by bit, and :meth:`open` goes on from it. So that
@@ -694,6 +694,10 @@ class ExperienceBuffer:
 
     def _numbers(self, indices: Tensor) -> Tensor:
         return self._generations(indices) * self._slots + indices
+
+    def _slots_since(self, number: int) -> Tensor:
+        """Where the live items stand that are numbered from ``number`` on, oldest first."""
+        return torch.arange(max(number, self._first), self._written, device=self.device) % self._slots
 
     def _gather(self, indices: Tensor, distances: Tensor | None = None) -> Experiences:
         fields = {name: store[indices] for name, store in self._store.items()}

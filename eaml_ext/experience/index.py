@@ -3,8 +3,6 @@
 import torch
 from torch import Tensor
 
-from eaml_ext.ops import Neighbors, knn
-
 
 class Index:
     """The keys of a memory, searched where they are stored, with a log-weight for each slot where there are weights.
@@ -27,13 +25,15 @@ class Index:
         if self._bias is not None:
             self._bias[slots] = bias.to(self._bias.dtype)
 
-    def search(self, queries: Tensor, k: int, valid: Tensor | None, among: Tensor | slice) -> Neighbors:
+    def search(self, queries: Tensor, k: int, valid: Tensor | None, among: Tensor | slice) -> tuple[Tensor, Tensor]:
         """Distances less log-weights, ascending, and slots, both ``(queries, k)``, differentiable in the queries.
 
         ``among`` are the slots to search, of which ``valid`` says which count.
         """
+        from eaml_ext.ops import knn  # here, because the ops bring the compiler along, seconds of import
+
         bias = None if self._bias is None else self._bias[among]
         values, found = knn(queries, self._keys[among], k, metric=self._metric, valid=valid, bias=bias)
         if self._metric == "cosine":
             values = 1 - values
-        return Neighbors(values, found if isinstance(among, slice) else among[found])
+        return values, found if isinstance(among, slice) else among[found]

@@ -1,7 +1,17 @@
 """Which experience to adapt on: the strategies, each a maker of ``retriever(buffer, batch) -> dict | None``.
 
 A retriever looks at the buffer and at the batch that the Adapter was given and returns ``{"states", "targets"}``, or
-None when it has nothing to offer. ``states`` and ``targets`` of the makers go to ``Experiences.batch``.
+None when it has nothing to offer; with ``"weights"`` ``(n,)`` too, the items count in that proportion. ``states`` and
+``targets`` of the makers go to ``Experiences.batch``. Experiences of ``batch["task"]``, where it is given, are left out
+by all but ``uniform``.
+
+=================  ==================================================================================================
+``uniform``        all experience is of one kind, or as the control arm
+``nearest``        the context embedding tells tasks apart
+``attention``      it does, but how many stored items are relevant differs from query to query
+``hierarchical``   it does, and the memory is so large that comparing with all of it takes too long
+``best_fit``       it does not, but a model adapted to a past task recognises the data
+=================  ==================================================================================================
 """
 
 from collections.abc import Callable, Mapping
@@ -12,13 +22,19 @@ from torch import Tensor
 
 from eaml_ext import _check
 from eaml_ext.experience.buffer import ExperienceBuffer
-from eaml_ext.experience.experiences import Experiences, Selector
+from eaml_ext.experience.cells import Cells
+from eaml_ext.experience.experiences import Experiences, Selector, _check_temperature
 
 Retriever = Callable[[ExperienceBuffer, Mapping[str, Any]], "dict[str, Tensor] | None"]
 
 
-def uniform(n: int, *, states: Selector | None = None, targets: Selector | None = None) -> Retriever:
-    """``n`` experiences at random. The control arm: where tasks differ it tends to hurt.
+def uniform(
+    n: int, *, weighted: bool = False, states: Selector | None = None, targets: Selector | None = None
+) -> Retriever:
+    """``n`` experiences at random, ``weighted`` by priority and age where asked.
+
+    Helps when what was met before is what is met now: one task, few data at a time. Where tasks differ it tends to
+    hurt, which makes it the control arm.
 
     >>> import torch
     >>> buffer = ExperienceBuffer(100)
@@ -27,9 +43,10 @@ def uniform(n: int, *, states: Selector | None = None, targets: Selector | None 
     torch.Size([3, 4])
     """
     _check.positive("retrieval.uniform", "n", n, integer=True)
+    _check.flag("retrieval.uniform", "weighted", weighted)
 
     def retrieve(buffer: ExperienceBuffer, batch: Mapping[str, Any]) -> dict[str, Tensor] | None:
-        return buffer.get_batch(n).batch(states, targets) if len(buffer) else None
+        return buffer.get_batch(n, weighted=weighted).batch(states, targets) if len(buffer) else None
 
     return retrieve
 
@@ -37,19 +54,147 @@ def uniform(n: int, *, states: Selector | None = None, targets: Selector | None 
 def nearest(k: int, *, states: Selector | None = None, targets: Selector | None = None) -> Retriever:
     """The ``k`` experiences with the context embeddings nearest to ``batch["context_embedding"]``.
 
-    Experiences of ``batch["task"]``, where it is given, are left out. Helps when the embedding tells tasks apart.
+    Helps when the embedding tells tasks apart.
+
+    >>> import torch
+    >>> buffer = ExperienceBuffer(100)
+    >>> buffer.add(torch.eye(3), torch.arange(3.0).unsqueeze(1), context_embedding=torch.eye(3))
+    >>> nearest(1)(buffer, {"context_embedding": torch.tensor([0.0, 0.1, 0.9])})["targets"]
+    tensor([[2.]])
     """
     _check.positive("retrieval.nearest", "k", k, integer=True)
 
     def retrieve(buffer: ExperienceBuffer, batch: Mapping[str, Any]) -> dict[str, Tensor] | None:
-        if "context_embedding" not in batch:
-            raise ValueError("retrieval.nearest: the batch has no context_embedding to search with")
+        query = _query("retrieval.nearest", batch)
         if not len(buffer):
             return None
-        found = buffer.retrieve(batch["context_embedding"], k, exclude_task=batch.get("task"))
+        found = buffer.retrieve(query, k, exclude_task=batch.get("task"))
         return found.batch(states, targets) if len(found) else None
 
     return retrieve
+
+
+def attention(
+    k: int, temperature: float = 1.0, *, states: Selector | None = None, targets: Selector | None = None
+) -> Retriever:
+    """The ``k`` nearest experiences, each with a weight: ``softmax(-distances / temperature)``.
+
+    Helps when how many stored items are relevant differs from query to query: ``k`` may then be generous, what is far
+    counts for nothing. ``temperature`` is in units of the metric, about the distance between the embeddings of what
+    belongs together.
+
+    Returned are the pairs with their weights and not one averaged pair: a mean of states with the mean of their targets
+    is no sample of any task, unless the tasks are linear. The Adapter weighs the loss of each pair. The weights are
+    differentiable with respect to ``batch["context_embedding"]``, for those who train the embedding through them;
+    :meth:`Experiences.read` is the weighted mean itself.
+
+    >>> import torch
+    >>> buffer = ExperienceBuffer(100)
+    >>> buffer.add(torch.eye(3), torch.eye(3), context_embedding=torch.tensor([[0.0], [1.0], [9.0]]))
+    >>> found = attention(3)(buffer, {"context_embedding": torch.tensor([0.0])})
+    >>> [round(w, 2) for w in found["weights"].tolist()]
+    [0.73, 0.27, 0.0]
+    """
+    _check.positive("retrieval.attention", "k", k, integer=True)
+    _check_temperature("retrieval.attention", temperature)
+
+    def retrieve(buffer: ExperienceBuffer, batch: Mapping[str, Any]) -> dict[str, Tensor] | None:
+        query = _query("retrieval.attention", batch)
+        if not len(buffer):
+            return None
+        found = buffer.retrieve(query, k, exclude_task=batch.get("task"))
+        return {**found.batch(states, targets), "weights": found.attention(temperature)} if len(found) else None
+
+    return retrieve
+
+
+class hierarchical:
+    """The ``k`` nearest experiences, sought in the ``probes`` cells nearest to the query only.
+
+    The embeddings are parted into cells around centroids found by k-means; a search compares the query with the
+    centroids, then exactly with what stands in the nearest cells. Helps when the memory is large: with the default
+    number of cells one search looks at about ``2 · sqrt(probes · n)`` of n embeddings. What it misses is what stands
+    beyond a border of cells; :meth:`recall` says how much that is. Where the probed cells hold fewer than ``k``
+    candidates, the whole memory is searched.
+
+    Items added since the cells were made are searched one and all, until they are a tenth of the memory and are put
+    into cells too; when all have been replaced, the cells are made anew. That search then takes long (k-means).
+
+    Args:
+        k: how many experiences.
+        probes: how many cells are searched; None: all, which is exact (and plain ``nearest``).
+        cells: how many there are; None: ``sqrt(probes · n)``, which balances the two comparisons.
+        seed: of k-means' first centroids.
+        states, targets: go to ``Experiences.batch``.
+
+    Source: inverted files, Jégou et al., "Product quantization for nearest neighbor search", 2011, section IV.
+
+    >>> import torch
+    >>> buffer = ExperienceBuffer(10_000)
+    >>> places = torch.randn(50, 8).repeat(200, 1)  # embeddings come in clusters, as those of tasks do
+    >>> x = places + 0.05 * torch.randn(10_000, 8)
+    >>> buffer.add(x, x, context_embedding=x)
+    >>> retriever = hierarchical(10, probes=4)
+    >>> retriever(buffer, {"context_embedding": x[0]})["states"].shape
+    torch.Size([10, 8])
+    >>> retriever.recall(buffer, x[:100]) > 0.9
+    True
+    """
+
+    def __init__(
+        self,
+        k: int,
+        probes: int | None = 8,
+        *,
+        cells: int | None = None,
+        seed: int = 0,
+        states: Selector | None = None,
+        targets: Selector | None = None,
+    ):
+        where = "retrieval.hierarchical"
+        _check.positive(where, "k", k, integer=True)
+        for name, value in (("probes", probes), ("cells", cells)):
+            if value is not None:
+                _check.positive(where, name, value, integer=True)
+        _check.positive(where, "seed", seed, integer=True, zero=True)
+        self.k, self.states, self.targets = k, states, targets
+        self._cells = None if probes is None else Cells(probes, cells, seed)
+
+    def __call__(self, buffer: ExperienceBuffer, batch: Mapping[str, Any]) -> dict[str, Tensor] | None:
+        query = _query("retrieval.hierarchical", batch)
+        if not len(buffer):
+            return None
+        found = self.search(buffer, query, batch.get("task"))
+        return found.batch(self.states, self.targets) if len(found) else None
+
+    def search(self, buffer: ExperienceBuffer, query_embedding: Tensor, exclude_task: Any = None) -> Experiences:
+        """As :meth:`ExperienceBuffer.retrieve`; several queries share the cells that any of them probes."""
+        if self._cells is None:
+            return buffer.retrieve(query_embedding, self.k, exclude_task)
+        with buffer._lock:
+            among = self._cells.candidates(buffer, query_embedding)
+            found = buffer.retrieve(query_embedding, self.k, exclude_task, among=among)
+            if found.indices.shape[-1] < min(self.k, len(buffer)):
+                found = buffer.retrieve(query_embedding, self.k, exclude_task)
+            return found
+
+    def recall(self, buffer: ExperienceBuffer, queries: Tensor) -> float:
+        """The share of the ``k`` nearest experiences that :meth:`search` finds, each query by itself.
+
+        ``queries`` is ``(n, dim)``: embeddings such as will be asked for.
+
+        Raises:
+            ValueError, TypeError: as :meth:`ExperienceBuffer.retrieve`, or there are no queries.
+        """
+        _check.tensor("retrieval.hierarchical.recall", "queries", queries)
+        if queries.dim() != 2 or not len(queries):
+            got = tuple(queries.shape)
+            raise ValueError(f"retrieval.hierarchical.recall: queries must have shape (n, dim) with n > 0, got {got}")
+        with buffer._lock:
+            exact = buffer.retrieve(queries, self.k).indices
+            found = [self.search(buffer, query).indices for query in queries]
+        hits = sum(int(torch.isin(wanted, got).sum()) for wanted, got in zip(exact, found, strict=True))
+        return hits / exact.numel()
 
 
 def best_fit(
@@ -63,11 +208,11 @@ def best_fit(
 
     Args:
         score_fn: ``(buffer, tasks, batch) -> (len(tasks),)``, the loss on the batch of a model adapted to each of
-            the tasks (int64 ids); the smallest win, non-finite ones never do.
+            the tasks (int64 ids); the smallest win, non-finite ones never do. ``eaml_ext.meta.PastModels`` is one.
         num_tasks: how many tasks to take.
 
-    Experiences of ``batch["task"]``, where it is given, are left out. Helps when few noisy data say little by
-    themselves but enough to recognise a task met before.
+    Helps when few noisy data say little by themselves but enough to recognise a task met before, and no embedding
+    is at hand that does.
 
     >>> import torch
     >>> buffer = ExperienceBuffer(100)
@@ -82,6 +227,8 @@ def best_fit(
     >>> (batch["targets"] / batch["states"]).mean()
     tensor(3.)
     """
+    if not callable(score_fn):
+        raise TypeError(f"retrieval.best_fit: score_fn must be callable, got {type(score_fn).__name__}")
     _check.positive("retrieval.best_fit", "num_tasks", num_tasks, integer=True)
 
     def retrieve(buffer: ExperienceBuffer, batch: Mapping[str, Any]) -> dict[str, Tensor] | None:
@@ -105,3 +252,9 @@ def best_fit(
         return {name: torch.cat([part[name] for part in batches]) for name in ("states", "targets")}
 
     return retrieve
+
+
+def _query(where: str, batch: Mapping[str, Any]) -> Tensor:
+    if "context_embedding" not in batch:
+        raise ValueError(f"{where}: the batch has no context_embedding to search with")
+    return batch["context_embedding"]

@@ -413,6 +413,34 @@ def test_retrieved_experience_decides_where_the_batch_is_silent():
     assert errors["right"] < 0.2 * errors["none"] < errors["left out"]
 
 
+@pytest.mark.parametrize("loss_fn", [F.mse_loss, nn.L1Loss(), F.cross_entropy])
+def test_experience_with_weights_is_their_mean_of_losses(loss_fn):
+    """Weights in the proportion 3 : 1 : 0 are the items three times, once and not at all."""
+    torch.manual_seed(1)
+    targets = (lambda n: torch.randint(3, (n,))) if loss_fn is F.cross_entropy else (lambda n: torch.randn(n, 3))
+    data = {"states": torch.randn(16, 4), "targets": targets(16)}
+    memory = {"states": torch.randn(3, 4), "targets": targets(3)}
+    chosen = torch.tensor([0, 0, 0, 1])
+    repeated = {name: value[chosen] for name, value in memory.items()}
+    model = mlp(outputs=3).double()
+    other = copy.deepcopy(model)
+    data, memory, repeated = (
+        {n: v.double() if v.is_floating_point() else v for n, v in d.items()} for d in (data, memory, repeated)
+    )
+    weighted = {**memory, "weights": torch.tensor([6.0, 2.0, 0.0], dtype=torch.float64)}
+    cfg = AdaptationConfig(lr=0.1, max_steps_per_call=3)
+    ours = Adapter(model, cfg, None, 0.7, retriever=lambda *_: weighted)
+    theirs = Adapter(other, cfg, None, 0.7, retriever=lambda *_: repeated)
+    assert ours.adapt(loss_fn, data) == pytest.approx(theirs.adapt(loss_fn, data), rel=1e-12)
+    torch.testing.assert_close(vector(model), vector(other), rtol=1e-12, atol=1e-14)
+    users = {name: torch.stack([value, value]) for name, value in data.items()}
+    many, losses = ours.adapt_many(loss_fn, users)
+    same, expected = theirs.adapt_many(loss_fn, users)
+    torch.testing.assert_close(losses, expected, rtol=1e-12, atol=0)
+    for name in many:
+        torch.testing.assert_close(many[name], same[name], rtol=1e-12, atol=1e-14)
+
+
 def test_what_the_default_retriever_does():
     asked = []
 
@@ -421,9 +449,9 @@ def test_what_the_default_retriever_does():
             asked.append(("retrieve", k, exclude_task))
             return super().retrieve(query_embedding, k, exclude_task)
 
-        def get_batch(self, n):
+        def get_batch(self, n, **options):
             asked.append(("get_batch", n))
-            return super().get_batch(n)
+            return super().get_batch(n, **options)
 
     buffer = Spy(100)
     model = nn.Linear(4, 1)
@@ -449,6 +477,9 @@ def test_without_experience_the_total_is_the_current_loss():
     assert torch.equal(vector(model), vector(other))
 
 
+FOUND = {"states": torch.zeros(2, 4), "targets": torch.zeros(2, 1)}
+
+
 @pytest.mark.parametrize(
     ("found", "error", "text"),
     [
@@ -456,6 +487,38 @@ def test_without_experience_the_total_is_the_current_loss():
         ({"states": torch.zeros(2, 4)}, TypeError, "the retriever must return a dict with states and targets"),
         ({"states": 1, "targets": 1}, TypeError, "the retriever's states must be a torch.Tensor, got int"),
         ({"states": torch.zeros(2, 4), "targets": torch.zeros(3, 1)}, ValueError, "the retriever's targets have shape"),
+        ({**FOUND, "weights": [1.0, 1.0]}, TypeError, "the retriever's weights must be a torch.Tensor, got list"),
+        (
+            {**FOUND, "weights": torch.ones(2).double()},
+            TypeError,
+            "the retriever's weights must be float32, got float64",
+        ),
+        ({**FOUND, "weights": torch.ones(3)}, ValueError, "the retriever's weights must have shape (2,), got (3,)"),
+        (
+            {**FOUND, "weights": torch.ones(2, device="meta")},
+            ValueError,
+            "the retriever's weights is on meta, the model",
+        ),
+        (
+            {**FOUND, "weights": torch.zeros(2)},
+            ValueError,
+            "the retriever's weights must be finite, >= 0 and not all 0",
+        ),
+        (
+            {**FOUND, "weights": torch.tensor([2.0, -1.0])},
+            ValueError,
+            "the retriever's weights must be finite, >= 0 and",
+        ),
+        (
+            {**FOUND, "weights": torch.tensor([torch.nan, 1.0])},
+            ValueError,
+            "the retriever's weights must be finite, >=",
+        ),
+        (
+            {**FOUND, "weights": torch.tensor([torch.inf, 1.0])},
+            ValueError,
+            "the retriever's weights must be finite, >=",
+        ),
         (
             {"states": torch.zeros(2, 4).double(), "targets": torch.zeros(2, 1)},
             TypeError,

@@ -52,20 +52,268 @@ def test_best_fit_never_takes_a_task_whose_score_is_not_finite():
     assert retrieval.best_fit(lambda *_: torch.full((4,), torch.nan), 3)(memory(), {}) is None
 
 
+# ------------------------------------------------------------------------------------------------- when each helps
+
+
+class World:
+    """Linear tasks y = w · x + noise in 4 dimensions; past ones in a buffer, a few data of a present one at hand."""
+
+    def __init__(self, kinds, sizes, embedding, noise=0.5):
+        self.w, self.noise = 2 * torch.randn(kinds, 4), noise
+        self.buffer = ExperienceBuffer(20_000, seed=0)
+        self.embedding = embedding
+        for task in range(len(sizes)):
+            x, y = self.data(task % kinds, sizes[task])
+            self.buffer.add(x, y, context_embedding=self.embeddings(task % kinds, sizes[task]), task=task)
+
+    def data(self, kind, n):
+        x = torch.randn(n, 4)
+        return x, x @ self.w[kind].unsqueeze(1) + self.noise * torch.randn(n, 1)
+
+    def embeddings(self, kind, n):
+        return (self.w[kind] if self.embedding == "tells" else torch.randn(4)) + 0.05 * torch.randn(n, 4)
+
+    def error(self, kind, retriever):
+        """Of ridge regression on six noisy pairs and what is retrieved for them, which makes up nine tenths."""
+        x, y = self.data(kind, 6)
+        batch = {"states": x, "targets": y, "context_embedding": self.embeddings(kind, 1)[0]}
+        weight = torch.full((6, 1), 0.1 / 6)
+        if retriever is not None:
+            found = retriever(self.buffer, batch)
+            share = found.get("weights", torch.ones(len(found["states"])))
+            weight = torch.cat([weight, 0.9 * (share / share.sum()).unsqueeze(1)])
+            x, y = torch.cat([x, found["states"]]), torch.cat([y, found["targets"]])
+        w = torch.linalg.solve(x.mT @ (weight * x) + 1e-4 * torch.eye(4), x.mT @ (weight * y))
+        return float((w.squeeze(1) - self.w[kind]).square().sum())
+
+    def errors(self, **retrievers):
+        kinds = [i % len(self.w) for i in range(60)]
+        return {name: sum(self.error(kind, r) for kind in kinds) / 60 for name, r in retrievers.items()}
+
+
+def fit_score(buffer, tasks, batch):
+    """Loss on the batch of a regression on each past task."""
+    losses = []
+    for task in tasks.tolist():
+        past = buffer.of_task(task).batch()
+        w = torch.linalg.lstsq(past["states"], past["targets"]).solution
+        losses.append((batch["states"] @ w - batch["targets"]).square().mean())
+    return torch.stack(losses)
+
+
+def test_uniform_helps_where_there_is_one_kind_of_task_and_hurts_where_there_are_many():
+    one = World(1, [40] * 10, "tells").errors(plain=None, uniform=retrieval.uniform(200))
+    assert one["uniform"] < 0.2 * one["plain"]
+    many = World(20, [40] * 20, "tells").errors(plain=None, uniform=retrieval.uniform(200))
+    assert many["uniform"] > 5 * many["plain"]
+
+
+def test_uniform_draws_by_weight_where_asked():
+    buffer = ExperienceBuffer(1000, age_half_life=50, seed=0)
+    for w in (1.0, -1.0):  # the world has changed half way
+        x = torch.randn(500, 1)
+        buffer.add(x, w * x)
+    recent = slopes(retrieval.uniform(400, weighted=True)(buffer, {})).mean()
+    assert recent < -0.95 < -0.2 < slopes(retrieval.uniform(400)(buffer, {})).mean()
+
+
+def test_nearest_helps_where_the_embedding_tells_tasks_apart():
+    strategies = {"plain": None, "uniform": retrieval.uniform(80), "nearest": retrieval.nearest(80)}
+    told = World(20, [40] * 40, "tells").errors(**strategies)
+    assert told["nearest"] < 0.2 * min(told["plain"], told["uniform"])
+    untold = World(20, [40] * 40, "says nothing").errors(**strategies)
+    assert untold["nearest"] > untold["plain"]
+
+
+def test_attention_helps_where_the_number_of_relevant_items_differs():
+    sizes = [10, 200] * 10  # for half of the kinds only 10 items are relevant
+    found = World(20, sizes, "tells").errors(
+        nearest_few=retrieval.nearest(10), nearest_many=retrieval.nearest(150), attention=retrieval.attention(150, 0.5)
+    )
+    assert found["attention"] < 0.7 * min(found["nearest_few"], found["nearest_many"])
+
+
+def test_best_fit_helps_where_the_embedding_says_nothing():
+    found = World(20, [40] * 40, "says nothing").errors(
+        plain=None, nearest=retrieval.nearest(80), best_fit=retrieval.best_fit(fit_score, 2)
+    )
+    assert found["best_fit"] < 0.2 * min(found["plain"], found["nearest"])
+
+
+def test_hierarchical_looks_at_a_fraction_and_finds_what_nearest_finds():
+    world = World(200, [50] * 400, "tells")
+    retriever = retrieval.hierarchical(80, probes=8)
+    queries = torch.cat([world.embeddings(kind, 1) for kind in range(100)])
+    assert retriever.recall(world.buffer, queries) > 0.98
+    looked_at = [len(retriever._cells.candidates(world.buffer, query)) for query in queries]
+    assert sum(looked_at) / 100 < 0.05 * len(world.buffer)  # and 400 centroids, 0.02 of it
+    found = world.errors(nearest=retrieval.nearest(80), hierarchical=retriever)
+    assert found["hierarchical"] < 1.5 * found["nearest"]
+    assert retrieval.hierarchical(80, probes=1).recall(world.buffer, queries) < retriever.recall(world.buffer, queries)
+
+
+# ------------------------------------------------------------------------------------------------- attention
+
+
+def test_attention_is_the_softmax_of_distances_and_differentiable_in_the_query():
+    world = memory()
+    query = torch.tensor([2.1, 0.0], dtype=torch.float32, requires_grad=True)
+    found = retrieval.attention(15, 0.7)(world, {"context_embedding": query, "task": 3})
+    exact = world.retrieve(query, 15, exclude_task=3)
+    torch.testing.assert_close(found["weights"], torch.softmax(-exact.distances / 0.7, 0))
+    assert found["weights"].sum().item() == pytest.approx(1)
+    (gradient,) = torch.autograd.grad((found["weights"] * found["targets"].squeeze(1)).sum(), query)
+    d = (query.detach() - exact.context_embedding).square().sum(1)
+    w = torch.softmax(-d / 0.7, 0)
+    slope = -2 * (query.detach() - exact.context_embedding) / 0.7  # of the logits
+    y = exact.target.squeeze(1)
+    torch.testing.assert_close(gradient, ((w * (y - (w * y).sum())).unsqueeze(1) * slope).sum(0), rtol=1e-4, atol=1e-5)
+    (read,) = torch.autograd.grad(exact.read("target", 0.7).sum(), query)
+    torch.testing.assert_close(read, gradient)
+
+
+def test_attention_reads_are_twice_differentiable():
+    buffer = ExperienceBuffer(20)
+    keys = torch.randn(12, 3, dtype=torch.float64)
+    buffer.add(context_embedding=keys, value=torch.randn(12, 2, dtype=torch.float64))
+    queries = torch.randn(4, 3, dtype=torch.float64, requires_grad=True)
+
+    def read(q):
+        return buffer.retrieve(q, 5).read("value", 0.8)
+
+    assert read(queries).shape == (4, 2)
+    assert torch.autograd.gradcheck(read, queries) and torch.autograd.gradgradcheck(read, queries)
+
+
+def test_a_read_of_nothing_is_zero_and_of_something_else_is_refused():
+    buffer = memory()
+    nothing = buffer.retrieve(torch.zeros(2), 3, exclude_task=[0, 1, 2, 3])
+    assert nothing.read("target").tolist() == [0.0]
+    found = buffer.retrieve(torch.zeros(2), 3)
+    assert torch.equal(found.read(lambda e: e.target * 2), 2 * found.read("target"))
+    with pytest.raises(TypeError, match=r"^Experiences.read: values must be floating, got int64$"):
+        found.read("task")
+    with pytest.raises(ValueError, match=r"^Experiences.read: values names 'nothing', the stored fields are"):
+        found.read("nothing")
+    with pytest.raises(ValueError, match=r"^Experiences.attention: there are no distances, the items do not come from"):
+        buffer.get_batch(3).attention()
+    for temperature, error, text in (
+        (0.0, ValueError, "> 0"),
+        (float("inf"), ValueError, "finite"),
+        ("1", TypeError, "a"),
+    ):
+        with pytest.raises(error, match=rf"^Experiences.attention: temperature must be {text}"):
+            found.attention(temperature)
+
+
+# ------------------------------------------------------------------------------------------------- hierarchical
+
+
+def clustered(n, dim=8, clusters=40):
+    return (4 * torch.randn(clusters, dim))[torch.randint(clusters, (n,))] + torch.randn(n, dim)
+
+
+@pytest.mark.parametrize("metric", ["sqeuclidean", "cosine"])
+@pytest.mark.parametrize("place", ["memory", "disk"])
+def test_hierarchical_follows_a_ring_that_turns(metric, place, tmp_path):
+    options = {"directory": tmp_path / "b"} if place == "disk" else {}
+    buffer = ExperienceBuffer(1500, seed=0, metric=metric, **options)
+    retriever = retrieval.hierarchical(5, probes=6)
+    for step in range(40):
+        x = clustered(97)
+        buffer.add(state=x, context_embedding=x, task=torch.arange(97) % 3)
+        if step == 25:
+            buffer.clear()
+            buffer.add(state=x, context_embedding=x, task=torch.arange(97) % 3)
+        found = retriever.search(buffer, x[:3], exclude_task=1)
+        exact = buffer.retrieve(x[:3], 5, exclude_task=1)
+        assert found.indices.shape == exact.indices.shape
+        assert torch.equal(found.state, found.context_embedding)
+        assert buffer.is_current(found.indices, found.generations).all() and not (found.task == 1).any()
+        assert all(len(row.unique()) == len(row) for row in found.indices), "an item was found twice"
+        assert (found.distances >= exact.distances - 1e-5).all()
+        assert retriever.recall(buffer, x[:20]) > 0.8
+    other = ExperienceBuffer(1500, metric=metric)  # another buffer in between, and back
+    other.add(state=torch.ones(9, 8), context_embedding=torch.ones(9, 8), task=0)
+    assert len(retriever.search(other, torch.ones(8))) == 5
+    assert retriever.recall(buffer, x[:20]) > 0.8
+
+
+def test_hierarchical_is_exact_when_asked_and_when_the_cells_run_dry():
+    buffer, x = ExperienceBuffer(1000, age_half_life=300.0), clustered(900)
+    buffer.add(state=x, context_embedding=x, priority=torch.rand(900) + 0.1)
+    for retriever in (retrieval.hierarchical(7, probes=None), retrieval.hierarchical(900, probes=1)):
+        found, exact = retriever.search(buffer, x[:4]), buffer.retrieve(x[:4], retriever.k)
+        assert torch.equal(found.indices, exact.indices) and torch.equal(found.distances, exact.distances)
+        assert retriever.recall(buffer, x[:4]) == 1.0
+    everywhere = retrieval.hierarchical(7, probes=5, cells=5)
+    assert torch.equal(everywhere.search(buffer, x[:4]).indices, buffer.retrieve(x[:4], 7).indices)
+    half = ExperienceBuffer(1000)
+    half.add(state=x, context_embedding=x.bfloat16())
+    assert retrieval.hierarchical(7).recall(half, x[:20].bfloat16()) > 0.8
+
+
+def test_a_search_among_slots():
+    buffer = memory()
+    query = torch.tensor([1.9, 0.0])
+    among = torch.tensor([3, 17, 7, 99, -1, 12])  # of tasks 0, 3, 1, none, none, 2
+    found = buffer.retrieve(query, 10, among=among)
+    assert found.indices.tolist() == [12, 7, 17, 3] and found.task.tolist() == [2, 1, 3, 0]
+    assert buffer.retrieve(query, 10, 2, among=among).indices.tolist() == [7, 17, 3]
+    assert len(buffer.retrieve(query, 10, among=among[:0])) == 0
+    for bad, error, text in (
+        ([1], TypeError, "among must be a torch.Tensor, got list"),
+        (torch.zeros(2), TypeError, "among must be int64, got float32"),
+        (torch.zeros(2, 2).long(), ValueError, r"among must have shape \(n,\), got \(2, 2\)"),
+        (torch.zeros(2, device="meta").long(), ValueError, "among is on meta, the buffer is on cpu"),
+    ):
+        with pytest.raises(error, match=f"^ExperienceBuffer.retrieve: {text}"):
+            buffer.retrieve(query, 10, among=bad)
+
+
+# ------------------------------------------------------------------------------------------------- and the rest
+
+
 def test_nothing_to_offer_is_none():
     batch = {"context_embedding": torch.zeros(2), "task": 0}
     only_own = ExperienceBuffer(10)
     only_own.add(torch.zeros(2, 1), torch.zeros(2, 1), context_embedding=torch.zeros(2, 2), task=0)
-    for retriever in (retrieval.nearest(3), retrieval.best_fit(score)):
+    by_embedding = (retrieval.nearest(3), retrieval.attention(3), retrieval.hierarchical(3))
+    for retriever in (*by_embedding, retrieval.best_fit(score)):
         assert retriever(only_own, batch) is None
         assert retriever(ExperienceBuffer(10), batch) is None
     assert retrieval.uniform(3)(ExperienceBuffer(10), batch) is None
+    for retriever, name in zip(by_embedding, ("nearest", "attention", "hierarchical"), strict=True):
+        with pytest.raises(ValueError, match=rf"^retrieval.{name}: the batch has no context_embedding to search with$"):
+            retriever(memory(), {})
 
 
 @pytest.mark.parametrize(
     ("call", "error", "text"),
     [
         (lambda: retrieval.uniform(0), ValueError, "retrieval.uniform: n must be > 0, got 0"),
+        (
+            lambda: retrieval.uniform(1, weighted=1),
+            TypeError,
+            "retrieval.uniform: weighted must be True or False, got int",
+        ),
+        (lambda: retrieval.attention(0), ValueError, "retrieval.attention: k must be > 0, got 0"),
+        (lambda: retrieval.attention(1, 0.0), ValueError, "retrieval.attention: temperature must be > 0, got 0.0"),
+        (lambda: retrieval.hierarchical(0), ValueError, "retrieval.hierarchical: k must be > 0, got 0"),
+        (lambda: retrieval.hierarchical(1, 0), ValueError, "retrieval.hierarchical: probes must be > 0, got 0"),
+        (lambda: retrieval.hierarchical(1, cells=1.0), TypeError, "retrieval.hierarchical: cells must be an integer"),
+        (lambda: retrieval.hierarchical(1, seed=-1), ValueError, "retrieval.hierarchical: seed must be >= 0, got -1"),
+        (
+            lambda: retrieval.hierarchical(1).recall(memory(), torch.zeros(2)),
+            ValueError,
+            "retrieval.hierarchical.recall: queries must have shape (n, dim) with n > 0, got (2,)",
+        ),
+        (
+            lambda: retrieval.hierarchical(1).recall(memory(), [0.0]),
+            TypeError,
+            "retrieval.hierarchical.recall: queries must be a torch.Tensor, got list",
+        ),
+        (lambda: retrieval.best_fit(None), TypeError, "retrieval.best_fit: score_fn must be callable, got NoneType"),
         (lambda: retrieval.nearest(1.5), TypeError, "retrieval.nearest: k must be an integer, got 1.5"),
         (lambda: retrieval.best_fit(score, 0), ValueError, "retrieval.best_fit: num_tasks must be > 0, got 0"),
         (
