@@ -21,7 +21,7 @@ from eaml_ext.adaptation import AdaptationConfig, Adapter
 from eaml_ext.experience import ExperienceBuffer, Experiences, retrieval
 from eaml_ext.jobs import report
 from eaml_ext.jobs.settings import DynamicsSettings
-from eaml_ext.meta import MetaMAML
+from eaml_ext.meta import MetaMAML, PastModels
 from eaml_ext.nn import SSM
 from eaml_ext.rl import Trajectories, collect
 from eaml_ext.tasks import Task, TaskDistribution, make_tasks
@@ -88,31 +88,6 @@ def fingerprint(x: Tensor, y: Tensor) -> Tensor:
     x = torch.cat([x[..., :-1], torch.ones_like(x[..., :1])], dim=-1)
     gram = x.mT @ x + torch.eye(x.shape[-1], dtype=x.dtype, device=x.device)
     return torch.linalg.solve(gram, x.mT @ y).flatten(1)
-
-
-class PastModels:
-    """The meta-learned model adapted to each past task of a buffer: ``retrieval.best_fit`` asks which fits best."""
-
-    def __init__(self, maml: MetaMAML, buffer: ExperienceBuffer, select: dict[str, Any], length: int) -> None:
-        self.maml = maml
-        parts = {task: buffer.of_task(task) for task in buffer.tasks().tolist()}
-        whole = {task: part.batch(**select) for task, part in parts.items() if len(part) == length}
-        self.row = {task: i for i, task in enumerate(whole)}
-        x = torch.stack([batch["states"] for batch in whole.values()])
-        y = torch.stack([batch["targets"] for batch in whole.values()])
-        start = {name: p.detach() for name, p in maml.parameters().items()}
-
-        def adapt(x: Tensor, y: Tensor) -> dict[str, Tensor]:
-            return maml.adapt_params(start, x, y, F.mse_loss, MEMORY_STEPS)
-
-        self.params = vmap(adapt, chunk_size=64)(x, y)
-
-    def score(self, buffer: ExperienceBuffer, tasks: Tensor, batch: Any) -> Tensor:
-        """Loss on the batch of each past task's model; inf for tasks that the ring has overwritten in part."""
-        x, y = batch["states"], batch["targets"]
-        losses = vmap(lambda params: F.mse_loss(self.maml.call(params, x), y))(self.params)
-        rows = torch.tensor([self.row.get(task, -1) for task in tasks.tolist()], device=losses.device)
-        return torch.where(rows < 0, torch.inf, losses[rows])
 
 
 def run(settings: DynamicsSettings) -> dict[str, Any]:
@@ -245,11 +220,12 @@ def adapt(
         return (e.next_state - e.state) / model.scale
 
     select: dict[str, Any] = {"states": inputs, "targets": targets}
+    models = PastModels(maml, buffer, F.mse_loss, MEMORY_STEPS, length=length, **select)
     count = min(SIMILAR_TASKS * length, len(buffer))
     retrievers: dict[str, Callable[..., Any]] = {
         "uniform": retrieval.uniform(count, **select),
         "nearest": retrieval.nearest(count, **select),
-        "best_fit": retrieval.best_fit(PastModels(maml, buffer, select, length).score, SIMILAR_TASKS, **select),
+        "best_fit": retrieval.best_fit(models.score, SIMILAR_TASKS, **select),
     }
     cfg = AdaptationConfig(lr=settings.inner_lr, max_steps_per_call=5)
     unadapted = {name: p.detach().expand(len(tasks), *p.shape) for name, p in maml.parameters().items()}

@@ -1,5 +1,6 @@
 """Meta-learning: MAML with exact second-order gradients, tasks batched by vmap."""
 
 from eaml_ext.meta.maml import MetaMAML
+from eaml_ext.meta.past_models import PastModels
 
-__all__ = ["MetaMAML"]
+__all__ = ["MetaMAML", "PastModels"]

@@ -1,0 +1,127 @@
+"""Models of past tasks: the meta-learned one adapted to each, to ask which of them explains new data."""
+
+from collections import defaultdict
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.func import vmap
+
+from eaml_ext import _check
+from eaml_ext.experience import ExperienceBuffer
+from eaml_ext.experience.experiences import Selector
+from eaml_ext.meta.maml import LossFn, MetaMAML, Params
+
+
+class PastModels:
+    """The model of a MetaMAML adapted to each past task of a buffer; ``retrieval.best_fit`` takes :meth:`score`.
+
+    Tasks with equally many items are adapted as one vmapped batch, and all models are scored in one call. A task's
+    model is made when the task is first met (at once for those in the buffer) and kept, also while the ring overwrites
+    the task's items; :meth:`update` makes all of them anew, after a meta-update or when tasks have grown.
+
+    Args:
+        maml: whose model and inner loop are used, as they are at that time.
+        buffer: holds the past tasks, with a field ``task``.
+        loss_fn: ``(prediction, target) -> scalar``, of the adaptation and the score.
+        num_steps: of the inner loop; None: ``maml.inner_steps``.
+        states, targets: go to ``Experiences.batch``.
+        length: leave out tasks with another number of items, of which the ring has overwritten some; None: take all.
+        chunk_size: how many tasks to adapt at once, which bounds the memory; None: all.
+
+    Raises:
+        TypeError, ValueError: an argument of the wrong kind or size.
+
+    >>> from eaml_ext.experience import retrieval
+    >>> maml = MetaMAML(torch.nn.Linear(1, 1), inner_lr=0.3, outer_lr=1e-3)
+    >>> buffer = ExperienceBuffer(100)
+    >>> for task, slope in enumerate((1.0, -2.0, 3.0)):
+    ...     x = torch.linspace(-1, 1, 10).unsqueeze(1)
+    ...     buffer.add(x, slope * x, task=task)
+    >>> models = PastModels(maml, buffer, torch.nn.functional.mse_loss, num_steps=50)
+    >>> now = {"states": torch.ones(2, 1), "targets": torch.full((2, 1), 2.8)}
+    >>> found = retrieval.best_fit(models.score, num_tasks=1)(buffer, now)
+    >>> (found["targets"] / found["states"]).mean()
+    tensor(3.)
+    """
+
+    def __init__(
+        self,
+        maml: MetaMAML,
+        buffer: ExperienceBuffer,
+        loss_fn: LossFn,
+        num_steps: int | None = None,
+        *,
+        states: Selector | None = None,
+        targets: Selector | None = None,
+        length: int | None = None,
+        chunk_size: int | None = 64,
+    ):
+        where = "PastModels"
+        for name, value, wanted in (("maml", maml, MetaMAML), ("buffer", buffer, ExperienceBuffer)):
+            if not isinstance(value, wanted):
+                raise TypeError(f"{where}: {name} must be of type {wanted.__name__}, got {type(value).__name__}")
+        if not callable(loss_fn):
+            raise TypeError(f"{where}: loss_fn must be callable, got {type(loss_fn).__name__}")
+        if num_steps is not None:
+            _check.positive(where, "num_steps", num_steps, integer=True, zero=True)
+        for name, size in (("length", length), ("chunk_size", chunk_size)):
+            if size is not None:
+                _check.positive(where, name, size, integer=True)
+        self._maml, self._buffer, self._loss_fn, self._num_steps = maml, buffer, loss_fn, num_steps
+        self._select: dict[str, Any] = {"states": states, "targets": targets}
+        self._length, self._chunk_size = length, chunk_size
+        self.update()
+
+    @property
+    def tasks(self) -> list[int]:
+        """The ids of the tasks that have a model."""
+        return list(self._row)
+
+    def update(self) -> None:
+        """Make the models of all tasks in the buffer anew."""
+        self._row: dict[int, int] = {}
+        self._params: Params = {}
+        if len(self._buffer):
+            self._add(self._buffer.tasks().tolist())
+
+    def score(self, buffer: ExperienceBuffer, tasks: Tensor, batch: Mapping[str, Any]) -> Tensor:
+        """The loss on the batch of each task's model, ``(len(tasks),)``; inf where ``length`` left a task out."""
+        if buffer is not self._buffer:
+            raise ValueError("PastModels.score: buffer is another than the one these models were made from")
+        x, y = batch["states"], batch["targets"]
+        numbers = tasks.tolist()
+        self._add([task for task in numbers if task not in self._row])
+        if not self._params:
+            return torch.full((len(numbers),), torch.inf, device=tasks.device)
+
+        def loss(params: Params) -> Tensor:
+            value = self._loss_fn(self._maml.call(params, x), y)
+            if not isinstance(value, Tensor) or value.dim():
+                came = tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
+                raise ValueError(f"PastModels.score: loss_fn must return a scalar tensor, got {came}")
+            return value
+
+        losses = vmap(loss, chunk_size=self._chunk_size)(self._params).detach()
+        rows = torch.tensor([self._row.get(task, -1) for task in numbers], device=losses.device)
+        return torch.where(rows < 0, torch.inf, losses[rows])
+
+    def _add(self, tasks: list[int]) -> None:
+        buckets: dict[Any, dict[int, dict[str, Tensor]]] = defaultdict(dict)
+        for task in tasks:
+            part = self._buffer.of_task(task)
+            if self._length is None or len(part) == self._length:
+                buckets[len(part)][task] = part.batch(**self._select)
+        start = {name: p.detach() for name, p in self._maml.parameters().items()}
+
+        def adapt(x: Tensor, y: Tensor) -> Params:
+            return self._maml.adapt_params(start, x, y, self._loss_fn, self._num_steps)
+
+        for bucket in buckets.values():
+            x, y = (torch.stack([batch[name] for batch in bucket.values()]) for name in ("states", "targets"))
+            adapted = vmap(adapt, chunk_size=self._chunk_size)(x, y)
+            for name, new in adapted.items():
+                new = new.detach()
+                self._params[name] = torch.cat([self._params[name], new]) if name in self._params else new
+            self._row.update({task: len(self._row) + i for i, task in enumerate(bucket)})

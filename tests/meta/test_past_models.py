@@ -1,0 +1,108 @@
+import re
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from eaml_ext.experience import ExperienceBuffer, retrieval
+from eaml_ext.meta import MetaMAML, PastModels
+
+SIZES = (8, 5, 8, 5, 6)  # items of each task
+
+
+def world(num_steps=7, **options):
+    torch.manual_seed(0)
+    maml = MetaMAML(nn.Sequential(nn.Linear(3, 8), nn.Tanh(), nn.Linear(8, 1)), inner_lr=0.1, outer_lr=1e-3)
+    buffer = ExperienceBuffer(32, seed=0)
+    for task, n in enumerate(SIZES):
+        x = torch.randn(n, 3)
+        buffer.add(x, (task - 2) * x.sum(1, keepdim=True), task=10 + task)
+    return maml, buffer, PastModels(maml, buffer, F.mse_loss, num_steps, **options)
+
+
+def now(slope, n=4):
+    x = torch.randn(n, 3)
+    return {"states": x, "targets": slope * x.sum(1, keepdim=True)}
+
+
+@pytest.mark.parametrize("chunk_size", [None, 1, 64])
+def test_scores_are_those_of_a_loop_over_tasks(chunk_size):
+    maml, buffer, models = world(chunk_size=chunk_size)
+    assert sorted(models.tasks) == [10, 11, 12, 13, 14]
+    batch, tasks = now(1.0), torch.tensor([13, 10, 14])
+    scores = models.score(buffer, tasks, batch)
+    for task, score in zip(tasks.tolist(), scores, strict=True):
+        past = buffer.of_task(task).batch()
+        adapted = maml.adapt(past["states"], past["targets"], F.mse_loss, 7)
+        torch.testing.assert_close(score, F.mse_loss(adapted(batch["states"]), batch["targets"]).detach())
+    assert not scores.requires_grad
+
+
+def test_best_fit_finds_the_task_that_explains_the_batch():
+    _, buffer, models = world(num_steps=200)
+    for task, slope in ((10, -2.0), (14, 2.0)):
+        found = retrieval.best_fit(models.score, 1)(buffer, now(slope, 8))
+        assert torch.equal(found["states"], buffer.of_task(task).observation)
+
+
+def test_new_tasks_get_a_model_old_ones_keep_theirs_until_update():
+    maml, buffer, models = world()
+    batch = now(0.5)
+    before = models.score(buffer, torch.tensor([13]), batch)
+    with torch.no_grad():
+        maml.model[0].weight.add_(0.3)
+    buffer.add(torch.randn(7, 3), torch.randn(7, 1), task=99)  # overwrites tasks 10 (all but one item)
+    scores = models.score(buffer, torch.tensor([99, 13, 10]), batch)
+    assert torch.isfinite(scores).all() and torch.equal(scores[1:2], before)
+    models.update()
+    assert 99 in models.tasks and not torch.equal(models.score(buffer, torch.tensor([13]), batch), before)
+
+
+def test_tasks_of_another_length_are_left_out():
+    _, buffer, models = world(length=5)
+    assert sorted(models.tasks) == [11, 13]
+    scores = models.score(buffer, buffer.tasks(), now(1.0))
+    assert torch.isfinite(scores).tolist() == [False, True, False, True, False]
+    _, buffer, models = world(length=77)
+    assert models.score(buffer, buffer.tasks(), now(1.0)).tolist() == [torch.inf] * 5
+    assert retrieval.best_fit(models.score)(buffer, now(1.0)) is None
+
+
+def test_an_empty_buffer_has_no_models_yet():
+    maml, _, _ = world()
+    empty = ExperienceBuffer(10)
+    models = PastModels(maml, empty, F.mse_loss)
+    assert models.tasks == []
+    empty.add(torch.randn(4, 3), torch.randn(4, 1), task=1)
+    assert torch.isfinite(models.score(empty, torch.tensor([1]), now(1.0))).all() and models.tasks == [1]
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "text"),
+    [
+        ({"maml": 1}, TypeError, "maml must be of type MetaMAML, got int"),
+        ({"buffer": {}}, TypeError, "buffer must be of type ExperienceBuffer, got dict"),
+        ({"loss_fn": 1}, TypeError, "loss_fn must be callable, got int"),
+        ({"num_steps": -1}, ValueError, "num_steps must be >= 0, got -1"),
+        ({"length": 0}, ValueError, "length must be > 0, got 0"),
+        ({"chunk_size": 1.5}, TypeError, "chunk_size must be an integer, got 1.5"),
+    ],
+)
+def test_the_constructor_refuses(change, error, text):
+    maml, buffer, _ = world()
+    with pytest.raises(error, match="^PastModels: " + re.escape(text)):
+        PastModels(**{"maml": maml, "buffer": buffer, "loss_fn": F.mse_loss, **change})
+    with pytest.raises(ValueError, match=r"batch: states names 'nothing', the stored fields are observation"):
+        PastModels(maml, buffer, F.mse_loss, states="nothing")
+    with pytest.raises(ValueError, match=r"batch: targets names 'nothing', the stored fields are observation"):
+        PastModels(maml, buffer, F.mse_loss, targets="nothing")
+
+
+def test_score_refuses():
+    _, buffer, models = world()
+    with pytest.raises(ValueError, match=r"^PastModels.score: buffer is another than the one these models were made"):
+        models.score(ExperienceBuffer(3), torch.tensor([10]), now(1.0))
+    models._loss_fn = lambda p, t: (p - t).square().mean(1)
+    with pytest.raises(ValueError, match=r"^PastModels.score: loss_fn must return a scalar tensor, got \(4,\)$"):
+        models.score(buffer, torch.tensor([10]), now(1.0))
