@@ -38,6 +38,7 @@ def test_no_reader_sees_a_torn_item(place, tmp_path):
     buffer = ExperienceBuffer(64, age_half_life=30.0, seed=0, **options)
     slots = buffer._slots
     buffer.add(**items(torch.arange(64)))
+    buffer.retrieve(torch.zeros(4), 1)  # imports the ops, which under such contention takes minutes
     stop, failures, reads = threading.Event(), [], []
     counter, lock = iter(range(64, 1 << 40)), threading.Lock()
 
