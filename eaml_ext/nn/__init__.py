@@ -1,5 +1,6 @@
-"""State-space layers and models."""
+"""State-space layers and models; layers that read from memory."""
 
+from eaml_ext.nn.episodic import EpisodicRead, KNNAttention
 from eaml_ext.nn.ssm import SSM, SSMLayer, Stateful
 
-__all__ = ["SSM", "SSMLayer", "Stateful"]
+__all__ = ["SSM", "EpisodicRead", "KNNAttention", "SSMLayer", "Stateful"]

@@ -1,0 +1,144 @@
+"""Layers that read from k of many slots: read(q) = sum_i w_i v_i over the k keys nearest to q, exactly found by knn."""
+
+import math
+
+import torch
+from torch import Tensor, nn
+
+from eaml_ext import _check
+from eaml_ext.ops import knn
+
+
+class EpisodicRead(nn.Module):
+    """A differentiable neural dictionary: the mean of the values of the k nearest keys, by inverse distance.
+
+    ``read(q) = sum_i w_i v_i / sum_i w_i`` with ``w_i = 1 / (‖q − key_i‖² + delta)`` over the k nearest keys. Keys and
+    values are parameters; a step changes those that were read, so a slot comes to stand for a region of queries.
+    Gradients are exact to second order, also with respect to queries and keys; the choice of keys is taken as it is.
+
+    Args:
+        slots: how many keys and values.
+        key_dim, value_dim: their sizes.
+        k: how many are read, at most ``slots``.
+        delta: keeps a key that equals the query from being infinitely near; in units of a squared distance.
+
+    Keys are drawn from a unit normal distribution: bring queries to about that scale. Values are zero at first.
+
+    Raises:
+        TypeError, ValueError: an argument is out of its range.
+
+    Source: Pritzel et al., "Neural episodic control", 2017, equations 3 to 5.
+
+    >>> memory = EpisodicRead(slots=1000, key_dim=8, value_dim=3, k=16)
+    >>> memory(torch.randn(8)).shape, memory(torch.randn(2, 5, 8)).shape
+    (torch.Size([3]), torch.Size([2, 5, 3]))
+    """
+
+    def __init__(self, slots: int, key_dim: int, value_dim: int, k: int = 32, *, delta: float = 1e-3):
+        super().__init__()
+        where = "EpisodicRead"
+        _check_sizes(where, slots=slots, key_dim=key_dim, value_dim=value_dim, k=k)
+        _check.positive(where, "delta", delta)
+        if math.isinf(delta):
+            raise ValueError(f"{where}: delta must be finite, got {delta!r}")
+        self.k, self.delta = k, float(delta)
+        self.keys = nn.Parameter(torch.randn(slots, key_dim))
+        self.values = nn.Parameter(torch.zeros(slots, value_dim))
+
+    def forward(self, queries: Tensor) -> Tensor:
+        """``(*, key_dim)`` -> ``(*, value_dim)``, in the parameters' dtype.
+
+        Raises:
+            TypeError, ValueError: the queries have another last size, dtype or device than the keys.
+        """
+        queries = _input("EpisodicRead", "queries", queries, self.keys.shape[-1], self.keys)
+        flat = queries.reshape(math.prod(queries.shape[:-1]), queries.shape[-1])
+        distances, slots = knn(flat, self.keys, self.k)
+        weights = 1 / (distances + self.delta)
+        weights = weights / weights.sum(-1, keepdim=True)
+        near = self.values.index_select(0, slots.flatten()).unflatten(0, slots.shape)
+        return (weights.unsqueeze(-2) @ near).reshape(*queries.shape[:-1], self.values.shape[-1])
+
+    def extra_repr(self) -> str:
+        slots, key_dim = self.keys.shape
+        return f"{slots}, {key_dim}, {self.values.shape[-1]}, k={self.k}, delta={self.delta}"
+
+
+class KNNAttention(nn.Module):
+    """Attention of the input to a learned memory, in each head to the k slots with the largest logits only.
+
+    A head's query q = W_q x meets its own keys and values: ``softmax_i(q · key_i / sqrt(head_dim))`` over the k
+    largest, which with ``k = slots`` is full attention. The heads' reads are joined by an output map. There is no
+    residual: ``x + attention(x)`` is for the caller, as is a gate. Gradients are exact to second order; the choice of
+    slots is taken as it is.
+
+    Args:
+        embed_dim: size of input and output.
+        slots: how many keys and values each head has.
+        num_heads: divides ``embed_dim``.
+        k: how many slots each head reads, at most ``slots``.
+
+    Raises:
+        TypeError, ValueError: an argument is out of its range.
+
+    Source: the kNN attention of Wu et al., "Memorizing transformers", 2022, here with learned slots in the place of
+    past activations, as in Lample et al., "Large memory layers with product keys", 2019.
+
+    >>> attention = KNNAttention(embed_dim=32, slots=4096, num_heads=4)
+    >>> attention(torch.randn(2, 10, 32)).shape
+    torch.Size([2, 10, 32])
+    """
+
+    def __init__(self, embed_dim: int, slots: int, num_heads: int = 1, k: int = 32):
+        super().__init__()
+        where = "KNNAttention"
+        _check_sizes(where, embed_dim=embed_dim, slots=slots, num_heads=num_heads, k=k)
+        if embed_dim % num_heads:
+            raise ValueError(f"{where}: num_heads must divide embed_dim {embed_dim}, got {num_heads}")
+        head_dim = embed_dim // num_heads
+        self.k = k
+        self.query = nn.Linear(embed_dim, embed_dim)
+        self.keys = nn.Parameter(torch.randn(num_heads, slots, head_dim))
+        self.values = nn.Parameter(torch.randn(num_heads, slots, head_dim) / math.sqrt(head_dim))
+        self.out = nn.Linear(embed_dim, embed_dim)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``(*, embed_dim)`` -> the same shape.
+
+        Raises:
+            TypeError, ValueError: x has another last size, dtype or device than the parameters.
+        """
+        heads, slots, head_dim = self.keys.shape
+        x = _input("KNNAttention", "x", x, heads * head_dim, self.keys)
+        flat = x.reshape(math.prod(x.shape[:-1]), x.shape[-1])
+        queries = self.query(flat).to(self.keys.dtype)  # autocast makes it a half
+        queries = queries.unflatten(-1, (heads, head_dim)).transpose(0, 1)
+        logits, found = knn(queries, self.keys, self.k, metric="inner_product")  # (heads, queries, k)
+        weights = torch.softmax(logits / math.sqrt(head_dim), dim=-1)
+        found = found + slots * torch.arange(heads, device=found.device)[:, None, None]
+        near = self.values.flatten(0, 1).index_select(0, found.flatten()).unflatten(0, found.shape)
+        read = (weights.unsqueeze(-2) @ near).squeeze(-2)  # (heads, queries, head_dim)
+        return self.out(read.transpose(0, 1).flatten(1)).reshape(x.shape)
+
+    def extra_repr(self) -> str:
+        heads, slots, head_dim = self.keys.shape
+        return f"{heads * head_dim}, {slots}, num_heads={heads}, k={self.k}"
+
+
+def _check_sizes(where: str, **sizes: int) -> None:
+    for name, size in sizes.items():
+        _check.positive(where, name, size, integer=True)
+    if sizes["k"] > sizes["slots"]:
+        raise ValueError(f"{where}: k must be at most slots, {sizes['slots']}, got {sizes['k']}")
+
+
+def _input(where: str, name: str, value: Tensor, size: int, like: Tensor) -> Tensor:
+    """The value, checked; under autocast a layer before may have made it a half."""
+    _check.tensor(where, name, value)
+    if value.dim() == 0 or value.shape[-1] != size:
+        raise ValueError(f"{where}: {name} must have shape (*, {size}), got {tuple(value.shape)}")
+    _check.device(where, name, value, like.device, "the layer")
+    if value.is_floating_point() and torch.is_autocast_enabled(like.device.type):
+        return value.to(like.dtype)
+    _check.dtype(where, name, value, (like.dtype,))
+    return value
