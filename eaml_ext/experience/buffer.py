@@ -294,9 +294,10 @@ class ExperienceBuffer:
         if self._index is not None and self._weighted:
             if self.age_half_life is not None and self._origin != self._age_origin:
                 self._reweigh()
-            else:
-                numbers = torch.arange(first, self._written, device=self.device)
-                self._weigh(numbers % self._slots, numbers)
+                return
+            for begin, size, number in ((slot, head, first), (0, count - head, first + head)):
+                if size:
+                    self._weigh(slice(begin, begin + size), torch.arange(number, number + size, device=self.device))
 
     def _allocate(self, schema: dict[str, tuple[torch.dtype, tuple[int, ...]]]) -> dict[str, Tensor]:
         if self._directory is not None:
@@ -324,16 +325,18 @@ class ExperienceBuffer:
     def _weighted(self) -> bool:
         return self.age_half_life is not None or "priority" in self._store
 
-    def _log_weights(self, slots: Tensor, numbers: Tensor, origin: int) -> Tensor:
+    def _log_weights(self, slots: Tensor | slice, numbers: Tensor, origin: int) -> Tensor:
         """float64 log-weights of items, age counted from item ``origin``: a constant for all of them."""
-        weights = torch.zeros(slots.shape, dtype=torch.float64, device=self.device)
+        weights = None
         if "priority" in self._store:
-            weights += self._store["priority"][slots].double().log()
+            weights = self._store["priority"][slots].double().log_()
         if self.age_half_life is not None:
-            weights += (numbers - origin) * (math.log(2) / self.age_half_life)
+            aged = (numbers - origin).double() * (math.log(2) / self.age_half_life)
+            weights = aged if weights is None else weights.add_(aged)
+        assert weights is not None  # nobody asks where there are none
         return weights
 
-    def _weigh(self, slots: Tensor, numbers: Tensor) -> None:
+    def _weigh(self, slots: Tensor | slice, numbers: Tensor) -> None:
         """Tell the index the weights of items that have just been written."""
         if self._index is not None:
             self._index.write(slots, self._log_weights(slots, numbers, self._origin))
@@ -489,7 +492,7 @@ class ExperienceBuffer:
                 raise ValueError(f"{where}: query_embedding has shape {tuple(query_embedding.shape)}, wanted {wanted}")
             _check.dtype(where, "query_embedding", query_embedding, (keys.dtype,))
             _check.device(where, "query_embedding", query_embedding, self.device, "the buffer")
-            if not torch.isfinite(query_embedding).all():
+            if not _all_finite(query_embedding.detach()):
                 raise ValueError(f"{where}: query_embedding must be finite")
             _check.positive(where, "k", k, integer=True)
             slots: Tensor | slice = slice(len(keys))
@@ -690,7 +693,8 @@ class ExperienceBuffer:
 
     def _generations(self, indices: Tensor) -> Tensor:
         """Of the newest item in each slot: it is the last s below _written with s % _slots == slot."""
-        return torch.div(self._written - 1 - indices, self._slots, rounding_mode="floor")
+        behind = indices.neg().add_(self._written - 1)
+        return behind.div_(self._slots, rounding_mode="floor")
 
     def _numbers(self, indices: Tensor) -> Tensor:
         return self._generations(indices) * self._slots + indices
@@ -872,10 +876,14 @@ def _dtype(where: str, name: Any) -> torch.dtype:
     return dtype
 
 
+def _all_finite(values: Tensor) -> bool:
+    """One sum tells nearly always: it is finite only if all values are."""
+    return math.isfinite(values.sum()) or bool(torch.isfinite(values).all())
+
+
 def _check_values(where: str, name: str, values: Tensor) -> None:
     """Embeddings must be finite, priorities positive too."""
-    # One sum tells nearly always: it is finite only if all are.
-    if not math.isfinite(values.sum()) and not torch.isfinite(values).all():
+    if not _all_finite(values):
         why = "it is what retrieve searches" if name == "context_embedding" else "a weight"
         raise ValueError(f"{where}: {name} must be finite, {why}")
     if name == "priority" and values.numel() and not values.min() > 0:

@@ -23,7 +23,7 @@ class Index:
     def write(self, slots: Tensor | slice, bias: Tensor) -> None:
         """Give ``slots`` the log-weights ``bias``; the keys have been written already."""
         if self._bias is not None:
-            self._bias[slots] = bias.to(self._bias.dtype)
+            self._bias[slots] = bias if isinstance(slots, slice) else bias.to(self._bias.dtype)
 
     def search(self, queries: Tensor, k: int, valid: Tensor | None, among: Tensor | slice) -> tuple[Tensor, Tensor]:
         """Distances less log-weights, ascending, and slots, both ``(queries, k)``, differentiable in the queries.
