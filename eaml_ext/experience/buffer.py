@@ -213,12 +213,12 @@ class ExperienceBuffer:
             if self._directory is not None:
                 self.flush()
 
-    def set_priority(self, indices: Tensor, priorities: Tensor | float, generations: Tensor | None = None) -> Tensor:
+    def set_priority(self, indices: Tensor, priority: Tensor | float, generations: Tensor | None = None) -> Tensor:
         """Change the priorities of stored items, for instance to how much they have just taught.
 
         Args:
             indices: int64, any shape, the slots. Where one comes several times, one of its priorities is taken.
-            priorities: of the same shape, in the dtype stored, or one number for all; finite and > 0.
+            priority: of the same shape, in the dtype stored, or one number for all; finite and > 0.
             generations: int64, the same shape, as they came with the indices: items that have been overwritten or
                 cleared since are left out. None: all indices must be live.
 
@@ -249,10 +249,10 @@ class ExperienceBuffer:
             if generations is None and not current.all():
                 count = int((~current).sum())
                 raise ValueError(f"{where}: {count} of {current.numel()} indices are stale or out of range")
-            values = self._tensor(where, "priority", priorities)
+            values = self._tensor(where, "priority", priority)
             if values.dim() and values.shape != indices.shape:
                 got, wanted = tuple(values.shape), tuple(indices.shape)
-                raise ValueError(f"{where}: priorities has shape {got}, wanted {wanted} or one number")
+                raise ValueError(f"{where}: priority has shape {got}, wanted {wanted} or one number")
             _check_values(where, "priority", values)
             slots = indices[current]
             stored[slots] = values.expand(indices.shape)[current]

@@ -33,7 +33,8 @@ class Index:
         from eaml_ext.ops import knn  # here, because the ops bring the compiler along, seconds of import
 
         bias = None if self._bias is None else self._bias[among]
-        values, found = knn(queries, self._keys[among], k, metric=self._metric, valid=valid, bias=bias)
+        keys = self._keys[among] if isinstance(among, slice) else self._keys.index_select(0, among)
+        values, found = knn(queries, keys, k, metric=self._metric, valid=valid, bias=bias)
         if self._metric == "cosine":
             values = 1 - values
         return values, found if isinstance(among, slice) else among[found]

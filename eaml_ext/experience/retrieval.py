@@ -115,7 +115,7 @@ class hierarchical:
     centroids, then exactly with what stands in the nearest cells. Helps when the memory is large: with the default
     number of cells one search looks at about ``2 · sqrt(probes · n)`` of n embeddings. What it misses is what stands
     beyond a border of cells; :meth:`recall` says how much that is. Where the probed cells hold fewer than ``k``
-    candidates, the whole memory is searched.
+    candidates, or most of the memory, all of it is searched.
 
     Items added since the cells were made are searched one and all, until they are a tenth of the memory and are put
     into cells too; when all have been replaced, the cells are made anew. That search then takes long (k-means).
@@ -168,15 +168,19 @@ class hierarchical:
         return found.batch(self.states, self.targets) if len(found) else None
 
     def search(self, buffer: ExperienceBuffer, query_embedding: Tensor, exclude_task: Any = None) -> Experiences:
-        """As :meth:`ExperienceBuffer.retrieve`; several queries share the cells that any of them probes."""
+        """As :meth:`ExperienceBuffer.retrieve`; several queries share the cells that any of them probes.
+
+        Where these make up more than a quarter of the memory all of it is searched, which is faster then.
+        """
         if self._cells is None:
             return buffer.retrieve(query_embedding, self.k, exclude_task)
         with buffer._lock:
             among = self._cells.candidates(buffer, query_embedding)
-            found = buffer.retrieve(query_embedding, self.k, exclude_task, among=among)
-            if found.indices.shape[-1] < min(self.k, len(buffer)):
-                found = buffer.retrieve(query_embedding, self.k, exclude_task)
-            return found
+            if 4 * len(among) <= len(buffer):
+                found = buffer.retrieve(query_embedding, self.k, exclude_task, among=among)
+                if found.indices.shape[-1] == self.k:
+                    return found
+            return buffer.retrieve(query_embedding, self.k, exclude_task)
 
     def recall(self, buffer: ExperienceBuffer, queries: Tensor) -> float:
         """The share of the ``k`` nearest experiences that :meth:`search` finds, each query by itself.

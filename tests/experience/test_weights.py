@@ -167,11 +167,11 @@ def test_a_first_add_refuses_a_priority(priority, error, text):
         ({"indices": torch.tensor([0, 20])}, ValueError, "1 of 2 indices are stale or out of range"),
         ({"indices": torch.tensor([0, -1])}, ValueError, "1 of 2 indices are stale or out of range"),
         ({"indices": torch.zeros(2, dtype=torch.int32)}, TypeError, "indices must be int64, got int32"),
-        ({"priorities": torch.ones(3)}, ValueError, "priorities has shape (3,), wanted (2,) or one number"),
-        ({"priorities": torch.tensor([1.0, 0.0])}, ValueError, "priority must be > 0, got 0.0"),
-        ({"priorities": torch.nan}, ValueError, "priority must be finite"),
-        ({"priorities": torch.ones(2).double()}, TypeError, "priority has dtype float64, wanted float32"),
-        ({"priorities": None}, TypeError, "priority must be a tensor, an array or a number, got NoneType"),
+        ({"priority": torch.ones(3)}, ValueError, "priority has shape (3,), wanted (2,) or one number"),
+        ({"priority": torch.tensor([1.0, 0.0])}, ValueError, "priority must be > 0, got 0.0"),
+        ({"priority": torch.nan}, ValueError, "priority must be finite"),
+        ({"priority": torch.ones(2).double()}, TypeError, "priority has dtype float64, wanted float32"),
+        ({"priority": None}, TypeError, "priority must be a tensor, an array or a number, got NoneType"),
         ({"generations": torch.zeros(3).long()}, ValueError, "generations has shape (3,), wanted (2,)"),
         ({"generations": 0}, TypeError, "generations must be a torch.Tensor, got int"),
     ],
@@ -180,7 +180,7 @@ def test_set_priority_refuses_and_modifies_nothing(arguments, error, text):
     buffer = filled(20)
     before = buffer.get(torch.arange(20)).priority
     with pytest.raises(error, match="^ExperienceBuffer.set_priority: " + re.escape(text)):
-        buffer.set_priority(**{"indices": torch.tensor([0, 1]), "priorities": 1.0, **arguments})
+        buffer.set_priority(**{"indices": torch.tensor([0, 1]), "priority": 1.0, **arguments})
     assert torch.equal(before, buffer.get(torch.arange(20)).priority)
 
 
