@@ -239,6 +239,21 @@ def test_hierarchical_follows_a_ring_that_turns(metric, place, tmp_path):
     assert retriever.recall(buffer, x[:20]) > 0.8
 
 
+@pytest.mark.parametrize("change", ["the memory grows", "all of it is replaced"])
+def test_cells_follow_what_is_stored(change):
+    buffer = ExperienceBuffer(8000 if change == "the memory grows" else 4000)
+    x = torch.randn(200 if change == "the memory grows" else 4000, 8)
+    buffer.add(state=x, context_embedding=x)
+    retriever = retrieval.hierarchical(5, probes=4)
+    retriever.search(buffer, x[0])
+    for part in (50 + clustered(8000, clusters=80)).split(500):
+        buffer.add(state=part, context_embedding=part)
+        retriever.search(buffer, part[0])
+    looked_at = [len(retriever._cells.candidates(buffer, query)) for query in part[:50]]
+    assert sum(looked_at) / 50 < 0.15 * len(buffer)  # the old cells: all that is new is in one or two of them
+    assert retriever.recall(buffer, part[:50]) > 0.8
+
+
 def test_hierarchical_is_exact_when_asked_and_when_the_cells_run_dry():
     buffer, x = ExperienceBuffer(1000, age_half_life=300.0), clustered(900)
     buffer.add(state=x, context_embedding=x, priority=torch.rand(900) + 0.1)

@@ -101,15 +101,14 @@ def test_priorities_of_items_that_are_gone_are_left_alone():
     assert torch.equal(buffer.retrieve(query, 50).indices, again.retrieve(query, 50).indices)
 
 
-def test_weights_survive_any_turn_of_the_ring_bit_by_bit_in_order():
+def test_weights_are_the_same_bits_after_any_turn_of_the_ring():
     buffer = filled(50, age_half_life=10.0)
     query = torch.randn(3)
     for _ in range(30):
         buffer.add(state=torch.zeros(9), context_embedding=torch.randn(9, 3), priority=torch.rand(9) + 0.1)
         fresh = copy.deepcopy(buffer)
         ours, theirs = buffer.retrieve(query, 20), fresh.retrieve(query, 20)
-        assert torch.equal(ours.indices, theirs.indices)
-        torch.testing.assert_close(ours.distances, theirs.distances, rtol=1e-5, atol=2e-5)
+        assert torch.equal(ours.indices, theirs.indices) and torch.equal(ours.distances, theirs.distances)
 
 
 def test_gradients_reach_the_query_past_the_bias():
