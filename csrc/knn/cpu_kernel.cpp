@@ -2,6 +2,7 @@
 #include "knn/cpu_kernel.h"
 
 #include <algorithm>
+#include <bit>
 #include <cmath>
 #include <cstring>
 #include <limits>
@@ -9,207 +10,9 @@
 #include <utility>
 #include <vector>
 
-#include "common/simd.h"
-
-// Rounds every product: the double sums must not depend on whether the machine has a fused multiply-add.
-#if defined(__clang__)
-#define EAML_NO_CONTRACTION
-#define EAML_NO_CONTRACTION_PRAGMA _Pragma("clang fp contract(off)")
-#else
-#define EAML_NO_CONTRACTION __attribute__((optimize("fp-contract=off")))
-#define EAML_NO_CONTRACTION_PRAGMA
-#endif
+#include "knn/cpu_vector_inl.h"
 
 namespace eaml::knn {
-
-// ---- vector code -------------------------------------------------------------------------------------------------
-
-// Loaded from any address, in place. A member, because clang ignores the alignment of an alias template.
-template <class T, int N>
-struct UnalignedVector {
-  typedef T type __attribute__((vector_size(N * sizeof(T)), aligned(alignof(T)), may_alias));
-};
-template <class T, int N>
-using Unaligned = typename UnalignedVector<T, N>::type;
-
-constexpr int kRows = 12;   // queries of a tile: with one vector of keys, 12 accumulators + operands fill 16 registers
-constexpr int kPanel = 32;  // keys of a panel [features + 1][kPanel]
-constexpr int kFew = 4;     // queries searched row by row, without packing
-constexpr int kLanes = 8;   // lanes of an exact sum
-
-// scores[r][l] = start[l] + sum_i queries[i][r] * panel[i][l]
-template <class T, int Bytes>
-EAML_INLINE void tile_(const T* queries, const T* panel, const T* start, std::int64_t depth, T* scores) {
-  constexpr int N = Bytes / sizeof(T);
-  using V = Unaligned<T, N>;
-  for (int lane = 0; lane < kPanel; lane += N) {
-    V sum[kRows];
-    EAML_UNROLL
-    for (int r = 0; r < kRows; ++r) sum[r] = *reinterpret_cast<const V*>(start + lane);
-    for (std::int64_t i = 0; i < depth; ++i) {
-      const V key = *reinterpret_cast<const V*>(panel + i * kPanel + lane);
-      EAML_UNROLL
-      for (int r = 0; r < kRows; ++r) sum[r] += queries[i * kRows + r] * key;
-    }
-    EAML_UNROLL
-    for (int r = 0; r < kRows; ++r) *reinterpret_cast<V*>(scores + r * kPanel + lane) = sum[r];
-  }
-}
-
-// The exact sum over features of (a - b)² or a b, in double: lane l sums features l, l + 8, ...; lanes join in pairs.
-template <class T, int Bytes, bool kDifference>
-EAML_INLINE double exact_sum_(const T* a, const T* b, std::int64_t features) {
-  EAML_NO_CONTRACTION_PRAGMA
-  constexpr int N = Bytes / sizeof(double), kVectors = kLanes / N;
-  using V = Unaligned<double, N>;
-  V sum[kVectors] = {};
-  double lane[kLanes];
-  std::int64_t i = 0;
-  for (; i + kLanes <= features; i += kLanes) {
-    EAML_UNROLL
-    for (int v = 0; v < kVectors; ++v) {
-      const V x = __builtin_convertvector(*reinterpret_cast<const Unaligned<T, N>*>(a + i + v * N), V);
-      const V y = __builtin_convertvector(*reinterpret_cast<const Unaligned<T, N>*>(b + i + v * N), V);
-      sum[v] += kDifference ? (x - y) * (x - y) : x * y;
-    }
-  }
-  for (int v = 0; v < kVectors; ++v) *reinterpret_cast<V*>(lane + v * N) = sum[v];
-  for (int l = 0; i < features; ++i, ++l) {
-    const double x = a[i], y = b[i];
-    lane[l] += kDifference ? (x - y) * (x - y) : x * y;
-  }
-  return ((lane[0] + lane[4]) + (lane[2] + lane[6])) + ((lane[1] + lane[5]) + (lane[3] + lane[7]));
-}
-
-// panel[i][l] = keys[l][i] * scale[l] - centre[i] in blocks of 4 × 4, and the squared norms of the panel's columns
-template <class T, int Bytes>
-EAML_INLINE void pack_(const T* keys, int count, std::int64_t features, const T* centre, const T* scale, T* panel,
-                       T* square) {
-  using Four = Unaligned<T, 4>;
-  const auto scalar = [&](int l, std::int64_t i) {
-    panel[i * kPanel + l] = keys[l * features + i] * scale[l] - centre[i];
-  };
-  const std::int64_t whole = features / 4 * 4;
-  int l = 0;
-  for (; l + 4 <= count; l += 4) {
-    const T* rows = keys + l * features;
-    for (std::int64_t i = 0; i < 4 * features; i += 64 / sizeof(T))
-      __builtin_prefetch(rows + kPanel * features + i, 0, 2);
-    const T scales[4] = {scale[l], scale[l + 1], scale[l + 2], scale[l + 3]};
-    for (std::int64_t i = 0; i < whole; i += 4) {
-      const Four middle = *reinterpret_cast<const Four*>(centre + i);
-      Four row[4];
-      EAML_UNROLL
-      for (int r = 0; r < 4; ++r) row[r] = *reinterpret_cast<const Four*>(rows + r * features + i) * scales[r] - middle;
-      const Four a = __builtin_shufflevector(row[0], row[1], 0, 4, 1, 5);
-      const Four b = __builtin_shufflevector(row[0], row[1], 2, 6, 3, 7);
-      const Four c = __builtin_shufflevector(row[2], row[3], 0, 4, 1, 5);
-      const Four d = __builtin_shufflevector(row[2], row[3], 2, 6, 3, 7);
-      T* to = panel + i * kPanel + l;
-      *reinterpret_cast<Four*>(to) = __builtin_shufflevector(a, c, 0, 1, 4, 5);
-      *reinterpret_cast<Four*>(to + kPanel) = __builtin_shufflevector(a, c, 2, 3, 6, 7);
-      *reinterpret_cast<Four*>(to + 2 * kPanel) = __builtin_shufflevector(b, d, 0, 1, 4, 5);
-      *reinterpret_cast<Four*>(to + 3 * kPanel) = __builtin_shufflevector(b, d, 2, 3, 6, 7);
-    }
-    for (std::int64_t i = whole; i < features; ++i)
-      for (int r = 0; r < 4; ++r) scalar(l + r, i);
-  }
-  for (; l < count; ++l)
-    for (std::int64_t i = 0; i < features; ++i) scalar(l, i);
-
-  constexpr int N = Bytes / sizeof(T);
-  using V = Unaligned<T, N>;
-  V sum[kPanel / N] = {};
-  for (std::int64_t i = 0; i < features; ++i)
-    for (int v = 0; v < kPanel / N; ++v) {
-      const V x = *reinterpret_cast<const V*>(panel + i * kPanel + v * N);
-      sum[v] += x * x;
-    }
-  for (int v = 0; v < kPanel / N; ++v) *reinterpret_cast<V*>(square + v * N) = sum[v];
-}
-
-// The sum of all lanes.
-template <class T, int Bytes>
-EAML_INLINE T total_(Unaligned<T, Bytes / sizeof(T)> x) {
-  if constexpr (Bytes == 2 * sizeof(T)) {
-    return x[0] + x[1];
-  } else {
-    using Half = Unaligned<T, Bytes / sizeof(T) / 2>;
-    Half half[2];
-    std::memcpy(half, &x, sizeof x);
-    return total_<T, Bytes / 2>(half[0] + half[1]);
-  }
-}
-
-// For each of `count` keys |query - key|², or query . key and |key|²: in the keys' precision, in any order.
-template <class T, int Bytes, bool kDifference>
-EAML_INLINE void rows_(const T* query, const T* keys, int count, std::int64_t features, T* sum, T* square) {
-  constexpr int N = Bytes / sizeof(T);
-  using V = Unaligned<T, N>;
-  for (int l = 0; l < count; ++l) {
-    const T* key = keys + l * features;
-    V sums = {}, squares = {};
-    std::int64_t i = 0;
-    for (; i + N <= features; i += N) {
-      const V x = *reinterpret_cast<const V*>(key + i), q = *reinterpret_cast<const V*>(query + i), d = q - x;
-      sums += kDifference ? d * d : q * x;
-      if constexpr (!kDifference) squares += x * x;
-    }
-    T last = 0, last_square = 0;
-    for (; i < features; ++i) {
-      const T x = key[i], q = query[i];
-      last += kDifference ? (q - x) * (q - x) : q * x;
-      last_square += x * x;
-    }
-    sum[l] = total_<T, Bytes>(sums) + last;
-    if constexpr (!kDifference) square[l] = total_<T, Bytes>(squares) + last_square;
-  }
-}
-
-#define EAML_DEFINE_FOR(T, TARGET, BYTES)                                                                        \
-  TARGET void tile(const T* queries, const T* panel, const T* start, std::int64_t depth, T* scores) {            \
-    tile_<T, BYTES>(queries, panel, start, depth, scores);                                                       \
-  }                                                                                                              \
-  TARGET void pack(const T* keys, int count, std::int64_t features, const T* centre, const T* scale, T* panel,   \
-                   T* square) {                                                                                  \
-    pack_<T, BYTES>(keys, count, features, centre, scale, panel, square);                                        \
-  }                                                                                                              \
-  TARGET void difference_rows(const T* query, const T* keys, int count, std::int64_t features, T* sum) {         \
-    rows_<T, BYTES, true>(query, keys, count, features, sum, nullptr);                                           \
-  }                                                                                                              \
-  TARGET void product_rows(const T* query, const T* keys, int count, std::int64_t features, T* sum, T* square) { \
-    rows_<T, BYTES, false>(query, keys, count, features, sum, square);                                           \
-  }                                                                                                              \
-  TARGET EAML_NO_CONTRACTION double square_distance(const T* a, const T* b, std::int64_t features) {             \
-    return exact_sum_<T, BYTES, true>(a, b, features);                                                           \
-  }                                                                                                              \
-  TARGET EAML_NO_CONTRACTION double product(const T* a, const T* b, std::int64_t features) {                     \
-    return exact_sum_<T, BYTES, false>(a, b, features);                                                          \
-  }
-#define EAML_DEFINE(TARGET, BYTES)      \
-  EAML_DEFINE_FOR(float, TARGET, BYTES) \
-  EAML_DEFINE_FOR(double, TARGET, BYTES)
-EAML_VERSIONS(EAML_DEFINE)
-#undef EAML_DEFINE
-#undef EAML_DEFINE_FOR
-
-// Whether any of a panel's scores may be among the best.
-template <class T>
-EAML_INLINE bool any_below_(const T* scores, T threshold) {
-  int any = 0;
-  for (int l = 0; l < kPanel; ++l) any |= scores[l] <= threshold;
-  return any;
-}
-#define EAML_DEFINE(TARGET, BYTES)                                \
-  TARGET bool any_below(const float* scores, float threshold) {   \
-    return any_below_(scores, threshold);                         \
-  }                                                               \
-  TARGET bool any_below(const double* scores, double threshold) { \
-    return any_below_(scores, threshold);                         \
-  }
-EAML_VERSIONS(EAML_DEFINE)
-#undef EAML_DEFINE
-
 namespace {
 
 // ---- exact values and their order --------------------------------------------------------------------------------
@@ -229,31 +32,62 @@ bool operator<(const Ranked<T>& a, const Ranked<T>& b) {
   return a_nan != b_nan ? b_nan : a.index < b.index;
 }
 
+// Rows of numbers of T, or of a half type that are read as T.
+template <class T>
+struct Rows {
+  const void* data;
+  std::int64_t features;
+  Half half;
+
+  const std::byte* address(std::int64_t row) const {
+    return static_cast<const std::byte*>(data) + row * features * (half == Half::kNone ? sizeof(T) : 2);
+  }
+  // `count` rows in place, or as T in `scratch`.
+  const T* read(std::int64_t row, std::int64_t count, std::vector<T>& scratch) const {
+    if constexpr (sizeof(T) == 4) {
+      if (half != Half::kNone) {
+        scratch.resize(count * features);
+        const auto* from = reinterpret_cast<const std::uint16_t*>(address(row));
+        if (half == Half::kBfloat16)
+          widen_bfloat16(from, count * features, scratch.data());
+        else
+          widen_float16(from, count * features, scratch.data());
+        return scratch.data();
+      }
+    }
+    return reinterpret_cast<const T*>(address(row));
+  }
+  void prefetch(std::int64_t row) const {
+    const std::byte* from = address(row);
+    for (const std::byte* end = address(row + 1); from < end; from += 64) __builtin_prefetch(from);
+  }
+};
+
 // One memory of the problem, and its exact scores.
 template <class T>
 struct Memory {
-  const T* keys;
+  Rows<T> keys;
   const bool* valid;
   const T* bias;
-  std::int64_t features;
   Metric metric;
 
   Memory(const Problem<T>& p, std::int64_t memory)
-      : keys(p.keys + memory / p.keys_share * p.size * p.features),
+      : keys{p.keys, p.features, p.half},
         valid(p.valid ? p.valid + memory / p.valid_share * p.size : nullptr),
         bias(p.bias ? p.bias + memory / p.bias_share * p.size : nullptr),
-        features(p.features),
-        metric(p.metric) {}
+        metric(p.metric) {
+    keys.data = keys.address(memory / p.keys_share * p.size);
+  }
 
-  const T* key(std::int64_t slot) const { return keys + slot * features; }
   bool live(std::int64_t slot) const { return !valid || valid[slot]; }
 
-  T score(const T* query, double query_norm, std::int64_t slot) const {
+  T score(const T* query, double query_norm, std::int64_t slot, std::vector<T>& scratch) const {
     const double weight = bias ? bias[slot] : 0;
-    if (metric == Metric::kSqeuclidean) return T(square_distance(query, key(slot), features) - weight);
-    double value = product(query, key(slot), features);
+    const T* key = keys.read(slot, 1, scratch);
+    if (metric == Metric::kSqeuclidean) return T(square_distance(query, key, keys.features) - weight);
+    double value = product(query, key, keys.features);
     if (metric == Metric::kCosine) {
-      const double norm = query_norm * std::sqrt(product(key(slot), key(slot), features));
+      const double norm = query_norm * std::sqrt(product(key, key, keys.features));
       value = norm == 0 ? 0 : value / norm;
     }
     return T(-(value + weight));
@@ -262,7 +96,7 @@ struct Memory {
 
 // Writes the best k of `ranked`, which it reorders.
 template <class T>
-void write(std::vector<Ranked<T>>& ranked, std::int64_t k, Metric metric, T* values, std::int64_t* indices) {
+void write_best(std::vector<Ranked<T>>& ranked, std::int64_t k, Metric metric, T* values, std::int64_t* indices) {
   const T sign = metric == Metric::kSqeuclidean ? T(1) : T(-1);
   const std::int64_t count = std::min<std::int64_t>(k, ranked.size());
   std::partial_sort(ranked.begin(), ranked.begin() + count, ranked.end());
@@ -273,26 +107,27 @@ void write(std::vector<Ranked<T>>& ranked, std::int64_t k, Metric metric, T* val
 
 // ---- the short list ----------------------------------------------------------------------------------------------
 
-// Keys that may be among the k best of one query, each with bounds of its score: of what is left out it is certain that
-// k others are better. `margin` is the part of the bounds' width that all keys share.
+// Keys that may be among the k best of one query: of what is left out it is certain that k others are better. `margin`
+// is the part of the bounds' width that all keys share.
 template <class T>
 struct Shortlist {
   struct Entry {
-    T lower, upper;
+    T lower;
     std::int32_t slot;
   };
   std::vector<Entry> entries;
+  std::vector<T> best;  // the k least upper bounds met, in order
   T threshold, margin;
   std::size_t k, limit, most;
 
   void reset(std::int64_t k_, T margin_) {
     entries.clear();
+    best.clear();
     threshold = std::numeric_limits<T>::max();
     margin = margin_;
-    k = k_, limit = 2 * k + 64, most = 8 * k + 4096;
-    entries.reserve(std::min<std::size_t>(limit, 1024));
+    k = k_, limit = 2 * k + 256, most = 8 * k + 4096;
   }
-  // Too many keys are too close to call: take none, all will be evaluated.
+  // Too many keys are too close to call.
   void give_up() {
     entries.clear();
     threshold = -std::numeric_limits<T>::infinity();
@@ -302,18 +137,19 @@ struct Shortlist {
   void add(T lower, T upper, std::int32_t slot) {
     if (!(lower <= threshold)) return;
     if (entries.size() >= limit) {
-      shrink();
+      prune();
       if (entries.size() > most) return give_up();
       limit = std::max(limit, 2 * entries.size());
     }
-    entries.push_back({lower, upper, slot});
+    entries.push_back({lower, slot});
+    if (best.size() == k) {
+      if (!(upper < best.back())) return;
+      best.pop_back();
+    }
+    best.insert(std::upper_bound(best.begin(), best.end(), upper), upper);
+    if (best.size() == k) threshold = std::min(threshold, best.back() + margin);
   }
-  void shrink() {
-    if (entries.size() <= k) return;
-    const auto kth = entries.begin() + (k - 1);
-    std::nth_element(entries.begin(), kth, entries.end(),
-                     [](const Entry& a, const Entry& b) { return a.upper < b.upper; });
-    threshold = std::min(threshold, kth->upper + margin);
+  void prune() {
     std::erase_if(entries, [this](const Entry& e) { return !(e.lower <= threshold); });
   }
 };
@@ -360,11 +196,105 @@ struct Bound {
   bool holds() const { return own < 0.05; }
 };
 
+// What the bounds of a key are made from: g, the underflow, and whether |x|² is part of the score.
+template <class T>
+struct KeyBounds {
+  T g, tiny;
+  bool square;
+
+  KeyBounds(const Bound<T>& bound, Metric metric)
+      : g(T(bound.own)), tiny(T(bound.tiny)), square(metric == Metric::kSqeuclidean) {}
+
+  // Norm, start and width of a key's bounds, without the part in |q||x|. A bias so low that a bound from below is
+  // enough (a mask, as it were) is cut. False: too large, or not a number; the key will always be on the list.
+  bool set(T squared, T bias, T* norm, T* start, T* width) const {
+    using L = Limits<T>;
+    constexpr T kInfinity = std::numeric_limits<T>::infinity();
+    const bool cut = bias < -L::kBias;
+    bias = cut ? -L::kBias : bias;
+    const T own = square ? squared : T(0), error = g * (own + std::abs(bias));
+    const T length = std::sqrt(squared + tiny) * (1 + g);
+    const bool fits = length <= L::kNorm && bias <= L::kBias;
+    *norm = fits ? length : T(0);
+    *start = fits ? (square ? T(0.5) : T(1)) * (own - bias) - error : -L::kMax;
+    *width = fits && !cut ? 2 * error : kInfinity;
+    return fits;
+  }
+};
+
+// 1 / |x| for the cosine; 0 for the zero vector, NaN where the exact stage must decide.
+template <class T>
+T scale_of(const T* x, std::int64_t features, Metric metric) {
+  if (metric != Metric::kCosine) return 1;
+  const double square = product(x, x, features);
+  if (square == 0) return 0;
+  const bool safe = square >= Limits<T>::kSquareMin && square <= Limits<T>::kSquareMax;
+  return safe ? T(1 / std::sqrt(square)) : std::numeric_limits<T>::quiet_NaN();
+}
+
+// Zeroes a column of a panel.
+template <class T>
+void clear(T* panel, int lane, std::int64_t features) {
+  for (std::int64_t i = 0; i < features; ++i) panel[i * kPanel + lane] = 0;
+}
+
+// Packs `count` keys and their bounds; lanes beyond them can never be found.
+template <class T>
+void pack_panel(const T* keys, const T* bias, int count, std::int64_t features, const T* centre, Metric metric,
+                const KeyBounds<T>& bounds, T* panel) {
+  T scales[kPanel], square[kPanel];
+  for (int l = 0; l < count; ++l) scales[l] = scale_of(keys + l * features, features, metric);
+  pack(keys, count, features, centre, scales, panel, square);
+  T *norms = panel + (features + kNormRow) * kPanel, *start = panel + (features + kStartRow) * kPanel;
+  T* width = panel + (features + kWidthRow) * kPanel;
+  bool fits = true;
+  for (int l = 0; l < kPanel; ++l)
+    fits &= bounds.set(square[l], bias && l < count ? bias[l] : T(0), norms + l, start + l, width + l);
+  for (int l = 0; l < count && !fits; ++l)
+    if (start[l] == -Limits<T>::kMax) clear(panel, l, features);
+  for (int l = count; l < kPanel; ++l) {
+    clear(panel, l, features);
+    norms[l] = width[l] = 0, start[l] = std::numeric_limits<T>::infinity();
+  }
+}
+
+// The centre: of a few keys, the mean. Any finite one is right; a good one keeps the norms and so the error small.
+template <class T>
+class Centre {
+ public:
+  Centre(std::int64_t features, Metric metric) : features_(features), metric_(metric), mean_(features) {}
+
+  void add(const T* key) {
+    const double factor = scale_of(key, features_, metric_);
+    if (factor != factor) return;
+    for (std::int64_t i = 0; i < features_; ++i) mean_[i] += factor * key[i];
+    ++used_;
+  }
+  void write(T* centre) const {
+    for (std::int64_t i = 0; i < features_; ++i) {
+      const T mean = T(mean_[i] / double(std::max<std::int64_t>(used_, 1)));
+      centre[i] = std::abs(mean) <= Limits<T>::kNorm ? mean : 0;
+    }
+  }
+
+ private:
+  std::int64_t features_;
+  Metric metric_;
+  std::vector<double> mean_;
+  std::int64_t used_ = 0;
+};
+
+constexpr std::int64_t kSample = 32;  // keys of a centre
+
 template <class T>
 class Screen {
  public:
   Screen(const Problem<T>& problem, const Plan& plan)
-      : problem_(problem), plan_(plan), bound_(problem.features), depth_(problem.features + 1) {}
+      : problem_(problem),
+        plan_(plan),
+        bound_(problem.features),
+        key_bounds_(bound_, problem.metric),
+        depth_(problem.features + 1) {}
 
   void run(std::int64_t unit, Found<T> found) {
     const std::int64_t key_block = unit % plan_.key_blocks, rest = unit / plan_.key_blocks;
@@ -378,12 +308,12 @@ class Screen {
     queries_ = problem_.queries + row * problem_.features;
 
     lists_.resize(std::max<std::size_t>(lists_.size(), count_));
-    if (count_ <= kFew) {
-      search_rows(memory);
+    if (!problem_.panels && count_ <= kFew) {
+      for (std::int64_t q = 0; q < count_; ++q) search_rows(memory, q);
     } else {
-      centre(memory);
-      pack_queries();
-      for (std::int64_t slot = begin_; slot < end_; slot += kPanel) panel(memory, slot);
+      search_panels(memory, memory_index / problem_.keys_share);
+      for (std::int64_t q = 0; q < count_; ++q)
+        if (lists_[q].gave_up()) search_rows(memory, q);
     }
 
     const std::int64_t out = (key_block * problem_.memories * problem_.queries_each + row) * problem_.k;
@@ -392,173 +322,175 @@ class Screen {
   }
 
  private:
+  static constexpr std::int64_t kFew = 4;  // queries that do not repay the packing of keys
+
   bool cosine() const { return problem_.metric == Metric::kCosine; }
   bool sqeuclidean() const { return problem_.metric == Metric::kSqeuclidean; }
 
-  // 1 / |x| for the cosine; 0 for the zero vector, NaN where the exact stage must decide.
-  T scale(const T* x) const {
-    if (!cosine()) return 1;
-    const double square = product(x, x, problem_.features);
-    if (square == 0) return 0;
-    const bool safe = square >= Limits<T>::kSquareMin && square <= Limits<T>::kSquareMax;
-    return safe ? T(1 / std::sqrt(square)) : std::numeric_limits<T>::quiet_NaN();
-  }
-
-  // The mean of a few live keys: any finite centre is right, a good one keeps the norms and so the error small.
-  void centre(const Memory<T>& memory) {
-    const std::int64_t features = problem_.features, step = std::max<std::int64_t>(1, (end_ - begin_) / 32);
-    mean_.assign(features, 0);
-    std::int64_t used = 0;
-    for (std::int64_t slot = begin_; slot < end_; slot += step) {
-      if (!memory.live(slot)) continue;
-      const T* key = memory.key(slot);
-      const double factor = scale(key);
-      if (factor != factor) continue;
-      for (std::int64_t i = 0; i < features; ++i) mean_[i] += factor * key[i];
-      ++used;
-    }
-    centre_.resize(features);
-    double square = 0;
-    for (std::int64_t i = 0; i < features; ++i) {
-      const T mean = T(mean_[i] / double(std::max<std::int64_t>(used, 1)));
-      centre_[i] = std::abs(mean) <= Limits<T>::kNorm ? mean : 0;
-      square += double(centre_[i]) * double(centre_[i]);
-    }
-    centre_norm_ = std::sqrt(square);
-  }
-
-  // The bias of a slot, cut where it is so low that a bound from below is enough: a mask, as it were.
-  T weight(const Memory<T>& memory, std::int64_t slot, bool* cut) const {
-    const T bias = memory.bias ? memory.bias[slot] : T(0);
-    *cut = bias < -Limits<T>::kBias;
-    return *cut ? -Limits<T>::kBias : bias;
-  }
-
-  // Few queries do not repay the packing. The differences of a squared distance are taken directly and need no centre,
-  // so errors are relative: g (|q - x|² + |b|), g (|q||x| + |b|), and 2g (1 + |b|) as |x| is rounded like q.x.
-  void search_rows(const Memory<T>& memory) {
+  // One query against keys as they are. The differences of a squared distance are taken directly and need no centre, so
+  // errors are relative: g (|q - x|² + |b|), g (|q||x| + |b|), and 2g (1 + |b|) as |x| is rounded like q.x.
+  void search_rows(const Memory<T>& memory, std::int64_t q) {
     using L = Limits<T>;
     constexpr T kInfinity = std::numeric_limits<T>::infinity();
     const std::int64_t features = problem_.features;
     const T g = T(bound_.own), tiny = T(bound_.tiny);
-    for (std::int64_t q = 0; q < count_; ++q) {
-      Shortlist<T>& list = lists_[q];
-      list.reset(problem_.k, 2 * tiny);
-      const T* query = queries_ + q * features;
+    Shortlist<T>& list = lists_[q];
+    list.reset(problem_.k, 2 * tiny);
+    const T* query = queries_ + q * features;
+    if (cosine()) {
+      const T factor = scale_of(query, features, problem_.metric);
+      row_query_.resize(features);
+      for (std::int64_t i = 0; i < features; ++i) row_query_[i] = query[i] * factor;
+      query = row_query_.data();
+    }
+    const T norm = T(std::sqrt(product(query, query, features)));
+    if (!bound_.holds() || !(norm <= L::kNorm)) return list.give_up();
+    T sum[kPanel] = {}, square[kPanel] = {}, extent[kPanel] = {}, lower[kPanel], upper[kPanel];
+    for (std::int64_t slot = begin_; slot < end_; slot += kPanel) {
+      const int count = int(std::min<std::int64_t>(kPanel, end_ - slot));
+      if (none_live(memory, slot, count)) continue;
+      const T* keys = memory.keys.read(slot, count, wide_);
+      if (sqeuclidean())
+        difference_rows(query, keys, count, features, sum);
+      else
+        product_rows(query, keys, count, features, sum, square);
+      T bias[kPanel] = {}, spread[kPanel] = {};
+      for (int l = 0; memory.bias && l < count; ++l) {
+        bias[l] = memory.bias[slot + l];
+        if (bias[l] < -L::kBias) bias[l] = -L::kBias, spread[l] = kInfinity;  // cut, as in KeyBounds
+      }
       if (cosine()) {
-        const T factor = scale(query);
-        packed_.resize(features);
-        for (std::int64_t i = 0; i < features; ++i) packed_[i] = query[i] * factor;
-        query = packed_.data();
+        for (int l = 0; l < count; ++l) {
+          const bool safe = square[l] >= T(1e-30) && square[l] <= T(1e30);
+          sum[l] *= safe ? -1 / std::sqrt(square[l]) : -scale_of(keys + l * features, features, problem_.metric);
+          extent[l] = 2 + std::abs(bias[l]);
+        }
+      } else if (sqeuclidean()) {
+        std::copy(sum, sum + kPanel, extent);
+      } else {
+        for (int l = 0; l < kPanel; ++l) sum[l] = -sum[l], extent[l] = norm * std::sqrt(square[l] + tiny) * (1 + g);
       }
-      const T norm = T(std::sqrt(product(query, query, features)));
-      if (!bound_.holds() || !(norm <= L::kNorm)) {
-        list.give_up();
-        continue;
+      for (int l = 0; l < kPanel; ++l) {
+        const T value = sum[l] - bias[l], error = g * (extent[l] + std::abs(bias[l]));
+        const bool known = std::abs(value) + error <= L::kMax / 4;
+        lower[l] = known ? value - error : -L::kMax;
+        upper[l] = known ? value + error + spread[l] : kInfinity;
       }
-      T sum[kPanel] = {}, square[kPanel] = {}, extent[kPanel] = {}, lower[kPanel], upper[kPanel];
-      for (std::int64_t slot = begin_; slot < end_; slot += kPanel) {
-        const int keys = int(std::min<std::int64_t>(kPanel, end_ - slot));
-        if (sqeuclidean())
-          difference_rows(query, memory.key(slot), keys, features, sum);
-        else
-          product_rows(query, memory.key(slot), keys, features, sum, square);
-        T bias[kPanel] = {}, spread[kPanel] = {};
-        for (int l = 0; memory.bias && l < keys; ++l) {
-          bool cut;
-          bias[l] = weight(memory, slot + l, &cut);
-          spread[l] = cut ? kInfinity : 0;
-        }
-        if (cosine()) {
-          for (int l = 0; l < keys; ++l) {
-            const bool safe = square[l] >= T(1e-30) && square[l] <= T(1e30);
-            sum[l] *= safe ? -1 / std::sqrt(square[l]) : -scale(memory.key(slot + l));
-            extent[l] = 2 + std::abs(bias[l]);
-          }
-        } else if (sqeuclidean()) {
-          std::copy(sum, sum + kPanel, extent);
-        } else {
-          for (int l = 0; l < kPanel; ++l) sum[l] = -sum[l], extent[l] = norm * std::sqrt(square[l] + tiny) * (1 + g);
-        }
-        for (int l = 0; l < kPanel; ++l) {
-          const T value = sum[l] - bias[l], error = g * (extent[l] + std::abs(bias[l]));
-          const bool known = std::abs(value) + error <= L::kMax / 4;
-          lower[l] = known ? value - error : -L::kMax;
-          upper[l] = known ? value + error + spread[l] : kInfinity;
-        }
-        for (int l = keys; l < kPanel; ++l) lower[l] = kInfinity;
-        if (memory.valid)
-          for (int l = 0; l < keys; ++l) lower[l] = memory.valid[slot + l] ? lower[l] : kInfinity;
-        if (!any_below(lower, list.threshold)) continue;
-        for (int l = 0; l < keys; ++l) list.add(lower[l], upper[l], std::int32_t(slot + l - begin_));
+      for (int l = count; l < kPanel; ++l) lower[l] = kInfinity;
+      if (memory.valid)
+        for (int l = 0; l < count; ++l) lower[l] = memory.valid[slot + l] ? lower[l] : kInfinity;
+      if (!any_below(lower, list.threshold)) continue;
+      for (int l = 0; l < count; ++l) list.add(lower[l], upper[l], std::int32_t(slot + l - begin_));
+    }
+  }
+
+  static bool none_live(const Memory<T>& memory, std::int64_t slot, int count) {
+    return memory.valid && std::memchr(memory.valid + slot, 1, count) == nullptr;
+  }
+
+  void search_panels(const Memory<T>& memory, std::int64_t keys_block) {
+    const std::int64_t features = problem_.features;
+    centre_.resize(features);
+    const T* panels = nullptr;
+    if (problem_.panels) {
+      panels = problem_.panels + keys_block * panel_count(problem_.size) * panel_size(features);
+      const double* state = problem_.state + keys_block * state_size(features);
+      for (std::int64_t i = 0; i < features; ++i) centre_[i] = T(state[i]);
+    } else {
+      const std::int64_t step = std::max<std::int64_t>(1, (end_ - begin_) / kSample);
+      Centre<T> centre(features, problem_.metric);
+      for (std::int64_t slot = begin_; slot < end_; slot += step)
+        if (memory.live(slot)) centre.add(memory.keys.read(slot, 1, wide_));
+      centre.write(centre_.data());
+      panel_.resize(panel_size(features));
+    }
+    pack_queries();
+    for (std::int64_t slot = begin_; slot < end_; slot += kPanel) {
+      const int count = int(std::min<std::int64_t>(kPanel, end_ - slot));
+      if (none_live(memory, slot, count)) continue;
+      if (panels) {
+        const T* panel = panels + slot / kPanel * panel_size(features);
+        screen(memory, slot, count, panel, slot + kPanel < end_ ? panel + panel_size(features) : panel);
+      } else {
+        const T* keys = memory.keys.read(slot, count, wide_);
+        pack_panel(keys, memory.bias ? memory.bias + slot : nullptr, count, features, centre_.data(), problem_.metric,
+                   key_bounds_, panel_.data());
+        screen(memory, slot, count, panel_.data(), panel_.data());
       }
     }
   }
 
-  // Negated and transposed, tiles [features + 1][kRows]; the last row is g|q|.
+  // Tiles of nearly equal heights.
+  std::int64_t tiles() const { return (count_ + kRows - 1) / kRows; }
+  std::int64_t tile_begin(std::int64_t tile) const { return tile * count_ / tiles(); }
+
+  // Negated and transposed, tiles [features + 1][rows]; the last row is g|q|.
   void pack_queries() {
-    const std::int64_t features = problem_.features, tiles = (count_ + kRows - 1) / kRows;
-    packed_.assign(tiles * depth_ * kRows, 0);
+    const std::int64_t features = problem_.features;
+    double centre_square = 0;
+    for (const T x : centre_) centre_square += double(x) * double(x);
+    packed_.resize(count_ * depth_);
     slope_.resize(count_);
-    for (std::int64_t q = 0; q < count_; ++q) {
-      const T* query = queries_ + q * features;
-      T* column = packed_.data() + q / kRows * depth_ * kRows + q % kRows;
-      const T factor = scale(query);
-      double square = 0;
-      for (std::int64_t i = 0; i < features; ++i) {
-        const T x = sqeuclidean() ? query[i] - centre_[i] : query[i] * factor;
-        column[i * kRows] = -x;
-        square += double(x) * double(x);
-      }
-      const double norm = std::sqrt(square);
-      slope_[q] = T(bound_.own * norm);
-      column[features * kRows] = -slope_[q];
-      const double extent = sqeuclidean() ? norm : centre_norm_ + (cosine() ? 1 : 0);
-      lists_[q].reset(problem_.k, T(2 * (bound_.shared * norm * extent + bound_.tiny)));
-      if (bound_.holds() && norm <= Limits<T>::kNorm) continue;
-      lists_[q].give_up();
-      for (std::int64_t i = 0; i < depth_; ++i) column[i * kRows] = 0;
-    }
-  }
-
-  void panel(const Memory<T>& memory, std::int64_t slot) {
-    const int keys = int(std::min<std::int64_t>(kPanel, end_ - slot));
-    T scales[kPanel], start[kPanel], width[kPanel], square[kPanel];
-    panel_.resize(depth_ * kPanel);
-    for (int l = 0; l < keys; ++l) scales[l] = scale(memory.key(slot + l));
-    pack(memory.key(slot), keys, problem_.features, centre_.data(), scales, panel_.data(), square);
-    T* norms = panel_.data() + problem_.features * kPanel;
-    bounds(memory, slot, keys, square, norms, start, width);
-
-    alignas(64) T scores[kRows * kPanel];
-    for (std::int64_t q = 0; q < count_; q += kRows) {
-      tile(packed_.data() + q * depth_, panel_.data(), start, depth_, scores);
-      for (int r = 0; r < std::min<std::int64_t>(kRows, count_ - q); ++r) {
-        Shortlist<T>& list = lists_[q + r];
-        const T* lower = scores + r * kPanel;
-        if (!any_below(lower, list.threshold)) continue;
-        for (int l = 0; l < keys; ++l)
-          list.add(lower[l], lower[l] + width[l] + 2 * slope_[q + r] * norms[l], std::int32_t(slot + l - begin_));
+    thresholds_.resize(count_);
+    for (std::int64_t tile = 0; tile < tiles(); ++tile) {
+      const std::int64_t first = tile_begin(tile), rows = tile_begin(tile + 1) - first;
+      for (std::int64_t q = first; q < first + rows; ++q) {
+        const T* query = queries_ + q * features;
+        T* column = packed_.data() + first * depth_ + (q - first);
+        const T factor = scale_of(query, features, problem_.metric);
+        double squares[4] = {};
+        for (std::int64_t i = 0; i < features; ++i) {
+          const T x = sqeuclidean() ? query[i] - centre_[i] : query[i] * factor;
+          column[i * rows] = -x;
+          squares[i % 4] += double(x) * double(x);
+        }
+        const double norm = std::sqrt((squares[0] + squares[1]) + (squares[2] + squares[3]));
+        slope_[q] = T(bound_.own * norm);
+        column[features * rows] = -slope_[q];
+        const double extent = sqeuclidean() ? norm : std::sqrt(centre_square) + (cosine() ? 1 : 0);
+        lists_[q].reset(problem_.k, T(2 * (bound_.shared * norm * extent + bound_.tiny)));
+        if (!bound_.holds() || !(norm <= Limits<T>::kNorm)) {
+          lists_[q].give_up();
+          for (std::int64_t i = 0; i < depth_; ++i) column[i * rows] = 0;
+        }
+        thresholds_[q] = lists_[q].threshold;
       }
     }
   }
 
-  // Start and width of the keys' bounds, without the part in |q||x|; norms for that.
-  void bounds(const Memory<T>& memory, std::int64_t slot, int keys, const T* square, T* norms, T* start, T* width) {
-    using L = Limits<T>;
-    constexpr T kInfinity = std::numeric_limits<T>::infinity();
-    const T g = T(bound_.own), half = sqeuclidean() ? T(0.5) : T(1);
-    for (int l = 0; l < kPanel; ++l) {
-      start[l] = kInfinity, width[l] = norms[l] = 0;
-      if (l >= keys || !memory.live(slot + l)) continue;
-      bool cut;
-      const T bias = weight(memory, slot + l, &cut);
-      norms[l] = std::sqrt(square[l] + T(bound_.tiny)) * (1 + g);
-      const T own = sqeuclidean() ? square[l] : T(0), error = g * (own + std::abs(bias));
-      start[l] = half * (own - bias) - error, width[l] = cut ? kInfinity : 2 * error;
-      if (norms[l] <= L::kNorm && bias <= L::kBias) continue;
-      start[l] = -L::kMax, width[l] = kInfinity, norms[l] = 0;  // too large, or not a number: always on the list
-      for (std::int64_t i = 0; i < problem_.features; ++i) panel_[i * kPanel + l] = 0;
+  // All queries against one panel; the one after it is on its way meanwhile.
+  void screen(const Memory<T>& memory, std::int64_t slot, int count, const T* panel, const T* ahead) {
+    const std::int64_t features = problem_.features;
+    const T *norms = panel + (features + kNormRow) * kPanel, *width = panel + (features + kWidthRow) * kPanel;
+    const T* start = panel + (features + kStartRow) * kPanel;
+    alignas(kAlignment) T masked[kPanel], scores[kRows * kPanel];
+    if (memory.valid || count < kPanel) {
+      for (int l = 0; l < kPanel; ++l) masked[l] = std::numeric_limits<T>::infinity();
+      if (memory.valid)
+        for (int l = 0; l < count; ++l) masked[l] = memory.valid[slot + l] ? start[l] : masked[l];
+      else
+        std::copy(start, start + count, masked);
+      start = masked;
+    }
+    std::uint32_t hits[kRows];
+    Tile<T> tile{nullptr, panel, start, nullptr, ahead, depth_, scores, hits};
+    for (std::int64_t t = 0; t < tiles(); ++t, tile.ahead = panel) {
+      const std::int64_t first = tile_begin(t);
+      const int rows = int(tile_begin(t + 1) - first);
+      tile.queries = packed_.data() + first * depth_;
+      tile.thresholds = thresholds_.data() + first;
+      if (knn::tile(rows, tile) == 0) continue;
+      for (int r = 0; r < rows; ++r) {
+        if (hits[r] == 0) continue;
+        Shortlist<T>& list = lists_[first + r];
+        const T slope = 2 * slope_[first + r];
+        for (std::uint32_t bits = hits[r]; bits != 0; bits &= bits - 1) {
+          const int l = std::countr_zero(bits);
+          const T lower = scores[r * kPanel + l];
+          list.add(lower, lower + width[l] + slope * norms[l], std::int32_t(slot + l - begin_));
+        }
+        thresholds_[first + r] = list.threshold;
+      }
     }
   }
 
@@ -567,17 +499,18 @@ class Screen {
     const double norm = cosine() ? std::sqrt(product(query, query, problem_.features)) : 0;
     Shortlist<T>& list = lists_[q];
     ranked_.clear();
-    list.shrink();
+    list.prune();
     if (!list.gave_up()) {
+      for (const auto& entry : list.entries) memory.keys.prefetch(begin_ + entry.slot);
       for (const auto& entry : list.entries) {
         const std::int64_t slot = begin_ + entry.slot;
-        ranked_.push_back({memory.score(query, norm, slot), slot});
+        ranked_.push_back({memory.score(query, norm, slot, wide_), slot});
       }
     } else {
       const std::size_t k = std::size_t(problem_.k);
       for (std::int64_t slot = begin_; slot < end_; ++slot) {
         if (!memory.live(slot)) continue;
-        const Ranked<T> next{memory.score(query, norm, slot), slot};
+        const Ranked<T> next{memory.score(query, norm, slot, wide_), slot};
         if (ranked_.size() < k) {
           ranked_.push_back(next);
           std::push_heap(ranked_.begin(), ranked_.end());
@@ -588,39 +521,184 @@ class Screen {
         }
       }
     }
-    write(ranked_, problem_.k, problem_.metric, values, indices);
+    write_best(ranked_, problem_.k, problem_.metric, values, indices);
   }
 
   const Problem<T>& problem_;
   const Plan& plan_;
   const Bound<T> bound_;
-  const std::int64_t depth_;  // rows of a panel and of a tile of queries
+  const KeyBounds<T> key_bounds_;
+  const std::int64_t depth_;  // rows of a panel that the products run over
   std::int64_t begin_ = 0, end_ = 0, count_ = 0;
   const T* queries_ = nullptr;
-  double centre_norm_ = 0;
-  std::vector<double> mean_;
-  std::vector<T> centre_, packed_, slope_, panel_;
+  std::vector<T> centre_, packed_, slope_, thresholds_, panel_, row_query_, wide_;
   std::vector<Shortlist<T>> lists_;
   std::vector<Ranked<T>> ranked_;
+};
+
+// ---- stores ------------------------------------------------------------------------------------------------------
+
+template <class T>
+class Writer {
+ public:
+  explicit Writer(const Store<T>& store)
+      : store_(store),
+        rows_{store.keys, store.features, store.half},
+        biases_{store.bias, 1, store.half},
+        bounds_(Bound<T>(store.features), store.metric),
+        sum_(store.state + store.features),
+        square_(sum_[store.features]),
+        count_(sum_[store.features + 1]),
+        stale_(sum_[store.features + 2]),
+        centre_(store.features) {
+    for (std::int64_t i = 0; i < store.features; ++i) centre_[i] = T(store.state[i]);
+  }
+
+  void write(const std::int64_t* slots, std::int64_t count, const void* keys, const void* bias) {
+    if (keys && count_ == 0) {
+      Centre<T> centre(store_.features, store_.metric);
+      const Rows<T> given{keys, store_.features, store_.half};
+      for (std::int64_t i = 0; i < count; i += std::max<std::int64_t>(1, count / kSample))
+        centre.add(given.read(i, 1, wide_));
+      centre.write(centre_.data());
+      restart();
+    }
+    for (std::int64_t i = 0, run; i < count; i += run) {
+      const std::int64_t slot = slots[i];
+      run = keys ? run_length(slots + i, count - i) : 1;
+      for (std::int64_t s = slot; s < slot + run; ++s) {
+        if (store_.live[s]) tally(s, -1);
+        store_.live[s] = keys != nullptr;
+      }
+      if (!keys) continue;
+      copy(rows_, slot, keys, i, run);
+      copy(biases_, slot, bias, i, run);
+      if (run == kPanel)
+        pack_panel_at(slot);
+      else
+        pack_slot(slot);
+      for (std::int64_t s = slot; s < slot + run; ++s) tally(s, 1);
+    }
+    stale_ += double(count);
+    if (stale_ >= count_ / 2 && drifted()) recentre();
+  }
+
+  void repack() {
+    std::fill(centre_.begin(), centre_.end(), T(0));
+    restart();
+    tally_all();
+    recentre();
+  }
+
+ private:
+  // Slots packed at once: a panel, where the next slots are one.
+  std::int64_t run_length(const std::int64_t* slots, std::int64_t left) const {
+    if (slots[0] % kPanel != 0 || left < kPanel) return 1;
+    for (int l = 1; l < kPanel; ++l)
+      if (slots[l] != slots[0] + l) return 1;
+    return kPanel;
+  }
+
+  // Of 0 where there is nothing to copy from.
+  static void copy(const Rows<T>& to, std::int64_t row, const void* from, std::int64_t first, std::int64_t count) {
+    const auto bytes = std::size_t(to.address(row + count) - to.address(row));
+    void* target = const_cast<std::byte*>(to.address(row));
+    if (from)
+      std::memcpy(target, Rows<T>{from, to.features, to.half}.address(first), bytes);
+    else
+      std::memset(target, 0, bytes);
+  }
+
+  T* panel_at(std::int64_t slot) const { return store_.panels + slot / kPanel * panel_size(store_.features); }
+
+  void pack_panel_at(std::int64_t slot) {
+    const auto count = std::min<std::int64_t>(kPanel, store_.capacity - slot);
+    pack_panel(rows_.read(slot, count, wide_), biases_.read(slot, count, wide_bias_), int(count), store_.features,
+               centre_.data(), store_.metric, bounds_, panel_at(slot));
+  }
+
+  void pack_slot(std::int64_t slot) {
+    const std::int64_t features = store_.features;
+    const int lane = int(slot % kPanel);
+    const T* key = rows_.read(slot, 1, wide_);
+    const T scale = scale_of(key, features, store_.metric);
+    T *panel = panel_at(slot), square = 0;
+    for (std::int64_t i = 0; i < features; ++i) {
+      const T x = key[i] * scale - centre_[i];
+      panel[i * kPanel + lane] = x;
+      square += x * x;
+    }
+    T* bound = panel + features * kPanel + lane;
+    const T bias = *biases_.read(slot, 1, wide_bias_);
+    if (!bounds_.set(square, bias, bound + kNormRow * kPanel, bound + kStartRow * kPanel, bound + kWidthRow * kPanel))
+      clear(panel, lane, features);
+  }
+
+  void restart() {
+    std::fill(sum_, sum_ + store_.features + 3, 0.0);
+    std::copy(centre_.begin(), centre_.end(), store_.state);
+  }
+
+  // Adds a key to the sums, or takes it away. Keys that no centre serves are left out.
+  void tally(std::int64_t slot, int sign) {
+    const T* key = rows_.read(slot, 1, wide_);
+    const T scale = scale_of(key, store_.features, store_.metric);
+    const double square = offset_square(key, scale, centre_.data(), store_.features);
+    if (!(square <= double(Limits<T>::kNorm) * double(Limits<T>::kNorm))) return;
+    accumulate(key, scale, centre_.data(), T(sign), store_.features, sum_);
+    square_ += sign * square;
+    count_ += sign;
+  }
+  void tally_all() {
+    for (std::int64_t slot = 0; slot < store_.capacity; ++slot)
+      if (store_.live[slot]) tally(slot, 1);
+  }
+
+  // Whether the mean is farther from the centre than keys are from the mean.
+  bool drifted() const {
+    double offset = 0;
+    for (std::int64_t i = 0; i < store_.features; ++i) offset += sum_[i] * sum_[i];
+    return count_ > 0 && 2 * offset > square_ * count_;
+  }
+
+  void recentre() {
+    for (std::int64_t i = 0; i < store_.features; ++i) {
+      const T mean = T(centre_[i] + sum_[i] / std::max(count_, 1.0));
+      centre_[i] = std::abs(mean) <= Limits<T>::kNorm ? mean : 0;
+    }
+    restart();
+    for (std::int64_t slot = 0; slot < store_.capacity; slot += kPanel) {
+      const auto count = std::min<std::int64_t>(kPanel, store_.capacity - slot);
+      if (std::memchr(store_.live + slot, 1, count)) pack_panel_at(slot);
+    }
+    tally_all();
+  }
+
+  const Store<T>& store_;
+  const Rows<T> rows_, biases_;
+  const KeyBounds<T> bounds_;
+  double *sum_, &square_, &count_, &stale_;
+  std::vector<T> centre_, wide_, wide_bias_;
 };
 
 }  // namespace
 
 template <class T>
 Plan plan(const Problem<T>& p, std::int64_t threads) {
-  constexpr std::int64_t kQueryBlock = 40 * kRows, kKeyBlock = 1024, kGrain = 1 << 17, kEntries = 1 << 21;
+  constexpr std::int64_t kQueryBytes = 1 << 19, kKeyBlock = 1024, kGrain = 1 << 17, kEntries = 1 << 21;
   const auto ceil = [](std::int64_t a, std::int64_t b) { return (a + b - 1) / b; };
   const std::int64_t entries = std::max<std::int64_t>(1, std::min(p.size, 2 * p.k + 64));
-  const std::int64_t most = std::clamp<std::int64_t>(kEntries / entries, 1, kQueryBlock);
+  const std::int64_t cached = std::max<std::int64_t>(kRows, kQueryBytes / std::int64_t(sizeof(T) * (p.features + 1)));
+  const std::int64_t most = std::clamp<std::int64_t>(kEntries / entries, 1, cached);
   Plan plan;
   plan.query_block = ceil(ceil(p.queries_each, ceil(p.queries_each, most)), kRows) * kRows;
   plan.query_blocks = ceil(p.queries_each, plan.query_block);
-  // Few units are made a multiple of the threads by cutting the keys too.
+  // Few units are made a multiple of the threads by cutting the keys too, between panels.
   const std::int64_t whole = p.memories * plan.query_blocks;
   const std::int64_t even = whole < 8 * threads ? threads / std::gcd(whole, threads) : 1;
   const std::int64_t wanted = std::clamp<std::int64_t>(p.size / kKeyBlock, 1, even);
   const std::int64_t blocks = std::max(wanted, ceil(p.size, std::int64_t(1) << 30));  // slots of a block fit 32 bits
-  plan.key_block = std::max<std::int64_t>(1, ceil(p.size, blocks));
+  plan.key_block = std::max<std::int64_t>(1, ceil(ceil(p.size, blocks), kPanel)) * kPanel;
   plan.key_blocks = std::max<std::int64_t>(1, ceil(p.size, plan.key_block));
   plan.units = whole * plan.key_blocks;
   const std::int64_t work = std::min(plan.query_block, p.queries_each) * plan.key_block * (p.features + 8);
@@ -646,15 +724,27 @@ void merge(const Problem<T>& problem, const Plan& plan, Found<T> blocks, Found<T
       for (std::int64_t j = from; j < from + k && blocks.indices[j] >= 0; ++j)
         ranked.push_back({sign * blocks.values[j], blocks.indices[j]});
     }
-    write(ranked, k, problem.metric, found.values + row * k, found.indices + row * k);
+    write_best(ranked, k, problem.metric, found.values + row * k, found.indices + row * k);
   }
 }
 
-template Plan plan(const Problem<float>&, std::int64_t);
-template Plan plan(const Problem<double>&, std::int64_t);
-template void search(const Problem<float>&, const Plan&, std::int64_t, std::int64_t, Found<float>);
-template void search(const Problem<double>&, const Plan&, std::int64_t, std::int64_t, Found<double>);
-template void merge(const Problem<float>&, const Plan&, Found<float>, Found<float>);
-template void merge(const Problem<double>&, const Plan&, Found<double>, Found<double>);
+template <class T>
+void write(const Store<T>& store, const std::int64_t* slots, std::int64_t count, const void* keys, const void* bias) {
+  Writer<T>(store).write(slots, count, keys, bias);
+}
+
+template <class T>
+void repack(const Store<T>& store) {
+  Writer<T>(store).repack();
+}
+
+#define EAML_INSTANTIATE(T)                                                                          \
+  template Plan plan(const Problem<T>&, std::int64_t);                                               \
+  template void search(const Problem<T>&, const Plan&, std::int64_t, std::int64_t, Found<T>);        \
+  template void merge(const Problem<T>&, const Plan&, Found<T>, Found<T>);                           \
+  template void write(const Store<T>&, const std::int64_t*, std::int64_t, const void*, const void*); \
+  template void repack(const Store<T>&);
+EAML_INSTANTIATE(float)
+EAML_INSTANTIATE(double)
 
 }  // namespace eaml::knn

@@ -4,21 +4,43 @@
 
 #include <cstdint>
 
+#include "common/half.h"
+
 namespace eaml::knn {
 
 enum class Metric { kSqeuclidean, kCosine, kInnerProduct };
 
+// What the fast scores read. Keys are packed in panels of kPanel: [features + kPanelRows][kPanel], a row per feature of
+// the centred keys, then their norms, and the start and the width of their bounds.
+constexpr int kPanel = 32, kNormRow = 0, kStartRow = 1, kWidthRow = 2, kPanelRows = 3;
+inline std::int64_t panel_count(std::int64_t size) {
+  return (size + kPanel - 1) / kPanel;
+}
+inline std::int64_t panel_size(std::int64_t features) {
+  return (features + kPanelRows) * kPanel;
+}
+
+// What panels depend on and what is known of a store's keys: their centre, and over live keys the sums of (key -
+// centre) and |key - centre|², their number, and how many slots have changed since the centre was chosen.
+inline std::int64_t state_size(std::int64_t features) {
+  return 2 * features + 3;
+}
+
 // Memory m: `size` keys (size, features) with optional valid and bias (size,); `share` consecutive memories use one
-// block. Queries (memories, queries, features), row-major like everything here.
+// block. Queries (memories, queries, features), row-major like everything here. Keys are of T, or of a half type
+// beside T = float. Panels (with the state that they were made with) are optional.
 template <class T>
 struct Problem {
   const T* queries;
-  const T* keys;
+  const void* keys;
   const bool* valid;
   const T* bias;
+  const T* panels;
+  const double* state;
   std::int64_t keys_share, valid_share, bias_share;
   std::int64_t memories, queries_each, size, features, k;
   Metric metric;
+  Half half;
 };
 
 // (memories, queries, k) results; with several key blocks one such array per block, blocks outermost.
@@ -43,5 +65,27 @@ void search(const Problem<T>& problem, const Plan& plan, std::int64_t first_unit
 // The best k of the results of several key blocks.
 template <class T>
 void merge(const Problem<T>& problem, const Plan& plan, Found<T> blocks, Found<T> found);
+
+// One memory that keeps its panels: keys (capacity, features) and bias (capacity,) of T or of a half type, live
+// (capacity,); panels and state follow from them.
+template <class T>
+struct Store {
+  void *keys, *bias;
+  bool* live;
+  T* panels;
+  double* state;
+  std::int64_t capacity, features;
+  Metric metric;
+  Half half;
+};
+
+// Writes `count` keys (count, features) and their bias (none: 0) to slots, one after the other; without keys the slots
+// become dead. Takes time proportional to count, over many calls.
+template <class T>
+void write(const Store<T>& store, const std::int64_t* slots, std::int64_t count, const void* keys, const void* bias);
+
+// Derives panels and state anew.
+template <class T>
+void repack(const Store<T>& store);
 
 }  // namespace eaml::knn

@@ -17,6 +17,7 @@ except ImportError as error:
     )
 
 from eaml_ext.ops.knn import Neighbors, knn, knn_reference
+from eaml_ext.ops.packed_keys import PackedKeys
 from eaml_ext.ops.selective_scan import (
     selective_scan,
     selective_scan_reference,
@@ -25,6 +26,7 @@ from eaml_ext.ops.selective_scan import (
 
 __all__ = [
     "Neighbors",
+    "PackedKeys",
     "knn",
     "knn_reference",
     "selective_scan",

@@ -33,10 +33,12 @@ class Neighbors(NamedTuple):
 # ---- schema -----------------------------------------------------------------------------------------------------
 
 # queries (*, Q, d), keys (*, M, d), valid (*, M), bias (*, M). The number of memories (the product of the leading
-# sizes) of keys, of valid and of bias each divides that of queries: row b uses memory b // (rows / memories).
+# sizes) of keys, of valid and of bias each divides that of queries: row b uses memory b // (rows / memories). Panels and
+# state are what packed_keys.py keeps beside keys and bias: a kernel that reads them is faster and finds the same.
 torch.library.define(
     "eaml_ext::knn",
-    "(Tensor queries, Tensor keys, int k, int metric, Tensor? valid, Tensor? bias) -> (Tensor values, Tensor indices)",
+    "(Tensor queries, Tensor keys, int k, int metric, Tensor? valid, Tensor? bias, Tensor? panels=None, "
+    "Tensor? state=None) -> (Tensor values, Tensor indices)",
 )
 
 # ---- reference --------------------------------------------------------------------------------------------------
@@ -77,7 +79,14 @@ def _scores(queries: Tensor, keys: Tensor, metric: int, bias: Tensor | None) -> 
 
 
 def _reference(
-    queries: Tensor, keys: Tensor, k: int, metric: int, valid: Tensor | None, bias: Tensor | None
+    queries: Tensor,
+    keys: Tensor,
+    k: int,
+    metric: int,
+    valid: Tensor | None,
+    bias: Tensor | None,
+    panels: Tensor | None = None,
+    state: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     values, indices = _empty(queries, keys, k, metric, valid, bias)
     sign = 1 if metric == SQEUCLIDEAN else -1
@@ -117,7 +126,14 @@ torch.library.impl("eaml_ext::knn", "CompositeExplicitAutograd", _reference)
 
 @torch.library.register_fake("eaml_ext::knn")
 def _empty(
-    queries: Tensor, keys: Tensor, k: int, metric: int, valid: Tensor | None, bias: Tensor | None
+    queries: Tensor,
+    keys: Tensor,
+    k: int,
+    metric: int,
+    valid: Tensor | None,
+    bias: Tensor | None,
+    panels: Tensor | None = None,
+    state: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     shape = (*queries.shape[:-1], k)
     return queries.new_empty(shape), queries.new_empty(shape, dtype=torch.int64)
@@ -147,9 +163,9 @@ class _Select(torch.autograd.Function):
     """The raw op for vmap's sake: its outputs carry no gradient. Leading sizes are one: (rows, Q, d), (memories, M)."""
 
     @staticmethod
-    def forward(queries, keys, k, metric, valid, bias, reference):  # type: ignore[override]
+    def forward(queries, keys, k, metric, valid, bias, panels, state, reference):  # type: ignore[override]
         select = _reference if reference else torch.ops.eaml_ext.knn.default
-        return select(queries, keys, k, metric, valid, bias)
+        return select(queries, keys, k, metric, valid, bias, panels, state)
 
     @staticmethod
     def setup_context(ctx, inputs, output):  # type: ignore[override]
@@ -157,15 +173,15 @@ class _Select(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, *grads):  # type: ignore[override]
-        return (None,) * 7
+        return (None,) * 9
 
     @staticmethod
     def jvp(ctx, *tangents):  # type: ignore[override]
         return None, None
 
     @staticmethod
-    def vmap(info, in_dims, queries, keys, k, metric, valid, bias, reference):  # type: ignore[override]
-        size, (q_dim, keys_dim, _, _, valid_dim, bias_dim, _) = info.batch_size, in_dims
+    def vmap(info, in_dims, queries, keys, k, metric, valid, bias, panels, state, reference):  # type: ignore[override]
+        size, (q_dim, keys_dim, _, _, valid_dim, bias_dim, *_) = info.batch_size, in_dims
         queries = _front(queries, q_dim, size)
         rows = queries.shape[1]
         if keys_dim is not None:  # mapped memories: the mapped dimension is the outer one of the rows
@@ -174,6 +190,7 @@ class _Select(torch.autograd.Function):
                 return x if x is None or (dim is None and len(x) == 1) else _merge(_front(x, dim, size))
 
             keys, queries = _merge(_front(keys, keys_dim, size)), _merge(queries)
+            panels = state = None
         else:  # the same memories: it is the inner one, and keys are not copied
 
             def fold(x: Tensor | None, dim: int | None) -> Tensor | None:
@@ -184,7 +201,8 @@ class _Select(torch.autograd.Function):
                 return _merge(_merge(x[:, None].expand(len(x), each, *x.shape[1:])))
 
             queries = _merge(queries.transpose(0, 1))
-        found = _Select.apply(queries, keys, k, metric, fold(valid, valid_dim), fold(bias, bias_dim), reference)
+        valid, bias = fold(valid, valid_dim), fold(bias, bias_dim)
+        found = _Select.apply(queries, keys, k, metric, valid, bias, panels, state, reference)
         if keys_dim is not None:
             return tuple(x.reshape(size, rows, *x.shape[1:]) for x in found), (0, 0)
         return tuple(x.reshape(rows, size, *x.shape[1:]) for x in found), (1, 1)
@@ -249,7 +267,15 @@ def _recompute(queries: Tensor, keys: Tensor, metric: int, bias: Tensor | None, 
 
 @torch.compiler.allow_in_graph
 def _differentiable(
-    queries: Tensor, keys: Tensor, k: int, metric: int, valid: Tensor | None, bias: Tensor | None, reference: bool
+    queries: Tensor,
+    keys: Tensor,
+    k: int,
+    metric: int,
+    valid: Tensor | None,
+    bias: Tensor | None,
+    panels: Tensor | None,
+    state: Tensor | None,
+    reference: bool,
 ) -> tuple[Tensor, Tensor]:
     def rows(x: Tensor, tail: int) -> Tensor:
         return x.reshape(math.prod(x.shape[:-tail]), *x.shape[x.dim() - tail :])
@@ -258,9 +284,34 @@ def _differentiable(
     queries, keys = rows(queries, 2), rows(keys, 2)
     valid, bias = None if valid is None else rows(valid, 1), None if bias is None else rows(bias, 1)
     detached = None if bias is None else bias.detach()
-    values, indices = _Select.apply(queries.detach(), keys.detach(), k, metric, valid, detached, reference)
+    given = (queries.detach(), keys.detach(), k, metric, valid, detached, panels, state, reference)
+    values, indices = _Select.apply(*given)
     values = _Attach.apply(values, _recompute(queries, keys, metric, bias, indices))
     return values.reshape(shape), indices.reshape(shape)
+
+
+def _search(
+    queries: Tensor,
+    keys: Tensor,
+    k: int,
+    metric: int,
+    valid: Tensor | None,
+    bias: Tensor | None,
+    panels: Tensor | None = None,
+    state: Tensor | None = None,
+) -> Neighbors:
+    """The raw op where nothing asks for a derivative, a transform or a graph."""
+    tracked = torch.is_grad_enabled() and (
+        queries.requires_grad or keys.requires_grad or (bias is not None and bias.requires_grad)
+    )
+    if (
+        tracked
+        or forward_ad._current_level >= 0
+        or torch.compiler.is_compiling()
+        or torch._C._are_functorch_transforms_active()
+    ):
+        return Neighbors(*_differentiable(queries, keys, k, metric, valid, bias, panels, state, False))
+    return Neighbors(*torch.ops.eaml_ext.knn.default(queries, keys, k, metric, valid, bias, panels, state))
 
 
 # ---- public -----------------------------------------------------------------------------------------------------
@@ -341,17 +392,7 @@ def knn(
     [[1, -1]]
     """
     code = _check_arguments(queries, keys, k, metric, valid, bias)
-    tracked = torch.is_grad_enabled() and (
-        queries.requires_grad or keys.requires_grad or (bias is not None and bias.requires_grad)
-    )
-    if (
-        tracked
-        or forward_ad._current_level >= 0
-        or torch.compiler.is_compiling()
-        or torch._C._are_functorch_transforms_active()
-    ):
-        return Neighbors(*_differentiable(queries, keys, k, code, valid, bias, False))
-    return Neighbors(*torch.ops.eaml_ext.knn.default(queries, keys, k, code, valid, bias))
+    return _search(queries, keys, k, code, valid, bias)
 
 
 def knn_reference(
@@ -365,4 +406,4 @@ def knn_reference(
 ) -> Neighbors:
     """:func:`knn` by the pure PyTorch reference, whatever kernels are installed: the specification, and slow."""
     code = _check_arguments(queries, keys, k, metric, valid, bias)
-    return Neighbors(*_differentiable(queries, keys, k, code, valid, bias, True))
+    return Neighbors(*_differentiable(queries, keys, k, code, valid, bias, None, None, True))

@@ -1,0 +1,333 @@
+"""A memory of keys in the layout that knn's kernels like: ``search`` is knn over the slots that are written.
+
+Packed when written: a kernel reads panels of 32 keys, centred, with the bounds of their errors (csrc/knn), so that a
+search does no more than its products. Keys and bias as given are kept beside them, and every value comes from these:
+what ``search`` finds is what knn finds, bit for bit. Without compiled kernels there are no panels, and knn's reference
+searches the same keys.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from eaml_ext import _check
+from eaml_ext.ops.knn import DTYPES, METRICS, Neighbors, _search
+
+PANEL, BOUNDS = 32, 3  # keys of a panel, and its rows beside those of the features: csrc/knn/cpu_kernel.h
+
+# ---- schema -----------------------------------------------------------------------------------------------------
+
+# keys (*, M, d), bias (*, M), live (*, M), panels (*, ceil(M / 32), d + 3, 32), state (*, 2 d + 3); slots (*, n),
+# new_keys (*, n, d), new_bias (*, n). Without new_keys the slots become dead; without slots, panels and state are
+# derived from keys, bias and live.
+torch.library.define(
+    "eaml_ext::knn_write",
+    "(Tensor(a!) keys, Tensor(b!) bias, Tensor(c!) live, Tensor(d!) panels, Tensor(e!) state, int metric, "
+    "Tensor? slots, Tensor? new_keys, Tensor? new_bias) -> ()",
+)
+
+# ---- reference --------------------------------------------------------------------------------------------------
+
+
+def _write(
+    keys: Tensor,
+    bias: Tensor,
+    live: Tensor,
+    panels: Tensor,
+    state: Tensor,
+    metric: int,
+    slots: Tensor | None,
+    new_keys: Tensor | None,
+    new_bias: Tensor | None,
+) -> None:
+    """All but the panels, which no reference reads."""
+    if slots is None or slots.numel() == 0:
+        return
+    count, size = slots.shape[-1], keys.shape[-2]
+    memories = slots.numel() // count
+    flat = (slots.reshape(memories, count) + size * torch.arange(memories, device=slots.device)[:, None]).flatten()
+    live.view(-1)[flat] = new_keys is not None
+    if new_keys is None:
+        return
+    order = torch.arange(len(flat), device=flat.device)
+    last = order.new_full((memories * size,), -1).scatter_reduce_(0, flat, order, "amax")  # of those to one slot
+    kept = last[flat] == order
+    keys.view(-1, keys.shape[-1])[flat[kept]] = new_keys.reshape(len(flat), keys.shape[-1])[kept]
+    bias.view(-1)[flat[kept]] = 0 if new_bias is None else new_bias.flatten()[kept]
+
+
+torch.library.impl("eaml_ext::knn_write", "CompositeExplicitAutograd", _write)
+
+
+@torch.library.register_fake("eaml_ext::knn_write")
+def _nothing(*_: Any) -> None:
+    return None
+
+
+# ---- public -----------------------------------------------------------------------------------------------------
+
+
+class PackedKeys:
+    """A memory of ``capacity`` slots, or many of them, searched exactly and packed when written.
+
+    Args:
+        capacity: slots of a memory.
+        dim: features of a key.
+        memories: how many independent memories; None is one, whose arguments have no leading dimension for it.
+        metric: ``"sqeuclidean"``, ``"cosine"`` or ``"inner_product"``, as in :func:`~eaml_ext.ops.knn`.
+        dtype: of keys, queries and bias: float32, float64, bfloat16 or float16.
+        device: where the keys are.
+
+    Writing or erasing a slot takes time proportional to ``dim``, whatever the capacity. On a CPU with compiled kernels
+    a memory takes twice the bytes of its keys (three times with half types), and a search reads the half that is packed.
+    ``len`` counts the live slots of all memories. Gradients go to the queries alone: what is written is copied.
+
+    Raises:
+        TypeError: an argument has the wrong type or dtype.
+        ValueError: ``capacity``, ``dim`` or ``memories`` is not positive, or ``metric`` is unknown.
+
+    >>> memory = PackedKeys(capacity=4, dim=2)
+    >>> memory.write(torch.tensor([0, 2]), torch.tensor([[0.0, 0.0], [3.0, 4.0]]))
+    >>> memory.search(torch.zeros(1, 2), k=3)
+    Neighbors(values=tensor([[0., 25., inf]]), indices=tensor([[ 0,  2, -1]]))
+    >>> memory.erase(torch.tensor([0]))
+    >>> len(memory), memory.search(torch.zeros(1, 2), k=1).indices.tolist()
+    (1, [[2]])
+    """
+
+    def __init__(
+        self,
+        capacity: int,
+        dim: int,
+        *,
+        memories: int | None = None,
+        metric: str = "sqeuclidean",
+        dtype: torch.dtype = torch.float32,
+        device: torch.device | str = "cpu",
+    ) -> None:
+        for name, number in (("capacity", capacity), ("dim", dim), ("memories", memories)):
+            if number is not None or name != "memories":
+                _check.positive("PackedKeys", name, number, integer=True)  # type: ignore[arg-type]
+        if metric not in METRICS:
+            raise ValueError(f"PackedKeys: metric must be one of {', '.join(METRICS)}, got {metric!r}")
+        self.capacity, self.dim, self.memories, self.metric = capacity, dim, memories, metric
+        self._code = METRICS.index(metric)
+        self._allocate(self._dtype_of("PackedKeys", dtype), self._device_of("PackedKeys", device))
+
+    def _allocate(self, dtype: torch.dtype, device: torch.device) -> None:
+        with torch.inference_mode(False):  # tensors that stay of use outside of it
+            lead = () if self.memories is None else (self.memories,)
+            options: Any = {"dtype": dtype, "device": device}
+            self._keys = torch.zeros(*lead, self.capacity, self.dim, **options)
+            self._bias = torch.zeros(*lead, self.capacity, **options)
+            self._live = torch.zeros(*lead, self.capacity, dtype=torch.bool, device=device)
+            self._panels = self._state = None
+            if device.type == "cpu" and torch._C._dispatch_has_kernel_for_dispatch_key("eaml_ext::knn_write", "CPU"):
+                wide = torch.promote_types(dtype, torch.float32)
+                panels = (*lead, -(-self.capacity // PANEL), self.dim + BOUNDS, PANEL)
+                self._panels = torch.zeros(panels, dtype=wide)
+                self._state = torch.zeros(*lead, 2 * self.dim + 3, dtype=torch.float64)
+        self.dtype, self.device = self._keys.dtype, self._keys.device
+        self._count: int | None = 0  # live slots; None: to be counted
+        self._biased = False
+
+    # ------------------------------------------------------------------------------------------------- writing
+
+    def write(self, slots: Tensor, keys: Tensor, bias: Tensor | None = None) -> None:
+        """Put ``keys`` into ``slots``, over what was there; the last of those to the same slot stays.
+
+        Args:
+            slots: ``(n,)`` int64 in 0 ... capacity - 1; ``(memories, n)`` with memories.
+            keys: ``(n, dim)`` or ``(memories, n, dim)``.
+            bias: the shape of ``slots``; a log-weight: the larger, the nearer. None is 0.
+
+        Raises:
+            TypeError: an argument has the wrong type or dtype.
+            ValueError: an argument has the wrong shape or device, or a slot does not exist.
+        """
+        where = "PackedKeys.write"
+        self._check_slots(where, slots)
+        for name, x, shape, text in (("keys", keys, (*slots.shape, self.dim), "dim"), ("bias", bias, slots.shape, "")):
+            if x is None and name == "bias":
+                continue
+            _check.tensor(where, name, x)
+            _check.dtype(where, name, x, (self.dtype,))
+            _check.device(where, name, x, self.device, "the memory")
+            if x.shape != torch.Size(shape):
+                raise ValueError(f"{where}: {name} must have shape {tuple(shape)}, got {tuple(x.shape)}")
+        self._biased = self._biased or bias is not None
+        self._change(slots, keys.detach(), None if bias is None else bias.detach())
+
+    def erase(self, slots: Tensor) -> None:
+        """Make ``slots`` dead, ``(n,)`` or ``(memories, n)``; those that are dead stay so.
+
+        Raises:
+            TypeError: ``slots`` is not an int64 tensor.
+            ValueError: it has the wrong shape or device, or a slot does not exist.
+        """
+        self._check_slots("PackedKeys.erase", slots)
+        self._change(slots, None, None)
+
+    def _check_slots(self, where: str, slots: Any) -> None:
+        _check.tensor(where, "slots", slots)
+        _check.dtype(where, "slots", slots, (torch.int64,))
+        _check.device(where, "slots", slots, self.device, "the memory")
+        _check.shape(where, "slots", slots, (*self._lead, None), self._shape("n"))
+        if slots.numel():
+            least, most = (int(x) for x in torch.aminmax(slots))
+            if least < 0 or most >= self.capacity:
+                wrong = least if least < 0 else most
+                raise ValueError(f"{where}: slots must lie in 0 ... {self.capacity - 1}, got {wrong}")
+
+    def _change(self, slots: Tensor | None, keys: Tensor | None, bias: Tensor | None) -> None:
+        self._count = None
+        none = self._keys.new_empty(0)
+        panels, state = (none if x is None else x for x in (self._panels, self._state))
+        write = torch.ops.eaml_ext.knn_write.default
+        write(self._keys, self._bias, self._live, panels, state, self._code, slots, keys, bias)
+
+    # ----------------------------------------------------------------------------------------------- searching
+
+    def search(self, queries: Tensor, k: int, valid: Tensor | None = None) -> Neighbors:
+        """The ``k`` live keys nearest to every query: :func:`~eaml_ext.ops.knn` over them, bit for bit.
+
+        Args:
+            queries: ``(*, Q, dim)``; ``(memories, Q, dim)`` with memories.
+            k: how many neighbours.
+            valid: bool ``(capacity,)`` or ``(*, capacity)``; False excludes a slot from this search.
+
+        Returns:
+            ``Neighbors(values, indices)``, both ``(*, Q, k)``, indices being slots; -1 and an infinite value where
+            fewer than ``k`` are left. Values are twice differentiable with respect to ``queries``.
+
+        Raises:
+            TypeError: an argument has the wrong type or dtype.
+            ValueError: an argument has the wrong shape or device, or ``k`` is not positive.
+        """
+        shape = queries.shape if isinstance(queries, Tensor) else ()
+        if not (
+            len(shape) >= 2
+            and shape[-1] == self.dim
+            and (self.memories is None or shape[:-2] == self._lead)
+            and queries.dtype is self.dtype
+            and queries.device == self.device
+            and queries.layout is torch.strided
+        ):
+            self._refuse(queries)
+        if type(k) is not int or k <= 0:
+            _check.positive("PackedKeys.search", "k", k, integer=True)
+        if valid is not None:
+            self._check_valid(valid, shape[:-2])
+        live: Tensor | None = self._live
+        if not torch.compiler.is_compiling() and len(self) == self._live.numel():
+            live = None
+        if valid is not None:
+            live = valid if live is None else valid & live
+        bias = self._bias if self._biased else None
+        return _search(queries, self._keys, k, self._code, live, bias, self._panels, self._state)
+
+    def _refuse(self, queries: Any) -> None:
+        where = "PackedKeys.search"
+        _check.tensor(where, "queries", queries)
+        _check.dtype(where, "queries", queries, (self.dtype,))
+        _check.device(where, "queries", queries, self.device, "the memory")
+        wanted = f"(*, Q, {self.dim})" if self.memories is None else f"({self.memories}, Q, {self.dim})"
+        raise ValueError(f"{where}: queries must have shape {wanted}, got {tuple(queries.shape)}")
+
+    def _check_valid(self, valid: Any, batch: tuple[int, ...]) -> None:
+        where = "PackedKeys.search"
+        _check.tensor(where, "valid", valid)
+        _check.dtype(where, "valid", valid, (torch.bool,))
+        _check.device(where, "valid", valid, self.device, "the memory")
+        shapes = [(self.capacity,), *([(*batch, self.capacity)] if batch else [])]
+        if tuple(valid.shape) not in shapes:
+            wanted = " or ".join(map(str, shapes))
+            raise ValueError(f"{where}: valid must have shape {wanted}, got {tuple(valid.shape)}")
+
+    # ------------------------------------------------------------------------------------------------- keeping
+
+    def __len__(self) -> int:
+        if self._count is None:
+            self._count = int(self._live.sum())
+        return self._count
+
+    def __repr__(self) -> str:
+        options = [f"{self.capacity}, {self.dim}"]
+        options += [] if self.memories is None else [f"memories={self.memories}"]
+        options += [f"metric={self.metric!r}, dtype={self.dtype}, device={str(self.device)!r}"]
+        return f"PackedKeys({', '.join(options)})"
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """A copy of the contents: ``keys``, ``bias`` and ``live``, without what is derived from them."""
+        return {"keys": self._keys.clone(), "bias": self._bias.clone(), "live": self._live.clone()}
+
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
+        """Take the contents of :meth:`state_dict`; the same searches then find the same bits.
+
+        Raises:
+            TypeError: ``state`` is not a mapping of tensors, or one has the wrong dtype.
+            ValueError: an entry is missing, unknown or of another shape.
+        """
+        where, mine = "PackedKeys.load_state_dict", {"keys": self._keys, "bias": self._bias, "live": self._live}
+        if not isinstance(state, Mapping):
+            raise TypeError(f"{where}: state must be a mapping, got {type(state).__name__}")
+        if set(state) != set(mine):
+            raise ValueError(f"{where}: state must have the entries bias, keys, live, got {', '.join(sorted(state))}")
+        for name, x in mine.items():
+            _check.tensor(where, name, state[name])
+            _check.dtype(where, name, state[name], (x.dtype,))
+            _check.shape(where, name, state[name], x.shape, str(tuple(x.shape)))
+        with torch.no_grad():
+            for name, x in mine.items():
+                x.copy_(state[name])
+        self._biased = bool((self._bias != 0).any())
+        self._change(None, None, None)
+
+    def to(self, target: torch.device | torch.dtype | str) -> "PackedKeys":
+        """Move to a device or convert to a dtype, in place; returns itself.
+
+        Raises:
+            TypeError: ``target`` is neither, or a dtype that keys cannot have.
+        """
+        where = "PackedKeys.to"
+        dtype, device = self.dtype, self.device
+        if isinstance(target, torch.dtype):
+            dtype = self._dtype_of(where, target)
+        else:
+            device = self._device_of(where, target)
+        if (dtype, device) != (self.dtype, self.device):
+            state = self.state_dict()
+            self._allocate(dtype, device)
+            self.load_state_dict({n: x.to(device, x.dtype if n == "live" else dtype) for n, x in state.items()})
+        return self
+
+    def __getstate__(self) -> dict[str, Any]:
+        names = ("capacity", "dim", "memories", "metric", "dtype", "device")
+        return {**{name: getattr(self, name) for name in names}, "contents": self.state_dict()}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        contents = state.pop("contents")
+        self.__init__(**state)  # type: ignore[misc]
+        self.load_state_dict(contents)
+
+    @property
+    def _lead(self) -> tuple[int, ...]:
+        return () if self.memories is None else (self.memories,)
+
+    def _shape(self, last: str) -> str:
+        return f"({last},)" if self.memories is None else f"({self.memories}, {last})"
+
+    @staticmethod
+    def _dtype_of(where: str, dtype: Any) -> torch.dtype:
+        if dtype not in DTYPES:
+            wanted = " or ".join(str(x).removeprefix("torch.") for x in DTYPES)
+            raise TypeError(f"{where}: dtype must be {wanted}, got {str(dtype).removeprefix('torch.')}")
+        return dtype
+
+    @staticmethod
+    def _device_of(where: str, device: Any) -> torch.device:
+        if not isinstance(device, (torch.device, str)):
+            raise TypeError(f"{where}: device must be a torch.device or a str, got {type(device).__name__}")
+        return torch.empty(0, device=device).device
