@@ -2,6 +2,7 @@
 #include <pybind11/pybind11.h>
 
 #include "common/exp_rate.h"
+#include "common/fma_rate.h"
 #include "common/simd.h"
 
 #define EAML_STRING_(x) #x
@@ -35,4 +36,6 @@ PYBIND11_MODULE(_C, m) {
   m.doc() = "Compiled kernels of eaml_ext; loading it registers them with torch's dispatcher.";
   m.def("build_info", &build_info, "What was compiled: compiler, SIMD level in use, CUDA version, torch ABI target.");
   m.def("exp_rate", &eaml::exp_rate, "float32 exponentials a second, one thread, in registers: the limit of the scan.");
+  m.def("fma_rate", &eaml::fma_rate, "float32 multiply-adds a second, one thread, in registers: the limit of knn.");
+  m.def("read_rate", &eaml::read_rate, "Bytes a second that one thread reads of an array of so many bytes.");
 }

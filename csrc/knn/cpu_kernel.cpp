@@ -232,29 +232,27 @@ T scale_of(const T* x, std::int64_t features, Metric metric) {
   return safe ? T(1 / std::sqrt(square)) : std::numeric_limits<T>::quiet_NaN();
 }
 
-// Zeroes a column of a panel.
+// Zeroes a key of a panel.
 template <class T>
-void clear(T* panel, int lane, std::int64_t features) {
-  for (std::int64_t i = 0; i < features; ++i) panel[i * kPanel + lane] = 0;
+void clear(const Panel<T>& panel, int lane) {
+  for (T* x = panel.keys + lane; x < panel.norms; x += kPanel) *x = 0;
 }
 
 // Packs `count` keys and their bounds; lanes beyond them can never be found.
 template <class T>
 void pack_panel(const T* keys, const T* bias, int count, std::int64_t features, const T* centre, Metric metric,
-                const KeyBounds<T>& bounds, T* panel) {
+                const KeyBounds<T>& bounds, const Panel<T>& panel) {
   T scales[kPanel], square[kPanel];
   for (int l = 0; l < count; ++l) scales[l] = scale_of(keys + l * features, features, metric);
-  pack(keys, count, features, centre, scales, panel, square);
-  T *norms = panel + (features + kNormRow) * kPanel, *start = panel + (features + kStartRow) * kPanel;
-  T* width = panel + (features + kWidthRow) * kPanel;
+  pack(keys, count, features, centre, scales, panel.keys, square);
   bool fits = true;
-  for (int l = 0; l < kPanel; ++l)
-    fits &= bounds.set(square[l], bias && l < count ? bias[l] : T(0), norms + l, start + l, width + l);
+  for (int l = 0; l < count; ++l)
+    fits &= bounds.set(square[l], bias ? bias[l] : T(0), panel.norms + l, panel.start + l, panel.width + l);
   for (int l = 0; l < count && !fits; ++l)
-    if (start[l] == -Limits<T>::kMax) clear(panel, l, features);
+    if (panel.start[l] == -Limits<T>::kMax) clear(panel, l);
   for (int l = count; l < kPanel; ++l) {
-    clear(panel, l, features);
-    norms[l] = width[l] = 0, start[l] = std::numeric_limits<T>::infinity();
+    clear(panel, l);
+    panel.norms[l] = panel.width[l] = 0, panel.start[l] = std::numeric_limits<T>::infinity();
   }
 }
 
@@ -308,7 +306,7 @@ class Screen {
     queries_ = problem_.queries + row * problem_.features;
 
     lists_.resize(std::max<std::size_t>(lists_.size(), count_));
-    if (!problem_.panels && count_ <= kFew) {
+    if (count_ <= few()) {
       for (std::int64_t q = 0; q < count_; ++q) search_rows(memory, q);
     } else {
       search_panels(memory, memory_index / problem_.keys_share);
@@ -322,7 +320,14 @@ class Screen {
   }
 
  private:
-  static constexpr std::int64_t kFew = 4;  // queries that do not repay the packing of keys
+  // Queries that are searched key by key: as many as do not repay packing, and one where memory is what takes time,
+  // because the candidates are at hand when they are evaluated.
+  std::int64_t few() const {
+    constexpr std::int64_t kFew = 4, kCached = std::int64_t(1) << 25;
+    if (!problem_.panels) return kFew;
+    const std::int64_t keys = problem_.memories / problem_.keys_share * problem_.size * problem_.features;
+    return problem_.half == Half::kNone && keys * std::int64_t(sizeof(T)) > kCached ? 1 : 0;
+  }
 
   bool cosine() const { return problem_.metric == Metric::kCosine; }
   bool sqeuclidean() const { return problem_.metric == Metric::kSqeuclidean; }
@@ -414,7 +419,7 @@ class Screen {
       } else {
         const T* keys = memory.keys.read(slot, count, wide_);
         pack_panel(keys, memory.bias ? memory.bias + slot : nullptr, count, features, centre_.data(), problem_.metric,
-                   key_bounds_, panel_.data());
+                   key_bounds_, Panel<T>(panel_.data(), features));
         screen(memory, slot, count, panel_.data(), panel_.data());
       }
     }
@@ -459,10 +464,9 @@ class Screen {
   }
 
   // All queries against one panel; the one after it is on its way meanwhile.
-  void screen(const Memory<T>& memory, std::int64_t slot, int count, const T* panel, const T* ahead) {
-    const std::int64_t features = problem_.features;
-    const T *norms = panel + (features + kNormRow) * kPanel, *width = panel + (features + kWidthRow) * kPanel;
-    const T* start = panel + (features + kStartRow) * kPanel;
+  void screen(const Memory<T>& memory, std::int64_t slot, int count, const T* at, const T* ahead) {
+    const Panel<const T> panel(at, problem_.features);
+    const T* start = panel.start;
     alignas(kAlignment) T masked[kPanel], scores[kRows * kPanel];
     if (memory.valid || count < kPanel) {
       for (int l = 0; l < kPanel; ++l) masked[l] = std::numeric_limits<T>::infinity();
@@ -473,8 +477,8 @@ class Screen {
       start = masked;
     }
     std::uint32_t hits[kRows];
-    Tile<T> tile{nullptr, panel, start, nullptr, ahead, depth_, scores, hits};
-    for (std::int64_t t = 0; t < tiles(); ++t, tile.ahead = panel) {
+    Tile<T> tile{nullptr, panel.keys, start, nullptr, ahead, depth_, scores, hits};
+    for (std::int64_t t = 0; t < tiles(); ++t, tile.ahead = at) {
       const std::int64_t first = tile_begin(t);
       const int rows = int(tile_begin(t + 1) - first);
       tile.queries = packed_.data() + first * depth_;
@@ -487,7 +491,7 @@ class Screen {
         for (std::uint32_t bits = hits[r]; bits != 0; bits &= bits - 1) {
           const int l = std::countr_zero(bits);
           const T lower = scores[r * kPanel + l];
-          list.add(lower, lower + width[l] + slope * norms[l], std::int32_t(slot + l - begin_));
+          list.add(lower, lower + panel.width[l] + slope * panel.norms[l], std::int32_t(slot + l - begin_));
         }
         thresholds_[first + r] = list.threshold;
       }
@@ -609,7 +613,9 @@ class Writer {
       std::memset(target, 0, bytes);
   }
 
-  T* panel_at(std::int64_t slot) const { return store_.panels + slot / kPanel * panel_size(store_.features); }
+  Panel<T> panel_at(std::int64_t slot) const {
+    return {store_.panels + slot / kPanel * panel_size(store_.features), store_.features};
+  }
 
   void pack_panel_at(std::int64_t slot) {
     const auto count = std::min<std::int64_t>(kPanel, store_.capacity - slot);
@@ -622,16 +628,15 @@ class Writer {
     const int lane = int(slot % kPanel);
     const T* key = rows_.read(slot, 1, wide_);
     const T scale = scale_of(key, features, store_.metric);
-    T *panel = panel_at(slot), square = 0;
+    const Panel<T> panel = panel_at(slot);
+    T square = 0;
     for (std::int64_t i = 0; i < features; ++i) {
       const T x = key[i] * scale - centre_[i];
-      panel[i * kPanel + lane] = x;
+      panel.keys[i * kPanel + lane] = x;
       square += x * x;
     }
-    T* bound = panel + features * kPanel + lane;
     const T bias = *biases_.read(slot, 1, wide_bias_);
-    if (!bounds_.set(square, bias, bound + kNormRow * kPanel, bound + kStartRow * kPanel, bound + kWidthRow * kPanel))
-      clear(panel, lane, features);
+    if (!bounds_.set(square, bias, panel.norms + lane, panel.start + lane, panel.width + lane)) clear(panel, lane);
   }
 
   void restart() {

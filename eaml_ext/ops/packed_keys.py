@@ -6,6 +6,9 @@ what ``search`` finds is what knn finds, bit for bit. Without compiled kernels t
 searches the same keys.
 """
 
+import contextlib
+import math
+import mmap
 from collections.abc import Mapping
 from typing import Any
 
@@ -16,6 +19,7 @@ from eaml_ext import _check
 from eaml_ext.ops.knn import DTYPES, METRICS, Neighbors, _search
 
 PANEL, BOUNDS = 32, 3  # keys of a panel, and its rows beside those of the features: csrc/knn/cpu_kernel.h
+HUGE = 1 << 22  # bytes from which huge pages are asked for
 
 # ---- schema -----------------------------------------------------------------------------------------------------
 
@@ -64,6 +68,19 @@ torch.library.impl("eaml_ext::knn_write", "CompositeExplicitAutograd", _write)
 @torch.library.register_fake("eaml_ext::knn_write")
 def _nothing(*_: Any) -> None:
     return None
+
+
+# ---- memory -----------------------------------------------------------------------------------------------------
+
+
+def _pages(size: int) -> Tensor:
+    """``size`` zero bytes, in huge pages where the system has them: a search with few queries is as fast as memory."""
+    if size < HUGE or not hasattr(mmap, "MADV_HUGEPAGE"):
+        return torch.zeros(size, dtype=torch.uint8)
+    buffer = mmap.mmap(-1, size)
+    with contextlib.suppress(OSError):  # a kernel without them
+        buffer.madvise(mmap.MADV_HUGEPAGE)
+    return torch.frombuffer(buffer, dtype=torch.uint8)
 
 
 # ---- public -----------------------------------------------------------------------------------------------------
@@ -127,7 +144,7 @@ class PackedKeys:
             if device.type == "cpu" and torch._C._dispatch_has_kernel_for_dispatch_key("eaml_ext::knn_write", "CPU"):
                 wide = torch.promote_types(dtype, torch.float32)
                 panels = (*lead, -(-self.capacity // PANEL), self.dim + BOUNDS, PANEL)
-                self._panels = torch.zeros(panels, dtype=wide)
+                self._panels = _pages(math.prod(panels) * wide.itemsize).view(wide).view(panels)
                 self._state = torch.zeros(*lead, 2 * self.dim + 3, dtype=torch.float64)
         self.dtype, self.device = self._keys.dtype, self._keys.device
         self._count: int | None = 0  # live slots; None: to be counted
