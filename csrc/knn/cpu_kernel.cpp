@@ -469,11 +469,12 @@ class Screen {
     const T* start = panel.start;
     alignas(kAlignment) T masked[kPanel], scores[kRows * kPanel];
     if (memory.valid || count < kPanel) {
-      for (int l = 0; l < kPanel; ++l) masked[l] = std::numeric_limits<T>::infinity();
+      bool live[kPanel] = {};
       if (memory.valid)
-        for (int l = 0; l < count; ++l) masked[l] = memory.valid[slot + l] ? start[l] : masked[l];
+        std::copy_n(memory.valid + slot, count, live);
       else
-        std::copy(start, start + count, masked);
+        std::fill_n(live, count, true);
+      mask(start, live, masked);
       start = masked;
     }
     std::uint32_t hits[kRows];
@@ -584,7 +585,7 @@ class Writer {
       for (std::int64_t s = slot; s < slot + run; ++s) tally(s, 1);
     }
     stale_ += double(count);
-    if (stale_ >= count_ / 2 && drifted()) recentre();
+    if (8 * stale_ >= count_ && drifted()) recentre();
   }
 
   void repack() {

@@ -316,6 +316,12 @@ EAML_INLINE bool any_below_(const T* scores, T threshold) {
   return any;
 }
 
+// A panel's starts, of dead keys infinite.
+template <class T>
+EAML_INLINE void mask_(const T* start, const bool* live, T* masked) {
+  for (int l = 0; l < kPanel; ++l) masked[l] = live[l] ? start[l] : std::numeric_limits<T>::infinity();
+}
+
 // ---- versions ----------------------------------------------------------------------------------------------------
 
 #define EAML_DEFINE_FOR(T, TARGET, BYTES)                                                                        \
@@ -337,6 +343,9 @@ EAML_INLINE bool any_below_(const T* scores, T threshold) {
   }                                                                                                              \
   TARGET void product_rows(const T* query, const T* keys, int count, std::int64_t features, T* sum, T* square) { \
     rows_<T, BYTES, false>(query, keys, count, features, sum, square);                                           \
+  }                                                                                                              \
+  TARGET void mask(const T* start, const bool* live, T* masked) {                                                \
+    mask_(start, live, masked);                                                                                  \
   }                                                                                                              \
   TARGET bool any_below(const T* scores, T threshold) {                                                          \
     return any_below_(scores, threshold);                                                                        \

@@ -33,8 +33,8 @@ class Neighbors(NamedTuple):
 # ---- schema -----------------------------------------------------------------------------------------------------
 
 # queries (*, Q, d), keys (*, M, d), valid (*, M), bias (*, M). The number of memories (the product of the leading
-# sizes) of keys, of valid and of bias each divides that of queries: row b uses memory b // (rows / memories). Panels and
-# state are what packed_keys.py keeps beside keys and bias: a kernel that reads them is faster and finds the same.
+# sizes) of keys, of valid and of bias each divides that of queries: row b uses memory b // (rows / memories). Panels
+# and state are what packed_keys.py keeps beside keys and bias: a kernel that reads them is faster and finds the same.
 torch.library.define(
     "eaml_ext::knn",
     "(Tensor queries, Tensor keys, int k, int metric, Tensor? valid, Tensor? bias, Tensor? panels=None, "

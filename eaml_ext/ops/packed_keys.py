@@ -98,8 +98,8 @@ class PackedKeys:
         device: where the keys are.
 
     Writing or erasing a slot takes time proportional to ``dim``, whatever the capacity. On a CPU with compiled kernels
-    a memory takes twice the bytes of its keys (three times with half types), and a search reads the half that is packed.
-    ``len`` counts the live slots of all memories. Gradients go to the queries alone: what is written is copied.
+    a memory takes twice the bytes of its keys, three times with half types. ``len`` counts the live slots of all
+    memories. Gradients go to the queries alone: what is written is copied.
 
     Raises:
         TypeError: an argument has the wrong type or dtype.
@@ -166,7 +166,7 @@ class PackedKeys:
         """
         where = "PackedKeys.write"
         self._check_slots(where, slots)
-        for name, x, shape, text in (("keys", keys, (*slots.shape, self.dim), "dim"), ("bias", bias, slots.shape, "")):
+        for name, x, shape in (("keys", keys, (*slots.shape, self.dim)), ("bias", bias, slots.shape)):
             if x is None and name == "bias":
                 continue
             _check.tensor(where, name, x)
