@@ -13,6 +13,11 @@
 #include "knn/cpu_vector_inl.h"
 
 namespace eaml::knn {
+
+bool has_pairs(bool is_float) {
+  return is_float && pairs_supported();
+}
+
 namespace {
 
 // ---- exact values and their order --------------------------------------------------------------------------------
@@ -196,6 +201,21 @@ struct Bound {
   bool holds() const { return own < 0.05; }
 };
 
+// With y, p the bfloat16 numbers next to x, q, the products of these are within |q||x - y| + |q - p||y| of q.x, by the
+// inequality of Cauchy and Schwarz. Both differences are known when they are rounded: |x - y| stands beside |x| in the
+// last row (rather |x| + |x - y|, no less than |y|), and |q| beside g|q| + |q - p| in that of the queries, rounded up.
+
+// The least bfloat16 that is no less than x >= 0.
+inline std::uint32_t round_up(float x) {
+  return (std::bit_cast<std::uint32_t>(x) + 0xffffu) >> 16;
+}
+inline float low(std::uint32_t pair) {
+  return std::bit_cast<float>(pair << 16);
+}
+inline float high(std::uint32_t pair) {
+  return std::bit_cast<float>(pair & 0xffff0000u);
+}
+
 // What the bounds of a key are made from: g, the underflow, and whether |x|² is part of the score.
 template <class T>
 struct KeyBounds {
@@ -205,19 +225,26 @@ struct KeyBounds {
   KeyBounds(const Bound<T>& bound, Metric metric)
       : g(T(bound.own)), tiny(T(bound.tiny)), square(metric == Metric::kSqeuclidean) {}
 
-  // Norm, start and width of a key's bounds, without the part in |q||x|. A bias so low that a bound from below is
-  // enough (a mask, as it were) is cut. False: too large, or not a number; the key will always be on the list.
-  bool set(T squared, T bias, T* norm, T* start, T* width) const {
+  // Norm, start and width of a key's bounds, without the part in |q||x|; `lost` is |x - y|². A bias so low that a bound
+  // from below is enough (a mask, as it were) is cut. False: too large, or not a number; the key will always be on the
+  // list.
+  bool set(T squared, T lost, T bias, const Panel<T>& panel, int lane) const {
     using L = Limits<T>;
     constexpr T kInfinity = std::numeric_limits<T>::infinity();
     const bool cut = bias < -L::kBias;
     bias = cut ? -L::kBias : bias;
     const T own = square ? squared : T(0), error = g * (own + std::abs(bias));
-    const T length = std::sqrt(squared + tiny) * (1 + g);
-    const bool fits = length <= L::kNorm && bias <= L::kBias;
-    *norm = fits ? length : T(0);
-    *start = fits ? (square ? T(0.5) : T(1)) * (own - bias) - error : -L::kMax;
-    *width = fits && !cut ? 2 * error : kInfinity;
+    const T norm = std::sqrt(squared + tiny) * (1 + g);
+    const bool fits = norm <= L::kNorm && bias <= L::kBias;
+    panel.start[lane] = fits ? (square ? T(0.5) : T(1)) * (own - bias) - error : -L::kMax;
+    panel.width[lane] = fits && !cut ? 2 * error : kInfinity;
+    panel.norms[lane] = fits ? norm : T(0);
+    if constexpr (sizeof(T) == 4) {
+      if (has_pairs(true)) {
+        const float rest = std::sqrt(lost + tiny) * (1 + g);
+        panel.norms[lane] = std::bit_cast<float>(fits ? round_up(norm + rest) | round_up(rest) << 16 : 0);
+      }
+    }
     return fits;
   }
 };
@@ -241,13 +268,22 @@ void clear(const Panel<T>& panel, int lane) {
 // Packs `count` keys and their bounds; lanes beyond them can never be found.
 template <class T>
 void pack_panel(const T* keys, const T* bias, int count, std::int64_t features, const T* centre, Metric metric,
-                const KeyBounds<T>& bounds, const Panel<T>& panel) {
-  T scales[kPanel], square[kPanel];
+                const KeyBounds<T>& bounds, std::vector<T>& wide, const Panel<T>& panel) {
+  T scales[kPanel], square[kPanel], lost[kPanel] = {};
   for (int l = 0; l < count; ++l) scales[l] = scale_of(keys + l * features, features, metric);
-  pack(keys, count, features, centre, scales, panel.keys, square);
+  if constexpr (sizeof(T) == 4) {
+    if (has_pairs(true)) {
+      wide.resize(features * kPanel);
+      pack(keys, count, features, centre, scales, wide.data(), square);
+      round_panel(wide.data(), features, reinterpret_cast<std::uint32_t*>(panel.keys), lost);
+    } else {
+      pack(keys, count, features, centre, scales, panel.keys, square);
+    }
+  } else {
+    pack(keys, count, features, centre, scales, panel.keys, square);
+  }
   bool fits = true;
-  for (int l = 0; l < count; ++l)
-    fits &= bounds.set(square[l], bias ? bias[l] : T(0), panel.norms + l, panel.start + l, panel.width + l);
+  for (int l = 0; l < count; ++l) fits &= bounds.set(square[l], lost[l], bias ? bias[l] : T(0), panel, l);
   for (int l = 0; l < count && !fits; ++l)
     if (panel.start[l] == -Limits<T>::kMax) clear(panel, l);
   for (int l = count; l < kPanel; ++l) {
@@ -292,7 +328,8 @@ class Screen {
         plan_(plan),
         bound_(problem.features),
         key_bounds_(bound_, problem.metric),
-        depth_(problem.features + 1) {}
+        pairs_(has_pairs(sizeof(T) == 4)),
+        depth_(key_rows(problem.features, pairs_) + 1) {}
 
   void run(std::int64_t unit, Found<T> found) {
     const std::int64_t key_block = unit % plan_.key_blocks, rest = unit / plan_.key_blocks;
@@ -326,7 +363,7 @@ class Screen {
     constexpr std::int64_t kFew = 4, kCached = std::int64_t(1) << 25;
     if (!problem_.panels) return kFew;
     const std::int64_t keys = problem_.memories / problem_.keys_share * problem_.size * problem_.features;
-    return problem_.half == Half::kNone && keys * std::int64_t(sizeof(T)) > kCached ? 1 : 0;
+    return !pairs_ && problem_.half == Half::kNone && keys * std::int64_t(sizeof(T)) > kCached ? 1 : 0;
   }
 
   bool cosine() const { return problem_.metric == Metric::kCosine; }
@@ -398,7 +435,7 @@ class Screen {
     centre_.resize(features);
     const T* panels = nullptr;
     if (problem_.panels) {
-      panels = problem_.panels + keys_block * panel_count(problem_.size) * panel_size(features);
+      panels = problem_.panels + keys_block * panel_count(problem_.size) * panel_size<T>(features);
       const double* state = problem_.state + keys_block * state_size(features);
       for (std::int64_t i = 0; i < features; ++i) centre_[i] = T(state[i]);
     } else {
@@ -407,19 +444,19 @@ class Screen {
       for (std::int64_t slot = begin_; slot < end_; slot += step)
         if (memory.live(slot)) centre.add(memory.keys.read(slot, 1, wide_));
       centre.write(centre_.data());
-      panel_.resize(panel_size(features));
+      panel_.resize(panel_size<T>(features));
     }
     pack_queries();
     for (std::int64_t slot = begin_; slot < end_; slot += kPanel) {
       const int count = int(std::min<std::int64_t>(kPanel, end_ - slot));
       if (none_live(memory, slot, count)) continue;
       if (panels) {
-        const T* panel = panels + slot / kPanel * panel_size(features);
-        screen(memory, slot, count, panel, slot + kPanel < end_ ? panel + panel_size(features) : panel);
+        const T* panel = panels + slot / kPanel * panel_size<T>(features);
+        screen(memory, slot, count, panel, slot + kPanel < end_ ? panel + panel_size<T>(features) : panel);
       } else {
         const T* keys = memory.keys.read(slot, count, wide_);
         pack_panel(keys, memory.bias ? memory.bias + slot : nullptr, count, features, centre_.data(), problem_.metric,
-                   key_bounds_, Panel<T>(panel_.data(), features));
+                   key_bounds_, wide_panel_, Panel<T>(panel_.data(), features));
         screen(memory, slot, count, panel_.data(), panel_.data());
       }
     }
@@ -436,6 +473,7 @@ class Screen {
     for (const T x : centre_) centre_square += double(x) * double(x);
     packed_.resize(count_ * depth_);
     slope_.resize(count_);
+    extent_.resize(count_);
     thresholds_.resize(count_);
     for (std::int64_t tile = 0; tile < tiles(); ++tile) {
       const std::int64_t first = tile_begin(tile), rows = tile_begin(tile + 1) - first;
@@ -443,15 +481,29 @@ class Screen {
         const T* query = queries_ + q * features;
         T* column = packed_.data() + first * depth_ + (q - first);
         const T factor = scale_of(query, features, problem_.metric);
-        double squares[4] = {};
+        double squares[4] = {}, lost = 0;
         for (std::int64_t i = 0; i < features; ++i) {
           const T x = sqeuclidean() ? query[i] - centre_[i] : query[i] * factor;
-          column[i * rows] = -x;
           squares[i % 4] += double(x) * double(x);
+          if (pairs_)
+            lost += put_pair(column + i / 2 * rows, i % 2, float(-x));
+          else
+            column[i * rows] = -x;
         }
+        if (pairs_ && features % 2) put_pair(column + features / 2 * rows, 1, 0);
         const double norm = std::sqrt((squares[0] + squares[1]) + (squares[2] + squares[3]));
-        slope_[q] = T(bound_.own * norm);
-        column[features * rows] = -slope_[q];
+        T* last = column + (depth_ - 1) * rows;
+        slope_[q] = T(bound_.own * norm), extent_[q] = 0;
+        *last = -slope_[q];
+        if constexpr (sizeof(T) == 4) {
+          if (pairs_) {
+            const double rest = std::sqrt(lost) * (1 + bound_.own) + Limits<T>::kTiny, most = norm * (1 + bound_.own);
+            const std::uint32_t slope = round_up(float(2 * bound_.own * (most + rest) + rest)),
+                                whole = round_up(float(most) + Limits<T>::kTiny);
+            slope_[q] = low(slope), extent_[q] = low(whole);
+            *last = std::bit_cast<float>(slope | whole << 16 | 0x80008000u);
+          }
+        }
         const double extent = sqeuclidean() ? norm : std::sqrt(centre_square) + (cosine() ? 1 : 0);
         lists_[q].reset(problem_.k, T(2 * (bound_.shared * norm * extent + bound_.tiny)));
         if (!bound_.holds() || !(norm <= Limits<T>::kNorm)) {
@@ -461,6 +513,33 @@ class Screen {
         thresholds_[q] = lists_[q].threshold;
       }
     }
+  }
+
+  // Half of a pair of bfloat16; returns what rounding took, squared.
+  static double put_pair(T* pair, int half, float x) {
+    const std::uint32_t bits = to_pairs(x);
+    const auto part = std::uint16_t(bits);
+    std::memcpy(reinterpret_cast<std::byte*>(pair) + 2 * half, &part, 2);
+    const double rest = double(x) - double(std::bit_cast<float>(bits << 16));
+    return rest * rest;
+  }
+
+  // Twice the part of the bounds in |q||x|.
+  T spread(std::int64_t q, T norm) const {
+    if constexpr (sizeof(T) == 4) {
+      if (pairs_) {
+        const auto pair = std::bit_cast<std::uint32_t>(norm);
+        return 2 * (slope_[q] * low(pair) + extent_[q] * high(pair));
+      }
+    }
+    return 2 * slope_[q] * norm;
+  }
+
+  std::uint32_t products(int rows, const Tile<T>& tile) const {
+    if constexpr (sizeof(T) == 4) {
+      if (pairs_) return tile_of_pairs(rows, tile);
+    }
+    return knn::tile(rows, tile);
   }
 
   // All queries against one panel; the one after it is on its way meanwhile.
@@ -484,15 +563,14 @@ class Screen {
       const int rows = int(tile_begin(t + 1) - first);
       tile.queries = packed_.data() + first * depth_;
       tile.thresholds = thresholds_.data() + first;
-      if (knn::tile(rows, tile) == 0) continue;
+      if (products(rows, tile) == 0) continue;
       for (int r = 0; r < rows; ++r) {
         if (hits[r] == 0) continue;
         Shortlist<T>& list = lists_[first + r];
-        const T slope = 2 * slope_[first + r];
         for (std::uint32_t bits = hits[r]; bits != 0; bits &= bits - 1) {
           const int l = std::countr_zero(bits);
           const T lower = scores[r * kPanel + l];
-          list.add(lower, lower + panel.width[l] + slope * panel.norms[l], std::int32_t(slot + l - begin_));
+          list.add(lower, lower + panel.width[l] + spread(first + r, panel.norms[l]), std::int32_t(slot + l - begin_));
         }
         thresholds_[first + r] = list.threshold;
       }
@@ -533,10 +611,11 @@ class Screen {
   const Plan& plan_;
   const Bound<T> bound_;
   const KeyBounds<T> key_bounds_;
+  const bool pairs_;
   const std::int64_t depth_;  // rows of a panel that the products run over
   std::int64_t begin_ = 0, end_ = 0, count_ = 0;
   const T* queries_ = nullptr;
-  std::vector<T> centre_, packed_, slope_, thresholds_, panel_, row_query_, wide_;
+  std::vector<T> centre_, packed_, slope_, extent_, thresholds_, panel_, wide_panel_, row_query_, wide_;
   std::vector<Shortlist<T>> lists_;
   std::vector<Ranked<T>> ranked_;
 };
@@ -615,13 +694,13 @@ class Writer {
   }
 
   Panel<T> panel_at(std::int64_t slot) const {
-    return {store_.panels + slot / kPanel * panel_size(store_.features), store_.features};
+    return {store_.panels + slot / kPanel * panel_size<T>(store_.features), store_.features};
   }
 
   void pack_panel_at(std::int64_t slot) {
     const auto count = std::min<std::int64_t>(kPanel, store_.capacity - slot);
     pack_panel(rows_.read(slot, count, wide_), biases_.read(slot, count, wide_bias_), int(count), store_.features,
-               centre_.data(), store_.metric, bounds_, panel_at(slot));
+               centre_.data(), store_.metric, bounds_, wide_panel_, panel_at(slot));
   }
 
   void pack_slot(std::int64_t slot) {
@@ -630,14 +709,22 @@ class Writer {
     const T* key = rows_.read(slot, 1, wide_);
     const T scale = scale_of(key, features, store_.metric);
     const Panel<T> panel = panel_at(slot);
-    T square = 0;
+    T square = 0, lost = 0;
     for (std::int64_t i = 0; i < features; ++i) {
       const T x = key[i] * scale - centre_[i];
-      panel.keys[i * kPanel + lane] = x;
       square += x * x;
+      if (has_pairs(sizeof(T) == 4)) {
+        const std::uint32_t bits = to_pairs(float(x));
+        const T rest = x - T(std::bit_cast<float>(bits << 16));
+        const auto part = std::uint16_t(bits);
+        std::memcpy(reinterpret_cast<std::byte*>(panel.keys + i / 2 * kPanel + lane) + 2 * (i % 2), &part, 2);
+        lost += rest * rest;
+      } else {
+        panel.keys[i * kPanel + lane] = x;
+      }
     }
     const T bias = *biases_.read(slot, 1, wide_bias_);
-    if (!bounds_.set(square, bias, panel.norms + lane, panel.start + lane, panel.width + lane)) clear(panel, lane);
+    if (!bounds_.set(square, lost, bias, panel, lane)) clear(panel, lane);
   }
 
   void restart() {
@@ -684,7 +771,7 @@ class Writer {
   const Rows<T> rows_, biases_;
   const KeyBounds<T> bounds_;
   double *sum_, &square_, &count_, &stale_;
-  std::vector<T> centre_, wide_, wide_bias_;
+  std::vector<T> centre_, wide_, wide_bias_, wide_panel_;
 };
 
 }  // namespace

@@ -10,21 +10,33 @@ namespace eaml::knn {
 
 enum class Metric { kSqeuclidean, kCosine, kInnerProduct };
 
-// What the fast scores read: keys in panels [features + kBoundRows][kPanel]. First the start and the width of their
-// bounds, then a row per feature of the centred keys, last their norms. In the order in which they are read: it counts
-// where a search is as fast as memory.
-constexpr int kPanel = 32, kBoundRows = 3;
+// What the fast scores read: keys in panels of rows [kPanel]. First the start and the width of their bounds, then the
+// centred keys, a row per feature, last their norms. In the order in which they are read: it counts where a search is
+// as fast as memory. Where the machine multiplies bfloat16 numbers, T = float keeps pairs of these instead: a row per
+// two features, and the last one the norms beside the norms of what rounding took.
+constexpr int kPanel = 32;
+bool has_pairs(bool is_float);
+inline std::int64_t key_rows(std::int64_t features, bool pairs) {
+  return pairs ? (features + 1) / 2 : features;
+}
+inline std::int64_t panel_rows(std::int64_t features, bool is_float) {
+  return key_rows(features, has_pairs(is_float)) + 3;
+}
 template <class T>
 struct Panel {
   T *start, *width, *keys, *norms;
   Panel(T* at, std::int64_t features)
-      : start(at), width(at + kPanel), keys(at + 2 * kPanel), norms(keys + features * kPanel) {}
+      : start(at),
+        width(at + kPanel),
+        keys(at + 2 * kPanel),
+        norms(keys + key_rows(features, has_pairs(sizeof(T) == 4)) * kPanel) {}
 };
 inline std::int64_t panel_count(std::int64_t size) {
   return (size + kPanel - 1) / kPanel;
 }
-inline std::int64_t panel_size(std::int64_t features) {
-  return (features + kBoundRows) * kPanel;
+template <class T>
+std::int64_t panel_size(std::int64_t features) {
+  return panel_rows(features, sizeof(T) == 4) * kPanel;
 }
 
 // What panels depend on and what is known of a store's keys: their centre, and over live keys the sums of (key -

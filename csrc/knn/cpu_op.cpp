@@ -43,7 +43,8 @@ bool packed(const Tensor& keys, const Tensor& panels, const Tensor& state) {
   const std::int64_t features = keys.size(-1), memories = leading(keys, 2);
   return panels.is_contiguous() && state.is_contiguous() && panels.scalar_type() == wide_type(keys.scalar_type()) &&
          state.scalar_type() == ScalarType::Double && state.numel() == memories * state_size(features) &&
-         panels.numel() == memories * panel_count(keys.size(-2)) * panel_size(features);
+         panels.numel() == memories * panel_count(keys.size(-2)) * kPanel *
+                               panel_rows(features, panels.scalar_type() == ScalarType::Float);
 }
 
 template <class T>
@@ -135,7 +136,7 @@ void write_all(Tensor& keys, Tensor& bias, Tensor& live, Tensor& panels, Tensor&
   const auto here = [](Tensor& x, std::int64_t bytes) { return static_cast<std::byte*>(x.mutable_data_ptr()) + bytes; };
   torch::stable::parallel_for(0, memories, 1, [&](std::int64_t begin, std::int64_t end) {
     for (std::int64_t m = begin; m < end; ++m) {
-      const std::int64_t panel_bytes = panel_count(capacity) * panel_size(features) * std::int64_t(sizeof(T));
+      const std::int64_t panel_bytes = panel_count(capacity) * panel_size<T>(features) * std::int64_t(sizeof(T));
       const Store<T> store{
           .keys = here(keys, m * capacity * features * element),
           .bias = here(bias, m * capacity * element),

@@ -65,6 +65,30 @@ EAML_INLINE unsigned at_most(const V& x, const element_t<V>& limit) {
   return bits;
 }
 
+// sum += a product of bfloat16 numbers and the one of their neighbours, rounded no worse than one by one. Inputs and
+// outputs below the normal numbers count as zero.
+template <class V, class U>
+EAML_INLINE void add_pairs(V& sum, const V& keys, const U& query) {
+#if defined(__x86_64__)
+  EAML_AVX512_ASM("vdpbf16ps %2, %1, %0" : "+v"(sum) : "v"(keys), "v"(query));
+#endif
+}
+
+// Whether this machine multiplies bfloat16 numbers, twice as many at once as float32 ones.
+inline bool pairs_supported() {
+#if defined(__x86_64__) && defined(__ELF__) && !defined(EAML_NO_CLONES)
+  static const bool supported = [] {
+    __builtin_cpu_init();
+    return __builtin_cpu_supports("avx512bf16") && __builtin_cpu_supports("avx512bw") &&
+           __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq") &&
+           __builtin_cpu_supports("avx512cd");
+  }();
+  return supported;
+#else
+  return false;
+#endif
+}
+
 template <class T>
 struct Tile {
   const T *queries, *panel, *start, *thresholds, *ahead;
@@ -74,7 +98,7 @@ struct Tile {
 };
 
 // Rows kFirst ... kFirst + R of a tile of kAll, on as many registers as the set has.
-template <class T, int Bytes, int kFirst, int R, int kAll>
+template <class T, int Bytes, bool kPairs, int kFirst, int R, int kAll>
 EAML_INLINE std::uint32_t block_(const Tile<T>& t) {
   constexpr int N = Bytes / sizeof(T);
   using V = Unaligned<T, N>;
@@ -94,8 +118,18 @@ EAML_INLINE std::uint32_t block_(const Tile<T>& t) {
         EAML_UNROLL
         for (int byte = 0; byte < 2 * Bytes; byte += 64) __builtin_prefetch(ahead + byte / sizeof(T), 0, 2);
       }
-      EAML_UNROLL
-      for (int r = 0; r < R; ++r) sum[r][0] += q[r] * a, sum[r][1] += q[r] * b;
+      if constexpr (kPairs) {
+        const auto* pairs = reinterpret_cast<const Unaligned<std::int32_t, 1>*>(q);
+        EAML_UNROLL
+        for (int r = 0; r < R; ++r) {
+          const Vec<std::int32_t, N> pair = pairs[r][0] - Vec<std::int32_t, N>{};
+          add_pairs(sum[r][0], a, pair);
+          add_pairs(sum[r][1], b, pair);
+        }
+      } else {
+        EAML_UNROLL
+        for (int r = 0; r < R; ++r) sum[r][0] += q[r] * a, sum[r][1] += q[r] * b;
+      }
     }
     std::uint32_t here = 0;
     EAML_UNROLL
@@ -119,43 +153,43 @@ EAML_INLINE std::uint32_t block_(const Tile<T>& t) {
   return any;
 }
 
-template <class T, int Bytes, int R>
+template <class T, int Bytes, bool kPairs, int R>
 EAML_INLINE std::uint32_t rows_of_tile_(const Tile<T>& t) {
   if constexpr (Bytes == 64 || R <= kRows / 2)
-    return block_<T, Bytes, 0, R, R>(t);
+    return block_<T, Bytes, kPairs, 0, R, R>(t);
   else
-    return block_<T, Bytes, 0, R / 2, R>(t) | block_<T, Bytes, R / 2, R - R / 2, R>(t);
+    return block_<T, Bytes, kPairs, 0, R / 2, R>(t) | block_<T, Bytes, kPairs, R / 2, R - R / 2, R>(t);
 }
 
 // scores[r][l] = start[l] + sum_i queries[i][r] * panel[i][l], and whether any is at most its row's threshold.
-template <class T, int Bytes>
+template <class T, int Bytes, bool kPairs>
 EAML_INLINE std::uint32_t tile_(int rows, const Tile<T>& t) {
   static_assert(kRows == 12);
   switch (rows) {
     case 1:
-      return rows_of_tile_<T, Bytes, 1>(t);
+      return rows_of_tile_<T, Bytes, kPairs, 1>(t);
     case 2:
-      return rows_of_tile_<T, Bytes, 2>(t);
+      return rows_of_tile_<T, Bytes, kPairs, 2>(t);
     case 3:
-      return rows_of_tile_<T, Bytes, 3>(t);
+      return rows_of_tile_<T, Bytes, kPairs, 3>(t);
     case 4:
-      return rows_of_tile_<T, Bytes, 4>(t);
+      return rows_of_tile_<T, Bytes, kPairs, 4>(t);
     case 5:
-      return rows_of_tile_<T, Bytes, 5>(t);
+      return rows_of_tile_<T, Bytes, kPairs, 5>(t);
     case 6:
-      return rows_of_tile_<T, Bytes, 6>(t);
+      return rows_of_tile_<T, Bytes, kPairs, 6>(t);
     case 7:
-      return rows_of_tile_<T, Bytes, 7>(t);
+      return rows_of_tile_<T, Bytes, kPairs, 7>(t);
     case 8:
-      return rows_of_tile_<T, Bytes, 8>(t);
+      return rows_of_tile_<T, Bytes, kPairs, 8>(t);
     case 9:
-      return rows_of_tile_<T, Bytes, 9>(t);
+      return rows_of_tile_<T, Bytes, kPairs, 9>(t);
     case 10:
-      return rows_of_tile_<T, Bytes, 10>(t);
+      return rows_of_tile_<T, Bytes, kPairs, 10>(t);
     case 11:
-      return rows_of_tile_<T, Bytes, 11>(t);
+      return rows_of_tile_<T, Bytes, kPairs, 11>(t);
     default:
-      return rows_of_tile_<T, Bytes, 12>(t);
+      return rows_of_tile_<T, Bytes, kPairs, 12>(t);
   }
 }
 
@@ -233,6 +267,29 @@ EAML_INLINE void pack_(const T* keys, int count, std::int64_t features, const T*
       sum[v] += x * x;
     }
   for (int v = 0; v < kPanel / N; ++v) *reinterpret_cast<V*>(square + v * N) = sum[v];
+}
+
+// The nearest bfloat16, zero where the machine's products would take it for zero.
+EAML_INLINE std::uint32_t to_pairs(float x) {
+  const std::uint32_t bits = narrow<Half::kBfloat16, std::uint32_t>(x);
+  return (bits & 0x7f80u) == 0 ? 0 : bits;
+}
+
+// Rows of features in pairs of bfloat16, [(features + 1) / 2][kPanel][2], and what rounding took from a column,
+// squared.
+EAML_INLINE void round_(const float* panel, std::int64_t features, std::uint32_t* pairs, float* lost) {
+  float sum[kPanel] = {};
+  for (std::int64_t i = 0; i < features; i += 2, pairs += kPanel, panel += 2 * kPanel) {
+    const bool whole = i + 1 < features;
+    for (int l = 0; l < kPanel; ++l) {
+      const float a = panel[l], b = whole ? panel[kPanel + l] : 0;
+      const std::uint32_t low = to_pairs(a), high = to_pairs(b);
+      const float da = a - __builtin_bit_cast(float, low << 16), db = b - __builtin_bit_cast(float, high << 16);
+      pairs[l] = low | high << 16;
+      sum[l] += da * da + db * db;
+    }
+  }
+  for (int l = 0; l < kPanel; ++l) lost[l] = sum[l];
 }
 
 // total[i] += sign * (row[i] * scale - centre[i])
@@ -319,14 +376,18 @@ EAML_INLINE bool any_below_(const T* scores, T threshold) {
 // A panel's starts, of dead keys infinite.
 template <class T>
 EAML_INLINE void mask_(const T* start, const bool* live, T* masked) {
-  for (int l = 0; l < kPanel; ++l) masked[l] = live[l] ? start[l] : std::numeric_limits<T>::infinity();
+  constexpr T kInfinity = std::numeric_limits<T>::infinity();
+  for (int l = 0; l < kPanel; ++l) {
+    const T least = live[l] ? -kInfinity : kInfinity, x = start[l];
+    masked[l] = x > least ? x : least;
+  }
 }
 
 // ---- versions ----------------------------------------------------------------------------------------------------
 
 #define EAML_DEFINE_FOR(T, TARGET, BYTES)                                                                        \
   TARGET std::uint32_t tile(int rows, const Tile<T>& t) {                                                        \
-    return tile_<T, BYTES>(rows, t);                                                                             \
+    return tile_<T, BYTES, false>(rows, t);                                                                      \
   }                                                                                                              \
   TARGET void pack(const T* keys, int count, std::int64_t features, const T* centre, const T* scale, T* panel,   \
                    T* square) {                                                                                  \
@@ -356,14 +417,21 @@ EAML_INLINE void mask_(const T* start, const bool* live, T* masked) {
   TARGET EAML_NO_CONTRACTION double product(const T* a, const T* b, std::int64_t features) {                     \
     return exact_sum_<T, BYTES, false>(a, b, features);                                                          \
   }
-#define EAML_DEFINE(TARGET, BYTES)                                                       \
-  EAML_DEFINE_FOR(float, TARGET, BYTES)                                                  \
-  EAML_DEFINE_FOR(double, TARGET, BYTES)                                                 \
-  TARGET void widen_bfloat16(const std::uint16_t* from, std::int64_t count, float* to) { \
-    widen_row_<Half::kBfloat16, BYTES>(from, count, to);                                 \
-  }                                                                                      \
-  TARGET void widen_float16(const std::uint16_t* from, std::int64_t count, float* to) {  \
-    widen_row_<Half::kFloat16, BYTES>(from, count, to);                                  \
+#define EAML_DEFINE(TARGET, BYTES)                                                                        \
+  EAML_DEFINE_FOR(float, TARGET, BYTES)                                                                   \
+  EAML_DEFINE_FOR(double, TARGET, BYTES)                                                                  \
+  TARGET std::uint32_t tile_of_pairs(int rows, const Tile<float>& t) {                                    \
+    if constexpr (BYTES == 64) return tile_<float, 64, true>(rows, t);                                    \
+    return 0;                                                                                             \
+  }                                                                                                       \
+  TARGET void round_panel(const float* panel, std::int64_t features, std::uint32_t* pairs, float* lost) { \
+    round_(panel, features, pairs, lost);                                                                 \
+  }                                                                                                       \
+  TARGET void widen_bfloat16(const std::uint16_t* from, std::int64_t count, float* to) {                  \
+    widen_row_<Half::kBfloat16, BYTES>(from, count, to);                                                  \
+  }                                                                                                       \
+  TARGET void widen_float16(const std::uint16_t* from, std::int64_t count, float* to) {                   \
+    widen_row_<Half::kFloat16, BYTES>(from, count, to);                                                   \
   }
 EAML_VERSIONS(EAML_DEFINE)
 #undef EAML_DEFINE

@@ -18,12 +18,17 @@ from torch import Tensor
 from eaml_ext import _check
 from eaml_ext.ops.knn import DTYPES, METRICS, Neighbors, _search
 
-PANEL, BOUNDS = 32, 3  # keys of a panel, and its rows beside those of the features: csrc/knn/cpu_kernel.h
+try:
+    from eaml_ext import _C
+except ImportError:
+    _C = None  # type: ignore[assignment]
+
+PANEL = 32  # keys of a panel: csrc/knn/cpu_kernel.h
 HUGE = 1 << 22  # bytes from which huge pages are asked for
 
 # ---- schema -----------------------------------------------------------------------------------------------------
 
-# keys (*, M, d), bias (*, M), live (*, M), panels (*, ceil(M / 32), d + 3, 32), state (*, 2 d + 3); slots (*, n),
+# keys (*, M, d), bias (*, M), live (*, M), panels (*, ceil(M / 32), rows, 32), state (*, 2 d + 3); slots (*, n),
 # new_keys (*, n, d), new_bias (*, n). Without new_keys the slots become dead; without slots, panels and state are
 # derived from keys, bias and live.
 torch.library.define(
@@ -141,9 +146,10 @@ class PackedKeys:
             self._bias = torch.zeros(*lead, self.capacity, **options)
             self._live = torch.zeros(*lead, self.capacity, dtype=torch.bool, device=device)
             self._panels = self._state = None
-            if device.type == "cpu" and torch._C._dispatch_has_kernel_for_dispatch_key("eaml_ext::knn_write", "CPU"):
+            if device.type == "cpu" and _C is not None:
                 wide = torch.promote_types(dtype, torch.float32)
-                panels = (*lead, -(-self.capacity // PANEL), self.dim + BOUNDS, PANEL)
+                rows = _C.knn_panel_rows(self.dim, wide is torch.float32)
+                panels = (*lead, -(-self.capacity // PANEL), rows, PANEL)
                 self._panels = _pages(math.prod(panels) * wide.itemsize).view(wide).view(panels)
                 self._state = torch.zeros(*lead, 2 * self.dim + 3, dtype=torch.float64)
         self.dtype, self.device = self._keys.dtype, self._keys.device
