@@ -4,7 +4,8 @@
 
 `pip install '.[bench]'` brings the peers; one that is absent, fails, or misses neighbours of random keys is named with
 the reason. "packed" is a PackedKeys written beforehand, "knn" packs inside the call; the other peers' keys are prepared
-beforehand as far as they can be. Times include the call from Python.
+beforehand as far as they can be. Times include the call from Python. The limit is that of float32: multiply-adds in
+registers, or reading the keys once; where the machine multiplies bfloat16 numbers, a search may stay below it.
 """
 
 import importlib.metadata

@@ -1,8 +1,8 @@
-"""The exact nearest-neighbour searches that the benchmark compares: one or many memories, prepared once, then queried.
+"""The nearest-neighbour searches that the benchmark compares: one or many memories, prepared once, then queried.
 
-A peer's ``prepare(queries, keys)`` takes queries ``(memories, Q, d)`` and keys ``(memories, M, d)`` and returns the call
-that is timed, whose result :func:`indices` reads. Packages that know one memory loop over them. What can be prepared
-is: faiss copies the keys, scann builds, torch takes the norms. Packages are imported when their peer is loaded.
+A peer's ``prepare(queries, keys)`` takes queries ``(memories, Q, d)`` and keys ``(memories, M, d)`` and returns the
+call that is timed, whose result :func:`indices` reads. Packages that know one memory loop over them. What can be
+prepared is: faiss copies the keys, scann builds, torch takes the norms. Packages are imported with their peer.
 """
 
 import os

@@ -172,14 +172,14 @@ class PackedKeys:
         """
         where = "PackedKeys.write"
         self._check_slots(where, slots)
-        for name, x, shape in (("keys", keys, (*slots.shape, self.dim)), ("bias", bias, slots.shape)):
-            if x is None and name == "bias":
-                continue
+        given: list[tuple[str, Tensor, tuple[int, ...]]] = [("keys", keys, (*slots.shape, self.dim))]
+        if bias is not None:
+            given.append(("bias", bias, tuple(slots.shape)))
+        for name, x, shape in given:
             _check.tensor(where, name, x)
             _check.dtype(where, name, x, (self.dtype,))
             _check.device(where, name, x, self.device, "the memory")
-            if x.shape != torch.Size(shape):
-                raise ValueError(f"{where}: {name} must have shape {tuple(shape)}, got {tuple(x.shape)}")
+            _check.shape(where, name, x, shape, str(shape))
         self._biased = self._biased or bias is not None
         self._change(slots, keys.detach(), None if bias is None else bias.detach())
 

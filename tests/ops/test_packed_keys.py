@@ -1,4 +1,4 @@
-"""PackedKeys finds what the reference of knn finds over the live keys, bit for bit, whatever was written, in any order."""
+"""PackedKeys finds what the reference finds over the live keys, bit for bit, whatever was written in any order."""
 
 import copy
 import itertools
@@ -176,6 +176,23 @@ def test_near_duplicates_are_told_apart():
     found = filled(keys).check(queries, 8)
     torch.testing.assert_close(found.values.double(), exact.topk(8, largest=False).values, rtol=1e-5, atol=0)
     assert torch.equal(found.indices, exact.topk(8, largest=False).indices)
+
+
+@pytest.mark.parametrize("metric", METRICS)
+@pytest.mark.parametrize("features", [64, 65])
+def test_rounding_to_bfloat16_at_its_worst(metric, features):
+    """Every component is half a step from the next bfloat16, all errors have one sign, and only they order the keys."""
+    half = 2.0**-8 * (1 - 2.0**-6)
+    steps = torch.linspace(-half, half, 700)[torch.randperm(700)]
+    near = (1 + steps)[:, None] * torch.ones(features) + 2.0**-16 * torch.randn(700, features)
+    model = filled(torch.cat([near, -near]), metric=metric)  # around 0: centring takes nothing away
+    queries = torch.stack(
+        [torch.full((features,), 1 + sign * half * size) for sign in (-1, 1) for size in (0.5, 0.9, 1)]
+    )
+    for scale in (1, 2.0**-60, 2.0**40):
+        model.check(queries * scale, 8)
+        model.check(-queries * scale, 700)
+        model.check(queries[:1] * scale, 8)
 
 
 def test_more_ties_than_a_short_list_holds():
