@@ -16,6 +16,7 @@ _HOME = {
     "selective_scan_step": "ops",
     "knn": "ops",
     "Neighbors": "ops",
+    "PackedKeys": "ops",
     "SSM": "nn",
     "SSMLayer": "nn",
     "Stateful": "nn",

@@ -315,7 +315,8 @@ class ExperienceBuffer:
         self._shapes = {name: tuple(value.shape[1:]) for name, value in store.items()}
         self._index = None
         if "context_embedding" in store:
-            self._index = Index(store["context_embedding"], self.metric, weighted=self._weighted)
+            on_disk, keys = self._directory is not None, store["context_embedding"]
+            self._index = Index(keys, self.metric, weighted=self._weighted, on_disk=on_disk)
             if self._weighted:
                 self._reweigh()
 
@@ -512,7 +513,7 @@ class ExperienceBuffer:
                 indices = torch.zeros_like(distances, dtype=torch.int64)
             else:
                 assert self._index is not None  # there is a context_embedding
-                distances, indices = self._index.search(queries, k, valid, slots)
+                distances, indices = self._index.search(queries, k, valid, slots, self._written)
                 if self.age_half_life is not None:  # the index counts age from another item
                     distances = distances + (self._written - 1 - self._origin) * (math.log(2) / self.age_half_life)
             if query_embedding.dim() == 1:

@@ -113,7 +113,7 @@ class PackedKeys:
     >>> memory = PackedKeys(capacity=4, dim=2)
     >>> memory.write(torch.tensor([0, 2]), torch.tensor([[0.0, 0.0], [3.0, 4.0]]))
     >>> memory.search(torch.zeros(1, 2), k=3)
-    Neighbors(values=tensor([[0., 25., inf]]), indices=tensor([[ 0,  2, -1]]))
+    Neighbors(values=tensor([[ 0., 25., inf]]), indices=tensor([[ 0,  2, -1]]))
     >>> memory.erase(torch.tensor([0]))
     >>> len(memory), memory.search(torch.zeros(1, 2), k=1).indices.tolist()
     (1, [[2]])

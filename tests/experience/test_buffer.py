@@ -1,4 +1,5 @@
 import copy
+import math
 import pickle
 import re
 import threading
@@ -526,3 +527,39 @@ def test_a_read_and_a_write_do_not_overlap(first):
     buffer.get_batch(8) if first == "read" else buffer.add(state=torch.ones(64, 1))
     assert done.wait(10)
     thread.join()
+
+
+@pytest.mark.parametrize("metric", ["sqeuclidean", "cosine"])
+@pytest.mark.parametrize("weighted", [False, True])
+def test_packed_keys_find_what_stored_keys_find(metric, weighted, monkeypatch):
+    """Through filling, overwriting, clearing, new priorities and exclusion."""
+    dim, capacity = 16, 4096  # enough to be packed
+    draw = torch.Generator().manual_seed(0)
+
+    def history(buffer: ExperienceBuffer) -> list[Experiences]:
+        found, items = [], torch.Generator().manual_seed(1)
+        for round_ in range(9):
+            count = (700, 1, 3000, 2500, 64, 5000, 10, 0, 900)[round_]
+            if round_ == 7:
+                buffer.clear()
+            fields = {"priority": torch.rand(count, generator=items) + 0.1} if weighted else {}
+            if count:
+                embedding = torch.randn(count, dim, generator=items)
+                buffer.add(state=embedding[:, :2], context_embedding=embedding, task=torch.arange(count) % 5, **fields)
+            if weighted and round_ == 4:
+                batch = buffer.get_batch(50)
+                buffer.set_priority(batch.indices, torch.rand(50, generator=items) + 0.1, batch.generations)
+            if len(buffer):
+                found.append(buffer.retrieve(queries, k=7, exclude_task=None if round_ % 2 else 3))
+        return found
+
+    queries = torch.randn(5, dim, generator=draw)
+    packed = ExperienceBuffer(capacity, metric=metric, seed=0)
+    results = history(packed)
+    assert packed._index is not None and packed._index._packed is not None
+    monkeypatch.setattr("eaml_ext.experience.index._WORTH", math.inf)
+    stored = ExperienceBuffer(capacity, metric=metric, seed=0)
+    for got, want in zip(results, history(stored), strict=True):
+        assert torch.equal(got.indices, want.indices) and torch.equal(got.generations, want.generations)
+        assert torch.equal(got.distances, want.distances)
+    assert stored._index is not None and stored._index._packed is None
