@@ -390,7 +390,7 @@ class Screen {
     T sum[kPanel] = {}, square[kPanel] = {}, extent[kPanel] = {}, lower[kPanel], upper[kPanel];
     for (std::int64_t slot = begin_; slot < end_; slot += kPanel) {
       const int count = int(std::min<std::int64_t>(kPanel, end_ - slot));
-      if (none_live(memory, slot, count)) continue;
+      if (live_bits(memory, slot, count) == 0) continue;
       const T* keys = memory.keys.read(slot, count, wide_);
       if (sqeuclidean())
         difference_rows(query, keys, count, features, sum);
@@ -426,8 +426,19 @@ class Screen {
     }
   }
 
-  static bool none_live(const Memory<T>& memory, std::int64_t slot, int count) {
-    return memory.valid && std::memchr(memory.valid + slot, 1, count) == nullptr;
+  // A bit for each live key from `slot` on.
+  static std::uint32_t live_bits(const Memory<T>& memory, std::int64_t slot, int count) {
+    const std::uint32_t all = ~std::uint32_t(0) >> (kPanel - count);
+    if (!memory.valid) return all;
+    bool live[kPanel] = {};
+    std::copy_n(memory.valid + slot, count, live);
+    std::uint32_t bits = 0;
+    for (int l = 0; l < kPanel; l += 8) {
+      std::uint64_t eight;
+      std::memcpy(&eight, live + l, 8);
+      bits |= std::uint32_t(eight * 0x0102040810204080u >> 56) << l;  // the byte of a true bool is 1
+    }
+    return bits;
   }
 
   void search_panels(const Memory<T>& memory, std::int64_t keys_block) {
@@ -449,15 +460,16 @@ class Screen {
     pack_queries();
     for (std::int64_t slot = begin_; slot < end_; slot += kPanel) {
       const int count = int(std::min<std::int64_t>(kPanel, end_ - slot));
-      if (none_live(memory, slot, count)) continue;
+      const std::uint32_t live = live_bits(memory, slot, count);
+      if (live == 0) continue;
       if (panels) {
         const T* panel = panels + slot / kPanel * panel_size<T>(features);
-        screen(memory, slot, count, panel, slot + kPanel < end_ ? panel + panel_size<T>(features) : panel);
+        screen(slot, live, panel, slot + kPanel < end_ ? panel + panel_size<T>(features) : panel);
       } else {
         const T* keys = memory.keys.read(slot, count, wide_);
         pack_panel(keys, memory.bias ? memory.bias + slot : nullptr, count, features, centre_.data(), problem_.metric,
                    key_bounds_, wide_panel_, Panel<T>(panel_.data(), features));
-        screen(memory, slot, count, panel_.data(), panel_.data());
+        screen(slot, live, panel_.data(), panel_.data());
       }
     }
   }
@@ -542,22 +554,13 @@ class Screen {
     return knn::tile(rows, tile);
   }
 
-  // All queries against one panel; the one after it is on its way meanwhile.
-  void screen(const Memory<T>& memory, std::int64_t slot, int count, const T* at, const T* ahead) {
+  // All queries against one panel; the one after it is on its way meanwhile. Dead keys are left out where they hit: to
+  // mask them all beforehand would cost as much as the products of a few queries.
+  void screen(std::int64_t slot, std::uint32_t live, const T* at, const T* ahead) {
     const Panel<const T> panel(at, problem_.features);
-    const T* start = panel.start;
-    alignas(kAlignment) T masked[kPanel], scores[kRows * kPanel];
-    if (memory.valid || count < kPanel) {
-      bool live[kPanel] = {};
-      if (memory.valid)
-        std::copy_n(memory.valid + slot, count, live);
-      else
-        std::fill_n(live, count, true);
-      mask(start, live, masked);
-      start = masked;
-    }
+    alignas(kAlignment) T scores[kRows * kPanel];
     std::uint32_t hits[kRows];
-    Tile<T> tile{nullptr, panel.keys, start, nullptr, ahead, depth_, scores, hits};
+    Tile<T> tile{nullptr, panel.keys, panel.start, nullptr, ahead, depth_, scores, hits};
     for (std::int64_t t = 0; t < tiles(); ++t, tile.ahead = at) {
       const std::int64_t first = tile_begin(t);
       const int rows = int(tile_begin(t + 1) - first);
@@ -565,9 +568,9 @@ class Screen {
       tile.thresholds = thresholds_.data() + first;
       if (products(rows, tile) == 0) continue;
       for (int r = 0; r < rows; ++r) {
-        if (hits[r] == 0) continue;
+        if ((hits[r] & live) == 0) continue;
         Shortlist<T>& list = lists_[first + r];
-        for (std::uint32_t bits = hits[r]; bits != 0; bits &= bits - 1) {
+        for (std::uint32_t bits = hits[r] & live; bits != 0; bits &= bits - 1) {
           const int l = std::countr_zero(bits);
           const T lower = scores[r * kPanel + l];
           list.add(lower, lower + panel.width[l] + spread(first + r, panel.norms[l]), std::int32_t(slot + l - begin_));

@@ -373,16 +373,6 @@ EAML_INLINE bool any_below_(const T* scores, T threshold) {
   return any;
 }
 
-// A panel's starts, of dead keys infinite.
-template <class T>
-EAML_INLINE void mask_(const T* start, const bool* live, T* masked) {
-  constexpr T kInfinity = std::numeric_limits<T>::infinity();
-  for (int l = 0; l < kPanel; ++l) {
-    const T least = live[l] ? -kInfinity : kInfinity, x = start[l];
-    masked[l] = x > least ? x : least;
-  }
-}
-
 // ---- versions ----------------------------------------------------------------------------------------------------
 
 #define EAML_DEFINE_FOR(T, TARGET, BYTES)                                                                        \
@@ -404,9 +394,6 @@ EAML_INLINE void mask_(const T* start, const bool* live, T* masked) {
   }                                                                                                              \
   TARGET void product_rows(const T* query, const T* keys, int count, std::int64_t features, T* sum, T* square) { \
     rows_<T, BYTES, false>(query, keys, count, features, sum, square);                                           \
-  }                                                                                                              \
-  TARGET void mask(const T* start, const bool* live, T* masked) {                                                \
-    mask_(start, live, masked);                                                                                  \
   }                                                                                                              \
   TARGET bool any_below(const T* scores, T threshold) {                                                          \
     return any_below_(scores, threshold);                                                                        \

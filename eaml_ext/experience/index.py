@@ -33,7 +33,7 @@ class Index:
         self._packs = not on_disk and keys.device.type == "cpu" and keys.numel() >= _WORTH
         self._packed: PackedKeys | None = None
         self._seen = 0  # items that had been written when they were packed last
-        self._bias = None
+        self._bias, self._reweighed = None, False
         if weighted:
             with torch.inference_mode(False):
                 self._bias = torch.zeros(len(keys), dtype=keys.dtype, device=keys.device)
@@ -44,6 +44,7 @@ class Index:
         if self._bias is not None:
             self._bias[slots] = bias if isinstance(slots, slice) else bias.to(self._bias.dtype)
             self._changed[slots] = True
+            self._reweighed = True
 
     def search(
         self, queries: Tensor, k: int, valid: Tensor | None, among: Tensor | slice, written: int
@@ -73,6 +74,8 @@ class Index:
         from eaml_ext.ops import PackedKeys
 
         size, dim = self._keys.shape
+        if self._packed is not None and self._seen == written and not self._reweighed:
+            return self._packed
         if self._packed is None:
             self._packed = PackedKeys(size, dim, metric=self._metric, dtype=self._keys.dtype)
         new = torch.arange(max(self._seen, written - size), written) % size
@@ -80,6 +83,7 @@ class Index:
             self._changed[new] = True
             new = self._changed.nonzero().squeeze(1)
             self._changed.zero_()
+            self._reweighed = False
         if len(new):
             self._packed.write(new, self._keys[new], None if self._bias is None else self._bias[new])
         self._seen = written
