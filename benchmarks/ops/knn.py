@@ -251,9 +251,15 @@ def plot(rows: list[Row], shares: list[Row], path: Path) -> Path:
             axes.bar(places, heights, 0.1, label=name, color=colors[i])
     axes.axhline(1, color="#555555", linewidth=0.8)
     axes.set_yscale("log")
-    names = [f"{q} of {m:,}\n{d} features" + (f"\n{b} memories" if b > 1 else "") for b, q, m, d in shapes]
-    axes.set_xticks(range(len(shapes)), names, fontsize=8)
-    axes.set_ylabel("time over the machine's limit")
+    count = [
+        f"{m // 1_000_000}M" if m >= 1_000_000 else f"{m // 1000}k" if m > 9999 else f"{m}" for _, _, m, _ in shapes
+    ]
+    names = [
+        f"{q} of {m}\n{d} features" + (f"\n{b} memories" if b > 1 else "")
+        for (b, q, _, d), m in zip(shapes, count, strict=True)
+    ]
+    axes.set_xticks(range(len(shapes)), names, fontsize=7.5)
+    axes.set_ylabel("time over the machine's limit for float32")
     axes.set_title(f"Exact {K} nearest neighbours on one CPU thread, float32", loc="left", fontsize=11)
     axes.legend(frameon=False, fontsize=8, ncols=4)
     axes.spines[["top", "right"]].set_visible(False)
