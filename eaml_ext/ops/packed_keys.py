@@ -82,7 +82,7 @@ def _pages(size: int) -> Tensor:
     """``size`` zero bytes, in huge pages where the system has them: a search with few queries is as fast as memory."""
     if size < HUGE or not hasattr(mmap, "MADV_HUGEPAGE"):
         return torch.zeros(size, dtype=torch.uint8)
-    buffer = mmap.mmap(-1, size)
+    buffer = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)  # shared, a fork would write to it too
     with contextlib.suppress(OSError):  # a kernel without them
         buffer.madvise(mmap.MADV_HUGEPAGE)
     return torch.frombuffer(buffer, dtype=torch.uint8)
