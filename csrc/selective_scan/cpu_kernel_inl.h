@@ -205,6 +205,14 @@ EAML_INLINE View<S> view_of(StepTile<S> tile) {
     return {tile.value, kLanes<S>};
 }
 
+// The same of halves, widened where they are read.
+template <Half kHalf, class V>
+struct HalfView {
+  const std::uint16_t* value;
+  int64_t step;
+  EAML_INLINE V get(int64_t t) const { return load_half<kHalf, V>(value + t * step); }
+};
+
 // The inputs of a run on S: values, and for duals their tangents.
 template <class S>
 struct Source {
@@ -263,6 +271,11 @@ EAML_INLINE void with_half(Half half, F f) {
     f(std::integral_constant<Half, Half::kBfloat16>());
   else
     f(std::integral_constant<Half, Half::kFloat16>());
+}
+
+template <Half kHalf, class V>
+EAML_INLINE void store_narrow(std::uint16_t* to, V x) {
+  if constexpr (sizeof(element_t<V>) == 4) store_half<kHalf>(to, x);
 }
 
 // Strided copies run once a chunk or less: they stay out of line, without instruction sets of their own.
@@ -726,6 +739,14 @@ struct Unit {
     return {row, out.inner};
   }
 
+  // The same of halves, null where rows cannot be written one by one.
+  EAML_INLINE std::uint16_t* half_target(const Out<T>& out, int64_t block, int64_t start, int64_t ahead) {
+    if (out.data == nullptr || out.half == Half::kNone || out.channel != 1 || lanes(block) != W) return nullptr;
+    std::uint16_t* const data = reinterpret_cast<std::uint16_t*>(out.data);
+    come(data, out, block, start, ahead);
+    return data + at.row * out.outer + channel(block) + start * out.inner;
+  }
+
   // Has the rows prefetched that the loops come to next: the next block's, the next chunk's, or the next unit's.
   template <class N, class Sequence>
   EAML_INLINE void come(const N* data, const Sequence& sequence, int64_t block, int64_t start, int64_t ahead) {
@@ -745,9 +766,26 @@ struct Unit {
     if constexpr (kLane) stage_invariant(block);
     streams = 0;
     constexpr int64_t ahead = kSlope ? -kChunk : kChunk;  // backward walks backward
-    u = view(&Inputs<T>::u, memory_u, block, start, steps, ahead);
     if (shape.gated) z = view(&Inputs<T>::z, memory_z, block, start, steps, ahead);
-    const View<S> delta = view(&Inputs<T>::delta, memory_delta, block, start, steps, ahead), u_ = u;
+    if constexpr (sizeof(T) == 4 && !kSlope && !kIsDual<S>) {  // nobody reads u and delta of forward once more
+      const In<T>&in_u = source.values.u, &in_delta = source.values.delta;
+      if (in_u.half != Half::kNone && lanes(block) == W && in_u.channel == 1 && in_delta.channel == 1) {
+        const auto rows = [&](const In<T>& in) EAML_LAMBDA {
+          come(halves(in.data), in, block, start, ahead);
+          return halves(in.data) + at.row * in.outer + channel(block) + start * in.inner;
+        };
+        return with_half(in_u.half, [&](auto half) EAML_LAMBDA {
+          const HalfView<half, V> u_{rows(in_u), in_u.inner}, delta{rows(in_delta), in_delta.inner};
+          stage_steps<kSlope>(block, steps, slope, u_, delta);
+        });
+      }
+    }
+    u = view(&Inputs<T>::u, memory_u, block, start, steps, ahead);
+    stage_steps<kSlope>(block, steps, slope, u, view(&Inputs<T>::delta, memory_delta, block, start, steps, ahead));
+  }
+
+  template <bool kSlope, class Sequence>
+  EAML_INLINE void stage_steps(int64_t block, int64_t steps, StepTile<S> slope, Sequence u_, Sequence delta) {
     const StepTile<S> dt_ = dt, x_ = x, y_ = y;
     const S offset = bias.get(block * W), d = D.get(block * W);
     const bool sums = !kSlope || shape.gated;  // backward needs y for the gate alone
@@ -840,6 +878,7 @@ EAML_INLINE void forward_unit(Arena& arena, const Shape& shape, const Source<rea
       if constexpr (kIsDual<S>) save(out.checkpoint_tangents, state.tangent, chunk, block);
       unit.template stage_block<false>(block, start, steps, y);
       const Target<V> to = unit.target(out.y, tile, block, start, kChunk);
+      std::uint16_t* const half_row = unit.half_target(out.y, block, start, kChunk);
       for (int64_t part = 0; part < shape.parts; ++part) {
         if (part > 0) clear<S>(y, steps * W);
         const auto advance_part = [&](auto output) EAML_LAMBDA {
@@ -858,10 +897,13 @@ EAML_INLINE void forward_unit(Arena& arena, const Shape& shape, const Source<rea
             const S gate = unit.z.get(t);
             term = output(y.get(t * W) * (gate * sigmoid(gate)));
           }
-          to.set(t, part == 0 ? term : to.get(t) + rounded(term));
+          if (half_row)  // has one part
+            with_half(out.y.half, [&](auto half) EAML_LAMBDA { store_narrow<half>(half_row + t * out.y.inner, term); });
+          else
+            to.set(t, part == 0 ? term : to.get(t) + rounded(term));
         }
       }
-      store_tile<V>(out.y, tile, row, unit.channel(block), unit.lanes(block), start, steps);
+      if (!half_row) store_tile<V>(out.y, tile, row, unit.channel(block), unit.lanes(block), start, steps);
     }
   }
 
