@@ -12,7 +12,7 @@ namespace eaml::selective_scan {
 constexpr std::int64_t kChunk = 32;
 // Bytes of a row of the channels that share one pass over B and C; fixed, so that sums never depend on the number of
 // threads.
-constexpr std::int64_t kUnitBytes = 512;
+constexpr std::int64_t kUnitBytes = 1024;
 
 // A strided input; a null pointer reads as zeros. Strides are in elements: batch row or task, channel, step or state.
 template <class T>
@@ -60,9 +60,9 @@ inline std::int64_t part_begin(const Shape& s, std::int64_t part) {
 // Outputs of the forward pass; of a Dual run, their tangents. Null ones are not written.
 template <class T>
 struct Outputs {
-  Out<T> y;                          // (batch, dim, length)
-  Out<T> last_state;                 // (batch, dim, state)
-  T* checkpoints = nullptr;          // (batch, chunks, all_states, dim): the state each chunk starts from
+  Out<T> y;                  // (batch, dim, length)
+  Out<T> last_state;         // (batch, dim, state)
+  T* checkpoints = nullptr;  // (batch, chunks - 1, all_states, dim): the state each chunk but the first starts from
   T* checkpoint_tangents = nullptr;  // of a Dual run
 };
 

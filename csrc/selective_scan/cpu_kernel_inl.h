@@ -4,7 +4,8 @@
 // Lanes are channels, so there is no horizontal sum per step and the exponential runs at full vector width. A unit of
 // work is one batch row times kUnitBytes of channels, in blocks of one vector. Time is walked in chunks: inputs of a
 // chunk are staged as [step][lane] tiles, states are taken a few at a time and stay in registers through the chunk.
-// Backward walks the chunks from the last to the first and recomputes each from the state saved at its start.
+// Backward walks the chunks from the last to the first and recomputes each from the state saved at its start, the
+// first one from the initial state.
 #pragma once
 
 #include <algorithm>
@@ -413,11 +414,12 @@ EAML_NOINLINE void stage_vector(T* vector, const In<T>& in, int64_t row, int64_t
   for (int64_t i = 0; i < lanes; ++i) vector[i] = from[i * in.channel];
 }
 
-// The saved states (batch, chunks, state, component, dim) at the start of a chunk, each component a state of an input
-// of its own.
+// The saved states (batch, chunks - 1, state, component, dim) at the start of a chunk but the first, each component a
+// state of an input of its own.
 template <class T>
 In<T> checkpoint(const T* all, const Shape& shape, int64_t row, int64_t chunk, int64_t chunks) {
-  return {all + (row * chunks + chunk) * shape.all_states * shape.components * shape.dim, 0, 1, shape.dim};
+  const int64_t index = row * (chunks - 1) + chunk - 1;
+  return {all + index * shape.all_states * shape.components * shape.dim, 0, 1, shape.dim};
 }
 
 // to[state][step] = from[step][state] of complex numbers, kVectors / 2 states of which `count` are taken.
@@ -664,6 +666,12 @@ struct Unit {
   }
   EAML_INLINE Rates<Z> rates(int64_t j) const { return {A, prepared, j}; }
 
+  EAML_INLINE void stage_initial(Span<Z> to, int64_t block) const {
+    source.each(&Inputs<T>::initial_state, to, [&](T* matrix, const In<T>& in) {
+      stage_matrix<V, kComponents<Z>>(matrix, in, at.row, channel(block), lanes(block), shape.state, padded);
+    });
+  }
+
   // What all blocks of the unit share in a chunk: resets, and B and C where they vary in time.
   EAML_INLINE void stage_chunk(int64_t start, int64_t steps) {
     segments.count = 1, segments.begin[0] = 0, segments.first_reset = false;
@@ -858,24 +866,20 @@ EAML_INLINE void forward_unit(Arena& arena, const Shape& shape, const Source<rea
   const int64_t row = unit.at.row, size = unit.padded * W, chunks = unit.chunks();
   const Span<Z> h = take<Z>(arena, unit.blocks() * size);
   T* const tile = arena.take<T>(kChunk * W);
-  for (int64_t block = 0; block < unit.blocks(); ++block)
-    source.each(&Inputs<T>::initial_state, h.at(block * size), [&](T* to, const In<T>& in) {
-      stage_matrix<V, components>(to, in, row, unit.channel(block), unit.lanes(block), shape.state, unit.padded);
-    });
+  for (int64_t block = 0; block < unit.blocks(); ++block) unit.stage_initial(h.at(block * size), block);
   const auto save = [&](T* all, const T* matrix, int64_t chunk, int64_t block) {
-    if (all == nullptr) return;
-    T* to = all + (row * chunks + chunk) * shape.all_states * components * shape.dim + unit.channel(block);
+    if (all == nullptr || chunk == chunks) return;
+    T* to = all + (row * (chunks - 1) + chunk - 1) * shape.all_states * components * shape.dim + unit.channel(block);
     store_matrix<V, 1>(to, 1, shape.dim, matrix, unit.lanes(block), shape.state * components);
   };
 
-  for (int64_t chunk = 0; chunk < chunks; ++chunk) {
+  const bool whole = out.y.data != nullptr || out.last_state.data != nullptr;  // or the saved states alone
+  for (int64_t chunk = 0; chunk < chunks - !whole; ++chunk) {
     const int64_t start = chunk * kChunk, steps = std::min(kChunk, shape.length - start);
     unit.stage_chunk(start, steps);
     for (int64_t block = 0; block < unit.blocks(); ++block) {
       const Span<Z> state = h.at(block * size);
       const StepTile<S> y = unit.y;
-      save(out.checkpoints, state.value, chunk, block);
-      if constexpr (kIsDual<S>) save(out.checkpoint_tangents, state.tangent, chunk, block);
       unit.template stage_block<false>(block, start, steps, y);
       const Target<V> to = unit.target(out.y, tile, block, start, kChunk);
       std::uint16_t* const half_row = unit.half_target(out.y, block, start, kChunk);
@@ -904,6 +908,8 @@ EAML_INLINE void forward_unit(Arena& arena, const Shape& shape, const Source<rea
         }
       }
       if (!half_row) store_tile<V>(out.y, tile, row, unit.channel(block), unit.lanes(block), start, steps);
+      save(out.checkpoints, state.value, chunk + 1, block);
+      if constexpr (kIsDual<S>) save(out.checkpoint_tangents, state.tangent, chunk + 1, block);
     }
   }
 
@@ -1156,8 +1162,12 @@ EAML_INLINE void backward_unit(Arena& arena, const Shape& shape, const Source<re
         const T* next = saved.data + (last ? unit.at.first - shape.all_states * components * shape.dim : channel + W);
         for (int64_t n = 0; n < shape.state * components; ++n) EAML_PREFETCH(next + n * shape.dim);
       };
-      stage_start(h0.value, out.checkpoints);
-      if constexpr (kIsDual<S>) stage_start(h0.tangent, out.checkpoint_tangents);
+      if (chunk == 0) {
+        unit.stage_initial(h0, block);
+      } else {
+        stage_start(h0.value, out.checkpoints);
+        if constexpr (kIsDual<S>) stage_start(h0.tangent, out.checkpoint_tangents);
+      }
       for (int64_t part = 0; part < shape.parts; ++part) {
         if (part > 0) clear<S>(y, steps * W);
         clear<S>(grad.x, steps * W);

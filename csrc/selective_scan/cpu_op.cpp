@@ -50,8 +50,13 @@ Sizes sizes_of(const Tensor& t) {
   return {sizes.begin(), sizes.end()};
 }
 
-int64_t chunks(const Shape& s) {
-  return (s.length + kChunk - 1) / kChunk;
+// Chunks that start from a saved state: all but the first.
+int64_t saved_chunks(const Shape& s) {
+  return std::max<int64_t>((s.length - 1) / kChunk, 0);
+}
+// Numbers of A's kind in the saved states of a batch row; as _saved_size in eaml_ext/ops/selective_scan.py.
+int64_t saved_size(const Shape& s) {
+  return std::max<int64_t>(saved_chunks(s), 1) * s.state * s.dim;
 }
 
 void check_kind(const char* name, const Maybe& t, ScalarType dtype, int64_t min_rank, int64_t max_rank) {
@@ -421,11 +426,6 @@ struct GradientTensors {
   }
 };
 
-// Real numbers in all saved states.
-int64_t saved_size(const Shape& s) {
-  return s.batch * chunks(s) * s.state * s.components * s.dim;
-}
-
 // The forward kernel; with tangents, on Duals.
 template <class T>
 void run_forward(Scratch& scratch, const Shape& s, const Inputs<T>& in, const Inputs<T>* tangents,
@@ -475,7 +475,8 @@ template <class T>
 std::tuple<Tensor, Tensor, Tensor> run(const Shape& s, const Arguments& x, bool save) {
   Scratch scratch;
   Tensor y = torch::stable::empty_like(*x.u), last = empty(*x.A, {s.batch, s.dim, s.state});
-  Tensor saved = empty(*x.A, save ? Sizes{s.batch, chunks(s) * s.state * s.dim} : Sizes{0});
+  Tensor saved = empty(*x.A, save ? Sizes{s.batch, saved_size(s)} : Sizes{0});
+  if (save && saved_chunks(s) == 0) torch::stable::zero_(saved);
   const Outputs<T> to{out<T>(y), out<T>(last, s.components), save ? mutable_data<T>(saved) : nullptr};
   run_forward<T>(scratch, s, inputs<T>(s, x), nullptr, to);
   return {y, last, saved};
@@ -492,8 +493,8 @@ GradientTuple run_vjp(const Shape& s, const Arguments& x, const Tensor& grad_y, 
   if (saved) {
     to.checkpoints = data<T>(*saved);
   } else {
-    T* const states = scratch.take<T>(saved_size(s));
-    run_forward<T>(scratch, s, in, nullptr, {{}, {}, states});
+    T* const states = scratch.take<T>(s.batch * saved_size(s) * s.components);
+    if (saved_chunks(s) > 0) run_forward<T>(scratch, s, in, nullptr, {{}, {}, states});
     to.checkpoints = states;
   }
   run_backward<T>(scratch, s, in, nullptr, to);
@@ -519,10 +520,10 @@ JvpTuple run_vjp_jvp(const Shape& s, const Arguments& x, const Tensor& grad_y, c
   Tensor y = outputs ? torch::stable::empty_like(*x.u) : empty(*x.u, {0});
   Tensor last = empty(*x.A, outputs ? Sizes{s.batch, s.dim, s.state} : Sizes{0});
   Scratch scratch;
-  const int64_t count = saved_size(s);
+  const int64_t count = s.batch * saved_size(s) * s.components;
   Outputs<T> first{{}, {}, scratch.take<T>(count), scratch.take<T>(count)};
   if (outputs) first.y = out<T>(y), first.last_state = out<T>(last, s.components);
-  run_forward<T>(scratch, s, in, &along, first);
+  if (outputs || saved_chunks(s) > 0) run_forward<T>(scratch, s, in, &along, first);
   GradientTensors<T> gradients(scratch, s, x);
   Gradients<T> to = gradients.pointers(x);
   to.checkpoints = first.checkpoints, to.checkpoint_tangents = first.checkpoint_tangents;
@@ -573,7 +574,7 @@ GradientTuple selective_scan_backward(Tensor grad_y, Maybe grad_state, Tensor u,
   const Shape s = make_shape(x, reset, delta_softplus, B_invariant, C_invariant);
   check_cotangents(s, x, grad_y, grad_state);
   check_kind("saved", saved, A.scalar_type(), 2, 2);
-  check_sizes("saved", saved, 0, {s.batch, chunks(s) * s.state * s.dim});
+  check_sizes("saved", saved, 0, {s.batch, saved_size(s)});
   EAML_CHECK(!saved || saved->is_contiguous(), "selective_scan: saved must be contiguous");
   return single(x) ? run_vjp<float>(s, x, grad_y, grad_state, saved) : run_vjp<double>(s, x, grad_y, grad_state, saved);
 }

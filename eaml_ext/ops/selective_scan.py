@@ -102,7 +102,7 @@ def _reference(
     B_invariant: bool,
     C_invariant: bool,
 ) -> tuple[Tensor, Tensor, list[Tensor]]:
-    """The formula, one step at a time: y, last state, and the states at the start of each chunk."""
+    """The formula, one step at a time: y, last state, and the states at the start of each chunk but the first."""
     batch, dim, length = u.shape
     dtype = u.dtype
     if dtype in _HALF:
@@ -117,7 +117,7 @@ def _reference(
     x = dt * u
     ys, saved = [], []
     for t in range(length):
-        if t % CHUNK == 0:
+        if t and t % CHUNK == 0:
             saved.append(h)
         if reset is not None:
             h = torch.where(reset[:, t, None, None], torch.zeros_like(h), h)
@@ -199,6 +199,14 @@ def _pull(outs: Sequence[Tensor], inputs: Sequence[Tensor], cotangents: Sequence
     )
 
 
+def _saved_size(u: Tensor, A: Tensor) -> Any:
+    """Of (chunks - 1, state, dim), a state of zeros if there is but one chunk.
+
+    One dimension, and never empty: else a compiled call would be compiled anew on each side of 0 and of 1.
+    """
+    return torch.sym_max((u.shape[2] - 1) // CHUNK, 1) * A.shape[-1] * u.shape[1]
+
+
 @torch.library.impl("eaml_ext::selective_scan", "CompositeExplicitAutograd")
 def _scan_reference(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
     *inputs, save = args
@@ -208,10 +216,8 @@ def _scan_reference(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
     last = last.clone(memory_format=torch.contiguous_format)
     if not save:
         return y, last, A.new_empty(0)
-    batch, size = u.shape[0], len(saved) * A.shape[-1] * u.shape[1]
-    if not saved:
-        return y, last, A.new_empty(batch, size)
-    return y, last, torch.stack(saved, dim=1).transpose(2, 3).reshape(batch, size)
+    saved = saved or [torch.zeros_like(last)]
+    return y, last, torch.stack(saved, dim=1).transpose(2, 3).reshape(len(u), _saved_size(u, A))
 
 
 def _with_time(
@@ -290,9 +296,7 @@ def _fake_state(u: Tensor, A: Tensor) -> Tensor:
 @torch.library.register_fake("eaml_ext::selective_scan")
 def _scan_fake(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
     u, A, save = args[0], args[2], args[-1]
-    # One dimension for (chunks, state, dim): of its own, that of chunks would be compiled anew for each side of 1.
-    chunks = (u.shape[2] + CHUNK - 1) // CHUNK
-    saved = A.new_empty(u.shape[0], chunks * A.shape[-1] * u.shape[1]) if save else A.new_empty(0)
+    saved = A.new_empty(u.shape[0], _saved_size(u, A)) if save else A.new_empty(0)
     return torch.empty_like(u), _fake_state(u, A), saved
 
 
