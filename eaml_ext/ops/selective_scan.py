@@ -178,9 +178,12 @@ def _fill(tangents: Sequence[Any], values: Sequence[Any]) -> tuple[Tensor, ...]:
 
 @contextlib.contextmanager
 def _autograd() -> Iterator[None]:
-    """Lets a kernel record gradients, below a dispatch mode too (a FLOP counter), where autograd is switched off."""
+    """Lets a kernel record gradients, below a dispatch mode too (a FLOP counter), where what this takes is off."""
     keys, exclude = torch._C.DispatchKey, torch._C._SetExcludeDispatchKeyGuard
-    with torch.enable_grad(), exclude(keys.AutogradFunctionality, False), exclude(keys.ADInplaceOrView, False):
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(torch.enable_grad())
+        for key in (keys.AutogradFunctionality, keys.ADInplaceOrView, keys.Conjugate, keys.Negative):
+            stack.enter_context(exclude(key, False))
         yield
 
 
