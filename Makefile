@@ -17,7 +17,7 @@ demo: $(VENV)/installed  ## the main job: meta-train on CartPole dynamics, adapt
 
 test: $(VENV)/installed  ## the whole suite, then the ops once more on their references
 	$(BIN)/pytest -n 2
-	$(BIN)/pytest -n 2 --reference tests/ops --ignore tests/ops/test_complex_scan.py  # see README, "Not yet"
+	$(BIN)/pytest -n 2 --reference tests/ops
 
 # A package of its own in build/sanitize; gcc's runtime has to be loaded before Python's own allocations.
 SANITIZE := -fsanitize=address,undefined -fno-sanitize-recover=all

@@ -13,7 +13,7 @@ import pytest
 import test_scan_numerics as numerics
 import test_selective_scan as real
 import torch
-from battery import DTYPES, LAYOUTS, Battery, Build, Call, Op, close, derivatives, leaves, outputs, to_float64
+from battery import DTYPES, LAYOUTS, Battery, Build, Call, Op, close, derivatives, leaves, noise, outputs, to_float64
 from torch import Tensor
 from torch.autograd import gradcheck, gradgradcheck
 
@@ -150,6 +150,10 @@ def conjugated(x: Tensor) -> Tensor:
 @pytest.mark.parametrize("name", ["per_task", "groups", "invariant", "mixed", "lanes_and_one", "state16"])
 def test_strides_of_complex_tensors(name, layout):
     """The battery's own layouts are those of the parts, which complex tensors made of them need not have."""
+
+    def drawn(like: Iterable[Tensor]) -> list[Tensor]:
+        return [layout(torch.complex(*noise((x.real, x.imag)))) if x.is_complex() else noise((x,))[0] for x in like]
+
     call = in_parts({**real.CASES, **real.SHAPES}[name])(torch.float64, "cpu")
     call = call._replace(tensors=joined(call.tensors))
     odd = {n: layout(x) if n in COMPLEX else x for n, x in call.tensors.items()}
@@ -157,10 +161,8 @@ def test_strides_of_complex_tensors(name, layout):
     for tensors in (odd, {n: x.resolve_conj().contiguous() for n, x in odd.items()}):
         x = leaves(call._replace(tensors=tensors), TestComplexScan.op.names(call))
         outs = outputs(selective_scan, call, **{**tensors, **x})
-        cotangents = [(layout(out.detach().cos()) if out.is_complex() else out.detach().cos()) for out in outs]
-        first = torch.autograd.grad(outs, list(x.values()), cotangents, create_graph=True)
-        along = [layout(g.detach().sin()) if g.is_complex() else g.detach().sin() for g in first]
-        results.append(parts((*outs, *first, *torch.autograd.grad(first, list(x.values()), along))))
+        first = torch.autograd.grad(outs, list(x.values()), drawn(outs), create_graph=True)
+        results.append(parts((*outs, *first, *torch.autograd.grad(first, list(x.values()), drawn(x.values())))))
     close(*results, real.FACTOR)
 
 
