@@ -176,14 +176,6 @@ struct Exp2<double> {
 };
 
 #if defined(__x86_64__)
-// AVX-512's own instructions. As assembler, because gcc refuses an intrinsic inside a function that is inlined into
-// several instruction sets. clang refuses such operands too: there each is a function of AVX-512's own, which takes no
-// vector by value and is inlined after its callers have been.
-#if defined(__clang__)
-#define EAML_AVX512_ASM(...) [&]() __attribute__((target(EAML_AVX512))) { asm(__VA_ARGS__); }()
-#else
-#define EAML_AVX512_ASM(...) asm(__VA_ARGS__)
-#endif
 // t rounded to a multiple of 1 / table size, subtracted from t; 0 for infinities.
 EAML_INLINE Vec<float, 16> remainder(Vec<float, 16> t) {
   Vec<float, 16> r;

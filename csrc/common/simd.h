@@ -44,6 +44,17 @@
 #define EAML_VERSIONS(DEFINE) DEFINE(, 16)
 #endif
 
+#if defined(__x86_64__)
+// AVX-512's own instructions. As assembler, because gcc refuses an intrinsic inside a function that is inlined into
+// several instruction sets. clang refuses such operands too: there each is a function of AVX-512's own, which takes no
+// vector by value and is inlined after its callers have been.
+#if defined(__clang__)
+#define EAML_AVX512_ASM(...) [&]() __attribute__((target(EAML_AVX512))) { asm(__VA_ARGS__); }()
+#else
+#define EAML_AVX512_ASM(...) asm(__VA_ARGS__)
+#endif
+#endif
+
 namespace eaml {
 
 constexpr int kAlignment = 64;  // the widest vector

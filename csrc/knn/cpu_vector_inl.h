@@ -76,7 +76,7 @@ EAML_INLINE void add_pairs(V& sum, const V& keys, const U& query) {
 
 // Whether this machine multiplies bfloat16 numbers, twice as many at once as float32 ones.
 inline bool pairs_supported() {
-#if defined(__x86_64__) && defined(__ELF__) && !defined(EAML_NO_CLONES)
+#if defined(__x86_64__) && defined(__ELF__) && (!defined(EAML_NO_CLONES) || defined(__AVX512BF16__))
   static const bool supported = [] {
     __builtin_cpu_init();
     return __builtin_cpu_supports("avx512bf16") && __builtin_cpu_supports("avx512bw") &&

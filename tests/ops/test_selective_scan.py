@@ -405,6 +405,22 @@ def test_every_half_number_passes_unchanged(channel_last, dtype, device):
 
 
 @pytest.mark.parametrize("dtype", HALVES, ids=str)
+@pytest.mark.parametrize("channel_last", [True, False])
+def test_numbers_are_rounded_as_torch_rounds_them(channel_last, dtype, device):
+    """Of a step of ones with C = 0, y is D: numbers of every magnitude, and all that lie halfway between two halves."""
+    halves = torch.arange(-(2**15), 2**15, dtype=torch.int32).to(torch.int16).view(dtype).float()
+    scattered = torch.arange(-(2**31), 2**31, 65521).to(torch.int32).view(torch.float32)
+    D = torch.cat((scattered, (halves[:-1] + halves[1:]) / 2))
+    D = D[D.isfinite()].to(device)
+    u = torch.ones(1, len(D), 2, dtype=dtype, device=device)
+    if channel_last:
+        u = u.transpose(1, 2).contiguous().transpose(1, 2)
+    none = torch.zeros(1, 1, 2, dtype=dtype, device=device)
+    y = selective_scan(u, torch.zeros_like(u), -torch.ones(len(D), 1, device=device), none, none, D)
+    assert torch.equal(y, D.to(dtype).view(1, -1, 1).expand_as(y))
+
+
+@pytest.mark.parametrize("dtype", HALVES, ids=str)
 def test_half_types_are_widened_in_a_step(dtype, device):
     """Compiled as well, where nothing but shapes is known of what the op takes."""
     call = as_step(build("initial_state", "D", "z", length=1))(torch.float32, device)
