@@ -23,7 +23,7 @@ from torch.utils.flop_counter import register_flop_formula
 
 from eaml_ext import _check
 
-CHUNK = 32  # steps between two saved states; kChunk in csrc/selective_scan/cpu_kernel.h
+CHUNK = 32  # steps between two saved states; kChunk in csrc/selective_scan/problem.h
 
 _HALF = (torch.bfloat16, torch.float16)
 _FULL = {dtype: (dtype, dtype.to_complex()) for dtype in (torch.float32, torch.float64)}
