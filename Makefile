@@ -2,9 +2,9 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
-SOURCES := $(shell find csrc -name '*.cpp' -o -name '*.h')
+SOURCES := $(shell find csrc tests/cuda_on_cpu -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
 
-.PHONY: demo test sanitize lint format bench clean
+.PHONY: demo test sanitize cuda-on-cpu sanitize-cuda lint format bench clean
 
 $(VENV)/installed: pyproject.toml setup.py $(SOURCES)
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
@@ -15,9 +15,10 @@ $(VENV)/installed: pyproject.toml setup.py $(SOURCES)
 demo: $(VENV)/installed  ## the main job: meta-train on CartPole dynamics, adapt to unseen physics
 	$(BIN)/eaml-ext --env_name CartPole-v1 --num_epochs 50
 
-test: $(VENV)/installed  ## the whole suite, then the ops once more on their references
+test: $(VENV)/installed  ## the whole suite, the ops once more on their references, the CUDA kernels on a stand-in
 	$(BIN)/pytest -n 2
 	$(BIN)/pytest -n 2 --reference tests/ops
+	$(MAKE) -j2 cuda-on-cpu
 
 # A package of its own in build/sanitize; gcc's runtime has to be loaded before Python's own allocations.
 SANITIZE := -fsanitize=address,undefined -fno-sanitize-recover=all
@@ -35,6 +36,30 @@ sanitize: $(VENV)/installed  ## the tests that reach every kernel, on kernels th
 	$(SANITIZED) -c 'from eaml_ext import ops; assert "/build/sanitize/" in ops._C.__file__'
 	$(SANITIZED) -m pytest -x -n 2 --hypothesis-profile=few --ignore=../../tests/ops/test_build.py \
 		-k '$(EVERY_KERNEL)' ../../tests/ops || { cat report.*; exit 1; }
+
+# The CUDA kernels, by the host compiler and on a stand-in for CUDA: what a machine without a GPU can run of them.
+ON_CPU := build/cuda_on_cpu
+ON_CPU_FLAGS = -O1 -g1 -std=c++20 -fPIC -fno-math-errno -Wall -Wno-unknown-pragmas -Wno-psabi -U_FORTIFY_SOURCE \
+	-DEAML_CUDA_ON_CPU -DTORCH_TARGET_VERSION=0x020b000000000000 -Icsrc -Itests/cuda_on_cpu -isystem $(TORCH)/include
+TORCH = $(shell $(BIN)/python -c 'import torch; print(torch.__path__[0])')
+CUDA_SOURCES := $(wildcard tests/cuda_on_cpu/*.cpp csrc/*/cuda_op.cpp csrc/*/cuda_kernel*.cu)
+ON_CPU_TESTS := close_to or numerical or half or strides or equals or extreme or drawn or exact or long or fault or states
+
+$(ON_CPU)/%.o: % $(SOURCES) | $(VENV)/installed
+	mkdir -p $(@D)
+	g++ $(ON_CPU_FLAGS) $(EXTRA_FLAGS) -x c++ -c $< -o $@
+$(ON_CPU)/kernels.so: $(CUDA_SOURCES:%=$(ON_CPU)/%.o)
+	g++ -shared $(EXTRA_FLAGS) $^ -o $@ -L$(TORCH)/lib -ltorch_cpu
+
+cuda-on-cpu: $(ON_CPU)/kernels.so  ## the scan's tests on its CUDA kernels, on a stand-in for CUDA
+	$(BIN)/pytest -n 2 --cuda-on-cpu $< -k '$(ON_CPU_TESTS)' tests/cuda_on_cpu tests/ops/test_selective_scan.py
+
+sanitize-cuda: export EXTRA_FLAGS := $(SANITIZE)
+sanitize-cuda:  ## the same under AddressSanitizer and UndefinedBehaviorSanitizer
+	$(MAKE) ON_CPU=build/cuda_on_cpu_sanitized build/cuda_on_cpu_sanitized/kernels.so
+	LD_PRELOAD=$(RUNTIME) ASAN_OPTIONS=detect_leaks=0:detect_stack_use_after_return=0 UBSAN_OPTIONS=print_stacktrace=1 \
+		$(BIN)/python -m pytest -x -n 2 --cuda-on-cpu build/cuda_on_cpu_sanitized/kernels.so \
+		-k 'close_to or half or strides or long' tests/cuda_on_cpu tests/ops/test_selective_scan.py
 
 lint: $(VENV)/installed
 	$(BIN)/ruff check .

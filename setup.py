@@ -32,7 +32,7 @@ def extension() -> dict:
     flags += os.environ.get("CXXFLAGS", "").split()  # the user's have the last word
     module = CppExtension(
         name="eaml_ext._C",
-        sources=sorted(glob("csrc/**/*.cpp", recursive=True)),
+        sources=sorted(set(glob("csrc/*/*.cpp") + glob("csrc/*.cpp")) - set(glob("csrc/*/cuda_*.cpp"))),
         include_dirs=[os.path.abspath("csrc"), pybind11.get_include()],
         define_macros=[("TORCH_TARGET_VERSION", TORCH_TARGET)],
         extra_compile_args={"cxx": flags},

@@ -20,24 +20,34 @@ pytest.register_assert_rewrite("battery")
 
 def pytest_addoption(parser):
     parser.addoption("--reference", action="store_true", help="hide the compiled kernels: test the references")
+    parser.addoption("--cuda-on-cpu", metavar="LIBRARY", help="the CUDA kernels, run on the CPU by a stand-in for CUDA")
 
 
 def pytest_configure(config):
-    settings.load_profile("few" if config.getoption("--reference") else "kernels")
-    if config.getoption("--reference"):
+    library = config.getoption("--cuda-on-cpu")
+    hidden = config.getoption("--reference") or library
+    settings.load_profile("few" if hidden else "kernels")
+    if hidden:
         assert "eaml_ext.ops" not in sys.modules
         sys.modules["eaml_ext._C"] = None  # type: ignore[assignment]  # `import` then raises ImportError
         config.addinivalue_line("filterwarnings", "ignore:eaml_ext. compiled kernels are not available:RuntimeWarning")
+    if library:
+        torch.ops.load_library(library)
+        # What a kernel forgets to write is NaN.
+        torch.use_deterministic_algorithms(True)
+        torch.utils.deterministic.fill_uninitialized_memory = True  # type: ignore[attr-defined]
 
 
 def pytest_report_header(config):
+    if config.getoption("--cuda-on-cpu"):
+        return "eaml_ext: the CUDA kernels of the scan, on a stand-in for CUDA"
     return "eaml_ext: references alone" if config.getoption("--reference") else None
 
 
 @pytest.fixture(scope="session")
 def reference_only(request) -> bool:
-    """Whether the compiled kernels are hidden (``--reference``)."""
-    return request.config.getoption("--reference")
+    """Whether the compiled kernels are hidden (``--reference``), or replaced (``--cuda-on-cpu``)."""
+    return request.config.getoption("--reference") or bool(request.config.getoption("--cuda-on-cpu"))
 
 
 @pytest.fixture(scope="session", params=DEVICES)

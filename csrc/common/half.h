@@ -13,13 +13,17 @@ enum class Half : std::uint8_t { kNone, kBfloat16, kFloat16 };
 template <class V>
 struct Unsigned {
   using type = Vec<std::uint32_t, Lanes<V>::count>;
+  using Narrow = Vec<std::uint16_t, Lanes<V>::count>;
 };
 template <>
 struct Unsigned<float> {
   using type = std::uint32_t;
+  using Narrow = std::uint16_t;
 };
 template <class V>
 using unsigned_t = typename Unsigned<V>::type;
+template <class V>
+using narrow_t = typename Unsigned<V>::Narrow;
 
 template <Half kHalf, class V, class U>
 EAML_INLINE V widen(U bits) {
@@ -70,7 +74,7 @@ EAML_INLINE V load_half(const std::uint16_t* from) {
   } else if constexpr (Lanes<V>::count == 1) {
     return widen<kHalf, V>(U{*from});
   } else {
-    return widen<kHalf, V>(__builtin_convertvector(load<Vec<std::uint16_t, Lanes<V>::count>>(from), U));
+    return widen<kHalf, V>(__builtin_convertvector(load<narrow_t<V>>(from), U));
   }
 }
 
@@ -88,7 +92,7 @@ EAML_INLINE void store_half(std::uint16_t* to, V x) {
   } else if constexpr (Lanes<V>::count == 1) {
     *to = static_cast<std::uint16_t>(narrow<kHalf, U>(x));
   } else {
-    store(to, __builtin_convertvector(narrow<kHalf, U>(x), Vec<std::uint16_t, Lanes<V>::count>));
+    store(to, __builtin_convertvector(narrow<kHalf, U>(x), narrow_t<V>));
   }
 }
 

@@ -6,6 +6,9 @@
 #include <cstdint>
 
 #include "common/simd.h"
+#if defined(__CUDACC__) || defined(EAML_CUDA_ON_CPU)
+#include "common/cuda.h"
+#endif
 
 namespace eaml {
 
@@ -125,6 +128,14 @@ EAML_INLINE S real(const Complex<S>& x) {
 constexpr double kLog2e = 1.4426950408889634074;
 constexpr double kLn2 = 0.69314718055994530942;
 
+#if defined(__CUDACC__) || defined(EAML_CUDA_ON_CPU)
+// Threads of a GPU have one number each, and an instruction for this.
+template <int K, class V>
+EAML_INLINE void exp2_(const V (&t)[K], V (&out)[K]) {
+  EAML_UNROLL
+  for (int k = 0; k < K; ++k) out[k] = cuda::exp2(t[k]);
+}
+#else
 // Polynomials and bit layouts of 2^t. `polynomial` serves |r| <= 1/2; AVX-512 looks 2^(j / table size) up, and `fine`
 // or the square serves what remains (minimax, exactly 1 at 0).
 template <class T>
@@ -267,6 +278,7 @@ EAML_INLINE void exp2_(const V (&t)[K], V (&out)[K]) {
     }
   }
 }
+#endif
 
 template <class V>
 EAML_INLINE V exp_(V x) {

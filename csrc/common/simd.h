@@ -7,7 +7,9 @@
 #include <type_traits>
 #include <utility>
 
-#if defined(__GNUC__) && !defined(__clang__)
+#if defined(__CUDACC__)
+#define EAML_UNROLL _Pragma("unroll")
+#elif defined(__GNUC__) && !defined(__clang__)
 #define EAML_UNROLL _Pragma("GCC unroll 16")
 #elif defined(__clang__)
 #define EAML_UNROLL _Pragma("clang loop unroll(full)")
@@ -15,7 +17,11 @@
 #error "eaml_ext needs gcc 12 or clang 14, or a later one"
 #endif
 
+#if defined(__CUDACC__)
+#define EAML_INLINE __host__ __device__ __forceinline__  // what CPU and CUDA kernels share
+#else
 #define EAML_INLINE inline __attribute__((always_inline))
+#endif
 #define EAML_NOINLINE __attribute__((noinline))
 #define EAML_PREFETCH(address) __builtin_prefetch(address)
 #define EAML_LAMBDA __attribute__((always_inline))  // a lambda that is not inlined misses its caller's instruction set
@@ -53,6 +59,8 @@
 #else
 #define EAML_AVX512_ASM(...) asm(__VA_ARGS__)
 #endif
+#else
+#define EAML_AVX512_ASM(...)
 #endif
 
 namespace eaml {

@@ -313,16 +313,10 @@ JvpTuple run_vjp_jvp(const Shape& s, const Arguments& x, const Tensor& grad_y, c
 
 template <class T>
 std::tuple<Tensor, Tensor> run_step(const Shape& s, const Tensor& state, const Arguments& x) {
-  Inputs<T> in;
-  in.u = sequence_step<T>(x.u), in.delta = sequence_step<T>(x.delta), in.z = sequence_step<T>(x.z);
-  in.A = parameter<T>(x.A, 2, s.batch, s.components), in.D = parameter<T>(x.D, 1, s.batch);
-  in.delta_bias = parameter<T>(x.delta_bias, 1, s.batch);
-  in.B = matrix_step<T>(*x.B, s.components), in.C = matrix_step<T>(*x.C, s.components);
-  in.initial_state = sequence<T>(state, s.components);
   Tensor y = empty(*x.u, {s.batch, s.dim}), next = empty(state, {s.batch, s.dim, s.state});
   const Outputs<T> to{{mutable_data<T>(y), s.dim, 1, 0}, out<T>(next, s.components)};
   Scratch scratch;
-  run_forward<T>(scratch, s, in, nullptr, to);
+  run_forward<T>(scratch, s, step_inputs<T>(s, state, x), nullptr, to);
   return {y, next};
 }
 

@@ -252,6 +252,17 @@ Inputs<T> inputs(const Shape& s, const Arguments& x) {
 }
 
 template <class T>
+Inputs<T> step_inputs(const Shape& s, const Tensor& state, const Arguments& x) {
+  const int64_t n = s.components;
+  Inputs<T> in;
+  in.u = sequence_step<T>(x.u), in.delta = sequence_step<T>(x.delta), in.z = sequence_step<T>(x.z);
+  in.A = parameter<T>(x.A, 2, s.batch, n), in.D = parameter<T>(x.D, 1, s.batch);
+  in.delta_bias = parameter<T>(x.delta_bias, 1, s.batch);
+  in.B = matrix_step<T>(*x.B, n), in.C = matrix_step<T>(*x.C, n), in.initial_state = sequence<T>(state, n);
+  return in;
+}
+
+template <class T>
 Out<T> out(const Tensor& t, int64_t n = 1) {
   return {mutable_data<T>(t), n * t.stride(0), n * t.stride(1), n * t.stride(2), half(t.scalar_type())};
 }

@@ -1,0 +1,997 @@
+// The CUDA kernels as templates on a Tiling, which says how a block shares out channels and states.
+//
+// A block does some channels of one batch row, one after the other in time: a channel belongs to a few neighbouring
+// threads of a warp, its lanes, and each of them keeps kStates of its states in registers. Time is walked in chunks.
+// The sequences of a chunk are staged in shared memory, read along whichever dimension is contiguous; B and C of some
+// steps stand there for all channels of the block. Sums over the states of a channel, and over the channels of a warp,
+// go four steps at a time by exchanges that halve what is left to sum, so that each costs less than a shuffle a step.
+// Backward walks the chunks from the last to the first. It takes the states through a chunk from the one saved at its
+// start, keeps those that a stretch of four steps starts with, and goes back stretch by stretch.
+//
+// Where there are few channels and many steps, time is cut into segments, which are blocks of their own: `local_*` find
+// what each segment adds to the state that it starts from (backward: to the gradient that it ends with), `carry` walks
+// from segment to segment, and then the same kernels as ever do all segments at once.
+#pragma once
+
+#include <type_traits>
+
+#include "common/cuda.h"
+#include "selective_scan/cuda_kernel.h"
+#include "selective_scan/recurrence.h"
+
+namespace eaml::selective_scan {
+namespace {
+
+using cuda::Shared;
+using std::int64_t;
+
+constexpr int kSteps = kChunk;  // of a chunk
+constexpr int kStretch = 4;     // steps that are taken together
+
+template <class S>
+constexpr bool kIsDual = !std::is_same_v<S, vector_t<S>>;
+
+template <class S_, int kLanes_, int kStates_>
+struct Tiling {
+  using S = S_;
+  using T = vector_t<S>;
+  static constexpr int kLanes = kLanes_;                                    // threads of a channel
+  static constexpr int kStates = kStates_;                                  // states of a thread
+  static constexpr int kPadded = kLanes * kStates;                          // states of a channel
+  static constexpr int kNumbers = kIsDual<S> ? 2 : 1;                       // of an S
+  static constexpr int kMost = (kStates > 4 ? 64 : 128) / (sizeof(T) / 4);  // as far as shared memory goes
+  static constexpr int kThreads = kLanes * 32 < kMost ? kLanes * 32 : kMost;
+  static constexpr int kWarps = kThreads / cuda::kWarp;
+  static constexpr int kChannels = kThreads / kLanes;
+  static constexpr int kRow = kChannels + 1;  // of a tile of sequences, [step][channel]: columns in other banks
+  static constexpr int kTile = kSteps * kRow;
+  static constexpr int kVector = kChannels;
+  static constexpr int kMatrixSteps = kPadded <= 32 ? kSteps : 1024 / kPadded;  // of B and C in shared memory
+  static constexpr int kMatrixRow = kPadded + 4;
+  static constexpr int kMatrix = kMatrixSteps * kMatrixRow;  // [step][state]
+  static constexpr int kStretches = kSteps / kStretch;
+  static constexpr int kStarts = kStretches * kStates * kThreads;  // [stretch][state][thread]
+  static constexpr int kTermsOfWarp = kStretch * 2 * kPadded;      // [step][B or C][state], of one warp
+  // Blocks that a processor is to hold at a time: as many as leave each thread the registers that it needs.
+  static constexpr bool kHot = sizeof(T) == 4 && kStates == 4;
+  static constexpr int kForwardBlocks = kHot ? (kIsDual<S> ? 384 : 640) / kThreads : 1;
+  static constexpr int kBackwardBlocks = kHot ? (kIsDual<S> ? 256 : kLanes == 2 ? 320 : 384) / kThreads : 1;
+  static_assert(kThreads % cuda::kWarp == 0 && kMatrixSteps % kStretch == 0);
+
+  static constexpr std::size_t kForwardBytes = (3 * kTile + 2 * kVector + 2 * kMatrix) * kNumbers * sizeof(T);
+  static constexpr std::size_t kBackwardBytes =
+      kForwardBytes + (kStarts * kNumbers + kWarps * kTermsOfWarp) * sizeof(T);
+  static_assert(kBackwardBytes <= 99 << 10, "more than a block may have on the smaller GPUs");
+};
+
+// An array of S in shared memory; of duals, the tangents stand kSize numbers behind the values.
+template <class S, int kSize>
+struct Tile {
+  Shared<S> data;
+  EAML_MEMBER S get(int i) const { return data.get(i); }
+  EAML_MEMBER void set(int i, S x) const { data.set(i, x); }
+  template <int K>
+  EAML_MEMBER void get_row(S (&to)[K], int i) const {
+    data.get_row(to, i);
+  }
+};
+template <class V, int kSize>
+struct Tile<Dual<V>, kSize> {
+  Shared<V> data;
+  EAML_MEMBER Dual<V> get(int i) const { return {data.get(i), data.get(kSize + i)}; }
+  EAML_MEMBER void set(int i, Dual<V> x) const { data.set(i, x.value), data.set(kSize + i, x.tangent); }
+  template <int K>
+  EAML_MEMBER void get_row(Dual<V> (&to)[K], int i) const {
+    V value[K], tangent[K];
+    data.get_row(value, i), data.get_row(tangent, kSize + i);
+    EAML_UNROLL
+    for (int k = 0; k < K; ++k) to[k] = {value[k], tangent[k]};
+  }
+};
+
+// kHalf: whether the array is of one of the half types.
+template <bool kHalf = false, class T>
+EAML_DEVICE T read(const In<T>& in, int64_t offset) {
+  if (in.data == nullptr) return T(0);
+  if constexpr (kHalf) {
+    const std::uint16_t* const from = reinterpret_cast<const std::uint16_t*>(in.data) + offset;
+    return in.half == Half::kBfloat16 ? load_half<Half::kBfloat16, T>(from) : load_half<Half::kFloat16, T>(from);
+  } else {
+    return cuda::load(in.data + offset);
+  }
+}
+template <bool kHalf = false, class T>
+EAML_DEVICE void write(const Out<T>& out, int64_t offset, T x) {
+  if constexpr (kHalf) {
+    std::uint16_t* const to = reinterpret_cast<std::uint16_t*>(out.data) + offset;
+    out.half == Half::kBfloat16 ? store_half<Half::kBfloat16>(to, x) : store_half<Half::kFloat16>(to, x);
+  } else {
+    out.data[offset] = x;
+  }
+}
+
+// An input on S: the value and, of duals, the tangent. `at` gives the offset in an array with the strides it is given.
+template <class S, bool kHalf = false, class F>
+EAML_DEVICE S read_input(const Arrays<vector_t<S>>& arrays, In<vector_t<S>> Inputs<vector_t<S>>::* member, F at) {
+  const auto& value = arrays.values.*member;
+  if constexpr (kIsDual<S>) {
+    const auto& tangent = arrays.tangents.*member;
+    return {read<kHalf>(value, at(value)), read<kHalf>(tangent, at(tangent))};
+  } else {
+    return read<kHalf>(value, at(value));
+  }
+}
+
+template <class T>
+EAML_DEVICE int64_t row_offset(const In<T>& in, int64_t row) {
+  return (in.rows_per_outer == 1 ? row : row / in.rows_per_outer) * in.outer;
+}
+
+// (dt, d dt / d delta) of a shifted delta.
+template <class S>
+EAML_DEVICE Softplus<S> step_size(S shifted, bool by_softplus) {
+  Softplus<S> out[1] = {{shifted, S(vector_t<S>(1))}};
+  if (by_softplus) {
+    const S in[1] = {shifted};
+    softplus(in, out);
+  }
+  return out[0];
+}
+
+template <class V>
+EAML_DEVICE Rate<V> rate_of(V A) {
+  return {A * V(kLog2e)};
+}
+template <class V>
+EAML_DEVICE Rate<Dual<V>> rate_of(const Dual<V>& A) {
+  return {A.value * V(kLog2e)};
+}
+
+// Sums v[k] over the threads of a warp that differ in the bits from kFrom up to kTo (both powers of two), and shares
+// the K sums out: v[0 .. max(1, K kFrom / kTo)) are then those from `first` on. Where that is more threads than sums,
+// one of them is `mine`.
+template <int kFrom, int kTo, int K, class T>
+EAML_DEVICE void sum_apart(T* v, int& first, bool& mine) {
+  if constexpr (kFrom < kTo) {
+    const bool upper = cuda::thread() & kFrom;
+    if constexpr (K > 1) {
+      EAML_UNROLL
+      for (int k = 0; k < K / 2; ++k) {
+        const T given = upper ? v[k] : v[k + K / 2], kept = upper ? v[k + K / 2] : v[k];
+        v[k] = kept + cuda::shuffle_xor(given, kFrom);
+      }
+      first += upper ? K / 2 : 0;
+    } else {
+      v[0] = v[0] + cuda::shuffle_xor(v[0], kFrom);
+      mine = mine && !upper;
+    }
+    sum_apart<2 * kFrom, kTo, (K > 1 ? K / 2 : 1)>(v, first, mine);
+  }
+}
+template <int kFrom, int kTo, int K>
+constexpr int kSumsLeft = K * kFrom / kTo > 1 ? K * kFrom / kTo : 1;
+
+// Sums over the lanes of a channel of a quantity at the steps of a stretch, to a column of a tile.
+template <class L, class S, int kSize>
+EAML_DEVICE void put_sums(const S (&sums)[kStretch], Tile<S, kSize> tile, int at, bool add) {
+  using T = vector_t<S>;
+  constexpr int kLeft = kSumsLeft<1, L::kLanes, kStretch>;
+  T value[kStretch], tangent[kStretch];
+  int first = 0;
+  bool mine = true;
+  EAML_UNROLL
+  for (int i = 0; i < kStretch; ++i) {
+    if constexpr (kIsDual<S>)
+      value[i] = sums[i].value, tangent[i] = sums[i].tangent;
+    else
+      value[i] = sums[i];
+  }
+  sum_apart<1, L::kLanes, kStretch>(value, first, mine);
+  if constexpr (kIsDual<S>) {
+    first = 0, mine = true;
+    sum_apart<1, L::kLanes, kStretch>(tangent, first, mine);
+  }
+  if (!mine) return;
+  EAML_UNROLL
+  for (int k = 0; k < kLeft; ++k) {
+    const int i = at + (first + k) * L::kRow;
+    S sum;
+    if constexpr (kIsDual<S>)
+      sum = {value[k], tangent[k]};
+    else
+      sum = value[k];
+    tile.set(i, add ? tile.get(i) + sum : sum);
+  }
+}
+
+// A block's part of the problem, and what a thread knows of it.
+template <class L>
+struct Block {
+  using S = typename L::S;
+  using T = typename L::T;
+  static constexpr int kStates = L::kStates;
+
+  const Shape& shape;
+  const Arrays<T>& arrays;
+  int64_t index;              // of the block's channels among all of (batch, group, block)
+  int64_t row, group, first;  // first: the block's first channel
+  int64_t segment, segments;
+  int channels;  // of the block
+  int thread, channel, lane;
+  int staged = -1;  // first step of the chunk of which shared memory holds B and C
+  Tile<S, L::kTile> x, dt, y;
+  Tile<S, L::kMatrix> B, C;
+  Tile<S, L::kVector> D, bias;
+
+  EAML_MEMBER Block(const Shape& s, const Arrays<T>& a, int64_t segments_) : shape(s), arrays(a), segments(segments_) {
+    const int64_t per_group = shape.dim / shape.groups, blocks = (per_group + L::kChannels - 1) / L::kChannels;
+    segment = cuda::block() % segments, index = cuda::block() / segments;
+    const int64_t block = index % blocks, rest = index / blocks;
+    group = rest % shape.groups, row = rest / shape.groups;
+    first = group * per_group + block * L::kChannels;
+    const int64_t left = per_group - block * L::kChannels;
+    channels = static_cast<int>(left < L::kChannels ? left : L::kChannels);
+    thread = cuda::thread(), channel = thread / L::kLanes, lane = thread % L::kLanes;
+    T* memory = reinterpret_cast<T*>(cuda::shared_memory());
+    B.data.data = memory, memory += L::kMatrix * L::kNumbers;
+    C.data.data = memory, memory += L::kMatrix * L::kNumbers;
+    x.data.data = memory, memory += L::kTile * L::kNumbers;
+    dt.data.data = memory, memory += L::kTile * L::kNumbers;
+    y.data.data = memory, memory += L::kTile * L::kNumbers;
+    D.data.data = memory, memory += L::kVector * L::kNumbers;
+    bias.data.data = memory;
+  }
+
+  EAML_MEMBER T* free_memory() const { return bias.data.data + L::kVector * L::kNumbers; }
+
+  EAML_MEMBER int64_t chunks() const { return (shape.length + kSteps - 1) / kSteps; }
+  EAML_MEMBER int64_t first_chunk(int64_t s) const { return chunks() * s / segments; }
+  EAML_MEMBER int steps(int64_t chunk) const {
+    const int64_t left = shape.length - chunk * kSteps;
+    return static_cast<int>(left < kSteps ? left : kSteps);
+  }
+  EAML_MEMBER bool has_channel() const { return channel < channels; }
+  EAML_MEMBER bool has_state(int k) const { return has_channel() && lane * kStates + k < shape.state; }
+  EAML_MEMBER int64_t state(int k) const { return lane * kStates + k; }
+  // Of (batch, states, dim), of which `rows` is batch, or more.
+  EAML_MEMBER int64_t saved_at(int64_t rows, int k) const {
+    return (rows * shape.state + state(k)) * shape.dim + first + channel;
+  }
+  // Of (batch, segments, dim, states).
+  EAML_MEMBER int64_t partial_at(int k) const {
+    return ((row * segments + segment) * shape.dim + first + channel) * shape.state + state(k);
+  }
+
+  // Of the thread's states in (rows, dim, states): `otherwise` where there is none.
+  EAML_MEMBER void read_states(S (&to)[kStates], In<T> Inputs<T>::* member, S otherwise) const {
+    EAML_UNROLL
+    for (int k = 0; k < kStates; ++k) {
+      const auto at = [&](const In<T>& in) {
+        return row_offset(in, row) + (first + channel) * in.channel + state(k) * in.inner;
+      };
+      to[k] = has_state(k) ? read_input<S>(arrays, member, at) : otherwise;
+    }
+  }
+  EAML_MEMBER void read_saved(S (&to)[kStates], const T* value, const T* tangent, int64_t rows) const {
+    EAML_UNROLL
+    for (int k = 0; k < kStates; ++k) {
+      if constexpr (kIsDual<S>)
+        to[k] = has_state(k) ? S(value[saved_at(rows, k)], tangent[saved_at(rows, k)]) : S(T(0));
+      else
+        to[k] = has_state(k) ? value[saved_at(rows, k)] : T(0);
+    }
+  }
+  EAML_MEMBER void write_saved(T* value, T* tangent, int64_t rows, const S (&from)[kStates]) const {
+    EAML_UNROLL
+    for (int k = 0; k < kStates; ++k) {
+      if (!has_state(k)) continue;
+      if constexpr (kIsDual<S>)
+        value[saved_at(rows, k)] = from[k].value, tangent[saved_at(rows, k)] = from[k].tangent;
+      else
+        value[saved_at(rows, k)] = from[k];
+    }
+  }
+  // D and delta_bias of the block's channels, for who comes behind a barrier.
+  EAML_MEMBER void stage_vectors() const {
+    if (thread >= channels) return;
+    const auto at = [&](const In<T>& in) { return row_offset(in, row) + (first + thread) * in.channel; };
+    D.set(thread, read_input<S>(arrays, &Inputs<T>::D, at));
+    bias.set(thread, read_input<S>(arrays, &Inputs<T>::delta_bias, at));
+  }
+  template <bool kHalf>
+  EAML_MEMBER S read_sequence(In<T> Inputs<T>::* member, int c, int64_t t) const {
+    const auto at = [&](const In<T>& in) { return row * in.outer + (first + c) * in.channel + t * in.inner; };
+    return read_input<S, kHalf>(arrays, member, at);
+  }
+  template <bool kHalf>
+  EAML_MEMBER Softplus<S> read_step(int c, int64_t t) const {
+    return step_size(read_sequence<kHalf>(&Inputs<T>::delta, c, t) + bias.get(c), shape.softplus);
+  }
+
+  // States that only fill the tiling decay like others: of an infinite step, exp(inf 0) would be NaN.
+  EAML_MEMBER void read_rates(S (&A)[kStates], Rate<S> (&rate)[kStates]) const {
+    read_states(A, &Inputs<T>::A, S(T(-1)));
+    EAML_UNROLL
+    for (int k = 0; k < kStates; ++k) rate[k] = rate_of(A[k]);
+  }
+
+  // Calls f(step, channel, whether sequences are of half precision) for the steps and channels of a chunk, each by one
+  // thread; neighbours are neighbours in u.
+  template <class F>
+  EAML_MEMBER void each_element(int steps, F f) const {
+    if constexpr (sizeof(T) == 4) {
+      if (arrays.values.u.half != Half::kNone) return each_element(steps, f, std::true_type());
+    }
+    each_element(steps, f, std::false_type());
+  }
+  template <class F, class IsHalf>
+  EAML_MEMBER void each_element(int steps, F f, IsHalf half) const {
+    const bool along_time = arrays.values.u.inner == 1 && arrays.values.u.channel != 1;
+    constexpr int kCount = kSteps * L::kChannels;
+    EAML_UNROLL_BY((IsHalf::value ? 1 : 2))
+    for (int i = thread; i < kCount; i += L::kThreads) {
+      const int t = along_time ? i % kSteps : i / L::kChannels, c = along_time ? i / kSteps : i % L::kChannels;
+      if (t < steps && c < channels) f(t, c, half);
+    }
+  }
+
+  // Bit t: whether the state is zeroed before step t of the chunk.
+  EAML_MEMBER std::uint32_t resets(int64_t chunk, int steps) const {
+    if (shape.reset == nullptr) return 0;
+    const int t = thread % cuda::kWarp;
+    return cuda::ballot(t < steps && shape.reset[row * shape.reset_outer + (chunk * kSteps + t) * shape.reset_inner]);
+  }
+
+  // B (C) of kMatrixSteps steps, from step `start` of the chunk on; zero where there is no state or step.
+  EAML_MEMBER void stage_matrix(Tile<S, L::kMatrix> to, In<T> Inputs<T>::* member, int64_t chunk, int start) const {
+    const bool along_time = (arrays.values.*member).inner == 1;
+    constexpr int kCount = L::kMatrixSteps * L::kPadded;
+    EAML_UNROLL_BY((2))
+    for (int i = thread; i < kCount; i += L::kThreads) {
+      const int t = along_time ? i % L::kMatrixSteps : i / L::kPadded;
+      const int n = along_time ? i / L::kMatrixSteps : i % L::kPadded;
+      const int64_t step = chunk * kSteps + start + t;
+      const auto at = [&](const In<T>& in) {
+        return row * in.outer + group * in.group + n * in.channel + step * in.inner;
+      };
+      to.set(t * L::kMatrixRow + n,
+             n < shape.state && step < shape.length ? read_input<S>(arrays, member, at) : S(T(0)));
+    }
+  }
+
+  // Has B and C of the stretch that starts at step t of the chunk in shared memory. A block's threads agree on t.
+  EAML_MEMBER void need_matrices(int64_t chunk, int t, bool need_B, bool need_C) {
+    const int start = t / L::kMatrixSteps * L::kMatrixSteps;
+    if (start == staged) return;
+    need_B = need_B && !shape.B_invariant, need_C = need_C && !shape.C_invariant;
+    staged = start;
+    if (!need_B && !need_C) return;
+    cuda::sync_block();
+    if (need_B) stage_matrix(B, &Inputs<T>::B, chunk, start);
+    if (need_C) stage_matrix(C, &Inputs<T>::C, chunk, start);
+    cuda::sync_block();
+  }
+  EAML_MEMBER int matrix_at(int t) const { return t % L::kMatrixSteps * L::kMatrixRow + lane * kStates; }
+  EAML_MEMBER int tile_at(int t) const { return t * L::kRow + channel; }
+};
+
+// B or C of a thread's states: read at each step, or, if they may be invariant in time, kept.
+template <class L, bool kInvariant>
+struct Operand {
+  using S = typename L::S;
+  using T = typename L::T;
+  S x[L::kStates];
+  bool fixed = false;
+
+  EAML_MEMBER void start(const Block<L>& block, In<T> Inputs<T>::* member, bool invariant) {
+    if constexpr (kInvariant) {
+      fixed = invariant;
+      if (fixed) block.read_states(x, member, S(T(0)));
+    }
+  }
+  EAML_MEMBER void step(const Tile<S, L::kMatrix>& tile, int at) {
+    if (!fixed) tile.get_row(x, at);
+  }
+};
+
+// The sum of a segment's steps, and whether one of them is reset.
+template <class L>
+EAML_DEVICE void write_steps(const Block<L>& block, const Segments<typename L::T>& to, typename L::S total, bool cut) {
+  if (!block.has_channel() || block.lane != 0) return;
+  const int64_t at = (block.row * block.segments + block.segment) * block.shape.dim + block.first + block.channel;
+  if constexpr (kIsDual<typename L::S>)
+    to.steps[at] = total.value, to.step_tangents[at] = total.tangent;
+  else
+    to.steps[at] = total;
+  to.cuts[at] = cut;
+}
+
+template <class L, bool kInvariant>
+EAML_KERNEL(L::kThreads, L::kForwardBlocks)
+forward_kernel(EAML_CONSTANT Forward<typename L::T> p) {
+  using S = typename L::S;
+  using T = typename L::T;
+  constexpr int kStates = L::kStates;
+  Block<L> block(p.shape, p.arrays, p.segments.count);
+  const bool outputs = p.out.y.data != nullptr, local = p.segments.local;
+  const int64_t chunks = block.chunks(), end = block.first_chunk(block.segment + 1);
+
+  S A[kStates], h[kStates];
+  Rate<S> rate[kStates];
+  block.stage_vectors();
+  block.read_rates(A, rate);
+  const int64_t segment = block.row * block.segments + block.segment;
+  if (block.segments == 1) {
+    block.read_states(h, &Inputs<T>::initial_state, S(T(0)));
+  } else if (local) {
+    EAML_UNROLL
+    for (int k = 0; k < kStates; ++k) h[k] = S(T(0));
+  } else {
+    block.read_saved(h, p.segments.states, p.segments.state_tangents, segment);
+  }
+  Operand<L, kInvariant> B, C;
+  B.start(block, &Inputs<T>::B, p.shape.B_invariant);
+  if (outputs) C.start(block, &Inputs<T>::C, p.shape.C_invariant);
+  S total = S(T(0));  // of the steps, of a local run
+  bool cut = false;
+
+  for (int64_t chunk = block.first_chunk(block.segment); chunk < end; ++chunk) {
+    const int steps = block.steps(chunk);
+    if (p.out.checkpoints && chunk > 0)
+      block.write_saved(p.out.checkpoints, p.out.checkpoint_tangents, block.row * (chunks - 1) + chunk - 1, h);
+    const std::uint32_t resets = block.resets(chunk, steps);
+    cut = cut || resets != 0;
+    block.staged = -1;
+    cuda::sync_block();  // what the chunk before still reads
+    block.each_element(steps, [&](int t, int c, auto half) {
+      const int64_t time = chunk * kSteps + t;
+      const S u = block.template read_sequence<half>(&Inputs<T>::u, c, time);
+      const S dt = block.template read_step<half>(c, time).value;
+      const int i = t * L::kRow + c;
+      block.dt.set(i, dt), block.x.set(i, dt * u);
+      if (outputs) block.y.set(i, block.D.get(c) * u);
+    });
+    cuda::sync_block();
+
+    for (int start = 0; start < steps; start += kStretch) {
+      block.need_matrices(chunk, start, true, outputs);
+      S sums[kStretch];
+      EAML_UNROLL
+      for (int i = 0; i < kStretch; ++i) {
+        const int t = start + i;
+        sums[i] = S(T(0));
+        if (t >= steps) continue;
+        if (resets >> t & 1) {
+          EAML_UNROLL
+          for (int k = 0; k < kStates; ++k) h[k] = S(T(0));
+        }
+        if (!block.has_channel()) continue;
+        const int at = block.tile_at(t), row = block.matrix_at(t);
+        const S dt = block.dt.get(at), x = block.x.get(at);
+        S a[kStates];
+        decay(dt, A, rate, a);
+        B.step(block.B, row);
+        EAML_UNROLL
+        for (int k = 0; k < kStates; ++k) h[k] = advance(a[k], h[k], x, B.x[k]);
+        if (outputs) {
+          C.step(block.C, row);
+          EAML_UNROLL
+          for (int k = 0; k < kStates; ++k) sums[i] = sums[i] + h[k] * C.x[k];
+        }
+        if (local) total = total + dt;
+      }
+      if (outputs) put_sums<L>(sums, block.y, block.tile_at(start), true);
+    }
+
+    if (!outputs) continue;
+    cuda::sync_block();
+    const Out<T>& out = p.out.y;
+    block.each_element(steps, [&](int t, int c, auto half) {
+      const int64_t time = chunk * kSteps + t;
+      const S y = block.y.get(t * L::kRow + c);
+      T term = output(y);
+      if (p.shape.gated) {
+        const S z = block.template read_sequence<half>(&Inputs<T>::z, c, time);
+        term = output(y * (z * sigmoid(z)));
+      }
+      write<half>(out, block.row * out.outer + (block.first + c) * out.channel + time * out.inner, term);
+    });
+  }
+
+  if (local) {
+    block.write_saved(p.segments.states, p.segments.state_tangents, segment, h);
+    write_steps(block, p.segments, total, cut);
+  } else if (p.out.last_state.data && block.segment == block.segments - 1) {
+    const Out<T>& out = p.out.last_state;
+    EAML_UNROLL
+    for (int k = 0; k < kStates; ++k)
+      if (block.has_state(k))
+        write(out, block.row * out.outer + (block.first + block.channel) * out.channel + block.state(k) * out.inner,
+              output(h[k]));
+  }
+}
+
+template <class L, bool kInvariant>
+EAML_KERNEL(L::kThreads, L::kBackwardBlocks)
+backward_kernel(EAML_CONSTANT Backward<typename L::T> p) {
+  using S = typename L::S;
+  using T = typename L::T;
+  constexpr int kStates = L::kStates;
+  constexpr int kTerms = 2 * kStates, kLeft = kSumsLeft<L::kLanes, cuda::kWarp, kTerms>;
+  Block<L> block(p.shape, p.arrays, p.segments.count);
+  const int64_t chunks = block.chunks(), begin = block.first_chunk(block.segment);
+  const Tile<S, L::kStarts> starts{block.free_memory()};
+  const Shared<T> terms{block.free_memory() + L::kStarts * L::kNumbers};
+  const bool gated = p.shape.gated;
+
+  S A[kStates], grad_h[kStates];
+  Rate<S> rate[kStates];
+  T sum_A[kStates], sum_B[kStates], sum_C[kStates], sum_D = T(0), sum_bias = T(0);
+  block.stage_vectors();
+  block.read_rates(A, rate);
+  if (block.segments == 1)
+    block.read_states(grad_h, &Inputs<T>::grad_state, S(T(0)));
+  else
+    block.read_saved(grad_h, p.segments.states, p.segments.state_tangents, block.row * block.segments + block.segment);
+  Operand<L, kInvariant> B, C;
+  B.start(block, &Inputs<T>::B, p.shape.B_invariant);
+  C.start(block, &Inputs<T>::C, p.shape.C_invariant);
+  EAML_UNROLL
+  for (int k = 0; k < kStates; ++k) sum_A[k] = sum_B[k] = sum_C[k] = T(0);
+
+  for (int64_t chunk = block.first_chunk(block.segment + 1) - 1; chunk >= begin; --chunk) {
+    const int steps = block.steps(chunk);
+    const int last = (steps - 1) / kStretch * kStretch;
+    const std::uint32_t resets = block.resets(chunk, steps);
+    S h[kStates];
+    if (chunk > 0)
+      block.read_saved(h, p.out.checkpoints, p.out.checkpoint_tangents, block.row * (chunks - 1) + chunk - 1);
+    else
+      block.read_states(h, &Inputs<T>::initial_state, S(T(0)));
+    cuda::sync_block();  // what the chunk before still reads
+    block.each_element(steps, [&](int t, int c, auto half) {
+      const int64_t time = chunk * kSteps + t;
+      const S u = block.template read_sequence<half>(&Inputs<T>::u, c, time);
+      S grad_y = block.template read_sequence<half>(&Inputs<T>::grad_y, c, time);
+      if (gated) {
+        const S z = block.template read_sequence<half>(&Inputs<T>::z, c, time);
+        grad_y = grad_y * (z * sigmoid(z));
+      }
+      const S dt = block.template read_step<half>(c, time).value;
+      const int i = t * L::kRow + c;
+      block.dt.set(i, dt), block.x.set(i, dt * u), block.y.set(i, grad_y);
+    });
+    cuda::sync_block();
+
+    // From the start of the chunk to that of its last stretch.
+    block.staged = -1;
+    for (int start = 0;; start += kStretch) {
+      EAML_UNROLL
+      for (int k = 0; k < kStates; ++k) starts.set((start / kStretch * kStates + k) * L::kThreads + block.thread, h[k]);
+      if (start == last) break;
+      block.need_matrices(chunk, start, true, L::kMatrixSteps == kSteps);
+      if (!block.has_channel()) continue;
+      EAML_UNROLL
+      for (int i = 0; i < kStretch; ++i) {
+        const int t = start + i;
+        if (resets >> t & 1) {
+          EAML_UNROLL
+          for (int k = 0; k < kStates; ++k) h[k] = S(T(0));
+        }
+        const int at = block.tile_at(t);
+        const S x = block.x.get(at);
+        S a[kStates];
+        decay(block.dt.get(at), A, rate, a);
+        B.step(block.B, block.matrix_at(t));
+        EAML_UNROLL
+        for (int k = 0; k < kStates; ++k) h[k] = advance(a[k], h[k], x, B.x[k]);
+      }
+    }
+
+    // And back. Each stretch is redone from its start, with decays and states in registers.
+    if (L::kMatrixSteps != kSteps) block.staged = -1;
+    for (int start = last; start >= 0; start -= kStretch) {
+      block.need_matrices(chunk, start, true, true);
+      S a[kStretch][kStates], rest[kStretch][kStates], sums_x[kStretch], sums_dt[kStretch], sums_y[kStretch];
+      EAML_UNROLL
+      for (int k = 0; k < kStates; ++k)
+        h[k] = starts.get((start / kStretch * kStates + k) * L::kThreads + block.thread);
+      EAML_UNROLL
+      for (int i = 0; i < kStretch; ++i) {
+        const int t = start + i;
+        sums_y[i] = S(T(0));
+        if (t >= steps || !block.has_channel()) continue;
+        if (resets >> t & 1) {
+          EAML_UNROLL
+          for (int k = 0; k < kStates; ++k) h[k] = S(T(0));
+        }
+        const int at = block.tile_at(t), row = block.matrix_at(t);
+        const S x = block.x.get(at);
+        decay(block.dt.get(at), A, rate, a[i]);
+        B.step(block.B, row);
+        EAML_UNROLL
+        for (int k = 0; k < kStates; ++k) {
+          rest[i][k] = decayed(a[i][k], h[k]);
+          h[k] = rest[i][k] + x * B.x[k];
+        }
+        if (gated) {
+          C.step(block.C, row);
+          EAML_UNROLL
+          for (int k = 0; k < kStates; ++k) sums_y[i] = sums_y[i] + h[k] * C.x[k];
+        }
+      }
+
+      EAML_UNROLL
+      for (int i = kStretch - 1; i >= 0; --i) {
+        const int t = start + i;
+        T term[kTerms];
+        EAML_UNROLL
+        for (int k = 0; k < kTerms; ++k) term[k] = T(0);
+        sums_x[i] = S(T(0)), sums_dt[i] = S(T(0));
+        if (t < steps && block.has_channel()) {
+          const int at = block.tile_at(t), row = block.matrix_at(t);
+          const S dt = block.dt.get(at), x = block.x.get(at), grad_y = block.y.get(at);
+          B.step(block.B, row), C.step(block.C, row);
+          EAML_UNROLL
+          for (int k = 0; k < kStates; ++k) {
+            term[kStates + k] = output(grad_y * (rest[i][k] + x * B.x[k]));
+            const StepGradient<S, S> g = step_backward(grad_h[k], grad_y, a[i][k], rest[i][k], x, B.x[k], C.x[k]);
+            grad_h[k] = g.h_prev;
+            term[k] = output(g.B);
+            sums_x[i] = sums_x[i] + g.x;
+            sums_dt[i] = sums_dt[i] + g.dt_A * A[k];
+            sum_A[k] = sum_A[k] + output(g.dt_A * dt);
+          }
+        }
+        if (resets >> t & 1) {
+          EAML_UNROLL
+          for (int k = 0; k < kStates; ++k) grad_h[k] = S(T(0));
+        }
+        if (kInvariant) {
+          EAML_UNROLL
+          for (int k = 0; k < kStates; ++k) sum_B[k] += term[k], sum_C[k] += term[kStates + k];
+          if (B.fixed && C.fixed) continue;
+        }
+        int first_term = 0;
+        bool mine = true;
+        sum_apart<L::kLanes, cuda::kWarp, kTerms>(term, first_term, mine);
+        if (!mine) continue;
+        const int warp = block.thread / cuda::kWarp;
+        EAML_UNROLL
+        for (int k = 0; k < kLeft; ++k) {
+          const int which = (first_term + k) / kStates, state = block.lane * kStates + (first_term + k) % kStates;
+          terms.set(((warp * kStretch + i) * 2 + which) * L::kPadded + state, term[k]);
+        }
+      }
+
+      cuda::sync_warp();  // all lanes of a channel have read what these sums go over
+      const int at = block.tile_at(start);
+      put_sums<L>(sums_x, block.x, at, false);
+      put_sums<L>(sums_dt, block.dt, at, false);
+      if (gated) put_sums<L>(sums_y, block.y, at, false);
+      if (B.fixed && C.fixed) continue;
+      cuda::sync_block();
+      for (int i = block.thread; i < L::kTermsOfWarp; i += L::kThreads) {
+        const int state = i % L::kPadded, which = i / L::kPadded % 2, t = start + i / (2 * L::kPadded);
+        if (t >= steps || state >= p.shape.state || (which ? C.fixed : B.fixed)) continue;
+        T total = terms.get(i);
+        for (int warp = 1; warp < L::kWarps; ++warp) total += terms.get(warp * L::kTermsOfWarp + i);
+        const int64_t time = block.index * p.shape.length + chunk * kSteps + t;
+        (which ? p.out.C : p.out.B)[time * p.shape.state + state] = total;
+      }
+      cuda::sync_block();
+    }
+
+    cuda::sync_block();
+    block.each_element(steps, [&](int t, int c, auto half) {
+      const int64_t time = chunk * kSteps + t, channel = block.first + c;
+      const int i = t * L::kRow + c;
+      const S u = block.template read_sequence<half>(&Inputs<T>::u, c, time), D = block.D.get(c);
+      const Softplus<S> dt = block.template read_step<half>(c, time);
+      const S grad_x = block.x.get(i), grad_dt = block.dt.get(i);
+      S grad_y = block.template read_sequence<half>(&Inputs<T>::grad_y, c, time);
+      const auto put = [&](const Out<T>& out, T x) {
+        write<half>(out, block.row * out.outer + channel * out.channel + time * out.inner, x);
+      };
+      if (gated) {
+        const S z = block.template read_sequence<half>(&Inputs<T>::z, c, time), s = sigmoid(z),
+                y = block.y.get(i) + D * u;
+        put(p.out.z, output(grad_y * y * (s + z * (s * (S(T(1)) - s)))));
+        grad_y = grad_y * (z * s);
+      }
+      const T grad_delta = output((grad_dt + u * grad_x) * dt.slope);
+      put(p.out.u, output(dt.value * grad_x + D * grad_y));
+      put(p.out.delta, grad_delta);
+      block.x.data.set(i, output(grad_y * u)), block.dt.data.set(i, grad_delta);
+    });
+    cuda::sync_block();
+    for (int t = block.lane; block.has_channel() && t < steps; t += L::kLanes)
+      sum_D += block.x.data.get(block.tile_at(t)), sum_bias += block.dt.data.get(block.tile_at(t));
+  }
+
+  EAML_UNROLL
+  for (int k = 0; k < kStates; ++k) {
+    if (!block.has_state(k)) continue;
+    p.out.A[block.partial_at(k)] = sum_A[k];
+    if (B.fixed) p.out.B[block.partial_at(k)] = sum_B[k];
+    if (C.fixed) p.out.C[block.partial_at(k)] = sum_C[k];
+    if (p.out.initial_state && block.segment == 0)
+      p.out.initial_state[(block.row * p.shape.dim + block.first + block.channel) * p.shape.state + block.state(k)] =
+          output(grad_h[k]);
+  }
+  int first = 0;
+  bool mine = true;
+  sum_apart<1, L::kLanes, 1>(&sum_D, first, mine);
+  sum_apart<1, L::kLanes, 1>(&sum_bias, first, mine);
+  if (!block.has_channel() || block.lane != 0) return;
+  const int64_t at = (block.row * block.segments + block.segment) * p.shape.dim + block.first + block.channel;
+  if (p.out.D) p.out.D[at] = sum_D;
+  if (p.out.delta_bias) p.out.delta_bias[at] = sum_bias;
+}
+
+// What a segment adds to the gradient of the state that it starts from. No state is needed for that.
+template <class L>
+EAML_KERNEL(L::kThreads, L::kForwardBlocks)
+local_backward_kernel(EAML_CONSTANT Backward<typename L::T> p) {
+  using S = typename L::S;
+  using T = typename L::T;
+  constexpr int kStates = L::kStates;
+  Block<L> block(p.shape, p.arrays, p.segments.count);
+  const int64_t begin = block.first_chunk(block.segment);
+  S A[kStates], grad_h[kStates], total = S(T(0));
+  Rate<S> rate[kStates];
+  bool cut = false;
+  block.stage_vectors();
+  block.read_rates(A, rate);
+  Operand<L, true> C;
+  C.start(block, &Inputs<T>::C, p.shape.C_invariant);
+  EAML_UNROLL
+  for (int k = 0; k < kStates; ++k) grad_h[k] = S(T(0));
+
+  for (int64_t chunk = block.first_chunk(block.segment + 1) - 1; chunk >= begin; --chunk) {
+    const int steps = block.steps(chunk);
+    const std::uint32_t resets = block.resets(chunk, steps);
+    cut = cut || resets != 0;
+    block.staged = -1;
+    cuda::sync_block();
+    block.each_element(steps, [&](int t, int c, auto half) {
+      const int64_t time = chunk * kSteps + t;
+      S grad_y = block.template read_sequence<half>(&Inputs<T>::grad_y, c, time);
+      if (p.shape.gated) {
+        const S z = block.template read_sequence<half>(&Inputs<T>::z, c, time);
+        grad_y = grad_y * (z * sigmoid(z));
+      }
+      const int i = t * L::kRow + c;
+      block.dt.set(i, block.template read_step<half>(c, time).value), block.y.set(i, grad_y);
+    });
+    cuda::sync_block();
+    for (int t = steps - 1; t >= 0; --t) {
+      block.need_matrices(chunk, t, false, true);
+      if (!block.has_channel()) continue;
+      const S dt = block.dt.get(block.tile_at(t)), grad_y = block.y.get(block.tile_at(t));
+      const bool reset = resets >> t & 1;
+      S a[kStates];
+      decay(dt, A, rate, a);
+      C.step(block.C, block.matrix_at(t));
+      EAML_UNROLL
+      for (int k = 0; k < kStates; ++k) {
+        const S g = grad_h[k] + grad_y * C.x[k];
+        grad_h[k] = reset ? S(T(0)) : decayed(a[k], g);
+      }
+      total = total + dt;
+    }
+  }
+
+  const int64_t segment = block.row * block.segments + block.segment;
+  block.write_saved(p.segments.states, p.segments.state_tangents, segment, grad_h);
+  write_steps(block, p.segments, total, cut);
+}
+
+// From segment to segment, each state on its own: what a segment adds becomes what it starts from.
+template <class S, bool kBackward>
+EAML_KERNEL(256)
+carry_kernel(EAML_CONSTANT Shape shape, EAML_CONSTANT Arrays<vector_t<S>> arrays,
+             EAML_CONSTANT Segments<vector_t<S>> segments) {
+  using T = vector_t<S>;
+  const int64_t index = cuda::block() * 256 + cuda::thread();
+  if (index >= shape.batch * shape.state * shape.dim) return;
+  const int64_t channel = index % shape.dim, n = index / shape.dim % shape.state, row = index / shape.dim / shape.state;
+  const auto at = [&](const In<T>& in) { return row_offset(in, row) + channel * in.channel + n * in.inner; };
+  S h = read_input<S>(arrays, kBackward ? &Inputs<T>::grad_state : &Inputs<T>::initial_state, at);
+  const S A[1] = {read_input<S>(arrays, &Inputs<T>::A, at)};
+  const Rate<S> rate[1] = {rate_of(A[0])};
+  for (int64_t i = 0; i < segments.count; ++i) {
+    const int64_t segment = row * segments.count + (kBackward ? segments.count - 1 - i : i);
+    const int64_t state = (segment * shape.state + n) * shape.dim + channel, step = segment * shape.dim + channel;
+    S added, dt, a[1];
+    if constexpr (kIsDual<S>) {
+      added = {segments.states[state], segments.state_tangents[state]};
+      dt = {segments.steps[step], segments.step_tangents[step]};
+      segments.states[state] = h.value, segments.state_tangents[state] = h.tangent;
+    } else {
+      added = segments.states[state], dt = segments.steps[step];
+      segments.states[state] = h;
+    }
+    decay(dt, A, rate, a);
+    h = segments.cuts[step] != T(0) ? added : decayed(a[0], h) + added;
+  }
+}
+
+// One step of every channel; a few neighbouring threads share the states of one.
+constexpr int kStepThreads = 128;
+template <class T>
+EAML_KERNEL(kStepThreads)
+step_kernel(EAML_CONSTANT Forward<T> p, int lanes) {
+  const Shape& shape = p.shape;
+  const Inputs<T>& in = p.arrays.values;
+  const int64_t index = (cuda::block() * kStepThreads + cuda::thread()) / lanes;
+  const int lane = cuda::thread() % lanes;
+  const int64_t row = index / shape.dim, channel = index % shape.dim;
+  const bool mine = row < shape.batch;
+  T y = T(0), u = T(0);
+  if (mine) {
+    const auto sequence = [&](const In<T>& x) { return read(x, row * x.outer + channel * x.channel); };
+    const auto vector = [&](const In<T>& x) { return read(x, row_offset(x, row) + channel * x.channel); };
+    const int64_t group = channel / (shape.dim / shape.groups);
+    u = sequence(in.u);
+    const T dt = step_size(sequence(in.delta) + vector(in.delta_bias), shape.softplus).value;
+    for (int64_t n = lane; n < shape.state; n += lanes) {
+      const auto matrix = [&](const In<T>& x) { return read(x, row * x.outer + group * x.group + n * x.channel); };
+      const auto state = [&](const In<T>& x) {
+        return read(x, row_offset(x, row) + channel * x.channel + n * x.inner);
+      };
+      const T A[1] = {state(in.A)};
+      const Rate<T> rate[1] = {rate_of(A[0])};
+      T a[1];
+      decay(dt, A, rate, a);
+      const T h = advance(a[0], state(in.initial_state), dt * u, matrix(in.B));
+      const Out<T>& out = p.out.last_state;
+      write(out, row * out.outer + channel * out.channel + n * out.inner, h);
+      y += h * matrix(in.C);
+    }
+    if (lane == 0) y += vector(in.D) * u;
+  }
+  for (int mask = 1; mask < lanes; mask *= 2) y += cuda::shuffle_xor(y, mask);
+  if (!mine || lane != 0) return;
+  if (shape.gated) {
+    const T z = read(in.z, row * in.z.outer + channel * in.z.channel);
+    y *= z * sigmoid(z);
+  }
+  write(p.out.y, row * p.out.y.outer + channel * p.out.y.channel, y);
+}
+
+// The second stage of the reductions: a block does kSumColumns sums, each by kSumRows threads, in a fixed order.
+constexpr int kSumColumns = 32, kSumRows = 8;
+template <class T>
+EAML_KERNEL(kSumColumns* kSumRows)
+sum_kernel(EAML_CONSTANT Sum<T> p) {
+  const int64_t per_outer = (p.inner + kSumColumns - 1) / kSumColumns;
+  const int64_t outer = cuda::block() / per_outer;
+  const int column = cuda::thread() % kSumColumns, row = cuda::thread() / kSumColumns;
+  const int64_t k = cuda::block() % per_outer * kSumColumns + column;
+  const Shared<T> partial{reinterpret_cast<T*>(cuda::shared_memory())};
+  T total = T(0);
+  if (k < p.inner)
+    for (int64_t j = row; j < p.middle; j += kSumRows) total += p.from[(outer * p.middle + j) * p.inner + k];
+  partial.set(row * kSumColumns + column, total);
+  cuda::sync_block();
+  if (row > 0 || k >= p.inner) return;
+  for (int r = 1; r < kSumRows; ++r) total += partial.get(r * kSumColumns + column);
+  p.to[outer * p.inner + (p.rows == 0 ? k : k % p.rows * (p.inner / p.rows) + k / p.rows)] = total;
+}
+
+// ---- launchers: what runs on the host ----
+
+// Calls f(Tiling) with the first that has room for the states. Fewer serve double precision: each takes long to
+// compile.
+template <class S, class F>
+const char* with_tiling(int64_t states, F f) {
+  constexpr bool kAll = sizeof(vector_t<S>) == 4;
+  if constexpr (kAll) {
+    if (states <= 4) return f(Tiling<S, 1, 4>());
+    if (states <= 8) return f(Tiling<S, 2, 4>());
+  }
+  if (states <= 16) return f(Tiling<S, 4, 4>());
+  if constexpr (kAll) {
+    if (states <= 32) return f(Tiling<S, 8, 4>());
+  }
+  if (states <= 64) return f(Tiling<S, 16, 4>());
+  if constexpr (kAll) {
+    if (states <= 128) return f(Tiling<S, 32, 4>());
+  }
+  return f(Tiling<S, 32, 8>());
+}
+
+template <class T>
+Cut cut_of(const Shape& s) {
+  Cut c{};
+  with_tiling<T>(s.state, [&](auto tiling) {
+    using L = decltype(tiling);
+    c.blocks = (s.dim / s.groups + L::kChannels - 1) / L::kChannels;
+    return nullptr;
+  });
+  // Enough blocks to fill a large GPU several times over need no segments; a segment is to be worth its launches. Both
+  // numbers are estimates, to be measured on a GPU.
+  constexpr int64_t kEnoughBlocks = 512, kLeastChunks = 8;
+  const int64_t blocks = s.batch * s.groups * c.blocks, chunks = (s.length + kChunk - 1) / kChunk;
+  const int64_t wanted = blocks > 0 ? kEnoughBlocks / blocks : 1, most = chunks / kLeastChunks;
+  c.segments = wanted < most ? wanted : most;
+  if (c.segments < 2) c.segments = 1;
+  return c;
+}
+
+template <class S, bool kBackward, class P>
+const char* launch_carry(const P& p, void* stream) {
+  const int64_t states = p.shape.batch * p.shape.state * p.shape.dim;
+  return cuda::launch(carry_kernel<S, kBackward>, (states + 255) / 256, 256, 0, stream, p.shape, p.arrays, p.segments);
+}
+
+template <class S>
+const char* launch_forward(const Forward<vector_t<S>>& p, void* stream) {
+  return with_tiling<S>(p.shape.state, [&](auto tiling) {
+    using L = decltype(tiling);
+    const int64_t blocks = p.shape.batch * p.shape.groups * cut_of<vector_t<S>>(p.shape).blocks * p.segments.count;
+    const bool invariant = p.shape.B_invariant || p.shape.C_invariant;
+    const auto kernel = invariant ? forward_kernel<L, true> : forward_kernel<L, !L::kHot>;
+    if (p.segments.count > 1) {
+      Forward<vector_t<S>> local = p;
+      local.out = {}, local.segments.local = true;
+      const char* error = cuda::launch(kernel, blocks, L::kThreads, L::kForwardBytes, stream, local);
+      if (error == nullptr) error = launch_carry<S, false>(p, stream);
+      if (error != nullptr) return error;
+    }
+    return cuda::launch(kernel, blocks, L::kThreads, L::kForwardBytes, stream, p);
+  });
+}
+
+template <class S>
+const char* launch_backward(const Backward<vector_t<S>>& p, void* stream) {
+  return with_tiling<S>(p.shape.state, [&](auto tiling) {
+    using L = decltype(tiling);
+    const int64_t blocks = p.shape.batch * p.shape.groups * cut_of<vector_t<S>>(p.shape).blocks * p.segments.count;
+    if (p.segments.count > 1) {
+      const char* error = cuda::launch(local_backward_kernel<L>, blocks, L::kThreads, L::kForwardBytes, stream, p);
+      if (error == nullptr) error = launch_carry<S, true>(p, stream);
+      if (error != nullptr) return error;
+    }
+    const bool invariant = p.shape.B_invariant || p.shape.C_invariant;
+    const auto kernel = invariant ? backward_kernel<L, true> : backward_kernel<L, !L::kHot>;
+    return cuda::launch(kernel, blocks, L::kThreads, L::kBackwardBytes, stream, p);
+  });
+}
+
+template <class T>
+const char* launch_step(const Forward<T>& p, void* stream) {
+  int lanes = 1;
+  while (lanes < cuda::kWarp && lanes < p.shape.state) lanes *= 2;
+  const int64_t threads = p.shape.batch * p.shape.dim * lanes;
+  return cuda::launch(step_kernel<T>, (threads + kStepThreads - 1) / kStepThreads, kStepThreads, 0, stream, p, lanes);
+}
+
+template <class T>
+const char* launch_sum(const Sum<T>& p, void* stream) {
+  const int64_t blocks = p.outer * ((p.inner + kSumColumns - 1) / kSumColumns);
+  return cuda::launch(sum_kernel<T>, blocks, kSumColumns * kSumRows, kSumColumns * kSumRows * sizeof(T), stream, p);
+}
+
+}  // namespace
+
+#define EAML_DEFINE(T)                                                                 \
+  template <>                                                                          \
+  Cut cut<T>(const Shape& shape) {                                                     \
+    return cut_of<T>(shape);                                                           \
+  }                                                                                    \
+  const char* forward(const Forward<T>& p, bool dual, void* stream) {                  \
+    return dual ? launch_forward<Dual<T>>(p, stream) : launch_forward<T>(p, stream);   \
+  }                                                                                    \
+  const char* backward(const Backward<T>& p, bool dual, void* stream) {                \
+    return dual ? launch_backward<Dual<T>>(p, stream) : launch_backward<T>(p, stream); \
+  }                                                                                    \
+  const char* step(const Forward<T>& p, void* stream) {                                \
+    return launch_step(p, stream);                                                     \
+  }                                                                                    \
+  const char* sum(const Sum<T>& p, void* stream) {                                     \
+    return launch_sum(p, stream);                                                      \
+  }
+
+}  // namespace eaml::selective_scan

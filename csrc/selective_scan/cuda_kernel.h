@@ -1,0 +1,85 @@
+// The CUDA kernels of the selective scan, seen from outside: what each is given, and launchers per precision. Launchers
+// return nullptr, or what went wrong, and leave the work on the stream, a cudaStream_t.
+#pragma once
+
+#include <cstdint>
+
+#include "selective_scan/problem.h"
+
+namespace eaml::selective_scan {
+
+constexpr std::int64_t kMostStates = 256;
+
+template <class T>
+struct Arrays {
+  Inputs<T> values, tangents;  // tangents of a Dual run alone
+};
+
+// Time in segments of whole chunks, and what their kernels leave to each other.
+template <class T>
+struct Segments {
+  std::int64_t count = 1;
+  bool local = false;  // only find what each segment adds
+  // (batch, count, state, dim): first that, then the state each segment starts from (the gradient it ends with).
+  T *states = nullptr, *state_tangents = nullptr;
+  T *steps = nullptr, *step_tangents = nullptr;  // (batch, count, dim): sum of dt
+  T* cuts = nullptr;                             // likewise: 1 where a reset lets nothing through
+};
+
+template <class T>
+struct Forward {
+  Shape shape;
+  Arrays<T> arrays;
+  Segments<T> segments;
+  Outputs<T> out;
+};
+
+// Gradients; of a Dual run, their tangents. Those of parameters, B and C are partial sums.
+template <class T>
+struct CudaGradients {
+  Out<T> u, delta, z;              // (batch, dim, length)
+  T* initial_state = nullptr;      // (batch, dim, state)
+  T* A = nullptr;                  // (batch, segments, dim, state)
+  T* B = nullptr;                  // (batch, groups, blocks, length, state) or, invariant, as A
+  T* C = nullptr;                  // likewise
+  T* D = nullptr;                  // (batch, segments, dim)
+  T* delta_bias = nullptr;         // likewise
+  const T* checkpoints = nullptr;  // what the forward pass saved
+  const T* checkpoint_tangents = nullptr;
+};
+
+template <class T>
+struct Backward {
+  Shape shape;
+  Arrays<T> arrays;
+  Segments<T> segments;
+  CudaGradients<T> out;
+};
+
+// to[i][k] = sum over j of from[i][j][k]; with `rows`, k counts (column, row) in `from` and (row, column) in `to`.
+template <class T>
+struct Sum {
+  T* to;
+  const T* from;
+  std::int64_t outer, middle, inner, rows;
+};
+
+// How a call is cut into blocks: a function of the shape alone, as sums must not depend on the machine.
+struct Cut {
+  std::int64_t blocks;    // of channels, in a group
+  std::int64_t segments;  // of time
+};
+template <class T>
+Cut cut(const Shape& shape);
+
+// `dual`: with tangents. Forward and backward do all that their segments need before.
+#define EAML_DECLARE(T)                                              \
+  const char* forward(const Forward<T>&, bool dual, void* stream);   \
+  const char* backward(const Backward<T>&, bool dual, void* stream); \
+  const char* step(const Forward<T>&, void* stream);                 \
+  const char* sum(const Sum<T>&, void* stream);
+EAML_DECLARE(float)
+EAML_DECLARE(double)
+#undef EAML_DECLARE
+
+}  // namespace eaml::selective_scan

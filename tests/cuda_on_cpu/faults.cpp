@@ -1,0 +1,35 @@
+// Kernels with the faults that the stand-in is to find; its own test.
+#include "common/cuda.h"
+
+namespace {
+
+using namespace eaml::cuda;
+
+// Each thread writes a word and reads its neighbour's.
+void neighbours(int fault, int* out) {
+  const Shared<int> words{reinterpret_cast<int*>(shared_memory())};
+  const int i = thread();
+  words.set(i, i);
+  if (fault != 1) sync_block();
+  const int other = words.get(i ^ 1);
+  if (fault == 2) words.set(i, other);  // what the neighbour may still read
+  if (fault == 3 && i % 2) return sync_block();
+  if (fault == 4) words.get(1 << 20);
+  sync_warp();
+  out[block() * 64 + i] = words.get(i) + other + shuffle_xor(i, 32 / 2);
+}
+
+// Reads what the block before left.
+void uninitialised(int* out) {
+  const Shared<float> words{reinterpret_cast<float*>(shared_memory())};
+  const float x = words.get(thread());
+  words.set(thread(), 1);
+  out[thread()] = x == x;
+}
+
+}  // namespace
+
+extern "C" __attribute__((visibility("default"))) const char* eaml_fault(int fault, int* out) {
+  if (fault == 5) return launch(uninitialised, 2, 64, 64 * 4, nullptr, out);
+  return launch(neighbours, 3, 64, 64 * 4, nullptr, fault, out);
+}
