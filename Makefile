@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 SOURCES := $(shell find csrc tests/cuda_on_cpu -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
 
-.PHONY: demo test sanitize cuda-on-cpu sanitize-cuda lint format bench clean
+.PHONY: demo test sanitize cuda-on-cpu sanitize-cuda cuda-check lint format bench clean
 
 $(VENV)/installed: pyproject.toml setup.py $(SOURCES)
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
@@ -18,7 +18,7 @@ demo: $(VENV)/installed  ## the main job: meta-train on CartPole dynamics, adapt
 test: $(VENV)/installed  ## the whole suite, the ops once more on their references, the CUDA kernels on a stand-in
 	$(BIN)/pytest -n 2
 	$(BIN)/pytest -n 2 --reference tests/ops
-	$(MAKE) -j2 cuda-on-cpu
+	[ $$(uname) != Linux ] || $(MAKE) -j2 cuda-on-cpu
 
 # A package of its own in build/sanitize; gcc's runtime has to be loaded before Python's own allocations.
 SANITIZE := -fsanitize=address,undefined -fno-sanitize-recover=all
@@ -60,6 +60,11 @@ sanitize-cuda:  ## the same under AddressSanitizer and UndefinedBehaviorSanitize
 	LD_PRELOAD=$(RUNTIME) ASAN_OPTIONS=detect_leaks=0:detect_stack_use_after_return=0 UBSAN_OPTIONS=print_stacktrace=1 \
 		$(BIN)/python -m pytest -x -n 2 --cuda-on-cpu build/cuda_on_cpu_sanitized/kernels.so \
 		-k 'close_to or half or strides or long' tests/cuda_on_cpu tests/ops/test_selective_scan.py
+
+# A minute or two an architecture and core: TORCH_CUDA_ARCH_LIST=9.0 is enough between commits.
+cuda-check: $(VENV)/installed  ## compiles the CUDA kernels, loads them without a GPU, looks at registers and spills
+	PATH=$(abspath $(BIN)):$$PATH FORCE_CUDA=1 $(BIN)/python tests/cuda_check.py build/cuda-check \
+		|| { tail -n 40 build/cuda-check/log; exit 1; }
 
 lint: $(VENV)/installed
 	$(BIN)/ruff check .

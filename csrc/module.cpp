@@ -22,7 +22,7 @@ pybind11::dict build_info() {
 #endif
   info["simd"] = eaml::simd_level();
 #if defined(EAML_CUDA_VERSION)
-  info["cuda"] = EAML_STRING(EAML_CUDA_VERSION);
+  info["cuda"] = EAML_STRING(EAML_CUDA_VERSION) " for " EAML_STRING(EAML_CUDA_ARCHS);
 #else
   info["cuda"] = pybind11::none();
 #endif

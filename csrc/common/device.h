@@ -32,6 +32,7 @@ class Place {
   explicit Place(const torch::stable::Tensor&) {}
 #else
   explicit Place(const torch::stable::Tensor& t) : guard_(t.get_device_index()) {
+    if (aoti_torch_get_current_cuda_stream == nullptr) throw std::runtime_error("eaml_ext: this torch has no CUDA");
     STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(t.get_device_index(), &stream_));
   }
 #endif

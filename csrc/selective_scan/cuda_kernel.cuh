@@ -55,7 +55,8 @@ struct Tiling {
   // Blocks that a processor is to hold at a time: as many as leave each thread the registers that it needs.
   static constexpr bool kHot = sizeof(T) == 4 && kStates == 4;
   static constexpr int kForwardBlocks = kHot ? (kIsDual<S> ? 384 : 640) / kThreads : 1;
-  static constexpr int kBackwardBlocks = kHot ? (kIsDual<S> ? 256 : kLanes == 2 ? 320 : 384) / kThreads : 1;
+  static constexpr int kBackwardBlocks = kHot ? (kIsDual<S> ? 256 : 384) / kThreads : 1;
+  static constexpr bool kVarying = kHot && !kIsDual<S>;  // has kernels of its own for B and C that vary in time
   static_assert(kThreads % cuda::kWarp == 0 && kMatrixSteps % kStretch == 0);
 
   static constexpr std::size_t kForwardBytes = (3 * kTile + 2 * kVector + 2 * kMatrix) * kNumbers * sizeof(T);
@@ -889,7 +890,6 @@ const char* with_tiling(int64_t states, F f) {
   constexpr bool kAll = sizeof(vector_t<S>) == 4;
   if constexpr (kAll) {
     if (states <= 4) return f(Tiling<S, 1, 4>());
-    if (states <= 8) return f(Tiling<S, 2, 4>());
   }
   if (states <= 16) return f(Tiling<S, 4, 4>());
   if constexpr (kAll) {
@@ -932,7 +932,7 @@ const char* launch_forward(const Forward<vector_t<S>>& p, void* stream) {
     using L = decltype(tiling);
     const int64_t blocks = p.shape.batch * p.shape.groups * cut_of<vector_t<S>>(p.shape).blocks * p.segments.count;
     const bool invariant = p.shape.B_invariant || p.shape.C_invariant;
-    const auto kernel = invariant ? forward_kernel<L, true> : forward_kernel<L, !L::kHot>;
+    const auto kernel = invariant ? forward_kernel<L, true> : forward_kernel<L, !L::kVarying>;
     if (p.segments.count > 1) {
       Forward<vector_t<S>> local = p;
       local.out = {}, local.segments.local = true;
@@ -955,7 +955,7 @@ const char* launch_backward(const Backward<vector_t<S>>& p, void* stream) {
       if (error != nullptr) return error;
     }
     const bool invariant = p.shape.B_invariant || p.shape.C_invariant;
-    const auto kernel = invariant ? backward_kernel<L, true> : backward_kernel<L, !L::kHot>;
+    const auto kernel = invariant ? backward_kernel<L, true> : backward_kernel<L, !L::kVarying>;
     return cuda::launch(kernel, blocks, L::kThreads, L::kBackwardBytes, stream, p);
   });
 }

@@ -1,0 +1,100 @@
+"""What can be said of the CUDA build without a GPU: it compiles and links, loads, registers, and no hot kernel spills.
+
+    FORCE_CUDA=1 python tests/cuda_check.py build/cuda-check
+
+compiles the CUDA half of the extension, as setup.py describes it, into a library of its own in that folder; what was
+compiled there before and has not changed is kept. Needs nvcc; TORCH_CUDA_ARCH_LIST says for which GPUs.
+"""
+
+import os
+import re
+import subprocess
+import sys
+from fnmatch import fnmatch
+from pathlib import Path
+
+import setuptools  # noqa: F401  (has distutils where Python no longer does)
+
+from distutils.core import run_setup  # isort: skip
+
+# Registers of a thread that leave a processor room for the threads that each hot kernel wants: 640, 384, 384 and 256.
+MOST = {("forward", "float"): 96, ("forward", "Dual<float>"): 168, ("backward", "float"): 168}
+MOST |= {("backward", "Dual<float>"): 255}
+# Hot: single precision, four states a thread (up to 128 states); of floats, the kernels for B and C that vary in time.
+HOT = re.compile(r"(\w+)_kernel<.*Tiling<(?:(float), \d+, 4>, false|(Dual<float>), \d+, 4>, true)>")
+FOUND = re.compile(
+    r"Compiling entry function '(\w+)' for '(sm_\d+)'.*?(\d+) bytes spill stores, (\d+) bytes spill loads"
+    r".*?Used (\d+) registers",
+    re.S,
+)
+
+
+def build(folder: Path) -> tuple[Path, list[str]]:
+    """The library, and the architectures it is for; the compiler's words are appended to ``log``."""
+    distribution = run_setup("setup.py", stop_after="init")
+    (module,) = distribution.ext_modules
+    module.sources = [s for s in module.sources if fnmatch(Path(s).name, "cuda_*")]
+    module.extra_compile_args["nvcc"] = [*module.extra_compile_args["nvcc"], "-Xptxas", "-v"]
+    command = distribution.get_command_obj("build_ext")
+    command.build_lib, command.build_temp = str(folder), str(folder / "objects")
+    command.ensure_finalized()
+    with (folder / "log").open("a") as log:  # of the compilers, which are processes of their own
+        kept = [os.dup(1), os.dup(2)]
+        os.dup2(log.fileno(), 1), os.dup2(log.fileno(), 2)
+        try:
+            command.run()
+        finally:
+            sys.stdout.flush(), sys.stderr.flush()
+            os.dup2(kept[0], 1), os.dup2(kept[1], 2)
+    archs = os.environ["TORCH_CUDA_ARCH_LIST"]  # setup.py's choice, if nobody's else
+    return folder / command.get_ext_filename(module.name), [
+        re.sub(r"\D", "", arch) for arch in re.split("[; ]+", archs)
+    ]
+
+
+def registered(library: Path) -> list[str]:
+    """The scan's ops, each of which has a kernel for CUDA."""
+    import torch
+
+    sys.modules["eaml_ext._C"] = None  # type: ignore[assignment]  # the schemas alone
+    import eaml_ext.ops  # noqa: F401
+
+    torch.ops.load_library(library)
+    names = [n for n in torch._C._dispatch_get_all_op_names() if n.startswith("eaml_ext::selective_scan")]
+    without = [n for n in names if not torch._C._dispatch_has_kernel_for_dispatch_key(n, "CUDA")]
+    assert len(names) == 5 and not without, f"no CUDA kernel for {without} of {names}"
+    return names
+
+
+def kernels(log: str, library: Path) -> list[tuple[str, str, int, int]]:
+    """(name, architecture, bytes spilled, registers) of the library's kernels."""
+    binary = library.read_bytes()
+    found = {(m[1], m[2]): (int(m[3]) + int(m[4]), int(m[5])) for m in FOUND.finditer(log) if m[1].encode() in binary}
+    names = subprocess.run(["c++filt"], input="\n".join(n for n, _ in found), capture_output=True, text=True).stdout
+    short = [re.sub(r"\(anonymous namespace\)::|eaml::|selective_scan::", "", n) for n in names.split("\n")]
+    rows = zip(short, found, found.values(), strict=False)
+    return sorted((re.sub(r"^void |\(.*", "", name), arch, *sizes) for name, (_, arch), sizes in rows)
+
+
+def main() -> None:
+    folder = Path(sys.argv[1])
+    folder.mkdir(parents=True, exist_ok=True)
+    library, archs = build(folder)
+    print(f"CUDA kernels registered, loaded without a GPU: {', '.join(registered(library))}")
+    faults, seen = [], []
+    for name, arch, spilled, used in kernels((folder / "log").read_text(), library):
+        hot = HOT.match(name)
+        if not hot or arch.removeprefix("sm_") not in archs:
+            continue
+        kind = (hot[1], hot[2] or hot[3])
+        most = MOST[kind]
+        seen.append((*kind, arch))
+        print(f"{used:4} registers of {most}, {spilled} bytes spilled, {arch}: {name}")
+        faults += [name] if spilled or used > most else []
+    every = {(*kind, f"sm_{arch}") for kind in MOST for arch in archs}
+    assert {*seen} == every and len(seen) == 5 * len(every), f"not five kernels of each kind in the log: {sorted(seen)}"
+    assert not faults, f"too many registers, or spills: {faults}"
+
+
+if __name__ == "__main__":
+    main()
