@@ -1,0 +1,157 @@
+"""What only a GPU can show of the scan's CUDA kernels: streams, graphs, devices, offsets beyond 32 bits, no waiting.
+
+That they compute the right thing is the battery's to say, on every device there is.
+"""
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from eaml_ext.ops import selective_scan, selective_scan_step
+
+if not torch.cuda.is_available():
+    pytest.skip("needs a GPU", allow_module_level=True)
+
+
+def arguments(batch: int = 4, dim: int = 40, length: int = 100, state: int = 16, device: str = "cuda") -> list[Tensor]:
+    u, delta = torch.randn(2, batch, length, dim, device=device).transpose(2, 3)
+    B, C = torch.randn(2, batch, state, length, device=device)
+    return [u, delta - 2, -0.3 - torch.rand(dim, state, device=device), B, C]
+
+
+def gradients(x: list[Tensor], **others: Any) -> list[Tensor]:
+    """y, and first and second derivatives in the arguments of ``x`` and in the floating-point ones of ``others``."""
+    x = [v.detach().requires_grad_() for v in x]
+    more = {
+        n: v.detach().requires_grad_() for n, v in others.items() if isinstance(v, Tensor) and v.is_floating_point()
+    }
+    leaves = [*x, *more.values()]
+    y = selective_scan(*x, delta_softplus=True, **{**others, **more})
+    first = torch.autograd.grad(y.float().square().mean(), leaves, create_graph=True)
+    second = torch.autograd.grad(sum(g.float().square().sum() for g in first), leaves)
+    return [v.detach() for v in (y, *first, *second)]
+
+
+def everything(batch: int, dim: int, length: int) -> dict[str, Tensor]:
+    return {
+        "D": torch.randn(dim, device="cuda"),
+        "z": torch.randn(batch, dim, length, device="cuda"),
+        "delta_bias": torch.randn(dim, device="cuda"),
+        "initial_state": torch.randn(batch, dim, 16, device="cuda"),
+        "reset": torch.rand(batch, length, device="cuda") < 0.05,
+    }
+
+
+def test_kernels_are_registered():
+    for name in ("", "_step", "_backward", "_jvp", "_backward_jvp"):
+        name = f"eaml_ext::selective_scan{name}"
+        assert torch._C._dispatch_has_kernel_for_dispatch_key(name, "CUDA"), f"{name} was built without CUDA"
+
+
+def check(x: list[Tensor], tolerance: float, **others: Any) -> None:
+    """The same bits twice, and what the CPU finds in double precision."""
+    got = gradients(x, **others)
+    assert all(map(torch.equal, got, gradients(x, **others)))
+    exact = {n: v.cpu() if v.dtype == torch.bool else v.double().cpu() for n, v in others.items()}
+    for a, b in zip(got, gradients([v.double().cpu() for v in x], **exact), strict=True):
+        assert (a.double().cpu() - b).abs().max() <= tolerance * b.abs().max()
+
+
+@pytest.mark.parametrize("length", [1, 100, 20000])
+@pytest.mark.parametrize("state", [1, 16, 70])
+def test_the_same_as_on_the_cpu(state, length):
+    check(arguments(2, 5, length, state), 1e-4)
+
+
+@pytest.mark.parametrize("kind", ["everything", "per task", "groups", "invariant", "channel first", "bfloat16"])
+def test_the_same_as_on_the_cpu_with(kind):
+    x = arguments(4, 6, 70)
+    if kind == "per task":
+        x[2] = x[2] * (1 + torch.rand(2, 1, 1, device="cuda"))
+    if kind == "groups":
+        x[3:] = [v.unflatten(1, (2, 8)) for v in x[3:]]
+        x[2] = x[2][:, :8].contiguous()
+    if kind == "invariant":
+        x[3:] = [torch.randn(6, 16, device="cuda") for _ in range(2)]
+    if kind == "channel first":
+        x[:2] = [v.contiguous() for v in x[:2]]
+    if kind == "bfloat16":
+        x = [v if i == 2 else v.bfloat16() for i, v in enumerate(x)]
+    check(x, 0.05 if kind == "bfloat16" else 1e-4, **everything(4, 6, 70) if kind == "everything" else {})
+
+
+def test_on_the_current_stream():
+    x = arguments()
+    want = gradients(x)
+    later, ahead = [torch.full_like(v, torch.nan) for v in x], torch.cuda.Stream()
+    with torch.cuda.stream(ahead):
+        torch.cuda._sleep(100_000_000)  # a kernel on another stream would read what is not there yet
+        for to, v in zip(later, x, strict=True):
+            to.copy_(v)
+        got = gradients(later)
+    ahead.synchronize()
+    assert all(map(torch.equal, got, want))
+
+
+def test_does_not_wait_for_the_gpu():
+    x = arguments()
+    gradients(x)  # what torch does once
+    torch.cuda.synchronize()
+    busy = torch.cuda.Event()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        torch.cuda._sleep(2_000_000_000)
+        gradients(x)
+        busy.record()
+        assert not busy.query(), "the host waited until the GPU was done"
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+        torch.cuda.synchronize()
+
+
+def test_captured_in_a_graph():
+    x = arguments()
+    state = torch.zeros(4, 40, 16, device="cuda")
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        gradients(x)
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        got = gradients(x)
+        step = selective_scan_step(state, x[0][..., 0], x[1][..., 0], x[2], x[3][..., 0], x[4][..., 0])
+    for v, new in zip(x, arguments(), strict=True):
+        v.copy_(new)
+    graph.replay()
+    assert all(map(torch.equal, got, gradients(x)))
+    assert torch.equal(step[1], selective_scan_step(state, *(v[..., 0] if v.dim() == 3 else v for v in x))[1])
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+def test_on_the_device_of_the_tensors():
+    x = arguments(device="cuda:1")
+    with torch.cuda.device(0):
+        got = gradients(x)
+    assert all(v.device == x[0].device for v in got)
+    assert all(map(torch.equal, got, gradients([v.to("cuda:0").to("cuda:1") for v in x])))
+
+
+def test_offsets_beyond_32_bits():
+    """The last steps of a sequence, behind a reset, are a scan of their own."""
+    batch, dim, length, tail = 1, 64, 2**25 + 8, 40
+    if torch.cuda.mem_get_info()[0] < 24 * 2**30:
+        pytest.skip("needs 24 GiB of free GPU memory")
+    u = torch.empty(batch, dim, length, dtype=torch.bfloat16, device="cuda").normal_()
+    delta = torch.empty_like(u).uniform_(0.1, 0.5)
+    B, C = torch.randn(2, batch, 2, length, device="cuda").bfloat16()
+    A = torch.tensor([[-0.5, -1.0]], device="cuda").repeat(dim, 1)
+    reset = torch.zeros(batch, length, dtype=torch.bool, device="cuda")
+    reset[:, -tail] = True
+    assert u.numel() > 2**31
+    y = selective_scan(u, delta, A, B, C, reset=reset)
+    ends = [v[..., -tail:].contiguous() for v in (u, delta, B, C)]
+    want = selective_scan(ends[0], ends[1], A, ends[2], ends[3])
+    assert torch.equal(y[..., -tail:], want)
