@@ -5,15 +5,18 @@
 #include <torch/csrc/stable/accelerator.h>
 #include <torch/csrc/stable/tensor.h>
 
+#include <cstdint>
 #include <stdexcept>
 #include <string>
 
-#if !defined(EAML_CUDA_ON_CPU)
-#define EAML_CUDA_KEY CUDA
-// Absent from a CPU build of torch, which then still loads this library.
-#pragma weak aoti_torch_get_current_cuda_stream
-#else
+#if defined(EAML_CUDA_ON_CPU)
 #define EAML_CUDA_KEY CPU
+#else
+#define EAML_CUDA_KEY CUDA
+// Of torch's C functions, which its headers declare for CUDA builds of torch alone. Weak: a CPU build has none, and is
+// to load this library none the less.
+extern "C" AOTI_TORCH_EXPORT __attribute__((weak)) AOTITorchError
+aoti_torch_get_current_cuda_stream(std::int32_t device_index, void** stream);
 #endif
 
 namespace eaml::cuda {
@@ -33,7 +36,8 @@ class Place {
 #else
   explicit Place(const torch::stable::Tensor& t) : guard_(t.get_device_index()) {
     if (aoti_torch_get_current_cuda_stream == nullptr) throw std::runtime_error("eaml_ext: this torch has no CUDA");
-    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(t.get_device_index(), &stream_));
+    if (aoti_torch_get_current_cuda_stream(t.get_device_index(), &stream_) != 0)
+      throw std::runtime_error("eaml_ext: torch has no current CUDA stream on this device");
   }
 #endif
   void* stream() const { return stream_; }

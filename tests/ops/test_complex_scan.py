@@ -24,6 +24,12 @@ OPTIONAL, build = real.OPTIONAL, real.build
 COMPLEX = ("A", "B", "C", "initial_state")
 
 
+@pytest.fixture
+def device() -> str:
+    """Kernels of complex states are for the CPU; on a GPU the reference runs (test_scan_on_gpu.py)."""
+    return "cpu"
+
+
 def in_parts(scan: Build) -> Build:
     """The call with imaginary parts beside A, B, C and the initial state."""
 

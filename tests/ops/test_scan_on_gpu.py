@@ -82,6 +82,19 @@ def test_the_same_as_on_the_cpu_with(kind):
     check(x, 0.05 if kind == "bfloat16" else 1e-4, **everything(4, 6, 70) if kind == "everything" else {})
 
 
+def test_complex_states_run_on_the_reference():
+    u, delta, A, B, C = arguments(2, 3, 9, 4)
+    x = [u, delta, torch.complex(A, A), torch.complex(B, C), torch.complex(C, B)]
+
+    def run(x: list[Tensor]) -> list[Tensor]:
+        x = [v.detach().requires_grad_() for v in x]
+        y = selective_scan(*x, delta_softplus=True)
+        return [y.detach(), *torch.autograd.grad(y.square().sum(), x)]
+
+    for a, b in zip(run(x), run([v.cpu() for v in x]), strict=True):
+        assert (a.cpu() - b).abs().max() <= 1e-4 * b.abs().max()
+
+
 def test_on_the_current_stream():
     x = arguments()
     want = gradients(x)
