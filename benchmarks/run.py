@@ -1,11 +1,11 @@
 """All benchmarks, one after another: python -m benchmarks.run [--quick] [--threads 1]."""
 
-from benchmarks import experience, meta
+from benchmarks import experience, mamba, meta
 from benchmarks.ops import knn, selective_scan
 
 
 def main() -> None:
-    for benchmark in (selective_scan, knn, meta, experience):
+    for benchmark in (selective_scan, knn, meta, experience, mamba):
         print(f"\n== {benchmark.__name__}")
         benchmark.main()
 

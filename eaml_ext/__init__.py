@@ -19,6 +19,7 @@ _HOME = {
     "PackedKeys": "ops",
     "SSM": "nn",
     "SSMLayer": "nn",
+    "Mamba": "nn",
     "Stateful": "nn",
     "MetaMAML": "meta",
     "ExperienceBuffer": "experience",
@@ -26,7 +27,7 @@ _HOME = {
     "Adapter": "adaptation",
     "AdaptationConfig": "adaptation",
 }
-_ROOMS = ("adaptation", "experience", "jobs", "meta", "nn", "ops", "rl", "tasks")
+_ROOMS = ("adaptation", "experience", "integrations", "jobs", "meta", "nn", "ops", "rl", "tasks")
 
 # Not the rooms: a star import would put eaml_ext.nn in the place of torch.nn.
 __all__ = ["__version__", "build_info", *_HOME]

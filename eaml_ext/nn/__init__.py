@@ -1,6 +1,7 @@
 """State-space layers and models; layers that read from memory."""
 
 from eaml_ext.nn.episodic import EpisodicRead, KNNAttention
+from eaml_ext.nn.mamba import Mamba
 from eaml_ext.nn.ssm import SSM, SSMLayer, Stateful
 
-__all__ = ["SSM", "EpisodicRead", "KNNAttention", "SSMLayer", "Stateful"]
+__all__ = ["SSM", "EpisodicRead", "KNNAttention", "Mamba", "SSMLayer", "Stateful"]

@@ -1,0 +1,262 @@
+"""nn.Mamba: mamba_ssm's parameters, the published block, states, resets, derivatives."""
+
+import math
+from types import SimpleNamespace
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.func import functional_call, grad, vmap
+
+from eaml_ext.nn import Mamba
+from eaml_ext.nn.mamba import causal_conv
+from eaml_ext.ops import selective_scan_reference
+
+
+def block(**options):
+    return Mamba(6, d_state=3, **options).double()
+
+
+def sequence(batch=2, length=9, width=6):
+    return torch.randn(batch, length, width, dtype=torch.float64)
+
+
+def published(m, x):
+    """Figure 3 and algorithm 2 of the paper, zeros before the sequence, gradients by autograd through the loop."""
+    x, z = m.in_proj(x).mT.chunk(2, dim=1)
+    x = F.silu(F.conv1d(F.pad(x, (m.d_conv - 1, 0)), m.conv1d.weight, m.conv1d.bias, groups=m.d_inner))
+    delta, B, C = m.x_proj(x.mT).split((m.dt_rank, m.d_state, m.d_state), dim=-1)
+    delta = delta @ m.dt_proj.weight.T
+    A = -m.A_log.exp()
+    y = selective_scan_reference(x, delta.mT, A, B.mT, C.mT, m.D, z, m.dt_proj.bias, True)
+    return m.out_proj(y.mT)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"d_conv": 1}, {"d_conv": 7, "expand": 3, "bias": True}, {"conv_bias": False, "dt_rank": 4}],
+    ids=str,
+)
+def test_block_is_the_published_one(options):
+    m, x = block(**options), sequence()
+    torch.testing.assert_close(m(x), published(m, x))
+    with torch.no_grad():  # another way through the convolution
+        torch.testing.assert_close(m(x), published(m, x))
+        torch.testing.assert_close(m(x[:, :2]), published(m, x[:, :2]))
+
+
+def test_loads_a_checkpoint_of_mamba_ssm():
+    """The names and shapes of mamba_ssm.Mamba(768), written down from it."""
+    inner, state, width, rank = 1536, 16, 4, 48
+    checkpoint = {
+        "A_log": (inner, state),
+        "D": (inner,),
+        "in_proj.weight": (2 * inner, 768),
+        "conv1d.weight": (inner, 1, width),
+        "conv1d.bias": (inner,),
+        "x_proj.weight": (rank + 2 * state, inner),
+        "dt_proj.weight": (inner, rank),
+        "dt_proj.bias": (inner,),
+        "out_proj.weight": (768, inner),
+    }
+    checkpoint = {name: torch.randn(shape) for name, shape in checkpoint.items()}
+    m = Mamba(768)
+    m.load_state_dict(checkpoint, strict=True)
+    assert all(torch.equal(value, checkpoint[name]) for name, value in m.state_dict().items())
+    biased = Mamba(8, bias=True, conv_bias=False).state_dict()
+    assert {"in_proj.bias", "out_proj.bias"} < set(biased) and "conv1d.bias" not in biased
+
+
+def test_initialisation_draws_what_mamba_ssm_draws():
+    torch.manual_seed(3)
+    m = Mamba(32, d_state=5, dt_min=0.01, dt_max=0.2)
+    torch.manual_seed(3)
+    in_proj = nn.Linear(32, 128, bias=False)
+    conv = nn.Conv1d(64, 64, 4, groups=64)
+    x_proj = nn.Linear(64, 2 + 10, bias=False)
+    nn.Linear(2, 64)
+    dt_weight = torch.empty(64, 2).uniform_(-(2**-0.5), 2**-0.5)
+    step = torch.exp(torch.rand(64) * math.log(20) + math.log(0.01))
+    out_proj = nn.Linear(64, 32, bias=False)
+    assert torch.equal(m.in_proj.weight, in_proj.weight) and torch.equal(m.conv1d.weight, conv.weight)
+    assert torch.equal(m.conv1d.bias, conv.bias) and torch.equal(m.x_proj.weight, x_proj.weight)
+    assert torch.equal(m.dt_proj.weight, dt_weight) and torch.equal(m.out_proj.weight, out_proj.weight)
+    torch.testing.assert_close(F.softplus(m.dt_proj.bias), step)
+    torch.testing.assert_close(m.A_log.exp(), torch.arange(1.0, 6.0).expand(64, 5))
+    assert torch.equal(m.D, torch.ones(64))
+    constant = Mamba(32, dt_init="constant", dt_scale=0.5, dtype=torch.bfloat16)
+    assert constant.dt_proj.weight.unique().item() == torch.tensor(0.5 * 2**-0.5).bfloat16()
+    assert constant.A_log.dtype == constant.D.dtype == torch.float32 and constant.in_proj.weight.dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("no_grad", [False, True])
+def test_scan_equals_steps_equals_split_scans(no_grad):
+    m, x = block(), sequence()
+    with torch.set_grad_enabled(not no_grad):
+        whole, (conv, ssm) = m.scan(x)
+        for cut in (1, 2, 7):  # shorter and longer than the convolution
+            a, state = m.scan(x[:, :cut])
+            b, last = m.scan(x[:, cut:], state)
+            torch.testing.assert_close(torch.cat([a, b], dim=1), whole)
+            torch.testing.assert_close(last, (conv, ssm))
+        state, ys = m.allocate_inference_cache(2, max_seqlen=9), []
+        for t in range(9):
+            y, *state = m.step(x[:, t : t + 1] if t % 2 else x[:, t], *state)
+            ys.append(y.reshape(2, 6))
+        torch.testing.assert_close(torch.stack(ys, dim=1), whole)
+        torch.testing.assert_close(tuple(state), (conv, ssm))
+        empty, unchanged = m.scan(x[:, :0], (conv, ssm))
+        assert empty.shape == (2, 0, 6) and torch.equal(unchanged[0], conv) and torch.equal(unchanged[1], ssm)
+
+
+def test_resets_cut_sequence_state_and_convolution():
+    m, x = block(), sequence(length=12)
+    reset = torch.zeros(2, 12, dtype=torch.bool)
+    reset[0, [0, 5, 6]] = True
+    reset[1, 10] = True
+    before = m.scan(sequence())[1]
+    y, last = m.scan(x, before, reset)
+    for row, episodes in ((0, [(0, 5), (5, 6), (6, 12)]), (1, [(10, 12)])):
+        for start, stop in episodes:
+            alone, end = m.scan(x[row : row + 1, start:stop])
+            torch.testing.assert_close(y[row : row + 1, start:stop], alone)
+        torch.testing.assert_close((last[0][row : row + 1], last[1][row : row + 1]), end)
+    alone = m.scan(x[1:, :10], tuple(s[1:] for s in before))[0]
+    torch.testing.assert_close(y[1:, :10], alone)
+    x.requires_grad_()
+    (g,) = torch.autograd.grad(m.scan(x, None, reset)[0][0, 6:].square().sum(), x)
+    assert g[0, :6].abs().max() == 0 and g[0, 6:].abs().max() > 0  # exactly
+
+
+@pytest.mark.parametrize("with_reset", [False, True])
+def test_convolution_has_right_derivatives(with_reset):
+    x, window = sequence(width=2, length=4), torch.randn(2, 2, 3, dtype=torch.float64)
+    weight, bias = torch.randn(2, 1, 3, dtype=torch.float64), torch.randn(2, dtype=torch.float64)
+    reset = torch.tensor([[0, 0, 1, 0], [1, 0, 0, 1]]).bool() if with_reset else None
+    inputs = tuple(v.requires_grad_() for v in (x, window, weight, bias))
+
+    def conv(*v):
+        return causal_conv(*v, reset)
+
+    assert torch.autograd.gradcheck(conv, inputs) and torch.autograd.gradgradcheck(conv, inputs)
+
+
+def test_steps_pass_gradients_back_in_time():
+    m, x = block(), sequence(length=3).requires_grad_()
+    state, total = m.allocate_inference_cache(2), 0
+    for t in range(3):
+        y, *state = m.step(x[:, t], *state)
+        total = total + y.square().sum()
+    (by_steps,) = torch.autograd.grad(total, x)
+    (by_scan,) = torch.autograd.grad(m(x).square().sum(), x)
+    torch.testing.assert_close(by_steps, by_scan)
+
+
+def test_per_task_weights_under_vmap_equal_a_loop():
+    m, x = block(), torch.randn(3, 2, 6, 6, dtype=torch.float64)
+    params = {k: p.detach() + 0.1 * torch.randn(3, *p.shape, dtype=p.dtype) for k, p in m.named_parameters()}
+
+    def loss(p, x):
+        return functional_call(m, p, (x,)).square().sum()
+
+    together = vmap(grad(loss))(params, x)
+    for i in range(3):
+        alone = grad(loss)({k: p[i] for k, p in params.items()}, x[i])
+        torch.testing.assert_close({k: g[i] for k, g in together.items()}, alone)
+
+
+def test_maml_outer_gradient_equals_the_published_block_s():
+    m, x, target = block(), sequence(), sequence()
+    params = {k: p.detach() for k, p in m.named_parameters()}
+
+    def outer(forward):
+        def inner(p):
+            return (forward(p) - target).square().mean()
+
+        return grad(lambda p: inner({k: p[k] - 0.1 * g for k, g in grad(inner)(p).items()}))(params)
+
+    class Published(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.m = m
+
+        def forward(self, x):
+            return published(self.m, x)
+
+    ours = outer(lambda p: functional_call(m, p, (x,)))
+    by_loop = outer(lambda p: functional_call(Published(), {f"m.{k}": v for k, v in p.items()}, (x,)))
+    torch.testing.assert_close(ours, by_loop)
+
+
+def test_half_precision_and_autocast():
+    m = Mamba(16)
+    x = torch.randn(2, 9, 16)
+    want = m(x)
+    with torch.autocast("cpu", torch.bfloat16):
+        torch.testing.assert_close(m(x).float(), want, rtol=0.05, atol=0.05)
+    half = Mamba(16, dtype=torch.bfloat16)
+    half.load_state_dict(m.state_dict())
+    assert half.A_log.dtype == torch.float32
+    y, state = half.scan(x.bfloat16())
+    assert y.dtype == state[0].dtype == torch.bfloat16 and state[1].dtype == torch.float32
+    torch.testing.assert_close(y.float(), want, rtol=0.05, atol=0.05)
+    y, *_ = half.step(x[:, :1].bfloat16(), *half.allocate_inference_cache(2))
+    torch.testing.assert_close(y.float(), want[:, :1], rtol=0.05, atol=0.05)
+
+
+def test_inference_params_keep_the_states_of_a_layer():
+    m, x = block(layer_idx=4), sequence()
+    memory = SimpleNamespace(seqlen_offset=0, key_value_memory_dict={})
+    ys = []
+    for start, stop in ((0, 5), (5, 6), (6, 9)):
+        memory.seqlen_offset = start
+        ys.append(m(x[:, start:stop], inference_params=memory))
+    torch.testing.assert_close(torch.cat(ys, dim=1), m(x))
+    assert list(memory.key_value_memory_dict) == [4]
+    memory.seqlen_offset = 0
+    torch.testing.assert_close(m(x[:, :3], inference_params=memory), m(x[:, :3]))
+
+
+def bad_calls():
+    m, x = Mamba(6), torch.randn(2, 4, 6)
+    conv, ssm = m.allocate_inference_cache(2)
+    step = x[:, :1]
+    yield lambda: Mamba(0), ValueError, "d_model must be > 0"
+    yield lambda: Mamba(6, 1.5), TypeError, "d_state must be an integer"
+    yield lambda: Mamba(6, d_conv=-1), ValueError, "d_conv must be > 0"
+    yield lambda: Mamba(6, expand=0), ValueError, "expand must be > 0"
+    yield lambda: Mamba(6, expand=0.1), ValueError, "expand must make d_model 6"
+    yield lambda: Mamba(6, dt_rank="all"), ValueError, "dt_rank must be 'auto'"
+    yield lambda: Mamba(6, dt_rank=0), ValueError, "dt_rank must be > 0"
+    yield lambda: Mamba(6, dt_min=0), ValueError, "dt_min must be > 0"
+    yield lambda: Mamba(6, dt_max=1e-4), ValueError, "dt_max must be at least dt_min"
+    yield lambda: Mamba(6, dt_init="zero"), ValueError, "dt_init must be"
+    yield lambda: Mamba(6, dt_scale=-1), ValueError, "dt_scale must be > 0"
+    yield lambda: Mamba(6, dt_init_floor="a"), TypeError, "dt_init_floor must be a number"
+    yield lambda: Mamba(6, conv_bias=1), TypeError, "conv_bias must be True or False"
+    yield lambda: Mamba(6, bias=None), TypeError, "bias must be True or False"
+    yield lambda: Mamba(6, use_fast_path="no"), TypeError, "use_fast_path must be True or False"
+    yield lambda: m([1.0]), TypeError, "x must be a torch.Tensor"
+    yield lambda: m(x[0]), ValueError, "x must have shape (batch, length, 6)"
+    yield lambda: m(x.double()), TypeError, "x must be float32"
+    yield lambda: m(x.to("meta")), ValueError, "x is on meta"
+    yield lambda: m(x, inference_params=SimpleNamespace()), ValueError, "needs a layer_idx"
+    yield lambda: m.scan(x, (conv[:1], ssm)), ValueError, "conv_state must have shape (2, 12, 4)"
+    yield lambda: m.scan(x, (conv, ssm.long())), TypeError, "ssm_state must be floating point"
+    yield lambda: m.scan(x, None, torch.zeros(2, 4)), TypeError, "reset must be bool"
+    yield lambda: m.scan(x, None, torch.zeros(2, 3).bool()), ValueError, "reset must have shape"
+    yield lambda: m.scan(x, None, [True]), TypeError, "reset must be a torch.Tensor"
+    yield lambda: m.step(x, conv, ssm), ValueError, "x must have length 1"
+    yield lambda: m.step(x[0, 0], conv, ssm), ValueError, "x must have shape"
+    yield lambda: m.step(step, None, ssm), TypeError, "conv_state must be a torch.Tensor"
+    yield lambda: m.step(step, conv, ssm[..., :2]), ValueError, "ssm_state must have shape (2, 12, 16)"
+    yield lambda: m.step(step, conv, ssm.to("meta")), ValueError, "ssm_state is on meta"
+    yield lambda: m.allocate_inference_cache(-1), ValueError, "batch_size must be >= 0"
+
+
+@pytest.mark.parametrize("call, error, text", list(bad_calls()), ids=lambda v: v if isinstance(v, str) else "")
+def test_bad_input_gets_one_sentence(call, error, text):
+    with pytest.raises(error) as info:
+        call()
+    assert text in str(info.value) and "\n" not in str(info.value)
