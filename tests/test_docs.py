@@ -12,6 +12,7 @@ import torch
 import eaml_ext
 
 ROOT = Path(__file__).parent.parent
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
 MODULES = sorted(
     m.name
     for m in pkgutil.walk_packages(eaml_ext.__path__, "eaml_ext.")
@@ -24,7 +25,7 @@ def blocks(path: Path) -> list:
     return [pytest.param(c, id=f"{path.name}-{i}") for i, c in enumerate(code)]
 
 
-@pytest.mark.parametrize("code", blocks(ROOT / "README.md") + blocks(ROOT / "CONTRIBUTING.md"))
+@pytest.mark.parametrize("code", [block for page in PAGES for block in blocks(page)])
 def test_documentation_blocks_run(code, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     torch.manual_seed(0)

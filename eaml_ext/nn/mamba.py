@@ -12,14 +12,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from eaml_ext import _check
+from eaml_ext.nn.precision import wide
 from eaml_ext.ops import selective_scan, selective_scan_step
-
-_HALF = (torch.bfloat16, torch.float16)
-
-
-def _wide(x: Tensor) -> Tensor:
-    """Half types as float32."""
-    return x.float() if x.dtype in _HALF else x
 
 
 def causal_conv(
@@ -66,8 +60,8 @@ def _convolve(inputs: Tensor, weight: Tensor, bias: Tensor | None, keep: Tensor 
         taps = weight.to(inputs.dtype).unsqueeze(2)
         bias = None if bias is None else bias.to(inputs.dtype)
         return F.conv2d(inputs.mT.unsqueeze(2), taps, bias, groups=len(taps)).squeeze(2).mT
-    taps, inputs = _wide(weight).squeeze(1).mT, _wide(inputs)
-    y = None if bias is None else _wide(bias)
+    taps, inputs = wide(weight).squeeze(1).mT, wide(inputs)
+    y = None if bias is None else wide(bias)
     for j in reversed(range(width)):
         start = width - 1 - j
         x, w = inputs[:, start : start + length], taps[start]
@@ -98,12 +92,12 @@ def mixer_scan(
     y, last = selective_scan(  # type: ignore[misc]
         x.mT,
         F.linear(delta, layer.dt_proj.weight).mT,
-        -torch.exp(_wide(layer.A_log)),
+        -torch.exp(wide(layer.A_log)),
         B.mT,
         C.mT,
-        _wide(layer.D),
+        wide(layer.D),
         z.mT,
-        _wide(layer.dt_proj.bias),
+        wide(layer.dt_proj.bias),
         True,
         True,
         initial_state=ssm_state,
@@ -117,21 +111,21 @@ def mixer_step(layer: Any, x: Tensor, conv_state: Tensor, ssm_state: Tensor) -> 
     rank, state = layer.dt_proj.weight.shape[1], layer.A_log.shape[1]
     x, z = layer.in_proj(x).chunk(2, dim=-1)
     conv_state = torch.cat([conv_state[..., 1:].to(x.dtype), x.unsqueeze(-1)], dim=-1)
-    mixed = (_wide(conv_state) * _wide(layer.conv1d.weight).squeeze(1)).sum(-1)
+    mixed = (wide(conv_state) * wide(layer.conv1d.weight).squeeze(1)).sum(-1)
     if layer.conv1d.bias is not None:
-        mixed = mixed + _wide(layer.conv1d.bias)
+        mixed = mixed + wide(layer.conv1d.bias)
     x = layer.act(mixed.to(x.dtype))
     delta, B, C = layer.x_proj(x).split((rank, state, state), dim=-1)
     y, last = selective_scan_step(
         ssm_state,
         x,
         F.linear(delta, layer.dt_proj.weight),
-        -torch.exp(_wide(layer.A_log)),
+        -torch.exp(wide(layer.A_log)),
         B,
         C,
-        _wide(layer.D),
+        wide(layer.D),
         z,
-        _wide(layer.dt_proj.bias),
+        wide(layer.dt_proj.bias),
         True,
     )
     return layer.out_proj(y), conv_state, last
@@ -306,7 +300,7 @@ class Mamba(nn.Module):
         _check.positive("Mamba.allocate_inference_cache", "batch_size", batch_size, zero=True, integer=True)
         weight = self.conv1d.weight
         conv_state = weight.new_zeros(batch_size, self.d_inner, self.d_conv, dtype=dtype)
-        return conv_state, _wide(weight).new_zeros(batch_size, self.d_inner, self.d_state)
+        return conv_state, wide(weight).new_zeros(batch_size, self.d_inner, self.d_state)
 
     def extra_repr(self) -> str:
         return f"{self.d_model}, d_state={self.d_state}, d_conv={self.d_conv}, expand={self.expand}"

@@ -21,9 +21,10 @@ class SSM(nn.Module):
         hidden_dim: width of the model.
         output_dim: size of an output.
         device: where the parameters live.
-        state_size: states per channel.
+        state_size: states per channel; of the cores "s5" and "lru" in all.
         num_layers: residual layers.
-        core: "s6" (Mamba's), or a callable ``(hidden_dim, state_size) -> core``, see :mod:`eaml_ext.nn.cores`.
+        core: "s6" (Mamba's scan), "mamba", "s4d", "s5", "lru", "ssd", "retention", "rwkv", or a callable
+            ``(hidden_dim, state_size) -> core``, see :mod:`eaml_ext.nn.cores`.
 
     Raises:
         TypeError, ValueError: a size is not a positive integer, ``core`` is unknown, or an input has the wrong shape.

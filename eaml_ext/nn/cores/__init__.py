@@ -5,6 +5,9 @@ A core is an ``nn.Module`` built as ``Core(dim, state_size)`` with
 - ``state_shape``: the shape of one row's state;
 - ``scan(x, state=None, reset=None) -> (y, state)``, ``x`` ``(batch, time, dim)``, ``reset`` ``(batch, time)`` bool;
 - ``step(x, state) -> (y, state)``, ``x`` ``(batch, dim)``.
+
+``docs/cores.md`` says which to choose. ``state_size`` is the number of states per channel; of S5 and LRU, whose
+channels share one state, that of the whole.
 """
 
 from collections.abc import Callable
@@ -12,9 +15,25 @@ from typing import Any
 
 from torch import nn
 
+from eaml_ext.nn.cores.base import Core
+from eaml_ext.nn.cores.diagonal import LRU, S5
+from eaml_ext.nn.cores.mamba import MambaCore
+from eaml_ext.nn.cores.retention import Retention
+from eaml_ext.nn.cores.rwkv import RWKV
+from eaml_ext.nn.cores.s4d import S4D
 from eaml_ext.nn.cores.s6 import S6
+from eaml_ext.nn.cores.ssd import SSD
 
-CORES: dict[str, Callable[[int, int], nn.Module]] = {"s6": S6}
+CORES: dict[str, Callable[[int, int], nn.Module]] = {
+    "s6": S6,
+    "mamba": MambaCore,
+    "s4d": S4D,
+    "s5": S5,
+    "lru": LRU,
+    "ssd": SSD,
+    "retention": Retention,
+    "rwkv": RWKV,
+}
 
 
 def make_core(core: str | Callable[[int, int], nn.Module], dim: int, state_size: int) -> Any:
@@ -26,4 +45,4 @@ def make_core(core: str | Callable[[int, int], nn.Module], dim: int, state_size:
     return CORES[core](dim, state_size)
 
 
-__all__ = ["CORES", "S6", "make_core"]
+__all__ = ["CORES", "LRU", "RWKV", "S4D", "S5", "S6", "SSD", "Core", "MambaCore", "Retention", "make_core"]

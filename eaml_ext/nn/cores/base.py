@@ -1,0 +1,44 @@
+"""What cores share: one step as a scan over it, states that do not change in time, heads."""
+
+import math
+
+from torch import Tensor, nn
+
+from eaml_ext import _check
+
+
+class Core(nn.Module):
+    """A sequence mixer of one width; see :mod:`eaml_ext.nn.cores` for the contract."""
+
+    state_shape: tuple[int, ...]
+
+    def __init__(self, dim: int, state_size: int):
+        super().__init__()
+        _check.positive(type(self).__name__, "dim", dim, integer=True)
+        _check.positive(type(self).__name__, "state_size", state_size, integer=True)
+        self.dim, self.state_size = dim, state_size
+
+    def scan(self, x: Tensor, state: Tensor | None = None, reset: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """``x`` (batch, time, dim), ``state`` (batch, *state_shape), ``reset`` (batch, time) bool -> (y, state)."""
+        raise NotImplementedError
+
+    def step(self, x: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
+        """``x`` (batch, dim), ``state`` (batch, *state_shape) -> (y, state): one step of :meth:`scan`."""
+        y, state = self.scan(x.unsqueeze(1), state)
+        return y.squeeze(1), state
+
+    def _heads(self, num_heads: int | None, smallest: int = 1) -> tuple[int, int]:
+        """How many heads and how wide; of about 16 channels, one vector of the kernel, if nothing is asked for."""
+        where = type(self).__name__
+        if num_heads is None:
+            num_heads = math.gcd(self.dim, max(1, self.dim // 16))
+        _check.positive(where, "num_heads", num_heads, integer=True)
+        if self.dim % num_heads or self.dim // num_heads < smallest:
+            wanted = f"divide dim {self.dim}" + f" into heads of {smallest} channels or more" * (smallest > 1)
+            raise ValueError(f"{where}: num_heads must {wanted}, got {num_heads}")
+        return num_heads, self.dim // num_heads
+
+
+def ones(like: Tensor) -> Tensor:
+    """The step size of a recurrence that is discrete already: 1 everywhere, without memory of its own."""
+    return like.new_ones(()).expand(like.shape)

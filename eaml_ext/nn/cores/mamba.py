@@ -1,0 +1,44 @@
+"""Mamba's whole block as a core: its expansion and its convolution, whose window is part of the state."""
+
+import torch
+from torch import Tensor
+
+from eaml_ext.nn.cores.base import Core
+from eaml_ext.nn.mamba import Mamba
+from eaml_ext.nn.precision import wide
+
+
+class MambaCore(Core):
+    """:class:`eaml_ext.nn.Mamba` under ``block``; a state holds the convolution's window and then the scan's states.
+
+    Args:
+        dim: width of input and output.
+        state_size: states per channel.
+        d_conv, expand: as of :class:`eaml_ext.nn.Mamba`.
+
+    >>> y, state = MambaCore(8, 4).scan(torch.randn(2, 5, 8))
+    >>> y.shape, state.shape
+    (torch.Size([2, 5, 8]), torch.Size([2, 16, 8]))
+    """
+
+    def __init__(self, dim: int, state_size: int = 16, *, d_conv: int = 4, expand: float = 2):
+        super().__init__(dim, state_size)
+        self.block = Mamba(dim, state_size, d_conv, expand)
+        self.state_shape = (self.block.d_inner, d_conv + state_size)
+
+    def scan(self, x: Tensor, state: Tensor | None = None, reset: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """``x`` (batch, time, dim), ``state`` (batch, *state_shape), ``reset`` (batch, time) bool -> (y, state)."""
+        y, last = self.block.scan(x, None if state is None else self._parts(state), reset)
+        return y, self._whole(last)
+
+    def step(self, x: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
+        """``x`` (batch, dim), ``state`` (batch, *state_shape) -> (y, state): one step of :meth:`scan`."""
+        y, *last = self.block.step(x, *self._parts(state))
+        return y, self._whole(last)
+
+    def _parts(self, state: Tensor) -> tuple[Tensor, Tensor]:
+        width = self.block.d_conv
+        return state[..., :width], state[..., width:]
+
+    def _whole(self, parts: tuple[Tensor, Tensor] | list[Tensor]) -> Tensor:
+        return torch.cat([wide(part) for part in parts], dim=-1)

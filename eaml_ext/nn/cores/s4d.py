@@ -1,0 +1,58 @@
+"""h_t = exp(dt A) h_{t-1} + A^-1 (exp(dt A) - 1) B u_t;  y_t = 2 Re(C . h_t) + D u_t: complex, fixed in time."""
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from eaml_ext.nn.cores.base import Core, ones
+from eaml_ext.nn.precision import as_complex, as_real, wide, zero_order_hold
+from eaml_ext.ops import selective_scan
+
+
+class S4D(Core):
+    """A filter bank: per channel ``state_size`` conjugate pairs of damped oscillations, the same at every step.
+
+    Discretised by zero-order hold. A starts as S4D-Lin, ``-1/2 + i pi n``, B is 1, and the step sizes start log-uniform
+    in [0.001, 0.1]. GELU and a gated linear unit follow.
+
+    Args:
+        dim: width of input and output.
+        state_size: conjugate pairs per channel; a state is two numbers.
+
+    Source: Gu et al. 2022, "On the Parameterization and Initialization of Diagonal State Space Models", equations 2, 7
+    and 10.
+
+    >>> y, state = S4D(8, 4).scan(torch.randn(2, 5, 8))
+    >>> y.shape, state.shape
+    (torch.Size([2, 5, 8]), torch.Size([2, 8, 4, 2]))
+    """
+
+    def __init__(self, dim: int, state_size: int = 16):
+        super().__init__(dim, state_size)
+        self.state_shape = (dim, state_size, 2)
+        self.log_dt = nn.Parameter(torch.empty(dim).uniform_(math.log(1e-3), math.log(1e-1)))
+        self.A_log = nn.Parameter(torch.full((dim, state_size), math.log(0.5)))  # of minus the real part
+        self.A_imag = nn.Parameter(math.pi * torch.arange(float(state_size)).repeat(dim, 1))
+        self.C = nn.Parameter(torch.randn(dim, state_size, 2) / math.sqrt(2))
+        self.D = nn.Parameter(torch.randn(dim))
+        self.mix = nn.Linear(dim, 2 * dim)
+
+    def scan(self, x: Tensor, state: Tensor | None = None, reset: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """``x`` (batch, time, dim), ``state`` (batch, *state_shape), ``reset`` (batch, time) bool -> (y, state)."""
+        A = torch.complex(-wide(self.A_log).exp(), wide(self.A_imag))
+        z = wide(self.log_dt).exp().unsqueeze(-1) * A
+        u = x.mT
+        y, last = selective_scan(  # type: ignore[misc]
+            u,
+            ones(u),
+            z,
+            zero_order_hold(z) / A,
+            as_complex(self.C),
+            wide(self.D),
+            return_last_state=True,
+            initial_state=None if state is None else as_complex(state),
+            reset=reset,
+        )
+        return F.glu(self.mix(F.gelu(y.mT))), as_real(last)

@@ -1,0 +1,65 @@
+"""h_t = exp(-dt_t a) h_{t-1} + dt_t B_t u_t;  y_t = C_t . h_t + D u_t, dt and a one number per head: Mamba-2's SSD."""
+
+import math
+
+import torch
+from torch import Tensor, nn
+
+from eaml_ext.nn.cores.base import Core
+from eaml_ext.nn.precision import wide
+from eaml_ext.ops import selective_scan
+
+
+class SSD(Core):
+    """Mamba-2's state-space duality: as :class:`S6`, with one decay and one step size for all of a head.
+
+    B and C are shared by the heads. The output is gated and normalised. Decays start uniform in [1, 16] and step sizes
+    log-uniform in [0.001, 0.1], as there.
+
+    Args:
+        dim: width of input and output.
+        state_size: states per channel.
+        num_heads: divides ``dim``; heads of about 16 channels if absent.
+
+    Source: Dao & Gu 2024, "Transformers are SSMs", equation 2 and section 7.
+
+    >>> y, state = SSD(8, 4).scan(torch.randn(2, 5, 8))
+    >>> y.shape, state.shape
+    (torch.Size([2, 5, 8]), torch.Size([2, 8, 4]))
+    """
+
+    def __init__(self, dim: int, state_size: int = 16, *, num_heads: int | None = None):
+        super().__init__(dim, state_size)
+        self.state_shape = (dim, state_size)
+        self.num_heads, self.head_dim = self._heads(num_heads)
+        self.split = (dim, state_size, state_size, self.num_heads)
+        self.project = nn.Linear(dim, sum(self.split), bias=False)  # gate, B, C, step size
+        self.A_log = nn.Parameter(torch.empty(self.num_heads).uniform_(1, 16).log())
+        self.D = nn.Parameter(torch.ones(self.num_heads))
+        step = torch.exp(torch.empty(self.num_heads).uniform_(math.log(1e-3), math.log(1e-1)))
+        self.delta_bias = nn.Parameter(step + torch.log(-torch.expm1(-step)))  # softplus(delta_bias) = step
+        self.norm = nn.RMSNorm(dim, eps=1e-5)
+        self.mix = nn.Linear(dim, dim, bias=False)
+
+    def scan(self, x: Tensor, state: Tensor | None = None, reset: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """``x`` (batch, time, dim), ``state`` (batch, dim, state_size), ``reset`` (batch, time) bool -> (y, state)."""
+        z, B, C, delta = self.project(x).split(self.split, dim=-1)
+        y, last = selective_scan(  # type: ignore[misc]
+            x.mT,
+            self._channels(delta).mT,
+            -self._channels(wide(self.A_log).exp()).unsqueeze(-1).expand(self.dim, self.state_size),
+            B.mT,
+            C.mT,
+            self._channels(wide(self.D)),
+            z.mT,
+            self._channels(wide(self.delta_bias)),
+            True,
+            True,
+            initial_state=state,
+            reset=reset,
+        )
+        return self.mix(self.norm(y.mT)), last
+
+    def _channels(self, x: Tensor) -> Tensor:
+        """``(*, num_heads)`` -> ``(*, dim)``."""
+        return x.unsqueeze(-1).expand(*x.shape, self.head_dim).flatten(-2)
