@@ -12,12 +12,18 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from eaml_ext import _check
+from eaml_ext.nn.padding import check_lengths, check_reset, padded, stop
 from eaml_ext.nn.precision import wide
 from eaml_ext.ops import selective_scan, selective_scan_step
 
 
 def causal_conv(
-    x: Tensor, window: Tensor | None, weight: Tensor, bias: Tensor | None, reset: Tensor | None = None
+    x: Tensor,
+    window: Tensor | None,
+    weight: Tensor,
+    bias: Tensor | None,
+    reset: Tensor | None = None,
+    lengths: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """``y_t = bias + sum_j weight[:, 0, -1 - j] x_{t-j}`` per channel, over the ``width`` last inputs of the episode.
 
@@ -27,6 +33,7 @@ def causal_conv(
         weight: ``(dim, 1, width)``, as of ``nn.Conv1d(dim, dim, width, groups=dim)``.
         bias: ``(dim,)``.
         reset: ``(batch, length)`` bool: an episode starts at t, what was before it counts as zero.
+        lengths: ``(batch,)``: the last step of each row, ``length`` if absent.
 
     Returns:
         y like ``x``, and the window after the last step.
@@ -35,9 +42,17 @@ def causal_conv(
     before = x.new_zeros(x.shape[0], width, x.shape[2]) if window is None else window.mT.to(x.dtype)
     inputs = torch.cat([before, x], dim=1)
     keep = None if reset is None else _kept(reset, width)
-    last = inputs[:, length:]
-    if keep is not None:
-        last = last * keep[:, -1].flip(-1).unsqueeze(-1) if length else last
+    if lengths is None:
+        last = inputs[:, length:]
+        kept = None if keep is None or not length else keep[:, -1]
+    else:
+        at = lengths.unsqueeze(-1) + torch.arange(width, device=x.device)
+        last = inputs.take_along_dim(at.unsqueeze(-1), dim=1)
+        kept = None
+        if keep is not None:  # of a row without steps, the whole window before
+            kept = F.pad(keep, (0, 0, 1, 0), value=True).take_along_dim(lengths.view(-1, 1, 1), dim=1)[:, 0]
+    if kept is not None:
+        last = last * kept.flip(-1).unsqueeze(-1)
     y = _convolve(inputs[:, 1:], weight, bias, keep).to(x.dtype)
     return y, last.mT.contiguous()
 
@@ -78,6 +93,7 @@ def mixer_scan(
     ssm_state: Tensor | None = None,
     reset: Tensor | None = None,
     mask: Tensor | None = None,
+    lengths: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """A sequence through the parameters of ``layer``: y, and both states after the last step.
 
@@ -85,13 +101,13 @@ def mixer_scan(
     """
     rank, state = layer.dt_proj.weight.shape[1], layer.A_log.shape[1]
     x, z = layer.in_proj(x).chunk(2, dim=-1)
-    x, conv_state = causal_conv(x, conv_state, layer.conv1d.weight, layer.conv1d.bias, reset)
+    x, conv_state = causal_conv(x, conv_state, layer.conv1d.weight, layer.conv1d.bias, reset, lengths)
     x = layer.act(x)
     x = x if mask is None else x * mask.unsqueeze(-1).to(x.dtype)
     delta, B, C = layer.x_proj(x).split((rank, state, state), dim=-1)
     y, last = selective_scan(  # type: ignore[misc]
         x.mT,
-        F.linear(delta, layer.dt_proj.weight).mT,
+        stop(F.linear(delta, layer.dt_proj.weight).mT, lengths),
         -torch.exp(wide(layer.A_log)),
         B.mT,
         C.mT,
@@ -251,7 +267,11 @@ class Mamba(nn.Module):
         return y
 
     def scan(
-        self, x: Tensor, state: tuple[Tensor, Tensor] | None = None, reset: Tensor | None = None
+        self,
+        x: Tensor,
+        state: tuple[Tensor, Tensor] | None = None,
+        reset: Tensor | None = None,
+        lengths: Tensor | None = None,
     ) -> tuple[Tensor, tuple[Tensor, Tensor]]:
         """A sequence from a state.
 
@@ -259,21 +279,25 @@ class Mamba(nn.Module):
             x: ``(batch, length, d_model)``.
             state: ``(conv_state, ssm_state)`` before the first step, as of :meth:`step`; zeros if absent.
             reset: ``(batch, length)`` bool: an episode starts at t; neither state nor convolution sees what was before.
+            lengths: ``(batch,)`` integers: row b is ``lengths[b]`` steps long, what follows is padding.
 
         Returns:
-            y like ``x``, and the state after the last step.
+            y like ``x``, zero on padding, and the state after each row's last step.
         """
         self._check_input("Mamba.scan", x, (3,))
         conv_state, ssm_state = (None, None) if state is None else state
         if state is not None:
             self._check_states("Mamba.scan", x, conv_state, ssm_state)
         if reset is not None:
-            _check.tensor("Mamba.scan", "reset", reset)
-            _check.dtype("Mamba.scan", "reset", reset, (torch.bool,))
-            _check.shape("Mamba.scan", "reset", reset, x.shape[:2], f"(batch, length) = {tuple(x.shape[:2])}")
-            _check.device("Mamba.scan", "reset", reset, x.device, "x")
-        y, conv_state, ssm_state = mixer_scan(self, x, conv_state, ssm_state, reset)
-        return y, (conv_state, ssm_state)
+            check_reset("Mamba.scan", reset, x)
+        if lengths is not None:
+            check_lengths("Mamba.scan", lengths, x)
+            padding = padded(lengths, x.shape[1])
+            reset = None if reset is None else reset & ~padding
+            padding = padding.unsqueeze(-1)
+            x = x.masked_fill(padding, 0)  # it may hold anything, NaN too
+        y, conv_state, ssm_state = mixer_scan(self, x, conv_state, ssm_state, reset, lengths=lengths)
+        return y if lengths is None else y.masked_fill(padding, 0), (conv_state, ssm_state)
 
     def step(self, x: Tensor, conv_state: Tensor, ssm_state: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """One step. The states are returned, not changed in place as in mamba_ssm, so that gradients pass.

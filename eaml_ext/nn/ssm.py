@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from eaml_ext import _check, checkpoint
 from eaml_ext.nn.cores import make_core
+from eaml_ext.nn.padding import check_lengths, check_reset, padded
 
 
 class SSM(nn.Module):
@@ -85,25 +86,39 @@ class SSM(nn.Module):
         like = self.embed.weight
         return like.new_zeros(batch, *self._state_shape)
 
-    def scan(self, x: Tensor, state: Tensor | None = None, reset: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    def scan(
+        self, x: Tensor, state: Tensor | None = None, reset: Tensor | None = None, lengths: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
         """A sequence at once.
 
         Args:
             x: ``(batch, time, state_dim)``.
             state: the state before the first step, from :meth:`init_hidden`, :meth:`scan` or :meth:`step`.
             reset: ``(batch, time)`` bool: the state is zeroed before step t.
+            lengths: ``(batch,)`` integers: row b is ``lengths[b]`` steps long, what follows is padding.
 
         Returns:
-            ``(batch, time, output_dim)`` and the state after the last step.
+            ``(batch, time, output_dim)``, zero on padding, and the state after each row's last step.
         """
         self._check_input("SSM.scan", x, (3,))
         self._check_state("SSM.scan", x, state)
+        options: dict[str, Tensor] = {}
+        if lengths is not None:
+            check_lengths("SSM.scan", lengths, x)
+            options["lengths"] = lengths
+            padding = padded(lengths, x.shape[1])
+            if reset is not None:
+                check_reset("SSM.scan", reset, x)
+                reset = reset & ~padding
+            padding = padding.unsqueeze(-1)
+            x = x.masked_fill(padding, 0)  # it may hold anything, NaN too
         h, states = self.embed(x), []
         for i, (norm, core) in enumerate(zip(self.norms, self.cores, strict=True)):
-            y, last = core.scan(norm(h), None if state is None else state[:, i], reset)  # type: ignore[operator]
+            y, last = core.scan(norm(h), None if state is None else state[:, i], reset, **options)  # type: ignore[operator]
             h = h + y
             states.append(last)
-        return self.head(self.norm(h)), torch.stack(states, dim=1)
+        y = self.head(self.norm(h))
+        return y if lengths is None else y.masked_fill(padding, 0), torch.stack(states, dim=1)
 
     def step(self, x: Tensor, state: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """One step: ``x`` ``(batch, state_dim)`` -> ``(batch, output_dim)`` and the next state."""

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch.func import functional_call, grad, vmap
 
-from eaml_ext.nn import SSM, SSMLayer
+from eaml_ext.nn import SSM, Mamba, SSMLayer
 from eaml_ext.nn.cores import CORES, LRU, RWKV, S4D, S5, SSD, MambaCore, Retention, make_core
 from eaml_ext.ops import selective_scan_reference
 
@@ -339,3 +339,59 @@ def test_bad_input_gets_one_sentence(call, error, text):
     with pytest.raises(error) as info:
         call()
     assert text in str(info.value) and "\n" not in str(info.value)
+
+
+# --- padding ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_padded_batches_equal_their_rows_alone(name):
+    net = SSM(3, 16, 2, state_size=4, num_layers=2, core=name).double()
+    x, lengths = torch.randn(5, 9, 3, dtype=torch.float64), torch.tensor([9, 6, 1, 0, 2])
+    before = net.scan(torch.randn(5, 4, 3, dtype=torch.float64))[1].detach()
+    reset = torch.zeros(5, 9, dtype=torch.bool)
+    reset[0, 3] = reset[1, 5] = reset[1, 7] = reset[4, 1] = True
+    for row, n in enumerate(lengths.tolist()):
+        x[row, n:] = float("nan")  # padding may hold anything
+    for given, resets in ((before, None), (before, reset), (None, reset)):
+        x.requires_grad_()
+        y, last = net.scan(x, given, resets, lengths)
+        (g,) = torch.autograd.grad(y.square().sum() + last.square().sum(), x)
+        for row, n in enumerate(lengths.tolist()):
+            one = slice(row, row + 1)
+            alone = x[one, :n].detach().requires_grad_()
+            start = None if given is None else given[one]
+            want, end = net.scan(alone, start, None if resets is None else resets[one, :n])
+            torch.testing.assert_close(y[one, :n], want)
+            torch.testing.assert_close(last[one], end)
+            assert y[row, n:].eq(0).all() and g[row, n:].eq(0).all()
+            (w,) = torch.autograd.grad(want.square().sum() + end.square().sum(), alone, materialize_grads=True)
+            torch.testing.assert_close(g[one, :n], w)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_lengths_under_vmap_equal_a_loop(name):
+    net, x = net_of(name), torch.randn(2, 3, 5, 3, dtype=torch.float64)
+    lengths = torch.tensor([[5, 2, 0], [1, 4, 3]])
+    y, last = vmap(lambda x, n: net.scan(x, lengths=n))(x, lengths)
+    for i in range(2):
+        torch.testing.assert_close((y[i], last[i]), net.scan(x[i], lengths=lengths[i]))
+
+
+@pytest.mark.parametrize(
+    "lengths, error, text",
+    [
+        ([1, 2], TypeError, "lengths must be a torch.Tensor, got list"),
+        (torch.tensor([1.0, 2.0]), TypeError, "lengths must be int64 or int32, got float32"),
+        (torch.tensor([1]), ValueError, "lengths must have shape (batch,) = (2,), got (1,)"),
+        (torch.tensor([1, 4]), ValueError, "lengths must be from 0 to 3, got [1, 4]"),
+        (torch.tensor([-1, 2]), ValueError, "lengths must be from 0 to 3, got [-1, 2]"),
+        (torch.tensor([1, 2], device="meta"), ValueError, "lengths is on meta, x is on cpu"),
+    ],
+    ids=str,
+)
+def test_bad_lengths_get_one_sentence(lengths, error, text):
+    for scan, width in ((SSM(4, 8, 2).scan, 4), (Mamba(4).scan, 4)):
+        with pytest.raises(error) as info:
+            scan(torch.randn(2, 3, width), lengths=lengths)
+        assert text in str(info.value) and "\n" not in str(info.value)

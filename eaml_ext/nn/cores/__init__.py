@@ -3,7 +3,8 @@
 A core is an ``nn.Module`` built as ``Core(dim, state_size)`` with
 
 - ``state_shape``: the shape of one row's state;
-- ``scan(x, state=None, reset=None) -> (y, state)``, ``x`` ``(batch, time, dim)``, ``reset`` ``(batch, time)`` bool;
+- ``scan(x, state=None, reset=None, lengths=None) -> (y, state)``, ``x`` ``(batch, time, dim)``, ``reset`` ``(batch,
+  time)`` bool, ``lengths`` ``(batch,)``: the state is that after each row's last step, after which no ``reset`` is;
 - ``step(x, state) -> (y, state)``, ``x`` ``(batch, dim)``.
 
 ``docs/cores.md`` says which to choose. ``state_size`` is the number of states per channel; of S5 and LRU, whose

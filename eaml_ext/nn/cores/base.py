@@ -18,7 +18,9 @@ class Core(nn.Module):
         _check.positive(type(self).__name__, "state_size", state_size, integer=True)
         self.dim, self.state_size = dim, state_size
 
-    def scan(self, x: Tensor, state: Tensor | None = None, reset: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    def scan(
+        self, x: Tensor, state: Tensor | None = None, reset: Tensor | None = None, lengths: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
         """``x`` (batch, time, dim), ``state`` (batch, *state_shape), ``reset`` (batch, time) bool -> (y, state)."""
         raise NotImplementedError
 
@@ -37,8 +39,3 @@ class Core(nn.Module):
             wanted = f"divide dim {self.dim}" + f" into heads of {smallest} channels or more" * (smallest > 1)
             raise ValueError(f"{where}: num_heads must {wanted}, got {num_heads}")
         return num_heads, self.dim // num_heads
-
-
-def ones(like: Tensor) -> Tensor:
-    """The step size of a recurrence that is discrete already: 1 everywhere, without memory of its own."""
-    return like.new_ones(()).expand(like.shape)

@@ -7,7 +7,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from eaml_ext import _check
-from eaml_ext.nn.cores.base import Core, ones
+from eaml_ext.nn.cores.base import Core
+from eaml_ext.nn.padding import ones
 from eaml_ext.nn.precision import as_complex, as_real, wide, zero_order_hold
 from eaml_ext.ops import selective_scan
 
@@ -28,7 +29,9 @@ class _Diagonal(Core):
         """Complex: the logarithm of lambda, ``(state_size,)``, and the map of x to the state, ``(state_size, dim)``."""
         raise NotImplementedError
 
-    def scan(self, x: Tensor, state: Tensor | None = None, reset: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    def scan(
+        self, x: Tensor, state: Tensor | None = None, reset: Tensor | None = None, lengths: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
         """``x`` (batch, time, dim), ``state`` (batch, state_size, 2), ``reset`` (batch, time) bool -> (y, state)."""
         decay, B = self.discrete()
         C = self.pairs * as_complex(self.C)
@@ -45,7 +48,7 @@ class _Diagonal(Core):
             start = torch.cat([h, torch.zeros_like(h)] * 2, dim=1).unsqueeze(-1)
         y, last = selective_scan(  # type: ignore[misc]
             u,
-            ones(u),
+            ones(u, lengths),
             torch.cat([decay] * 4).unsqueeze(-1),
             drive,
             read,

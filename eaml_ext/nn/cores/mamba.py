@@ -26,9 +26,11 @@ class MambaCore(Core):
         self.block = Mamba(dim, state_size, d_conv, expand)
         self.state_shape = (self.block.d_inner, d_conv + state_size)
 
-    def scan(self, x: Tensor, state: Tensor | None = None, reset: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    def scan(
+        self, x: Tensor, state: Tensor | None = None, reset: Tensor | None = None, lengths: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
         """``x`` (batch, time, dim), ``state`` (batch, *state_shape), ``reset`` (batch, time) bool -> (y, state)."""
-        y, last = self.block.scan(x, None if state is None else self._parts(state), reset)
+        y, last = self.block.scan(x, None if state is None else self._parts(state), reset, lengths)
         return y, self._whole(last)
 
     def step(self, x: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:

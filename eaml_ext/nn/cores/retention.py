@@ -6,7 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from eaml_ext.nn.cores.base import Core, ones
+from eaml_ext.nn.cores.base import Core
+from eaml_ext.nn.padding import ones
 from eaml_ext.nn.precision import as_complex, as_real, wide
 from eaml_ext.ops import selective_scan
 
@@ -48,7 +49,9 @@ class Retention(Core):
         self.register_buffer("log_gamma", torch.log1p(-(2**-exponents)).float())
         self.register_buffer("theta", (1e4 ** -(2 * pairs / state_size)).float())
 
-    def scan(self, x: Tensor, state: Tensor | None = None, reset: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    def scan(
+        self, x: Tensor, state: Tensor | None = None, reset: Tensor | None = None, lengths: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
         """``x`` (batch, time, dim), ``state`` (batch, *state_shape), ``reset`` (batch, time) bool -> (y, state)."""
         heads = self.num_heads
         q, k, v, gate = self.project(x).split(self.split, dim=-1)
@@ -59,7 +62,7 @@ class Retention(Core):
         u = v.mT
         y, last = selective_scan(  # type: ignore[misc]
             u,
-            ones(u),
+            ones(u, lengths),
             decay.unsqueeze(1).expand(heads, self.head_dim, -1).flatten(0, 1),
             as_complex(k).permute(0, 2, 3, 1),
             as_complex(scale * q).permute(0, 2, 3, 1),

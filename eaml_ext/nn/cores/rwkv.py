@@ -4,8 +4,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from eaml_ext import _check
 from eaml_ext.nn.cores.base import Core
+from eaml_ext.nn.padding import check_reset, ones
 from eaml_ext.nn.precision import wide
 from eaml_ext.ops import selective_scan
 
@@ -46,7 +46,9 @@ class RWKV(Core):
         self.decay = nn.Parameter(-6 + 5 * spread**0.7)  # w = exp(-exp(decay))
         self.bonus = nn.Parameter(0.5 * (1 - spread))
 
-    def scan(self, x: Tensor, state: Tensor | None = None, reset: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    def scan(
+        self, x: Tensor, state: Tensor | None = None, reset: Tensor | None = None, lengths: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
         """``x`` (batch, time, dim), ``state`` (batch, *state_shape), ``reset`` (batch, time) bool -> (y, state)."""
         heads, length = self.num_heads, x.shape[1]
         if state is None:
@@ -54,9 +56,7 @@ class RWKV(Core):
         inputs = torch.cat([state[..., -1].unsqueeze(1).to(x.dtype), x], dim=1)
         before = inputs[:, :length]
         if reset is not None:
-            _check.tensor("RWKV.scan", "reset", reset)
-            _check.dtype("RWKV.scan", "reset", reset, (torch.bool,))
-            _check.shape("RWKV.scan", "reset", reset, x.shape[:2], f"(batch, time) = {tuple(x.shape[:2])}")
+            check_reset("RWKV.scan", reset, x)
             before = before.masked_fill(reset.unsqueeze(-1), 0)
         r, k, v, gate = (
             layer(torch.lerp(x, before, weight.to(x.dtype)))
@@ -68,7 +68,7 @@ class RWKV(Core):
         # last one only takes in.
         late = v if reset is None else v * F.pad(~reset[:, 1:], (0, 1), value=True).unsqueeze(-1)
         u = F.pad(late, (0, 0, 1, 0)).mT
-        delta = F.pad(u.new_ones(length), (1, 0)).expand(u.shape)
+        delta = F.pad(ones(late.mT, lengths), (1, 0))
         decay = -wide(self.decay).exp().unsqueeze(1).expand(heads, self.head_dim, -1).flatten(0, 1)
         y, last = selective_scan(  # type: ignore[misc]
             u,
@@ -85,4 +85,5 @@ class RWKV(Core):
         y = y + now.sum(-1, keepdim=True) * v.unflatten(-1, (heads, self.head_dim))
         weight, bias = self.norm.to(y.dtype).unbind()
         y = F.layer_norm(y, (self.head_dim,)).flatten(-2) * weight + bias
-        return self.mix(F.silu(gate) * y), torch.cat([last, wide(inputs[:, length]).unsqueeze(-1)], dim=-1)
+        newest = inputs[:, length] if lengths is None else inputs.take_along_dim(lengths.view(-1, 1, 1), dim=1)[:, 0]
+        return self.mix(F.silu(gate) * y), torch.cat([last, wide(newest).unsqueeze(-1)], dim=-1)

@@ -6,7 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from eaml_ext.nn.cores.base import Core, ones
+from eaml_ext.nn.cores.base import Core
+from eaml_ext.nn.padding import ones
 from eaml_ext.nn.precision import as_complex, as_real, wide, zero_order_hold
 from eaml_ext.ops import selective_scan
 
@@ -39,14 +40,16 @@ class S4D(Core):
         self.D = nn.Parameter(torch.randn(dim))
         self.mix = nn.Linear(dim, 2 * dim)
 
-    def scan(self, x: Tensor, state: Tensor | None = None, reset: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    def scan(
+        self, x: Tensor, state: Tensor | None = None, reset: Tensor | None = None, lengths: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
         """``x`` (batch, time, dim), ``state`` (batch, *state_shape), ``reset`` (batch, time) bool -> (y, state)."""
         A = torch.complex(-wide(self.A_log).exp(), wide(self.A_imag))
         z = wide(self.log_dt).exp().unsqueeze(-1) * A
         u = x.mT
         y, last = selective_scan(  # type: ignore[misc]
             u,
-            ones(u),
+            ones(u, lengths),
             z,
             zero_order_hold(z) / A,
             as_complex(self.C),

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from eaml_ext import _check
+from eaml_ext.nn.padding import stop
 from eaml_ext.ops import selective_scan, selective_scan_step
 
 
@@ -41,12 +42,14 @@ class S6(nn.Module):
         self.delta_bias = nn.Parameter(step + torch.log(-torch.expm1(-step)))  # softplus(delta_bias) = step
         nn.init.uniform_(self.expand.weight, -(rank**-0.5), rank**-0.5)
 
-    def scan(self, x: Tensor, state: Tensor | None = None, reset: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    def scan(
+        self, x: Tensor, state: Tensor | None = None, reset: Tensor | None = None, lengths: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
         """``x`` (batch, time, dim), ``state`` (batch, dim, state_size), ``reset`` (batch, time) bool -> (y, state)."""
         delta, B, C = self.project(x).split(self.split, dim=-1)
         y, state = selective_scan(  # type: ignore[misc]
             x.transpose(1, 2),
-            self.expand(delta).transpose(1, 2),
+            stop(self.expand(delta).transpose(1, 2), lengths),
             -self.A_log.exp(),
             B.transpose(1, 2),
             C.transpose(1, 2),

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from eaml_ext.nn.cores.base import Core
+from eaml_ext.nn.padding import stop
 from eaml_ext.nn.precision import wide
 from eaml_ext.ops import selective_scan
 
@@ -41,12 +42,14 @@ class SSD(Core):
         self.norm = nn.RMSNorm(dim, eps=1e-5)
         self.mix = nn.Linear(dim, dim, bias=False)
 
-    def scan(self, x: Tensor, state: Tensor | None = None, reset: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    def scan(
+        self, x: Tensor, state: Tensor | None = None, reset: Tensor | None = None, lengths: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
         """``x`` (batch, time, dim), ``state`` (batch, dim, state_size), ``reset`` (batch, time) bool -> (y, state)."""
         z, B, C, delta = self.project(x).split(self.split, dim=-1)
         y, last = selective_scan(  # type: ignore[misc]
             x.mT,
-            self._channels(delta).mT,
+            stop(self._channels(delta).mT, lengths),
             -self._channels(wide(self.A_log).exp()).unsqueeze(-1).expand(self.dim, self.state_size),
             B.mT,
             C.mT,
