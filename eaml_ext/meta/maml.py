@@ -1,6 +1,8 @@
 """theta -= outer_lr d/dtheta mean_i L(theta_i; query_i),  theta_i = theta - inner_lr dL(theta; support_i)/dtheta."""
 
 import copy
+import math
+import warnings
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
@@ -10,6 +12,7 @@ from torch import Tensor, nn
 from torch.func import functional_call, grad, vmap
 
 from eaml_ext import _check
+from eaml_ext.meta.shift import tilt
 
 Params = dict[str, Tensor]
 LossFn = Callable[[Tensor, Tensor], Tensor]
@@ -18,27 +21,51 @@ Task = tuple[Tensor, Tensor, Tensor, Tensor]  # support_x, support_y, query_x, q
 
 class MetaMAML:
     """Model-agnostic meta-learning (Finn, Abbeel & Levine 2017, algorithm 1) over any ``nn.Module`` that changes no
-    buffer in place (batch norm: put it in eval mode).
+    buffer in place (batch norm: put it in eval mode), and its relatives.
 
     Tasks of equal shapes run as one vmapped batch, so that every op sees them in one call; tasks of different shapes
     are bucketed. Meta-gradients are exact second order, also through :func:`eaml_ext.ops.selective_scan`.
 
     Args:
-        model: called as ``model(x)``; its parameters that require grad are adapted, and meta-learned in place.
+        model: called as ``model(x)``; its parameters that require grad are meta-learned in place.
         inner_lr: step size of the inner loop's gradient descent.
         outer_lr: learning rate of the outer optimizer.
         first_order: treat inner gradients as constants (FOMAML).
         inner_steps: inner steps in :meth:`meta_update`, and in :meth:`adapt` unless told otherwise.
         optimizer: outer optimizer, built as ``optimizer(parameters, lr=outer_lr)``.
+        learn_inner_lr: learn a step size for each number in the adapted parameters, all starting at ``inner_lr``
+            (Meta-SGD; Li, Zhou, Chen & Li 2017); they are in ``inner_lrs``.
+        inner_parameters: what the inner loop adapts: a prefix of parameter names or several (``"head"`` means
+            ``head.weight`` and ``head.bias``); None: all. The last layer alone is ANIL (Raghu et al. 2020).
+        reptile: the meta-gradient is mean_i (theta - theta_i) / inner_lr, without any outer derivative (Reptile;
+            Nichol, Achiam & Schulman 2018). The inner loop sees the support set; the query set is only measured.
+        micro_batch: at most so many tasks at once, gradients accumulated: less memory, the same result to rounding.
+        compile: ``torch.compile`` the inner loop and its outer gradient, once per shape of a bucket (seconds to a
+            minute each, so meant for tasks of few shapes). Where compilation fails, a RuntimeWarning says so and the
+            usual path runs. Results are equal to rounding.
+
+    Attributes:
+        skipped_updates: meta-updates left out because a loss or a gradient was not finite.
+        last_losses: ``(tasks,)``, the query losses of the last meta-update, detached; None before the first.
+        inner_lrs: name to tensor of the parameter's shape, with ``learn_inner_lr``; else empty.
 
     Raises:
-        TypeError, ValueError: an argument of the wrong kind or size, or a model without trainable parameters.
+        TypeError, ValueError: an argument of the wrong kind or size, a model without trainable parameters, or
+            ``reptile`` together with ``learn_inner_lr`` or ``inner_parameters``, to which it gives no gradient.
 
     >>> model = torch.nn.Linear(4, 1)
     >>> maml = MetaMAML(model, inner_lr=0.1, outer_lr=0.01)
     >>> x, y = torch.randn(10, 4), torch.randn(10, 1)
     >>> loss = maml.meta_update([(x, y, x, y)] * 8, torch.nn.functional.mse_loss)
     >>> adapted = maml.adapt(x, y, torch.nn.functional.mse_loss, num_steps=5)
+
+    Learned step sizes for the last layer alone, four tasks at a time:
+
+    >>> net = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.ReLU(), torch.nn.Linear(8, 1))
+    >>> maml = MetaMAML(net, 0.1, 0.01, learn_inner_lr=True, inner_parameters="2", micro_batch=4)
+    >>> loss = maml.meta_update([(x, y, x, y)] * 8, torch.nn.functional.mse_loss)
+    >>> list(maml.inner_lrs), maml.last_losses.shape
+    (['2.weight', '2.bias'], torch.Size([8]))
     """
 
     def __init__(
@@ -50,18 +77,44 @@ class MetaMAML:
         *,
         inner_steps: int = 1,
         optimizer: Callable[..., torch.optim.Optimizer] = torch.optim.Adam,
+        learn_inner_lr: bool = False,
+        inner_parameters: str | Sequence[str] | None = None,
+        reptile: bool = False,
+        micro_batch: int | None = None,
+        compile: bool = False,
     ):
         if not isinstance(model, nn.Module):
             raise TypeError(f"MetaMAML: model must be a torch.nn.Module, got {type(model).__name__}")
-        _check.positive("MetaMAML", "inner_lr", inner_lr)
-        _check.positive("MetaMAML", "outer_lr", outer_lr)
+        for name, rate in (("inner_lr", inner_lr), ("outer_lr", outer_lr)):
+            _check.positive("MetaMAML", name, rate)
+            if math.isinf(rate):
+                raise ValueError(f"MetaMAML: {name} must be finite, got {rate!r}")
         _check.positive("MetaMAML", "inner_steps", inner_steps, integer=True)
+        if micro_batch is not None:
+            _check.positive("MetaMAML", "micro_batch", micro_batch, integer=True)
+        flags = {"first_order": first_order, "learn_inner_lr": learn_inner_lr, "reptile": reptile, "compile": compile}
+        for name, flag in flags.items():
+            _check.flag("MetaMAML", name, flag)
+        if not callable(optimizer):
+            raise TypeError(f"MetaMAML: optimizer must be callable, got {type(optimizer).__name__}")
+        if reptile and (learn_inner_lr or inner_parameters is not None):
+            other = "learn_inner_lr" if learn_inner_lr else "inner_parameters"
+            raise ValueError(f"MetaMAML: reptile learns nothing but what the inner loop moves, {other} needs MAML")
         self.model, self.inner_lr, self.outer_lr = model, float(inner_lr), float(outer_lr)
-        self.first_order, self.inner_steps = bool(first_order), inner_steps
+        self.first_order, self.inner_steps, self.reptile = first_order, inner_steps, reptile
+        self.micro_batch, self.compile = micro_batch, compile
         if not self.parameters():
             raise ValueError("MetaMAML: model has no parameters that require grad")
-        self.optimizer = optimizer(list(self.parameters().values()), lr=self.outer_lr)
-        self.skipped_updates = 0  # meta-updates left out because a loss or gradient was not finite
+        self.inner_names = _inner_names(list(self.parameters()), inner_parameters)
+        self.inner_lrs: Params = {}
+        if learn_inner_lr:
+            params = self.parameters()
+            rates = {name: torch.full_like(params[name], inner_lr, requires_grad=True) for name in self.inner_names}
+            self.inner_lrs = rates
+        self.optimizer = optimizer([*self.parameters().values(), *self.inner_lrs.values()], lr=self.outer_lr)
+        self.skipped_updates = 0
+        self.last_losses: Tensor | None = None
+        self._compiled: dict[LossFn, Callable[..., Any]] = {}
 
     def parameters(self) -> Params:
         """The model's trainable parameters by name."""
@@ -85,20 +138,12 @@ class MetaMAML:
             num_steps: ``inner_steps`` if absent; 0 returns ``params``.
 
         Returns:
-            The adapted parameters by name, connected to ``params`` where gradients are recorded.
+            The adapted parameters by name, connected to ``params`` (and ``inner_lrs``) where gradients are recorded.
         """
         num_steps = self.inner_steps if num_steps is None else num_steps
         _check.positive("MetaMAML.adapt_params", "num_steps", num_steps, zero=True, integer=True)
-
-        def loss(p: Params) -> Tensor:
-            return _scalar(loss_fn(self.call(p, support_x), support_y))
-
-        for _ in range(num_steps):
-            grads = grad(loss)(params)
-            if self.first_order:
-                grads = {name: g.detach() for name, g in grads.items()}
-            params = {name: p - self.inner_lr * grads[name] for name, p in params.items()}
-        return params
+        _check_loss_fn("MetaMAML.adapt_params", loss_fn)
+        return self._inner_loop(params, self.inner_lrs, support_x, support_y, loss_fn, num_steps)
 
     def adapt(self, support_x: Tensor, support_y: Tensor, loss_fn: LossFn, num_steps: int | None = None) -> nn.Module:
         """A copy of the model adapted to one support set. **Detached**: no gradient reaches the meta-parameters.
@@ -115,50 +160,234 @@ class MetaMAML:
                     p.copy_(adapted[name])
         return module
 
-    def task_losses(self, params: Params, tasks: Sequence[Task], loss_fn: LossFn) -> Tensor:
-        """Query loss after adaptation of each task, ``(len(tasks),)``, in their order, differentiable in ``params``."""
+    def task_losses(self, params: Params, tasks: Sequence[Task], loss_fn: LossFn | Sequence[LossFn]) -> Tensor:
+        """Query loss after adaptation of each task, ``(len(tasks),)``, in their order, differentiable in ``params``.
 
-        def task_loss(support_x: Tensor, support_y: Tensor, query_x: Tensor, query_y: Tensor) -> Tensor:
-            adapted = self.adapt_params(params, support_x, support_y, loss_fn)
-            return _scalar(loss_fn(self.call(adapted, query_x), query_y))
-
-        buckets: dict[Any, list[int]] = defaultdict(list)
-        for i, task in enumerate(tasks):
-            buckets[tuple((t.shape, t.dtype, t.device) for t in task)].append(i)
+        ``loss_fn`` is one for all tasks or one for each; tasks that share shapes and loss run as one batch.
+        """
+        loss_fns = _loss_fns("MetaMAML.task_losses", loss_fn, len(tasks))
         losses: dict[int, Tensor] = {}
-        for indices in buckets.values():
-            if len(indices) == 1:
-                losses[indices[0]] = task_loss(*tasks[indices[0]])
+        for bucket in _buckets(tasks, loss_fns):
+            one = self._task_loss(params, self.inner_lrs, loss_fns[bucket[0]])
+            if len(bucket) == 1:
+                losses[bucket[0]] = one(*tasks[bucket[0]])
                 continue
-            stacked = [torch.stack(column) for column in zip(*(tasks[i] for i in indices), strict=True)]
-            bucket = vmap(task_loss, randomness="different")(*stacked)
-            losses.update(zip(indices, bucket.unbind(0), strict=True))
+            batched = vmap(one, randomness="different")(*_stack(tasks, bucket))
+            losses.update(zip(bucket, batched.unbind(0), strict=True))
         return torch.stack([losses[i] for i in range(len(tasks))])
 
-    def meta_update(self, tasks: Iterable[Task], loss_fn: LossFn) -> float:
+    def meta_update(
+        self, tasks: Iterable[Task], loss_fn: LossFn | Sequence[LossFn], *, shift_level: float = 0.0
+    ) -> float:
         """One outer step on a batch of tasks.
 
-        A step whose loss or gradients are not finite is left out, and counted in ``skipped_updates``.
+        A step whose loss or gradients are not finite is left out: parameters and optimizer stay as they are, and
+        ``skipped_updates`` counts it.
 
         Args:
             tasks: ``(support_x, support_y, query_x, query_y)`` each; shapes may differ from task to task.
-            loss_fn: ``(prediction, target) -> scalar``.
+            loss_fn: ``(prediction, target) -> scalar``, or a list of one for each task.
+            shift_level: step on the worst weighting of the tasks whose KL divergence from the plain mean is at most
+                this many nats (see :func:`eaml_ext.meta.shift.tilt`), found by one more pass without gradient.
 
         Returns:
             The mean query loss after adaptation, before the step.
         """
         tasks = _check_tasks("MetaMAML.meta_update", tasks)
-        params = self.parameters()
-        loss = self.task_losses(params, tasks, loss_fn).mean()
-        grads = torch.autograd.grad(loss, list(params.values()), allow_unused=True)
-        if not all(bool(torch.isfinite(t).all()) for t in (loss, *grads) if t is not None):
+        loss_fns = _loss_fns("MetaMAML.meta_update", loss_fn, len(tasks))
+        _check.positive("MetaMAML.meta_update", "shift_level", shift_level, zero=True)
+        leaves = [*self.parameters().values(), *self.inner_lrs.values()]
+        losses, grads = self._meta_gradient(tasks, loss_fns, leaves, shift_level)
+        loss, self.last_losses = losses.mean(), losses
+        if not finite(loss, *grads):
             self.skipped_updates += 1
-            return float(loss.detach())
-        for p, g in zip(params.values(), grads, strict=True):
+            return float(loss)
+        for p, g in zip(leaves, grads, strict=True):
             p.grad = g
         self.optimizer.step()
         self.optimizer.zero_grad()
-        return float(loss.detach())
+        return float(loss)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Everything :meth:`meta_update` changes: model, step sizes, optimizer, count of skipped updates."""
+        return {
+            "model": self.model.state_dict(),
+            "inner_lrs": {name: rate.detach() for name, rate in self.inner_lrs.items()},
+            "optimizer": self.optimizer.state_dict(),
+            "skipped_updates": self.skipped_updates,
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take over what :meth:`state_dict` gave; raises ValueError, nothing modified, when it is of another model."""
+        if not isinstance(state, dict) or set(state) != set(self.state_dict()):
+            wanted_keys = ", ".join(self.state_dict())
+            raise ValueError(f"MetaMAML.load_state_dict: state must be a dict with the entries {wanted_keys}")
+        for part, mine in (("model", self.model.state_dict()), ("inner_lrs", self.inner_lrs)):
+            wanted = {name: tuple(t.shape) for name, t in mine.items()}
+            came = {name: tuple(t.shape) for name, t in state[part].items()}
+            if came != wanted:
+                name = next(n for n in [*wanted, *came] if came.get(n) != wanted.get(n))
+                text = f"{name} of shape {came.get(name, 'none')}, wanted {wanted.get(name, 'none')}"
+                raise ValueError(f"MetaMAML.load_state_dict: {part} has {text}")
+        groups = [len(group["params"]) for group in self.optimizer.state_dict()["param_groups"]]
+        came_groups = [len(group["params"]) for group in state["optimizer"]["param_groups"]]
+        if came_groups != groups:
+            text = f"optimizer has parameter groups of {came_groups}, wanted {groups}"
+            raise ValueError(f"MetaMAML.load_state_dict: {text}")
+        self.model.load_state_dict(state["model"])
+        with torch.no_grad():
+            for name, rate in self.inner_lrs.items():
+                rate.copy_(state["inner_lrs"][name])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.skipped_updates = state["skipped_updates"]
+
+    # ---------------------------------------------------------------------------------------------- the gradient
+
+    def _inner_loop(self, params: Params, rates: Params, x: Tensor, y: Tensor, loss_fn: LossFn, steps: int) -> Params:
+        def loss(fast: Params) -> Tensor:
+            return _scalar(loss_fn(self.call({**params, **fast}, x), y))
+
+        fast = {name: params[name] for name in self.inner_names}
+        return {**params, **descend(loss, fast, rates or self.inner_lr, steps, self.first_order)}
+
+    def _task_loss(self, params: Params, rates: Params, loss_fn: LossFn) -> Callable[..., Tensor]:
+        def task_loss(support_x: Tensor, support_y: Tensor, query_x: Tensor, query_y: Tensor) -> Tensor:
+            adapted = self._inner_loop(params, rates, support_x, support_y, loss_fn, self.inner_steps)
+            return _scalar(loss_fn(self.call(adapted, query_x), query_y))
+
+        return task_loss
+
+    def _meta_gradient(
+        self, tasks: list[Task], loss_fns: list[LossFn], leaves: list[Tensor], shift_level: float
+    ) -> tuple[Tensor, list[Tensor | None]]:
+        """The tasks' losses and the gradient of their weighted mean, chunk by chunk."""
+        count, params = len(tasks), self.parameters()
+        pure = self.reptile or self.compile
+        chunks = [list(range(count))]
+        if pure or self.micro_batch:
+            size = self.micro_batch or count
+            chunks = [b[i : i + size] for b in _buckets(tasks, loss_fns) for i in range(0, len(b), size)]
+        weights = leaves[0].new_full((count,), 1 / count)
+        if shift_level:
+            with torch.no_grad():
+                parts = [self.task_losses(params, *_take(chunk, tasks, loss_fns)) for chunk in chunks]
+            order = torch.tensor([i for chunk in chunks for i in chunk], device=weights.device)
+            weights[order] = tilt(torch.cat(parts), shift_level).to(weights)
+        losses = torch.empty_like(weights)
+        total: list[Tensor | None] = [None] * len(leaves)
+        for chunk in chunks:
+            if pure:
+                values, grads = self._pure(loss_fns[chunk[0]])(
+                    {name: p.detach() for name, p in params.items()},
+                    {name: rate.detach() for name, rate in self.inner_lrs.items()},
+                    weights[chunk],
+                    *_stack(tasks, chunk),
+                )
+            else:
+                values = self.task_losses(params, *_take(chunk, tasks, loss_fns))
+                # The mean by its own name: rounded as a plain mean, where tasks weigh alike.
+                mean = values @ weights[chunk] if shift_level else values.mean() * (len(chunk) / count)
+                grads = list(torch.autograd.grad(mean, leaves, allow_unused=True))
+            losses[chunk] = values.detach().to(losses)
+            total = [g if t is None else t if g is None else t + g for t, g in zip(total, grads, strict=True)]
+        return losses, total
+
+    def _pure(self, loss_fn: LossFn) -> Callable[..., tuple[Tensor, list[Tensor]]]:
+        """``(params, rates, weights, *stacked tasks) -> (losses, gradient of the weighted mean)``, no autograd tape."""
+        if loss_fn in self._compiled:
+            return self._compiled[loss_fn]
+
+        def reptile(params: Params, rates: Params, weights: Tensor, *stacked: Tensor) -> tuple[Tensor, list[Tensor]]:
+            def one(support_x: Tensor, support_y: Tensor, query_x: Tensor, query_y: Tensor) -> tuple[Params, Tensor]:
+                adapted = self._inner_loop(params, rates, support_x, support_y, loss_fn, self.inner_steps)
+                return adapted, _scalar(loss_fn(self.call(adapted, query_x), query_y))
+
+            adapted, losses = vmap(one, randomness="different")(*stacked)
+            moved = [torch.tensordot(weights, p - adapted[name], 1) for name, p in params.items()]
+            return losses, [m / self.inner_lr for m in moved]
+
+        def maml(params: Params, rates: Params, weights: Tensor, *stacked: Tensor) -> tuple[Tensor, list[Tensor]]:
+            def mean(meta: tuple[Params, Params]) -> tuple[Tensor, Tensor]:
+                losses = vmap(self._task_loss(*meta, loss_fn), randomness="different")(*stacked)
+                return losses @ weights, losses
+
+            grads, losses = grad(mean, has_aux=True)((params, rates))
+            return losses, [*grads[0].values(), *grads[1].values()]
+
+        function: Callable[..., Any] = reptile if self.reptile else maml
+        if self.compile:
+            function = _compiled(function)
+        self._compiled[loss_fn] = function
+        return function
+
+
+def descend(
+    loss: Callable[[Params], Tensor], params: Params, lr: float | Params, steps: int, first_order: bool = False
+) -> Params:
+    """``steps`` of gradient descent on ``loss(params)``; ``lr`` is one number, or a tensor for each name."""
+    for _ in range(steps):
+        grads = grad(loss)(params)
+        if first_order:
+            grads = {name: g.detach() for name, g in grads.items()}
+        params = {n: p - (lr[n] if isinstance(lr, dict) else lr) * grads[n] for n, p in params.items()}
+    return params
+
+
+def finite(*tensors: Tensor | None) -> bool:
+    """Whether every number in the tensors is finite; None has none."""
+    return all(bool(torch.isfinite(t).all()) for t in tensors if t is not None)
+
+
+def _compiled(function: Callable[..., Any]) -> Callable[..., Any]:
+    """The function compiled, one graph per shape; itself, after a warning, where that fails."""
+    run = torch.compile(function, dynamic=False)
+    failed = False
+
+    def call(*args: Any) -> Any:
+        nonlocal failed
+        if failed:
+            return function(*args)
+        try:
+            return run(*args)
+        except Exception as error:
+            if not type(error).__module__.startswith(("torch._dynamo", "torch._inductor")):
+                raise
+            failed = True
+            reason = str(error).partition("\n")[0]
+            text = f"MetaMAML: compile failed, the meta-update runs uncompiled: {reason}"
+            warnings.warn(text, RuntimeWarning, stacklevel=4)
+            return function(*args)
+
+    return call
+
+
+def _inner_names(names: list[str], prefixes: Any) -> list[str]:
+    if prefixes is None:
+        return names
+    prefixes = [prefixes] if isinstance(prefixes, str) else prefixes
+    if not isinstance(prefixes, Sequence) or not all(isinstance(prefix, str) for prefix in prefixes):
+        raise TypeError(f"MetaMAML: inner_parameters must be a prefix of names or several, got {prefixes!r}")
+    chosen = [name for name in names if any(name == p or name.startswith(p + ".") for p in prefixes)]
+    for prefix in prefixes or [""]:
+        if not any(name == prefix or name.startswith(prefix + ".") for name in names):
+            raise ValueError(f"MetaMAML: inner_parameters {prefix!r} begins no trainable name of {', '.join(names)}")
+    return chosen
+
+
+def _buckets(tasks: Sequence[Task], loss_fns: Sequence[LossFn]) -> list[list[int]]:
+    """The tasks that can run as one batch: of equal shapes, dtypes, devices and loss."""
+    buckets: dict[Any, list[int]] = defaultdict(list)
+    for i, (task, loss_fn) in enumerate(zip(tasks, loss_fns, strict=True)):
+        buckets[(loss_fn, *((t.shape, t.dtype, t.device) for t in task))].append(i)
+    return list(buckets.values())
+
+
+def _stack(tasks: Sequence[Task], indices: Sequence[int]) -> list[Tensor]:
+    return [torch.stack(column) for column in zip(*(tasks[i] for i in indices), strict=True)]
+
+
+def _take(indices: Sequence[int], tasks: list[Task], loss_fns: list[LossFn]) -> tuple[list[Task], list[LossFn]]:
+    return [tasks[i] for i in indices], [loss_fns[i] for i in indices]
 
 
 def _scalar(loss: Any) -> Tensor:
@@ -166,6 +395,23 @@ def _scalar(loss: Any) -> Tensor:
         came = tuple(loss.shape) if isinstance(loss, Tensor) else type(loss).__name__
         raise ValueError(f"MetaMAML: loss_fn must return a scalar tensor, got {came}")
     return loss
+
+
+def _check_loss_fn(where: str, loss_fn: Any) -> None:
+    if not callable(loss_fn):
+        raise TypeError(f"{where}: loss_fn must be callable, got {type(loss_fn).__name__}")
+
+
+def _loss_fns(where: str, loss_fn: Any, count: int) -> list[LossFn]:
+    """One loss per task."""
+    if not isinstance(loss_fn, (list, tuple)):
+        _check_loss_fn(where, loss_fn)
+        return [loss_fn] * count
+    if len(loss_fn) != count:
+        raise ValueError(f"{where}: loss_fn must be one or as many as the {count} tasks, got {len(loss_fn)}")
+    for one in loss_fn:
+        _check_loss_fn(where, one)
+    return list(loss_fn)
 
 
 def _check_pair(where: str, name: str, x: Any, y: Any) -> None:

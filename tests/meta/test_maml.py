@@ -1,14 +1,16 @@
 """MetaMAML: gradients against plain autograd, batching against a loop, the contract of its calls."""
 
 import copy
+import warnings
 
 import pytest
 import torch
 from torch import nn
 from torch.func import functional_call
-from torch.nn.functional import mse_loss
+from torch.nn.functional import l1_loss, mse_loss
 
 from eaml_ext.meta import MetaMAML
+from eaml_ext.meta.shift import tilt
 from eaml_ext.nn import SSM
 
 
@@ -117,12 +119,245 @@ def test_frozen_parameters_stay():
 
 def test_a_step_that_is_not_finite_is_left_out():
     model = mlp()
-    maml = MetaMAML(model, 0.1, 0.1)
-    before = copy.deepcopy(model.state_dict())
+    maml = MetaMAML(model, 0.1, 0.1, learn_inner_lr=True)
+    maml.meta_update([task()], mse_loss)
+    before = copy.deepcopy(maml.state_dict())
     sx, sy, qx, qy = task()
-    loss = maml.meta_update([(sx, sy * torch.nan, qx, qy)], mse_loss)
+    loss = maml.meta_update([task(), (sx, sy * torch.nan, qx, qy)], mse_loss)
     assert loss != loss and maml.skipped_updates == 1
-    assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
+    assert bool(torch.isfinite(maml.last_losses[0])) and bool(torch.isnan(maml.last_losses[1]))
+    after = maml.state_dict()
+    for part in ("model", "inner_lrs"):
+        assert all(torch.equal(v, before[part][k]) for k, v in after[part].items())
+    for i, moments in after["optimizer"]["state"].items():
+        assert all(torch.equal(v, before["optimizer"]["state"][i][k]) for k, v in moments.items())
+
+
+def test_a_gradient_that_is_not_finite_is_left_out_though_the_loss_is():
+    maml = MetaMAML(nn.Linear(1, 1, bias=False).double(), 0.1, 0.1)
+    before = maml.model.weight.clone()
+    zero = torch.zeros(1, 1, dtype=torch.float64)
+
+    def root(prediction, target):  # infinite slope at 0
+        return (prediction - target).abs().sum().sqrt()
+
+    loss = maml.meta_update([(zero, zero + 1, zero, zero)], root)
+    assert loss == 0 and maml.skipped_updates == 1 and torch.equal(maml.model.weight, before)
+
+
+def gradients(maml, tasks, shift_level=0.0):
+    """Losses and meta-gradient by name, rates under a name of their own."""
+    leaves = {**maml.parameters(), **{f"rate of {k}": v for k, v in maml.inner_lrs.items()}}
+    losses, grads = maml._meta_gradient(tasks, [mse_loss] * len(tasks), list(leaves.values()), shift_level)
+    return losses, dict(zip(leaves, grads, strict=True))
+
+
+def assert_same_gradient(one, other, tolerance=1e-10):
+    torch.testing.assert_close(one[0], other[0], rtol=tolerance, atol=tolerance)
+    for name, g in one[1].items():
+        g = torch.zeros_like(other[1][name]) if g is None else g
+        torch.testing.assert_close(other[1][name], g, rtol=tolerance, atol=tolerance * float(g.abs().max() + 1e-3))
+
+
+@pytest.mark.parametrize("first_order", [False, True])
+@pytest.mark.parametrize("prefix", [None, "2", ("0.bias", "2")])
+def test_learned_rates_and_partial_inner_loops_equal_autograd_through_a_loop(prefix, first_order):
+    model, tasks = mlp(), [task() for _ in range(3)]
+    maml = MetaMAML(model, 0.1, 1.0, first_order, inner_steps=3, learn_inner_lr=True, inner_parameters=prefix)
+    names = {None: ["0.weight", "0.bias", "2.weight", "2.bias"], "2": ["2.weight", "2.bias"]}
+    assert list(maml.inner_lrs) == names.get(prefix, ["0.bias", "2.weight", "2.bias"])
+    with torch.no_grad():
+        for rate in maml.inner_lrs.values():
+            rate.mul_(torch.rand_like(rate) + 0.5)
+    params = {k: p.detach().clone().requires_grad_() for k, p in model.named_parameters()}
+    rates = {k: r.detach().clone().requires_grad_() for k, r in maml.inner_lrs.items()}
+    total = 0
+    for sx, sy, qx, qy in tasks:
+        fast = dict(params)
+        for _ in range(3):
+            loss = mse_loss(functional_call(model, fast, (sx,)), sy)
+            grads = torch.autograd.grad(loss, [fast[k] for k in rates], create_graph=not first_order)
+            fast.update({k: fast[k] - rates[k] * g for k, g in zip(rates, grads, strict=True)})
+        total = total + mse_loss(functional_call(model, fast, (qx,)), qy) / 3
+    leaves = {**params, **{f"rate of {k}": r for k, r in rates.items()}}
+    wanted = dict(zip(leaves, torch.autograd.grad(total, list(leaves.values())), strict=True))
+    losses, got = gradients(maml, tasks)
+    assert float(losses.mean()) == pytest.approx(float(total), rel=1e-12)
+    for name, g in wanted.items():
+        torch.testing.assert_close(got[name], g, rtol=1e-9, atol=1e-12, msg=name)
+
+
+def test_anil_leaves_the_body_and_adapts_the_head():
+    maml = MetaMAML(mlp(), 0.1, 0.1, inner_parameters="2")
+    sx, sy, *_ = task()
+    adapted = maml.adapt(sx, sy, mse_loss, 3)
+    assert torch.equal(adapted[0].weight, maml.model[0].weight)
+    assert not torch.equal(adapted[2].weight, maml.model[2].weight)
+    body = maml.model[0].weight.clone()
+    maml.meta_update([task()], mse_loss)
+    assert not torch.equal(maml.model[0].weight, body)  # the outer loop learns it
+
+
+def test_learned_rates_are_learned_and_used():
+    torch.manual_seed(0)
+    maml = MetaMAML(nn.Linear(4, 1).double(), 0.01, 0.02, learn_inner_lr=True)
+    x, y = torch.randn(20, 4).double(), torch.randn(20, 1).double()
+    for _ in range(20):
+        maml.meta_update([(x, y, x, y)], mse_loss)
+    assert all(bool((rate != 0.01).all()) for rate in maml.inner_lrs.values())
+    start = maml.model.weight.detach()
+    (g,) = torch.autograd.grad(mse_loss(maml.model(x), y), maml.model.weight)
+    torch.testing.assert_close(maml.adapt(x, y, mse_loss, 1).weight, start - maml.inner_lrs["weight"] * g)
+
+
+def test_reptile_moves_towards_the_adapted_parameters():
+    model, tasks = mlp(), [task() for _ in range(4)]
+    maml = MetaMAML(model, 0.1, 0.5, inner_steps=3, reptile=True, optimizer=torch.optim.SGD)
+    before = {k: p.detach().clone() for k, p in model.named_parameters()}
+    adapted = [dict(maml.adapt(sx, sy, mse_loss).named_parameters()) for sx, sy, _, _ in tasks]
+    loss = maml.meta_update(tasks, mse_loss)
+    for k, p in model.named_parameters():
+        step = torch.stack([before[k] - a[k] for a in adapted]).mean(0) / 0.1
+        torch.testing.assert_close(p, before[k] - 0.5 * step, rtol=1e-10, atol=1e-12)
+    functional = [functional_call(model, a, (qx,)) for a, (_, _, qx, _) in zip(adapted, tasks, strict=True)]
+    wanted = sum(float(mse_loss(p, t[3])) for p, t in zip(functional, tasks, strict=True)) / 4
+    assert loss == pytest.approx(wanted, rel=1e-10)
+
+
+def test_reptile_learns():
+    torch.manual_seed(0)
+    maml = MetaMAML(mlp(), 0.1, 0.01, inner_steps=3, reptile=True)
+    w = torch.randn(4, 1).double()
+
+    def near():
+        x = torch.randn(20, 4).double()
+        return x[:10], x[:10] @ w, x[10:], x[10:] @ w
+
+    losses = [maml.meta_update([near() for _ in range(4)], mse_loss) for _ in range(150)]
+    assert sum(losses[-20:]) < 0.2 * sum(losses[:20])
+
+
+class Counting(nn.Module):
+    """Notes how many tasks each call of the model computes at once."""
+
+    def __init__(self, model):
+        super().__init__()
+        self.model, self.sizes = model, []
+
+    def forward(self, x):
+        whole = x
+        while torch._C._functorch.is_functorch_wrapped_tensor(whole):
+            whole = torch._C._functorch.get_unwrapped(whole)
+        self.sizes.append(whole.numel() // x.numel())
+        return self.model(x)
+
+
+@pytest.mark.parametrize("shift_level", [0.0, 0.3])
+@pytest.mark.parametrize("options", [{}, {"reptile": True}, {"learn_inner_lr": True}, {"first_order": True}], ids=str)
+def test_micro_batches_give_the_same_gradient_with_fewer_tasks_at_once(options, shift_level):
+    model = Counting(SSM(4, 6, 2, state_size=3).double())
+    tasks = [sequences(1, 12 if i % 3 else 5) for i in range(10)]
+    whole = gradients(MetaMAML(model, 0.1, 1e-3, inner_steps=2, **options), tasks, shift_level)
+    assert max(model.sizes) == 6
+    model.sizes.clear()
+    parts = gradients(MetaMAML(model, 0.1, 1e-3, inner_steps=2, micro_batch=2, **options), tasks, shift_level)
+    assert max(model.sizes) == 2
+    assert_same_gradient(whole, parts)
+
+
+@pytest.mark.parametrize("first_order", [False, True])
+@pytest.mark.parametrize("options", [{}, {"learn_inner_lr": True, "inner_parameters": "2"}], ids=str)
+def test_the_function_that_is_compiled_gives_the_same_gradient(options, first_order, monkeypatch):
+    monkeypatch.setattr("eaml_ext.meta.maml._compiled", lambda function: function)
+    model, tasks = mlp(), [task(m=6 if i % 2 else 3) for i in range(5)]
+    plain = gradients(MetaMAML(model, 0.1, 1e-3, first_order, inner_steps=2, **options), tasks, 0.2)
+    pure = gradients(MetaMAML(model, 0.1, 1e-3, first_order, inner_steps=2, compile=True, **options), tasks, 0.2)
+    assert_same_gradient(plain, pure)
+
+
+@pytest.mark.parametrize("kind", ["mlp", "ssm"])
+def test_compiled_meta_updates_are_the_uncompiled_ones(kind):
+    torch.manual_seed(0)
+    model = mlp() if kind == "mlp" else SSM(4, 6, 2, state_size=3).double()
+    tasks = [task() if kind == "mlp" else sequences(1, 12) for _ in range(3)]
+    compiled = MetaMAML(copy.deepcopy(model), 0.1, 1e-3, compile=True)
+    plain = MetaMAML(model, 0.1, 1e-3)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message="MetaMAML: compile failed")
+        for _ in range(2):
+            assert compiled.meta_update(tasks, mse_loss) == pytest.approx(plain.meta_update(tasks, mse_loss), rel=1e-9)
+    for p, q in zip(compiled.model.parameters(), model.parameters(), strict=True):
+        torch.testing.assert_close(p, q, rtol=1e-7, atol=1e-9)
+
+
+def test_what_cannot_be_compiled_runs_uncompiled_and_says_so(monkeypatch):
+    model, tasks = mlp(), [task() for _ in range(3)]
+    wanted = MetaMAML(copy.deepcopy(model), 0.1, 1e-3).meta_update(tasks, mse_loss)
+
+    def broken(function, **_):
+        def fail(*args):
+            raise torch._dynamo.exc.Unsupported("no such thing\nand more")
+
+        return fail
+
+    monkeypatch.setattr(torch, "compile", broken)
+    maml = MetaMAML(model, 0.1, 1e-3, compile=True)
+    with pytest.warns(RuntimeWarning, match="compile failed, the meta-update runs uncompiled: no such thing$"):
+        assert maml.meta_update(tasks, mse_loss) == pytest.approx(wanted)
+    maml.meta_update(tasks, mse_loss)
+
+
+def test_errors_of_the_loss_are_not_taken_for_failures_to_compile(monkeypatch):
+    monkeypatch.setattr(torch, "compile", lambda function, **_: function)
+    with pytest.raises(ValueError, match="loss_fn must return a scalar"):
+        MetaMAML(mlp(), 0.1, 0.1, compile=True).meta_update([task()], lambda p, t: p - t)
+
+
+def test_each_task_may_have_its_own_loss():
+    model, tasks = mlp(), [task() for _ in range(4)]
+    mine = [mse_loss, l1_loss, mse_loss, l1_loss]
+    maml = MetaMAML(model, 0.1, 1e-3)
+    alone = [maml.task_losses(maml.parameters(), [t], f) for t, f in zip(tasks, mine, strict=True)]
+    loss = maml.meta_update(tasks, mine)
+    torch.testing.assert_close(maml.last_losses, torch.cat(alone))
+    assert loss == pytest.approx(float(torch.cat(alone).mean()))
+
+
+def test_shifted_gradient_is_that_of_the_tilted_mean():
+    model, tasks = mlp(), [task() for _ in range(5)]
+    maml = MetaMAML(model, 0.1, 1e-3)
+    params = maml.parameters()
+    losses = maml.task_losses(params, tasks, mse_loss)
+    weights = tilt(losses, 0.3)
+    assert float(weights.max()) > 0.3
+    wanted = torch.autograd.grad(losses @ weights, list(params.values()))
+    got = gradients(maml, tasks, 0.3)[1]
+    for name, g in zip(params, wanted, strict=True):
+        torch.testing.assert_close(got[name], g)
+
+
+def test_state_dict_brings_back_the_same_bits():
+    tasks = [[task() for _ in range(3)] for _ in range(4)]
+    one = MetaMAML(mlp(), 0.1, 1e-2, learn_inner_lr=True)
+    for batch in tasks[:2]:
+        one.meta_update(batch, mse_loss)
+    state = copy.deepcopy(one.state_dict())
+    other = MetaMAML(mlp(), 0.1, 1e-2, learn_inner_lr=True)
+    other.load_state_dict(state)
+    for batch in tasks[2:]:
+        assert one.meta_update(batch, mse_loss) == other.meta_update(batch, mse_loss)
+    for a, b in zip(one.model.parameters(), other.model.parameters(), strict=True):
+        assert torch.equal(a, b)
+    with pytest.raises(ValueError, match=r"model has weight of shape none, wanted \(1, 4\)$"):
+        MetaMAML(nn.Linear(4, 1), 0.1, 1e-2).load_state_dict(state)
+    with pytest.raises(ValueError, match=r"inner_lrs has 0.weight of shape \(8, 4\), wanted none$"):
+        MetaMAML(mlp(), 0.1, 1e-2).load_state_dict(state)
+    half_frozen = mlp()
+    half_frozen[0].requires_grad_(False)
+    before = half_frozen[2].weight.clone()
+    with pytest.raises(ValueError, match=r"optimizer has parameter groups of \[4\], wanted \[2\]$"):
+        MetaMAML(half_frozen, 0.1, 1e-2).load_state_dict(MetaMAML(mlp(), 0.1, 1e-2).state_dict())
+    assert torch.equal(half_frozen[2].weight, before)
 
 
 def bad_calls():
@@ -136,6 +371,34 @@ def bad_calls():
     yield lambda: MetaMAML(model, "a", 0.1), TypeError, "inner_lr must be a number"
     yield lambda: MetaMAML(model, 0.1, -1), ValueError, "outer_lr must be > 0"
     yield lambda: MetaMAML(model, 0.1, 0.1, inner_steps=0), ValueError, "inner_steps must be > 0"
+    yield lambda: MetaMAML(model, float("inf"), 0.1), ValueError, "inner_lr must be finite"
+    yield lambda: MetaMAML(model, 0.1, float("inf")), ValueError, "outer_lr must be finite"
+    yield lambda: MetaMAML(model, 0.1, 0.1, 1), TypeError, "first_order must be True or False"
+    yield lambda: MetaMAML(model, 0.1, 0.1, optimizer=3), TypeError, "optimizer must be callable"
+    yield lambda: MetaMAML(model, 0.1, 0.1, learn_inner_lr=0.1), TypeError, "learn_inner_lr must be True or False"
+    yield lambda: MetaMAML(model, 0.1, 0.1, reptile="yes"), TypeError, "reptile must be True or False"
+    yield lambda: MetaMAML(model, 0.1, 0.1, compile=None), TypeError, "compile must be True or False"
+    yield lambda: MetaMAML(model, 0.1, 0.1, micro_batch=0), ValueError, "micro_batch must be > 0"
+    yield lambda: MetaMAML(model, 0.1, 0.1, micro_batch=2.0), TypeError, "micro_batch must be an integer"
+    yield lambda: MetaMAML(model, 0.1, 0.1, inner_parameters=3), TypeError, "inner_parameters must be a prefix"
+    yield lambda: MetaMAML(model, 0.1, 0.1, inner_parameters=[3]), TypeError, "inner_parameters must be a prefix"
+    yield lambda: MetaMAML(model, 0.1, 0.1, inner_parameters="head"), ValueError, "inner_parameters 'head' begins no"
+    yield lambda: MetaMAML(model, 0.1, 0.1, inner_parameters=["bias", "w"]), ValueError, "inner_parameters 'w' begins"
+    yield lambda: MetaMAML(model, 0.1, 0.1, inner_parameters=[]), ValueError, "inner_parameters '' begins no"
+    yield lambda: MetaMAML(model, 0.1, 0.1, reptile=True, learn_inner_lr=True), ValueError, "learn_inner_lr needs MAML"
+    yield (
+        lambda: MetaMAML(model, 0.1, 0.1, reptile=True, inner_parameters="bias"),
+        ValueError,
+        "inner_parameters needs MAML",
+    )
+    yield lambda: maml.meta_update([(x, y, x, y)], 3), TypeError, "loss_fn must be callable"
+    yield lambda: maml.meta_update([(x, y, x, y)], [mse_loss] * 2), ValueError, "one or as many as the 1 tasks, got 2"
+    yield lambda: maml.meta_update([(x, y, x, y)], [3]), TypeError, "loss_fn must be callable"
+    yield lambda: maml.meta_update([(x, y, x, y)], mse_loss, shift_level=-1), ValueError, "shift_level must be >= 0"
+    yield lambda: maml.meta_update([(x, y, x, y)], mse_loss, shift_level="a"), TypeError, "shift_level must be a number"
+    yield lambda: maml.adapt(x, y, "mse"), TypeError, "loss_fn must be callable"
+    yield lambda: maml.adapt_params(maml.parameters(), x, y, None), TypeError, "loss_fn must be callable"
+    yield lambda: maml.adapt_params(maml.parameters(), x, y, mse_loss, -1), ValueError, "num_steps must be >= 0"
     yield lambda: maml.meta_update([], mse_loss), ValueError, "tasks is empty"
     yield lambda: maml.meta_update([(x, y)], mse_loss), ValueError, "tasks[0] must be"
     yield lambda: maml.meta_update([(x, y, x, y[:3])], mse_loss), ValueError, "query_y has shape (3, 1)"
@@ -147,6 +410,8 @@ def bad_calls():
     yield lambda: maml.adapt(1, y, mse_loss), TypeError, "support_x must be a torch.Tensor"
     yield lambda: maml.adapt(x, y, mse_loss, -1), ValueError, "num_steps must be >= 0"
     yield lambda: maml.adapt(x, y, mse_loss, 1.5), TypeError, "num_steps must be an integer"
+    yield lambda: maml.load_state_dict({"model": {}}), ValueError, "a dict with the entries model, inner_lrs, optimizer"
+    yield lambda: maml.load_state_dict(3), ValueError, "a dict with the entries model, inner_lrs, optimizer"
     yield lambda: maml.adapt(x, y, lambda p, t: 0.0, 1), ValueError, "loss_fn must return a scalar"
 
 

@@ -1,0 +1,54 @@
+"""max_w sum_i w_i loss_i  with  KL(w || uniform) <= level:  w_i = softmax(loss_i / t), t as small as that allows."""
+
+import math
+
+import torch
+from torch import Tensor
+
+from eaml_ext import _check
+
+
+def tilt(losses: Tensor, level: float) -> Tensor:
+    """The worst weights of tasks within a shift of ``level``: what a robust meta-update steps on.
+
+    The distributionally robust weights of Hu & Hong (2013, KL ball); Ajay et al. (2022) train a population of
+    meta-policies for several levels of shift with them.
+
+    Args:
+        losses: ``(n,)``, floating, n at least 1.
+        level: KL divergence from the uniform weights, in nats, at least 0. From log(n / number of worst tasks) on, all
+            weight is on the worst ones.
+
+    Returns:
+        ``(n,)`` weights, at least 0, with sum 1, in float64; uniform where a loss is not finite.
+
+    Raises:
+        TypeError, ValueError: an argument of the wrong kind or size.
+
+    >>> tilt(torch.tensor([0.0, 0.0, 0.0, 1.0]), 0.0)
+    tensor([0.2500, 0.2500, 0.2500, 0.2500], dtype=torch.float64)
+    >>> tilt(torch.tensor([0.0, 0.0, 0.0, 1.0]), 5.0)
+    tensor([0., 0., 0., 1.], dtype=torch.float64)
+    """
+    _check.tensor("tilt", "losses", losses)
+    if losses.dim() != 1 or not len(losses):
+        raise ValueError(f"tilt: losses must have shape (n,), n at least 1, got {tuple(losses.shape)}")
+    _check.positive("tilt", "level", level, zero=True)
+    losses, count = losses.detach().double(), len(losses)
+    uniform = torch.full_like(losses, 1 / count)
+    gap = losses - losses.max()
+    if level == 0 or not bool(torch.isfinite(gap).all()) or not bool(gap.any()):
+        return uniform
+    worst = (gap == 0).double()
+    if level >= math.log(count / float(worst.sum())):
+        return worst / worst.sum()
+
+    def divergence(weights: Tensor) -> float:
+        return float(torch.special.xlogy(weights, weights * count).sum())
+
+    low, high = 1e-6, 1e6  # of 1 / t, in units of the spread of losses; the divergence grows with it
+    gap = gap / -gap.min()
+    for _ in range(60):
+        middle = math.sqrt(low * high)
+        low, high = (middle, high) if divergence(torch.softmax(middle * gap, 0)) < level else (low, middle)
+    return torch.softmax(low * gap, 0)

@@ -1,0 +1,57 @@
+"""The worst weights within a shift: on the boundary of the KL ball, worse than any other weights inside it."""
+
+import math
+
+import pytest
+import torch
+
+from eaml_ext.meta.shift import tilt
+
+
+def divergence(weights):
+    return float(torch.special.xlogy(weights, weights * len(weights)).sum())
+
+
+@pytest.mark.parametrize("scale", [1e-6, 1.0, 1e6])
+@pytest.mark.parametrize("level", [1e-3, 0.1, 1.0])
+def test_weights_lie_on_the_boundary_and_follow_the_losses(level, scale):
+    losses = scale * torch.rand(20, dtype=torch.float64)
+    weights = tilt(losses, level)
+    assert float(weights.sum()) == pytest.approx(1) and bool((weights >= 0).all())
+    assert divergence(weights) == pytest.approx(level, rel=1e-6)
+    assert torch.equal(weights.argsort(), losses.argsort())
+    # Other weights at the same distance are not worse: mixtures of uniform and drawn ones, cut to the ball.
+    for _ in range(200):
+        other = torch.distributions.Dirichlet(torch.ones(20, dtype=torch.float64)).sample()
+        low, high = 0.0, 1.0
+        for _ in range(40):
+            middle = (low + high) / 2
+            low, high = (middle, high) if divergence(middle * other + (1 - middle) / 20) < level else (low, middle)
+        assert float((low * other + (1 - low) / 20) @ losses) <= float(weights @ losses) * (1 + 1e-9)
+
+
+def test_limits():
+    losses = torch.tensor([1.0, 3.0, 3.0, 2.0])
+    assert torch.equal(tilt(losses, 0), torch.full((4,), 0.25).double())
+    assert tilt(losses, math.log(2)).tolist() == [0, 0.5, 0.5, 0]
+    assert tilt(losses, 100.0).tolist() == [0, 0.5, 0.5, 0]
+    assert tilt(torch.ones(3), 1.0).tolist() == [1 / 3] * 3
+    assert tilt(torch.tensor([2.0]), 1.0).tolist() == [1.0]
+    assert tilt(torch.tensor([1.0, torch.nan]), 1.0).tolist() == [0.5, 0.5]
+    assert tilt(torch.tensor([1.0, torch.inf]), 1.0).tolist() == [0.5, 0.5]
+
+
+@pytest.mark.parametrize(
+    ("losses", "level", "error", "text"),
+    [
+        ([1.0], 1.0, TypeError, "losses must be a torch.Tensor, got list"),
+        (torch.ones(2, 2), 1.0, ValueError, r"losses must have shape \(n,\), n at least 1, got \(2, 2\)"),
+        (torch.ones(0), 1.0, ValueError, r"losses must have shape \(n,\), n at least 1, got \(0,\)"),
+        (torch.ones(2), -1.0, ValueError, "level must be >= 0, got -1.0"),
+        (torch.ones(2), None, TypeError, "level must be a number, got None"),
+        (torch.ones(2), math.nan, ValueError, "level must be >= 0, got nan"),
+    ],
+)
+def test_refusals(losses, level, error, text):
+    with pytest.raises(error, match=f"^tilt: {text}$"):
+        tilt(losses, level)
