@@ -4,6 +4,7 @@ from eaml_ext.tasks.base import SPLITS, Task, TaskDistribution, encode_action
 from eaml_ext.tasks.cartpole import CartPoleTask, CartPoleTasks
 from eaml_ext.tasks.registry import make_tasks, register
 from eaml_ext.tasks.seeds import SeedTask, SeedTasks
+from eaml_ext.tasks.sinusoid import SinusoidTask, SinusoidTasks
 
 __all__ = [
     "SPLITS",
@@ -11,6 +12,8 @@ __all__ = [
     "CartPoleTasks",
     "SeedTask",
     "SeedTasks",
+    "SinusoidTask",
+    "SinusoidTasks",
     "Task",
     "TaskDistribution",
     "encode_action",
