@@ -1,4 +1,4 @@
-"""Tensors and JSON on disk: written atomically, checked when read, never executed.
+"""Tensors and JSON on disk: written atomically, checked when read, never executed; Ctrl-C between two writes.
 
 A checkpoint is one safetensors file. A reader sees the old file or the new one, whole: the bytes go to a temporary file
 beside it, are flushed to the disk, and take its name in one step. A checksum over everything stands in the header.
@@ -7,9 +7,10 @@ beside it, are flushed to the disk, and take its name in one step. A checksum ov
 import contextlib
 import json
 import os
+import signal
 import threading
 import zlib
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
@@ -121,6 +122,91 @@ def load(
     if kind is not None and content["kind"] != kind:
         raise ValueError(f"checkpoint.load: {path} holds {content['kind'] or 'tensors of no kind'}, wanted {kind}")
     return {name: value.to(device) for name, value in tensors.items()}, content["metadata"]
+
+
+def save_state(path: str | os.PathLike[str], state: Any, *, kind: str | None = None) -> None:
+    """:func:`save` of a nest such as ``state_dict`` methods return.
+
+    Args:
+        path, kind: as in :func:`save`.
+        state: dicts (keys strings or integers), lists and tuples, of tensors and what JSON holds.
+
+    Raises:
+        TypeError, FileNotFoundError: as :func:`save`, or a key is neither string nor integer.
+
+    >>> import tempfile, torch
+    >>> path = os.path.join(tempfile.mkdtemp(), "run.safetensors")
+    >>> save_state(path, {"step": 3, "moments": {0: (torch.zeros(2), 0.9)}})
+    >>> load_state(path)
+    {'step': 3, 'moments': {0: (tensor([0., 0.]), 0.9)}}
+    """
+    tensors: dict[str, Tensor] = {}
+    metadata = _pack(state, "state", tensors)
+    save(path, tensors, metadata, kind=kind)
+
+
+def load_state(path: str | os.PathLike[str], device: torch.device | str = "cpu", *, kind: str | None = None) -> Any:
+    """What :func:`save_state` wrote. Arguments and errors are those of :func:`load`."""
+    tensors, metadata = load(path, device, kind=kind)
+    return _unpack(metadata, tensors)
+
+
+@contextlib.contextmanager
+def deferred_interrupt() -> Iterator[list[int]]:
+    """A list that the first Ctrl-C makes non-empty, so that a loop can end where its state is whole.
+
+    The second Ctrl-C does what Ctrl-C did before. Only the main thread may set handlers, and Ctrl-C reaches no other:
+    elsewhere the list stays empty.
+
+    >>> with deferred_interrupt() as interrupted:
+    ...     signal.raise_signal(signal.SIGINT)
+    ...     print("the loop ends here" if interrupted else "the loop goes on")
+    the loop ends here
+    """
+    seen: list[int] = []
+    before = signal.getsignal(signal.SIGINT)
+    if threading.current_thread() is not threading.main_thread() or before is None:  # None: Python did not set it
+        yield seen
+        return
+
+    def handler(number: int, frame: Any) -> None:
+        seen.append(number)
+        signal.signal(signal.SIGINT, before)
+
+    signal.signal(signal.SIGINT, handler)
+    try:
+        yield seen
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+def _pack(tree: Any, name: str, tensors: dict[str, Tensor]) -> Any:
+    """The tree as JSON, its tensors moved to ``tensors``; dicts as pairs, since JSON knows no integer keys."""
+    if isinstance(tree, Tensor):
+        name = f"{len(tensors)} {name}"  # the number, because keys may hold slashes too
+        tensors[name] = tree
+        return {"tensor": name}
+    if isinstance(tree, Mapping):
+        for key in tree:
+            if isinstance(key, bool) or not isinstance(key, (str, int)):
+                raise TypeError(f"checkpoint.save_state: keys must be strings or integers, got {key!r} in {name}")
+        return {"dict": [[key, _pack(value, f"{name}/{key}", tensors)] for key, value in tree.items()]}
+    if isinstance(tree, (list, tuple)):
+        items = [_pack(value, f"{name}/{i}", tensors) for i, value in enumerate(tree)]
+        return {"tuple" if isinstance(tree, tuple) else "list": items}
+    return tree
+
+
+def _unpack(tree: Any, tensors: Mapping[str, Tensor]) -> Any:
+    if not isinstance(tree, dict):
+        return tree
+    ((kind, value),) = tree.items()
+    if kind == "tensor":
+        return tensors[value]
+    if kind == "dict":
+        return {key: _unpack(item, tensors) for key, item in value}
+    items = [_unpack(item, tensors) for item in value]
+    return tuple(items) if kind == "tuple" else items
 
 
 def _checksum(tensors: Mapping[str, Tensor], text: str) -> int:

@@ -116,3 +116,47 @@ def test_refusals(path):
     checkpoint.save(path, {}, kind="SSM")
     with pytest.raises(ValueError, match=r"holds SSM, wanted ExperienceBuffer$"):
         checkpoint.load(path, kind="ExperienceBuffer")
+
+
+def test_a_nest_comes_back_as_it_was(path):
+    state = {
+        "empty": {},
+        "numbers": {3: 0.1, "3": float("inf"), -1: None},
+        "a/b": torch.ones(2),
+        "a": {"b": torch.zeros(2), "list": [torch.arange(3), (True, "text", [])]},
+    }
+    checkpoint.save_state(path, state, kind="nest")
+    back = checkpoint.load_state(path, kind="nest")
+    assert torch.equal(back["a/b"], torch.ones(2)) and torch.equal(back["a"]["b"], torch.zeros(2))
+    assert torch.equal(back["a"]["list"][0], torch.arange(3)) and back["a"]["list"][1] == (True, "text", [])
+    assert back["numbers"] == state["numbers"] and back["empty"] == {} and list(back) == list(state)
+    with pytest.raises(ValueError, match="holds nest, wanted other"):
+        checkpoint.load_state(path, kind="other")
+
+
+def test_the_state_of_an_optimizer_comes_back(path):
+    def train(model, optimizer, steps):
+        for _ in range(steps):
+            model(torch.ones(1, 2)).sum().backward()
+            optimizer.step()
+
+    models = [torch.nn.Linear(2, 2) for _ in range(2)]
+    one, other = (torch.optim.Adam(m.parameters(), lr=0.1) for m in models)
+    train(models[0], one, 3)
+    checkpoint.save_state(path, [models[0].state_dict(), one.state_dict()])
+    weights, moments = checkpoint.load_state(path)
+    models[1].load_state_dict(weights)
+    other.load_state_dict(moments)
+    models[0].zero_grad()
+    train(models[0], one, 3)
+    train(models[1], other, 3)
+    assert all(torch.equal(p, q) for p, q in zip(*(m.parameters() for m in models), strict=True))
+
+
+@pytest.mark.parametrize("key", [1.5, (1, 2), None, True])
+def test_keys_that_json_would_change_are_refused(key, path):
+    with pytest.raises(TypeError, match=r"keys must be strings or integers, got .* in state/inner"):
+        checkpoint.save_state(path, {"inner": {key: 1}})
+    with pytest.raises(TypeError, match="metadata must be JSON-able"):
+        checkpoint.save_state(path, {"inner": object()})
+    assert not path.exists()
