@@ -22,6 +22,8 @@ _HOME = {
     "Mamba": "nn",
     "Stateful": "nn",
     "MetaMAML": "meta",
+    "MetaMAMLTrainer": "meta",
+    "TaskBatch": "meta",
     "ExperienceBuffer": "experience",
     "Experiences": "experience",
     "Adapter": "adaptation",

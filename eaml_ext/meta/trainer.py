@@ -1,0 +1,303 @@
+"""The meta-training loop: meta-batches in, losses out; what is interrupted goes on with the same bits."""
+
+import copy
+import os
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import mse_loss
+from tqdm import tqdm
+
+from eaml_ext import _check
+from eaml_ext.checkpoint import deferred_interrupt, load_state, save_state
+from eaml_ext.meta.maml import LossFn, MetaMAML, _check_loss_fn, _check_pair
+from eaml_ext.meta.task_batch import TaskBatch
+
+_KIND = "MetaMAMLTrainer"
+_FOLDS = 5
+
+
+class MetaMAMLTrainer:
+    """Meta-trains a policy (any ``nn.Module`` called as ``policy(x)``) by :class:`MetaMAML`, in place.
+
+    With several ``shift_levels`` it trains one policy for each (the first one in place, the others copies), all on the
+    same meta-batches: the one of level e steps on the worst weighting of the batch's tasks within KL divergence e of
+    the plain mean. At test time, where how far the new task lies from the training tasks is not known,
+    :meth:`adapt_to_new_task` picks: each adapts on four fifths of the support set and is judged on the rest, five
+    times (leave-one-out below five rows; on the support set itself, before adaptation, where there is one row); the
+    lowest mean loss wins, the first level at a tie; the winner then adapts on all of the support set. Source: Ajay et
+    al., "Distributionally Adaptive Meta Reinforcement Learning", 2022, which picks by a bandit over episodes.
+
+    Args:
+        policy: the model.
+        meta_lr: learning rate of the meta-update.
+        inner_lr: step size of the inner loop.
+        loss_fn: ``(prediction, target) -> scalar``, of the tasks that bring no loss of their own.
+        shift_levels: nats, each at least 0; see above. (0.0,) is plain MAML.
+        log: where losses and skipped updates are written: a ``SummaryWriter`` (anything with ``add_scalar``), or a
+            directory for TensorBoard, which then must be installed; None: nowhere.
+        progress: show a progress bar, where the output is a terminal.
+        options: further arguments of :class:`MetaMAML`, by name: ``inner_steps``, ``first_order``, ``compile``, ...
+
+    Attributes:
+        maml: the MetaMAML of the first level; ``mamls`` those of all.
+        iteration: meta-updates made so far.
+        losses: of all of them, the first level's.
+
+    Raises:
+        TypeError, ValueError: an argument of the wrong kind or size.
+        ImportError: ``log`` is a directory and TensorBoard is not installed.
+
+    >>> from eaml_ext.meta import TaskBatch
+    >>> x, y = torch.randn(10, 4), torch.randn(10, 1)
+    >>> policy = nn.Linear(4, 1)
+    >>> trainer = MetaMAMLTrainer(policy, meta_lr=1e-3, inner_lr=1e-2)
+    >>> losses = trainer.meta_train(TaskBatch([(x, y, x, y)] * 20), num_meta_iterations=3)
+    >>> len(losses), trainer.iteration
+    (3, 3)
+    >>> adapted = trainer.adapt_to_new_task((x, y))
+    """
+
+    def __init__(
+        self,
+        policy: nn.Module,
+        meta_lr: float = 1e-3,
+        inner_lr: float = 1e-2,
+        *,
+        loss_fn: LossFn = mse_loss,
+        shift_levels: Sequence[float] = (0.0,),
+        log: Any = None,
+        progress: bool = True,
+        **options: Any,
+    ):
+        where = "MetaMAMLTrainer"
+        if not isinstance(policy, nn.Module):
+            raise TypeError(f"{where}: policy must be a torch.nn.Module, got {type(policy).__name__}")
+        for name, rate in (("meta_lr", meta_lr), ("inner_lr", inner_lr)):
+            _check.positive(where, name, rate)
+        _check_loss_fn(where, loss_fn)
+        _check.flag(where, "progress", progress)
+        if isinstance(shift_levels, str) or not isinstance(shift_levels, Sequence) or not shift_levels:
+            raise TypeError(f"{where}: shift_levels must be a list of at least one number, got {shift_levels!r}")
+        for level in shift_levels:
+            _check.positive(where, "shift_levels", level, zero=True)
+        if not (log is None or isinstance(log, (str, os.PathLike)) or callable(getattr(log, "add_scalar", None))):
+            kind = type(log).__name__
+            raise TypeError(f"{where}: log must be a directory or have add_scalar, as a SummaryWriter, got {kind}")
+        if isinstance(log, (str, os.PathLike)):
+            _summary_writer()
+        policies = [policy, *(copy.deepcopy(policy) for _ in shift_levels[1:])]
+        self.mamls = [MetaMAML(p, inner_lr, meta_lr, **options) for p in policies]
+        self.maml, self.shift_levels = self.mamls[0], [float(level) for level in shift_levels]
+        self.loss_fn, self.log, self.progress = loss_fn, log, progress
+        self.losses: list[float] = []
+
+    @property
+    def iteration(self) -> int:
+        """Meta-updates made so far."""
+        return len(self.losses)
+
+    @property
+    def skipped_updates(self) -> int:
+        """Meta-updates left out because they were not finite, of all levels."""
+        return sum(maml.skipped_updates for maml in self.mamls)
+
+    def meta_train(
+        self,
+        task_batch: TaskBatch,
+        num_meta_iterations: int = 1000,
+        *,
+        checkpoint: str | os.PathLike[str] | None = None,
+        checkpoint_every: int = 100,
+    ) -> list[float]:
+        """``num_meta_iterations`` meta-updates; returns their losses (mean query loss after adaptation, before each).
+
+        Meta-update number i sees ``task_batch.batch(i)``, and torch's global generator seeded from (seed, i) (dropout
+        draws from it), so a run is a function of its seed; the generator is given back as it was.
+
+        **With a checkpoint** the state is written there every ``checkpoint_every`` meta-updates and at the end, each
+        time the whole file or nothing. Where the file exists, the call is the continuation of the one that wrote it:
+        it takes over the state, makes the meta-updates that are missing, and returns the losses of all. So the same
+        script, started again after an end of any kind, ends with the bits of an uninterrupted run.
+
+        **Ctrl-C** ends the call after the meta-update under way (a second one at once), writes the checkpoint, and
+        raises KeyboardInterrupt; without a checkpoint the next call goes on from there.
+
+        A meta-update that is not finite is left out, its loss is in the list, and a RuntimeWarning at the end says how
+        many there were.
+
+        Raises:
+            TypeError, ValueError: an argument of the wrong kind or size, or a checkpoint of other settings.
+        """
+        where = "MetaMAMLTrainer.meta_train"
+        if not isinstance(task_batch, TaskBatch):
+            raise TypeError(f"{where}: task_batch must be a TaskBatch, got {type(task_batch).__name__}")
+        _check.positive(where, "num_meta_iterations", num_meta_iterations, zero=True, integer=True)
+        _check.positive(where, "checkpoint_every", checkpoint_every, integer=True)
+        if checkpoint is not None and not isinstance(checkpoint, (str, os.PathLike)):
+            raise TypeError(f"{where}: checkpoint must be a path, got {type(checkpoint).__name__}")
+        if checkpoint is not None and not os.path.isdir(folder := os.path.dirname(os.path.abspath(checkpoint))):
+            raise FileNotFoundError(f"{where}: checkpoint needs a directory that exists, {folder} does not exist")
+        began = self.iteration
+        if checkpoint is not None and os.path.exists(checkpoint):
+            began = self._load(where, checkpoint, task_batch, num_meta_iterations)
+        end = began + num_meta_iterations
+        skipped, saved = self.skipped_updates, None
+        with (
+            self._writer() as writer,
+            tqdm(
+                total=num_meta_iterations,
+                initial=min(self.iteration - began, num_meta_iterations),
+                desc="meta-training",
+                unit="update",
+                leave=False,
+                disable=None if self.progress else True,
+            ) as bar,
+            deferred_interrupt() as interrupted,
+        ):
+            while self.iteration < end and not interrupted:
+                self._update(task_batch, writer)
+                bar.set_postfix(loss=f"{self.losses[-1]:.4f}", skipped=self.skipped_updates, refresh=False)
+                bar.update()
+                if checkpoint is not None and (self.iteration - began) % checkpoint_every == 0:
+                    self._save(checkpoint, task_batch, began)
+                    saved = self.iteration
+            if checkpoint is not None and saved != self.iteration:
+                self._save(checkpoint, task_batch, began)
+        skipped = self.skipped_updates - skipped
+        if skipped:
+            text = f"{where}: {skipped} meta-updates were not finite and left out"
+            warnings.warn(text, RuntimeWarning, stacklevel=2)
+        if interrupted:
+            raise KeyboardInterrupt
+        return self.losses[began:end]
+
+    def adapt_to_new_task(self, new_task_data: tuple[Tensor, Tensor], num_steps: int | None = None) -> nn.Module:
+        """A copy of the policy that has adapted to ``(support_x, support_y)``; the policy itself is left as it is.
+
+        Of several shift levels the one that predicts held-out rows of the support set best. ``num_steps``: as many as
+        in meta-training if absent.
+        """
+        x, y = _support("MetaMAMLTrainer.adapt_to_new_task", new_task_data)
+        maml = self.mamls[self.pick_level((x, y), num_steps)] if len(self.mamls) > 1 else self.maml
+        return maml.adapt(x, y, self.loss_fn, num_steps)
+
+    def pick_level(self, new_task_data: tuple[Tensor, Tensor], num_steps: int | None = None) -> int:
+        """The index in ``shift_levels`` that :meth:`adapt_to_new_task` picks, by the rule in the class's docstring."""
+        x, y = _support("MetaMAMLTrainer.pick_level", new_task_data)
+        rows = torch.arange(len(x), device=x.device)
+        folds = [rows % min(_FOLDS, len(x)) == f for f in range(min(_FOLDS, len(x)))]
+
+        def score(maml: MetaMAML) -> float:
+            start = {name: p.detach() for name, p in maml.parameters().items()}
+            with torch.no_grad():
+                if len(x) == 1:
+                    return float(self.loss_fn(maml.call(start, x), y))
+                losses = []
+                for held in folds:
+                    adapted = maml.adapt_params(start, x[~held], y[~held], self.loss_fn, num_steps)
+                    losses.append(float(self.loss_fn(maml.call(adapted, x[held]), y[held])))
+            return sum(losses) / len(losses)
+
+        scores = [score(maml) for maml in self.mamls]
+        # NaN never wins, not even in first place.
+        return min(range(len(scores)), key=lambda i: (scores[i] != scores[i], scores[i]))
+
+    # ------------------------------------------------------------------------------------------------ one update
+
+    def _update(self, task_batch: TaskBatch, writer: Any) -> None:
+        number = self.iteration
+        batch = task_batch.batch(number)
+        loss_fns = [self.loss_fn if loss_fn is None else loss_fn for loss_fn in batch.loss_fns]
+        device = next(iter(self.maml.parameters().values())).device
+        tasks = [(sx.to(device), sy.to(device), qx.to(device), qy.to(device)) for sx, sy, qx, qy in batch.tasks]
+        values = []
+        for maml, level in zip(self.mamls, self.shift_levels, strict=True):
+            with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+                torch.manual_seed(task_batch._seed(number, 2))
+                values.append(maml.meta_update(tasks, loss_fns, shift_level=level))
+        assert self.maml.last_losses is not None
+        task_batch.update(batch.indices, self.maml.last_losses)
+        self.losses.append(values[0])
+        if writer is not None:
+            writer.add_scalar("meta/loss", values[0], number)
+            writer.add_scalar("meta/skipped_updates", self.skipped_updates, number)
+            for level, value in list(zip(self.shift_levels, values, strict=True))[1:]:
+                writer.add_scalar(f"meta/loss_shift_{level:g}", value, number)
+
+    @contextmanager
+    def _writer(self) -> Iterator[Any]:
+        """The writer; one made for a directory is closed afterwards."""
+        if not isinstance(self.log, (str, os.PathLike)):
+            yield self.log
+            return
+        # What an interrupted run wrote beyond its checkpoint is hidden: the same steps come again.
+        with _summary_writer()(os.fspath(self.log), purge_step=self.iteration) as writer:
+            yield writer
+
+    # ------------------------------------------------------------------------------------------------ checkpoints
+
+    def _settings(self, task_batch: TaskBatch) -> dict[str, Any]:
+        maml = self.maml
+        return {
+            "inner_lr": maml.inner_lr,
+            "meta_lr": maml.outer_lr,
+            "inner_steps": maml.inner_steps,
+            "first_order": maml.first_order,
+            "reptile": maml.reptile,
+            "learn_inner_lr": bool(maml.inner_lrs),
+            "inner_parameters": maml.inner_names,
+            "shift_levels": self.shift_levels,
+            "optimizer": type(maml.optimizer).__name__,
+            "loss_fn": getattr(self.loss_fn, "__name__", type(self.loss_fn).__name__),
+            **task_batch.describe(),
+        }
+
+    def _save(self, path: str | os.PathLike[str], task_batch: TaskBatch, began: int) -> None:
+        state = {
+            "settings": self._settings(task_batch),
+            "began": began,
+            "losses": torch.tensor(self.losses, dtype=torch.float64),
+            "mamls": [maml.state_dict() for maml in self.mamls],
+            "task_batch": task_batch.state_dict(),
+        }
+        save_state(path, state, kind=_KIND)
+
+    def _load(self, where: str, path: str | os.PathLike[str], task_batch: TaskBatch, wanted: int) -> int:
+        state = load_state(path, kind=_KIND)
+        done = len(state["losses"]) - state["began"]
+        if done > wanted:
+            text = f"checkpoint {os.fspath(path)} holds {done} meta-updates, num_meta_iterations is {wanted}"
+            raise ValueError(f"{where}: {text}")
+        mine, came = self._settings(task_batch), state["settings"]
+        for name in mine:
+            if came.get(name) != mine[name]:
+                text = f"{name}={came.get(name)!r}, this one has {mine[name]!r}"
+                raise ValueError(f"{where}: checkpoint {os.fspath(path)} is of a run with {text}")
+        for maml, part in zip(self.mamls, state["mamls"], strict=True):
+            maml.load_state_dict(part)
+        task_batch.load_state_dict(state["task_batch"])
+        self.losses = state["losses"].tolist()
+        return state["began"]
+
+
+def _support(where: str, new_task_data: Any) -> tuple[Tensor, Tensor]:
+    if not isinstance(new_task_data, (tuple, list)) or len(new_task_data) != 2:
+        raise TypeError(f"{where}: new_task_data must be (support_x, support_y)")
+    x, y = new_task_data
+    _check_pair(where, "support", x, y)
+    return x, y
+
+
+def _summary_writer() -> Any:
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError:
+        raise ImportError(
+            "MetaMAMLTrainer: log is a directory, which needs TensorBoard: pip install tensorboard"
+        ) from None
+    return SummaryWriter
