@@ -21,6 +21,7 @@ _HOME = {
     "SSMLayer": "nn",
     "Mamba": "nn",
     "Stateful": "nn",
+    "MetaLearner": "meta",
     "MetaMAML": "meta",
     "MetaMAMLTrainer": "meta",
     "TaskBatch": "meta",

@@ -1,0 +1,235 @@
+"""params = initial + shift(mean_t context_t), then gradient descent on support pairs and on similar experience."""
+
+import math
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.func import functional_call, vmap
+
+from eaml_ext import _check
+from eaml_ext.experience import Experiences
+from eaml_ext.meta.maml import LossFn, Params, _check_loss_fn, descend, finite
+
+Pairs = tuple[Tensor, Tensor]
+
+
+class MetaLearner(nn.Module):
+    """A meta-learned network that adapts to a task from its context, its support set, and similar experience.
+
+    The network is input_dim → hidden_dim → hidden_dim → output_dim (ReLU). The context, averaged over time, shifts its
+    initial parameters by a learned linear map that starts at zero; ``inner_steps`` of gradient descent follow. All of
+    it is differentiable to ``parameters()``, the meta-parameters: network, ``shift`` and ``log_temperature``.
+
+    Args:
+        input_dim: size of an input, and of the context (an encoder's hidden size).
+        output_dim: size of an output (of an action).
+        hidden_dim: width of the network; ``shift`` has input_dim times as many numbers as the network.
+        meta_lr: learning rate of :meth:`meta_update` (Adam).
+        inner_lr, inner_steps: of the inner loop.
+        loss_fn: ``(prediction (output_dim,), target (output_dim,)) -> scalar``, of one pair.
+        temperature: of the similarity of experience, see :meth:`adapt_with_experience`; learned from there.
+
+    Attributes:
+        skipped_updates: meta-updates left out because a loss or a gradient was not finite.
+
+    Raises:
+        TypeError, ValueError: an argument of the wrong kind or size.
+
+    >>> learner = MetaLearner(input_dim=16, output_dim=2, hidden_dim=32, meta_lr=1e-3)
+    >>> context = torch.randn(50, 16)
+    >>> params = learner.adapt(context, (torch.randn(10, 16), torch.randn(10, 2)))
+    >>> learner.forward(torch.randn(5, 16), params=params).shape
+    torch.Size([5, 2])
+    """
+
+    def __init__(
+        self,
+        input_dim: int,
+        output_dim: int,
+        hidden_dim: int,
+        meta_lr: float,
+        *,
+        inner_lr: float = 1e-2,
+        inner_steps: int = 5,
+        loss_fn: LossFn = F.mse_loss,
+        temperature: float = 1.0,
+    ):
+        super().__init__()
+        sizes = {"input_dim": input_dim, "output_dim": output_dim, "hidden_dim": hidden_dim, "inner_steps": inner_steps}
+        for name, size in sizes.items():
+            _check.positive("MetaLearner", name, size, integer=True)
+        for name, rate in (("meta_lr", meta_lr), ("inner_lr", inner_lr), ("temperature", temperature)):
+            _check.positive("MetaLearner", name, rate)
+            if math.isinf(rate):
+                raise ValueError(f"MetaLearner: {name} must be finite, got {rate!r}")
+        _check_loss_fn("MetaLearner", loss_fn)
+        self.input_dim, self.output_dim = input_dim, output_dim
+        self.inner_lr, self.inner_steps, self.loss_fn = float(inner_lr), inner_steps, loss_fn
+        self.network = nn.Sequential(
+            nn.Linear(input_dim, hidden_dim),
+            nn.ReLU(),
+            nn.Linear(hidden_dim, hidden_dim),
+            nn.ReLU(),
+            nn.Linear(hidden_dim, output_dim),
+        )
+        self.shift = nn.Linear(input_dim, sum(p.numel() for p in self.network.parameters()), bias=False)
+        nn.init.zeros_(self.shift.weight)
+        self.log_temperature = nn.Parameter(torch.tensor(math.log(temperature)))
+        self.optimizer = torch.optim.Adam(self.parameters(), lr=meta_lr)
+        self.skipped_updates = 0
+
+    def forward(self, query_set: Tensor, params: Params | None = None) -> Tensor:
+        """Predictions ``(m, output_dim)`` for ``(m, input_dim)``, under ``params`` (absent: the initial ones)."""
+        self._check_inputs("MetaLearner.forward", "query_set", query_set)
+        if params is None:
+            return self.network(query_set)
+        names = [name for name, _ in self.network.named_parameters()]
+        if not isinstance(params, dict) or list(params) != names:
+            raise ValueError(f"MetaLearner.forward: params must be what adapt returned, a dict of {', '.join(names)}")
+        return functional_call(self.network, params, (query_set,))
+
+    def adapt(self, context: Tensor, support_set: Pairs) -> Params:
+        """The parameters adapted to a task, by name, for :meth:`forward`.
+
+        Args:
+            context: ``(time, input_dim)`` or, averaged already, ``(input_dim,)``.
+            support_set: ``(inputs (n, input_dim), targets (n, output_dim))``.
+
+        Returns:
+            Parameters that are connected to the meta-parameters, and to the context where it requires grad.
+        """
+        where = "MetaLearner.adapt"
+        x, y = self._pairs(where, support_set)
+        return self._adapt(self._initial(where, context), x, y, torch.ones_like(x[:, 0]))
+
+    def adapt_with_experience(self, context: Tensor, support_set: Pairs, experiences: Experiences) -> Params:
+        """:meth:`adapt`, on the support set and the (state, action) pairs of retrieved experiences together.
+
+        A support pair counts 1, one of an experience at distance d counts exp(-d / temperature): at most 1, unless the
+        buffer has log-weights, which are part of its distances; 1 where experiences were drawn, not searched. The loss
+        is the weighted mean, so it stays bounded however many there are.
+
+        Args:
+            context, support_set: as in :meth:`adapt`.
+            experiences: what ``ExperienceBuffer.retrieve`` returned for one query, with fields ``state``
+                ``(k, input_dim)`` or ``(k, time, input_dim)`` and ``action`` ``(k, output_dim)`` or ``(k, time,
+                output_dim)``; integer actions without the last dimension are taken one-hot. None found (k = 0): plain
+                adaptation.
+        """
+        where = "MetaLearner.adapt_with_experience"
+        x, y = self._pairs(where, support_set)
+        initial = self._initial(where, context)
+        states, actions, weights = self._experience(where, experiences)
+        counts = torch.cat([torch.ones_like(x[:, 0]), weights])
+        return self._adapt(initial, torch.cat([x, states]), torch.cat([y, actions]), counts)
+
+    def meta_update(self, tasks: Iterable[tuple[Any, ...]]) -> float:
+        """One step of Adam on the mean query loss after adaptation; returns it (before the step).
+
+        ``tasks``: ``(context, support_set, query_set)`` each, with the query set as ``(inputs, targets)``, or
+        ``(context, support_set, query_set, experiences)``. A step that is not finite is left out and counted.
+        """
+        where = "MetaLearner.meta_update"
+        losses = []
+        for i, task in enumerate(tasks):
+            if not isinstance(task, (tuple, list)) or len(task) not in (3, 4):
+                raise ValueError(f"{where}: tasks[{i}] must be (context, support_set, query_set[, experiences])")
+            x, y = self._pairs(where, task[2], "query_set")
+            context, support_set = task[:2]
+            if len(task) == 3:
+                params = self.adapt(context, support_set)
+            else:
+                params = self.adapt_with_experience(context, support_set, task[3])
+            losses.append(self._losses(params, x, y).mean())
+        if not losses:
+            raise ValueError(f"{where}: tasks is empty")
+        loss = torch.stack(losses).mean()
+        grads = torch.autograd.grad(loss, list(self.parameters()), allow_unused=True)
+        if not finite(loss, *grads):
+            self.skipped_updates += 1
+            return float(loss.detach())
+        for p, g in zip(self.parameters(), grads, strict=True):
+            p.grad = g
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        return float(loss.detach())
+
+    # ------------------------------------------------------------------------------------------------- inside
+
+    def _losses(self, params: Params, x: Tensor, y: Tensor) -> Tensor:
+        """The loss of each pair, ``(n,)``."""
+        losses = vmap(self.loss_fn)(functional_call(self.network, params, (x,)), y)
+        if not isinstance(losses, Tensor) or losses.dim() != 1:
+            raise ValueError("MetaLearner: loss_fn must return a scalar tensor")
+        return losses
+
+    def _adapt(self, initial: Params, x: Tensor, y: Tensor, counts: Tensor) -> Params:
+        weights = counts / counts.sum()
+        return descend(lambda p: self._losses(p, x, y) @ weights, initial, self.inner_lr, self.inner_steps)
+
+    def _initial(self, where: str, context: Any) -> Params:
+        """The network's parameters, shifted by the context."""
+        _check.tensor(where, "context", context)
+        if context.dim() not in (1, 2) or context.shape[-1] != self.input_dim or not context.numel():
+            wanted = f"(time, {self.input_dim}) or ({self.input_dim},)"
+            raise ValueError(f"{where}: context must have shape {wanted}, got {tuple(context.shape)}")
+        self._check_kind(where, "context", context)
+        shift = self.shift(context.mean(dim=0) if context.dim() == 2 else context)
+        parts = shift.split([p.numel() for p in self.network.parameters()])
+        named = self.network.named_parameters()
+        return {name: p + part.view_as(p) for (name, p), part in zip(named, parts, strict=True)}
+
+    def _pairs(self, where: str, pairs: Any, name: str = "support_set") -> Pairs:
+        if not isinstance(pairs, (tuple, list)) or len(pairs) != 2:
+            raise TypeError(f"{where}: {name} must be (inputs, targets), got {type(pairs).__name__}")
+        inputs, targets = pairs
+        self._check_inputs(where, f"{name}[0]", inputs)
+        _check.tensor(where, f"{name}[1]", targets)
+        wanted = (len(inputs), self.output_dim)
+        _check.shape(where, f"{name}[1]", targets, wanted, str(wanted))
+        self._check_kind(where, f"{name}[1]", targets)
+        if not len(inputs):
+            raise ValueError(f"{where}: {name} is empty")
+        return inputs, targets
+
+    def _experience(self, where: str, experiences: Any) -> tuple[Tensor, Tensor, Tensor]:
+        """States ``(pairs, input_dim)``, actions ``(pairs, output_dim)`` and their weights ``(pairs,)``."""
+        if not isinstance(experiences, Experiences):
+            kind = type(experiences).__name__
+            raise TypeError(f"{where}: experiences must be what ExperienceBuffer.retrieve returned, got {kind}")
+        for name in ("state", "action"):
+            if name not in experiences.fields:
+                fields = ", ".join(experiences.fields)
+                raise ValueError(f"{where}: experiences have no field {name!r}, the stored fields are {fields}")
+        state, action, distances = experiences.state, experiences.action, experiences.distances
+        if experiences.indices.dim() != 1:
+            raise ValueError(f"{where}: experiences must be those of one query, take experiences[i]")
+        if state.dim() not in (2, 3) or state.shape[-1] != self.input_dim:
+            wanted = f"(k, {self.input_dim}) or (k, time, {self.input_dim})"
+            raise ValueError(f"{where}: experiences.state must have shape {wanted}, got {tuple(state.shape)}")
+        self._check_kind(where, "experiences.state", state)
+        if not action.is_floating_point() and action.shape == state.shape[:-1]:
+            if action.numel() and not 0 <= int(action.min()) <= int(action.max()) < self.output_dim:
+                raise ValueError(f"{where}: experiences.action must lie in [0, {self.output_dim})")
+            action = F.one_hot(action.long(), self.output_dim).to(state.dtype)
+        sizes = (*state.shape[:-1], self.output_dim)
+        _check.shape(where, "experiences.action", action, sizes, str(sizes))
+        self._check_kind(where, "experiences.action", action)
+        weights = state.new_ones(len(state))
+        if distances is not None:
+            weights = torch.exp(-distances.to(state.dtype) / self.log_temperature.exp())
+        steps = state[0].numel() // self.input_dim if len(state) else 1
+        return state.reshape(-1, self.input_dim), action.reshape(-1, self.output_dim), weights.repeat_interleave(steps)
+
+    def _check_inputs(self, where: str, name: str, value: Any) -> None:
+        _check.tensor(where, name, value)
+        _check.shape(where, name, value, (None, self.input_dim), f"(n, {self.input_dim})")
+        self._check_kind(where, name, value)
+
+    def _check_kind(self, where: str, name: str, value: Tensor) -> None:
+        like = self.log_temperature
+        _check.dtype(where, name, value, (like.dtype,))
+        _check.device(where, name, value, like.device, "the learner")
