@@ -19,7 +19,10 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--version", action="version", version=f"eaml_ext {__version__}")
     for f in fields(DynamicsSettings):
         options = dict(f.metadata)
-        p.add_argument(f"--{f.name}", type=type(f.default), default=f.default, **options)
+        if isinstance(f.default, bool):
+            p.add_argument(f"--{f.name}", action="store_true", **options)
+        else:
+            p.add_argument(f"--{f.name}", type=type(f.default), default=f.default, **options)
     return p
 
 
@@ -39,6 +42,6 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"eaml-ext: {str(error).removeprefix('DynamicsSettings: ')}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print("eaml-ext: interrupted", file=sys.stderr)
+        print("eaml-ext: interrupted; the same command with --resume goes on from the checkpoint", file=sys.stderr)
         return 130
     return 0

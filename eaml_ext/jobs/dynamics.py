@@ -7,6 +7,7 @@ on the transitions that follow, beside the predictor that copies its input.
 """
 
 from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -93,7 +94,12 @@ def fingerprint(x: Tensor, y: Tensor) -> Tensor:
 def run(settings: DynamicsSettings) -> dict[str, Any]:
     """Runs the job, prints its progress and writes ``settings.folder``; returns the report.
 
-    The folder gets ``report.json``, ``report.png``, ``model.safetensors`` and ``buffer.safetensors``.
+    The folder gets ``report.json``, ``report.png``, ``model.safetensors``, ``buffer.safetensors`` and, while
+    meta-training runs, ``checkpoint.safetensors``, from which ``settings.resume`` goes on: a run that was killed at any
+    moment then ends with the bits of an uninterrupted one. Ctrl-C writes the checkpoint before it ends meta-training.
+
+    Raises ValueError for a bad device or environment, and for a checkpoint that is damaged or of other settings;
+    OSError where the folder cannot be written.
     """
     try:
         device = torch.device(settings.device)
@@ -140,33 +146,96 @@ def run(settings: DynamicsSettings) -> dict[str, Any]:
 def meta_train(
     settings: DynamicsSettings, distribution: TaskDistribution[Task], maml: MetaMAML, buffer: ExperienceBuffer
 ) -> list[float]:
-    """Second-order MAML over freshly drawn tasks; every transition goes into the buffer. Returns the loss per epoch."""
-    model: Any = maml.model
+    """Second-order MAML over freshly drawn tasks; every transition goes into the buffer. Returns the loss per epoch.
+
+    Update number i is a function of the settings, i and what the checkpoint holds.
+    """
     updates = settings.updates_per_epoch
-    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(maml.optimizer, settings.num_epochs * updates)
-    losses = []
-    with tqdm(
-        total=settings.num_epochs * updates, desc="meta-training", unit="update", leave=False, disable=None
-    ) as progress:
-        for epoch in range(settings.num_epochs):
-            total = 0.0
-            for update in range(updates):
-                tasks = distribution.sample(
-                    settings.tasks_per_update, "train", settings.seed, epoch=epoch * updates + update
-                )
-                data = collect(distribution, tasks, settings.shots + settings.query, settings.seed)
-                x, y = tensors(data, model)
-                k = settings.shots
-                batch = [(x[i, :k], y[i, :k], x[i, k:], y[i, k:]) for i in range(len(tasks))]
-                total += maml.meta_update(batch, F.mse_loss)
-                schedule.step()
-                first = (epoch * updates + update) * len(tasks)
-                remember(buffer, range(first, first + len(tasks)), data, fingerprint(x, y))
-                progress.update()
-            losses.append(total / updates)
-            if epoch % 10 == 0 or epoch == settings.num_epochs - 1:
-                progress.write(f"Epoch {epoch}, Meta Loss: {losses[-1]:.4f}")
-    return losses
+    total = settings.num_epochs * updates
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(maml.optimizer, total)
+    run = Run(Path(settings.folder) / "checkpoint.safetensors", settings.decisive, maml, schedule, buffer)
+    if settings.resume:
+        print(f"Resumed after {run.load()} of {total} meta-updates.")
+    else:
+        run.path.unlink(missing_ok=True)  # an earlier run's
+    with (
+        tqdm(
+            total=total, initial=len(run.losses), desc="meta-training", unit="update", leave=False, disable=None
+        ) as progress,
+        checkpoint.deferred_interrupt() as interrupted,
+    ):
+        while len(run.losses) < total and not interrupted:
+            run.losses.append(update(settings, distribution, maml, buffer, len(run.losses)))
+            schedule.step()
+            progress.update()
+            epoch, rest = divmod(len(run.losses), updates)
+            if rest == 0 and (epoch % 10 == 1 or epoch == settings.num_epochs):
+                progress.write(f"Epoch {epoch - 1}, Meta Loss: {sum(run.losses[-updates:]) / updates:.4f}")
+            if rest == 0 and epoch % settings.checkpoint_every == 0 and len(run.losses) < total:
+                run.save()
+        run.save()
+    if interrupted:
+        raise KeyboardInterrupt
+    return [sum(run.losses[i : i + updates]) / updates for i in range(0, total, updates)]
+
+
+def update(
+    settings: DynamicsSettings,
+    distribution: TaskDistribution[Task],
+    maml: MetaMAML,
+    buffer: ExperienceBuffer,
+    number: int,
+) -> float:
+    """Meta-update ``number`` on fresh tasks, whose transitions the buffer then holds; returns its loss."""
+    tasks = distribution.sample(settings.tasks_per_update, "train", settings.seed, epoch=number)
+    data = collect(distribution, tasks, settings.shots + settings.query, settings.seed)
+    model: Any = maml.model
+    x, y = tensors(data, model)
+    k = settings.shots
+    loss = maml.meta_update([(x[i, :k], y[i, :k], x[i, k:], y[i, k:]) for i in range(len(tasks))], F.mse_loss)
+    first = number * len(tasks)
+    remember(buffer, range(first, first + len(tasks)), data, fingerprint(x, y))
+    return loss
+
+
+@dataclass
+class Run:
+    """Everything meta-training has made so far, and the file that keeps it."""
+
+    path: Path
+    settings: dict[str, Any]
+    maml: MetaMAML
+    schedule: torch.optim.lr_scheduler.LRScheduler
+    buffer: ExperienceBuffer
+    losses: list[float] = field(default_factory=list)  # of each meta-update
+
+    def save(self) -> None:
+        """Writes the checkpoint, whole or not at all."""
+        state = {
+            "settings": self.settings,
+            "losses": self.losses,
+            "maml": self.maml.state_dict(),
+            "schedule": self.schedule.state_dict(),
+            "buffer": self.buffer.state_dict(),
+            "generator": torch.get_rng_state(),
+        }
+        checkpoint.save_state(self.path, state, kind="dynamics-run")
+
+    def load(self) -> int:
+        """Takes over the checkpoint, where there is one; returns how many meta-updates were made."""
+        if not self.path.exists():
+            return 0
+        state = checkpoint.load_state(self.path, kind="dynamics-run")
+        for name, mine in self.settings.items():
+            if (came := state["settings"].get(name)) != mine:
+                text = f"{self.path} is of a run with {name}={came!r}, this one has {mine!r}"
+                raise ValueError(f"DynamicsSettings: resume: {text}")
+        self.maml.load_state_dict(state["maml"])
+        self.schedule.load_state_dict(state["schedule"])
+        self.buffer.load_state_dict(state["buffer"])
+        torch.set_rng_state(state["generator"])
+        self.losses = state["losses"]
+        return len(self.losses)
 
 
 def tensors(data: Trajectories, model: DynamicsModel) -> tuple[Tensor, Tensor]:

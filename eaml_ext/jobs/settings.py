@@ -43,6 +43,8 @@ class DynamicsSettings:
     test_tasks: int = _flag(64, "held-out tasks")
     adaptation_calls: int = _flag(21, "calls of the Adapter per held-out task, 5 gradient steps each")
     threads: int = _flag(1, "threads torch may use; the model is too small to gain from more")
+    checkpoint_every: int = _flag(5, "epochs between two checkpoints of meta-training")
+    resume: bool = _flag(False, "go on from the checkpoint in the folder; from the beginning where there is none")
     out: str = _flag("", "folder of the results; runs/<env_name>-seed<seed> if empty")
 
     def __post_init__(self) -> None:
@@ -54,6 +56,8 @@ class DynamicsSettings:
                 _check.positive("DynamicsSettings", f.name, value, zero=f.name == "experience_weight")
                 if math.isinf(value):
                     raise ValueError(f"DynamicsSettings: {f.name} must be finite, got {value!r}")
+            elif f.type in (bool, "bool"):
+                _check.flag("DynamicsSettings", f.name, value)
             elif not isinstance(value, str):
                 raise TypeError(f"DynamicsSettings: {f.name} must be a string, got {value!r}")
         if self.retrieval not in RETRIEVALS:
@@ -62,6 +66,11 @@ class DynamicsSettings:
             raise ValueError(
                 f"DynamicsSettings: buffer_size must hold one task, {self.shots + self.query}, got {self.buffer_size}"
             )
+
+    @property
+    def decisive(self) -> dict[str, Any]:
+        """The settings that results depend on: only a run in which they are alike can be resumed."""
+        return {name: value for name, value in vars(self).items() if name not in ("checkpoint_every", "resume", "out")}
 
     @property
     def folder(self) -> str:

@@ -1,12 +1,18 @@
 """The main job in small: what it prints, what it leaves, and that adaptation with experience helps."""
 
 import json
+import random
+import signal
+import subprocess
+import sys
+import time
 
 import pytest
 import torch
 
 from eaml_ext import checkpoint, cli
 from eaml_ext.experience import ExperienceBuffer
+from eaml_ext.jobs import dynamics
 from eaml_ext.jobs.dynamics import DynamicsModel, fingerprint, run
 from eaml_ext.jobs.settings import DynamicsSettings
 
@@ -80,6 +86,80 @@ def test_same_seed_same_numbers(tmp_path):
     assert a["arms"] == b["arms"] and a["meta_loss"] == b["meta_loss"] != other["meta_loss"]
 
 
+RESUMED = {**SMALL, "num_epochs": 6, "updates_per_epoch": 2, "test_tasks": 4, "adaptation_calls": 2}
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("whole")
+    return folder, run(DynamicsSettings(out=str(folder), buffer_size=8000, **RESUMED))
+
+
+def assert_same_run(folder, results, uninterrupted):
+    wanted_folder, wanted = uninterrupted
+    for part in ("meta_loss", "arms", "curves"):
+        assert results[part] == wanted[part], part
+    for name in ("model", "buffer"):
+        got, kept = (checkpoint.load(f / f"{name}.safetensors")[0] for f in (folder, wanted_folder))
+        assert got.keys() == kept.keys() and all(torch.equal(value, kept[key]) for key, value in got.items()), name
+
+
+def test_a_killed_run_resumes_with_the_same_bits(uninterrupted, tmp_path):
+    flags = [f"--{name}={value}" for name, value in {**RESUMED, "buffer_size": 8000, "checkpoint_every": 1}.items()]
+    command = [sys.executable, "-m", "eaml_ext", *flags, "--threads=1", f"--out={tmp_path}", "--resume"]
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
+    path = tmp_path / "checkpoint.safetensors"
+    while not path.exists():
+        assert process.poll() is None
+        time.sleep(0.001)
+    time.sleep(0.1 * random.SystemRandom().random())  # a dozen updates and six writes may fall into this
+    process.kill()
+    assert process.wait() == -signal.SIGKILL and not (tmp_path / "report.json").exists()
+    results = run(DynamicsSettings(out=str(tmp_path), buffer_size=8000, resume=True, **RESUMED))
+    assert_same_run(tmp_path, results, uninterrupted)
+
+
+def test_ctrl_c_leaves_a_checkpoint_that_resumes(uninterrupted, tmp_path, monkeypatch, capsys):
+    flags = [f"--{name}={value}" for name, value in {**RESUMED, "buffer_size": 8000}.items()]
+    made = dynamics.update
+
+    def interrupted(*args):
+        loss = made(*args)
+        if args[-1] == 4:
+            signal.raise_signal(signal.SIGINT)
+        return loss
+
+    monkeypatch.setattr(dynamics, "update", interrupted)
+    assert cli.main([*flags, f"--out={tmp_path}"]) == 130
+    assert "the same command with --resume goes on" in capsys.readouterr().err
+    monkeypatch.undo()
+    assert cli.main([*flags, f"--out={tmp_path}", "--resume"]) == 0
+    assert "Resumed after 5 of 12 meta-updates." in capsys.readouterr().out
+    report = json.loads((tmp_path / "report.json").read_text())
+    assert_same_run(tmp_path, report, uninterrupted)
+
+
+def test_a_finished_run_resumes_at_its_end_and_other_settings_are_refused(uninterrupted, capsys):
+    folder, _ = uninterrupted
+    for changed, text in (
+        ({"outer_lr": 0.1}, "is of a run with outer_lr=0.003, this one has 0.1"),
+        ({"num_epochs": 7}, "is of a run with num_epochs=6, this one has 7"),
+    ):
+        flags = [f"--{n}={v}" for n, v in {**RESUMED, "buffer_size": 8000, "out": folder, **changed}.items()]
+        assert cli.main([*flags, "--resume"]) == 2
+        error = capsys.readouterr().err
+        assert text in error and error.startswith("eaml-ext: resume: ") and error.count("\n") == 1
+    results = run(DynamicsSettings(out=str(folder), buffer_size=8000, resume=True, **RESUMED))
+    assert capsys.readouterr().out.startswith("Resumed after 12 of 12 meta-updates.")
+    assert_same_run(folder, results, uninterrupted)
+
+
+def test_a_damaged_checkpoint_is_refused(tmp_path, capsys):
+    (tmp_path / "checkpoint.safetensors").write_bytes(b"x" * 100)
+    assert cli.main(["--out", str(tmp_path), "--resume"]) == 2
+    assert "damaged" in capsys.readouterr().err
+
+
 def test_any_environment_with_box_observations_works(tmp_path):
     small = {**SMALL, "num_epochs": 1, "updates_per_epoch": 2, "test_tasks": 4, "adaptation_calls": 1}
     results = run(DynamicsSettings(env_name="Pendulum-v1", out=str(tmp_path), **small))
@@ -103,6 +183,7 @@ def test_fingerprint_tells_flipped_actions_apart():
         (["--experience_weight", "-1"], "experience_weight must be >= 0"),
         (["--retrieval", "magic"], "invalid choice"),
         (["--buffer_size", "3"], "buffer_size must hold one task"),
+        (["--checkpoint_every", "0"], "checkpoint_every must be > 0"),
         (["--num_epochs", "many"], "invalid int value"),
     ],
 )
@@ -132,6 +213,8 @@ def test_bad_environment_or_device_is_one_sentence(flags, text, tmp_path, capsys
 def test_settings_refuse_wrong_types():
     with pytest.raises(TypeError, match="num_epochs must be an integer"):
         DynamicsSettings(num_epochs=1.5)
+    with pytest.raises(TypeError, match="resume must be True or False"):
+        DynamicsSettings(resume="yes")
     with pytest.raises(TypeError, match="env_name must be a string"):
         DynamicsSettings(env_name=3)
 
