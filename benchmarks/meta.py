@@ -1,23 +1,96 @@
-"""A second-order meta-update of the SSM: ours against the same update with the scan as a loop over steps.
+"""Second-order meta-updates: ours against the same gradient by Python loops.
 
     python -m benchmarks.meta [--quick] [--threads 1]
 
-Three ways to the same gradient: MetaMAML with the fused scan, tasks in one vmapped batch; the same with the scan as a
-Python loop over steps under vmap; a Python loop over tasks and steps.
+The MLP of MAML's sinusoids (1-40-40-1, 25 tasks of 10 + 10 points, 5 inner steps), three ways to the same gradient:
+MetaMAML (tasks in one vmapped batch), MetaMAML(compile=True), and the textbook's Python loop over tasks, plain autograd
+with create_graph (of the two ways to write it, through functional_call and by hand with F.linear, the faster one).
+
+An SSM, three ways: MetaMAML with the fused scan; the same with the scan as a Python loop over steps under vmap; a
+Python loop over tasks and steps.
 """
 
+import time
 from typing import Any
 from unittest import mock
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
+from torch.func import functional_call
 
 from benchmarks.common import flags, medians, write
 from eaml_ext import SSM, MetaMAML
 from eaml_ext.ops import selective_scan_reference
+from eaml_ext.tasks import SinusoidTasks
 
 SHAPES = [(8, 50), (8, 200), (32, 50)]  # (tasks, steps)
+
+
+def gradient(maml: MetaMAML, tasks: Any) -> list[Tensor]:
+    """The meta-gradient of a batch of tasks, as a meta-update takes it."""
+    leaves = list(maml.parameters().values())
+    grads = maml._meta_gradient(tasks, [F.mse_loss] * len(tasks), leaves, 0.0)[1]
+    return [torch.zeros_like(p) if g is None else g for p, g in zip(leaves, grads, strict=True)]
+
+
+# --- the MLP of the sinusoids ----------------------------------------------------------------------------------------
+
+
+def by_functional_call(model: nn.Module, tasks: Any, inner_lr: float, steps: int) -> list[Tensor]:
+    """The textbook, for any module: plain autograd through every inner step, one task after another."""
+    params = dict(model.named_parameters())
+    total = torch.zeros(())
+    for support_x, support_y, query_x, query_y in tasks:
+        fast = params
+        for _ in range(steps):
+            loss = F.mse_loss(functional_call(model, fast, (support_x,)), support_y)
+            grads = torch.autograd.grad(loss, list(fast.values()), create_graph=True)
+            fast = {name: p - inner_lr * g for (name, p), g in zip(fast.items(), grads, strict=True)}
+        total = total + F.mse_loss(functional_call(model, fast, (query_x,)), query_y)
+    return list(torch.autograd.grad(total / len(tasks), list(params.values())))
+
+
+def by_hand(model: nn.Module, tasks: Any, inner_lr: float, steps: int) -> list[Tensor]:
+    """The same with this MLP written out, as MAML's own code does."""
+
+    def call(p: Any, x: Tensor) -> Tensor:
+        return F.linear(F.relu(F.linear(F.relu(F.linear(x, p[0], p[1])), p[2], p[3])), p[4], p[5])
+
+    params = list(model.parameters())
+    total = torch.zeros(())
+    for support_x, support_y, query_x, query_y in tasks:
+        fast: Any = params
+        for _ in range(steps):
+            loss = F.mse_loss(call(fast, support_x), support_y)
+            grads = torch.autograd.grad(loss, fast, create_graph=True)
+            fast = [p - inner_lr * g for p, g in zip(fast, grads, strict=True)]
+        total = total + F.mse_loss(call(fast, query_x), query_y)
+    return list(torch.autograd.grad(total / len(tasks), params))
+
+
+def sinusoids(seconds: float) -> dict[str, Any]:
+    """Median seconds of each way, and of the first compiled call."""
+    model = nn.Sequential(nn.Linear(1, 40), nn.ReLU(), nn.Linear(40, 40), nn.ReLU(), nn.Linear(40, 1))
+    tasks = list(zip(*(column.unbind() for column in SinusoidTasks(10).draw(25)), strict=True))
+    eager = MetaMAML(model, inner_lr=0.01, outer_lr=1e-3, inner_steps=5)
+    compiled = MetaMAML(model, inner_lr=0.01, outer_lr=1e-3, inner_steps=5, compile=True)
+    start = time.perf_counter()
+    wanted = gradient(compiled, tasks)
+    compilation = time.perf_counter() - start
+    functions = {
+        "eager": lambda: gradient(eager, tasks),
+        "compiled": lambda: gradient(compiled, tasks),
+        "functional_call": lambda: by_functional_call(model, tasks, 0.01, 5),
+        "by hand": lambda: by_hand(model, tasks, 0.01, 5),
+    }
+    for name, function in functions.items():
+        for ours, other in zip(wanted, function(), strict=True):
+            torch.testing.assert_close(other, ours, rtol=1e-3, atol=1e-5, msg=f"{name} gives another gradient")
+    return {**medians(functions, seconds=seconds), "compilation": compilation}
+
+
+# --- an SSM ----------------------------------------------------------------------------------------------------------
 
 
 def make_tasks(tasks: int, steps: int) -> list[tuple[Tensor, ...]]:
@@ -25,52 +98,54 @@ def make_tasks(tasks: int, steps: int) -> list[tuple[Tensor, ...]]:
     return [tuple(torch.randn(size) for size in sizes) for _ in range(tasks)]
 
 
-def gradient(maml: MetaMAML, tasks: Any) -> list[Tensor]:
-    """The meta-gradient of a batch of tasks."""
-    params = maml.parameters()
-    return list(torch.autograd.grad(maml.task_losses(params, tasks, F.mse_loss).mean(), list(params.values())))
-
-
 def one_by_one(maml: MetaMAML, tasks: Any) -> list[Tensor]:
-    """The same, a Python loop over tasks."""
+    """The meta-gradient by a Python loop over tasks."""
     params = maml.parameters()
     loss = torch.stack([maml.task_losses(params, [task], F.mse_loss).sum() for task in tasks]).mean()
     return list(torch.autograd.grad(loss, list(params.values())))
 
 
+def ssm(shape: tuple[int, int], seconds: float) -> dict[str, float]:
+    """Median seconds of each way."""
+    maml, tasks = MetaMAML(SSM(6, 64, 4), inner_lr=0.05, outer_lr=1e-3), make_tasks(*shape)
+    slow = mock.patch("eaml_ext.nn.cores.s6.selective_scan", selective_scan_reference)
+
+    def vmapped() -> list[Tensor]:
+        with slow:
+            return gradient(maml, tasks)
+
+    def looped() -> list[Tensor]:
+        with slow:
+            return one_by_one(maml, tasks)
+
+    functions = {"ours": lambda: gradient(maml, tasks), "vmapped loop": vmapped, "loop over both": looped}
+    for name, function in functions.items():
+        for ours, other in zip(gradient(maml, tasks), function(), strict=True):
+            torch.testing.assert_close(other, ours, rtol=1e-3, atol=1e-5, msg=f"{name} gives another gradient")
+    return medians(functions, seconds=seconds)
+
+
 def main() -> None:
     arguments = flags(__doc__)
-    maml = MetaMAML(SSM(6, 64, 4), inner_lr=0.05, outer_lr=1e-3)
-    slow = mock.patch("eaml_ext.nn.cores.s6.selective_scan", selective_scan_reference)
+    seconds = 1.0 if arguments.quick else 3.0
+    t = sinusoids(seconds)
+    loop = min(t["functional_call"], t["by hand"])
+    print(f"sinusoid MLP, 25 tasks x 5 steps: loop over tasks {1e3 * loop:.1f} ms")
+    print(f"  eager    {1e3 * t['eager']:>7.2f} ms, {loop / t['eager']:.1f} times as fast")
+    print(f"  compiled {1e3 * t['compiled']:>7.2f} ms, {loop / t['compiled']:.1f} times as fast", end="")
+    print(f" (after {t['compilation']:.0f} s of compilation, or less where its cache is warm)")
     results = []
-    print(f"{'tasks x steps':<16}{'ours ms':>9}{'vmapped loop':>14}{'loop over both':>16}   (times ours)")
+    print(f"{'SSM, tasks x steps':<20}{'ours ms':>9}{'vmapped loop':>14}{'loop over both':>16}   (times ours)")
     for shape in SHAPES[: 1 if arguments.quick else None]:
-        tasks = make_tasks(*shape)
-
-        def vmapped(tasks: Any = tasks) -> list[Tensor]:
-            with slow:
-                return gradient(maml, tasks)
-
-        def looped(tasks: Any = tasks) -> list[Tensor]:
-            with slow:
-                return one_by_one(maml, tasks)
-
-        functions = {
-            "ours": lambda tasks=tasks: gradient(maml, tasks),
-            "vmapped loop": vmapped,
-            "loop over both": looped,
-        }
-        for name, function in functions.items():
-            for ours, other in zip(gradient(maml, tasks), function(), strict=True):
-                torch.testing.assert_close(other, ours, rtol=1e-3, atol=1e-5, msg=f"{name} gives another gradient")
-        t = medians(functions, seconds=1.0 if arguments.quick else 3.0)
-        results.append({"shape": shape, **t})
+        row = ssm(shape, seconds)
+        results.append({"shape": shape, **row})
         print(
-            f"{shape[0]} x {shape[1]:<12}{1e3 * t['ours']:>9.1f}"
-            f"{t['vmapped loop'] / t['ours']:>13.1f}x{t['loop over both'] / t['ours']:>15.1f}x"
+            f"{shape[0]} x {shape[1]:<16}{1e3 * row['ours']:>9.1f}"
+            f"{row['vmapped loop'] / row['ours']:>13.1f}x{row['loop over both'] / row['ours']:>15.1f}x"
         )
     if not arguments.quick:
-        print(write(f"meta-{arguments.threads}-thread", {"threads": arguments.threads, "shapes": results}))
+        name = f"meta-{arguments.threads}-thread"
+        print(write(name, {"threads": arguments.threads, "sinusoid": t, "shapes": results}))
 
 
 if __name__ == "__main__":
