@@ -107,6 +107,18 @@ class PastModels:
         rows = torch.tensor([self._row.get(task, -1) for task in numbers], device=losses.device)
         return torch.where(rows < 0, torch.inf, losses[rows])
 
+    def params(self, tasks: Tensor) -> Params:
+        """The adapted parameters of the tasks, name to ``(len(tasks), *shape)``, for ``torch.func.vmap``.
+
+        Raises ValueError for a task without a model.
+        """
+        numbers = tasks.tolist()
+        missing = [task for task in numbers if task not in self._row]
+        if missing:
+            raise ValueError(f"PastModels.params: tasks has {missing[0]}, of which there is no model")
+        rows = [self._row[task] for task in numbers]
+        return {name: value[rows] for name, value in self._params.items()}
+
     def _add(self, tasks: list[int]) -> None:
         buckets: dict[Any, dict[int, dict[str, Tensor]]] = defaultdict(dict)
         for task in tasks:

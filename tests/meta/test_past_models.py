@@ -39,6 +39,18 @@ def test_scores_are_those_of_a_loop_over_tasks(chunk_size):
     assert not scores.requires_grad
 
 
+def test_params_are_those_of_the_adapted_models():
+    maml, buffer, models = world()
+    params = models.params(torch.tensor([13, 10, 13]))
+    for row, task in enumerate((13, 10, 13)):
+        past = buffer.of_task(task).batch()
+        adapted = maml.adapt(past["states"], past["targets"], F.mse_loss, 7)
+        for name, p in adapted.named_parameters():
+            torch.testing.assert_close(params[name][row], p.detach())
+    with pytest.raises(ValueError, match=r"^PastModels.params: tasks has 7, of which there is no model$"):
+        models.params(torch.tensor([13, 7]))
+
+
 def test_best_fit_finds_the_task_that_explains_the_batch():
     _, buffer, models = world(num_steps=200)
     for task, slope in ((10, -2.0), (14, 2.0)):
