@@ -6,8 +6,8 @@ The MLP of MAML's sinusoids (1-40-40-1, 25 tasks of 10 + 10 points, 5 inner step
 MetaMAML (tasks in one vmapped batch), MetaMAML(compile=True), and the textbook's Python loop over tasks, plain autograd
 with create_graph (of the two ways to write it, through functional_call and by hand with F.linear, the faster one).
 
-An SSM, three ways: MetaMAML with the fused scan; the same with the scan as a Python loop over steps under vmap; a
-Python loop over tasks and steps.
+An SSM, four ways: MetaMAML with the fused scan; the same with compile=True; the scan as a Python loop over steps under
+vmap; a Python loop over tasks and steps.
 """
 
 import time
@@ -107,7 +107,12 @@ def one_by_one(maml: MetaMAML, tasks: Any) -> list[Tensor]:
 
 def ssm(shape: tuple[int, int], seconds: float) -> dict[str, float]:
     """Median seconds of each way."""
-    maml, tasks = MetaMAML(SSM(6, 64, 4), inner_lr=0.05, outer_lr=1e-3), make_tasks(*shape)
+    model, tasks = SSM(6, 64, 4), make_tasks(*shape)
+    maml = MetaMAML(model, inner_lr=0.05, outer_lr=1e-3)
+    compiled = MetaMAML(model, inner_lr=0.05, outer_lr=1e-3, compile=True)
+    start = time.perf_counter()
+    gradient(compiled, tasks)
+    compilation = time.perf_counter() - start
     slow = mock.patch("eaml_ext.nn.cores.s6.selective_scan", selective_scan_reference)
 
     def vmapped() -> list[Tensor]:
@@ -118,11 +123,16 @@ def ssm(shape: tuple[int, int], seconds: float) -> dict[str, float]:
         with slow:
             return one_by_one(maml, tasks)
 
-    functions = {"ours": lambda: gradient(maml, tasks), "vmapped loop": vmapped, "loop over both": looped}
+    functions = {
+        "ours": lambda: gradient(maml, tasks),
+        "compiled": lambda: gradient(compiled, tasks),
+        "vmapped loop": vmapped,
+        "loop over both": looped,
+    }
     for name, function in functions.items():
         for ours, other in zip(gradient(maml, tasks), function(), strict=True):
             torch.testing.assert_close(other, ours, rtol=1e-3, atol=1e-5, msg=f"{name} gives another gradient")
-    return medians(functions, seconds=seconds)
+    return {**medians(functions, seconds=seconds), "compilation": compilation}
 
 
 def main() -> None:
@@ -135,14 +145,17 @@ def main() -> None:
     print(f"  compiled {1e3 * t['compiled']:>7.2f} ms, {loop / t['compiled']:.1f} times as fast", end="")
     print(f" (after {t['compilation']:.0f} s of compilation, or less where its cache is warm)")
     results = []
-    print(f"{'SSM, tasks x steps':<20}{'ours ms':>9}{'vmapped loop':>14}{'loop over both':>16}   (times ours)")
+    print(f"{'SSM, tasks x steps':<20}{'ms':>18}{'vmapped loop':>14}{'loop over both':>16}   (times as long)")
     for shape in SHAPES[: 1 if arguments.quick else None]:
         row = ssm(shape, seconds)
         results.append({"shape": shape, **row})
-        print(
-            f"{shape[0]} x {shape[1]:<16}{1e3 * row['ours']:>9.1f}"
-            f"{row['vmapped loop'] / row['ours']:>13.1f}x{row['loop over both'] / row['ours']:>15.1f}x"
-        )
+        for way in ("ours", "compiled"):
+            print(
+                f"{shape[0]} x {shape[1]:<16}{way:<9}{1e3 * row[way]:>8.1f}"
+                f"{row['vmapped loop'] / row[way]:>13.1f}x{row['loop over both'] / row[way]:>15.1f}x"
+                + f"   (compiled in {row['compilation']:.0f} s)"
+                * (way == "compiled")
+            )
     if not arguments.quick:
         name = f"meta-{arguments.threads}-thread"
         print(write(name, {"threads": arguments.threads, "sinusoid": t, "shapes": results}))
