@@ -40,9 +40,9 @@ class MetaMAML:
         reptile: the meta-gradient is mean_i (theta - theta_i) / inner_lr, without any outer derivative (Reptile;
             Nichol, Achiam & Schulman 2018). The inner loop sees the support set; the query set is only measured.
         micro_batch: at most so many tasks at once, gradients accumulated: less memory, the same result to rounding.
-        compile: ``torch.compile`` the inner loop and its outer gradient, once per shape of a bucket (seconds to a
-            minute each, so meant for tasks of few shapes). Where compilation fails, a RuntimeWarning says so and the
-            usual path runs. Results are equal to rounding.
+        compile: ``torch.compile`` the inner loop and its outer gradient, once per loss and shape of a bucket (seconds
+            to a minute each, so meant for few losses and shapes; what was compiled is kept). Where compilation fails,
+            a RuntimeWarning says so and the usual path runs. Results are equal to rounding.
 
     Attributes:
         skipped_updates: meta-updates left out because a loss or a gradient was not finite.
@@ -316,8 +316,7 @@ class MetaMAML:
 
         function: Callable[..., Any] = reptile if self.reptile else maml
         if self.compile:
-            function = _compiled(function)
-        self._compiled[loss_fn] = function
+            function = self._compiled[loss_fn] = _compiled(function)
         return function
 
 
