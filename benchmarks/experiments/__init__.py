@@ -1,0 +1,1 @@
+"""Experiments: what the layers achieve, each by one command."""
