@@ -96,7 +96,7 @@ def plot(settings: dict[str, Any]) -> None:
         label="the best without adaptation",
     )
     axes.set(xlabel="gradient steps at test time", ylabel="mean squared error", yscale="log", title="Sinusoids")
-    axes.legend(frameon=False)
+    axes.legend(loc="upper right", bbox_to_anchor=(1.0, 0.92), frameon=False)
     figure.savefig(RESULTS / "sinusoid.png", dpi=120)
 
 
