@@ -1,0 +1,161 @@
+"""Predictors of the next observation that frame what a sequence model can reach: windows of frames, Kalman filter."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+
+from eaml_ext import _check
+
+Predictor = Callable[[Tensor], Tensor]
+
+
+def fit_linear(x: Tensor, frames: int = 4) -> Predictor:
+    """The affine predictor of ``x[..., t, :]`` from the ``frames`` frames before it with the least squared error.
+
+    Args:
+        x: ``(*, length, dim)`` float, sequences to fit, ``length > frames``.
+        frames: how many frames it sees.
+
+    Returns:
+        ``predict(x)``: ``(*, length, dim)`` -> ``(*, length − frames, dim)``, predictions of ``x[..., frames:, :]``.
+
+    Raises:
+        TypeError, ValueError: ``x`` is no floating tensor of such a shape, ``frames`` not a positive integer.
+
+    >>> x = torch.tensor([0.5]).pow(torch.arange(8.0)).view(1, 8, 1)  # halves every step
+    >>> predict = fit_linear(x, frames=1)
+    >>> predict(torch.tensor([[[4.0], [0.0]]]))
+    tensor([[[2.0000]]])
+    """
+    _check_sequences("bounds.fit_linear", x, frames)
+    inputs = _windows(x, frames).flatten(0, -2).double()
+    solution = torch.linalg.lstsq(_affine(inputs), x[..., frames:, :].flatten(0, -2).double(), driver="gelsd").solution
+
+    def predict(x: Tensor) -> Tensor:
+        _check_sequences("bounds.fit_linear", x, frames)
+        return (_affine(_windows(x, frames).double()) @ solution).to(x.dtype)
+
+    return predict
+
+
+def fit_mlp(x: Tensor, frames: int = 4, *, hidden: int = 64, steps: int = 500, seed: int = 0) -> Predictor:
+    """A two-layer network in place of :func:`fit_linear`'s affine map, beside which it stands: it can do no less.
+
+    Trained by Adam with a cosine schedule, in float32, on 1024 windows a step. Arguments as there, and
+
+    Args:
+        hidden: width of both layers.
+        steps: how many steps of Adam.
+        seed: of initial weights and batches; the global generator is left as it is.
+
+    >>> x = torch.rand(8, 50, 1).cumsum(1)
+    >>> fit_mlp(x, frames=2, steps=5)(x).shape
+    torch.Size([8, 48, 1])
+    """
+    where = "bounds.fit_mlp"
+    _check_sequences(where, x, frames)
+    for name, value in (("hidden", hidden), ("steps", steps)):
+        _check.positive(where, name, value, integer=True)
+    _check.positive(where, "seed", seed, integer=True, zero=True)
+    linear, dim = fit_linear(x, frames), x.shape[-1]
+    inputs = _windows(x, frames).flatten(0, -2).float()
+    wanted = (x[..., frames:, :] - linear(x)).flatten(0, -2).float()
+    with torch.random.fork_rng(devices=[]), torch.enable_grad():
+        torch.manual_seed(seed)
+        body = (nn.Linear(frames * dim, hidden), nn.SiLU(), nn.Linear(hidden, hidden), nn.SiLU())
+        head = nn.Linear(hidden, dim)
+        nn.init.zeros_(head.weight)  # training starts at the affine map
+        network = nn.Sequential(*body, head).to(x.device)
+        optimizer = torch.optim.Adam(network.parameters(), lr=3e-3)
+        schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
+        for _ in range(steps):
+            rows = torch.randint(len(inputs), (min(1024, len(inputs)),)).to(x.device)
+            optimizer.zero_grad()
+            nn.functional.mse_loss(network(inputs[rows]), wanted[rows]).backward()
+            optimizer.step()
+            schedule.step()
+
+    def predict(x: Tensor) -> Tensor:
+        with torch.no_grad():
+            return linear(x) + network(_windows(x, frames).float()).to(x.dtype)
+
+    return predict
+
+
+def kalman_filter(x: Tensor, A: Tensor, C: Tensor, Q: Tensor, R: Tensor, P: Tensor) -> tuple[Tensor, Tensor]:
+    """``E[x_t | x_0 … x_{t-1}]`` for t > 0, and its error's covariance, of z_t = A_t z_{t-1} + w_t, x_t = C z_t + v_t.
+
+    Args:
+        x: ``(*, length, d)`` observations.
+        A: ``(*, length, n, n)``, ``A[t]`` leads from step t − 1 to t (``A[0]`` is not used).
+        C: ``(*, d, n)``.
+        Q: ``(*, n, n)`` covariance of w.
+        R: ``(*, d, d)`` covariance of v; ``C P C' + R`` must be invertible at every step.
+        P: ``(*, n, n)`` covariance of z_0, whose mean is 0.
+
+    Leading dimensions broadcast; all is computed in float64.
+
+    Returns:
+        ``(*, length − 1, d)`` predictions and ``(*, length − 1, d, d)`` covariances.
+
+    Raises:
+        TypeError, ValueError: an argument is no tensor or its shape does not fit the others'.
+
+    Source: Kalman, "A new approach to linear filtering and prediction problems", 1960; the covariance's update is
+    Joseph's, which stays positive under rounding.
+
+    >>> one = torch.ones(1, 1)
+    >>> x = torch.tensor([[1.0], [3.0], [2.0]])
+    >>> predictions, _ = kalman_filter(x, one.expand(3, 1, 1), one, 0 * one, one, 1e9 * one)
+    >>> predictions.squeeze()  # a constant seen through noise: the mean so far
+    tensor([1.0000, 2.0000], dtype=torch.float64)
+    """
+    where = "bounds.kalman_filter"
+    for name, value, dims in (("x", x, 2), ("A", A, 3), ("C", C, 2), ("Q", Q, 2), ("R", R, 2), ("P", P, 2)):
+        _check.tensor(where, name, value)
+        if value.dim() < dims:
+            raise ValueError(f"{where}: {name} must have at least {dims} dimensions, got shape {tuple(value.shape)}")
+    (length, d), n = x.shape[-2:], C.shape[-1]
+    for name, value, shape in (("A", A, (length, n, n)), ("C", C, (d, n)), ("Q", Q, (n, n)), ("R", R, (d, d)),
+                               ("P", P, (n, n))):  # fmt: skip
+        if value.shape[-len(shape) :] != shape:
+            raise ValueError(f"{where}: {name} must have shape (*, {str(shape)[1:]}, got {tuple(value.shape)}")
+    x, A, C, Q, R, P = (value.double() for value in (x, A, C, Q, R, P))
+    eye = torch.eye(n, dtype=torch.float64, device=x.device)
+    mean = torch.zeros(n, 1, dtype=torch.float64, device=x.device)
+    predictions, covariances = [], []
+    for t in range(length - 1):
+        gain = torch.linalg.solve(C @ P @ C.mT + R, C @ P).mT
+        mean = mean + gain @ (x[..., t, :, None] - C @ mean)
+        kept = eye - gain @ C
+        P = kept @ P @ kept.mT + gain @ R @ gain.mT
+        step = A[..., t + 1, :, :]
+        mean, P = step @ mean, step @ P @ step.mT + Q
+        predictions.append((C @ mean).squeeze(-1))
+        covariances.append(C @ P @ C.mT + R)
+    if not predictions:
+        lead = torch.broadcast_shapes(x.shape[:-2], A.shape[:-3])
+        return x.new_zeros(*lead, 0, d), x.new_zeros(*lead, 0, d, d)
+    return torch.stack(predictions, -2), torch.stack(covariances, -3)
+
+
+def _windows(x: Tensor, frames: int) -> Tensor:
+    """``(*, length, dim)`` -> ``(*, length − frames, frames · dim)``: the frames before each of ``x[..., frames:]``."""
+    return x[..., :-1, :].unfold(-2, frames, 1).flatten(-2)
+
+
+def _affine(inputs: Tensor) -> Tensor:
+    return torch.cat([inputs, torch.ones_like(inputs[..., :1])], -1)
+
+
+def _check_sequences(where: str, x: Tensor, frames: int) -> None:
+    _check.positive(where, "frames", frames, integer=True)
+    _check.tensor(where, "x", x)
+    if not x.is_floating_point():
+        raise TypeError(f"{where}: x must be floating, got {str(x.dtype).removeprefix('torch.')}")
+    if x.dim() < 2 or x.shape[-2] <= frames or not x.numel():
+        got = tuple(x.shape)
+        raise ValueError(f"{where}: x must have shape (*, length, dim), length > frames = {frames}, got {got}")
