@@ -2,5 +2,7 @@
 
 from eaml_ext.adaptation.adapter import Adapter
 from eaml_ext.adaptation.config import AdaptationConfig
+from eaml_ext.adaptation.guards import UserHistory
+from eaml_ext.adaptation.selection import norm_parameters, output_parameters
 
-__all__ = ["AdaptationConfig", "Adapter"]
+__all__ = ["AdaptationConfig", "Adapter", "UserHistory", "norm_parameters", "output_parameters"]

@@ -4,23 +4,20 @@ from __future__ import annotations
 
 import copy
 import math
-import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call, vmap
-from torch.utils._pytree import tree_map
+from torch.utils._pytree import tree_leaves, tree_map
 
 from eaml_ext import _check
 from eaml_ext.adaptation import guards, objective
 from eaml_ext.adaptation.config import AdaptationConfig
 from eaml_ext.adaptation.objective import LossFn
+from eaml_ext.adaptation.selection import ParameterFilter, select
 from eaml_ext.experience import ExperienceBuffer, retrieval
-
-# Which parameters adapt: prefixes of names at module boundaries, a pattern searched in names, or a choice by name.
-ParameterFilter = str | Sequence[str] | re.Pattern[str] | Callable[[str, nn.Parameter], bool]
 
 _PER_USER = ("states", "targets", "hidden_state", "rows")
 
@@ -41,7 +38,8 @@ class Adapter:
     returns to the averaged parameters (a rollback is not bound by the trust region), the model's buffers to what they
     were when the call began, and the optimiser starts anew. A total v is a spike when ``v − m > max(6·s, |m|)``, with m
     and s the running mean and standard deviation of the totals with which accepted calls began, once there are 10 of
-    them. Spikes never enter these statistics, but the third call in a row that begins with one is taken for a new
+    them (those among the first 10 that are outliers by the same rule, around the median, are left out and replaced).
+    Spikes never enter these statistics, but the third call in a row that begins with one is taken for a new
     regime: the statistics start anew and the call goes through. So a rollback costs one evaluation of the loss and
     can neither repeat inside a call nor freeze a stream that has really changed.
 
@@ -60,8 +58,9 @@ class Adapter:
             Default: the nearest experiences to ``batch_dict["context_embedding"]`` where there is one (those of
             ``batch_dict["task"]``, where given, left out), uniform ones otherwise; as many as the batch has rows.
         parameters: which parameters adapt: a prefix of names or several (``"head"`` means ``head.weight`` and
-            ``head.bias``), a compiled pattern that is searched in the name, or ``(name, parameter) -> bool``.
-            Default: all that require a gradient.
+            ``head.bias``), a compiled pattern that is searched in the name, or ``(name, parameter) -> bool``;
+            :func:`norm_parameters` and :func:`output_parameters` name the usual choices. Default: all that require a
+            gradient.
         optimizer: a ``torch.optim`` class or any factory called as ``optimizer(params, lr=lr)``, kept across calls.
             Default: plain gradient descent, without state.
 
@@ -112,7 +111,7 @@ class Adapter:
         for name, value in (("retriever", retriever), ("optimizer", optimizer)):
             if value is not None and not callable(value):
                 raise TypeError(f"{where}: {name} must be callable, got {type(value).__name__}")
-        selected = _select(model, parameters)
+        selected = select(model, parameters)
         for name, parameter in selected.items():
             if not torch.isfinite(parameter).all():
                 raise ValueError(f"{where}: the parameter {name} is not finite")
@@ -125,11 +124,15 @@ class Adapter:
         self.rollbacks = 0
         self._retriever = _retrieve if retriever is None else retriever
         self._names = list(selected)
-        self._params = list(selected.values())
+        self._params: list[Tensor] = list(selected.values())
         self._optimizer = None if optimizer is None else optimizer(self._params, lr=cfg.lr)
         self._statistics = guards.LossStatistics(cfg.ema_decay or 0.0)
-        self._anchor = [p.detach().clone() for p in self._params]
-        self._average = [p.detach().clone() for p in self._params]
+        self._buffers = [(m, name) for m in model.modules() for name, b in m._buffers.items() if b is not None]
+        # Parameters as one vector each: a guard is then a few operations, not a few per parameter.
+        with torch.no_grad():
+            self._theta = self._vector()
+        self._views = guards.unflatten(self._theta, self._params)
+        self._anchor, self._average = self._theta.clone(), self._theta.clone()
         self.snapshot()
 
     # ------------------------------------------------------------------------------------------------ one model
@@ -154,17 +157,86 @@ class Adapter:
         """
         where = "Adapter.adapt"
         batch = objective.check_batch(where, loss_fn, batch_dict, self._params[0], 1)
-        experience = self._experience(where, batch_dict)
+        return self._adapt(where, self.model, loss_fn, batch, self._experience(where, batch_dict))
+
+    def adapt_stream(self, loss_fn: LossFn, batches: Iterable[Mapping[str, Any]]) -> Iterator[tuple[Tensor, float]]:
+        """:meth:`adapt` along a stream: each batch is predicted first, then learned from.
+
+        A recurrent model (one with ``scan`` and ``step``, as :class:`eaml_ext.nn.SSM`) keeps its hidden state from
+        batch to batch, without gradient, through ``scan`` for states ``(n, time, ...)`` and ``step`` for ``(n, ...)``.
+        It starts at zero, anew where n changes, and where a batch has a ``hidden_state``, from that (None: zero). A
+        batch that would make it not finite leaves it as it was. The prediction costs nothing extra: it is that of the
+        first step.
+
+        Args:
+            loss_fn: as in :meth:`adapt`.
+            batches: any iterable of what :meth:`adapt` takes; it is read one by one, as results are asked for.
+
+        Yields:
+            ``(predictions, total)``: what the model said of a batch before it saw its targets, and what
+            :meth:`adapt` would have returned.
+
+        Raises:
+            TypeError, ValueError: as in :meth:`adapt`.
+
+        >>> import torch
+        >>> from eaml_ext import SSM
+        >>> _ = torch.manual_seed(0)
+        >>> wave = torch.linspace(0, 60, 601).sin().view(1, -1, 1)
+        >>> batches = [{"states": x[:, :-1], "targets": x[:, 1:]} for x in wave.unfold(1, 6, 5).mT.unbind(1)]
+        >>> adapter = Adapter(SSM(1, 16, 1), AdaptationConfig(lr=0.3))
+        >>> stream = adapter.adapt_stream(torch.nn.functional.mse_loss, batches)
+        >>> errors = [float((y - x["targets"]).square().mean()) for (y, _), x in zip(stream, batches)]
+        >>> sum(errors[-20:]) < 0.1 * sum(errors[:20])
+        True
+        """
+        where = "Adapter.adapt_stream"
+        objective.check_loss(where, loss_fn)
+        if isinstance(batches, Mapping) or not isinstance(batches, Iterable):
+            raise TypeError(f"{where}: batches must be an iterable of dicts, got {type(batches).__name__}")
+        return self._stream(where, loss_fn, batches)
+
+    def _stream(
+        self, where: str, loss_fn: LossFn, batches: Iterable[Mapping[str, Any]]
+    ) -> Iterator[tuple[Tensor, float]]:
+        recurrent = hasattr(self.model, "scan") and hasattr(self.model, "step")
+        hidden, rows = None, 0
+        for given in batches:
+            batch = objective.check_batch(where, loss_fn, given, self._params[0], 1)
+            experience = self._experience(where, given)
+            if recurrent:
+                if "hidden_state" in given or rows != len(batch["states"]):
+                    hidden, rows = batch.get("hidden_state"), len(batch["states"])
+                batch["hidden_state"] = hidden
+            first: list[Any] = []
+
+            def call(x: Tensor, state: Any = None, first: list[Any] = first) -> Any:
+                if recurrent:
+                    y, state = (self.model.scan if x.dim() == 3 else self.model.step)(x, state)  # type: ignore[operator]
+                else:
+                    y = self.model(x) if state is None else self.model(x, state)
+                if not first:
+                    first.extend((y, state))
+                return y
+
+            value = self._adapt(where, call, loss_fn, batch, experience)
+            if recurrent and all(bool(torch.isfinite(leaf).all()) for leaf in tree_leaves(first[1])):
+                hidden = tree_map(Tensor.detach, first[1])
+            yield first[0].detach(), value
+
+    def _adapt(self, where: str, call: Any, loss_fn: LossFn, batch: Any, experience: Any) -> float:
         buffers = self._copy_buffers()
         with torch.no_grad():
-            torch._foreach_copy_(self._anchor, list(self._params))
-            norm = float(guards.norm(self._anchor))
-        radius = self.cfg.trust_region_eps * (norm or 1.0) if self.cfg.trust_region_eps else math.inf
+            self._vector(self._theta)
+            self._anchor.copy_(self._theta)
+        radius = math.inf
+        if self.cfg.trust_region_eps:
+            radius = self.cfg.trust_region_eps * (float(guards.norm(self._anchor)) or 1.0)
         self.last_steps = 0
         value = math.nan
         for step in range(self.cfg.max_steps_per_call):
             with torch.enable_grad():
-                total, goal = self._losses(where, self.model, loss_fn, batch, experience)
+                total, goal = self._losses(where, call, loss_fn, batch, experience)
                 value = float(total.detach())
                 sound = math.isfinite(value) and not self._statistics.spikes(value, first=step == 0)
                 grads = objective.gradients(where, goal, self._params) if sound else []
@@ -173,7 +245,7 @@ class Adapter:
                     if step == 0:
                         self._statistics.update(value)
                     # Only parameters whose loss has been seen to be sound are averaged: a rollback can trust them.
-                    torch._foreach_lerp_(self._average, list(self._params), 1 - (self.cfg.ema_decay or 0.0))
+                    self._average.lerp_(self._theta, 1 - (self.cfg.ema_decay or 0.0))
                     sound = self._step(grads, radius)
                 if not sound:
                     self.rollbacks += 1
@@ -184,72 +256,95 @@ class Adapter:
 
     def _step(self, grads: list[Tensor], radius: float) -> bool:
         """One clipped and projected step; False when the gradient or the new parameters are not finite."""
-        norm = float(guards.norm(grads))
+        g = torch.cat([grad.reshape(-1) for grad in grads])
+        norm = float(guards.norm(g))
         if not math.isfinite(norm):
             return False
         clip = self.cfg.grad_clip_norm or math.inf
         scale = clip / norm if norm > clip else 1.0
-        params: list[Tensor] = list(self._params)
         if self._optimizer is None:
-            torch._foreach_add_(params, grads, alpha=-self.cfg.lr * scale)
+            self._theta.add_(g, alpha=-self.cfg.lr * scale)
         else:
-            kept = [p.grad for p in params]
-            for p, g in zip(params, grads, strict=True):
-                p.grad = g * scale
+            kept = [p.grad for p in self._params]
+            for p, grad in zip(self._params, grads, strict=True):
+                p.grad = grad * scale
             try:
                 self._optimizer.step()
             finally:
-                for p, old in zip(params, kept, strict=True):
+                for p, old in zip(self._params, kept, strict=True):
                     p.grad = old
-        moved = torch._foreach_sub(params, self._anchor)
+            self._vector(self._theta)
+        moved = self._theta - self._anchor
         distance = float(guards.norm(moved))
         if not math.isfinite(distance):
             return False
         if distance > radius:
-            torch._foreach_copy_(params, torch._foreach_add(self._anchor, moved, alpha=radius / distance))
+            torch.add(self._anchor, moved, alpha=radius / distance, out=self._theta)
+        if self._optimizer is None or distance > radius:
+            torch._foreach_copy_(self._params, self._views)
         return True
 
     # ------------------------------------------------------------------------------------------- many users at once
 
     def adapt_many(
-        self, loss_fn: LossFn, batch_dict: Mapping[str, Any], params: Mapping[str, Tensor] | None = None
+        self,
+        loss_fn: LossFn,
+        batch_dict: Mapping[str, Any],
+        params: Mapping[str, Tensor] | None = None,
+        history: guards.UserHistory | None = None,
     ) -> tuple[dict[str, Tensor], Tensor]:
         """Adapt a batch of independent users at once, each a copy of the model; the model itself does not change.
 
-        Every user takes ``max_steps_per_call`` plain gradient steps with a clip and a trust region of its own. A user
-        whose loss, gradient or parameters are not finite returns to the parameters it began with and stays there.
-        There is no history per user, hence no average and no spike rule. Layers that update buffers in training
-        mode (batch norm) cannot be vmapped: put such a model in eval mode.
+        Every user takes ``max_steps_per_call`` plain gradient steps with a clip and a trust region of its own. With
+        ``history`` each has an average and loss statistics of its own too, and so exactly what an Adapter of its own
+        would do in :meth:`adapt`. Without one there is no spike rule, and a user whose loss, gradient or parameters
+        are not finite returns to the parameters it began the call with and stays there until the next. Layers that
+        update buffers in training mode (batch norm) cannot be vmapped: put such a model in eval mode.
 
         Args:
             loss_fn: as in :meth:`adapt`, for one user; runs under ``torch.func.vmap``.
             batch_dict: as in :meth:`adapt`, every tensor with one more leading dimension, ``users``. With ``mask``, all
                 users must have equally many True. Retrieval is by user, and must find equally many for all of them.
             params: what an earlier call returned, to go on from there; default: every user starts at the model.
+            history: from :meth:`history`, the same object in every call; it is brought up to date in place.
 
         Returns:
             ``(params, losses)``: name to ``(users, *shape)`` for the adapted parameters, to be used with
             ``torch.func.functional_call``, and ``(users,)``, each user's total at its last step.
+
+        Raises:
+            TypeError, ValueError: as in :meth:`adapt`; ``params`` or ``history`` do not fit; this adapter has an
+                ``optimizer``, whose state would have to be one per user.
 
         >>> import torch
         >>> from torch import nn
         >>> _ = torch.manual_seed(0)
         >>> adapter = Adapter(nn.Linear(4, 1), AdaptationConfig(lr=0.1))
         >>> batch = {"states": torch.randn(8, 16, 4), "targets": torch.randn(8, 16, 1)}
-        >>> params, losses = adapter.adapt_many(nn.functional.mse_loss, batch)
+        >>> params, history = None, adapter.history(users=8)
+        >>> for _ in range(3):
+        ...     params, losses = adapter.adapt_many(nn.functional.mse_loss, batch, params, history)
         >>> params["weight"].shape, losses.shape
         (torch.Size([8, 1, 4]), torch.Size([8]))
         """
         where = "Adapter.adapt_many"
+        if self._optimizer is not None:
+            raise ValueError(f"{where}: takes plain gradient steps, but this adapter has an optimizer")
         batch = objective.check_batch(where, loss_fn, batch_dict, self._params[0], 2)
         users = len(batch["states"])
         anchor = self._stacked(where, params, users)
+        if history is not None:
+            if not isinstance(history, guards.UserHistory):
+                raise TypeError(f"{where}: history must come from Adapter.history, got {type(history).__name__}")
+            if len(history.statistics) != users:
+                raise ValueError(f"{where}: history is of {len(history.statistics)} users, the batch of {users}")
         experience = self._experience_of_users(where, batch_dict, users)
         depth = batch.get("mask_dims")
         data: dict[str, Any] = {name: batch[name] for name in _PER_USER if name in batch}
 
-        def losses_of(leaves: list[Tensor], data: dict[str, Any], experience: Any) -> tuple[Tensor, Tensor]:
-            chosen = dict(zip(self._names, leaves, strict=True))
+        def losses_of(theta: Tensor, data: dict[str, Any], experience: Any) -> tuple[Tensor, Tensor]:
+            parts = guards.unflatten(theta, self._params)
+            chosen = {name: v.to(p.dtype) for name, v, p in zip(self._names, parts, self._params, strict=True)}
 
             def call(*inputs: Any) -> Any:
                 return functional_call(self.model, chosen, inputs)
@@ -257,35 +352,63 @@ class Adapter:
             return self._losses(where, call, loss_fn, {**data, "mask_dims": depth}, experience)
 
         run = vmap(losses_of, in_dims=(0, 0, None if experience is None else 0), randomness="different")
-        norm = guards.norms(anchor)
+        norm = guards.norm(anchor)
         eps, clip = self.cfg.trust_region_eps or math.inf, self.cfg.grad_clip_norm or math.inf
         radius = eps * torch.where(norm > 0, norm, 1.0)
         alive = torch.ones_like(norm, dtype=torch.bool)
         values = torch.zeros_like(norm)
-        current = anchor
-        for _ in range(self.cfg.max_steps_per_call):
+        theta = anchor
+        for step in range(self.cfg.max_steps_per_call):
             with torch.enable_grad():
-                leaves = [p.detach().requires_grad_() for p in current]
-                total, goal = run(leaves, data, experience)
+                leaf = theta.detach().requires_grad_()
+                total, goal = run(leaf, data, experience)
                 # Users share nothing that is asked for: the gradient of the sum holds each one's own.
-                grads = objective.gradients(where, goal.sum(), leaves)
+                (g,) = objective.gradients(where, goal.sum(), [leaf])
             with torch.no_grad():
                 values = torch.where(alive, total.detach(), values)
-                norm = guards.norms(grads)
-                scale = self.cfg.lr * (clip / norm).clamp(max=1)
-                moved = [p - guards.rows(scale, g) * g - a for p, g, a in zip(current, grads, anchor, strict=True)]
-                distance = guards.norms(moved)
-                alive = alive & torch.isfinite(total) & torch.isfinite(norm) & torch.isfinite(distance)
-                shrink = (radius / distance).clamp(max=1)
-                current = [
-                    torch.where(guards.rows(alive, a), a + guards.rows(shrink, m) * m, a)
-                    for a, m in zip(anchor, moved, strict=True)
-                ]
-        return dict(zip(self._names, current, strict=True)), values
+                before, alive = alive, alive & torch.isfinite(total)
+                if history is not None:
+                    alive = history.observe(theta, values, alive, first=step == 0)
+                norm = guards.norm(g)
+                moved = theta - (self.cfg.lr * (clip / norm).clamp(max=1)).unsqueeze(1) * g - anchor
+                distance = guards.norm(moved)
+                alive = alive & torch.isfinite(norm) & torch.isfinite(distance)
+                stepped = anchor + (radius / distance).clamp(max=1).unsqueeze(1) * moved
+                failed = before & ~alive
+                refuge = anchor if history is None or history.average is None else history.average
+                theta = torch.where(failed.unsqueeze(1), refuge, theta)
+                theta = torch.where(alive.unsqueeze(1), stepped, theta)
+                if history is not None:
+                    history.count(alive, failed, first=step == 0)
+        parts = [v.view(users, *p.shape).to(p.dtype) for v, p in zip(self._split(theta), self._params, strict=True)]
+        return dict(zip(self._names, parts, strict=True)), values
 
-    def _stacked(self, where: str, params: Mapping[str, Tensor] | None, users: int) -> list[Tensor]:
+    def history(self, users: int) -> guards.UserHistory:
+        """What :meth:`adapt_many` has to know of ``users`` users from call to call; all of them start afresh.
+
+        Its attributes ``rollbacks`` and ``last_steps``, lists of one integer per user, are as those of an Adapter;
+        ``average`` ``(users, parameters)`` holds the averaged parameters, and :meth:`ema_params` names them.
+        """
+        _check.positive("Adapter.history", "users", users, integer=True)
+        return guards.UserHistory(users, self.cfg.ema_decay or 0.0)
+
+    def ema_params(self, history: guards.UserHistory) -> dict[str, Tensor]:
+        """The averaged parameters of each user, named and shaped as :meth:`adapt_many` returns the parameters."""
+        if not isinstance(history, guards.UserHistory):
+            kind = type(history).__name__
+            raise TypeError(f"Adapter.ema_params: history must come from Adapter.history, got {kind}")
+        if history.average is None:
+            raise ValueError("Adapter.ema_params: history has seen no call of adapt_many yet")
+        users = len(history.average)
+        parts = zip(self._names, self._split(history.average), self._params, strict=True)
+        return {name: v.reshape(users, *p.shape).to(p.dtype) for name, v, p in parts}
+
+    def _stacked(self, where: str, params: Mapping[str, Tensor] | None, users: int) -> Tensor:
         if params is None:
-            return [p.detach().expand(users, *p.shape).clone() for p in self._params]
+            with torch.no_grad():
+                return self._vector().expand(users, -1).clone()
+        if not isinstance(params, Mapping):
+            raise TypeError(f"{where}: params must be a dict of tensors by name, got {type(params).__name__}")
         if set(params) != set(self._names):
             raise ValueError(f"{where}: params has {', '.join(params)}, wanted {', '.join(self._names)}")
         for name, p in zip(self._names, self._params, strict=True):
@@ -294,7 +417,7 @@ class Adapter:
             _check.shape(where, f"params[{name!r}]", value, (users, *p.shape), str((users, *p.shape)))
             _check.dtype(where, f"params[{name!r}]", value, (p.dtype,))
             _check.device(where, f"params[{name!r}]", value, p.device, "the model")
-        return [params[name].detach() for name in self._names]
+        return torch.cat([params[name].detach().reshape(users, -1) for name in self._names], 1)
 
     # -------------------------------------------------------------------------------------------- loss and batch
 
@@ -326,40 +449,50 @@ class Adapter:
         model = copy.deepcopy(self.model)
         chosen = dict(model.named_parameters())
         with torch.no_grad():
-            for name, value in zip(self._names, self._average, strict=True):
+            for name, value in self._named(self._average).items():
                 chosen[name].copy_(value)
         return model
 
     def snapshot(self) -> None:
         """Remember the adapted parameters and the model's buffers as they are, for :meth:`reset`; done on creation."""
-        self._home = [p.detach().clone() for p in self._params]
+        with torch.no_grad():
+            self._home = self._vector()
         self._home_buffers = self._copy_buffers()
 
     def reset(self) -> None:
         """Return to the snapshot; average, statistics, counters and optimiser start anew from there."""
         with torch.no_grad():
             self._restore(self._home, self._home_buffers)
-            torch._foreach_copy_(self._average, self._home)
+            self._average.copy_(self._home)
         self._statistics = guards.LossStatistics(self.cfg.ema_decay or 0.0)
         self.last_steps = self.rollbacks = 0
 
-    def _restore(self, values: list[Tensor], buffers: dict[str, Tensor]) -> None:
-        torch._foreach_copy_(list(self._params), values)
-        for name, buffer in self.model.named_buffers():
-            if name in buffers:
-                buffer.copy_(buffers[name])
+    def _vector(self, out: Tensor | None = None) -> Tensor:
+        return torch.cat([p.reshape(-1) for p in self._params], out=out)
+
+    def _split(self, vector: Tensor) -> Sequence[Tensor]:
+        return vector.split([p.numel() for p in self._params], -1)
+
+    def _named(self, vector: Tensor) -> dict[str, Tensor]:
+        return dict(zip(self._names, guards.unflatten(vector, self._params), strict=True))
+
+    def _restore(self, values: Tensor, buffers: list[Tensor]) -> None:
+        self._theta.copy_(values)
+        torch._foreach_copy_(self._params, self._views)
+        for (module, name), value in zip(self._buffers, buffers, strict=True):
+            module._buffers[name].copy_(value)  # type: ignore[union-attr]
         if self._optimizer is not None:
             self._optimizer.state.clear()  # its moments may hold what the rollback is about
 
-    def _copy_buffers(self) -> dict[str, Tensor]:
-        return {name: buffer.detach().clone() for name, buffer in self.model.named_buffers()}
+    def _copy_buffers(self) -> list[Tensor]:
+        return [module._buffers[name].detach().clone() for module, name in self._buffers]  # type: ignore[union-attr]
 
     def state_dict(self) -> dict[str, Any]:
         """What the adapter knows beyond the model's own ``state_dict``, as copies: save both to go on exactly."""
         return {
-            "average": {n: v.clone() for n, v in zip(self._names, self._average, strict=True)},
-            "snapshot": {n: v.clone() for n, v in zip(self._names, self._home, strict=True)},
-            "snapshot_buffers": {n: v.clone() for n, v in self._home_buffers.items()},
+            "average": {n: v.clone() for n, v in self._named(self._average).items()},
+            "snapshot": {n: v.clone() for n, v in self._named(self._home).items()},
+            "snapshot_buffers": [v.clone() for v in self._home_buffers],
             "statistics": self._statistics.state_dict(),
             "last_steps": self.last_steps,
             "rollbacks": self.rollbacks,
@@ -370,12 +503,12 @@ class Adapter:
         """Take over what :meth:`state_dict` returned; the model's own state is loaded separately.
 
         Raises:
-            ValueError: an entry is missing, or the parameters' names or shapes differ; nothing has been modified then.
+            ValueError: an entry is missing, or names or shapes differ; nothing has been modified then.
         """
         where = "Adapter.load_state_dict"
-        wanted = set(self.state_dict())
-        if not isinstance(state, Mapping) or set(state) != wanted:
-            raise ValueError(f"{where}: state must be a dict with the entries {', '.join(sorted(wanted))}")
+        entries = sorted(self.state_dict())
+        if not isinstance(state, Mapping) or sorted(state) != entries:
+            raise ValueError(f"{where}: state must be a dict with the entries {', '.join(entries)}")
         for entry in ("average", "snapshot"):
             if set(state[entry]) != set(self._names):
                 raise ValueError(f"{where}: {entry} has {', '.join(state[entry])}, wanted {', '.join(self._names)}")
@@ -384,11 +517,18 @@ class Adapter:
                 _check.shape(where, f"{entry} of {name}", state[entry][name], p.shape, str(tuple(p.shape)))
         if (state["optimizer"] is None) != (self._optimizer is None):
             raise ValueError(f"{where}: one of the state and the adapter has an optimizer, the other has none")
+        got, wanted = ([tuple(b.shape) for b in bs] for bs in (state["snapshot_buffers"], self._home_buffers))
+        if got != wanted:
+            raise ValueError(f"{where}: snapshot_buffers has the shapes {got}, the model's buffers {wanted}")
+        if set(state["statistics"]) != set(self._statistics.state_dict()):
+            names = ", ".join(sorted(self._statistics.state_dict()))
+            raise ValueError(f"{where}: statistics must be a dict with the entries {names}")
         if self._optimizer is not None:
             self._optimizer.load_state_dict(state["optimizer"])
-        torch._foreach_copy_(self._average, [state["average"][name] for name in self._names])
-        torch._foreach_copy_(self._home, [state["snapshot"][name] for name in self._names])
-        self._home_buffers = {name: value.clone() for name, value in state["snapshot_buffers"].items()}
+        for entry, vector in (("average", self._average), ("snapshot", self._home)):
+            vector.copy_(torch.cat([state[entry][name].detach().reshape(-1) for name in self._names]))
+        for own, value in zip(self._home_buffers, state["snapshot_buffers"], strict=True):
+            own.copy_(value)
         vars(self._statistics).update(state["statistics"])
         self.last_steps, self.rollbacks = state["last_steps"], state["rollbacks"]
 
@@ -403,25 +543,3 @@ def _of_user(batch: Mapping[str, Any], index: int, users: int) -> dict[str, Any]
         return value[index] if isinstance(value, Tensor) and value.shape[:1] == (users,) else value
 
     return tree_map(own, dict(batch))
-
-
-def _select(model: nn.Module, choice: ParameterFilter | None) -> dict[str, nn.Parameter]:
-    """The parameters that adapt, by name."""
-    trainable = {name: p for name, p in model.named_parameters() if p.requires_grad}
-    if choice is None:
-        selected = trainable
-    elif isinstance(choice, re.Pattern):
-        selected = {name: p for name, p in trainable.items() if choice.search(name)}
-    elif callable(choice):
-        selected = {name: p for name, p in trainable.items() if choice(name, p)}
-    else:
-        prefixes = [choice] if isinstance(choice, str) else list(choice)
-        if not all(isinstance(prefix, str) for prefix in prefixes):
-            raise TypeError(f"Adapter: parameters must be prefixes, a pattern or a function, got {choice!r}")
-        selected = {
-            n: p for n, p in trainable.items() if any(f"{n}.".startswith(f"{x.rstrip('.')}.") for x in prefixes)
-        }
-    if not selected:
-        names = ", ".join(trainable) or "none that require a gradient"
-        raise ValueError(f"Adapter: parameters selects nothing from the model, which has {names}")
-    return selected

@@ -1,6 +1,7 @@
-"""What keeps an adaptation in bounds: the spike rule, and the norms of parameters taken as one vector."""
+"""What keeps an adaptation in bounds: the spike rule, the history of many users, parameters taken as one vector."""
 
 import math
+import statistics
 from collections.abc import Sequence
 from typing import Any
 
@@ -17,18 +18,36 @@ class LossStatistics:
 
     def __init__(self, decay: float):
         self.decay = decay
+        self._start()
+
+    def _start(self, early: tuple[float, ...] = ()) -> None:
         self.count = 0
         self.mean = 0.0
         self.scatter = 0.0  # the weighted sum of squared deviations
         self.strange = 0  # calls in a row that began with a spike
+        self.early: tuple[float, ...] = ()  # the losses of the warm-up
+        for value in early:
+            self._add(value)
 
-    def update(self, value: float) -> None:
+    def _add(self, value: float) -> None:
         self.count += 1
-        self.strange = 0
+        if self.count <= WARMUP:
+            self.early += (value,)
         deviation = value - self.mean
         # Welford's recurrence with weights (1 - d)·d^age, whose sum is 1 - d^count.
         self.mean += deviation * (1 - self.decay) / (1 - self.decay**self.count)
         self.scatter = self.decay * self.scatter + (1 - self.decay) * deviation * (value - self.mean)
+
+    def update(self, value: float) -> None:
+        self.strange = 0
+        self._add(value)
+        if self.count == WARMUP:
+            # Nothing has been refused so far: one huge loss would hide the next ones for a long time.
+            middle = statistics.median(self.early)
+            spread = 1.4826 * statistics.median(abs(v - middle) for v in self.early)  # of a normal: its deviation
+            kept = tuple(v for v in self.early if v - middle <= max(SIGMAS * spread, abs(middle)))
+            if len(kept) < WARMUP:
+                self._start(kept)
 
     def spikes(self, value: float, *, first: bool) -> bool:
         """Whether a finite loss is a spike; ``first``: it is the loss with which a call begins."""
@@ -40,7 +59,7 @@ class LossStatistics:
         if first:
             self.strange += 1
             if self.strange >= PATIENCE:
-                self.count, self.mean, self.scatter, self.strange = 0, 0.0, 0.0, 0
+                self._start()
                 return False
         return True
 
@@ -48,17 +67,42 @@ class LossStatistics:
         return {name: value for name, value in vars(self).items() if name != "decay"}
 
 
-def norm(tensors: Sequence[Tensor]) -> Tensor:
-    """The norm of all of them as one vector."""
-    return torch.linalg.vector_norm(torch.stack(torch._foreach_norm(list(tensors))))
+class UserHistory:
+    """Averages, loss statistics and counters of many users, one each; made by ``Adapter.history``."""
+
+    def __init__(self, users: int, decay: float):
+        self.statistics = [LossStatistics(decay) for _ in range(users)]
+        self.average: Tensor | None = None  # (users, parameters)
+        self.rollbacks = [0] * users
+        self.last_steps = [0] * users
+
+    def observe(self, theta: Tensor, values: Tensor, alive: Tensor, *, first: bool) -> Tensor:
+        """Judge the losses ``values`` of ``theta``; returns who of ``alive`` is sound, and counts those in."""
+        sound = alive.tolist()
+        for i, (own, value) in enumerate(zip(self.statistics, values.tolist(), strict=True)):
+            if sound[i]:
+                sound[i] = not own.spikes(value, first=first)
+                if sound[i] and first:
+                    own.update(value)
+        kept = torch.tensor(sound, device=theta.device)
+        if self.average is None:
+            self.average = theta
+        mixed = self.average.lerp(theta, 1 - self.statistics[0].decay)
+        self.average = torch.where(kept.unsqueeze(1), mixed, self.average)
+        return kept
+
+    def count(self, alive: Tensor, failed: Tensor, *, first: bool) -> None:
+        for i, (lives, fails) in enumerate(zip(alive.tolist(), failed.tolist(), strict=True)):
+            self.last_steps[i] = lives + (0 if first else self.last_steps[i])
+            self.rollbacks[i] += fails
 
 
-def norms(tensors: Sequence[Tensor]) -> Tensor:
-    """One norm per user: over everything but the leading dimension."""
-    parts = [torch.linalg.vector_norm(t.flatten(1), dim=1) if t.dim() > 1 else t.abs() for t in tensors]
-    return torch.linalg.vector_norm(torch.stack(parts), dim=0)
+def norm(vector: Tensor) -> Tensor:
+    """Along the last dimension."""
+    return torch.linalg.vector_norm(vector, dim=-1)
 
 
-def rows(value: Tensor, like: Tensor) -> Tensor:
-    """``value``, one per user, shaped to broadcast over ``like``."""
-    return value.view(-1, *[1] * (like.dim() - 1))
+def unflatten(vector: Tensor, like: Sequence[Tensor]) -> list[Tensor]:
+    """Views of a vector, shaped as the tensors whose entries it holds one after another."""
+    parts = vector.split([t.numel() for t in like])
+    return [part.view(t.shape) for part, t in zip(parts, like, strict=True)]

@@ -14,14 +14,19 @@ from eaml_ext import _check
 LossFn = Callable[[Tensor, Tensor], Tensor]
 
 
+def check_loss(where: str, loss_fn: LossFn) -> None:
+    """Raise TypeError unless ``loss_fn`` can be called."""
+    if not callable(loss_fn):
+        raise TypeError(f"{where}: loss_fn must be callable, got {type(loss_fn).__name__}")
+
+
 def check_batch(where: str, loss_fn: LossFn, batch: Mapping[str, Any], like: Tensor, lead: int) -> dict[str, Any]:
     """The batch, detached; ``lead`` leading dimensions must agree; floating values match ``like`` in dtype and device.
 
     The mask becomes ``rows``, the indices where it is True, and ``mask_dims``, how many dimensions they run over:
     boolean indexing has no fixed size, so vmap could not do it.
     """
-    if not callable(loss_fn):
-        raise TypeError(f"{where}: loss_fn must be callable, got {type(loss_fn).__name__}")
+    check_loss(where, loss_fn)
     if not isinstance(batch, Mapping):
         raise TypeError(f"{where}: batch_dict must be a dict, got {type(batch).__name__}")
     leading = "(n, ...)" if lead == 1 else "(users, n, ...)"
@@ -108,7 +113,8 @@ def losses(
     entropy_weight: float,
 ) -> tuple[Tensor, Tensor]:
     """``(total, objective)`` of one batch and its experience, with the model ``call``."""
-    inputs = (batch["states"], batch["hidden_state"]) if "hidden_state" in batch else (batch["states"],)
+    hidden = batch.get("hidden_state")
+    inputs = (batch["states"],) if hidden is None else (batch["states"], hidden)
     predictions, targets = _prediction(where, call(*inputs)), batch["targets"]
     if "rows" in batch:
         depth = batch["mask_dims"]

@@ -1,5 +1,4 @@
 import copy
-import gc
 import math
 import re
 
@@ -590,13 +589,14 @@ def test_the_entropy_step_is_its_formula():
     torch.testing.assert_close(vector(model), expected)
 
 
-def test_entropy_never_touches_a_regression():
+@pytest.mark.parametrize("targets", [torch.ones(8, 3), torch.arange(24).view(8, 3)])
+def test_entropy_never_touches_a_regression(targets):
     runs = []
     for weight in (0.0, 5.0):
         torch.manual_seed(0)
         model = mlp(outputs=3)
-        data = {"states": torch.randn(8, 4), "targets": torch.randn(8, 3)}
-        Adapter(model, AdaptationConfig(entropy_weight=weight)).adapt(F.mse_loss, data)
+        data = {"states": torch.randn(8, 4), "targets": targets}
+        Adapter(model, AdaptationConfig(entropy_weight=weight)).adapt(lambda p, t: F.mse_loss(p, t.float()), data)
         runs.append(vector(model))
     assert torch.equal(*runs)
 
@@ -664,6 +664,11 @@ def test_load_state_dict_refuses():
             "snapshot of 0.weight must have shape (16, 4)",
         ),
         (Adapter(mlp(), optimizer=torch.optim.Adam).state_dict(), "one of the state and the adapter has an optimizer"),
+        (
+            {**state, "snapshot_buffers": [torch.ones(2)]},
+            "snapshot_buffers has the shapes [(2,)], the model's buffers []",
+        ),
+        ({**state, "statistics": {"mean": 1.0}}, "statistics must be a dict with the entries count, early, mean"),
     ]
     for bad, text in cases:
         with pytest.raises(ValueError, match="^Adapter.load_state_dict: " + re.escape(text)):
@@ -677,18 +682,6 @@ def test_a_copied_adapter_is_independent():
     before = vector(model)
     other.adapt(F.mse_loss, batch())
     assert torch.equal(vector(model), before) and not torch.equal(vector(other.model), before)
-
-
-def test_the_loop_allocates_nothing_that_grows():
-    adapter, data = Adapter(mlp(), AdaptationConfig()), batch()
-    for _ in range(5):
-        adapter.adapt(F.mse_loss, data)
-    gc.collect()
-    before = sum(issubclass(type(o), torch.Tensor) for o in gc.get_objects())
-    for _ in range(50):
-        adapter.adapt(F.mse_loss, data)
-    gc.collect()
-    assert sum(issubclass(type(o), torch.Tensor) for o in gc.get_objects()) <= before
 
 
 # --------------------------------------------------------------------------------------------------- many users

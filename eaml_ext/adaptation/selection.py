@@ -1,0 +1,96 @@
+"""Which parameters of a model adapt."""
+
+import re
+from collections.abc import Callable, Sequence
+
+from torch import nn
+
+# Prefixes of names at module boundaries, a pattern searched in names, or a choice by name.
+ParameterFilter = str | Sequence[str] | re.Pattern[str] | Callable[[str, nn.Parameter], bool]
+
+_NORMS = (
+    nn.LayerNorm,
+    nn.RMSNorm,
+    nn.GroupNorm,
+    nn.modules.batchnorm._BatchNorm,
+    nn.modules.instancenorm._InstanceNorm,
+)
+
+
+def norm_parameters(model: nn.Module) -> list[str]:
+    """The names of all parameters of normalisation layers (layer, RMS, group, batch, instance), for ``parameters=``.
+
+    A small set that shifts and scales features and can hardly unlearn: what Wang et al., "Tent", 2021, adapt.
+
+    Raises:
+        TypeError: ``model`` is no ``torch.nn.Module``.
+        ValueError: it has no such parameters.
+
+    >>> from eaml_ext import SSM
+    >>> norm_parameters(SSM(4))
+    ['norms.0.weight', 'norm.weight']
+    """
+    names = [name for name, module in _modules("norm_parameters", model) if isinstance(module, _NORMS)]
+    found = _own_parameters(model, names)
+    if not found:
+        raise ValueError(f"norm_parameters: model has no normalisation layer with parameters, {type(model).__name__}")
+    return found
+
+
+def output_parameters(model: nn.Module) -> list[str]:
+    """The names of the parameters of the output layer, for ``parameters=``.
+
+    It is the last module, in the order in which they are defined, that has parameters of its own.
+
+    Raises:
+        TypeError: ``model`` is no ``torch.nn.Module``.
+        ValueError: it has no parameters.
+
+    >>> from eaml_ext import SSM
+    >>> output_parameters(SSM(4))
+    ['head.weight', 'head.bias']
+    """
+    names = [
+        name
+        for name, module in _modules("output_parameters", model)
+        if any(p is not None for p in module._parameters.values())
+    ]
+    if not names:
+        raise ValueError(f"output_parameters: model has no parameters, {type(model).__name__}")
+    return _own_parameters(model, names[-1:])
+
+
+def _modules(where: str, model: nn.Module) -> list[tuple[str, nn.Module]]:
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"{where}: model must be a torch.nn.Module, got {type(model).__name__}")
+    return list(model.named_modules())
+
+
+def _own_parameters(model: nn.Module, names: Sequence[str]) -> list[str]:
+    own = []
+    for name in names:
+        prefix = f"{name}." if name else ""
+        own += [prefix + p for p, value in model.get_submodule(name)._parameters.items() if value is not None]
+    return own
+
+
+def select(model: nn.Module, choice: ParameterFilter | None) -> dict[str, nn.Parameter]:
+    """The parameters that adapt, by name."""
+    trainable = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    if choice is None:
+        selected = trainable
+    elif isinstance(choice, re.Pattern):
+        selected = {name: p for name, p in trainable.items() if choice.search(name)}
+    elif callable(choice):
+        selected = {name: p for name, p in trainable.items() if choice(name, p)}
+    else:
+        prefixes = [choice] if isinstance(choice, str) else list(choice)
+        if not all(isinstance(prefix, str) for prefix in prefixes):
+            raise TypeError(f"Adapter: parameters must be prefixes, a pattern or a function, got {choice!r}")
+        selected = {
+            n: p for n, p in trainable.items() if any(f"{n}.".startswith(f"{x.rstrip('.')}.") for x in prefixes)
+        }
+    if not selected:
+        names = ", ".join(trainable) or "none that require a gradient"
+        raise ValueError(f"Adapter: parameters selects nothing from the model, which has {names}")
+    return selected

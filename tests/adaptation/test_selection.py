@@ -1,0 +1,50 @@
+import re
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from eaml_ext import SSM
+from eaml_ext.adaptation import AdaptationConfig, Adapter, norm_parameters, output_parameters
+
+
+def test_all_kinds_of_norms_are_found_and_nothing_else():
+    model = nn.Sequential(
+        nn.Conv1d(4, 4, 1),
+        nn.BatchNorm1d(4),
+        nn.InstanceNorm1d(4, affine=True),
+        nn.GroupNorm(2, 4),
+        nn.Sequential(nn.LayerNorm(3), nn.Linear(3, 3), nn.RMSNorm(3)),
+        nn.LayerNorm(3, elementwise_affine=False),
+    )
+    wanted = {f"{name}.{p}" for name in ("1", "2", "3", "4.0") for p in ("weight", "bias")} | {"4.2.weight"}
+    assert set(norm_parameters(model)) == wanted
+
+
+def test_the_output_layer_is_the_last_with_parameters():
+    assert output_parameters(nn.Sequential(nn.Linear(2, 3), nn.Tanh(), nn.Linear(3, 1, bias=False), nn.Tanh())) == [
+        "2.weight"
+    ]
+    assert output_parameters(nn.Linear(2, 3)) == ["weight", "bias"]
+
+
+@pytest.mark.parametrize("choose", [norm_parameters, output_parameters])
+def test_a_choice_adapts_alone_and_learns(choose):
+    model = SSM(3, 16, 2)
+    chosen = choose(model)
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    adapter = Adapter(model, AdaptationConfig(lr=0.1), parameters=chosen)
+    batch = {"states": torch.randn(4, 9, 3), "targets": torch.randn(4, 9, 2)}
+    losses = [adapter.adapt(F.mse_loss, batch) for _ in range(20)]
+    assert losses[-1] < losses[0]
+    assert [name for name, p in model.named_parameters() if not torch.equal(p, before[name])] == chosen
+
+
+@pytest.mark.parametrize("choose", [norm_parameters, output_parameters])
+def test_refusals(choose):
+    name = choose.__name__
+    with pytest.raises(TypeError, match=re.escape(f"{name}: model must be a torch.nn.Module, got str")):
+        choose("model")
+    with pytest.raises(ValueError, match=f"^{name}: model has no .*, Tanh$"):
+        choose(nn.Tanh())
