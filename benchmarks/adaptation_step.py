@@ -1,0 +1,78 @@
+"""What one adaptation step of the default SSM costs: python -m benchmarks.adaptation_step [--quick] [--threads 1].
+
+Its time beside that of a forward pass and of a bare loss with its gradient, and by how much the process grows over
+20,000 steps.
+"""
+
+import gc
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from benchmarks.common import flags, medians, write
+from eaml_ext import SSM, AdaptationConfig, Adapter
+
+
+def step_times(seconds: float) -> dict[str, dict[str, float]]:
+    print("one step of the default SSM, ms: | states | forward | loss and gradient | Adapter.adapt |")
+    results = {}
+    for shape in ((1, 16, 4), (16, 4), (1, 64, 4)):
+        model = SSM(4)
+        params, adapter = list(model.parameters()), Adapter(model, AdaptationConfig(1e-4, max_steps_per_call=1))
+        batch = {"states": torch.randn(shape), "targets": torch.randn(*shape[:-1], 32)}
+
+        def loss(model: SSM = model, batch: Any = batch) -> Tensor:
+            return F.mse_loss(model(batch["states"]), batch["targets"])
+
+        def forward(loss: Any = loss) -> Tensor:
+            with torch.no_grad():
+                return loss()
+
+        t = medians(
+            {
+                "forward": forward,
+                "gradient": lambda loss=loss, params=params: torch.autograd.grad(loss(), params),
+                "adapt": lambda adapter=adapter, batch=batch: adapter.adapt(F.mse_loss, batch),
+            },
+            seconds=seconds,
+            at_most=2000,
+        )
+        results[str(shape)] = t
+        print(f"| {shape} | {1e3 * t['forward']:.3f} | {1e3 * t['gradient']:.3f} | {1e3 * t['adapt']:.3f} |")
+    return results
+
+
+def resident() -> int:
+    """Resident memory of this process in bytes. Linux only."""
+    with open("/proc/self/statm") as file:
+        return int(file.read().split()[1]) * 4096
+
+
+def growth(steps: int) -> int:
+    """By how many bytes the resident memory grows over ``steps`` steps, after as many to warm up."""
+    model = SSM(4)
+    adapter = Adapter(model, AdaptationConfig(1e-4, max_steps_per_call=1))
+    batch = {"states": torch.randn(1, 16, 4), "targets": torch.randn(1, 16, 32)}
+    marks = []
+    for _ in range(2):
+        for _ in range(steps):
+            adapter.adapt(F.mse_loss, batch)
+        gc.collect()
+        marks.append(resident())
+    print(f"{steps} steps more: {(marks[1] - marks[0]) / 1024:+.0f} kB resident")
+    return marks[1] - marks[0]
+
+
+def main() -> None:
+    arguments = flags(__doc__)
+    times = step_times(0.5 if arguments.quick else 3.0)
+    grown = growth(500 if arguments.quick else 20_000)
+    if not arguments.quick:
+        out = {"threads": arguments.threads, "seconds": times, "bytes grown": grown}
+        print(write(f"adaptation-step-{arguments.threads}-thread", out))
+
+
+if __name__ == "__main__":
+    main()
