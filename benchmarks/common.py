@@ -16,6 +16,7 @@ from typing import Any
 from unittest import mock
 
 import torch
+from torch import Tensor
 
 import eaml_ext
 
@@ -158,6 +159,15 @@ def copy_rate(size: int) -> float:
     return 2 * size / fastest(lambda: target.copy_(source))
 
 
+# --- statistics ------------------------------------------------------------------------------------------------------
+
+
+def interval(values: Tensor) -> dict[str, float]:
+    """The mean of independent values, 30 or more, and half the width of its 95 % interval; NaN is left out."""
+    values = values[~values.isnan()].double()
+    return {"mean": float(values.mean()), "half": float(1.96 * values.std() / len(values) ** 0.5), "n": len(values)}
+
+
 # --- results ---------------------------------------------------------------------------------------------------------
 
 
@@ -167,8 +177,8 @@ def result_path(name: str, suffix: str = ".json") -> Path:
     return RESULTS / f"{name}-{cpu_name()}{suffix}"
 
 
-def write(name: str, results: Any) -> Path:
-    """The results and the machine, as JSON in :func:`result_path`."""
-    path = result_path(name)
+def write(name: str, results: Any, *, timed: bool = True) -> Path:
+    """The results and the machine, as JSON in :func:`result_path`, without the CPU in its name if they are no times."""
+    path = result_path(name) if timed else RESULTS / f"{name}.json"
     path.write_text(json.dumps({"machine": machine(), "results": results}, indent=1) + "\n")
     return path
