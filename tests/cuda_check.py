@@ -10,6 +10,7 @@ import os
 import re
 import subprocess
 import sys
+import warnings
 from fnmatch import fnmatch
 from pathlib import Path
 
@@ -57,7 +58,9 @@ def registered(library: Path) -> list[str]:
     import torch
 
     sys.modules["eaml_ext._C"] = None  # type: ignore[assignment]  # the schemas alone
-    import eaml_ext.ops  # noqa: F401
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        import eaml_ext.ops  # noqa: F401
 
     torch.ops.load_library(library)
     names = [n for n in torch._C._dispatch_get_all_op_names() if n.startswith("eaml_ext::selective_scan")]
