@@ -166,6 +166,7 @@ def test_a_stream_with_corrupted_targets_never_harms(pretrained, seed, guarded):
 
 def test_long_loops_allocate_nothing_that_grows():
     """Tensors, blocks of Python's own allocator, and resident memory where the system tells it."""
+    torch.set_num_threads(1)  # two that wait for each other cost minutes where other processes run
     model, batch = SSM(4, 32, 4), {"states": torch.randn(1, 8, 4), "targets": torch.randn(1, 8, 4)}
     adapter = Adapter(model, AdaptationConfig(lr=1e-4, max_steps_per_call=1))
     history, params = adapter.history(2), None
