@@ -24,7 +24,7 @@ OPTIONAL, build = real.OPTIONAL, real.build
 COMPLEX = ("A", "B", "C", "initial_state")
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def device() -> str:
     """Kernels of complex states are for the CPU; on a GPU the reference runs (test_scan_on_gpu.py)."""
     return "cpu"
