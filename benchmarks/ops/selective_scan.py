@@ -1,6 +1,6 @@
 """Selective scan against the ways PyTorch and JAX have to compute one: time, memory, and the machine's limits.
 
-    python -m benchmarks.ops.selective_scan [--quick] [--threads 1]
+    python -m benchmarks.ops.selective_scan [--quick] [--threads 1] [--shape BATCH LENGTH DIM STATE]
 
 `pip install '.[bench]'` brings the peers; one that is absent, fails, or differs from the reference in float64 is
 named with the reason. The passes start from scratch ("+double backward" is forward, backward and double backward
@@ -278,12 +278,15 @@ def dtypes(bench: Bench, shape: Shape) -> dict[str, float]:
 
 
 def main() -> None:
-    arguments = flags(__doc__)
+    arguments = flags(__doc__, ("BATCH", "LENGTH", "DIM", "STATE"))
     quick, threads = arguments.quick, arguments.threads
     shapes = SHAPES[:1] if quick else [*SHAPES, LONG]
+    shapes = [tuple(arguments.shape)] if arguments.shape else shapes
     bench = Bench(threads, quick)
     results: Row = {"threads": threads, "peers": describe(bench), "limits": limits(threads)}
     results["share of limits"] = [times(bench, shape, results["limits"]) for shape in shapes]
+    if arguments.shape:
+        return
     for shape in STEPS:
         header(f"step, batch {shape[0]}, dim {shape[2]}", "ms")
         line("step", bench.measure("step", shape), "seconds", 1e3)
