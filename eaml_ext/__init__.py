@@ -29,6 +29,7 @@ _HOME = {
     "Experiences": "experience",
     "Adapter": "adaptation",
     "AdaptationConfig": "adaptation",
+    "SSMMetaPolicy": "rl",
 }
 _ROOMS = ("adaptation", "experience", "integrations", "jobs", "meta", "nn", "ops", "rl", "tasks")
 

@@ -1,0 +1,167 @@
+"""h_t = SSM(o_1..t);  pi(a) = Categorical(W h_t) or Normal(W h_t, exp(s));  V = w . h_t: policies with memory."""
+
+from collections.abc import Callable
+from os import PathLike
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.distributions import Categorical, Distribution, Independent, Normal
+
+from eaml_ext import _check, checkpoint
+from eaml_ext.nn import SSM
+
+
+class SSMMetaPolicy(nn.Module):
+    """Actor and critic on one SSM, for tasks that only a history tells apart. States are explicit and never hidden.
+
+    Whole sequences, as a loss wants them, are one :meth:`scan`; acting, for all environments at once, is one
+    :meth:`step` a time step. Both give the same numbers. ``reset`` says where the history starts anew: at every episode
+    for a policy that adapts by gradient, at every trial for one that adapts in context (Duan et al. 2016, "RL^2").
+
+    **Two-dimensional input is a batch** of single steps, as in :class:`eaml_ext.nn.SSM`.
+
+    Args:
+        state_dim: size of an observation, with whatever is appended to it (last action, reward, ...).
+        action_dim: number of actions, or of their entries if ``continuous``.
+        hidden_dim: width of the SSM and of the features both heads read.
+        device: where the parameters live.
+        continuous: actions are real vectors of independent normals, whose standard deviations are parameters that do
+            not depend on the observation; else integers in [0, action_dim).
+        state_size, num_layers, core: as in :class:`eaml_ext.nn.SSM`.
+
+    Raises:
+        TypeError, ValueError: a size is not a positive integer, or an input has the wrong shape.
+
+    >>> policy = SSMMetaPolicy(state_dim=84, action_dim=4)
+    >>> policy(torch.randn(32, 84)).shape
+    torch.Size([32, 4])
+    >>> distribution, value, state = policy.step(torch.randn(32, 84), policy.init_hidden(32))
+    >>> distribution.sample().shape, value.shape
+    (torch.Size([32]), torch.Size([32]))
+    >>> distribution, value, state = policy.scan(torch.randn(32, 10, 84), state)
+    >>> distribution.entropy().shape, value.shape
+    (torch.Size([32, 10]), torch.Size([32, 10]))
+    """
+
+    def __init__(
+        self,
+        state_dim: int,
+        action_dim: int,
+        hidden_dim: int = 64,
+        device: str | torch.device = "cpu",
+        *,
+        continuous: bool = False,
+        state_size: int = 16,
+        num_layers: int = 1,
+        core: str | Callable[[int, int], nn.Module] = "s6",
+    ):
+        super().__init__()
+        for name, value in (("state_dim", state_dim), ("action_dim", action_dim), ("hidden_dim", hidden_dim)):
+            _check.positive("SSMMetaPolicy", name, value, integer=True)
+        _check.flag("SSMMetaPolicy", "continuous", continuous)
+        self.options = {
+            "state_dim": state_dim,
+            "action_dim": action_dim,
+            "hidden_dim": hidden_dim,
+            "continuous": continuous,
+            "state_size": state_size,
+            "num_layers": num_layers,
+            "core": core,
+        }
+        self.state_dim, self.action_dim, self.continuous = state_dim, action_dim, continuous
+        self.ssm = SSM(state_dim, hidden_dim, hidden_dim, state_size=state_size, num_layers=num_layers, core=core)
+        self.actor = nn.Linear(hidden_dim, action_dim)
+        self.critic = nn.Linear(hidden_dim, 1)
+        if continuous:
+            self.log_std = nn.Parameter(torch.zeros(action_dim))
+        with torch.no_grad():  # actions start all but uniform (or standard normal), whatever the observation
+            self.actor.weight.mul_(0.01)
+            self.actor.bias.zero_()
+        self.to(device)
+
+    def forward(self, obs: Tensor, hidden_state: Tensor | None = None) -> Tensor:
+        """Logits, or means if continuous.
+
+        ``(batch, state_dim)`` or ``(batch, time, state_dim)`` -> the same with ``action_dim`` last.
+        ``hidden_state`` is the state to start from, zero if absent.
+        """
+        return self.actor(torch.tanh(self.ssm(obs, hidden_state)))
+
+    def init_hidden(self, batch: int) -> Tensor:
+        """The zero state, ``(batch, ...)``."""
+        return self.ssm.init_hidden(batch)
+
+    def scan(
+        self, obs: Tensor, state: Tensor | None = None, reset: Tensor | None = None
+    ) -> tuple[Distribution, Tensor, Tensor]:
+        """A sequence at once.
+
+        Args:
+            obs: ``(batch, time, state_dim)``.
+            state: the state before the first step; zero if absent.
+            reset: ``(batch, time)`` bool: the state is zeroed before step t.
+
+        Returns:
+            The distribution of actions, of batch shape ``(batch, time)``; values ``(batch, time)``; the last state.
+        """
+        parameters, value, state = self.scan_tensors(obs, state, reset)
+        return self.distribution(parameters), value, state
+
+    def step(
+        self, obs: Tensor, state: Tensor | None = None, reset: Tensor | None = None
+    ) -> tuple[Distribution, Tensor, Tensor]:
+        """One step of :meth:`scan`: ``obs`` ``(batch, state_dim)``, ``reset`` ``(batch,)`` bool."""
+        parameters, value, state = self.step_tensors(obs, state, reset)
+        return self.distribution(parameters), value, state
+
+    def scan_tensors(
+        self, obs: Tensor, state: Tensor | None = None, reset: Tensor | None = None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """:meth:`scan` with the parameters of the distribution in its place, which a vmapped function can return."""
+        y, state = self.ssm.scan(obs, state, reset)
+        return (*self._heads(y), state)
+
+    def step_tensors(
+        self, obs: Tensor, state: Tensor | None = None, reset: Tensor | None = None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """:meth:`step` with the parameters of the distribution in its place."""
+        if reset is not None:
+            _check.tensor("SSMMetaPolicy.step", "reset", reset)
+            _check.dtype("SSMMetaPolicy.step", "reset", reset, (torch.bool,))
+            _check.shape("SSMMetaPolicy.step", "reset", reset, obs.shape[:1], str(tuple(obs.shape[:1])))
+            if state is not None:
+                # Not a product: what a finished episode left may be infinite.
+                state = state.masked_fill(reset.view(-1, *[1] * (state.dim() - 1)), 0.0)
+        y, state = self.ssm.step(obs, state)
+        return (*self._heads(y), state)
+
+    def distribution(self, parameters: Tensor) -> Distribution:
+        """Of actions, from what ``scan_tensors`` and ``step_tensors`` return: logits, or means beside log stds."""
+        if not self.continuous:
+            return Categorical(logits=parameters, validate_args=False)
+        mean, log_std = parameters.chunk(2, dim=-1)
+        return Independent(Normal(mean, log_std.exp(), validate_args=False), 1, validate_args=False)
+
+    def save(self, path: str | PathLike[str]) -> None:
+        """Writes weights and options (no code); policies with a custom ``core`` save their ``state_dict``."""
+        if not isinstance(self.options["core"], str):
+            raise ValueError(
+                "SSMMetaPolicy.save: core is a custom callable, which a file cannot hold; save state_dict() instead"
+            )
+        checkpoint.save(path, self.state_dict(), self.options, kind="SSMMetaPolicy")
+
+    @classmethod
+    def load(cls, path: str | PathLike[str], device: str | torch.device = "cpu") -> "SSMMetaPolicy":
+        """The policy that :meth:`save` wrote. Loading never runs code from the file."""
+        tensors, options = checkpoint.load(path, device, kind="SSMMetaPolicy")
+        policy = cls(**options, device=device)
+        policy.load_state_dict(tensors)
+        return policy
+
+    def _heads(self, y: Tensor) -> tuple[Any, Tensor]:
+        y = torch.tanh(y)
+        parameters = self.actor(y)
+        if self.continuous:
+            parameters = torch.cat([parameters, self.log_std.expand_as(parameters)], dim=-1)
+        return parameters, self.critic(y).squeeze(-1)

@@ -1,0 +1,146 @@
+import pytest
+import torch
+from torch import nn
+from torch.func import functional_call, vmap
+
+from eaml_ext.rl import SSMMetaPolicy
+
+
+def policy(**options):
+    return SSMMetaPolicy(5, 3, 8, state_size=4, **options).double()
+
+
+def data(batch=4, time=9):
+    reset = torch.zeros(batch, time, dtype=torch.bool)
+    reset[:, 6] = True
+    reset[0, 2] = True
+    return torch.randn(batch, time, 5, dtype=torch.float64), reset
+
+
+@pytest.mark.parametrize("continuous", [False, True])
+def test_call_returns_one_tensor_of_logits_or_means(continuous):
+    net = SSMMetaPolicy(state_dim=84, action_dim=4, continuous=continuous)
+    x = torch.randn(2, 7, 84)
+    assert net(torch.randn(32, 84)).shape == (32, 4) and net(x).shape == (2, 7, 4)
+    distribution, value, _ = net.scan(x)
+    parameters = distribution.mean if continuous else distribution.logits
+    assert torch.allclose(parameters, net(x) if continuous else net(x).log_softmax(-1), atol=1e-6)
+    assert value.shape == (2, 7) and distribution.sample().shape == ((2, 7, 4) if continuous else (2, 7))
+    assert distribution.log_prob(distribution.sample()).shape == (2, 7)
+
+
+@pytest.mark.parametrize("continuous", [False, True])
+@pytest.mark.parametrize("num_layers", [1, 2])
+def test_scan_with_resets_equals_steps_with_resets(continuous, num_layers):
+    net, (x, reset) = policy(continuous=continuous, num_layers=num_layers), data()
+    whole, values, last = net.scan_tensors(x, None, reset)
+    state = torch.full_like(net.init_hidden(4), torch.inf)  # must not reach past the reset at step 0
+    steps = []
+    for t in range(x.shape[1]):
+        start = reset[:, t] if t else torch.ones(4, dtype=torch.bool)
+        *out, state = net.step_tensors(x[:, t], state, start)
+        steps.append(out)
+    parameters, v = (torch.stack(column, 1) for column in zip(*steps, strict=True))
+    assert torch.allclose(parameters, whole) and torch.allclose(v, values) and torch.allclose(state, last)
+
+
+def test_resets_cut_outputs_and_gradients_at_the_start_of_an_episode():
+    net, (x, reset) = policy(), data()
+    x.requires_grad_()
+    _, values, _ = net.scan(x, torch.randn_like(net.init_hidden(4)), reset)
+    assert torch.allclose(values[:, 6:], net.scan(x[:, 6:])[1])
+    (gradient,) = torch.autograd.grad(values[:, 8].sum(), x)
+    assert (gradient[:, :6] == 0).all() and (gradient[:, 6:] != 0).any(-1).all()
+
+
+@pytest.mark.parametrize("continuous", [False, True])
+def test_gradients_of_the_policy_gradient_are_right_to_second_order(continuous):
+    net, (x, reset) = SSMMetaPolicy(5, 2, 4, state_size=2, continuous=continuous).double(), data(2, 8)
+    distribution, _, _ = net.scan(x, None, reset)
+    action = distribution.sample()
+    names, values = zip(*net.named_parameters(), strict=True)
+
+    class Loss(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.net = net
+
+        def forward(self, x):
+            distribution, value, _ = self.net.scan(x, None, reset)
+            return -(distribution.log_prob(action) * value).mean() - 0.1 * distribution.entropy().mean()
+
+    def loss(*params):
+        return functional_call(Loss(), {f"net.{n}": p for n, p in zip(names, params, strict=True)}, (x,))
+
+    assert torch.autograd.gradcheck(loss, values, fast_mode=True)
+    assert torch.autograd.gradgradcheck(loss, values, fast_mode=True)
+
+
+@pytest.mark.parametrize("continuous", [False, True])
+def test_every_parameter_has_a_gradient(continuous):
+    net, (x, reset) = policy(continuous=continuous), data()
+    distribution, value, _ = net.scan(x, None, reset)
+    (distribution.log_prob(distribution.sample()).sum() + value.sum()).backward()
+    assert all(p.grad is not None and p.grad.abs().max() > 0 for p in net.parameters())
+
+
+def test_per_task_parameters_under_vmap_are_a_loop_over_tasks():
+    net, (x, reset) = policy(continuous=True), data()
+    many = {n: p.detach() + 0.1 * torch.randn(3, *p.shape, dtype=p.dtype) for n, p in net.named_parameters()}
+
+    class Step(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.net = net
+
+        def forward(self, x, state, reset):
+            return self.net.step_tensors(x, state, reset)
+
+    step = Step()
+
+    def call(params, x, state, reset):
+        return functional_call(step, {f"net.{n}": p for n, p in params.items()}, (x, state, reset))
+
+    states = torch.randn(3, *net.init_hidden(4).shape, dtype=torch.float64)
+    together = vmap(call, in_dims=(0, None, 0, None))(many, x[:, 0], states, reset[:, 6])
+    for i in range(3):
+        alone = call({n: p[i] for n, p in many.items()}, x[:, 0], states[i], reset[:, 6])
+        for a, b in zip(together, alone, strict=True):
+            assert torch.allclose(a[i], b)
+
+
+def test_save_and_load(tmp_path):
+    net, (x, _) = SSMMetaPolicy(5, 3, 8, continuous=True), data()
+    net.save(tmp_path / "policy")
+    again = SSMMetaPolicy.load(tmp_path / "policy")
+    assert torch.equal(net(x.float()), again(x.float())) and again.options == net.options
+    custom = SSMMetaPolicy(5, 3, 8, core=lambda dim, size: type(net.ssm.cores[0])(dim, size))
+    with pytest.raises(ValueError, match=r"^SSMMetaPolicy.save: core is a custom callable"):
+        custom.save(tmp_path / "custom")
+
+
+@pytest.mark.parametrize(
+    ("kwargs", "error", "text"),
+    [
+        ({"state_dim": 0}, ValueError, "state_dim must be > 0, got 0"),
+        ({"action_dim": 1.5}, TypeError, "action_dim must be an integer, got 1.5"),
+        ({"hidden_dim": -1}, ValueError, "hidden_dim must be > 0, got -1"),
+        ({"continuous": 1}, TypeError, "continuous must be True or False, got int"),
+    ],
+)
+def test_refuses_options(kwargs, error, text):
+    with pytest.raises(error, match=f"^SSMMetaPolicy: {text}$"):
+        SSMMetaPolicy(**{"state_dim": 5, "action_dim": 3, **kwargs})
+
+
+def test_refuses_inputs():
+    net = policy()
+    x = torch.randn(4, 5, dtype=torch.float64)
+    with pytest.raises(TypeError, match=r"^SSMMetaPolicy.step: reset must be bool, got int64$"):
+        net.step(x, net.init_hidden(4), torch.zeros(4, dtype=torch.long))
+    with pytest.raises(ValueError, match=r"^SSMMetaPolicy.step: reset must have shape \(4,\), got \(3,\)$"):
+        net.step(x, net.init_hidden(4), torch.zeros(3, dtype=torch.bool))
+    with pytest.raises(ValueError, match=r"x must have shape \(batch, 5\)"):
+        net.step(x[:, :4], net.init_hidden(4))
+    with pytest.raises(ValueError, match="state must have shape"):
+        net.step(x, net.init_hidden(3))
