@@ -1,4 +1,4 @@
-"""CartPole with physics drawn per task and, in half of the tasks, the action's sign flipped."""
+"""CartPole with physics drawn per task, the action's sign flipped in half of them, and observations that hide."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from eaml_ext import _check
 from eaml_ext.tasks.base import Task, check_sample, check_seed, check_tasks, task_stream
 
 if TYPE_CHECKING:
@@ -21,7 +22,10 @@ RANGES = {
     "force_mag": (5.0, 20.0),
     "gravity": (5.0, 20.0),
 }
-"""The log-uniform range of each physical parameter: around Gymnasium's 0.5 m, 1 kg, 0.1 kg, 10 N, 9.8 m/s²."""
+"""The log-uniform range of each physical parameter: around ``NOMINAL``."""
+
+NOMINAL = {"length": 0.5, "masscart": 1.0, "masspole": 0.1, "force_mag": 10.0, "gravity": 9.8}
+"""Gymnasium's physics: m, kg, kg, N, m/s²."""
 
 
 @dataclass(frozen=True)
@@ -29,6 +33,7 @@ class CartPoleTask(Task):
     """One cart-pole: ``length`` is *half* the pole's (m), masses in kg, ``force_mag`` in N, ``gravity`` in m/s².
 
     ``flip``: action 0 pushes right and 1 pushes left, the other way round than in Gymnasium's CartPole.
+    ``projection``: rows of the matrix by which the observation is multiplied; None leaves it as it is.
     """
 
     length: float
@@ -37,6 +42,7 @@ class CartPoleTask(Task):
     force_mag: float
     gravity: float
     flip: bool
+    projection: tuple[tuple[float, ...], ...] | None = None
 
 
 class CartPoleTasks:
@@ -48,6 +54,16 @@ class CartPoleTasks:
     pole angle rad, velocity rad/s); actions 0 and 1, one-hot for models; an episode ends beyond 2.4 m or 12°, or is cut
     after 500 steps. The version in ``name`` fixes ranges and seeding.
 
+    Args:
+        physics: draw the parameters; without, all tasks have Gymnasium's. The tasks are the same in all else.
+        flip: flip the action in half of the tasks.
+        hide_velocity: observations are (cart position, pole angle) alone.
+        projection: multiply the observation, per task, by a matrix of this many rows whose columns are orthonormal,
+            drawn uniformly (Haar), so that no entry means the same in two tasks; at least the length of an observation.
+
+    Raises TypeError unless the first three are booleans and ``projection`` an integer or None, ValueError when it is
+    too small.
+
     >>> distribution = CartPoleTasks()
     >>> tasks = distribution.sample(8, split="train", seed=0)
     >>> sum(task.flip for task in tasks), tasks == distribution.sample(8, split="train", seed=0)
@@ -56,11 +72,33 @@ class CartPoleTasks:
     >>> observations, _ = environment.reset(seed=0)
     >>> observations.shape
     (8, 4)
+    >>> hidden = CartPoleTasks(hide_velocity=True, projection=6)
+    >>> hidden.name, hidden.obs_dim
+    ('CartPole-v1-physics-flip-position-project6-v1', 6)
     """
 
     name = "CartPole-v1-physics-flip-v1"
     obs_dim = 4
     action_dim = 2
+
+    def __init__(
+        self, *, physics: bool = True, flip: bool = True, hide_velocity: bool = False, projection: int | None = None
+    ) -> None:
+        for option, value in (("physics", physics), ("flip", flip), ("hide_velocity", hide_velocity)):
+            _check.flag("CartPoleTasks", option, value)
+        seen = 2 if hide_velocity else 4
+        if projection is not None:
+            _check.positive("CartPoleTasks", "projection", projection, integer=True)
+            if projection < seen:
+                raise ValueError(
+                    f"CartPoleTasks: projection must be >= {seen}, got {projection}: it would lose entries"
+                )
+        self.physics, self.flip, self.hide_velocity, self.projection = physics, flip, hide_velocity, projection
+        parts = {"physics": physics, "flip": flip, "position": hide_velocity, f"project{projection}": projection}
+        on = [part for part, option in parts.items() if option]
+        if on != ["physics", "flip"]:  # a subclass may have a name of its own
+            self.name = "-".join(["CartPole-v1", *on, "v1"])
+            self.obs_dim = projection or seen
 
     @property
     def action_space(self) -> Space[Any]:
@@ -83,19 +121,31 @@ class CartPoleTasks:
             generator = np.random.default_rng(task_stream(split, seed, epoch, pair))
             flip = bool(generator.integers(2)) != bool(second)
             values = low * (high / low) ** generator.random((2, len(RANGES)))[second]
-            physics = dict(zip(RANGES, values.tolist(), strict=True))
-            tasks.append(CartPoleTask(f"{self.name}/{split}/{seed}/{epoch}/{index}", split, **physics, flip=flip))
+            physics = dict(zip(RANGES, values.tolist(), strict=True)) if self.physics else NOMINAL
+            # Drawn last and for both of the pair, so that no option changes what another one draws.
+            size = (2, self.projection or 0, 4)
+            matrix = self._projection(generator.standard_normal(size)[second]) if self.projection else None
+            name = f"{self.name}/{split}/{seed}/{epoch}/{index}"
+            tasks.append(CartPoleTask(name, split, **physics, flip=flip and self.flip, projection=matrix))
         return tasks
 
-    def make_env(self, tasks: Sequence[CartPoleTask]) -> VectorEnv[Any, Any, Any]:
-        """Gymnasium's native vector CartPole in which environment i has the physics and the sign of ``tasks[i]``.
+    def _projection(self, normal: np.ndarray) -> tuple[tuple[float, ...], ...]:
+        q, r = np.linalg.qr(normal[:, : 2 if self.hide_velocity else 4])
+        # A positive diagonal of r makes the decomposition unique and q uniform (Mezzadri 2007, section 5).
+        return tuple(map(tuple, (q * np.sign(np.diag(r))).tolist()))
 
-        Raises TypeError or ValueError unless ``tasks`` is a non-empty sequence of ``CartPoleTask``.
+    def make_env(self, tasks: Sequence[CartPoleTask]) -> VectorEnv[Any, Any, Any]:
+        """Gymnasium's native vector CartPole in which environment i has physics, sign and projection of ``tasks[i]``.
+
+        Raises TypeError or ValueError unless ``tasks`` is a non-empty sequence of ``CartPoleTask``, of this ``obs_dim``
+        where they have a projection.
         """
         import gymnasium
-        from gymnasium.wrappers.vector import TransformAction
+        from gymnasium.spaces import Box
+        from gymnasium.wrappers.vector import TransformAction, TransformObservation
 
         check_tasks("CartPoleTasks.make_env", tasks, CartPoleTask)
+        matrices = self._matrices(tasks)
         environment = gymnasium.make_vec("CartPole-v1", len(tasks), vectorization_mode="vector_entry_point")
         physics: Any = environment.unwrapped
         for parameter in RANGES:
@@ -104,7 +154,24 @@ class CartPoleTasks:
         physics.total_mass = physics.masspole + physics.masscart
         physics.polemass_length = physics.masspole * physics.length
         flip = np.array([task.flip for task in tasks])
-        return TransformAction(environment, lambda actions: np.where(flip, 1 - actions, actions))
+        flipped = TransformAction(environment, lambda actions: np.where(flip, 1 - actions, actions))
+        if matrices is None:
+            return flipped
+        unbounded = [Box(-np.inf, np.inf, shape, np.float32) for shape in ((len(tasks), self.obs_dim), (self.obs_dim,))]
+        return TransformObservation(flipped, lambda seen: np.einsum("tij,tj->ti", matrices, seen), *unbounded)
+
+    def _matrices(self, tasks: Sequence[CartPoleTask]) -> np.ndarray | None:
+        """From Gymnasium's observations to the tasks', ``(tasks, obs_dim, 4)``; None where they are the same."""
+        seen = np.eye(4, dtype=np.float32)[:: 2 if self.hide_velocity else 1]
+        shape = (self.projection, len(seen))
+        for i, task in enumerate(tasks):
+            got = None if task.projection is None else np.shape(task.projection)
+            if got != (None if self.projection is None else shape):
+                wanted = "no projection" if self.projection is None else f"a projection of shape {shape}"
+                raise ValueError(f"CartPoleTasks.make_env: tasks[{i}] must have {wanted}, got {got}")
+        if self.projection is not None:
+            return np.array([task.projection for task in tasks], np.float32) @ seen
+        return np.broadcast_to(seen, (len(tasks), *seen.shape)) if self.hide_velocity else None
 
     def reset_seeds(self, tasks: Sequence[CartPoleTask], seed: int) -> int:
         """The collection's seed itself: all the starting states come from it, the tasks differ in physics only.

@@ -2,10 +2,9 @@ import numpy as np
 import pytest
 
 from eaml_ext.tasks import SPLITS, CartPoleTask, CartPoleTasks, SeedTask
-from eaml_ext.tasks.cartpole import RANGES
+from eaml_ext.tasks.cartpole import NOMINAL, RANGES
 
 DIST = CartPoleTasks()
-NOMINAL = {"length": 0.5, "masscart": 1.0, "masspole": 0.1, "force_mag": 10.0, "gravity": 9.8}
 
 
 def task(flip=False, **physics):
@@ -137,3 +136,77 @@ def test_make_env_refuses(tasks, error, text):
 def test_reset_seeds_refuses():
     with pytest.raises(ValueError, match=r"^CartPoleTasks.reset_seeds: seed must be in .*, got -1$"):
         DIST.reset_seeds(DIST.sample(1), -1)
+
+
+OPTIONS = [
+    {"physics": False},
+    {"flip": False},
+    {"hide_velocity": True},
+    {"projection": 4},
+    {"hide_velocity": True, "projection": 2},
+    {"physics": False, "flip": False, "hide_velocity": True, "projection": 7},
+]
+
+
+@pytest.mark.parametrize("options", OPTIONS)
+def test_an_option_changes_its_own_part_of_the_tasks_and_the_name_only(options):
+    plain, other = DIST.sample(6, seed=2), CartPoleTasks(**options).sample(6, seed=2)
+    for a, b in zip(plain, other, strict=True):
+        assert physics(b) == (physics(a) if options.get("physics", True) else tuple(NOMINAL.values()))
+        assert b.flip == (a.flip and options.get("flip", True))
+        assert (b.projection is None) == ("projection" not in options) and a.id != b.id
+    assert other == CartPoleTasks(**options).sample(9, seed=2)[:6]
+
+
+def test_every_option_has_a_name_of_its_own():
+    names = {CartPoleTasks(**options).name for options in [{}, *OPTIONS]}
+    assert len(names) == 7 and DIST.name == "CartPole-v1-physics-flip-v1"
+
+
+@pytest.mark.parametrize("options", OPTIONS)
+def test_observations_are_the_tasks_view_of_gymnasiums(options):
+    dist = CartPoleTasks(**options)
+    tasks = dist.sample(4)
+    env = dist.make_env(tasks)
+    assert env.observation_space.shape == (4, dist.obs_dim) and env.single_observation_space.shape == (dist.obs_dim,)
+    seen = [env.reset(seed=3)[0], *(env.step(np.array([0, 1, 1, 0]))[0] for _ in range(3))]
+    state = env.unwrapped.state.T.astype(np.float32)
+    want = state[:, [0, 2]] if options.get("hide_velocity") else state
+    if "projection" in options:
+        want = np.stack([np.array(task.projection) @ row for task, row in zip(tasks, want, strict=True)])
+    assert seen[-1].dtype == np.float32 and env.observation_space.contains(seen[-1])
+    np.testing.assert_allclose(seen[-1], want, rtol=1e-5, atol=1e-7)
+
+
+def test_projections_lose_nothing_differ_by_task_and_are_uniform():
+    tasks = CartPoleTasks(projection=4).sample(2000)
+    matrices = np.array([task.projection for task in tasks])
+    np.testing.assert_allclose(
+        matrices.transpose(0, 2, 1) @ matrices, np.broadcast_to(np.eye(4), (2000, 4, 4)), atol=1e-12
+    )
+    # Entries of a uniform orthogonal 4 x 4 matrix have mean 0 and variance 1/4: standard errors 0.011 and 0.006.
+    assert np.abs(matrices.mean(0)).max() < 0.05 and np.abs(matrices.var(0) - 0.25).max() < 0.03
+    assert 850 < (np.linalg.det(matrices) > 0).sum() < 1150
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "text"),
+    [
+        ({"physics": 1}, TypeError, "physics must be True or False, got int"),
+        ({"flip": None}, TypeError, "flip must be True or False, got NoneType"),
+        ({"hide_velocity": "no"}, TypeError, "hide_velocity must be True or False, got str"),
+        ({"projection": 2.0}, TypeError, "projection must be an integer, got 2.0"),
+        ({"projection": 3}, ValueError, "projection must be >= 4, got 3: it would lose entries"),
+        ({"projection": 1, "hide_velocity": True}, ValueError, "projection must be >= 2, got 1: it would lose entries"),
+    ],
+)
+def test_options_refused(options, error, text):
+    with pytest.raises(error, match=f"^CartPoleTasks: {text}$"):
+        CartPoleTasks(**options)
+
+
+def test_make_env_refuses_tasks_of_another_projection():
+    with pytest.raises(ValueError, match=r"tasks\[0\] must have no projection, got \(4, 4\)$"):
+        DIST.make_env(CartPoleTasks(projection=4).sample(1))
+    with pytest.raises(ValueError, match=r"tasks\[0\] must have a projection of shape \(4, 4\), got None$"):
+        CartPoleTasks(projection=4).make_env(DIST.sample(1))
