@@ -44,6 +44,9 @@ class SSMMetaPolicy(nn.Module):
     (torch.Size([32, 10]), torch.Size([32, 10]))
     """
 
+    mean: Tensor
+    std: Tensor
+
     def __init__(
         self,
         state_dim: int,
@@ -78,7 +81,24 @@ class SSMMetaPolicy(nn.Module):
         with torch.no_grad():  # actions start all but uniform (or standard normal), whatever the observation
             self.actor.weight.mul_(0.01)
             self.actor.bias.zero_()
+        self.register_buffer("mean", torch.zeros(state_dim))  # of observations
+        self.register_buffer("std", torch.ones(state_dim))
         self.to(device)
+
+    def normalise(self, obs: Tensor) -> None:
+        """Takes the units of observations from data, ``(..., state_dim)``; entries that do not vary keep theirs.
+
+        A pole's angle in radians is a hundredth of what the other inputs are: unscaled, it takes long to be noticed.
+        """
+        _check.tensor("SSMMetaPolicy.normalise", "obs", obs)
+        if obs.dim() == 0 or obs.shape[-1] != self.state_dim or obs.numel() == 0:
+            wanted = f"(..., {self.state_dim}), not empty"
+            raise ValueError(f"SSMMetaPolicy.normalise: obs must have shape {wanted}, got {tuple(obs.shape)}")
+        rows = obs.detach().reshape(-1, self.state_dim).to(self.mean)
+        std = rows.std(0, correction=0)
+        varies = std > 1e-6
+        self.mean.copy_(torch.where(varies, rows.mean(0), 0.0))
+        self.std.copy_(torch.where(varies, std, 1.0))
 
     def forward(self, obs: Tensor, hidden_state: Tensor | None = None) -> Tensor:
         """Logits, or means if continuous.
@@ -86,7 +106,7 @@ class SSMMetaPolicy(nn.Module):
         ``(batch, state_dim)`` or ``(batch, time, state_dim)`` -> the same with ``action_dim`` last.
         ``hidden_state`` is the state to start from, zero if absent.
         """
-        return self.actor(torch.tanh(self.ssm(obs, hidden_state)))
+        return self.actor(torch.tanh(self.ssm(self._scaled(obs), hidden_state)))
 
     def init_hidden(self, batch: int) -> Tensor:
         """The zero state, ``(batch, ...)``."""
@@ -119,7 +139,7 @@ class SSMMetaPolicy(nn.Module):
         self, obs: Tensor, state: Tensor | None = None, reset: Tensor | None = None
     ) -> tuple[Tensor, Tensor, Tensor]:
         """:meth:`scan` with the parameters of the distribution in its place, which a vmapped function can return."""
-        y, state = self.ssm.scan(obs, state, reset)
+        y, state = self.ssm.scan(self._scaled(obs), state, reset)
         return (*self._heads(y), state)
 
     def step_tensors(
@@ -133,7 +153,7 @@ class SSMMetaPolicy(nn.Module):
             if state is not None:
                 # Not a product: what a finished episode left may be infinite.
                 state = state.masked_fill(reset.view(-1, *[1] * (state.dim() - 1)), 0.0)
-        y, state = self.ssm.step(obs, state)
+        y, state = self.ssm.step(self._scaled(obs), state)
         return (*self._heads(y), state)
 
     def distribution(self, parameters: Tensor) -> Distribution:
@@ -158,6 +178,11 @@ class SSMMetaPolicy(nn.Module):
         policy = cls(**options, device=device)
         policy.load_state_dict(tensors)
         return policy
+
+    def _scaled(self, obs: Tensor) -> Tensor:
+        # What has another shape or dtype goes on to the SSM, which says so.
+        fits = isinstance(obs, Tensor) and obs.shape[-1:] == self.mean.shape and obs.dtype == self.mean.dtype
+        return (obs - self.mean) / self.std if fits else obs
 
     def _heads(self, y: Tensor) -> tuple[Any, Tensor]:
         y = torch.tanh(y)

@@ -109,8 +109,22 @@ def test_per_task_parameters_under_vmap_are_a_loop_over_tasks():
             assert torch.allclose(a[i], b)
 
 
+def test_observations_are_taken_in_the_units_of_the_data_and_constants_as_they_are():
+    net, scale = policy(), torch.tensor([1.0, 0.01, 100.0, 3.0, 1.0], dtype=torch.float64)
+    x = torch.randn(6, 50, 5, dtype=torch.float64)
+    units = (x - x.mean((0, 1))) / x.std((0, 1), correction=0)
+    units[..., 3] = 7.0
+    want, obs = net.scan(units)[1], x * scale - 5 * scale
+    obs[..., 3] = 7.0
+    net.normalise(obs)
+    assert torch.allclose(net.scan(obs)[1], want)
+    assert torch.allclose(net.step(obs[:, 0])[1], want[:, 0])
+    assert torch.allclose(net(obs).log_softmax(-1), net.scan(obs)[0].logits)
+
+
 def test_save_and_load(tmp_path):
     net, (x, _) = SSMMetaPolicy(5, 3, 8, continuous=True), data()
+    net.normalise(x.float() * 3 + 1)
     net.save(tmp_path / "policy")
     again = SSMMetaPolicy.load(tmp_path / "policy")
     assert torch.equal(net(x.float()), again(x.float())) and again.options == net.options
@@ -142,5 +156,12 @@ def test_refuses_inputs():
         net.step(x, net.init_hidden(4), torch.zeros(3, dtype=torch.bool))
     with pytest.raises(ValueError, match=r"x must have shape \(batch, 5\)"):
         net.step(x[:, :4], net.init_hidden(4))
+    for bad in (x[:, :4], x[:0]):
+        with pytest.raises(
+            ValueError, match=r"^SSMMetaPolicy.normalise: obs must have shape \(..., 5\), not empty, got"
+        ):
+            net.normalise(bad)
+    with pytest.raises(TypeError, match=r"^SSMMetaPolicy.normalise: obs must be a torch.Tensor, got list$"):
+        net.normalise([1.0])
     with pytest.raises(ValueError, match="state must have shape"):
         net.step(x, net.init_hidden(3))

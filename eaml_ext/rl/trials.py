@@ -1,0 +1,241 @@
+"""A policy with memory plays several episodes of each of many tasks at once: a trial, one environment per task."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.distributions import Categorical, Distribution
+
+from eaml_ext import _check
+from eaml_ext.rl.losses import advantages
+from eaml_ext.tasks.base import Task, TaskDistribution, check_seed, check_tasks, collection_stream
+
+
+class Recurrent(Protocol):
+    """What :func:`play` asks of a policy; :class:`eaml_ext.rl.SSMMetaPolicy` is one."""
+
+    def init_hidden(self, batch: int) -> Tensor:
+        """The state before the first step, ``(batch, ...)``, on the policy's device."""
+
+    def step(self, obs: Tensor, state: Tensor, reset: Tensor) -> tuple[Distribution, Tensor, Tensor]:
+        """``obs`` ``(batch, features)``, ``reset`` ``(batch,)`` bool -> distribution of actions, values, next state."""
+
+
+def feature_dim(dist: TaskDistribution[Any]) -> int:
+    """The ``state_dim`` of a policy that :func:`play` lets act: observation, last action, last reward, start flag."""
+    return dist.obs_dim + dist.action_dim + 2
+
+
+@dataclass(frozen=True)
+class Trials:
+    """What was met and done, ``(tasks, time)``; trials shorter than the longest are padded at the end.
+
+    - ``inputs``: float32 ``(tasks, time, features)``, what the policy saw: the observation, the action before it
+      (one-hot if discrete), the reward before it, and 1 where an episode starts. Action and reward are zeros at a
+      trial's start, and at every episode's where the state is not kept.
+    - ``actions``: int64 ``(tasks, time)`` in [0, number of actions), or float32 ``(tasks, time, action_dim)`` as drawn,
+      before they were clipped to the space's bounds.
+    - ``log_probs``, ``values``: of the policy at the time; ``next_values``: its value of the observation that came of
+      the action, the true final one where an episode ended, with the memory it had then.
+    - ``rewards``: float32; ``starts``: bool, an episode starts here; ``terminations``: bool, it ended here of itself;
+      ``ends``: bool, it ended here, or the recording did.
+    - ``mask``: bool, what is no padding.
+    - ``resets``: bool, where the policy's state was zeroed: at a trial's start, or at every episode's.
+    """
+
+    inputs: Tensor
+    actions: Tensor
+    log_probs: Tensor
+    values: Tensor
+    next_values: Tensor
+    rewards: Tensor
+    starts: Tensor
+    terminations: Tensor
+    ends: Tensor
+    mask: Tensor
+    resets: Tensor
+
+    def __getitem__(self, index: Any) -> Trials:
+        return Trials(*(getattr(self, field.name)[index] for field in fields(self)))
+
+    def episode_returns(self, episodes: int) -> Tensor:
+        """The sum of rewards in each task's first ``episodes`` episodes, ``(tasks, episodes)``; NaN: not played."""
+        _check.positive("Trials.episode_returns", "episodes", episodes, integer=True)
+        number = self.starts.long().cumsum(1) - 1
+        rewards = self.rewards.masked_fill(~self.mask, 0.0)
+        number = number.clamp(min=0)
+        width = max(episodes, int(number.max()) + 1)
+        sums = rewards.new_zeros(len(rewards), width).scatter_add_(1, number, rewards)
+        played = torch.arange(width, device=number.device) <= number.masked_fill(~self.mask, 0).amax(1, keepdim=True)
+        return torch.where(played, sums, torch.nan)[:, :episodes]
+
+    def advantages(self, gamma: float = 0.99, lam: float = 0.95, *, across_episodes: bool = False) -> Tensor:
+        """:func:`eaml_ext.rl.losses.advantages`, of each episode for itself or of the whole trial.
+
+        ``across_episodes`` lets an action answer for what it brings in later episodes of its trial, as exploration
+        does; the end of an episode then costs nothing by itself.
+        """
+        _check.flag("Trials.advantages", "across_episodes", across_episodes)
+        if not across_episodes:
+            return advantages(self.rewards, self.values, self.next_values, self.terminations, self.ends, gamma, lam)
+        last = self.mask & ~F.pad(self.mask[:, 1:], (0, 1))
+        following = torch.cat([self.values[:, 1:], self.next_values[:, -1:]], dim=1)
+        following = torch.where(last, self.next_values, following)
+        return advantages(self.rewards, self.values, following, self.terminations & last, last | ~self.mask, gamma, lam)
+
+
+def play(
+    dist: TaskDistribution[Any],
+    tasks: Sequence[Task],
+    policy: Recurrent,
+    seed: int,
+    *,
+    episodes: int | None = None,
+    steps: int | None = None,
+    keep_state: bool = True,
+    greedy: bool = False,
+) -> Trials:
+    """Act in all ``tasks`` side by side, the policy stepped as one batch, for so many episodes or steps of each.
+
+    The result is a pure function of the arguments: starts and actions are drawn from the seed *and* the tasks' ids.
+    Gymnasium's vector environments spend a call on starting the next episode (autoreset mode NEXT_STEP): it is left
+    out, moves nothing, and leaves the policy's state alone, but lets the critic see the final observation.
+
+    Args:
+        dist: the distribution the tasks were sampled from.
+        tasks: one environment each; repeat a task to play it several times over.
+        policy: as :class:`Recurrent`; its observations have ``feature_dim(dist)`` entries, see ``Trials.inputs``.
+        seed: an integer in [0, 2**32).
+        episodes: play so many whole episodes of each task; or
+        steps: so many steps, whatever they hold. One of the two.
+        keep_state: the policy remembers from episode to episode (RL²); else each starts from nothing.
+        greedy: the likeliest action in place of a drawn one.
+
+    Raises:
+        TypeError, ValueError: naming the argument, before anything is simulated.
+
+    >>> from eaml_ext import tasks
+    >>> from eaml_ext.rl import SSMMetaPolicy
+    >>> distribution = tasks.CartPoleTasks(hide_velocity=True)
+    >>> policy = SSMMetaPolicy(feature_dim(distribution), distribution.action_dim)
+    >>> trials = play(distribution, distribution.sample(8), policy, seed=0, episodes=3)
+    >>> trials.episode_returns(3).shape
+    torch.Size([8, 3])
+    """
+    from gymnasium.spaces import Box, Discrete
+    from gymnasium.vector import AutoresetMode
+
+    where = "play"
+    if isinstance(dist, type) or not isinstance(dist, TaskDistribution):
+        raise TypeError(f"{where}: dist must be a task distribution as of make_tasks, got {type(dist).__name__}")
+    check_tasks(where, tasks, Task)
+    check_seed(where, "seed", seed)
+    if not (hasattr(policy, "step") and hasattr(policy, "init_hidden")):
+        raise TypeError(f"{where}: policy must have step and init_hidden, got {type(policy).__name__}")
+    if (episodes is None) == (steps is None):
+        raise ValueError(f"{where}: one of episodes and steps must be given, got {episodes} and {steps}")
+    _check.positive(where, *(("steps", steps) if episodes is None else ("episodes", episodes)), integer=True)  # type: ignore[arg-type]
+    _check.flag(where, "keep_state", keep_state)
+    _check.flag(where, "greedy", greedy)
+
+    env_seed, action_seed = (int(word) for word in collection_stream(tasks, seed).generate_state(2))
+    n, space = len(tasks), dist.action_space
+    env = dist.make_env(tasks)
+    record: dict[str, list[Any]] = {name: [] for name in ("input", "action", "log_prob", "value", "reset")}
+    happened: dict[str, list[np.ndarray]] = {name: [] for name in ("reward", "start", "termination", "done", "moved")}
+    try:
+        mode = env.metadata.get("autoreset_mode")
+        if mode is not AutoresetMode.NEXT_STEP:
+            raise ValueError(f"{where}: dist must make environments in autoreset mode NEXT_STEP, got {mode}")
+        seeds: Any = dist.reset_seeds(tasks, env_seed)
+        observation = env.reset(seed=seeds)[0]
+        with torch.no_grad():
+            state = policy.init_hidden(n)
+            device = state.device
+            generator = torch.Generator(device).manual_seed(action_seed)
+            last_action = torch.zeros(n, dist.action_dim, device=device)
+            last_reward, start, done = np.zeros(n, np.float32), np.ones(n, bool), np.zeros(n, bool)
+            ended, moves, first = np.zeros(n, int), np.zeros(n, int), True
+            while True:
+                # A copy: vector environments may hand out the same array again.
+                seen = torch.from_numpy(np.array(observation, np.float32).reshape(n, -1)).to(device)
+                flags = torch.from_numpy(np.stack([last_reward, start.astype(np.float32)], axis=1)).to(device)
+                inputs = torch.cat([seen, last_action, flags], dim=1)
+                reset = torch.from_numpy(start & (first or not keep_state)).to(device)
+                distribution, value, following = policy.step(inputs, state, reset)
+                record["value"].append(value)
+                alive = ended < episodes if episodes is not None else moves < steps
+                if not alive.any():
+                    break
+                action = _choose(distribution, generator, greedy)
+                for name, tensor in (("input", inputs), ("action", action), ("reset", reset)):
+                    record[name].append(tensor)
+                record["log_prob"].append(distribution.log_prob(action))
+                chosen: Any = action.cpu().numpy()
+                if isinstance(space, Discrete):
+                    chosen = chosen.astype(space.dtype) + space.start
+                elif isinstance(space, Box):
+                    chosen = chosen.reshape(n, *space.shape).clip(space.low, space.high).astype(space.dtype)
+                observation, reward, terminated, truncated, _ = env.step(chosen)
+
+                dead = done  # the environment reset instead of moving
+                moved = alive & ~dead
+                done = np.logical_or(terminated, truncated)
+                happened["reward"].append(np.array(reward, np.float32))
+                happened["start"].append(start)
+                happened["termination"].append(np.array(terminated, bool))
+                happened["done"].append(done)
+                happened["moved"].append(moved)
+                moves, ended = moves + moved, ended + (done & moved)
+                frozen = torch.from_numpy(dead).to(device)
+                state = torch.where(frozen.view(-1, *[1] * (state.dim() - 1)), state, following)
+                encoded = F.one_hot(action, dist.action_dim).float() if isinstance(space, Discrete) else action
+                start, first = dead, False
+                if keep_state:
+                    last_action = torch.where(frozen[:, None], last_action, encoded)
+                    last_reward = np.where(dead, last_reward, reward).astype(np.float32)
+                else:
+                    last_action = encoded.masked_fill(frozen[:, None], 0.0)
+                    last_reward = np.where(dead, 0.0, reward).astype(np.float32)
+    finally:
+        env.close()
+
+    # (tasks, time): the calls at which each task moved, first to last; what follows them is padding.
+    order = np.argsort(~np.array(happened["moved"]), axis=0, kind="stable")[: moves.max()].T
+    calls = torch.from_numpy(np.ascontiguousarray(order)).to(device)
+    rows = torch.arange(n, device=device)[:, None]
+    stacked = {name: torch.stack(column) for name, column in record.items()}
+    stacked |= {name: torch.from_numpy(np.array(column)).to(device) for name, column in happened.items()}
+    mask = torch.from_numpy(np.arange(order.shape[1]) < moves[:, None]).to(device)
+    final = torch.from_numpy(np.arange(order.shape[1]) >= moves[:, None] - 1).to(device)
+    return Trials(
+        inputs=stacked["input"][calls, rows],
+        actions=stacked["action"][calls, rows],
+        log_probs=stacked["log_prob"][calls, rows],
+        values=stacked["value"][calls, rows],
+        next_values=stacked["value"][calls + 1, rows],
+        rewards=stacked["reward"][calls, rows].masked_fill(~mask, 0.0),
+        starts=stacked["start"][calls, rows] & mask,
+        terminations=stacked["termination"][calls, rows] & mask,
+        ends=stacked["done"][calls, rows] | final,
+        mask=mask,
+        resets=stacked["reset"][calls, rows] & mask,
+    )
+
+
+def _choose(distribution: Distribution, generator: torch.Generator, greedy: bool) -> Tensor:
+    """Actions drawn with ``generator``, which ``Distribution.sample`` does not take."""
+    if isinstance(distribution, Categorical):
+        if greedy:
+            return distribution.logits.argmax(-1)
+        return torch.multinomial(distribution.probs, 1, generator=generator).squeeze(-1)
+    if greedy:
+        return distribution.mean
+    noise = torch.randn(distribution.mean.shape, generator=generator, device=distribution.mean.device)
+    return distribution.mean + distribution.stddev * noise
