@@ -1,12 +1,14 @@
 """Acting in environments and learning from it: rollouts over Gymnasium vector environments, policies with memory."""
 
 from eaml_ext.rl.losses import a2c_loss, advantages, normalised, ppo_loss, reinforce_loss
+from eaml_ext.rl.maml_rl import MAMLRL
 from eaml_ext.rl.policy import SSMMetaPolicy
 from eaml_ext.rl.rl2 import RL2
 from eaml_ext.rl.rollout import Policy, RandomPolicy, Trajectories, collect
 from eaml_ext.rl.trials import Trials, feature_dim, play
 
 __all__ = [
+    "MAMLRL",
     "RL2",
     "Policy",
     "RandomPolicy",

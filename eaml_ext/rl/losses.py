@@ -61,7 +61,7 @@ def advantages(
         deltas = rewards + gamma * next_values.masked_fill(terminations, 0.0) - values
         # An infinite or NaN advantage of the next episode must not reach this one through 0 * inf.
         keep = (~(ends | terminations)).to(rewards.dtype) * (gamma * lam)
-        following, out = torch.zeros_like(rewards[..., 0]) if rewards.shape[-1] else None, []
+        following, out = rewards.new_zeros(rewards.shape[:-1]), []
         for delta, k in zip(reversed(deltas.unbind(-1)), reversed(keep.unbind(-1)), strict=True):
             following = delta + torch.where(k == 0, k, k * following)
             out.append(following)

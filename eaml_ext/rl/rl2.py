@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -13,7 +14,7 @@ from eaml_ext import _check
 from eaml_ext.rl.losses import a2c_loss, normalised, ppo_loss
 from eaml_ext.rl.policy import SSMMetaPolicy
 from eaml_ext.rl.trials import Trials, feature_dim, play
-from eaml_ext.tasks.base import Task, TaskDistribution
+from eaml_ext.tasks.base import Task, TaskDistribution, check_seed
 
 
 class RL2:
@@ -35,6 +36,8 @@ class RL2:
         epochs, minibatches: of PPO; a minibatch is of whole trials.
         gamma, lam, across_episodes: as in :meth:`Trials.advantages`.
         clip, value_weight, entropy_weight: as in :func:`eaml_ext.rl.losses.ppo_loss`.
+        reward_scale: rewards are multiplied by it for learning, so that values are of the order of 1. Else the critic's
+            gradient is all that passes ``max_grad_norm``.
         max_grad_norm: gradients are scaled down to this norm.
         seed: of tasks, starts, actions and minibatches.
 
@@ -69,6 +72,7 @@ class RL2:
         clip: float = 0.2,
         value_weight: float = 0.5,
         entropy_weight: float = 0.01,
+        reward_scale: float = 0.1,
         max_grad_norm: float = 0.5,
         seed: int = 0,
     ):
@@ -85,8 +89,9 @@ class RL2:
         counts = {**length, "tasks_per_update": tasks_per_update, "epochs": epochs, "minibatches": minibatches}
         for name, count in counts.items():
             _check.positive("RL2", name, count, integer=True)  # type: ignore[arg-type]
-        for name, number in (("lr", lr), ("clip", clip), ("max_grad_norm", max_grad_norm)):
+        for name, number in (("lr", lr), ("clip", clip), ("reward_scale", reward_scale)):
             _check.positive("RL2", name, number)
+        _check.positive("RL2", "max_grad_norm", max_grad_norm)
         for name, number in (("value_weight", value_weight), ("entropy_weight", entropy_weight)):
             _check.positive("RL2", name, number, zero=True)
         for name, number in (("gamma", gamma), ("lam", lam)):
@@ -99,12 +104,14 @@ class RL2:
             raise ValueError(f"RL2: loss must be 'ppo' or 'a2c', got {loss!r}")
         if tasks_per_update < minibatches:
             raise ValueError(f"RL2: minibatches must be <= tasks_per_update {tasks_per_update}, got {minibatches}")
+        check_seed("RL2", "seed", seed)
         self.policy, self.dist, self.seed, self.tasks_per_update = policy, dist, seed, tasks_per_update
+        self.reward_scale = reward_scale
         self.lr, self.anneal, self.max_grad_norm = lr, anneal, max_grad_norm
         self._length: dict[str, Any] = length
         self._loss, self._clip = loss, clip
         self._passes = (epochs, minibatches) if loss == "ppo" else (1, 1)
-        self._weights = {"value_weight": value_weight, "entropy_weight": entropy_weight}
+        self._weights: dict[str, Any] = {"value_weight": value_weight, "entropy_weight": entropy_weight}
         self._discount: dict[str, Any] = {"gamma": gamma, "lam": lam, "across_episodes": across_episodes}
         self.optimizer = torch.optim.Adam(policy.parameters(), lr=lr, eps=1e-5)
         self.updates = 0  # made so far: each meets tasks of its own
@@ -137,6 +144,7 @@ class RL2:
 
     def learn(self, trials: Trials) -> None:
         """The gradient steps on trials that the policy, as it is, has just played."""
+        trials = replace(trials, rewards=self.reward_scale * trials.rewards)
         advantages = trials.advantages(**self._discount)
         targets = advantages + trials.values
         generator = torch.Generator().manual_seed(self.seed + self.updates)
