@@ -2,7 +2,9 @@ import pytest
 import torch
 from torch import nn
 from torch.func import functional_call, vmap
+from torch.nn.functional import mse_loss
 
+from eaml_ext.meta import MetaMAML
 from eaml_ext.rl import SSMMetaPolicy
 
 
@@ -165,3 +167,14 @@ def test_refuses_inputs():
         net.normalise([1.0])
     with pytest.raises(ValueError, match="state must have shape"):
         net.step(x, net.init_hidden(3))
+
+
+@pytest.mark.parametrize("continuous", [False, True])
+def test_it_is_a_model_like_any_other_for_maml(continuous):
+    net = SSMMetaPolicy(state_dim=6, action_dim=2, hidden_dim=8, continuous=continuous)
+    maml = MetaMAML(net, inner_lr=0.1, outer_lr=1e-2)
+    x, y = torch.randn(10, 6), torch.randn(10, 2)
+    losses = [maml.meta_update([(x, y, x, y)] * 3, mse_loss) for _ in range(20)]
+    assert losses[-1] < losses[0] and maml.skipped_updates == 0
+    adapted = maml.adapt(x, y, mse_loss, num_steps=3)
+    assert mse_loss(adapted(x), y) < mse_loss(net(x), y)
