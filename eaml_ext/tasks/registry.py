@@ -9,7 +9,10 @@ from eaml_ext.tasks.base import TaskDistribution
 from eaml_ext.tasks.cartpole import CartPoleTasks
 from eaml_ext.tasks.seeds import SeedTasks
 
-_FACTORIES: dict[str, Callable[[], TaskDistribution[Any]]] = {"CartPole-v1": CartPoleTasks}
+_FACTORIES: dict[str, Callable[[], TaskDistribution[Any]]] = {
+    "CartPole-v1": CartPoleTasks,
+    "CartPole-hidden-velocity-v1": lambda: CartPoleTasks(hide_velocity=True),
+}
 
 
 def register(env_name: str, distribution_factory: Callable[[], TaskDistribution[Any]]) -> None:
@@ -31,9 +34,10 @@ def register(env_name: str, distribution_factory: Callable[[], TaskDistribution[
 def make_tasks(env_name: str) -> TaskDistribution[Any]:
     """The task distribution registered for ``env_name``, else one whose tasks are seeds of that environment.
 
-    Registered from the start: ``CartPole-v1`` (``CartPoleTasks``). Raises TypeError unless ``env_name`` is a string;
-    ValueError when Gymnasium cannot make the environment, with Gymnasium's own suggestion, when its observations are
-    not a Box or its actions neither Discrete nor Box.
+    Registered from the start: ``CartPole-v1`` (``CartPoleTasks``) and ``CartPole-hidden-velocity-v1`` (the same with
+    ``hide_velocity``). Raises TypeError unless ``env_name`` is a string; ValueError when Gymnasium cannot make the
+    environment, with Gymnasium's own suggestion, when its observations are not a Box or its actions neither Discrete
+    nor Box.
 
     >>> make_tasks("CartPole-v1").name
     'CartPole-v1-physics-flip-v1'

@@ -1,0 +1,118 @@
+"""The jobs of meta-RL: a policy on an SSM adapts to held-out tasks in context (rl2) or by gradient (maml)."""
+
+import math
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from eaml_ext import checkpoint
+from eaml_ext.jobs import report
+from eaml_ext.jobs.rl_settings import MAMLSettings, RL2Settings, RLSettings
+from eaml_ext.rl import MAMLRL, RL2, SSMMetaPolicy, feature_dim
+from eaml_ext.tasks import TaskDistribution, make_tasks
+
+UPDATES = 10  # of an epoch
+
+
+def run(settings: RLSettings) -> dict[str, Any]:
+    """Runs the job, prints its progress and writes ``settings.folder``; returns the report.
+
+    The folder gets ``report.json`` and ``policy.safetensors``.
+    """
+    try:
+        device = torch.device(settings.device)
+    except RuntimeError:
+        device = torch.device("meta")
+    if device.type not in ("cpu", "cuda"):
+        raise ValueError(f"device must be cpu, cuda or cuda:<n>, got {settings.device!r}")
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise ValueError(f"device is {settings.device}, but torch sees no CUDA device")
+    distribution = make_tasks(settings.env_name)
+    folder = Path(settings.folder)
+    folder.mkdir(parents=True, exist_ok=True)  # first: a bad path must not cost a run
+    torch.set_num_threads(settings.threads)
+    torch.manual_seed(settings.seed)
+    policy = make_policy(settings, distribution, device)
+    job: Any = rl2 if isinstance(settings, RL2Settings) else maml
+    curve, returns, columns = job(settings, distribution, policy)
+
+    table = {name: report.summary(column) for name, column in zip(columns, returns.T, strict=True)}
+    results = {"settings": vars(settings), "training": curve, "returns": table}
+    checkpoint.save(folder / "policy.safetensors", policy.state_dict(), {"settings": vars(settings)}, kind="policy")
+    report.write_json(folder / "report.json", results)
+    print(f"Return on {len(returns)} held-out tasks:")
+    print(f"{'':<24}{'mean':>10}{'95 % +-':>10}{'median':>10}")
+    for name, row in table.items():
+        interval = "-" if row["interval"] is None else f"{row['interval']:.1f}"
+        print(f"{name:<24}{row['mean']:>10.1f}{interval:>10}{row['median']:>10.1f}")
+    print(f"Results: {folder}")
+    return results
+
+
+def make_policy(settings: RLSettings, distribution: TaskDistribution[Any], device: torch.device) -> SSMMetaPolicy:
+    """The policy that fits a distribution's observations and actions."""
+    from gymnasium.spaces import Discrete
+
+    return SSMMetaPolicy(
+        feature_dim(distribution),
+        distribution.action_dim,
+        settings.hidden_dim,
+        device,
+        continuous=not isinstance(distribution.action_space, Discrete),
+        state_size=settings.state_size,
+        num_layers=settings.num_layers,
+    )
+
+
+def rl2(
+    settings: RL2Settings, distribution: TaskDistribution[Any], policy: SSMMetaPolicy
+) -> tuple[list[float | None], Tensor, list[str]]:
+    """Mean return of each update (None: no episode finished), returns ``(tasks, episodes)``, and the columns' names."""
+    trainer = RL2(
+        policy,
+        distribution,
+        steps=settings.steps,
+        tasks_per_update=settings.tasks_per_update,
+        minibatches=min(4, settings.tasks_per_update),
+        lr=settings.lr,
+        gamma=settings.gamma,
+        reward_scale=settings.reward_scale,
+        seed=settings.seed,
+    )
+
+    def progress(update: int, value: float) -> None:
+        if update % UPDATES == UPDATES - 1:
+            text = "no episode finished" if math.isnan(value) else f"{value:.1f}"
+            print(f"Epoch {update // UPDATES}, Return of finished episodes: {text}", flush=True)
+
+    returned = trainer.train(settings.num_epochs * UPDATES, progress)
+    curve = [None if math.isnan(value) else value for value in returned]  # JSON knows no NaN
+    returns = trainer.evaluate(distribution.sample(settings.test_tasks, "test", settings.seed), settings.episodes)
+    return curve, returns, [f"episode {i + 1}" for i in range(settings.episodes)]
+
+
+def maml(
+    settings: MAMLSettings, distribution: TaskDistribution[Any], policy: SSMMetaPolicy
+) -> tuple[list[float], Tensor, list[str]]:
+    """Mean reward after adaptation of each update, returns ``(tasks, inner_steps + 1)``, and the columns' names."""
+    trainer = MAMLRL(
+        policy,
+        distribution,
+        inner_lr=settings.inner_lr,
+        outer_lr=settings.outer_lr,
+        inner_steps=settings.inner_steps,
+        tasks_per_update=settings.tasks_per_update,
+        rows=settings.rows,
+        steps=settings.steps,
+        gamma=settings.gamma,
+        reward_scale=settings.reward_scale,
+        seed=settings.seed,
+    )
+    curve: list[float] = []
+    for epoch in range(settings.num_epochs):
+        curve += trainer.train(UPDATES)
+        print(f"Epoch {epoch}, Reward of a step after adaptation: {curve[-1]:.4f}", flush=True)
+    returns = trainer.evaluate(distribution.sample(settings.test_tasks, "test", settings.seed))
+    return curve, returns, [f"after {i} steps" for i in range(settings.inner_steps + 1)]

@@ -1,0 +1,90 @@
+"""The jobs of meta-RL in small: what they print and leave, and that their policies can be read back."""
+
+import json
+
+import pytest
+import torch
+
+from eaml_ext import checkpoint, cli
+from eaml_ext.jobs.rl import make_policy, run
+from eaml_ext.jobs.rl_settings import MAMLSettings, RL2Settings
+from eaml_ext.tasks import make_tasks
+
+SMALL = {"num_epochs": 1, "hidden_dim": 8, "state_size": 4, "test_tasks": 6, "tasks_per_update": 4, "steps": 20}
+
+
+@pytest.mark.parametrize(
+    ("algo", "columns", "line"),
+    [
+        ("rl2", ["episode 1", "episode 2", "episode 3"], "Epoch 0, Return of finished episodes: "),
+        ("maml", ["after 0 steps", "after 1 steps"], "Epoch 0, Reward of a step after adaptation: 1.0"),
+    ],
+)
+def test_command_line_runs_the_job_and_leaves_report_and_policy(algo, columns, line, tmp_path, capsys):
+    flags = [f"--{name}={value}" for name, value in SMALL.items()]
+    env = "CartPole-hidden-velocity-v1"
+    assert cli.main(["--algo", algo, "--env_name", env, "--out", str(tmp_path), *flags]) == 0
+    out = capsys.readouterr().out.splitlines()
+    assert out[0].startswith(line) and out[1] == "Return on 6 held-out tasks:"
+    assert [text[:24].strip() for text in out[3:-1]] == columns
+    report = json.loads((tmp_path / "report.json").read_text())
+    assert list(report["returns"]) == columns and len(report["training"]) == 10
+    assert 8 < report["returns"][columns[-1]]["mean"] < 500
+    tensors, metadata = checkpoint.load(tmp_path / "policy.safetensors", kind="policy")
+    settings = (RL2Settings if algo == "rl2" else MAMLSettings)(**metadata["settings"])
+    make_policy(settings, make_tasks(env), torch.device("cpu")).load_state_dict(tensors)
+
+
+@pytest.mark.parametrize("kind", [RL2Settings, MAMLSettings])
+def test_same_seed_same_numbers(kind, tmp_path):
+    small = {**SMALL, "steps": 8, "test_tasks": 2}
+    a, b = (run(kind(out=str(tmp_path / name), **small)) for name in "ab")
+    assert a["returns"] == b["returns"] and a["training"] == b["training"]
+
+
+def test_continuous_actions_work(tmp_path):
+    settings = RL2Settings(env_name="Pendulum-v1", out=str(tmp_path), **{**SMALL, "test_tasks": 2})
+    assert run(settings)["returns"]["episode 3"]["mean"] < 0
+
+
+@pytest.mark.parametrize(
+    ("flags", "text"),
+    [
+        (["--algo", "magic"], "invalid choice: 'magic'"),
+        (["--algo", "rl2", "--inner_lr", "1"], "unrecognized arguments: --inner_lr"),
+        (["--algo", "maml", "--episodes", "2"], "unrecognized arguments: --episodes"),
+        (["--algo", "rl2", "--lr", "0"], "lr must be > 0"),
+        (["--algo", "maml", "--rows", "0"], "rows must be > 0"),
+        (["--algo", "maml", "--gamma", "1.5"], "gamma must be <= 1"),
+        (["--algo", "rl2", "--reward_scale", "inf"], "reward_scale must be finite"),
+        (["--episodes", "2"], "unrecognized arguments: --episodes"),
+    ],
+)
+def test_bad_flags_are_refused_before_anything_runs(flags, text, capsys):
+    with pytest.raises(SystemExit) as info:
+        cli.main(flags)
+    assert info.value.code == 2 and text in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("flags", "text"),
+    [(["--env_name", "NoSuch-v0"], "NoSuch"), (["--device", "x"], "device must be"), (["--device", "meta"], "meta")],
+)
+def test_bad_environment_or_device_is_one_sentence(flags, text, tmp_path, capsys):
+    assert cli.main(["--algo", "rl2", *flags, "--out", str(tmp_path / "r")]) == 2
+    error = capsys.readouterr().err
+    assert text in error and error.count("\n") == 1 and not (tmp_path / "r").exists()
+
+
+def test_settings_refuse_wrong_types():
+    with pytest.raises(TypeError, match=r"^RL2Settings: steps must be an integer, got 1.5$"):
+        RL2Settings(steps=1.5)
+    with pytest.raises(TypeError, match=r"^MAMLSettings: env_name must be a string, got 3$"):
+        MAMLSettings(env_name=3)
+
+
+def test_help_tells_the_settings_of_each_algorithm(capsys):
+    for algo, flag in (("dynamics", "--retrieval"), ("rl2", "--episodes"), ("maml", "--inner_steps")):
+        with pytest.raises(SystemExit):
+            cli.main(["--algo", algo, "--help"])
+        assert flag in capsys.readouterr().out
