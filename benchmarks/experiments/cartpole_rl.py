@@ -5,6 +5,7 @@ One policy, one training (RL^2 by PPO), one budget; what differs is the core: no
 is not reported. Returns are those of the likeliest actions on unseen tasks of the split "test", 500 is the most.
 
 python -m benchmarks.experiments.cartpole_rl [--seeds 3] [--updates 120] [--physics] [--projection 4] [--workers 1]
+        [--steps 128] [--trials 64]
 """
 
 import argparse
@@ -26,17 +27,18 @@ CORES: dict[str, Any] = {"mlp": Memoryless, "frames": Frames, "gru": GRU, "ssm":
 RATES = (1e-3, 3e-3)
 EPISODES = 3  # of a trial at test time
 HIDDEN, STATE = 64, 8
-STEPS, TASKS = 128, 64  # of a training trial; trials per update
 TUNING_SEED = 1000
 
 
-def run(arm: str, rate: float, seed: int, updates: int, tasks: dict[str, Any], split: str) -> dict[str, Any]:
+def run(
+    arm: str, rate: float, seed: int, updates: int, tasks: dict[str, Any], length: dict[str, int], split: str
+) -> dict[str, Any]:
     """Trains one policy and plays one trial of each of 64 unseen tasks with it."""
     torch.set_num_threads(1)
     torch.manual_seed(seed)
     dist = CartPoleTasks(hide_velocity=True, **tasks)
     policy = SSMMetaPolicy(feature_dim(dist), dist.action_dim, HIDDEN, state_size=STATE, core=CORES[arm])
-    trainer = RL2(policy, dist, steps=STEPS, tasks_per_update=TASKS, lr=rate, seed=seed)
+    trainer = RL2(policy, dist, **length, lr=rate, seed=seed)
     start, unseen = time.process_time(), dist.sample(64, split, seed)
     curve = []
 
@@ -69,6 +71,8 @@ def main() -> None:
     parser.add_argument("--updates", type=int, default=120)
     parser.add_argument("--physics", action="store_true", help="draw physics per task, too")
     parser.add_argument("--projection", type=int, help="project observations, per task, to so many entries")
+    parser.add_argument("--steps", type=int, default=128, help="length of a training trial")
+    parser.add_argument("--trials", type=int, default=64, help="trials per update")
     parser.add_argument("--workers", type=int, default=1, help="processes")
     parser.add_argument("--quick", action="store_true", help="3 updates, one seed, no file written")
     flags = parser.parse_args()
@@ -78,7 +82,7 @@ def main() -> None:
 
     spawn = multiprocessing.get_context("spawn")
     with concurrent.futures.ProcessPoolExecutor(flags.workers, spawn) as pool:
-        common = (flags.updates, tasks)
+        common = (flags.updates, tasks, {"steps": flags.steps, "tasks_per_update": flags.trials})
         tried = {(a, r): pool.submit(run, a, r, TUNING_SEED, *common, "valid") for a in CORES for r in RATES}
         rates = {a: max(RATES, key=lambda r, a=a: tried[a, r].result()["returns"][-1]) for a in CORES}  # type: ignore[misc]
         print("learning rates:", rates, flush=True)
@@ -108,7 +112,8 @@ def main() -> None:
     if flags.quick:
         return
     dist = CartPoleTasks(hide_velocity=True, **tasks)
-    name = RESULTS / f"cartpole_rl-{dist.name.removeprefix('CartPole-v1-')}.json"
+    trial = "" if flags.steps == 128 else f"-trials-of-{flags.steps}"
+    name = RESULTS / f"cartpole_rl-{dist.name.removeprefix('CartPole-v1-')}{trial}.json"
     tuning = [job.result() for job in tried.values()]
     results = {"machine": machine(), "tasks": dist.name, "table": table, "runs": runs, "tuning": tuning}
     name.write_text(json.dumps(results, indent=1) + "\n")
