@@ -165,7 +165,8 @@ def deferred_interrupt() -> Iterator[list[int]]:
     """
     seen: list[int] = []
     before = signal.getsignal(signal.SIGINT)
-    if threading.current_thread() is not threading.main_thread() or before is None:  # None: Python did not set it
+    # None: Python did not set it. Ignored: as of a job in the background, which stays so.
+    if threading.current_thread() is not threading.main_thread() or before in (None, signal.SIG_IGN):
         yield seen
         return
 

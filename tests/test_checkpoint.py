@@ -1,5 +1,6 @@
 import os
 import pickle
+import signal
 import stat
 
 import pytest
@@ -160,3 +161,13 @@ def test_keys_that_json_would_change_are_refused(key, path):
     with pytest.raises(TypeError, match="metadata must be JSON-able"):
         checkpoint.save_state(path, {"inner": object()})
     assert not path.exists()
+
+
+def test_an_ignored_interrupt_stays_ignored():
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        with checkpoint.deferred_interrupt() as interrupted:
+            signal.raise_signal(signal.SIGINT)
+        assert not interrupted and signal.getsignal(signal.SIGINT) is signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGINT, before)

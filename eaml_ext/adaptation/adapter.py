@@ -235,11 +235,18 @@ class Adapter:
         self.last_steps = 0
         value = math.nan
         for step in range(self.cfg.max_steps_per_call):
-            with torch.enable_grad():
-                total, goal = self._losses(where, call, loss_fn, batch, experience)
-                value = float(total.detach())
-                sound = math.isfinite(value) and not self._statistics.spikes(value, first=step == 0)
-                grads = objective.gradients(where, goal, self._params) if sound else []
+            try:
+                with torch.enable_grad():
+                    total, goal = self._losses(where, call, loss_fn, batch, experience)
+                    value = float(total.detach())
+                    sound = math.isfinite(value) and not self._statistics.spikes(value, first=step == 0)
+                    grads = objective.gradients(where, goal, self._params) if sound else []
+            except BaseException:
+                with torch.no_grad():
+                    self._put_buffers(buffers)
+                    if step:
+                        self._put(self._anchor)
+                raise
             with torch.no_grad():
                 if sound:
                     if step == 0:
@@ -249,7 +256,8 @@ class Adapter:
                     sound = self._step(grads, radius)
                 if not sound:
                     self.rollbacks += 1
-                    self._restore(self._average, buffers)
+                    self._put(self._average)
+                    self._put_buffers(buffers)
                     break
             self.last_steps += 1
         return value
@@ -338,6 +346,9 @@ class Adapter:
                 raise TypeError(f"{where}: history must come from Adapter.history, got {type(history).__name__}")
             if len(history.statistics) != users:
                 raise ValueError(f"{where}: history is of {len(history.statistics)} users, the batch of {users}")
+            if history.average is not None and history.average.shape != anchor.shape:
+                got, wanted = history.average.shape[1], anchor.shape[1]
+                raise ValueError(f"{where}: history is of {got} numbers per user, the adapted parameters are {wanted}")
         experience = self._experience_of_users(where, batch_dict, users)
         depth = batch.get("mask_dims")
         data: dict[str, Any] = {name: batch[name] for name in _PER_USER if name in batch}
@@ -462,7 +473,8 @@ class Adapter:
     def reset(self) -> None:
         """Return to the snapshot; average, statistics, counters and optimiser start anew from there."""
         with torch.no_grad():
-            self._restore(self._home, self._home_buffers)
+            self._put(self._home)
+            self._put_buffers(self._home_buffers)
             self._average.copy_(self._home)
         self._statistics = guards.LossStatistics(self.cfg.ema_decay or 0.0)
         self.last_steps = self.rollbacks = 0
@@ -476,13 +488,15 @@ class Adapter:
     def _named(self, vector: Tensor) -> dict[str, Tensor]:
         return dict(zip(self._names, guards.unflatten(vector, self._params), strict=True))
 
-    def _restore(self, values: Tensor, buffers: list[Tensor]) -> None:
+    def _put(self, values: Tensor) -> None:
         self._theta.copy_(values)
         torch._foreach_copy_(self._params, self._views)
-        for (module, name), value in zip(self._buffers, buffers, strict=True):
-            module._buffers[name].copy_(value)  # type: ignore[union-attr]
         if self._optimizer is not None:
             self._optimizer.state.clear()  # its moments may hold what the rollback is about
+
+    def _put_buffers(self, buffers: list[Tensor]) -> None:
+        for (module, name), value in zip(self._buffers, buffers, strict=True):
+            module._buffers[name].copy_(value)  # type: ignore[union-attr]
 
     def _copy_buffers(self) -> list[Tensor]:
         return [module._buffers[name].detach().clone() for module, name in self._buffers]  # type: ignore[union-attr]

@@ -67,11 +67,9 @@ def _modules(where: str, model: nn.Module) -> list[tuple[str, nn.Module]]:
 
 
 def _own_parameters(model: nn.Module, names: Sequence[str]) -> list[str]:
-    own = []
-    for name in names:
-        prefix = f"{name}." if name else ""
-        own += [prefix + p for p, value in model.get_submodule(name)._parameters.items() if value is not None]
-    return own
+    known = {id(p): name for name, p in model.named_parameters()}  # of a tied one, the name that select knows
+    own = (p for name in names for p in model.get_submodule(name)._parameters.values() if p is not None)
+    return list(dict.fromkeys(known[id(p)] for p in own))
 
 
 def select(model: nn.Module, choice: ParameterFilter | None) -> dict[str, nn.Parameter]:

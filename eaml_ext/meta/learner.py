@@ -168,7 +168,12 @@ class MetaLearner(nn.Module):
 
     def _adapt(self, initial: Params, x: Tensor, y: Tensor, counts: Tensor) -> Params:
         weights = counts / counts.sum()
-        return descend(lambda p: self._losses(p, x, y) @ weights, initial, self.inner_lr, self.inner_steps)
+
+        def loss(params: Params) -> Tensor:
+            losses = self._losses(params, x, y)
+            return losses @ weights.to(losses)
+
+        return descend(loss, initial, self.inner_lr, self.inner_steps)
 
     def _initial(self, where: str, context: Any) -> Params:
         """The network's parameters, shifted by the context."""

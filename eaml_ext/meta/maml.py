@@ -286,7 +286,7 @@ class MetaMAML:
             else:
                 values = self.task_losses(params, *_take(chunk, tasks, loss_fns))
                 # The mean by its own name: rounded as a plain mean, where tasks weigh alike.
-                mean = values @ weights[chunk] if shift_level else values.mean() * (len(chunk) / count)
+                mean = values @ weights[chunk].to(values) if shift_level else values.mean() * (len(chunk) / count)
                 grads = list(torch.autograd.grad(mean, leaves, allow_unused=True))
             losses[chunk] = values.detach().to(losses)
             total = [g if t is None else t if g is None else t + g for t, g in zip(total, grads, strict=True)]
@@ -309,7 +309,7 @@ class MetaMAML:
         def maml(params: Params, rates: Params, weights: Tensor, *stacked: Tensor) -> tuple[Tensor, list[Tensor]]:
             def mean(meta: tuple[Params, Params]) -> tuple[Tensor, Tensor]:
                 losses = vmap(self._task_loss(*meta, loss_fn), randomness="different")(*stacked)
-                return losses @ weights, losses
+                return losses @ weights.to(losses), losses
 
             grads, losses = grad(mean, has_aux=True)((params, rates))
             return losses, [*grads[0].values(), *grads[1].values()]

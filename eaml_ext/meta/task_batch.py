@@ -170,7 +170,8 @@ class TaskBatch:
         generator.manual_seed(self._seed(iteration, 0))
         seen = torch.isfinite(self.scores)
         worst = self.scores[seen].max() if bool(seen.any()) else self.scores.new_ones(())
-        share = torch.where(seen, self.scores, worst).clamp(min=0)
+        share = torch.where(seen, self.scores, worst)
+        share = share - share.min().clamp(max=0)  # of losses below 0, from the least on
         share = share / share.sum() if float(share.sum()) > 0 else torch.full_like(share, 1 / count)
         chances = _UNIFORM / count + (1 - _UNIFORM) * share
         return torch.multinomial(chances, self.batch_size, generator=generator).tolist()

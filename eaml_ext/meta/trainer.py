@@ -218,7 +218,11 @@ class MetaMAMLTrainer:
         values = []
         for maml, level in zip(self.mamls, self.shift_levels, strict=True):
             with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
-                torch.manual_seed(task_batch._seed(number, 2))
+                seed = task_batch._seed(number, 2)
+                torch.default_generator.manual_seed(seed)  # torch.manual_seed would seed every GPU
+                if device.type == "cuda":
+                    with torch.cuda.device(device):
+                        torch.cuda.manual_seed(seed)
                 values.append(maml.meta_update(tasks, loss_fns, shift_level=level))
         assert self.maml.last_losses is not None
         task_batch.update(batch.indices, self.maml.last_losses)

@@ -50,9 +50,9 @@ def causal_conv(
         last = inputs.take_along_dim(at.unsqueeze(-1), dim=1)
         kept = None
         if keep is not None:  # of a row without steps, the whole window before
-            kept = F.pad(keep, (0, 0, 1, 0), value=True).take_along_dim(lengths.view(-1, 1, 1), dim=1)[:, 0]
+            kept = F.pad(keep, (0, 0, 1, 0), value=True).take_along_dim(lengths.view(-1, 1, 1).long(), dim=1)[:, 0]
     if kept is not None:
-        last = last * kept.flip(-1).unsqueeze(-1)
+        last = last.masked_fill(~kept.flip(-1).unsqueeze(-1), 0)
     y = _convolve(inputs[:, 1:], weight, bias, keep).to(x.dtype)
     return y, last.mT.contiguous()
 
@@ -80,7 +80,7 @@ def _convolve(inputs: Tensor, weight: Tensor, bias: Tensor | None, keep: Tensor 
     for j in reversed(range(width)):
         start = width - 1 - j
         x, w = inputs[:, start : start + length], taps[start]
-        x = x if keep is None or j == 0 else x * keep[..., j : j + 1]
+        x = x if keep is None or j == 0 else x.masked_fill(~keep[..., j : j + 1], 0)
         y = x * w if y is None else torch.addcmul(y, x, w)
     assert y is not None
     return y

@@ -223,15 +223,17 @@ class Stateful(nn.Module):
         super().__init__()
         self.model = model
         self.state: Tensor | None = None
+        self._kind: Any = None  # batch size, dtype and device of the input that led to it
 
     def forward(self, x: Tensor) -> Tensor:
         """One step for 2-D ``x``, a sequence for 3-D ``x``, from where the last call ended."""
         _check.tensor("Stateful", "x", x)
         state = self.state
-        if state is None or (state.shape[0], state.dtype, state.device) != (x.shape[0], x.dtype, x.device):
+        kind = (x.shape[0], x.dtype, x.device)
+        if state is None or self._kind != kind:
             state = self.model.init_hidden(x.shape[0])
         y, state = self.model.scan(x, state) if x.dim() == 3 else self.model.step(x, state)
-        self.state = state.detach()
+        self.state, self._kind = state.detach(), kind
         return y
 
     def reset(self, rows: Tensor | None = None) -> None:

@@ -32,7 +32,9 @@ def fit_linear(x: Tensor, frames: int = 4) -> Predictor:
     """
     _check_sequences("bounds.fit_linear", x, frames)
     inputs = _windows(x, frames).flatten(0, -2).double()
-    solution = torch.linalg.lstsq(_affine(inputs), x[..., frames:, :].flatten(0, -2).double(), driver="gelsd").solution
+    wanted = x[..., frames:, :].flatten(0, -2).double()
+    # On the CPU: only there is a driver that takes a rank below full.
+    solution = torch.linalg.lstsq(_affine(inputs).cpu(), wanted.cpu(), driver="gelsd").solution.to(x.device)
 
     def predict(x: Tensor) -> Tensor:
         _check_sequences("bounds.fit_linear", x, frames)
@@ -64,7 +66,7 @@ def fit_mlp(x: Tensor, frames: int = 4, *, hidden: int = 64, steps: int = 500, s
     inputs = _windows(x, frames).flatten(0, -2).float()
     wanted = (x[..., frames:, :] - linear(x)).flatten(0, -2).float()
     with torch.random.fork_rng(devices=[]), torch.enable_grad():
-        torch.manual_seed(seed)
+        torch.default_generator.manual_seed(seed)  # torch.manual_seed would seed every GPU
         body = (nn.Linear(frames * dim, hidden), nn.SiLU(), nn.Linear(hidden, hidden), nn.SiLU())
         head = nn.Linear(hidden, dim)
         nn.init.zeros_(head.weight)  # training starts at the affine map

@@ -912,3 +912,19 @@ def test_a_model_that_is_already_broken_is_refused():
     nn.init.constant_(model[2].bias, math.nan)
     with pytest.raises(ValueError, match=r"^Adapter: the parameter 2.bias is not finite$"):
         Adapter(model)
+
+
+def test_a_loss_that_fails_at_a_later_step_leaves_the_model_as_it_was():
+    model, calls = nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4)), 0
+
+    def loss(y, target):
+        nonlocal calls
+        calls += 1
+        error = (y - target).square()
+        return error if calls == 3 else error.mean()
+
+    before = copy.deepcopy(model.state_dict())
+    adapter = Adapter(model, AdaptationConfig(lr=0.1, max_steps_per_call=5))
+    with pytest.raises(ValueError, match="scalar"):
+        adapter.adapt(loss, {"states": torch.randn(8, 4), "targets": torch.randn(8, 4)})
+    assert calls == 3 and all(torch.equal(value, before[name]) for name, value in model.state_dict().items())

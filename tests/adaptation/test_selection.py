@@ -48,3 +48,10 @@ def test_refusals(choose):
         choose("model")
     with pytest.raises(ValueError, match=f"^{name}: model has no .*, Tanh$"):
         choose(nn.Tanh())
+
+
+def test_a_tied_output_layer_is_found_by_the_name_it_has():
+    model = nn.Sequential(nn.Linear(4, 4), nn.Tanh(), nn.Linear(4, 4))
+    model[2].weight = model[0].weight
+    assert output_parameters(model) == ["0.weight", "2.bias"]
+    Adapter(model, AdaptationConfig(), parameters=output_parameters(model))

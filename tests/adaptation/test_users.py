@@ -204,3 +204,14 @@ def test_each_strategy_serves_many_users(strategy):
         assert own.adapt(F.mse_loss, {name: v[i] for name, v in batch.items()}) == pytest.approx(float(losses[i]))
         for name, p in own.model.named_parameters():
             torch.testing.assert_close(params[name][i], p.detach())
+
+
+def test_a_history_of_another_model_is_refused_as_it_was():
+    batch = {"states": torch.randn(2, 3, 4), "targets": torch.randn(2, 3, 1)}
+    small, large = (Adapter(nn.Sequential(nn.Linear(4, n), nn.Linear(n, 1)), AdaptationConfig()) for n in (2, 3))
+    history = small.history(2)
+    small.adapt_many(F.mse_loss, batch, None, history)
+    before = copy.deepcopy(history.__dict__)
+    with pytest.raises(ValueError, match="history is of"):
+        large.adapt_many(F.mse_loss, batch, None, history)
+    assert torch.equal(history.average, before["average"]) and history.last_steps == before["last_steps"]

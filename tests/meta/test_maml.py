@@ -420,3 +420,12 @@ def test_bad_input_gets_one_sentence(call, error, text):
     with pytest.raises(error) as info:
         call()
     assert text in str(info.value) and "\n" not in str(info.value)
+
+
+def test_a_loss_may_be_of_another_dtype_than_the_parameters():
+    def loss(y, target):
+        return mse_loss(y.double(), target.double())
+
+    x, y = torch.randn(5, 2), torch.randn(5, 1)
+    maml = MetaMAML(nn.Linear(2, 1), 0.1, 0.01)
+    assert maml.meta_update([(x, y, x, y)] * 3, loss, shift_level=0.1) > 0

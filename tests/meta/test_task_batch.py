@@ -174,3 +174,11 @@ def test_bad_input_gets_one_sentence(call, error, text):
     with pytest.raises(error) as info:
         call()
     assert text in str(info.value) and "\n" not in str(info.value)
+
+
+def test_adaptive_sampling_of_losses_below_zero():
+    x, y = torch.randn(4, 1), torch.randn(4, 1)
+    batches = TaskBatch([(x, y, x, y)] * 3, 1, sampling="adaptive")
+    batches.update([0, 1, 2], torch.tensor([-5.0, -4.0, -0.01]))
+    drawn = collections.Counter(i for n in range(300) for i in batches.batch(n).indices)
+    assert drawn[2] > 2 * drawn[1] > 2 * drawn[0]

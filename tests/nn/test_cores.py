@@ -395,3 +395,19 @@ def test_bad_lengths_get_one_sentence(lengths, error, text):
         with pytest.raises(error) as info:
             scan(torch.randn(2, 3, width), lengths=lengths)
         assert text in str(info.value) and "\n" not in str(info.value)
+
+
+@pytest.mark.parametrize("core", sorted(CORES))
+def test_what_was_before_a_reset_may_be_nan(core):
+    x, reset = torch.randn(2, 5, 3), torch.zeros(2, 5, dtype=torch.bool)
+    x[0, 1], reset[0, 2] = torch.nan, True
+    y, state = SSM(3, 32, 2, core=core).scan(x, reset=reset)
+    assert y[0, 2:].isfinite().all() and y[1].isfinite().all() and state.isfinite().all()
+
+
+@pytest.mark.parametrize("core", sorted(CORES))
+def test_lengths_of_any_integer_type(core):
+    model, x, reset = SSM(3, 32, 2, core=core), torch.randn(2, 5, 3), torch.zeros(2, 5, dtype=torch.bool)
+    lengths = torch.tensor([3, 5])
+    got, want = (model.scan(x, reset=reset, lengths=n)[0] for n in (lengths.int(), lengths))
+    assert torch.equal(got, want)

@@ -251,3 +251,10 @@ def test_stateful_reset_refuses_bad_rows():
         wrapped.reset(torch.zeros(2))
     with pytest.raises(ValueError, match="rows must have shape"):
         wrapped.reset(torch.zeros(3, dtype=torch.bool))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+def test_stateful_remembers_in_every_dtype(dtype):
+    """The scan's state is float32 beside half types."""
+    layer, x = Stateful(SSM(3, 32, 2).to(dtype)), torch.randn(2, 3, dtype=dtype)
+    assert not torch.equal(layer(x), layer(x))

@@ -66,7 +66,10 @@ class RWKV(Core):
         )
         # Step t of the op takes in k and v of t - 1 and reads S_{t-1}; its first step only carries the state over, its
         # last one only takes in.
-        late = v if reset is None else v * F.pad(~reset[:, 1:], (0, 1), value=True).unsqueeze(-1)
+        late, late_k = v, k
+        if reset is not None:  # masked, not multiplied: it may be NaN
+            ends = F.pad(reset[:, 1:], (0, 1)).unsqueeze(-1)
+            late, late_k = v.masked_fill(ends, 0), k.masked_fill(ends, 0)
         u = F.pad(late, (0, 0, 1, 0)).mT
         delta = F.pad(ones(late.mT, lengths), (1, 0))
         decay = -wide(self.decay).exp().unsqueeze(1).expand(heads, self.head_dim, -1).flatten(0, 1)
@@ -74,7 +77,7 @@ class RWKV(Core):
             u,
             delta,
             decay,
-            F.pad(k, (0, 0, 1, 0)).unflatten(-1, (heads, self.state_size)).permute(0, 2, 3, 1),
+            F.pad(late_k, (0, 0, 1, 0)).unflatten(-1, (heads, self.state_size)).permute(0, 2, 3, 1),
             F.pad(r, (0, 0, 0, 1)).unflatten(-1, (heads, self.state_size)).permute(0, 2, 3, 1),
             return_last_state=True,
             initial_state=wide(state[..., :-1]),
@@ -85,5 +88,6 @@ class RWKV(Core):
         y = y + now.sum(-1, keepdim=True) * v.unflatten(-1, (heads, self.head_dim))
         weight, bias = self.norm.to(y.dtype).unbind()
         y = F.layer_norm(y, (self.head_dim,)).flatten(-2) * weight + bias
-        newest = inputs[:, length] if lengths is None else inputs.take_along_dim(lengths.view(-1, 1, 1), dim=1)[:, 0]
+        end = None if lengths is None else lengths.long().view(-1, 1, 1)
+        newest = inputs[:, length] if end is None else inputs.take_along_dim(end, dim=1)[:, 0]
         return self.mix(F.silu(gate) * y), torch.cat([last, wide(newest).unsqueeze(-1)], dim=-1)
