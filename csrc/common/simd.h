@@ -50,7 +50,7 @@
 #define EAML_VERSIONS(DEFINE) DEFINE(, 16)
 #endif
 
-#if defined(__x86_64__)
+#if defined(__x86_64__) && !defined(__CUDACC__)
 // AVX-512's own instructions. As assembler, because gcc refuses an intrinsic inside a function that is inlined into
 // several instruction sets. clang refuses such operands too: there each is a function of AVX-512's own, which takes no
 // vector by value and is inlined after its callers have been.
