@@ -21,6 +21,7 @@ from eaml_ext import checkpoint
 from eaml_ext.adaptation import AdaptationConfig, Adapter
 from eaml_ext.experience import ExperienceBuffer, Experiences, retrieval
 from eaml_ext.jobs import report
+from eaml_ext.jobs.device import torch_device
 from eaml_ext.jobs.settings import DynamicsSettings
 from eaml_ext.meta import MetaMAML, PastModels
 from eaml_ext.nn import SSM
@@ -101,14 +102,7 @@ def run(settings: DynamicsSettings) -> dict[str, Any]:
     Raises ValueError for a bad device or environment, and for a checkpoint that is damaged or of other settings;
     OSError where the folder cannot be written.
     """
-    try:
-        device = torch.device(settings.device)
-    except RuntimeError:
-        raise ValueError(f"DynamicsSettings: device must be cpu, cuda or cuda:<n>, got {settings.device!r}") from None
-    if device.type not in ("cpu", "cuda"):
-        raise ValueError(f"DynamicsSettings: device must be cpu, cuda or cuda:<n>, got {settings.device!r}")
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise ValueError(f"DynamicsSettings: device is {settings.device}, but torch sees no CUDA device")
+    device = torch_device("DynamicsSettings", settings.device)
     distribution = make_tasks(settings.env_name)
     folder = Path(settings.folder)
     folder.mkdir(parents=True, exist_ok=True)  # first: a bad path must not cost a run

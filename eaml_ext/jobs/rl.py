@@ -9,6 +9,7 @@ from torch import Tensor
 
 from eaml_ext import checkpoint
 from eaml_ext.jobs import report
+from eaml_ext.jobs.device import torch_device
 from eaml_ext.jobs.rl_settings import MAMLSettings, RL2Settings, RLSettings
 from eaml_ext.rl import MAMLRL, RL2, SSMMetaPolicy, feature_dim
 from eaml_ext.tasks import TaskDistribution, make_tasks
@@ -21,14 +22,7 @@ def run(settings: RLSettings) -> dict[str, Any]:
 
     The folder gets ``report.json`` and ``policy.safetensors``.
     """
-    try:
-        device = torch.device(settings.device)
-    except RuntimeError:
-        device = torch.device("meta")
-    if device.type not in ("cpu", "cuda"):
-        raise ValueError(f"device must be cpu, cuda or cuda:<n>, got {settings.device!r}")
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise ValueError(f"device is {settings.device}, but torch sees no CUDA device")
+    device = torch_device(type(settings).__name__, settings.device)
     distribution = make_tasks(settings.env_name)
     folder = Path(settings.folder)
     folder.mkdir(parents=True, exist_ok=True)  # first: a bad path must not cost a run

@@ -20,7 +20,7 @@ from eaml_ext import _check
 from eaml_ext.meta import MetaMAML
 from eaml_ext.rl.losses import a2c_loss, normalised
 from eaml_ext.rl.policy import SSMMetaPolicy
-from eaml_ext.rl.trials import Trials, feature_dim, play
+from eaml_ext.rl.trials import Trials, check_learner, play
 from eaml_ext.tasks.base import Task, TaskDistribution, check_seed
 
 Params = dict[str, Tensor]
@@ -56,6 +56,7 @@ class MAMLRL:
 
     >>> from eaml_ext.tasks import CartPoleTasks
     >>> dist = CartPoleTasks()
+    >>> from eaml_ext.rl import feature_dim
     >>> policy = SSMMetaPolicy(feature_dim(dist), dist.action_dim, hidden_dim=16, state_size=4)
     >>> maml = MAMLRL(policy, dist, tasks_per_update=4, rows=4, steps=30)
     >>> returns = maml.train(updates=2)
@@ -85,13 +86,7 @@ class MAMLRL:
         seed: int = 0,
     ):
         where = "MAMLRL"
-        if isinstance(dist, type) or not isinstance(dist, TaskDistribution):
-            raise TypeError(f"{where}: dist must be a task distribution as of make_tasks, got {type(dist).__name__}")
-        if not isinstance(policy, SSMMetaPolicy):
-            raise TypeError(f"{where}: policy must be an SSMMetaPolicy, got {type(policy).__name__}")
-        if policy.state_dim != feature_dim(dist) or policy.action_dim != dist.action_dim:
-            wanted = f"state_dim {feature_dim(dist)} and action_dim {dist.action_dim}"
-            raise ValueError(f"{where}: policy must have {wanted}, got {policy.state_dim} and {policy.action_dim}")
+        check_learner(where, policy, dist)
         counts = {"inner_steps": inner_steps, "tasks_per_update": tasks_per_update, "rows": rows, "steps": steps}
         for name, count in counts.items():
             _check.positive(where, name, count, integer=True)

@@ -13,7 +13,7 @@ from tqdm import tqdm
 from eaml_ext import _check
 from eaml_ext.rl.losses import a2c_loss, normalised, ppo_loss
 from eaml_ext.rl.policy import SSMMetaPolicy
-from eaml_ext.rl.trials import Trials, feature_dim, play
+from eaml_ext.rl.trials import Trials, check_learner, play
 from eaml_ext.tasks.base import Task, TaskDistribution, check_seed
 
 
@@ -46,6 +46,7 @@ class RL2:
 
     >>> from eaml_ext.tasks import CartPoleTasks
     >>> dist = CartPoleTasks(hide_velocity=True)
+    >>> from eaml_ext.rl import feature_dim
     >>> policy = SSMMetaPolicy(feature_dim(dist), dist.action_dim, hidden_dim=16, state_size=4)
     >>> trainer = RL2(policy, dist, steps=40, tasks_per_update=8)
     >>> returns = trainer.train(updates=2)
@@ -76,13 +77,7 @@ class RL2:
         max_grad_norm: float = 0.5,
         seed: int = 0,
     ):
-        if isinstance(dist, type) or not isinstance(dist, TaskDistribution):
-            raise TypeError(f"RL2: dist must be a task distribution as of make_tasks, got {type(dist).__name__}")
-        if not isinstance(policy, SSMMetaPolicy):
-            raise TypeError(f"RL2: policy must be an SSMMetaPolicy, got {type(policy).__name__}")
-        if policy.state_dim != feature_dim(dist) or policy.action_dim != dist.action_dim:
-            wanted = f"state_dim {feature_dim(dist)} and action_dim {dist.action_dim}"
-            raise ValueError(f"RL2: policy must have {wanted}, got {policy.state_dim} and {policy.action_dim}")
+        check_learner("RL2", policy, dist)
         if (episodes is None) == (steps is None):
             raise ValueError(f"RL2: one of episodes and steps must be given, got {episodes} and {steps}")
         length = {"steps": steps} if episodes is None else {"episodes": episodes}

@@ -14,6 +14,7 @@ from torch.distributions import Categorical, Distribution
 
 from eaml_ext import _check
 from eaml_ext.rl.losses import advantages
+from eaml_ext.rl.policy import SSMMetaPolicy
 from eaml_ext.tasks.base import Task, TaskDistribution, check_seed, check_tasks, collection_stream
 
 
@@ -30,6 +31,17 @@ class Recurrent(Protocol):
 def feature_dim(dist: TaskDistribution[Any]) -> int:
     """The ``state_dim`` of a policy that :func:`play` lets act: observation, last action, last reward, start flag."""
     return dist.obs_dim + dist.action_dim + 2
+
+
+def check_learner(where: str, policy: SSMMetaPolicy, dist: TaskDistribution[Any]) -> None:
+    """Raise unless ``policy`` can act in the tasks of ``dist``."""
+    if isinstance(dist, type) or not isinstance(dist, TaskDistribution):
+        raise TypeError(f"{where}: dist must be a task distribution as of make_tasks, got {type(dist).__name__}")
+    if not isinstance(policy, SSMMetaPolicy):
+        raise TypeError(f"{where}: policy must be an SSMMetaPolicy, got {type(policy).__name__}")
+    if policy.state_dim != feature_dim(dist) or policy.action_dim != dist.action_dim:
+        wanted = f"state_dim {feature_dim(dist)} and action_dim {dist.action_dim}"
+        raise ValueError(f"{where}: policy must have {wanted}, got {policy.state_dim} and {policy.action_dim}")
 
 
 @dataclass(frozen=True)

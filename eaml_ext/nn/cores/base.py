@@ -1,13 +1,14 @@
 """What cores share: one step as a scan over it, states that do not change in time, heads."""
 
 import math
+from abc import ABC, abstractmethod
 
 from torch import Tensor, nn
 
 from eaml_ext import _check
 
 
-class Core(nn.Module):
+class Core(nn.Module, ABC):
     """A sequence mixer of one width; see :mod:`eaml_ext.nn.cores` for the contract."""
 
     state_shape: tuple[int, ...]
@@ -18,11 +19,11 @@ class Core(nn.Module):
         _check.positive(type(self).__name__, "state_size", state_size, integer=True)
         self.dim, self.state_size = dim, state_size
 
+    @abstractmethod
     def scan(
         self, x: Tensor, state: Tensor | None = None, reset: Tensor | None = None, lengths: Tensor | None = None
     ) -> tuple[Tensor, Tensor]:
         """``x`` (batch, time, dim), ``state`` (batch, *state_shape), ``reset`` (batch, time) bool -> (y, state)."""
-        raise NotImplementedError
 
     def step(self, x: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
         """``x`` (batch, dim), ``state`` (batch, *state_shape) -> (y, state): one step of :meth:`scan`."""

@@ -1,6 +1,7 @@
 """h_t = lambda h_{t-1} + B x_t;  y_t = Re(C h_t) + D x_t: one complex diagonal state for all channels (S5, LRU)."""
 
 import math
+from abc import abstractmethod
 
 import torch
 import torch.nn.functional as F
@@ -25,9 +26,9 @@ class _Diagonal(Core):
         self.D = nn.Parameter(torch.randn(dim))
         self.mix = nn.Linear(dim, 2 * dim)
 
+    @abstractmethod
     def discrete(self) -> tuple[Tensor, Tensor]:
         """Complex: the logarithm of lambda, ``(state_size,)``, and the map of x to the state, ``(state_size, dim)``."""
-        raise NotImplementedError
 
     def scan(
         self, x: Tensor, state: Tensor | None = None, reset: Tensor | None = None, lengths: Tensor | None = None
