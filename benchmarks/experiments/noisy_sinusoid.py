@@ -16,7 +16,8 @@ oracle          on the K points and 100 noisy points of the very same task
 
 Number of steps (up to 50) and weight of the experience of each arm are those with the least error on 100 tasks of the
 split "valid"; reported is the error, against the noiseless sinusoid, on tasks of the split "test", with the half width
-of its 95 % interval over all tasks. One thread. The results file keeps the seeds run before; --quick makes 300
+of its 95 % interval over all tasks. Where new tasks have larger amplitudes than any trained on or remembered, so have
+those that settings are chosen by. One thread. The results file keeps the seeds run before; --quick makes 300
 meta-updates, one seed, one setting, no file.
 """
 
@@ -44,11 +45,14 @@ VALID_TASKS, TEST_TASKS = 100, 400  # a seed
 POINTS, SIMILAR, MEMORY_STEPS = 20, 5, 20  # of a past task; past tasks taken; steps of their models
 CALLS, STEPS_A_CALL = 10, 5
 WEIGHTS = (0.3, 1.0, 3.0)
-SETTINGS = [  # noise, past tasks in memory, K
-    *[(0.3, 1000, k) for k in reversed(SHOTS)],
-    (0.3, 100, 5),
-    (1.0, 1000, 5),
+KNOWN, BEYOND = (0.1, 5.0), (5.0, 10.0)  # amplitudes of tasks like those trained on, and of others
+SETTINGS = [  # noise, past tasks in memory, K, amplitudes of the new tasks
+    *[(0.3, 1000, k, KNOWN) for k in reversed(SHOTS)],
+    (0.3, 100, 5, KNOWN),
+    (0.3, 1000, 5, BEYOND),
+    (1.0, 1000, 5, KNOWN),
 ]
+Setting = tuple[float, int, int, tuple[float, float]]
 ARMS = ("no adaptation", "plain", "uniform", "retrieved", "lookup only", "oracle")
 Split = tuple[Tensor, Tensor, Tensor, Tensor]
 
@@ -61,16 +65,19 @@ def fill(noise: float, past: int, seed: int, iterations: int) -> ExperienceBuffe
     return buffer
 
 
-def draw(noise: float, shots: int, n: int, split: str, seed: int) -> Split:
+def draw(setting: Setting, n: int, split: str, seed: int) -> Split:
     """Noisy support points and noiseless query points of the same tasks."""
-    support_x, support_y, query_x, _ = SinusoidTasks(shots, queries=100, noise=noise).draw(n, split, seed)
-    *_, query_y = SinusoidTasks(shots, queries=100).draw(n, split, seed)
+    noise, _, shots, amplitudes = setting
+    noisy, clean = (SinusoidTasks(shots, 100, level, amplitudes=amplitudes) for level in (noise, 0.0))
+    support_x, support_y, query_x, _ = noisy.draw(n, split, seed)
+    *_, query_y = clean.draw(n, split, seed)
     return support_x, support_y, query_x, query_y
 
 
-def same_task(noise: float, shots: int, n: int, split: str, seed: int) -> list[dict[str, Tensor]]:
+def same_task(setting: Setting, n: int, split: str, seed: int) -> list[dict[str, Tensor]]:
     """100 noisy points of each task."""
-    *_, x, y = SinusoidTasks(shots, queries=100, noise=noise).draw(n, split, seed)
+    noise, _, shots, amplitudes = setting
+    *_, x, y = SinusoidTasks(shots, 100, noise, amplitudes=amplitudes).draw(n, split, seed)
     points = slice(0, SIMILAR * POINTS)
     return [{"states": a[points], "targets": b[points]} for a, b in zip(x, y, strict=True)]
 
@@ -141,14 +148,14 @@ def plain_error(maml: MetaMAML, data: Split) -> float:
     return float(vmap(error)(*data).mean())
 
 
-def run(setting: tuple[float, int, int], maml: MetaMAML, seed: int, iterations: int, tasks: int) -> dict[str, Any]:
+def run(setting: Setting, maml: MetaMAML, seed: int, iterations: int, tasks: int) -> dict[str, Any]:
     """The arms of one setting and seed on the test tasks, at what was best on the valid ones."""
-    noise, past, shots = setting
+    noise, past, *_ = setting
     buffer = fill(noise, past, seed, iterations)
     models = PastModels(maml, buffer, F.mse_loss, MEMORY_STEPS, chunk_size=None)
     found = {}
     for split, n in (("valid", VALID_TASKS), ("test", tasks)):
-        data, own = (make(noise, shots, n, split, seed) for make in (draw, same_task))
+        data, own = (make(setting, n, split, seed) for make in (draw, same_task))
         found[split] = errors(maml, models, buffer, data, own)
     out = {}
     for arm, valid in found["valid"].items():
@@ -177,7 +184,7 @@ def plot(settings: dict[str, Any]) -> None:
     figure = Figure(figsize=(7, 4), layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.subplots()
-    rows = [settings[key((0.3, 1000, k))]["arms"] for k in SHOTS]
+    rows = [settings[key((0.3, 1000, k, KNOWN))]["arms"] for k in SHOTS]
     for arm in ARMS:
         mean, half = ([row[arm][part] for row in rows] for part in ("mean", "interval"))
         axes.errorbar(SHOTS, mean, half, marker="o", capsize=3, label=arm)
@@ -188,9 +195,10 @@ def plot(settings: dict[str, Any]) -> None:
     figure.savefig(RESULTS / "noisy_sinusoid.png", dpi=120)
 
 
-def key(setting: tuple[float, int, int]) -> str:
-    noise, past, shots = setting
-    return f"noise {noise:g}, {past} past tasks, K = {shots}"
+def key(setting: Setting) -> str:
+    noise, past, shots, amplitudes = setting
+    beyond = "" if amplitudes == KNOWN else f", amplitudes {amplitudes[0]:g} to {amplitudes[1]:g}"
+    return f"noise {noise:g}, {past} past tasks, K = {shots}{beyond}"
 
 
 def main() -> None:
@@ -207,12 +215,12 @@ def main() -> None:
     for seed in arguments.seeds[:1] if arguments.quick else arguments.seeds:
         mamls: dict[tuple[float, int], MetaMAML] = {}
         for setting in SETTINGS[:1] if arguments.quick else SETTINGS:
-            noise, _, shots = setting
+            noise, _, shots, _ = setting
             for support in {shots, 10}:
                 if (noise, support) not in mamls:
                     distribution = SinusoidTasks(support, queries=10, noise=noise)
                     mamls[noise, support] = train(distribution, 5, seed, iterations)
-            valid = draw(noise, shots, VALID_TASKS, "valid", seed)
+            valid = draw(setting, VALID_TASKS, "valid", seed)
             maml = min((mamls[noise, support] for support in {shots, 10}), key=lambda m: plain_error(m, valid))
             runs = results.setdefault(key(setting), {}).setdefault("runs", {})
             runs[str(seed)] = run(setting, maml, seed, iterations, tasks)

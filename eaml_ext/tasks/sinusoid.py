@@ -50,6 +50,7 @@ class SinusoidTasks:
         shots: support points of a task.
         queries: query points; None: as many as ``shots``.
         noise: standard deviation of the Gaussian noise on every y, support and query.
+        amplitudes: the range of amplitudes, of other tasks than MAML's; it becomes part of ``name``.
 
     The version in ``name`` fixes ranges and seeding. Raises TypeError or ValueError naming the argument.
 
@@ -62,17 +63,34 @@ class SinusoidTasks:
 
     name = "sinusoid-v1"
 
-    def __init__(self, shots: int = 5, queries: int | None = None, noise: float = 0.0):
+    def __init__(
+        self,
+        shots: int = 5,
+        queries: int | None = None,
+        noise: float = 0.0,
+        *,
+        amplitudes: tuple[float, float] = AMPLITUDES,
+    ):
         queries = shots if queries is None else queries
         for name, value in (("shots", shots), ("queries", queries)):
             _check.positive("SinusoidTasks", name, value, integer=True)
         _check.positive("SinusoidTasks", "noise", noise, zero=True)
         if math.isinf(noise):
             raise ValueError(f"SinusoidTasks: noise must be finite, got {noise!r}")
+        if not isinstance(amplitudes, tuple) or len(amplitudes) != 2:
+            raise TypeError(f"SinusoidTasks: amplitudes must be a pair (low, high), got {amplitudes!r}")
+        for edge in amplitudes:
+            _check.positive("SinusoidTasks", "amplitudes", edge, zero=True)
+        if not amplitudes[0] < amplitudes[1] < math.inf:
+            raise ValueError(f"SinusoidTasks: amplitudes must be finite and rise, got {amplitudes!r}")
         self.shots, self.queries, self.noise = shots, queries, float(noise)
+        self.amplitudes = (float(amplitudes[0]), float(amplitudes[1]))
+        if self.amplitudes != AMPLITUDES:
+            self.name = f"{self.name}-amplitude-{self.amplitudes[0]:g}-{self.amplitudes[1]:g}"
 
     def __repr__(self) -> str:
-        return f"SinusoidTasks(shots={self.shots}, queries={self.queries}, noise={self.noise})"
+        amplitudes = f", amplitudes={self.amplitudes}" if self.amplitudes != AMPLITUDES else ""
+        return f"SinusoidTasks(shots={self.shots}, queries={self.queries}, noise={self.noise}{amplitudes})"
 
     def sample(self, n: int, split: str = "train", seed: int = 0, epoch: int = 0) -> list[SinusoidTask]:
         """The first ``n`` tasks of the stream (split, seed, epoch), a pure function of its arguments.
@@ -85,7 +103,7 @@ class SinusoidTasks:
             SinusoidTask(
                 f"{self.name}/{split}/{seed}/{epoch}/{i}", split, amplitude, phase, self.noise, self.shots, self.queries
             )
-            for i, (amplitude, phase) in enumerate(_parameters(n, split, seed, epoch).tolist())
+            for i, (amplitude, phase) in enumerate(self._parameters(n, split, seed, epoch).tolist())
         ]
 
     def draw(
@@ -96,7 +114,7 @@ class SinusoidTasks:
         Each is float32 ``(n, points, 1)``; the data of task i are the same whatever ``n``.
         """
         check_sample("SinusoidTasks.draw", n, split, seed, epoch)
-        amplitude, phase = _parameters(n, split, seed, epoch).T[..., None]
+        amplitude, phase = self._parameters(n, split, seed, epoch).T[..., None]
         points, low = self.shots + self.queries, INPUTS[0]
         x = low + (INPUTS[1] - low) * _generator(split, seed, epoch, 1).random((n, points))
         y = amplitude * np.sin(x - phase)
@@ -125,14 +143,14 @@ class SinusoidTasks:
         if not self.noise and self.shots < 2:
             raise ValueError("SinusoidTasks.bounds: shots must be at least 2 where noise is 0, got 1")
         support_x, support_y, query_x, query_y = (t.squeeze(-1).double() for t in self.draw(n, "test", seed))
-        mean = sum(AMPLITUDES) / 2 * _sine_of_mean_phase(query_x)
+        mean = sum(self.amplitudes) / 2 * _sine_of_mean_phase(query_x)
         bounds = {"zero": float(query_y.square().mean()), "mean": float((query_y - mean).square().mean()), "bayes": 0.0}
         if self.noise:
             places = (torch.arange(128).double() + 0.5) / 128
             error = 0.0
             for sx, sy, qx, qy in zip(support_x, support_y, query_x, query_y, strict=True):
                 # A grid of 128 x 128 cells, drawn closer around the posterior until its cells are finer than that.
-                low, high = torch.tensor([AMPLITUDES, PHASES], dtype=torch.float64).T
+                low, high = torch.tensor([self.amplitudes, PHASES], dtype=torch.float64).T
                 for _ in range(4):
                     cell = (high - low) / len(places)
                     grid = torch.cartesian_prod(*(low + (high - low) * places[:, None]).T)
@@ -149,6 +167,11 @@ class SinusoidTasks:
             bounds["bayes"] = error / n
         return bounds
 
+    def _parameters(self, n: int, split: str, seed: int, epoch: int) -> np.ndarray:
+        """Amplitude and phase of each task, ``(n, 2)``."""
+        low, high = np.array([self.amplitudes, PHASES]).T
+        return low + (high - low) * _generator(split, seed, epoch, 0).random((n, 2))
+
 
 def _sine_of_mean_phase(x: Tensor) -> Tensor:
     """The mean of sin(x - phase) over the phases."""
@@ -159,9 +182,3 @@ def _sine_of_mean_phase(x: Tensor) -> Tensor:
 def _generator(split: str, seed: int, epoch: int, word: int) -> np.random.Generator:
     """Numbers of one stream, task after task: the split is a word of its own, so no two splits share a stream."""
     return np.random.default_rng(np.random.SeedSequence(seed, spawn_key=(SPLITS.index(split), epoch, word)))
-
-
-def _parameters(n: int, split: str, seed: int, epoch: int) -> np.ndarray:
-    """Amplitude and phase of each task, ``(n, 2)``."""
-    low, high = np.array([AMPLITUDES, PHASES]).T
-    return low + (high - low) * _generator(split, seed, epoch, 0).random((n, 2))

@@ -38,6 +38,15 @@ def test_the_paper_distribution():
         assert abs(float(values.mean()) - (low + high) / 2) < 4 * (high - low) / math.sqrt(12 * len(values))
 
 
+def test_other_amplitudes_make_another_distribution():
+    beyond = SinusoidTasks(amplitudes=(5.0, 10.0))
+    drawn = beyond.sample(500)
+    assert all(5 <= t.amplitude <= 10 for t in drawn) and max(t.amplitude for t in drawn) > 9.9
+    assert beyond.name == "sinusoid-v1-amplitude-5-10" != SinusoidTasks.name
+    assert {t.id for t in drawn}.isdisjoint(t.id for t in SinusoidTasks().sample(500))
+    assert beyond.bounds(500)["zero"] == pytest.approx((10**3 - 5**3) / 15 * 0.53, rel=0.1)  # E[a^2] E[sin^2]
+
+
 def test_data_are_the_task_s_sinusoid():
     for noise in (0.0, 0.3):
         tasks = SinusoidTasks(shots=5, queries=2000, noise=noise)
@@ -89,6 +98,10 @@ def bad_calls():
     yield lambda: SinusoidTasks(noise=-1.0), ValueError, "SinusoidTasks: noise must be >= 0"
     yield lambda: SinusoidTasks(noise=math.inf), ValueError, "SinusoidTasks: noise must be finite"
     yield lambda: SinusoidTasks(noise="a"), TypeError, "SinusoidTasks: noise must be a number"
+    yield lambda: SinusoidTasks(amplitudes=3.0), TypeError, "SinusoidTasks: amplitudes must be a pair"
+    yield lambda: SinusoidTasks(amplitudes=("a", 1)), TypeError, "SinusoidTasks: amplitudes must be a number"
+    yield lambda: SinusoidTasks(amplitudes=(2.0, 1.0)), ValueError, "SinusoidTasks: amplitudes must be finite and rise"
+    yield lambda: SinusoidTasks(amplitudes=(-1.0, 1.0)), ValueError, "SinusoidTasks: amplitudes must be >= 0"
     for name in ("sample", "draw"):
         call = getattr(tasks, name)
         where = f"SinusoidTasks.{name}: "
