@@ -39,8 +39,8 @@ def machine() -> dict[str, Any]:
     return {"cpu": cpu_name(), "torch": torch.__version__, "build": eaml_ext.build_info()}
 
 
-def flags(text: str | None, shape: Sequence[str] = ()) -> argparse.Namespace:
-    """The flags every benchmark takes, and `--shape` where its sizes have names; seeds torch and sets its threads."""
+def flags(text: str | None, shape: Sequence[str] = (), peers: Sequence[str] = ()) -> argparse.Namespace:
+    """The flags every benchmark takes, and what is asked for of shapes and peers; seeds torch and sets its threads."""
     parser = argparse.ArgumentParser(description=text, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="fewer shapes, less time, no file written")
     parser.add_argument("--threads", type=int, default=1)
@@ -48,6 +48,8 @@ def flags(text: str | None, shape: Sequence[str] = ()) -> argparse.Namespace:
         parser.add_argument(
             "--shape", type=int, nargs=len(shape), metavar=tuple(shape), help="this shape alone, no file written"
         )
+    if peers:
+        parser.add_argument("--peers", nargs="+", choices=peers, metavar="PEER", help="these alone, no file written")
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     torch.manual_seed(0)

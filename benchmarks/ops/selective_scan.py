@@ -1,6 +1,7 @@
 """Selective scan against the ways PyTorch and JAX have to compute one: time, memory, and the machine's limits.
 
     python -m benchmarks.ops.selective_scan [--quick] [--threads 1] [--shape BATCH LENGTH DIM STATE]
+            [--peers loop jax ...]
 
 `pip install '.[bench]'` brings the peers; one that is absent, fails, or differs from the reference in float64 is
 named with the reason. The passes start from scratch ("+double backward" is forward, backward and double backward
@@ -278,7 +279,9 @@ def dtypes(bench: Bench, shape: Shape) -> dict[str, float]:
 
 
 def main() -> None:
-    arguments = flags(__doc__, ("BATCH", "LENGTH", "DIM", "STATE"))
+    arguments = flags(__doc__, ("BATCH", "LENGTH", "DIM", "STATE"), [name for name in PEERS if name != "ours"])
+    for name in set(PEERS).difference(arguments.peers or PEERS, ["ours"]):
+        del PEERS[name]
     quick, threads = arguments.quick, arguments.threads
     shapes = SHAPES[:1] if quick else [*SHAPES, LONG]
     shapes = [tuple(arguments.shape)] if arguments.shape else shapes
@@ -293,7 +296,7 @@ def main() -> None:
     results["dtypes"] = dtypes(bench, (4, 512, 256, 16))
     results["scaling"] = scaling(bench, SCALING[2:] if quick else SCALING)
     results["bound"] = bound()
-    if not quick:
+    if not quick and not arguments.peers:
         results["memory"] = memory(bench, SHAPES) if results["bound"] else []
         for task in ("forward", "+backward"):
             header(f"{task} by length", "ms")
