@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 SOURCES := $(shell find csrc tests/cuda_on_cpu -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
 
-.PHONY: demo test sanitize cuda-on-cpu sanitize-cuda cuda-check lint format bench clean
+.PHONY: demo test sanitize cuda-on-cpu sanitize-cuda cuda-check lint format bench experiments experiments-full clean
 
 $(VENV)/installed: pyproject.toml setup.py $(SOURCES)
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
@@ -79,6 +79,16 @@ format: $(VENV)/installed
 
 bench: $(VENV)/installed  ## the kernel benchmarks in brief
 	$(BIN)/python -m benchmarks.run --quick
+
+# Files and plots in benchmarks/results, and docs/results.md made from them.
+EXPERIMENTS := sinusoid noisy_sinusoid hidden_rotation switching_lds cartpole_rl
+experiments: $(VENV)/installed  ## every experiment in brief, to see that it runs; writes no file
+	for name in $(EXPERIMENTS); do $(BIN)/python -m benchmarks.experiments.$$name --quick || exit 1; done
+
+experiments-full: $(VENV)/installed  ## every experiment in full: hours
+	for name in $(EXPERIMENTS); do $(BIN)/python -m benchmarks.experiments.$$name || exit 1; done
+	for name in main_job adaptation meta; do $(BIN)/python -m benchmarks.$$name || exit 1; done
+	$(BIN)/python -m benchmarks.results_page
 
 clean:
 	rm -rf build dist *.egg-info eaml_ext/*.so runs $(VENV)/installed

@@ -1,0 +1,211 @@
+"""docs/results.md from the files in benchmarks/results: python -m benchmarks.results_page [--check].
+
+One function per experiment, each the text of a section; what has no file says how to make it. Nothing is computed here
+but means and ratios of what the files hold. --check writes nothing and fails where the page is not what the files say.
+"""
+
+import argparse
+import json
+import statistics
+import textwrap
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+from benchmarks.common import RESULTS
+
+PAGE = RESULTS.parents[1] / "docs" / "results.md"
+HEAD = """# What the experiments show
+
+Made by `python -m benchmarks.results_page` from the files in `benchmarks/results`; every file names the command's
+settings and the machine. All arms of an experiment are shown, those that hurt us too. "±" is half the width of a 95 %
+interval unless a line says otherwise; errors are mean squared errors.
+"""
+
+Section = tuple[str, Sequence[str], list[Sequence[str]], str]  # prose, head and rows of a table, caption of a plot
+
+
+def load(name: str) -> Any:
+    """What a file of the name holds, with the CPU in it or not; None where there is none."""
+    for path in sorted(RESULTS.glob(f"{name}*.json")):
+        found = json.loads(path.read_text())
+        if path.stem in (name, f"{name}-{found['machine']['cpu']}"):
+            return found
+    return None
+
+
+def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    lines = [head, ["---"] * len(head), *rows]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def pm(mean: float, half: float, digits: int = 3) -> str:
+    return f"{mean:.{digits}f} ± {half:.{digits}f}"
+
+
+def main_job(found: Any) -> Section:
+    """Held-out CartPoles: error of the dynamics model."""
+    rows = [[name, pm(a["mean"], a["spread"], 4), f"{a['median']:.4f}"] for name, a in found["arms"].items()]
+    seconds = statistics.median(found["seconds"])
+    text = f"""Dynamics of held-out CartPoles (physics per task, action sign flipped in half of them) after a few
+        shots; {len(found["seconds"])} seeds, ± their standard deviation, the median over tasks beside it;
+        {seconds:.0f} s a seed."""
+    return text, ["arm", "error", "median"], rows, ""
+
+
+def sinusoid(found: Any) -> Section:
+    """MAML's sinusoids."""
+    shown = (0, 1, 5, 10)
+    rows: list[Sequence[str]] = []
+    for name, one in found["settings"].items():
+        cells = [pm(one["mean"][s], one["spread"][s]) for s in shown]
+        rows.append([name, str(len(one["runs"])), *cells])
+    rows.append(["the paper: 5 shots, 1 step", "1", "", "0.67", "0.38", "0.35"])
+    text = f"""Error on {found["test_tasks"]} unseen tasks after 0, 1, 5 and 10 gradient steps, 15,000 meta-
+        updates; ± the standard deviation over seeds."""
+    return text, ["training", "seeds", *(f"{s} steps" for s in shown)], rows, "error over gradient steps"
+
+
+def noisy_sinusoid(found: Any) -> Section:
+    """Noisy sinusoids: does experience help?"""
+    settings = {name: one for name, one in found["settings"].items() if one.get("arms")}
+    arms = list(next(iter(settings.values()))["arms"])
+    rows: list[Sequence[str]] = []
+    for name, one in settings.items():
+        cells = [pm(one["arms"][arm]["mean"], one["arms"][arm]["interval"]) for arm in arms]
+        rows.append([name, str(len(one["runs"])), *cells])
+    text = """A meta-trained MLP meets K noisy points of a new task and a memory of past tasks; every arm starts
+        from the same parameters, with its own number of steps and weight chosen on other tasks. Retrieved:
+        also on the points of the five past tasks whose adapted models fit the K points best; lookup only:
+        the mean of those models, no step; oracle: 100 points of the very task."""
+    return text, ["setting", "seeds", *arms], rows, "error over points of the new task, per arm"
+
+
+def hidden_rotation(found: Any) -> Section:
+    """Hidden rotation: which model finds it?"""
+    rows: list[Sequence[str]] = []
+    for name, row in found["errors"].items():
+        about = found["models"].get(name)
+        size = f"{about['parameters']}" if about else ""
+        cells = [pm(c["mean"], c["half"], 4) for c in (*row.values(), found["above Kalman"][name])]
+        rows.append([name, size, *cells])
+    heads = list(next(iter(found["errors"].values())))
+    text = """Linear systems of which two mixed coordinates of four are seen; every run is of another system.
+        Error of the next frame, over unseen systems; the last column is what is left above the Kalman
+        filter that knows the system, paired."""
+    return text, ["model", "parameters", *heads, "above Kalman"], rows, "error over steps seen"
+
+
+def switching_lds(found: Any) -> Section:
+    """Switching regimes: shock and recovery."""
+    parts = ("shock", "steady", "whole")
+    rows: list[Sequence[str]] = []
+    for name, row in found["errors"].items():
+        paired = found["minus retrieved"][name]["shock"]
+        cells = [pm(row[p]["mean"], row[p]["half"], 4) for p in parts]
+        rows.append([name, *cells, pm(paired["mean"], paired["half"], 4)])
+    text = """A system switches between three hidden rotations; an SSM predicts along one long run and adapts as
+        it goes. Shock: the 64 steps after a switch, steady: later ones. The last column is the arm's error
+        in the shock minus that of retrieval, paired by system."""
+    return text, ["arm", *parts, "shock, minus retrieved"], rows, "error over steps since the regime switched"
+
+
+def cartpole_rl(found: Any) -> Section:
+    """Meta-RL on CartPole."""
+    rows: list[Sequence[str]] = []
+    for name, row in found["table"].items():
+        cells = [f"{m:.0f} ± {s:.0f}" for m, s in zip(row["mean"], row["spread"], strict=True)]
+        rows.append([name, str(row["parameters"]), *cells, f"{row['cpu_seconds']:.0f}"])
+    episodes = len(next(iter(found["table"].values()))["mean"])
+    seeds = len({run["seed"] for run in found["runs"]})
+    text = f"""CartPole with the action's sign flipped in half of the tasks and velocities hidden; return of each
+        episode of a trial on unseen tasks, 500 is the most; {seeds} seeds, the same budget and tuning for
+        all; ± the standard deviation over seeds."""
+    return (
+        text,
+        ["policy", "parameters", *(f"episode {i + 1}" for i in range(episodes)), "CPU seconds"],
+        rows,
+        "return over environment steps",
+    )
+
+
+def adaptation(found: Any) -> Section:
+    """A stream with corrupted targets."""
+    rows: list[Sequence[str]] = []
+    for s in found["streams"]:
+        e, bare = s["errors"], s["without guards"]["errors"]
+        cells = [f"{e[0]:.4f}", f"{max(e):.4f} ({max(e) / e[0]:.2f}x)", f"{e[-1]:.4f}", f"{max(bare):.3g}"]
+        rows.append([str(s["seed"]), *cells, str(s["corrupted"]), str(s["rollbacks"])])
+    head = ["seed", "before", "worst", "last", "worst without guards", "corrupted", "rollbacks"]
+    text = """10,000 adaptation steps, targets of 1 % of the batches corrupted; error on clean held-out runs every
+        100 steps."""
+    return text, head, rows, ""
+
+
+def meta(found: Any) -> Section:
+    """Speed of a meta-update."""
+    one = found["sinusoid"]
+    rows: list[Sequence[str]] = [
+        [
+            "sinusoid MLP, 25 tasks x 5 steps",
+            f"{1e3 * one['eager']:.1f}",
+            f"{1e3 * one['compiled']:.1f} ({one['compilation']:.0f} s)",
+            f"{one['by hand'] / one['eager']:.1f}x / {one['by hand'] / one['compiled']:.1f}x",
+            "",
+        ]
+    ]
+    for s in found["shapes"]:
+        rows.append(
+            [
+                f"SSM, {s['shape'][0]} tasks x {s['shape'][1]} steps",
+                f"{1e3 * s['ours']:.1f}",
+                f"{1e3 * s['compiled']:.1f} ({s['compilation']:.0f} s)",
+                f"{s['loop over both'] / s['ours']:.1f}x / {s['loop over both'] / s['compiled']:.1f}x",
+                f"{s['vmapped loop'] / s['ours']:.1f}x / {s['vmapped loop'] / s['compiled']:.1f}x",
+            ]
+        )
+    head = ["second-order meta-update", "ms", "compiled, ms", "against the Python loop", "against it under vmap"]
+    text = "One thread; speed-ups of the usual path and of `compile=True`, whose compilation takes the seconds said."
+    return text, head, rows, ""
+
+
+SECTIONS: dict[str, tuple[str, str, Callable[[Any], Section]]] = {  # title: module, file, what to say of it
+    "The main job": ("benchmarks.main_job", "main_job", main_job),
+    "MAML's sinusoids": ("benchmarks.experiments.sinusoid", "sinusoid", sinusoid),
+    "Noisy sinusoids, with experience": ("benchmarks.experiments.noisy_sinusoid", "noisy_sinusoid", noisy_sinusoid),
+    "A hidden rotation": ("benchmarks.experiments.hidden_rotation", "hidden_rotation", hidden_rotation),
+    "Switching regimes": ("benchmarks.experiments.switching_lds", "switching_lds", switching_lds),
+    "Meta-RL on CartPole": ("benchmarks.experiments.cartpole_rl", "cartpole_rl-flip-position-v1", cartpole_rl),
+    "A corrupted stream": ("benchmarks.adaptation", "adaptation", adaptation),
+    "Speed of meta-updates": ("benchmarks.meta", "meta-1-thread", meta),
+}
+
+
+def page() -> str:
+    """The whole text."""
+    parts = [HEAD]
+    for title, (module, name, section) in SECTIONS.items():
+        parts.append(f"## {title}\n\n`python -m {module}`\n")
+        found = load(name)
+        if found is None:
+            parts.append("Not run yet.\n")
+            continue
+        text, head, rows, caption = section(found.get("results", found))
+        parts += [textwrap.fill(" ".join(text.split()), 120) + "\n", table(head, rows) + "\n"]
+        if caption:
+            parts.append(f"![{caption}](../benchmarks/results/{name}.png)\n")
+    return "\n".join(parts)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--check", action="store_true")
+    if parser.parse_args().check:
+        if not PAGE.exists() or PAGE.read_text() != page():
+            raise SystemExit(f"{PAGE.name} is not what benchmarks/results say: run python -m benchmarks.results_page")
+        return
+    PAGE.write_text(page())
+    print(PAGE)
+
+
+if __name__ == "__main__":
+    main()
