@@ -5,54 +5,94 @@ import sys
 from collections.abc import Sequence
 from dataclasses import fields
 from importlib import import_module
+from typing import Any
 
 from eaml_ext import __version__
+from eaml_ext.jobs import settings_file
 from eaml_ext.jobs.rl_settings import MAMLSettings, RL2Settings
 from eaml_ext.jobs.settings import DynamicsSettings
 
-SETTINGS = {"dynamics": DynamicsSettings, "rl2": RL2Settings, "maml": MAMLSettings}
+SETTINGS: dict[str, Any] = {"dynamics": DynamicsSettings, "rl2": RL2Settings, "maml": MAMLSettings}
 ABOUT = {
     "dynamics": "Meta-train an SSM on the dynamics of many tasks, then adapt it to unseen ones with experience.",
     "rl2": "Meta-train a policy on an SSM that learns unseen tasks in context, over the episodes of a trial (RL^2).",
     "maml": "Meta-train a policy on an SSM that learns unseen tasks by steps of policy gradient (MAML).",
 }
+MORE = """Each --algo has settings of its own: eaml-ext --algo rl2 --help tells them.
+eaml-ext info says what is compiled and installed, and how to get what is missing."""
+
+
+class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
+    """Defaults beside the flags, line breaks kept."""
 
 
 def parser(algo: str = "dynamics") -> argparse.ArgumentParser:
-    """The flags of one algorithm: ``--algo`` and one per setting."""
+    """The flags of one algorithm: ``--algo``, ``--config`` and one per setting."""
     p = argparse.ArgumentParser(
-        prog="eaml-ext",
-        description=ABOUT[algo],
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        prog="eaml-ext", description=ABOUT[algo], epilog=MORE, formatter_class=HelpFormatter, allow_abbrev=False
     )
     p.add_argument("--version", action="version", version=f"eaml_ext {__version__}")
     p.add_argument("--algo", default="dynamics", choices=SETTINGS, help="what to run; each has settings of its own")
+    text = "TOML file of settings, such as the settings.toml that a run leaves; flags win over it"
+    p.add_argument("--config", metavar="FILE", default=argparse.SUPPRESS, help=text)
     for f in fields(SETTINGS[algo]):
         options = dict(f.metadata)
         if isinstance(f.default, bool):
-            p.add_argument(f"--{f.name}", action="store_true", **options)
+            p.add_argument(f"--{f.name}", action=argparse.BooleanOptionalAction, default=f.default, **options)
         else:
             p.add_argument(f"--{f.name}", type=type(f.default), default=f.default, **options)
     return p
 
 
+def parse(argv: Sequence[str]) -> tuple[str, argparse.ArgumentParser, dict[str, Any]]:
+    """The algorithm, its parser, and its settings: of the flags, else of ``--config``, else the defaults.
+
+    Raises OSError or ValueError, one sentence, for a file that cannot be taken.
+    """
+    first = argparse.ArgumentParser(prog="eaml-ext", add_help=False, allow_abbrev=False)
+    first.add_argument("--algo")
+    first.add_argument("--config")
+    given = first.parse_known_args(argv)[0]
+    helps = not {"-h", "--help", "--version"}.isdisjoint(argv)
+    config = {} if given.config is None or helps else settings_file.read(given.config)
+    algo = config.pop("algo", "dynamics")
+    if algo not in list(SETTINGS):  # a list, because TOML's arrays have no hash
+        raise ValueError(f"config: algo must be one of {', '.join(SETTINGS)}, got {algo!r}")
+    algo = given.algo or algo
+    p = parser(algo if algo in SETTINGS else "dynamics")
+    if algo in SETTINGS and config:
+        settings_file.check_keys(given.config, config, [f.name for f in fields(SETTINGS[algo])], algo)
+    p.set_defaults(algo=algo, **config)
+    arguments, unknown = p.parse_known_args(argv)
+    if unknown:
+        flags = [option for action in p._actions for option in action.option_strings]
+        p.error(f"unrecognized arguments: {' '.join(unknown)}{settings_file.closest(unknown[0].split('=')[0], flags)}")
+    return algo, p, {name: value for name, value in vars(arguments).items() if name not in ("algo", "config")}
+
+
+def info(argv: Sequence[str]) -> int:
+    """``eaml-ext info``."""
+    text = "What is compiled and installed, what is missing, and the command that mends it."
+    argparse.ArgumentParser(prog="eaml-ext info", description=text).parse_args(argv)
+    print(import_module("eaml_ext.info").report())
+    return 0
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the job; returns the exit code: 0, 2 for bad settings, 130 for Ctrl-C."""
-    first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    first.add_argument("--algo", default="dynamics")
-    algo = first.parse_known_args(argv)[0].algo
-    p = parser(algo if algo in SETTINGS else "dynamics")
-    arguments = vars(p.parse_args(argv))
-    kind = SETTINGS[arguments.pop("algo")]
-    prefix = f"{kind.__name__}: "
+    argv = sys.argv[1:] if argv is None else list(argv)
+    if argv[:1] == ["info"]:
+        return info(argv[1:])
+    prefix = ""
     try:
-        settings = kind(**arguments)
-    except (TypeError, ValueError) as error:
-        p.error(str(error).removeprefix(prefix))
-    job = import_module(f"eaml_ext.jobs.{'dynamics' if algo == 'dynamics' else 'rl'}")
-
-    try:
-        job.run(settings)
+        algo, p, arguments = parse(argv)
+        kind = SETTINGS[algo]
+        prefix = f"{kind.__name__}: "
+        try:
+            settings = kind(**arguments)
+        except (TypeError, ValueError) as error:
+            p.error(str(error).removeprefix(prefix))
+        import_module(f"eaml_ext.jobs.{'dynamics' if algo == 'dynamics' else 'rl'}").run(settings)
     except (ValueError, OSError) as error:
         print(f"eaml-ext: {str(error).removeprefix(prefix)}", file=sys.stderr)
         return 2

@@ -14,7 +14,7 @@ ROOT = Path(eaml_ext.__file__).parent
 FLOORS = [
     {"__main__"},
     {"cli"},
-    {"jobs", "integrations"},
+    {"jobs", "integrations", "info"},
     {"rl"},
     {"tasks"},
     {"adaptation"},

@@ -20,7 +20,7 @@ from tqdm import tqdm
 from eaml_ext import checkpoint
 from eaml_ext.adaptation import AdaptationConfig, Adapter
 from eaml_ext.experience import ExperienceBuffer, Experiences, retrieval
-from eaml_ext.jobs import report
+from eaml_ext.jobs import report, settings_file
 from eaml_ext.jobs.device import torch_device
 from eaml_ext.jobs.settings import DynamicsSettings
 from eaml_ext.meta import MetaMAML, PastModels
@@ -95,9 +95,10 @@ def fingerprint(x: Tensor, y: Tensor) -> Tensor:
 def run(settings: DynamicsSettings) -> dict[str, Any]:
     """Runs the job, prints its progress and writes ``settings.folder``; returns the report.
 
-    The folder gets ``report.json``, ``report.png``, ``model.safetensors``, ``buffer.safetensors`` and, while
-    meta-training runs, ``checkpoint.safetensors``, from which ``settings.resume`` goes on: a run that was killed at any
-    moment then ends with the bits of an uninterrupted one. Ctrl-C writes the checkpoint before it ends meta-training.
+    The folder gets ``settings.toml``, ``report.json``, ``report.png``, ``model.safetensors``, ``buffer.safetensors``
+    and, while meta-training runs, ``checkpoint.safetensors``, from which ``settings.resume`` goes on: a run that was
+    killed at any moment then ends with the bits of an uninterrupted one. Ctrl-C writes the checkpoint before it ends
+    meta-training.
 
     Raises ValueError for a bad device or environment, and for a checkpoint that is damaged or of other settings;
     OSError where the folder cannot be written.
@@ -106,6 +107,7 @@ def run(settings: DynamicsSettings) -> dict[str, Any]:
     distribution = make_tasks(settings.env_name)
     folder = Path(settings.folder)
     folder.mkdir(parents=True, exist_ok=True)  # first: a bad path must not cost a run
+    settings_file.write(folder, settings)
     torch.set_num_threads(settings.threads)
     torch.manual_seed(settings.seed)
     model = DynamicsModel(

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from eaml_ext import checkpoint
-from eaml_ext.jobs import report
+from eaml_ext.jobs import report, settings_file
 from eaml_ext.jobs.device import torch_device
 from eaml_ext.jobs.rl_settings import MAMLSettings, RL2Settings, RLSettings
 from eaml_ext.rl import MAMLRL, RL2, SSMMetaPolicy, feature_dim
@@ -20,12 +20,13 @@ UPDATES = 10  # of an epoch
 def run(settings: RLSettings) -> dict[str, Any]:
     """Runs the job, prints its progress and writes ``settings.folder``; returns the report.
 
-    The folder gets ``report.json`` and ``policy.safetensors``.
+    The folder gets ``settings.toml``, ``report.json`` and ``policy.safetensors``.
     """
     device = torch_device(type(settings).__name__, settings.device)
     distribution = make_tasks(settings.env_name)
     folder = Path(settings.folder)
     folder.mkdir(parents=True, exist_ok=True)  # first: a bad path must not cost a run
+    settings_file.write(folder, settings)
     torch.set_num_threads(settings.threads)
     torch.manual_seed(settings.seed)
     policy = make_policy(settings, distribution, device)

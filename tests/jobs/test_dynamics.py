@@ -78,10 +78,11 @@ def test_command_line_prints_the_promised_lines_in_order(tmp_path, capsys):
     assert any("Steps taken: 5" in line for line in lines)
 
 
-def test_same_seed_same_numbers(tmp_path):
+def test_same_seed_same_numbers_and_the_settings_that_a_run_leaves_repeat_it(tmp_path):
     small = {**SMALL, "num_epochs": 2, "updates_per_epoch": 2, "test_tasks": 4, "adaptation_calls": 2}
     a = run(DynamicsSettings(out=str(tmp_path / "a"), **small))
-    b = run(DynamicsSettings(out=str(tmp_path / "b"), **small))
+    assert cli.main(["--config", str(tmp_path / "a" / "settings.toml"), "--out", str(tmp_path / "b")]) == 0
+    b = json.loads((tmp_path / "b" / "report.json").read_text())
     other = run(DynamicsSettings(out=str(tmp_path / "c"), seed=1, **small))
     assert a["arms"] == b["arms"] and a["meta_loss"] == b["meta_loss"] != other["meta_loss"]
 

@@ -36,9 +36,11 @@ def test_command_line_runs_the_job_and_leaves_report_and_policy(algo, columns, l
 
 
 @pytest.mark.parametrize("kind", [RL2Settings, MAMLSettings])
-def test_same_seed_same_numbers(kind, tmp_path):
+def test_same_seed_same_numbers_and_the_settings_that_a_run_leaves_repeat_it(kind, tmp_path):
     small = {**SMALL, "steps": 8, "test_tasks": 2}
-    a, b = (run(kind(out=str(tmp_path / name), **small)) for name in "ab")
+    a = run(kind(out=str(tmp_path / "a"), **small))
+    assert cli.main(["--config", str(tmp_path / "a" / "settings.toml"), "--out", str(tmp_path / "b")]) == 0
+    b = json.loads((tmp_path / "b" / "report.json").read_text())
     assert a["returns"] == b["returns"] and a["training"] == b["training"]
 
 

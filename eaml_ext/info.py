@@ -1,0 +1,116 @@
+"""What is installed, what is compiled, what is missing, and the command that mends it: ``eaml-ext info``."""
+
+import platform
+import shlex
+import sys
+import warnings
+from collections.abc import Iterable
+from importlib import import_module, metadata
+from typing import Any
+
+from packaging.requirements import Requirement
+
+import eaml_ext
+
+INSTALL = f"{shlex.quote(sys.executable)} -m pip install"
+BUILD = f"{INSTALL} --force-reinstall --no-deps --no-cache-dir ."  # run in the source folder
+OPS = ("selective_scan", "knn")
+
+
+def report() -> str:
+    """The text of ``eaml-ext info``.
+
+    >>> print(report().splitlines()[0].split()[0])
+    eaml_ext
+    """
+    lines = [f"eaml_ext {eaml_ext.__version__}, Python {platform.python_version()}, {platform.platform()}", ""]
+    wanted = requirements()
+    unmet = [r for r in wanted.get("", []) if problem(r)]
+    if any(r.name == "torch" for r in unmet):
+        lines.append("kernels    unknown: torch is missing")
+    else:
+        lines += kernels()
+    lines += ["", "packages"]
+    for r in wanted.get("", []):
+        lines.append(f"  {r.name:<16}{problem(r) or metadata.version(r.name)}")
+    if not wanted:
+        lines.append(f"  unknown: eaml_ext runs from a folder and is not installed; in that folder: {INSTALL} .")
+    if unmet:
+        lines.append(f"  to mend: {install(unmet)}")
+    for extra, needs in wanted.items():
+        if extra:
+            missing = [r for r in needs if problem(r)]
+            names = ", ".join(f"{r.name} {problem(r) or metadata.version(r.name)}" for r in needs)
+            lines += [f"[{extra}]", f"  {names}"]
+            if missing:
+                lines.append(f"  to get it: {install(missing)}")
+    return "\n".join(lines)
+
+
+def kernels() -> list[str]:
+    """Lines on the compiled extension and on torch."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # the one of eaml_ext.ops says what stands here
+        import torch
+
+        from eaml_ext import ops  # noqa: F401  (registers the ops)
+
+        info = eaml_ext.build_info()
+    gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
+    lines = [f"torch      {torch.__version__}, {', '.join(gpus) or 'sees no GPU'}"]
+    if not info["kernels"]:
+        try:
+            import_module("eaml_ext._C")
+            why = "they were hidden"
+        except ImportError as error:
+            why = str(error)
+        lines += [f"kernels    missing ({why}): the slow reference runs"]
+        return [*lines, f"  to mend, with gcc or clang installed, in the source folder: {BUILD}"]
+    lines.append(f"kernels    {info['compiler']}, {info['simd']}, for torch {info['torch_target']} and later")
+    lines.append(f"CUDA       {info['cuda'] or 'not compiled'}")
+    if info["cuda"] is None:
+        lines.append(f"  to get it, with nvcc installed, in the source folder: FORCE_CUDA=1 {BUILD}")
+    lines.append(f"  {'op':<24}{'CPU':<12}CUDA")
+    for op in OPS:
+        lines.append(f"  {op:<24}{runs(op, 'CPU'):<12}{runs(op, 'CUDA')}")
+    return lines
+
+
+def runs(op: str, device: str) -> str:
+    """Whether an op has a kernel of its own on a device."""
+    import torch
+
+    has: Any = torch._C._dispatch_has_kernel_for_dispatch_key
+    return "compiled" if has(f"eaml_ext::{op}", device) else "reference"
+
+
+def requirements() -> dict[str, list[Requirement]]:
+    """What the installed package wants, by extra, "" being what it always wants; empty where it is not installed."""
+    try:
+        declared = metadata.requires("eaml_ext") or []
+        extras = metadata.metadata("eaml_ext").get_all("Provides-Extra") or []
+    except metadata.PackageNotFoundError:
+        return {}
+    wanted: dict[str, list[Requirement]] = {"": [], **{extra: [] for extra in extras}}
+    for r in map(Requirement, declared):
+        if r.marker is None or r.marker.evaluate({"extra": ""}):
+            wanted[""].append(r)
+            continue
+        for extra in extras:
+            if r.marker.evaluate({"extra": extra}):
+                wanted[extra].append(r)
+    return wanted
+
+
+def problem(r: Requirement) -> str:
+    """``missing``, the version that does not do, or nothing."""
+    try:
+        version = metadata.version(r.name)
+    except metadata.PackageNotFoundError:
+        return "missing"
+    return "" if r.specifier.contains(version, prereleases=True) else f"{version}, wanted {r.specifier}"
+
+
+def install(missing: Iterable[Requirement]) -> str:
+    """The command that installs them."""
+    return " ".join([INSTALL, *(shlex.quote(f"{r.name}{r.specifier}") for r in missing)])

@@ -1,0 +1,79 @@
+"""Settings as a TOML file: read for ``--config``, and written beside what a run leaves. No torch here."""
+
+import difflib
+import json
+import os
+import sys
+from collections.abc import Collection
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+from eaml_ext import __version__
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
+
+NAME = "settings.toml"
+
+
+def closest(name: str, known: Collection[str]) -> str:
+    """``"; the closest is 'x'"``, or nothing where none of the known names is near.
+
+    >>> closest("num_epoch", ["num_epochs", "seed"])
+    "; the closest is 'num_epochs'"
+    """
+    found = difflib.get_close_matches(name, known, n=1)
+    return f"; the closest is {found[0]!r}" if found else ""
+
+
+def read(path: str | os.PathLike[str]) -> dict[str, Any]:
+    """The keys and values of a settings file.
+
+    Raises FileNotFoundError where there is none, ValueError for a file that is not TOML.
+    """
+    try:
+        return tomllib.loads(Path(path).read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise FileNotFoundError(f"config: there is no file {os.fspath(path)}") from None
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise ValueError(f"config: {os.fspath(path)} is not a TOML file ({error})") from None
+
+
+def check_keys(path: str | os.PathLike[str], keys: Collection[str], known: Collection[str], algo: str) -> None:
+    """Raises ValueError, one sentence, for the first key that is no setting of the algorithm."""
+    for key in keys:
+        if key not in known:
+            text = f"{os.fspath(path)} has the key {key!r}, which is no setting of --algo {algo}"
+            raise ValueError(f"config: {text}{closest(key, known)}")
+
+
+def write(folder: str | os.PathLike[str], settings: Any) -> Path:
+    """Writes the settings of a run to ``settings.toml`` in its folder, whole or not at all; returns the path.
+
+    ``settings`` is a dataclass of strings, numbers and booleans named ``<Algo>Settings``. ``resume`` stays out: the
+    file repeats a run, it does not go on with it.
+
+    >>> import tempfile
+    >>> from eaml_ext.jobs.settings import DynamicsSettings
+    >>> read(write(tempfile.mkdtemp(), DynamicsSettings(seed=3)))["seed"]
+    3
+    """
+    algo = type(settings).__name__.removesuffix("Settings").lower()
+    lines = [f"# eaml_ext {__version__}: `eaml-ext --config {NAME}` repeats this run; flags given beside it win.\n"]
+    lines.append(f"algo = {_toml(algo)}\n")
+    for f in fields(settings):
+        if f.name != "resume":
+            lines.append(f"{f.name} = {_toml(getattr(settings, f.name))}\n")
+    path = Path(folder) / NAME
+    part = path.with_name(NAME + ".part")
+    part.write_text("".join(lines), encoding="utf-8")
+    os.replace(part, path)
+    return path
+
+
+def _toml(value: str | int | float | bool) -> str:
+    """A scalar; JSON's notation is TOML's for those, but for DEL, which TOML wants escaped."""
+    return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")

@@ -1,0 +1,108 @@
+"""``eaml-ext info``: what it says of what is there, and the commands for what is not."""
+
+import subprocess
+import sys
+
+import pytest
+import torch
+from packaging.requirements import Requirement
+
+import eaml_ext
+from eaml_ext import cli, info
+
+
+@pytest.fixture
+def wants(monkeypatch):
+    """Sets what the installed package declares to want."""
+
+    def declare(*always, **extras):
+        groups = {"": always, **extras}
+        monkeypatch.setattr(
+            info, "requirements", lambda: {name: [Requirement(r) for r in rs] for name, rs in groups.items()}
+        )
+
+    return declare
+
+
+def test_report_names_versions_and_the_command_for_what_is_missing(wants, capsys):
+    wants("torch>=2.11", "no-such-package>=3", tidy=["nor-this-one", "numpy"], met=["numpy>=1"], old=["numpy>=999"])
+    assert cli.main(["info"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0].startswith(f"eaml_ext {eaml_ext.__version__}, Python 3.")
+    assert f"torch           {torch.__version__}" in "\n".join(lines)
+    assert f"  to mend: {info.INSTALL} 'no-such-package>=3'" in lines
+    assert f"  to get it: {info.INSTALL} nor-this-one" in lines
+    assert f"  to get it: {info.INSTALL} 'numpy>=999'" in lines
+    assert sum("to get it: " in line and "FORCE_CUDA" not in line for line in lines) == 2
+
+
+def test_report_says_what_was_compiled(reference_only):
+    text = "\n".join(info.kernels())
+    if reference_only:
+        assert "kernels    missing (they were hidden" in text or "kernels    missing (import of" in text
+        assert info.BUILD in text
+        return
+    build = eaml_ext.build_info()
+    assert build["compiler"] in text and build["simd"] in text
+    assert "selective_scan          compiled    " in text and "knn                     compiled    " in text
+    assert ("FORCE_CUDA=1" in text) == (build["cuda"] is None)
+
+
+def test_without_kernels_the_reason_and_the_command_stand_there_and_nothing_warns():
+    code = "import sys; sys.modules['eaml_ext._C'] = None; from eaml_ext import cli; cli.main(['info'])"
+    done = subprocess.run([sys.executable, "-W", "error", "-c", code], capture_output=True, text=True, check=True)
+    assert "kernels    missing (" in done.stdout and info.BUILD in done.stdout
+    assert done.stderr == ""
+
+
+def test_without_torch_the_command_for_it_stands_there():
+    code = """
+import sys
+from importlib import metadata
+sys.modules["torch"] = None
+find = metadata.version
+def version(name):
+    if name == "torch":
+        raise metadata.PackageNotFoundError(name)
+    return find(name)
+metadata.version = version
+from eaml_ext import cli, info
+from packaging.requirements import Requirement
+info.requirements = lambda: {"": [Requirement("torch>=2.11")]}
+cli.main(["info"])
+"""
+    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    assert "unknown: torch is missing" in out and f"to mend: {info.INSTALL} 'torch>=2.11'" in out
+
+
+def test_a_package_that_is_not_installed_says_so(monkeypatch):
+    def nothing(name):
+        raise info.metadata.PackageNotFoundError(name)
+
+    monkeypatch.setattr(info.metadata, "requires", nothing)
+    assert info.requirements() == {}
+    assert "is not installed" in info.report()
+
+
+def test_requirements_come_by_extra(monkeypatch):
+    declared = [
+        "torch>=2.11",
+        "tomli; python_version < '3'",
+        "jax; extra == 'bench'",
+        "x; extra == 'a' or extra == 'b'",
+    ]
+
+    class Metadata:
+        def get_all(self, name):
+            return ["bench", "a", "b"]
+
+    monkeypatch.setattr(info.metadata, "requires", lambda name: declared)
+    monkeypatch.setattr(info.metadata, "metadata", lambda name: Metadata())
+    found = {extra: [r.name for r in rs] for extra, rs in info.requirements().items()}
+    assert found == {"": ["torch"], "bench": ["jax"], "a": ["x"], "b": ["x"]}
+
+
+def test_info_refuses_arguments(capsys):
+    with pytest.raises(SystemExit) as end:
+        cli.main(["info", "--quick"])
+    assert end.value.code == 2 and "unrecognized arguments: --quick" in capsys.readouterr().err
