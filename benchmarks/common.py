@@ -42,7 +42,7 @@ def machine() -> dict[str, Any]:
 def flags(text: str | None, shape: Sequence[str] = (), peers: Sequence[str] = ()) -> argparse.Namespace:
     """The flags every benchmark takes, and what is asked for of shapes and peers; seeds torch and sets its threads."""
     parser = argparse.ArgumentParser(description=text, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="fewer shapes, less time, no file written")
+    parser.add_argument("--quick", action="store_true", help="fewer shapes, less time; plots go to build/bench")
     parser.add_argument("--threads", type=int, default=1)
     if shape:
         parser.add_argument(
@@ -181,6 +181,13 @@ def result_path(name: str, suffix: str = ".json") -> Path:
     """``benchmarks/results/<name>-<cpu><suffix>``."""
     RESULTS.mkdir(exist_ok=True)
     return RESULTS / f"{name}-{cpu_name()}{suffix}"
+
+
+def brief_path(name: str) -> Path:
+    """``build/bench/<name>.png``: where ``--quick`` leaves its plots, so that the results of full runs stay."""
+    path = Path(__file__).parents[1] / "build" / "bench" / f"{name}.png"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    return path
 
 
 def write(name: str, results: Any, *, timed: bool = True) -> Path:

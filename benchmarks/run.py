@@ -1,4 +1,7 @@
-"""All benchmarks, one after another: python -m benchmarks.run [--quick] [--threads 1]."""
+"""All benchmarks, one after another: python -m benchmarks.run [--quick] [--threads 1].
+
+--quick takes a few minutes: the kernels' tables for this machine, their plots in build/bench, nothing in results/.
+"""
 
 from benchmarks import experience, mamba, meta
 from benchmarks.ops import knn, selective_scan

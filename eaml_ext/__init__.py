@@ -7,7 +7,28 @@ Names are imported on first use, so that ``import eaml_ext`` costs nothing::
 """
 
 from importlib import import_module
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+# What __getattr__ brings, for type checkers; of the ops' own modules, two of which have the names of their functions.
+if TYPE_CHECKING:
+    from eaml_ext.adaptation import AdaptationConfig as AdaptationConfig
+    from eaml_ext.adaptation import Adapter as Adapter
+    from eaml_ext.experience import ExperienceBuffer as ExperienceBuffer
+    from eaml_ext.experience import Experiences as Experiences
+    from eaml_ext.meta import MetaLearner as MetaLearner
+    from eaml_ext.meta import MetaMAML as MetaMAML
+    from eaml_ext.meta import MetaMAMLTrainer as MetaMAMLTrainer
+    from eaml_ext.meta import TaskBatch as TaskBatch
+    from eaml_ext.nn import SSM as SSM
+    from eaml_ext.nn import Mamba as Mamba
+    from eaml_ext.nn import SSMLayer as SSMLayer
+    from eaml_ext.nn import Stateful as Stateful
+    from eaml_ext.ops.knn import Neighbors as Neighbors
+    from eaml_ext.ops.knn import knn as knn
+    from eaml_ext.ops.packed_keys import PackedKeys as PackedKeys
+    from eaml_ext.ops.selective_scan import selective_scan as selective_scan
+    from eaml_ext.ops.selective_scan import selective_scan_step as selective_scan_step
+    from eaml_ext.rl import SSMMetaPolicy as SSMMetaPolicy
 
 __version__ = "0.1.0"
 

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 import eaml_ext
-from benchmarks.common import fastest, flags, medians, result_path, write
+from benchmarks.common import brief_path, fastest, flags, medians, result_path, write
 from benchmarks.ops.knn_peers import (
     OURS,
     PACKAGES,
@@ -233,7 +233,7 @@ def recalls(bench: Bench) -> list[Row]:
     return rows
 
 
-def plot(rows: list[Row], shares: list[Row], path: Path) -> Path:
+def plot(rows: list[Row], shares: list[Row], path: Path, threads: int = 1) -> Path:
     """Time of every peer at every shape over the limit."""
     import matplotlib
 
@@ -243,12 +243,12 @@ def plot(rows: list[Row], shares: list[Row], path: Path) -> Path:
     figure, axes = pyplot.subplots(figsize=(11, 5))
     shapes = [tuple(row["shape"]) for row in shares]
     colors = ["#0b3c8c", "#5b8bd9", "#d95f02", "#e7a26a", "#1b9e77", "#7f7f7f", "#b8860b", "#7a5195"]
-    for i, name in enumerate(PEERS):
+    present = [name for name in PEERS if any(row["peer"] == name and row["seconds"] for row in rows)]
+    for i, name in enumerate(present):
         found = {tuple(row["shape"]): row["seconds"] for row in rows if row["peer"] == name and row["seconds"]}
-        places = [x + (i - len(PEERS) / 2) * 0.1 for x, shape in enumerate(shapes) if shape in found]
+        places = [x + (i - (len(present) - 1) / 2) * 0.1 for x, shape in enumerate(shapes) if shape in found]
         heights = [found[s] / row["limit"] for s, row in zip(shapes, shares, strict=True) if s in found]
-        if heights:
-            axes.bar(places, heights, 0.1, label=name, color=colors[i])
+        axes.bar(places, heights, 0.1, label=name, color=colors[list(PEERS).index(name)])
     axes.axhline(1, color="#555555", linewidth=0.8)
     axes.set_yscale("log")
     count = [
@@ -260,7 +260,11 @@ def plot(rows: list[Row], shares: list[Row], path: Path) -> Path:
     ]
     axes.set_xticks(range(len(shapes)), names, fontsize=7.5)
     axes.set_ylabel("time over the machine's limit for float32")
-    axes.set_title(f"Exact {K} nearest neighbours on one CPU thread, float32", loc="left", fontsize=11)
+    axes.set_title(
+        f"Exact {K} nearest neighbours on {threads} CPU thread{'s' if threads > 1 else ''}, float32",
+        loc="left",
+        fontsize=11,
+    )
     axes.legend(frameon=False, fontsize=8, ncols=4)
     axes.spines[["top", "right"]].set_visible(False)
     figure.savefig(path, dpi=150, bbox_inches="tight")
@@ -279,7 +283,9 @@ def main() -> None:
     results["gradients"] = gradients(bench, GRADIENTS)
     results["masked"] = masked(bench, MASKED[1:2] if quick else MASKED)
     results["recall"] = recalls(bench)
-    if not quick:
+    if quick:
+        print(plot(bench.rows, results["shares"], brief_path("knn"), threads))
+    else:
         results["scaling"] = scaling(bench, [GRADIENTS, LARGE])
         results["rows"] = bench.rows
         print(write(f"knn-{threads}-thread", results))

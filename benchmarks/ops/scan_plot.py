@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 SWEPT = (4, 256, 16)  # batch, dim, state
-SHAPE = (4, 512, 256, 16)
+SHAPE = (4, 512, 256, 16)  # of the bars
 BARS = ("forward", "+backward", "+double backward")
 COLORS = {
     "ours": "#0b3c8c",
@@ -35,7 +35,7 @@ def spread(values: list[float], gap: float) -> list[float]:
 
 
 def lines(axes: Any, rows: list[dict[str, Any]], task: str) -> None:
-    """Time against length, each line named at its end."""
+    """Time against length, each line named to its right."""
     ends = []
     for peer, color in COLORS.items():
         points = {
@@ -54,25 +54,25 @@ def lines(axes: Any, rows: list[dict[str, Any]], task: str) -> None:
     axes.set_yscale("log")
     low, high = axes.get_ylim()
     longest = max(x for _, x, _ in ends)
-    places = spread([y for _, x, y in ends if x == longest], (high / low) ** 0.05)
-    for peer, x, y in ends:
+    places = spread([y for _, _, y in ends], (high / low) ** 0.05)
+    for (peer, x, _), place in zip(ends, places, strict=True):
         style = {"color": COLORS[peer], "fontsize": 9, "fontweight": "bold" if peer == "ours" else "normal"}
-        whole = x == longest
-        place, offset = (places.pop(0), (7, 0)) if whole else (y, (0, 5))
-        style |= {"va": "center", "ha": "left"} if whole else {"va": "bottom", "ha": "center"}
-        name = LABELS.get(peer, peer)
-        axes.annotate(name, (x, place), xytext=offset, textcoords="offset points", annotation_clip=False, **style)
-    axes.set_xticks([16, 64, 256, 1024, 4096], ["16", "64", "256", "1024", "4096"])
+        name = LABELS.get(peer, peer) + ("" if x == longest else f" (to {x})")
+        at = {"xytext": (7, 0), "textcoords": "offset points", "va": "center", "annotation_clip": False}
+        axes.annotate(name, (longest, place), **at, **style)
+    ticks = [length for length in (16, 64, 256, 1024, 4096) if length <= longest]
+    axes.set_xticks(ticks, [str(length) for length in ticks])
     axes.minorticks_off()
     axes.grid(True, color="#e6e6e6", linewidth=0.8)
     axes.set_xlabel("length (steps)")
     axes.set_ylabel("time (ms)")
-    axes.set_title(f"{task}, batch 4, dim 256, state 16", loc="left", fontsize=10)
+    batch, dim, state = SWEPT
+    axes.set_title(f"{task}, batch {batch}, dim {dim}, state {state}", loc="left", fontsize=10)
 
 
-def bars(axes: Any, rows: list[dict[str, Any]]) -> None:
+def bars(axes: Any, rows: list[dict[str, Any]], shape: tuple[int, int, int, int]) -> None:
     """The passes of all peers at one shape; a missing bar says why."""
-    found = {(r["pass"], r["peer"]): r for r in rows if r["shape"] == SHAPE and r["layout"] == "channel-last"}
+    found = {(r["pass"], r["peer"]): r for r in rows if tuple(r["shape"]) == shape and r["layout"] == "channel-last"}
     place, ticks, names = 0.0, [], []
     least = min(1e3 * r["seconds"] for r in found.values() if r["seconds"]) / 2
     for task in BARS:
@@ -99,10 +99,12 @@ def bars(axes: Any, rows: list[dict[str, Any]]) -> None:
     axes.set_ylim(place - 1, -0.6)
     axes.tick_params(axis="y", length=0)
     axes.set_xlabel("time (ms)")
-    axes.set_title("batch 4, length 512, dim 256, state 16", loc="left", fontsize=10)
+    batch, length, dim, state = shape
+    axes.set_title(f"batch {batch}, length {length}, dim {dim}, state {state}", loc="left", fontsize=10)
 
 
-def plot(rows: list[dict[str, Any]], path: Path) -> Path:
+def plot(rows: list[dict[str, Any]], path: Path, shape: tuple[int, int, int, int] = SHAPE, threads: int = 1) -> Path:
+    """The picture of measured rows, with bars at ``shape``."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -113,10 +115,11 @@ def plot(rows: list[dict[str, Any]], path: Path) -> Path:
     )
     lines(left, rows, "forward")
     lines(middle, rows, "+backward")
-    bars(right, rows)
+    bars(right, rows, shape)
     for axes in (left, middle, right):
         axes.spines[["top", "right"]].set_visible(False)
-    figure.suptitle("Selective scan on one CPU thread, float32", x=0.125, ha="left", fontsize=12, fontweight="bold")
+    title = f"Selective scan on {threads} CPU thread{'s' if threads > 1 else ''}, float32"
+    figure.suptitle(title, x=0.125, ha="left", fontsize=12, fontweight="bold")
     figure.savefig(path, dpi=150, bbox_inches="tight")
     pyplot.close(figure)
     return path

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 
 from benchmarks.common import (
+    brief_path,
     copy_rate,
     cores,
     exp_rates,
@@ -249,7 +250,7 @@ def scaling(bench: Bench, shapes: list[Shape]) -> list[Row]:
     """Ours on one thread and on two."""
     rows = []
     print(f"\n{'ours, threads':<46}{'1, ms':>8}{'2, ms':>8}{'speed-up':>10}")
-    if (os.cpu_count() or 1) < 2:
+    if len(os.sched_getaffinity(0)) < 2:
         print("  absent: one core")
         return [{"reason": "absent: one core"}]
     for shape in shapes:
@@ -298,10 +299,13 @@ def main() -> None:
     results["bound"] = bound()
     if not quick and not arguments.peers:
         results["memory"] = memory(bench, SHAPES) if results["bound"] else []
-        for task in ("forward", "+backward"):
-            header(f"{task} by length", "ms")
-            for shape in SWEEP:
-                line(str(shape), bench.measure(task, shape), "seconds", 1e3)
+    for task in ("forward", "+backward"):
+        header(f"{task} by length", "ms")
+        for shape in SWEEP[:5] if quick else SWEEP:
+            line(str(shape), bench.measure(task, shape), "seconds", 1e3)
+    if quick:
+        print(plot(bench.rows, brief_path("selective_scan"), SHAPES[0], threads))
+    else:
         results["rows"] = bench.rows
         print(write(f"selective_scan-{threads}-thread", results))
         if threads == 1:

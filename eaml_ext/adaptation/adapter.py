@@ -483,7 +483,8 @@ class Adapter:
         return torch.cat([p.reshape(-1) for p in self._params], out=out)
 
     def _split(self, vector: Tensor) -> Sequence[Tensor]:
-        return vector.split([p.numel() for p in self._params], -1)
+        parts: Sequence[Tensor] = vector.split([p.numel() for p in self._params], -1)
+        return parts
 
     def _named(self, vector: Tensor) -> dict[str, Tensor]:
         return dict(zip(self._names, guards.unflatten(vector, self._params), strict=True))
@@ -556,4 +557,5 @@ def _of_user(batch: Mapping[str, Any], index: int, users: int) -> dict[str, Any]
     def own(value: Any) -> Any:
         return value[index] if isinstance(value, Tensor) and value.shape[:1] == (users,) else value
 
-    return tree_map(own, dict(batch))
+    part: dict[str, Any] = tree_map(own, dict(batch))
+    return part

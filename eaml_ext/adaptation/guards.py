@@ -99,7 +99,8 @@ class UserHistory:
 
 def norm(vector: Tensor) -> Tensor:
     """Along the last dimension."""
-    return torch.linalg.vector_norm(vector, dim=-1)
+    norms: Tensor = torch.linalg.vector_norm(vector, dim=-1)
+    return norms
 
 
 def unflatten(vector: Tensor, like: Sequence[Tensor]) -> list[Tensor]:

@@ -380,7 +380,8 @@ class ExperienceBuffer:
                 value = value.to(wanted)
         if stored is not None and value.dtype != stored:
             raise TypeError(f"{where}: {name} has dtype {_short(value.dtype)}, wanted {_short(stored)}")
-        return value
+        made: Tensor = value
+        return made
 
     def _items(self, where: str, values: dict[str, Tensor]) -> dict[str, Tensor]:
         """The values with a leading dimension of items, each checked against the schema; the first add makes it."""
@@ -577,7 +578,8 @@ class ExperienceBuffer:
     def tasks(self) -> Tensor:
         """The ids of the tasks stored: int64 ``(tasks,)``, ascending."""
         with self._lock:
-            return torch.unique(self._live("ExperienceBuffer.tasks", "task"))
+            ids: Tensor = torch.unique(self._live("ExperienceBuffer.tasks", "task"))
+            return ids
 
     def of_task(self, task: int) -> Experiences:
         """All experiences of one task, oldest first.
@@ -612,7 +614,8 @@ class ExperienceBuffer:
             embeddings = self._live(where, "context_embedding")
             ids, rows, counts = torch.unique(self._live(where, "task"), return_inverse=True, return_counts=True)
             sums = embeddings.new_zeros((len(ids), embeddings.shape[1])).index_add_(0, rows, embeddings)
-            return sums / counts.unsqueeze(1)
+            means: Tensor = sums / counts.unsqueeze(1)
+            return means
 
     def __len__(self) -> int:
         return self._written - self._first

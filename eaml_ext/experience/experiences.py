@@ -48,7 +48,7 @@ class Experiences:
         self.distances = distances
 
     def __getattr__(self, name: str) -> Tensor:
-        fields = self.__dict__.get("fields", {})
+        fields: dict[str, Tensor] = self.__dict__.get("fields", {})
         if name in fields:
             return fields[name]
         raise AttributeError(f"Experiences: there is no field {name!r}, the stored fields are {', '.join(fields)}")

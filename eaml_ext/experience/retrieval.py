@@ -261,4 +261,5 @@ def best_fit(
 def _query(where: str, batch: Mapping[str, Any]) -> Tensor:
     if "context_embedding" not in batch:
         raise ValueError(f"{where}: the batch has no context_embedding to search with")
-    return batch["context_embedding"]
+    embedding: Tensor = batch["context_embedding"]
+    return embedding

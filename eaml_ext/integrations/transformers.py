@@ -24,7 +24,8 @@ class FusedMambaMixer(MambaMixer):
         """``(batch, length, hidden_size)`` -> the same shape; reads and updates ``cache_params``."""
         layer = self.layer_idx
         if cache_params is not None and cache_params.is_recording_past(layer):  # keeps all inputs, to be cut back
-            return super().forward(hidden_states, cache_params, attention_mask, **kwargs)
+            y: Tensor = super().forward(hidden_states, cache_params, attention_mask, **kwargs)
+            return y
         if attention_mask is not None:
             hidden_states = hidden_states * attention_mask.unsqueeze(-1).to(hidden_states.dtype)
         if cache_params is None:

@@ -89,7 +89,8 @@ def fingerprint(x: Tensor, y: Tensor) -> Tensor:
     """
     x = torch.cat([x[..., :-1], torch.ones_like(x[..., :1])], dim=-1)
     gram = x.mT @ x + torch.eye(x.shape[-1], dtype=x.dtype, device=x.device)
-    return torch.linalg.solve(gram, x.mT @ y).flatten(1)
+    weights: Tensor = torch.linalg.solve(gram, x.mT @ y).flatten(1)
+    return weights
 
 
 def run(settings: DynamicsSettings) -> dict[str, Any]:
@@ -276,13 +277,15 @@ def adapt(
     def error(params: dict[str, Tensor]) -> Tensor:
         with torch.no_grad():
             predict = vmap(lambda params, x: functional_call(model, params, (x,)))
-            return (predict(params, x[:, k:]) - y[:, k:]).square().mean(dim=(1, 2))
+            errors: Tensor = (predict(params, x[:, k:]) - y[:, k:]).square().mean(dim=(1, 2))
+            return errors
 
     def inputs(e: Experiences) -> Tensor:
         return features(e.state, e.action, e.start)
 
     def targets(e: Experiences) -> Tensor:
-        return (e.next_state - e.state) / model.scale
+        steps: Tensor = (e.next_state - e.state) / model.scale
+        return steps
 
     select: dict[str, Any] = {"states": inputs, "targets": targets}
     models = PastModels(maml, buffer, F.mse_loss, MEMORY_STEPS, length=length, **select)

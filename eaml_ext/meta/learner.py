@@ -84,12 +84,15 @@ class MetaLearner(nn.Module):
     def forward(self, query_set: Tensor, params: Params | None = None) -> Tensor:
         """Predictions ``(m, output_dim)`` for ``(m, input_dim)``, under ``params`` (absent: the initial ones)."""
         self._check_inputs("MetaLearner.forward", "query_set", query_set)
+        predictions: Tensor
         if params is None:
-            return self.network(query_set)
+            predictions = self.network(query_set)
+            return predictions
         names = [name for name, _ in self.network.named_parameters()]
         if not isinstance(params, dict) or list(params) != names:
             raise ValueError(f"MetaLearner.forward: params must be what adapt returned, a dict of {', '.join(names)}")
-        return functional_call(self.network, params, (query_set,))
+        predictions = functional_call(self.network, params, (query_set,))
+        return predictions
 
     def adapt(self, context: Tensor, support_set: Pairs) -> Params:
         """The parameters adapted to a task, by name, for :meth:`forward`.

@@ -122,7 +122,8 @@ class MetaMAML:
 
     def call(self, params: Params, x: Tensor) -> Tensor:
         """``model(x)`` under other parameters."""
-        return functional_call(self.model, params, (x,))
+        out: Tensor = functional_call(self.model, params, (x,))
+        return out
 
     def adapt_params(
         self, params: Params, support_x: Tensor, support_y: Tensor, loss_fn: LossFn, num_steps: int | None = None

@@ -156,7 +156,7 @@ class TaskBatch:
             tasks = len(self.tasks)
         else:
             tasks = getattr(self.tasks, "name", type(self.tasks).__name__)
-            if type(self.tasks).__repr__ is not object.__repr__:  # that one is an address
+            if type(self.tasks).__repr__ is not object.__repr__:  # type: ignore[comparison-overlap]  # an address
                 tasks = f"{tasks}: {self.tasks!r}"
         return {"tasks": tasks, "batch_size": self.batch_size, "sampling": self.sampling, "seed": self.seed}
 

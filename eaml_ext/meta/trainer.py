@@ -286,7 +286,7 @@ class MetaMAMLTrainer:
             maml.load_state_dict(part)
         task_batch.load_state_dict(state["task_batch"])
         self.losses = state["losses"].tolist()
-        return state["began"]
+        return int(state["began"])
 
 
 def _support(where: str, new_task_data: Any) -> tuple[Tensor, Tensor]:

@@ -57,7 +57,8 @@ class EpisodicRead(nn.Module):
         weights = 1 / (distances + self.delta)
         weights = weights / weights.sum(-1, keepdim=True)
         near = self.values.index_select(0, slots.flatten()).unflatten(0, slots.shape)
-        return (weights.unsqueeze(-2) @ near).reshape(*queries.shape[:-1], self.values.shape[-1])
+        read: Tensor = (weights.unsqueeze(-2) @ near).reshape(*queries.shape[:-1], self.values.shape[-1])
+        return read
 
     def extra_repr(self) -> str:
         slots, key_dim = self.keys.shape
@@ -118,7 +119,8 @@ class KNNAttention(nn.Module):
         found = found + slots * torch.arange(heads, device=found.device)[:, None, None]
         near = self.values.flatten(0, 1).index_select(0, found.flatten()).unflatten(0, found.shape)
         read = (weights.unsqueeze(-2) @ near).squeeze(-2)  # (heads, queries, head_dim)
-        return self.out(read.transpose(0, 1).flatten(1)).reshape(x.shape)
+        out: Tensor = self.out(read.transpose(0, 1).flatten(1)).reshape(x.shape)
+        return out
 
     def extra_repr(self) -> str:
         heads, slots, head_dim = self.keys.shape

@@ -105,7 +105,7 @@ def mixer_scan(
     x = layer.act(x)
     x = x if mask is None else x * mask.unsqueeze(-1).to(x.dtype)
     delta, B, C = layer.x_proj(x).split((rank, state, state), dim=-1)
-    y, last = selective_scan(  # type: ignore[misc]
+    y, last = selective_scan(
         x.mT,
         stop(F.linear(delta, layer.dt_proj.weight).mT, lengths),
         -torch.exp(wide(layer.A_log)),

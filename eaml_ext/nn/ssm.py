@@ -201,7 +201,8 @@ class SSMLayer(nn.Module):
         if x.dim() not in (2, 3) or x.shape[-1] != self.input_dim:
             wanted = f"(time, {self.input_dim}) or (batch, time, {self.input_dim})"
             raise ValueError(f"SSMLayer: x must have shape {wanted}, got {tuple(x.shape)}")
-        return self.model(x) if x.dim() == 3 else self.model(x.unsqueeze(0)).squeeze(0)
+        y: Tensor = self.model(x) if x.dim() == 3 else self.model(x.unsqueeze(0)).squeeze(0)
+        return y
 
 
 class Stateful(nn.Module):
@@ -232,6 +233,7 @@ class Stateful(nn.Module):
         kind = (x.shape[0], x.dtype, x.device)
         if state is None or self._kind != kind:
             state = self.model.init_hidden(x.shape[0])
+        y: Tensor
         y, state = self.model.scan(x, state) if x.dim() == 3 else self.model.step(x, state)
         self.state, self._kind = state.detach(), kind
         return y

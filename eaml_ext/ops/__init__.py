@@ -5,9 +5,9 @@ import warnings
 import torch  # noqa: F401  (the kernels link against libtorch: it has to be loaded first)
 
 try:
-    from eaml_ext import _C
+    from eaml_ext import _C as _C
 except ImportError as error:
-    _C = None  # type: ignore[assignment]
+    _C = None
     warnings.warn(
         f"eaml_ext: compiled kernels are not available ({error}); the slow pure-PyTorch reference is used. "
         "To get them, install gcc or clang and run, in the source folder: "

@@ -17,6 +17,7 @@ from torch.autograd import forward_ad
 from torch.utils.flop_counter import register_flop_formula
 
 from eaml_ext import _check
+from eaml_ext.ops._typed import Function, allow_in_graph, register_fake
 
 METRICS = ("sqeuclidean", "cosine", "inner_product")
 SQEUCLIDEAN, COSINE, INNER_PRODUCT = range(3)
@@ -124,7 +125,7 @@ torch.library.impl("eaml_ext::knn", "CompositeExplicitAutograd", _reference)
 # ---- fake -------------------------------------------------------------------------------------------------------
 
 
-@torch.library.register_fake("eaml_ext::knn")
+@register_fake("eaml_ext::knn")
 def _empty(
     queries: Tensor,
     keys: Tensor,
@@ -145,7 +146,7 @@ def _empty(
 @register_flop_formula(torch.ops.eaml_ext.knn)
 def _count(queries: Any, keys: Any, *_: Any, **__: Any) -> int:
     """A product and a sum for every feature of every pair."""
-    return 2 * math.prod(queries) * keys[-2]
+    return int(2 * math.prod(queries) * keys[-2])
 
 
 # ---- autograd ---------------------------------------------------------------------------------------------------
@@ -159,28 +160,29 @@ def _merge(x: Tensor) -> Tensor:
     return x.reshape(x.shape[0] * x.shape[1], *x.shape[2:])
 
 
-class _Select(torch.autograd.Function):
+class _Select(Function):
     """The raw op for vmap's sake: its outputs carry no gradient. Leading sizes are one: (rows, Q, d), (memories, M)."""
 
     @staticmethod
-    def forward(queries, keys, k, metric, valid, bias, panels, state, reference):  # type: ignore[override]
-        select = _reference if reference else torch.ops.eaml_ext.knn.default
-        return select(queries, keys, k, metric, valid, bias, panels, state)
+    def forward(*args: Any) -> Any:
+        *given, reference = args
+        return (_reference if reference else torch.ops.eaml_ext.knn.default)(*given)
 
     @staticmethod
-    def setup_context(ctx, inputs, output):  # type: ignore[override]
+    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
         ctx.mark_non_differentiable(*output)
 
     @staticmethod
-    def backward(ctx, *grads):  # type: ignore[override]
+    def backward(ctx: Any, *grads: Any) -> Any:
         return (None,) * 9
 
     @staticmethod
-    def jvp(ctx, *tangents):  # type: ignore[override]
+    def jvp(ctx: Any, *tangents: Any) -> Any:
         return None, None
 
     @staticmethod
-    def vmap(info, in_dims, queries, keys, k, metric, valid, bias, panels, state, reference):  # type: ignore[override]
+    def vmap(info: Any, in_dims: Any, *args: Any) -> Any:
+        queries, keys, k, metric, valid, bias, panels, state, reference = args
         size, (q_dim, keys_dim, _, _, valid_dim, bias_dim, *_) = info.batch_size, in_dims
         queries = _front(queries, q_dim, size)
         rows = queries.shape[1]
@@ -208,27 +210,27 @@ class _Select(torch.autograd.Function):
         return tuple(x.reshape(rows, size, *x.shape[1:]) for x in found), (1, 1)
 
 
-class _Attach(torch.autograd.Function):
+class _Attach(Function):
     """``exact``, with the derivatives of ``recomputed``: the values returned stay those of the raw op, bit for bit."""
 
     @staticmethod
-    def forward(exact, recomputed):  # type: ignore[override]
+    def forward(exact: Tensor, recomputed: Tensor) -> Tensor:
         return exact.clone()
 
     @staticmethod
-    def setup_context(ctx, inputs, output):  # type: ignore[override]
+    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
         pass
 
     @staticmethod
-    def backward(ctx, grad):  # type: ignore[override]
+    def backward(ctx: Any, grad: Any) -> Any:
         return None, grad
 
     @staticmethod
-    def jvp(ctx, _, tangent):  # type: ignore[override]
+    def jvp(ctx: Any, _: Any, tangent: Any) -> Any:
         return None if tangent is None else tangent.clone()
 
     @staticmethod
-    def vmap(info, in_dims, exact, recomputed):  # type: ignore[override]
+    def vmap(info: Any, in_dims: Any, exact: Tensor, recomputed: Tensor) -> Any:
         fronted = (_front(x, dim, info.batch_size) for x, dim in zip((exact, recomputed), in_dims, strict=True))
         return _Attach.apply(*fronted), 0
 
@@ -265,7 +267,7 @@ def _recompute(queries: Tensor, keys: Tensor, metric: int, bias: Tensor | None, 
     return value.to(keys.dtype)
 
 
-@torch.compiler.allow_in_graph
+@allow_in_graph
 def _differentiable(
     queries: Tensor,
     keys: Tensor,

@@ -16,12 +16,13 @@ import torch
 from torch import Tensor
 
 from eaml_ext import _check
+from eaml_ext.ops._typed import register_fake
 from eaml_ext.ops.knn import DTYPES, METRICS, Neighbors, _search
 
 try:
     from eaml_ext import _C
 except ImportError:
-    _C = None  # type: ignore[assignment]
+    _C = None
 
 PANEL = 32  # keys of a panel: csrc/knn/cpu_kernel.h
 HUGE = 1 << 22  # bytes from which huge pages are asked for
@@ -70,7 +71,7 @@ def _write(
 torch.library.impl("eaml_ext::knn_write", "CompositeExplicitAutograd", _write)
 
 
-@torch.library.register_fake("eaml_ext::knn_write")
+@register_fake("eaml_ext::knn_write")
 def _nothing(*_: Any) -> None:
     return None
 
@@ -343,7 +344,7 @@ class PackedKeys:
         return f"({last},)" if self.memories is None else f"({self.memories}, {last})"
 
     @staticmethod
-    def _dtype_of(where: str, dtype: Any) -> torch.dtype:
+    def _dtype_of(where: str, dtype: torch.dtype) -> torch.dtype:
         if dtype not in DTYPES:
             wanted = " or ".join(str(x).removeprefix("torch.") for x in DTYPES)
             raise TypeError(f"{where}: dtype must be {wanted}, got {str(dtype).removeprefix('torch.')}")

@@ -13,7 +13,7 @@ import contextlib
 import functools
 import inspect
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from typing import Any, Literal, overload
 
 import torch
 import torch.nn.functional as F
@@ -22,6 +22,7 @@ from torch.autograd import forward_ad
 from torch.utils.flop_counter import register_flop_formula
 
 from eaml_ext import _check
+from eaml_ext.ops._typed import Function, allow_in_graph, register_fake
 
 CHUNK = 32  # steps between two saved states; kChunk in csrc/selective_scan/problem.h
 
@@ -296,29 +297,29 @@ def _fake_state(u: Tensor, A: Tensor) -> Tensor:
     return A.new_empty(u.shape[0], u.shape[1], A.shape[-1])
 
 
-@torch.library.register_fake("eaml_ext::selective_scan")
+@register_fake("eaml_ext::selective_scan")
 def _scan_fake(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
     u, A, save = args[0], args[2], args[-1]
     saved = A.new_empty(u.shape[0], _saved_size(u, A)) if save else A.new_empty(0)
     return torch.empty_like(u), _fake_state(u, A), saved
 
 
-@torch.library.register_fake("eaml_ext::selective_scan_step")
+@register_fake("eaml_ext::selective_scan_step")
 def _step_fake(state: Tensor, u: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
     return u.new_empty(u.shape), state.new_empty(state.shape)
 
 
-@torch.library.register_fake("eaml_ext::selective_scan_backward")
+@register_fake("eaml_ext::selective_scan_backward")
 def _backward_fake(grad_y: Tensor, grad_state: Tensor | None, *args: Any) -> tuple[Tensor, ...]:
     return _empty_gradients(args[:_COUNT])
 
 
-@torch.library.register_fake("eaml_ext::selective_scan_jvp")
+@register_fake("eaml_ext::selective_scan_jvp")
 def _jvp_fake(*args: Any) -> tuple[Tensor, Tensor]:
     return torch.empty_like(args[0]), _fake_state(args[0], args[2])
 
 
-@torch.library.register_fake("eaml_ext::selective_scan_backward_jvp")
+@register_fake("eaml_ext::selective_scan_backward_jvp")
 def _backward_jvp_fake(
     grad_y: Any, grad_state: Any, gy_tangent: Any, gs_tangent: Any, *args: Any
 ) -> tuple[Tensor, ...]:
@@ -337,7 +338,7 @@ def _count(name: str, u_at: int, real: int, complex: int) -> None:
     @register_flop_formula(getattr(_ops, name), get_raw=True)
     def formula(*args: Any, **_: Any) -> int:
         u, A = args[u_at], args[u_at + 2]
-        return (complex if A.is_complex() else real) * u.numel() * A.shape[-1]
+        return int((complex if A.is_complex() else real) * u.numel() * A.shape[-1])
 
 
 _count("selective_scan", 0, 7, 21)  # dt A, exp, a h, x B, + and C h, +
@@ -357,7 +358,7 @@ _THIRD = (
 )
 
 
-class _Function(torch.autograd.Function):
+class _Function(Function):
     @classmethod
     def ready(cls) -> None:
         # Kept, because apply() asks for it at each call.
@@ -393,7 +394,8 @@ class _Scan(_Function):
 
     @staticmethod
     def forward(*args: Any) -> tuple[Tensor, ...]:
-        return _ops.selective_scan(*args, True)
+        outs: tuple[Tensor, ...] = _ops.selective_scan(*args, True)
+        return outs
 
     @staticmethod
     def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
@@ -465,7 +467,8 @@ class _Jvp(_Function):
 
     @staticmethod
     def forward(*args: Any) -> tuple[Tensor, ...]:
-        return _ops.selective_scan_jvp(*args)
+        outs: tuple[Tensor, ...] = _ops.selective_scan_jvp(*args)
+        return outs
 
     @staticmethod
     def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
@@ -738,7 +741,55 @@ def _scan(x: Sequence[Any], options: Sequence[Any], run: Callable[..., Any] | No
     return y, last
 
 
-@torch.compiler.allow_in_graph
+@overload
+def selective_scan(
+    u: Tensor,
+    delta: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None = ...,
+    z: Tensor | None = ...,
+    delta_bias: Tensor | None = ...,
+    delta_softplus: bool = ...,
+    return_last_state: Literal[False] = ...,
+    *,
+    initial_state: Tensor | None = ...,
+    reset: Tensor | None = ...,
+) -> Tensor: ...
+@overload
+def selective_scan(
+    u: Tensor,
+    delta: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None = ...,
+    z: Tensor | None = ...,
+    delta_bias: Tensor | None = ...,
+    delta_softplus: bool = ...,
+    *,
+    return_last_state: Literal[True],
+    initial_state: Tensor | None = ...,
+    reset: Tensor | None = ...,
+) -> tuple[Tensor, Tensor]: ...
+@overload
+def selective_scan(
+    u: Tensor,
+    delta: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None = ...,
+    z: Tensor | None = ...,
+    delta_bias: Tensor | None = ...,
+    delta_softplus: bool = ...,
+    return_last_state: bool = ...,
+    *,
+    initial_state: Tensor | None = ...,
+    reset: Tensor | None = ...,
+) -> Tensor | tuple[Tensor, Tensor]: ...
+@allow_in_graph
 def selective_scan(
     u: Tensor,
     delta: Tensor,
@@ -837,7 +888,7 @@ def selective_scan_reference(
     return (y, last) if return_last_state else y
 
 
-@torch.compiler.allow_in_graph
+@allow_in_graph
 def selective_scan_step(
     state: Tensor,
     u: Tensor,
@@ -875,7 +926,8 @@ def selective_scan_step(
         device, dtypes = state.device, _FULL[u.dtype]
         alike = all(v is None or (v.layout is torch.strided and v.device == device and v.dtype in dtypes) for v in x)
         if alike and type(delta_softplus) is bool and _plain(x):
-            return _ops.selective_scan_step(*x, delta_softplus)
+            pair: tuple[Tensor, Tensor] = _ops.selective_scan_step(*x, delta_softplus)
+            return pair
     where = "selective_scan_step"
     for name, value, ranks, text in (
         ("u", u, (2,), "(batch, dim)"),

@@ -106,7 +106,8 @@ class SSMMetaPolicy(nn.Module):
         ``(batch, state_dim)`` or ``(batch, time, state_dim)`` -> the same with ``action_dim`` last.
         ``hidden_state`` is the state to start from, zero if absent.
         """
-        return self.actor(torch.tanh(self.ssm(self._scaled(obs), hidden_state)))
+        out: Tensor = self.actor(torch.tanh(self.ssm(self._scaled(obs), hidden_state)))
+        return out
 
     def init_hidden(self, batch: int) -> Tensor:
         """The zero state, ``(batch, ...)``."""

@@ -38,7 +38,8 @@ def fit_linear(x: Tensor, frames: int = 4) -> Predictor:
 
     def predict(x: Tensor) -> Tensor:
         _check_sequences("bounds.fit_linear", x, frames)
-        return (_affine(_windows(x, frames).double()) @ solution).to(x.dtype)
+        predicted: Tensor = (_affine(_windows(x, frames).double()) @ solution).to(x.dtype)
+        return predicted
 
     return predict
 
@@ -82,7 +83,8 @@ def fit_mlp(x: Tensor, frames: int = 4, *, hidden: int = 64, steps: int = 500, s
 
     def predict(x: Tensor) -> Tensor:
         with torch.no_grad():
-            return linear(x) + network(_windows(x, frames).float()).to(x.dtype)
+            predicted: Tensor = linear(x) + network(_windows(x, frames).float()).to(x.dtype)
+            return predicted
 
     return predict
 

@@ -170,7 +170,7 @@ class SinusoidTasks:
     def _parameters(self, n: int, split: str, seed: int, epoch: int) -> np.ndarray:
         """Amplitude and phase of each task, ``(n, 2)``."""
         low, high = np.array([self.amplitudes, PHASES]).T
-        return low + (high - low) * _generator(split, seed, epoch, 0).random((n, 2))
+        return np.asarray(low + (high - low) * _generator(split, seed, epoch, 0).random((n, 2)))
 
 
 def _sine_of_mean_phase(x: Tensor) -> Tensor:

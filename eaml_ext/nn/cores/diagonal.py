@@ -47,7 +47,7 @@ class _Diagonal(Core):
         if state is not None:
             h = as_complex(state)
             start = torch.cat([h, torch.zeros_like(h)] * 2, dim=1).unsqueeze(-1)
-        y, last = selective_scan(  # type: ignore[misc]
+        y, last = selective_scan(
             u,
             ones(u, lengths),
             torch.cat([decay] * 4).unsqueeze(-1),

@@ -60,7 +60,7 @@ class Retention(Core):
         scale = 0.5 / math.sqrt(self.state_size)  # a half, as the op gives 2 Re
         decay = torch.complex(*torch.broadcast_tensors(wide(self.log_gamma).unsqueeze(-1), wide(self.theta)))
         u = v.mT
-        y, last = selective_scan(  # type: ignore[misc]
+        y, last = selective_scan(
             u,
             ones(u, lengths),
             decay.unsqueeze(1).expand(heads, self.head_dim, -1).flatten(0, 1),

@@ -73,7 +73,7 @@ class RWKV(Core):
         u = F.pad(late, (0, 0, 1, 0)).mT
         delta = F.pad(ones(late.mT, lengths), (1, 0))
         decay = -wide(self.decay).exp().unsqueeze(1).expand(heads, self.head_dim, -1).flatten(0, 1)
-        y, last = selective_scan(  # type: ignore[misc]
+        y, last = selective_scan(
             u,
             delta,
             decay,

@@ -47,7 +47,7 @@ class S4D(Core):
         A = torch.complex(-wide(self.A_log).exp(), wide(self.A_imag))
         z = wide(self.log_dt).exp().unsqueeze(-1) * A
         u = x.mT
-        y, last = selective_scan(  # type: ignore[misc]
+        y, last = selective_scan(
             u,
             ones(u, lengths),
             z,

@@ -47,7 +47,7 @@ class S6(nn.Module):
     ) -> tuple[Tensor, Tensor]:
         """``x`` (batch, time, dim), ``state`` (batch, dim, state_size), ``reset`` (batch, time) bool -> (y, state)."""
         delta, B, C = self.project(x).split(self.split, dim=-1)
-        y, state = selective_scan(  # type: ignore[misc]
+        y, state = selective_scan(
             x.transpose(1, 2),
             stop(self.expand(delta).transpose(1, 2), lengths),
             -self.A_log.exp(),

@@ -47,7 +47,7 @@ class SSD(Core):
     ) -> tuple[Tensor, Tensor]:
         """``x`` (batch, time, dim), ``state`` (batch, dim, state_size), ``reset`` (batch, time) bool -> (y, state)."""
         z, B, C, delta = self.project(x).split(self.split, dim=-1)
-        y, last = selective_scan(  # type: ignore[misc]
+        y, last = selective_scan(
             x.mT,
             stop(self._channels(delta).mT, lengths),
             -self._channels(wide(self.A_log).exp()).unsqueeze(-1).expand(self.dim, self.state_size),

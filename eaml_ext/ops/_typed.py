@@ -1,0 +1,22 @@
+"""What torch leaves without types, with types, so that decorated functions keep theirs; the objects are torch's own."""
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import torch
+
+T = TypeVar("T", bound=Callable[..., Any])
+
+if TYPE_CHECKING:
+
+    class Function(torch.autograd.Function):
+        @classmethod
+        def apply(cls, *args: Any, **kwargs: Any) -> Any: ...
+
+    def allow_in_graph(function: T) -> T: ...
+
+    def register_fake(name: str) -> Callable[[T], T]: ...
+else:
+    Function = torch.autograd.Function
+    allow_in_graph = torch.compiler.allow_in_graph
+    register_fake = torch.library.register_fake
