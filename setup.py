@@ -20,6 +20,9 @@ sys.path.append(sysconfig.get_paths()["purelib"])  # the user's own torch, also 
 TORCH_TARGET = "0x020b000000000000"  # LibTorch stable ABI of torch 2.11: one build serves every later release
 CUDA_SOURCES = "csrc/*/cuda_*.cpp"  # and every .cu
 CUDA_ARCHS = "8.0;9.0+PTX;12.0"  # A100 to RTX 40, H100 and H200, RTX 50; others compile the PTX when they load it
+# No -ffp-contract: both compilers fuse by default, and clang's `fast` would override pragmas that forbid it.
+FLAGS = ["-O3", "-g0", "-std=c++20", "-fno-math-errno", "-fno-trapping-math", "-fvisibility=hidden"]
+FLAGS += ["-Wall", "-Wno-unknown-pragmas", "-Wno-psabi"]
 
 
 def add_cuda(module) -> None:
@@ -56,37 +59,72 @@ def add_cuda(module) -> None:
     module.extra_compile_args["nvcc"] = ["-O3", "-std=c++20", "-Xcompiler=-fvisibility=hidden,-Wno-psabi"]
 
 
+def compiler() -> list[str] | None:
+    """The C++ compiler's command; None where there is none."""
+    candidates = (os.environ.get("CXX", "c++").split(), ["g++"], ["clang++"])
+    return next((command for command in candidates if command and shutil.which(command[0])), None)
+
+
+def accepts(command: list[str], flag: str) -> bool:
+    """Whether the compiler knows a flag: clang only warns of one that it does not."""
+    test = [*command, "-Werror", flag, "-x", "c++", "-fsyntax-only", os.devnull]
+    return subprocess.run(test, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL).returncode == 0
+
+
+def flags(command: list[str], machine: str, accepted=accepts) -> list[str] | None:
+    """Those of FLAGS that the compiler takes; None without C++20, which the sources need."""
+    wanted = [*FLAGS, *(["-mprefer-vector-width=512"] if machine in ("x86_64", "AMD64") else [])]
+    found = [flag for flag in wanted if accepted(command, flag)]
+    return found if "-std=c++20" in found else None
+
+
+def without_kernels(why: object) -> dict:
+    print(f"eaml_ext: building without kernels ({why}): the slow reference will run", file=sys.stderr)
+    return {}
+
+
 def extension() -> dict:
+    if sys.platform == "win32":
+        return without_kernels("they need the vector types of gcc and clang, which MSVC does not have")
     try:
         from torch.utils.cpp_extension import BuildExtension, CppExtension
     except ImportError as error:
-        print(f"eaml_ext: building without kernels ({error})", file=sys.stderr)
-        return {}
-    if not any(shutil.which(c) for c in (os.environ.get("CXX", "c++").split()[0], "g++", "clang++")):
-        print("eaml_ext: building without kernels (no C++ compiler; gcc and clang are supported)", file=sys.stderr)
-        return {}
+        return without_kernels(error)
+    command = compiler()
+    if command is None:
+        return without_kernels("no C++ compiler; gcc and clang are supported")
+    taken = flags(command, platform.machine())
+    if taken is None:
+        return without_kernels(f"{' '.join(command)} does not know C++20; gcc 12 and clang 14 do")
+
+    class Build(BuildExtension):
+        def build_extensions(self) -> None:
+            try:
+                super().build_extensions()
+            except Exception as error:
+                if sys.platform == "linux":
+                    raise
+                without_kernels(error)  # a system on which this is not tested
+                self.extensions = []
+
     try:
         import pybind11
 
         bindings = [pybind11.get_include()]
     except ImportError:
         bindings = []  # torch brings its own
-    # No -ffp-contract: both compilers fuse by default, and clang's `fast` would override pragmas that forbid it.
-    flags = ["-O3", "-g0", "-std=c++20", "-fno-math-errno", "-fno-trapping-math", "-fvisibility=hidden"]
-    flags += ["-Wall", "-Wno-unknown-pragmas", "-Wno-psabi"]
-    if platform.machine() in ("x86_64", "AMD64"):
-        flags.append("-mprefer-vector-width=512")
-    flags += os.environ.get("CXXFLAGS", "").split()  # the user's have the last word
+    taken += os.environ.get("CXXFLAGS", "").split()  # the user's have the last word
     module = CppExtension(
         name="eaml_ext._C",
         sources=sorted(set(glob("csrc/*/*.cpp") + glob("csrc/*.cpp")) - set(glob(CUDA_SOURCES))),
         include_dirs=[os.path.abspath("csrc"), *bindings],
         define_macros=[("TORCH_TARGET_VERSION", TORCH_TARGET)],
-        extra_compile_args={"cxx": flags},
+        extra_compile_args={"cxx": taken},
     )
     module.libraries = [name for name in module.libraries if name not in ("torch_python", "c10")]  # stable ABI only
     add_cuda(module)
-    return {"ext_modules": [module], "cmdclass": {"build_ext": BuildExtension}}
+    return {"ext_modules": [module], "cmdclass": {"build_ext": Build}}
 
 
-setup(**extension())
+if __name__ == "__main__":
+    setup(**extension())
