@@ -1,0 +1,97 @@
+"""Looks into the packages that `make release-check` has built: python tests/release_check.py dist.
+
+What an sdist needs to be compiled and tested is in it, what a wheel needs to run is in it and no more, both are of the
+version that the package says, and nothing of theirs names a path of the machine they were built on. With
+``--requirements EXTRA`` it prints what an extra of pyproject.toml asks for instead.
+"""
+
+import argparse
+import os
+import re
+import sys
+import tarfile
+import zipfile
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1]
+WANTED = [
+    *("pyproject.toml", "setup.py", "MANIFEST.in", "Makefile", "README.md", "LICENSE", "CHANGELOG.md", "mkdocs.yml"),
+    *("csrc/module.cpp", "csrc/common/simd.h", "csrc/selective_scan/cuda_kernel.cuh", "csrc/knn/cpu_vector_inl.h"),
+    *("eaml_ext/__init__.py", "eaml_ext/py.typed", "tests/conftest.py", "tests/ops/battery.py", "docs/ops.md"),
+    *("benchmarks/run.py", "benchmarks/results/gradient_figure.png"),
+]
+UNWANTED = re.compile(r"\.(so|pyc|o|part)$|__pycache__|\.git/|\.venv|(^|/)(build|runs)/")
+
+
+def version(root: Path = ROOT) -> str:
+    """The version that ``eaml_ext/__init__.py`` says."""
+    found = re.search(r'^__version__ = "(.+)"$', (root / "eaml_ext/__init__.py").read_text(), flags=re.MULTILINE)
+    assert found is not None
+    return found[1]
+
+
+def sdist_faults(names: list[str], sources: list[str]) -> list[str]:
+    """What is wrong with an sdist of these files, below its one folder, where ``sources`` are compiled."""
+    faults = [f"it lacks {name}" for name in [*WANTED, *sources] if name not in names]
+    return [*faults, *(f"it has {name}" for name in names if UNWANTED.search(name))]
+
+
+def wheel_faults(names: list[str], kernels: bool) -> list[str]:
+    """What is wrong with a wheel of these files."""
+    faults = [f"it lacks {name}" for name in ("eaml_ext/__init__.py", "eaml_ext/py.typed") if name not in names]
+    if kernels != any(re.match(r"eaml_ext/_C\..*(so|pyd)$", name) for name in names):
+        faults.append("it lacks the kernels" if kernels else "it has kernels")
+    tops = {name.split("/")[0] for name in names}
+    return [*faults, *(f"it has {top}" for top in sorted(tops) if not re.match(r"eaml_ext(-.*)?$", top))]
+
+
+def paths_named(texts: dict[str, bytes], here: str) -> list[str]:
+    """The files in which a path of this machine stands."""
+    return [f"{name} names {here}" for name, text in texts.items() if here.encode() in text]
+
+
+def check(folder: Path) -> list[str]:
+    """All faults of the sdist and the wheel in a folder."""
+    (sdist,), (wheel,) = folder.glob("*.tar.gz"), folder.glob("*.whl")
+    faults = []
+    for path in (sdist, wheel):
+        if not path.name.startswith(f"eaml_ext-{version()}"):
+            faults.append(f"{path.name} is not of version {version()}")
+    with tarfile.open(sdist) as archive:
+        files = {member.name.split("/", 1)[1]: member for member in archive.getmembers() if member.isfile()}
+        texts = {name: archive.extractfile(member).read() for name, member in files.items()}  # type: ignore[union-attr]
+    sources = [str(path.relative_to(ROOT)) for path in (ROOT / "csrc").rglob("*.*")]
+    faults += [f"{sdist.name}: {fault}" for fault in sdist_faults(list(files), sources)]
+    faults += [f"{sdist.name}: {fault}" for fault in paths_named(texts, str(ROOT))]
+    with zipfile.ZipFile(wheel) as archive:
+        names = archive.namelist()
+        texts = {name: archive.read(name) for name in names}
+    faults += [f"{wheel.name}: {fault}" for fault in wheel_faults(names, "none-any" not in wheel.name)]
+    if sys.platform == "linux" and "none-any" in wheel.name:
+        faults.append(f"{wheel.name} was built without kernels: no torch or no compiler was there")
+    return [*faults, *(f"{wheel.name}: {fault}" for fault in paths_named(texts, str(ROOT)))]
+
+
+def requirements(extra: str) -> list[str]:
+    if sys.version_info >= (3, 11):
+        import tomllib
+    else:
+        import tomli as tomllib
+    return tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"][extra]
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("folder", nargs="?", type=Path, default=ROOT / "dist")
+    parser.add_argument("--requirements", metavar="EXTRA")
+    arguments = parser.parse_args()
+    if arguments.requirements:
+        print(*requirements(arguments.requirements), sep=os.linesep)
+        return 0
+    faults = check(arguments.folder)
+    print("\n".join(faults) or f"{', '.join(sorted(p.name for p in arguments.folder.iterdir()))}: nothing is missing")
+    return bool(faults)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
