@@ -4,7 +4,7 @@
 #     benchmarks/gpu_check.sh [all | test | sanitize | bench] [folder for the results]
 #
 # Builds for this GPU (FORCE_CUDA=1, into the folder), runs the ops' tests on it, compute-sanitizer's memcheck and
-# racecheck on small shapes, then the GPU benchmark with the peers that are installed. Where a command may take ten
+# racecheck on small shapes, then the GPU benchmarks with the peers that are installed. Where a command may take ten
 # minutes, call it twice: `test`, which sanitizes too, then `bench`; the build is kept. Needs a torch with CUDA, nvcc, a
 # C++ compiler, pytest and hypothesis; PYTHON names the interpreter.
 set -uo pipefail
@@ -55,6 +55,7 @@ parallel=()
 
 if [ "$what" = all ] || [ "$what" = test ]; then
   stage gpu_alone 60 "${pytest[@]}" "$root/tests/ops/test_scan_on_gpu.py"
+  stage knn_on_gpu 90 "${pytest[@]}" "$root/tests/ops/test_knn_on_gpu.py"
   stage battery 240 "${pytest[@]}" "${parallel[@]}" --hypothesis-profile=few -k 'cuda and not inductor' \
     "$root/tests/ops"
 fi
@@ -63,6 +64,8 @@ if [ "$what" = all ] || [ "$what" = sanitize ] || [ "$what" = test ]; then
     for tool in memcheck racecheck; do
       PYTORCH_NO_CUDA_MEMORY_CACHING=1 stage $tool 90 "$sanitizer" --tool $tool --error-exitcode 9 \
         --target-processes all "${pytest[@]}" -x -k 'same_as' "$root/tests/ops/test_scan_on_gpu.py"
+      PYTORCH_NO_CUDA_MEMORY_CACHING=1 stage knn_$tool 60 "$sanitizer" --tool $tool --error-exitcode 9 \
+        --target-processes all "${pytest[@]}" -x -k 'other_dtypes or packed_keys' "$root/tests/ops/test_knn_on_gpu.py"
     done
   else
     echo "== compute-sanitizer: absent, memcheck and racecheck were not run"
@@ -70,8 +73,9 @@ if [ "$what" = all ] || [ "$what" = sanitize ] || [ "$what" = test ]; then
   fi
 fi
 if [ "$what" = all ] || [ "$what" = bench ]; then
-  stage bench 480 "$python" -m benchmarks.ops.selective_scan_gpu
-  cp -f "$root"/benchmarks/results/selective_scan-*NVIDIA* "$out" 2> /dev/null
+  stage bench 420 "$python" -m benchmarks.ops.selective_scan_gpu
+  stage bench_knn 120 "$python" -m benchmarks.ops.knn_gpu
+  cp -f "$root"/benchmarks/results/*-*NVIDIA* "$out" 2> /dev/null
 fi
 
 if [ ${#failed[@]} -gt 0 ]; then

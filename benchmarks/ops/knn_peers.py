@@ -26,8 +26,8 @@ def packed(keys: Tensor) -> PackedKeys:
     """Keys in one memory or many, as the shape says."""
     memories, size, features = keys.shape
     one = memories == 1
-    memory = PackedKeys(size, features, memories=None if one else memories)
-    slots = torch.arange(size)
+    memory = PackedKeys(size, features, memories=None if one else memories, device=keys.device)
+    slots = torch.arange(size, device=keys.device)
     memory.write(slots if one else slots.expand(memories, size), keys[0] if one else keys)
     return memory
 

@@ -6,6 +6,7 @@
 #include <cmath>
 #include <cstddef>
 #include <cstdint>
+#include <cstring>
 
 #include "common/simd.h"
 
@@ -51,6 +52,19 @@ const char* launch(void (*kernel)(Parameters...), std::int64_t blocks, int threa
 #endif
 }
 
+// How many times as many multiply-adds a second the current device does in single precision as in double. On the
+// stand-in without end, so that tests reach the kernels that avoid double precision.
+inline int singles_to_a_double() {
+#if defined(EAML_CUDA_ON_CPU)
+  return 1 << 20;
+#else
+  int device = 0, ratio = 0;
+  const bool known = cudaGetDevice(&device) == cudaSuccess &&
+                     cudaDeviceGetAttribute(&ratio, cudaDevAttrSingleToDoublePrecisionPerfRatio, device) == cudaSuccess;
+  return known && ratio > 0 ? ratio : 2;
+#endif
+}
+
 // What runs on the device. The host's pass of nvcc sees it too, and never calls it.
 
 #if defined(EAML_CUDA_ON_CPU)
@@ -88,6 +102,62 @@ EAML_DEVICE std::uint32_t ballot(bool yes) {
 template <class T>
 EAML_DEVICE T load(const T* from) {
   return EAML_DEVICE_CODE(__ldg(from), *from);
+}
+// K numbers side by side, 8 bytes or a multiple of 16, which they are aligned to.
+template <int K, class T>
+EAML_DEVICE void load_row(T (&to)[K], const T* from) {
+#if defined(EAML_CUDA_ON_CPU)
+  std::memcpy(to, from, sizeof to);
+#else
+  if constexpr (sizeof to == 8) {
+    const uint2 row = __ldg(reinterpret_cast<const uint2*>(from));
+    memcpy(to, &row, 8);
+  } else {
+    static_assert(sizeof to % 16 == 0);
+    uint4 row[sizeof to / 16];
+    EAML_UNROLL
+    for (int i = 0; i < int(sizeof to / 16); ++i) row[i] = __ldg(reinterpret_cast<const uint4*>(from) + i);
+    memcpy(to, row, sizeof to);
+  }
+#endif
+}
+EAML_DEVICE int count_bits(std::uint32_t x) {
+  return EAML_DEVICE_CODE(__popc(x), __builtin_popcount(x));
+}
+// a b, rounded, whatever it is added to.
+EAML_DEVICE double multiply(double a, double b) {
+  return EAML_DEVICE_CODE(__dmul_rn(a, b), rounded(a * b));
+}
+// Adds to a number that other threads of the grid add to; what it was before, in no particular order.
+EAML_DEVICE std::uint32_t add_for_all(std::uint32_t* to, std::uint32_t x) {
+#if defined(EAML_CUDA_ON_CPU)
+  const std::uint32_t before = *to;
+  *to += x;
+  return before;
+#else
+  return atomicAdd(to, x);
+#endif
+}
+EAML_DEVICE void max_for_all(std::uint32_t* to, std::uint32_t x) {
+#if defined(EAML_CUDA_ON_CPU)
+  *to = *to < x ? x : *to;
+#else
+  atomicMax(to, x);
+#endif
+}
+
+// c += a b on matrices of pairs of bfloat16 numbers, a 16 x 16, b 16 x 8, c 16 x 8 of floats, shared out among the
+// threads of a warp as PTX says of mma.m16n8k16. Products are exact; sums are taken with single precision at least, in
+// any order and with any rounding.
+EAML_DEVICE void multiply_add(float (&c)[4], const std::uint32_t (&a)[4], const std::uint32_t (&b)[2]) {
+#if defined(EAML_CUDA_ON_CPU)
+  machine::multiply_add(c, a, b);
+#elif defined(__CUDA_ARCH__)
+  asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
+      "{%0, %1, %2, %3};"
+      : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
+#endif
 }
 
 // 2^t: single precision within 2 ulp, denormal numbers are 0.
@@ -135,7 +205,27 @@ struct Shared {
     EAML_UNROLL
     for (int k = 0; k < K; ++k) to[k] = row.x[k];
   }
+
+  // 16 bytes from global memory, aligned to that; there after wait_for_copies. All threads end a group of copies.
+  EAML_MEMBER void copy_async(int i, const void* from) const {
+#if defined(EAML_CUDA_ON_CPU)
+    machine::touch(data + i, 16, true);
+    std::memcpy(data + i, from, 16);
+#elif defined(__CUDA_ARCH__)
+    const auto to = static_cast<std::uint32_t>(__cvta_generic_to_shared(data + i));
+    asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(to), "l"(from) : "memory");
+#endif
+  }
 };
+
+EAML_DEVICE void end_copies() {
+  EAML_DEVICE_CODE(asm volatile("cp.async.commit_group;" :: : "memory"), );
+}
+// Until all of this thread's copies are there but those of the last kBehind groups.
+template <int kBehind>
+EAML_DEVICE void wait_for_copies() {
+  EAML_DEVICE_CODE(asm volatile("cp.async.wait_group %0;" ::"n"(kBehind) : "memory"), );
+}
 
 // The shared memory that the launch asked for, aligned to 16 bytes.
 EAML_DEVICE char* shared_memory() {

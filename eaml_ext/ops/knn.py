@@ -122,6 +122,16 @@ def _reference(
 
 torch.library.impl("eaml_ext::knn", "CompositeExplicitAutograd", _reference)
 
+MOST = 1024  # neighbours that the CUDA kernels find: csrc/knn/cuda_kernel.h
+
+
+def _raw(queries: Tensor, keys: Tensor, k: int, *others: Any) -> tuple[Tensor, Tensor]:
+    """The op, or the reference where its kernel does not go so far."""
+    if queries.is_cuda and min(k, keys.shape[-2]) > MOST:
+        return _reference(queries, keys, k, *others)
+    return torch.ops.eaml_ext.knn.default(queries, keys, k, *others)
+
+
 # ---- fake -------------------------------------------------------------------------------------------------------
 
 
@@ -166,7 +176,7 @@ class _Select(Function):
     @staticmethod
     def forward(*args: Any) -> Any:
         *given, reference = args
-        return (_reference if reference else torch.ops.eaml_ext.knn.default)(*given)
+        return (_reference if reference else _raw)(*given)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
@@ -313,7 +323,7 @@ def _search(
         or torch._C._are_functorch_transforms_active()
     ):
         return Neighbors(*_differentiable(queries, keys, k, metric, valid, bias, panels, state, False))
-    return Neighbors(*torch.ops.eaml_ext.knn.default(queries, keys, k, metric, valid, bias, panels, state))
+    return Neighbors(*_raw(queries, keys, k, metric, valid, bias, panels, state))
 
 
 # ---- public -----------------------------------------------------------------------------------------------------

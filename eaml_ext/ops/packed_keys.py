@@ -79,10 +79,22 @@ def _nothing(*_: Any) -> None:
 # ---- memory -----------------------------------------------------------------------------------------------------
 
 
-def _pages(size: int) -> Tensor:
+def _panel_rows(dim: int, dtype: torch.dtype, device: torch.device) -> int | None:
+    """Rows of a panel in the layout of the kernels for a device; None where none reads panels."""
+    if device.type == "cpu" and _C is not None:
+        return _C.knn_panel_rows(dim, dtype is torch.float32)
+    key = {"cpu": "CPU", "cuda": "CUDA"}.get(device.type)
+    if dtype is torch.float64 or key is None:
+        return None
+    if not torch._C._dispatch_has_kernel_for_dispatch_key("eaml_ext::knn_write", key):
+        return None
+    return -(-(dim + 2) // 16) * 8 + 4  # csrc/knn/cuda_kernel.h
+
+
+def _zeros(size: int, device: torch.device) -> Tensor:
     """``size`` zero bytes, in huge pages where the system has them: a search with few queries is as fast as memory."""
-    if size < HUGE or not hasattr(mmap, "MADV_HUGEPAGE"):
-        return torch.zeros(size, dtype=torch.uint8)
+    if device.type != "cpu" or size < HUGE or not hasattr(mmap, "MADV_HUGEPAGE"):
+        return torch.zeros(size, dtype=torch.uint8, device=device)
     buffer = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)  # shared, a fork would write to it too
     with contextlib.suppress(OSError):  # a kernel without them
         buffer.madvise(mmap.MADV_HUGEPAGE)
@@ -104,8 +116,10 @@ class PackedKeys:
         device: where the keys are.
 
     Writing or erasing a slot takes time proportional to ``dim``, whatever the capacity. On a CPU with compiled kernels
-    a memory takes twice the bytes of its keys, three times with half types. ``len`` counts the live slots of all
-    memories. Gradients go to the queries alone: what is written is copied.
+    a memory takes twice the bytes of its keys, three times with half types; on a GPU half as many again, twice as many
+    with half types. ``len`` counts the live slots of all memories. Gradients go to the queries alone: what is written
+    is copied. On a GPU, ``write`` and ``erase`` wait for it to learn whether slots exist, but not while a CUDA graph is
+    captured: slots that do not exist are left out then.
 
     Raises:
         TypeError: an argument has the wrong type or dtype.
@@ -147,12 +161,12 @@ class PackedKeys:
             self._bias = torch.zeros(*lead, self.capacity, **options)
             self._live = torch.zeros(*lead, self.capacity, dtype=torch.bool, device=device)
             self._panels = self._state = None
-            if device.type == "cpu" and _C is not None:
-                wide = torch.promote_types(dtype, torch.float32)
-                rows = _C.knn_panel_rows(self.dim, wide is torch.float32)
+            wide = torch.promote_types(dtype, torch.float32)
+            rows = _panel_rows(self.dim, wide, device)
+            if rows is not None:
                 panels = (*lead, -(-self.capacity // PANEL), rows, PANEL)
-                self._panels = _pages(math.prod(panels) * wide.itemsize).view(wide).view(panels)
-                self._state = torch.zeros(*lead, 2 * self.dim + 3, dtype=torch.float64)
+                self._panels = _zeros(math.prod(panels) * wide.itemsize, device).view(wide).view(panels)
+                self._state = torch.zeros(*lead, 2 * self.dim + 3, dtype=torch.float64, device=device)
         self.dtype, self.device = self._keys.dtype, self._keys.device
         self._count: int | None = 0  # live slots; None: to be counted
         self._biased = False
@@ -199,7 +213,7 @@ class PackedKeys:
         _check.dtype(where, "slots", slots, (torch.int64,))
         _check.device(where, "slots", slots, self.device, "the memory")
         _check.shape(where, "slots", slots, (*self._lead, None), self._shape("n"))
-        if slots.numel():
+        if slots.numel() and not (slots.is_cuda and torch.cuda.is_current_stream_capturing()):
             least, most = (int(x) for x in torch.aminmax(slots))
             if least < 0 or most >= self.capacity:
                 wrong = least if least < 0 else most
@@ -207,10 +221,13 @@ class PackedKeys:
 
     def _change(self, slots: Tensor | None, keys: Tensor | None, bias: Tensor | None) -> None:
         self._count = None
-        none = self._keys.new_empty(0)
-        panels, state = (none if x is None else x for x in (self._panels, self._state))
-        write = torch.ops.eaml_ext.knn_write.default
-        write(self._keys, self._bias, self._live, panels, state, self._code, slots, keys, bias)
+        contents = self._keys, self._bias, self._live
+        if self._panels is None or self._state is None:
+            none = self._keys.new_empty(0)
+            _write(*contents, none, none, self._code, slots, keys, bias)
+        else:
+            write = torch.ops.eaml_ext.knn_write.default
+            write(*contents, self._panels, self._state, self._code, slots, keys, bias)
 
     # ----------------------------------------------------------------------------------------------- searching
 
@@ -245,7 +262,8 @@ class PackedKeys:
         if valid is not None:
             self._check_valid(valid, shape[:-2])
         live: Tensor | None = self._live
-        if not torch.compiler.is_compiling() and len(self) == self._live.numel():
+        counted = self._count is not None or self.device.type == "cpu"  # to count, one would wait for a GPU
+        if counted and not torch.compiler.is_compiling() and len(self) == self._live.numel():
             live = None
         if valid is not None:
             live = valid if live is None else valid & live

@@ -4,6 +4,7 @@
 #include <ucontext.h>
 
 #include <algorithm>
+#include <cmath>
 #include <cstdlib>
 #include <memory>
 #include <mutex>
@@ -102,6 +103,8 @@ struct Machine {
   std::vector<int> order;
   std::vector<std::int64_t> blocks;
   Gate all, warps[kMostWarps], barriers[kMostWarps];  // barriers: sync_warp alone, which orders memory
+  Gate products[kMostWarps];
+  std::uint32_t fragments[kMostWarps][2][kWarp][6];  // of the matrices of a warp's product and of the one before
   const std::function<void()>* kernel = nullptr;
   std::unique_ptr<char[]> shared;
   std::size_t shared_bytes = 0;
@@ -150,8 +153,8 @@ void run_block() {
   const std::size_t words = m.shared_bytes / 4;
   if (m.written.size() < words) m.written.resize(words), m.read.resize(words * kMostWarps);
   m.all.members = count, m.all.arrived = 0, ++m.all.passed;
-  for (int w = 0; w < count / kWarp; ++w) m.warps[w].members = m.barriers[w].members = kWarp;
-  for (int w = 0; w < count / kWarp; ++w) m.warps[w].arrived = m.barriers[w].arrived = 0;
+  for (int w = 0; w < count / kWarp; ++w)
+    for (Gate* gate : {&m.warps[w], &m.barriers[w], &m.products[w]}) gate->members = kWarp, gate->arrived = 0;
   for (int i = 0; i < count; ++i) {
     Thread& t = *m.threads[i];
     t.waits = nullptr, t.done = false;
@@ -234,6 +237,30 @@ std::uint32_t ballot(bool yes) {
   std::uint32_t bits = 0;
   for (int i = 0; i < kWarp; ++i) bits |= static_cast<std::uint32_t>(values[i]) << i;
   return bits;
+}
+
+// Sums are rounded towards zero, which CUDA leaves open.
+void multiply_add(float (&c)[4], const std::uint32_t (&a)[4], const std::uint32_t (&b)[2]) {
+  const int warp = m.thread / kWarp, lane = m.thread % kWarp;
+  Gate& gate = m.products[warp];
+  auto& fragments = m.fragments[warp][gate.passed % 2];
+  std::copy_n(a, 4, fragments[lane]), std::copy_n(b, 2, fragments[lane] + 4);
+  pass(gate);
+  const auto number = [](std::uint32_t pair, int k) {
+    const std::uint32_t bits = k % 2 == 0 ? pair << 16 : pair & 0xffff0000u;
+    float x;
+    std::memcpy(&x, &bits, 4);
+    return static_cast<double>(x);
+  };
+  for (int j = 0; j < 4; ++j) {
+    const int row = lane / 4, column = lane % 4 * 2 + j % 2;
+    double sum = c[j];
+    for (int k = 0; k < 16; ++k)
+      sum += number(fragments[row * 4 + k % 8 / 2][j / 2 + k / 8 * 2], k) *
+             number(fragments[column * 4 + k % 8 / 2][4 + k / 8], k);
+    c[j] = static_cast<float>(sum);
+    if (std::abs(static_cast<double>(c[j])) > std::abs(sum)) c[j] = std::nextafter(c[j], 0.0f);
+  }
 }
 
 void touch(const void* data, std::size_t bytes, bool write) {

@@ -23,6 +23,7 @@ void sync_warp();
 std::uint32_t ballot(bool yes);
 std::uint64_t exchange(std::uint64_t value, int mask);
 char* shared_memory();
+void multiply_add(float (&c)[4], const std::uint32_t (&a)[4], const std::uint32_t (&b)[2]);
 void touch(const void* data, std::size_t bytes, bool write);
 
 template <class T>
