@@ -40,7 +40,7 @@ def pytest_configure(config):
 
 def pytest_report_header(config):
     if config.getoption("--cuda-on-cpu"):
-        return "eaml_ext: the CUDA kernels of the scan, on a stand-in for CUDA"
+        return "eaml_ext: the CUDA kernels, on a stand-in for CUDA"
     return "eaml_ext: references alone" if config.getoption("--reference") else None
 
 

@@ -23,6 +23,9 @@ MOST = {("forward", "float"): 96, ("forward", "Dual<float>"): 168, ("backward", 
 MOST |= {("backward", "Dual<float>"): 255}
 # Hot: single precision, four states a thread (up to 128 states); of floats, the kernels for B and C that vary in time.
 HOT = re.compile(r"(\w+)_kernel<.*Tiling<(?:(float), \d+, 4>, false|(Dual<float>), \d+, 4>, true)>")
+# Of knn: those that meet every key, and room for three blocks of each, or for one that shares keys among queries.
+MOST_KNN = {"screen_kernel<4, false>": 168, "screen_kernel<1, false>": 128, "pack_kernel": 80}
+MOST_KNN |= {"rows_kernel<float, 1, true>": 80, "rows_kernel<float, 4, true>": 168}
 FOUND = re.compile(
     r"Compiling entry function '(\w+)' for '(sm_\d+)'.*?(\d+) bytes spill stores, (\d+) bytes spill loads"
     r".*?Used (\d+) registers",
@@ -54,7 +57,7 @@ def build(folder: Path) -> tuple[Path, list[str]]:
 
 
 def registered(library: Path) -> list[str]:
-    """The scan's ops, each of which has a kernel for CUDA."""
+    """The ops, each of which has a kernel for CUDA."""
     import torch
 
     sys.modules["eaml_ext._C"] = None  # type: ignore[assignment]  # the schemas alone
@@ -63,9 +66,9 @@ def registered(library: Path) -> list[str]:
         import eaml_ext.ops  # noqa: F401
 
     torch.ops.load_library(library)
-    names = [n for n in torch._C._dispatch_get_all_op_names() if n.startswith("eaml_ext::selective_scan")]
+    names = [n for n in torch._C._dispatch_get_all_op_names() if n.startswith("eaml_ext::")]
     without = [n for n in names if not torch._C._dispatch_has_kernel_for_dispatch_key(n, "CUDA")]
-    assert len(names) == 5 and not without, f"no CUDA kernel for {without} of {names}"
+    assert len(names) == 7 and not without, f"no CUDA kernel for {without} of {names}"
     return names
 
 
@@ -74,7 +77,7 @@ def kernels(log: str, library: Path) -> list[tuple[str, str, int, int]]:
     binary = library.read_bytes()
     found = {(m[1], m[2]): (int(m[3]) + int(m[4]), int(m[5])) for m in FOUND.finditer(log) if m[1].encode() in binary}
     names = subprocess.run(["c++filt"], input="\n".join(n for n, _ in found), capture_output=True, text=True).stdout
-    short = [re.sub(r"\(anonymous namespace\)::|eaml::|selective_scan::", "", n) for n in names.split("\n")]
+    short = [re.sub(r"\(anonymous namespace\)::|eaml::|selective_scan::|knn::", "", n) for n in names.split("\n")]
     rows = zip(short, found, found.values(), strict=False)
     return sorted((re.sub(r"^void |\(.*", "", name), arch, *sizes) for name, (_, arch), sizes in rows)
 
@@ -87,15 +90,16 @@ def main() -> None:
     faults, seen = [], []
     for name, arch, spilled, used in kernels((folder / "log").read_text(), library):
         hot = HOT.match(name)
-        if not hot or arch.removeprefix("sm_") not in archs:
+        if not (hot or name in MOST_KNN) or arch.removeprefix("sm_") not in archs:
             continue
-        kind = (hot[1], hot[2] or hot[3])
-        most = MOST[kind]
-        seen.append((*kind, arch))
+        kind = (hot[1], hot[2] or hot[3]) if hot else name
+        most = MOST[kind] if hot else MOST_KNN[kind]
+        seen.append((kind, arch))
         print(f"{used:4} registers of {most}, {spilled} bytes spilled, {arch}: {name}")
         faults += [name] if spilled or used > most else []
-    every = {(*kind, f"sm_{arch}") for kind in MOST for arch in archs}
-    assert {*seen} == every and len(seen) == 5 * len(every), f"not five kernels of each kind in the log: {sorted(seen)}"
+    every = [(kind, f"sm_{arch}") for kind in [*MOST, *MOST_KNN] for arch in archs]
+    many = (5 * len(MOST) + len(MOST_KNN)) * len(archs)  # of the scan, five kernels of each kind
+    assert {*seen} == {*every} and len(seen) == many, f"not all kernels are in the log, or too many: {sorted(seen)}"
     assert not faults, f"too many registers, or spills: {faults}"
 
 
