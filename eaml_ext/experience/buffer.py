@@ -134,6 +134,7 @@ class ExperienceBuffer:
         self._store: dict[str, Tensor] = {}
         self._shapes: dict[str, tuple[int, ...]] = {}  # of an item
         self._index: Index | None = None
+        self._stride, self._offset = 1, 0  # as one shard of several: item s is number s * _stride + _offset of all
         self._origin = 0  # the item number from which the log-weights of the index count age
         self._written = 0  # items ever written, rounded up to whole rings by clear()
         self._cleared = 0  # the value of _written at the last clear()
@@ -198,10 +199,7 @@ class ExperienceBuffer:
             self._check_open(where)
             items = self._items(where, {name: self._tensor(where, name, value) for name, value in fields.items()})
             if not self._store:
-                schema = {name: (value.dtype, tuple(value.shape[1:])) for name, value in items.items()}
-                self._take(self._allocate(schema), self._written, self._cleared)
-                if self._directory is not None:
-                    self.flush()  # so that the directory knows its files
+                self._begin({name: (value.dtype, tuple(value.shape[1:])) for name, value in items.items()})
             self._write(items)
 
     def clear(self) -> None:
@@ -309,6 +307,12 @@ class ExperienceBuffer:
                 for name, (dtype, shape) in schema.items()
             }
 
+    def _begin(self, schema: dict[str, tuple[torch.dtype, tuple[int, ...]]]) -> None:
+        """Allocate the memory, for items of this schema."""
+        self._take(self._allocate(schema), self._written, self._cleared)
+        if self._directory is not None:
+            self.flush()  # so that the directory knows its files
+
     def _take(self, store: dict[str, Tensor], written: int, cleared: int) -> None:
         """Make ``store`` the memory, and its items those numbered up to ``written``."""
         self._store, self._written, self._cleared = store, written, cleared
@@ -328,11 +332,14 @@ class ExperienceBuffer:
 
     def _log_weights(self, slots: Tensor | slice, numbers: Tensor, origin: int) -> Tensor:
         """float64 log-weights of items, age counted from item ``origin``: a constant for all of them."""
-        weights = None
-        if "priority" in self._store:
-            weights = self._store["priority"][slots].double().log_()
+        priority = self._store["priority"][slots] if "priority" in self._store else None
+        return self._log_weights_of(priority, (numbers - origin) * self._stride + self._offset)
+
+    def _log_weights_of(self, priority: Tensor | None, later: Tensor) -> Tensor:
+        """float64, of items with these priorities that are ``later`` items younger than where age is counted from."""
+        weights = None if priority is None else priority.double().log()  # not in place: it may be the memory itself
         if self.age_half_life is not None:
-            aged = (numbers - origin).double() * (math.log(2) / self.age_half_life)
+            aged = later.double() * (math.log(2) / self.age_half_life)
             weights = aged if weights is None else weights.add_(aged)
         assert weights is not None  # nobody asks where there are none
         return weights
@@ -488,15 +495,7 @@ class ExperienceBuffer:
         where = "ExperienceBuffer.retrieve"
         with self._lock:
             keys = self._column(where, "context_embedding")
-            _check.tensor(where, "query_embedding", query_embedding)
-            if query_embedding.dim() not in (1, 2) or query_embedding.shape[-1] != keys.shape[1]:
-                wanted = f"({keys.shape[1]},) or (queries, {keys.shape[1]})"
-                raise ValueError(f"{where}: query_embedding has shape {tuple(query_embedding.shape)}, wanted {wanted}")
-            _check.dtype(where, "query_embedding", query_embedding, (keys.dtype,))
-            _check.device(where, "query_embedding", query_embedding, self.device, "the buffer")
-            if not _all_finite(query_embedding.detach()):
-                raise ValueError(f"{where}: query_embedding must be finite")
-            _check.positive(where, "k", k, integer=True)
+            self._check_query(where, query_embedding, k, keys)
             slots: Tensor | slice = slice(len(keys))
             if among is None:
                 size, valid = len(keys), self._live_mask()
@@ -520,6 +519,17 @@ class ExperienceBuffer:
             if query_embedding.dim() == 1:
                 distances, indices = distances[0], indices[0]
             return self._gather(indices, distances)
+
+    def _check_query(self, where: str, query_embedding: Any, k: Any, keys: Tensor) -> None:
+        _check.tensor(where, "query_embedding", query_embedding)
+        if query_embedding.dim() not in (1, 2) or query_embedding.shape[-1] != keys.shape[1]:
+            wanted = f"({keys.shape[1]},) or (queries, {keys.shape[1]})"
+            raise ValueError(f"{where}: query_embedding has shape {tuple(query_embedding.shape)}, wanted {wanted}")
+        _check.dtype(where, "query_embedding", query_embedding, (keys.dtype,))
+        _check.device(where, "query_embedding", query_embedding, self.device, "the buffer")
+        if not _all_finite(query_embedding.detach()):
+            raise ValueError(f"{where}: query_embedding must be finite")
+        _check.positive(where, "k", k, integer=True)
 
     def get_batch(self, n: int, *, weighted: bool = False) -> Experiences:
         """``n`` experiences drawn at random, with replacement, by the buffer's own generator.
@@ -673,15 +683,18 @@ class ExperienceBuffer:
         tasks = self._store["task"][slots]
         if isinstance(exclude, int) and not isinstance(exclude, bool):
             return tasks != exclude
+        return ~torch.isin(tasks, self._task_ids(where, exclude))
+
+    def _task_ids(self, where: str, exclude: int | Tensor | Sequence[int]) -> Tensor:
         if isinstance(exclude, Tensor):
             _check.device(where, "exclude_task", exclude, self.device, "the buffer")
         try:
             ids = torch.as_tensor(exclude, device=self.device)
         except (TypeError, ValueError, RuntimeError):
-            ids = tasks.new_zeros(1, dtype=torch.bool)
+            ids = torch.zeros(1, dtype=torch.bool, device=self.device)
         if ids.numel() and (ids.dtype == torch.bool or ids.is_floating_point() or ids.is_complex()):
             raise TypeError(f"{where}: exclude_task must be an integer or a list or tensor of them, got {exclude!r}")
-        return ~torch.isin(tasks, ids)
+        return ids
 
     def _current(self, where: str, indices: Tensor, generations: Tensor | None, name: str = "indices") -> Tensor:
         for argument, value in ((name, indices), ("generations", generations)):

@@ -209,3 +209,11 @@ def test_what_has_no_weights_says_so():
 def test_an_age_half_life_is_refused(half_life, error, text):
     with pytest.raises(error, match="^ExperienceBuffer: " + re.escape(text)):
         ExperienceBuffer(10, age_half_life=half_life)
+
+
+def test_priorities_of_float64_stay_what_was_given():
+    buffer = ExperienceBuffer(8)
+    for value in (4.0, 0.25):
+        one = {"context_embedding": torch.zeros(3, 2), "priority": torch.full((3,), value, dtype=torch.float64)}
+        buffer.add(state=torch.zeros(3, 2), **one)
+    assert buffer.get(torch.arange(6)).priority.tolist() == [4.0] * 3 + [0.25] * 3
