@@ -3,5 +3,6 @@
 from eaml_ext.experience import retrieval
 from eaml_ext.experience.buffer import ExperienceBuffer
 from eaml_ext.experience.experiences import Experiences
+from eaml_ext.experience.sharded import ShardedExperienceBuffer
 
-__all__ = ["ExperienceBuffer", "Experiences", "retrieval"]
+__all__ = ["ExperienceBuffer", "Experiences", "ShardedExperienceBuffer", "retrieval"]

@@ -1,0 +1,63 @@
+"""Functions of a test module run on several processes that form a group: `python ranks.py <module> <folder> <rank>`.
+
+Each function is called on every rank as ``function(group, folder)``, one after the other until one raises.
+"""
+
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+import traceback
+from datetime import timedelta
+from pathlib import Path
+
+TIMEOUT = 20.0  # seconds a rank waits for others
+
+
+def failures(module: str, functions: list, folder: Path, size: int = 2) -> list[str]:
+    """What went wrong, with rank and traceback; empty if nothing did."""
+    names = ",".join(f.__name__ for f in functions)
+    command = [sys.executable, __file__, module, str(folder), names, str(size)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(p for p in sys.path if p)}
+    children = [
+        subprocess.Popen([*command, str(rank)], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment)
+        for rank in range(size)
+    ]
+    outputs = [child.communicate(timeout=120)[0] for child in children]
+    failed = []
+    for rank, (child, output) in enumerate(zip(children, outputs, strict=True)):
+        path = folder / f"outcome-{rank}.json"
+        if child.returncode or not path.exists():
+            failed.append(f"rank {rank} ended with {child.returncode}:\n{output}")
+            continue
+        failed += [f"rank {rank}, {name}:\n{text}" for name, text in json.loads(path.read_text()).items() if text]
+    return failed
+
+
+def main(module: str, folder: str, names: str, size: str, rank: str) -> None:
+    import torch.distributed as dist
+
+    from eaml_ext.distributed import Group
+
+    store = dist.FileStore(os.path.join(folder, "store"), int(size))
+    options = {"store": store, "rank": int(rank), "world_size": int(size), "timeout": timedelta(seconds=TIMEOUT)}
+    dist.init_process_group("gloo", **options)
+    sys.path.insert(0, os.path.dirname(module))
+    spec = importlib.util.spec_from_file_location("on_ranks", module)
+    loaded = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(loaded)
+    outcome = {}
+    for name in names.split(","):
+        try:
+            getattr(loaded, name)(Group(), Path(folder))
+            outcome[name] = None
+        except BaseException:
+            outcome[name] = traceback.format_exc()
+            break  # the ranks are out of step
+    (Path(folder) / f"outcome-{rank}.json").write_text(json.dumps(outcome))
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
