@@ -6,6 +6,8 @@ timeout, the others raise :class:`RankError` instead of waiting for ever.
 
 from __future__ import annotations
 
+import functools
+import math
 import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -77,30 +79,22 @@ class Group:
         return torch.stack(parts).to(tensor.device)
 
     def all_to_all(self, bytes_: Tensor, send: Sequence[int], receive: Sequence[int]) -> Tensor:
-        """Send ``send[r]`` bytes (uint8) to each rank r, those that come in this order; the bytes received, likewise."""
+        """Send ``send[r]`` of the bytes (uint8) to each rank r, one after the other; those received, likewise."""
         mine = bytes_.detach().to(self._device).contiguous()
         out = torch.empty(sum(receive), dtype=torch.uint8, device=self._device)
-        options: Any = (out, mine, list(receive), list(send))
-        self._call("all_to_all", lambda: dist.all_to_all_single(*options, group=self._group))
+        sizes: Any = {"output_split_sizes": list(receive), "input_split_sizes": list(send)}
+        self._call("all_to_all", lambda: dist.all_to_all_single(out, mine, **sizes, group=self._group))
         return out.to(bytes_.device)
 
     @torch.no_grad()
     def sum_(self, tensors: Sequence[Tensor]) -> None:
         """Put into each tensor, in place, its sum over the ranks, the same bits on all; one message for each dtype."""
-        for dtype in dict.fromkeys(t.dtype for t in tensors):
-            some = [t for t in tensors if t.dtype is dtype]
-            flat = torch.cat([t.reshape(-1).to(self._device) for t in some])
-            self._call("all_reduce", lambda flat=flat: dist.all_reduce(flat, group=self._group))
-            _unpack(flat, some)
+        self._each_dtype("all_reduce", tensors, lambda flat: dist.all_reduce(flat, group=self._group))
 
     @torch.no_grad()
     def broadcast_(self, tensors: Sequence[Tensor]) -> None:
         """Put into each tensor, in place, what it is on rank 0; one message for each dtype."""
-        for dtype in dict.fromkeys(t.dtype for t in tensors):
-            some = [t for t in tensors if t.dtype is dtype]
-            flat = torch.cat([t.reshape(-1).to(self._device) for t in some])
-            self._call("broadcast", lambda flat=flat: dist.broadcast(flat, group_src=0, group=self._group))
-            _unpack(flat, some)
+        self._each_dtype("broadcast", tensors, lambda flat: dist.broadcast(flat, group_src=0, group=self._group))
 
     def any(self, flag: bool) -> bool:
         """Whether the flag is set on any rank."""
@@ -114,11 +108,9 @@ class Group:
                 message = [(function(), None)]
             except Exception as error:
                 message = [(None, error)]
-        args: Any = {"group_src": 0, "group": self._group, "device": self._device}
-        self._call("broadcast_object_list", lambda: dist.broadcast_object_list(message, **args))
-        value, error = message[0]
-        if error is not None:
-            raise error
+        value, failure = self.of_rank(0, message[0])
+        if failure is not None:
+            raise failure
         return value
 
     def of_rank(self, rank: int, value: Any) -> Any:
@@ -148,6 +140,15 @@ class Group:
         if ranks:
             raise RankError(f"{where}: rank {ranks[0]} of {self.size} failed, its own error says why")
 
+    def _each_dtype(self, name: str, tensors: Sequence[Tensor], function: Callable[[Tensor], Any]) -> None:
+        """Call the function with all tensors of a dtype as one, and put its numbers back into them."""
+        for dtype in dict.fromkeys(t.dtype for t in tensors):
+            some = [t for t in tensors if t.dtype is dtype]
+            flat = torch.cat([t.reshape(-1).to(self._device) for t in some])
+            self._call(name, functools.partial(function, flat))
+            for tensor, part in zip(some, flat.split([t.numel() for t in some]), strict=True):
+                tensor.copy_(part.view(tensor.shape))
+
     def _call(self, name: str, function: Callable[[], Any]) -> None:
         if self._broken is not None:
             raise RankError(self._broken)
@@ -157,7 +158,8 @@ class Group:
             reason = str(error).split("] ", 1)[-1].partition(". ")[0].partition("\n")[0]
             late = "Timed out" in reason or "timeout" in reason.lower()
             what = "does not answer" if late else "has died or closed the connection"
-            self._broken = f"{name}: another rank {what}, rank {self.rank} of {self.size} gives up ({reason})"
+            me = f"rank {self.rank} of {self.size}"
+            self._broken = f"distributed.{name}: another rank {what}, {me} gives up ({reason})"
             raise RankError(self._broken) from None
 
 
@@ -180,6 +182,8 @@ def launched(timeout: float = TIMEOUT, *, alone: bool = False) -> Iterator[Group
     None
     """
     _check.positive("launched", "timeout", timeout)
+    if math.isinf(timeout):
+        raise ValueError(f"launched: timeout must be finite, got {timeout!r}")
     _check.flag("launched", "alone", alone)
     if dist.is_available() and dist.is_initialized():
         yield Group()
@@ -206,8 +210,3 @@ def check_group(where: str, group: Any) -> None:
     """Raise TypeError unless ``group`` is a Group or None."""
     if group is not None and not isinstance(group, Group):
         raise TypeError(f"{where}: group must be an eaml_ext.distributed.Group or None, got {type(group).__name__}")
-
-
-def _unpack(flat: Tensor, tensors: Sequence[Tensor]) -> None:
-    for tensor, part in zip(tensors, flat.split([t.numel() for t in tensors]), strict=True):
-        tensor.copy_(part.view(tensor.shape))

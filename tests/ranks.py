@@ -20,10 +20,8 @@ def failures(module: str, functions: list, folder: Path, size: int = 2) -> list[
     names = ",".join(f.__name__ for f in functions)
     command = [sys.executable, __file__, module, str(folder), names, str(size)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(p for p in sys.path if p)}
-    children = [
-        subprocess.Popen([*command, str(rank)], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment)
-        for rank in range(size)
-    ]
+    options = {"stderr": subprocess.STDOUT, "text": True, "env": environment}
+    children = [subprocess.Popen([*command, str(rank)], stdout=subprocess.PIPE, **options) for rank in range(size)]
     outputs = [child.communicate(timeout=120)[0] for child in children]
     failed = []
     for rank, (child, output) in enumerate(zip(children, outputs, strict=True)):

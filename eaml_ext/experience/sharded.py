@@ -46,8 +46,8 @@ class ShardedExperienceBuffer:
     Args:
         capacity: how many items fit, over all ranks: a multiple of their number.
         group: the ranks.
-        directory: a memory on disk: each rank's files go to ``directory/rank-<rank>-of-<size>``. A ring on disk has spare
-            slots (see ExperienceBuffer), so that items at equal distances may come in another order than in memory.
+        directory: a memory on disk: each rank's files go to ``directory/rank-<rank>-of-<size>``. A ring on disk has
+            spare slots (see ExperienceBuffer), so that items at equal distances may come in another order.
         state_dim, action_dim, device, seed, metric, age_half_life: as of :class:`ExperienceBuffer`; ``age_half_life``
             counts the items of all ranks. All but ``device`` and ``seed`` alike on all ranks.
 
@@ -172,10 +172,10 @@ class ShardedExperienceBuffer:
         local = self.local
         local._check_open(where)
         _check.tensor(where, "query_embedding", query)
-        keys = local._store.get("context_embedding")
-        if keys is None and local._store:
+        if local._store and "context_embedding" not in local._store:
             raise ValueError(f"{where}: the buffer stores no context_embedding, only {', '.join(local._store)}")
-        local._check_query(where, query, k, query.reshape(-1, query.shape[-1]) if keys is None and query.dim() else keys)
+        any_query = query.new_empty(1, *query.shape[-1:] or (0,))  # as long as there is no schema
+        local._check_query(where, query, k, local._store.get("context_embedding", any_query))
         if exclude is not None and local._store and "task" not in local._store:
             raise ValueError(f"{where}: the buffer stores no task, only {', '.join(local._store)}")
         none = torch.empty(0, dtype=torch.int64)
@@ -201,7 +201,8 @@ class ShardedExperienceBuffer:
         text = self.group.of_rank(known[0], self._schema())
         for rank in known:
             if sums[rank] != sums[known[0]]:
-                raise ValueError(f"{where}: rank {rank} stores other fields, shapes or dtypes than rank {known[0]}: {text}")
+                other = f"rank {rank} stores other fields, shapes or dtypes than rank {known[0]}"
+                raise ValueError(f"{where}: {other}, which has {text}")
         if not self.local._store:
             schema = {n: (_dtype(where, dtype), tuple(shape)) for n, (dtype, shape) in json.loads(text).items()}
             with self.local._lock:
@@ -226,7 +227,7 @@ class ShardedExperienceBuffer:
         return requests
 
     def _search(self, requests: list[tuple[Tensor, int, Tensor]]) -> list[Tensor]:
-        """This shard's candidates for each rank: ``(queries, k, bytes of a record)``; index -1 where there are fewer."""
+        """This shard's candidates for each rank, ``(queries, k, bytes of a record)``; index -1: there are fewer."""
         blocks: list[Any] = [None] * len(requests)
         alike: dict[Any, list[int]] = {}
         for rank, (_, k, tasks) in enumerate(requests):
@@ -249,8 +250,8 @@ class ShardedExperienceBuffer:
         found = local.retrieve(queries, k, tasks if len(tasks) else None)
         place = torch.stack([found.indices * size + self.group.rank, found.generations], dim=-1)
         columns = [place, *(found.fields[name] for name in sorted(local._store))]
-        lead = found.indices.shape
-        block[:, : lead[1]] = torch.cat([_bytes(c.reshape(*lead, math.prod(c.shape[2:]))) for c in columns], dim=-1).cpu()
+        flat = [column.reshape(*column.shape[:2], math.prod(column.shape[2:])) for column in columns]
+        block[:, : place.shape[1]] = torch.cat([_bytes(column) for column in flat], dim=-1).cpu()
         return block
 
     def _send_back(self, blocks: list[Tensor], count: int, k: int) -> Tensor:

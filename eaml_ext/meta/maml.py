@@ -3,6 +3,7 @@
 import copy
 import math
 import warnings
+import zlib
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
@@ -12,6 +13,7 @@ from torch import Tensor, nn
 from torch.func import functional_call, grad, vmap
 
 from eaml_ext import _check
+from eaml_ext.distributed import Group, check_group
 from eaml_ext.meta.shift import tilt
 
 Params = dict[str, Tensor]
@@ -25,6 +27,11 @@ class MetaMAML:
 
     Tasks of equal shapes run as one vmapped batch, so that every op sees them in one call; tasks of different shapes
     are bucketed. Meta-gradients are exact second order, also through :func:`eaml_ext.ops.selective_scan`.
+
+    *Several processes.* With a ``group`` (:class:`eaml_ext.distributed.Group`) each rank passes its own part of the
+    meta-batch to :meth:`meta_update`, as many tasks as it likes, also none; losses are gathered, meta-gradients summed
+    over the ranks, and all take the same step on the mean over all tasks, which is that of one process to rounding.
+    What is not finite on one rank is left out on all. Parameters and buffers start as they are on rank 0.
 
     Args:
         model: called as ``model(x)``; its parameters that require grad are meta-learned in place.
@@ -43,15 +50,18 @@ class MetaMAML:
         compile: ``torch.compile`` the inner loop and its outer gradient, once per loss and shape of a bucket (seconds
             to a minute each, so meant for few losses and shapes; what was compiled is kept). Where compilation fails,
             a RuntimeWarning says so and the usual path runs. Results are equal to rounding.
+        group: the ranks that share the tasks of a meta-batch; None: this process has all of them.
 
     Attributes:
         skipped_updates: meta-updates left out because a loss or a gradient was not finite.
-        last_losses: ``(tasks,)``, the query losses of the last meta-update, detached; None before the first.
+        last_losses: ``(tasks,)``, the query losses of the last meta-update, detached, those of all ranks one after the
+            other; None before the first.
         inner_lrs: name to tensor of the parameter's shape, with ``learn_inner_lr``; else empty.
 
     Raises:
         TypeError, ValueError: an argument of the wrong kind or size, a model without trainable parameters, or
-            ``reptile`` together with ``learn_inner_lr`` or ``inner_parameters``, to which it gives no gradient.
+            ``reptile`` together with ``learn_inner_lr`` or ``inner_parameters``, to which it gives no gradient; the
+            model has other parameters than on rank 0.
 
     >>> model = torch.nn.Linear(4, 1)
     >>> maml = MetaMAML(model, inner_lr=0.1, outer_lr=0.01)
@@ -82,6 +92,7 @@ class MetaMAML:
         reptile: bool = False,
         micro_batch: int | None = None,
         compile: bool = False,
+        group: Group | None = None,
     ):
         if not isinstance(model, nn.Module):
             raise TypeError(f"MetaMAML: model must be a torch.nn.Module, got {type(model).__name__}")
@@ -100,6 +111,8 @@ class MetaMAML:
         if reptile and (learn_inner_lr or inner_parameters is not None):
             other = "learn_inner_lr" if learn_inner_lr else "inner_parameters"
             raise ValueError(f"MetaMAML: reptile learns nothing but what the inner loop moves, {other} needs MAML")
+        check_group("MetaMAML", group)
+        self.group = group
         self.model, self.inner_lr, self.outer_lr = model, float(inner_lr), float(outer_lr)
         self.first_order, self.inner_steps, self.reptile = first_order, inner_steps, reptile
         self.micro_batch, self.compile = micro_batch, compile
@@ -111,6 +124,8 @@ class MetaMAML:
             params = self.parameters()
             rates = {name: torch.full_like(params[name], inner_lr, requires_grad=True) for name in self.inner_names}
             self.inner_lrs = rates
+        if group is not None:
+            _start_alike(group, model)
         self.optimizer = optimizer([*self.parameters().values(), *self.inner_lrs.values()], lr=self.outer_lr)
         self.skipped_updates = 0
         self.last_losses: Tensor | None = None
@@ -186,19 +201,26 @@ class MetaMAML:
         ``skipped_updates`` counts it.
 
         Args:
-            tasks: ``(support_x, support_y, query_x, query_y)`` each; shapes may differ from task to task.
+            tasks: ``(support_x, support_y, query_x, query_y)`` each; shapes may differ from task to task. With a group,
+                this rank's; all ranks call together.
             loss_fn: ``(prediction, target) -> scalar``, or a list of one for each task.
             shift_level: step on the worst weighting of the tasks whose KL divergence from the plain mean is at most
                 this many nats (see :func:`eaml_ext.meta.shift.tilt`), found by one more pass without gradient.
 
         Returns:
             The mean query loss after adaptation, before the step.
+
+        Raises:
+            TypeError, ValueError: an argument of the wrong kind or size, nothing modified.
+            RankError: another rank was given such an argument, failed in its tasks, or has died.
         """
-        tasks = _check_tasks("MetaMAML.meta_update", tasks)
-        loss_fns = _loss_fns("MetaMAML.meta_update", loss_fn, len(tasks))
-        _check.positive("MetaMAML.meta_update", "shift_level", shift_level, zero=True)
+        where = "MetaMAML.meta_update"
+        tasks, loss_fns, counts = self._admit(where, tasks, loss_fn, shift_level)
         leaves = [*self.parameters().values(), *self.inner_lrs.values()]
-        losses, grads = self._meta_gradient(tasks, loss_fns, leaves, shift_level)
+        if self.group is None:
+            losses, grads = self._meta_gradient(tasks, loss_fns, leaves, shift_level)
+        else:
+            losses, grads = self._summed(where, self.group, tasks, loss_fns, leaves, shift_level, counts)
         loss, self.last_losses = losses.mean(), losses
         if not finite(loss, *grads):
             self.skipped_updates += 1
@@ -242,6 +264,82 @@ class MetaMAML:
         self.optimizer.load_state_dict(state["optimizer"])
         self.skipped_updates = state["skipped_updates"]
 
+    # ------------------------------------------------------------------------------------------------- the ranks
+
+    def _admit(
+        self, where: str, tasks: Iterable[Task], loss_fn: Any, shift_level: float
+    ) -> tuple[list[Task], list[LossFn], list[int]]:
+        """The tasks and a loss for each, checked, and how many tasks each rank has."""
+
+        def check() -> tuple[list[Task], list[LossFn]]:
+            _check.positive(where, "shift_level", shift_level, zero=True)
+            checked = _check_tasks(where, tasks, empty=self.group is not None)
+            return checked, _loss_fns(where, loss_fn, len(checked))
+
+        if self.group is None:
+            mine, loss_fns = check()
+            return mine, loss_fns, [len(mine)]
+        refused: Exception | None = None
+        try:
+            mine, loss_fns = check()
+        except (TypeError, ValueError) as error:
+            refused = error
+            mine, loss_fns = [], []
+        told = self.group.all_gather(torch.tensor([refused is not None, len(mine)], dtype=torch.int64))
+        if refused is not None:
+            raise refused
+        self.group.refuse(where, told[:, 0])
+        counts = told[:, 1].tolist()
+        if not sum(counts):
+            raise ValueError(f"{where}: tasks is empty on all ranks")
+        return mine, loss_fns, counts
+
+    def _summed(
+        self,
+        where: str,
+        group: Group,
+        tasks: list[Task],
+        loss_fns: list[LossFn],
+        leaves: list[Tensor],
+        shift_level: float,
+        counts: list[int],
+    ) -> tuple[Tensor, list[Tensor | None]]:
+        """The losses of all ranks' tasks, and the sum of the ranks' parts of the gradient: the same bits on all."""
+        failed: Exception | None = None
+        grads: list[Tensor | None] = [None] * len(leaves)
+        losses = leaves[0].new_zeros(len(tasks))
+        weights = None
+        try:
+            if shift_level and tasks:
+                with torch.no_grad():
+                    losses = self._measure(tasks, loss_fns)
+        except Exception as error:
+            failed = error
+        if shift_level:
+            self._all_alright(where, group, failed)
+            start = sum(counts[: group.rank])
+            weights = tilt(_gather(group, losses, counts), shift_level)[start : start + len(tasks)]
+        try:
+            if tasks:
+                losses, grads = self._meta_gradient(tasks, loss_fns, leaves, shift_level, sum(counts), weights)
+        except Exception as error:
+            failed = error
+        told = self._all_alright(where, group, failed, [g is not None for g in grads])
+        # A parameter that no task of any rank uses has no gradient, as in one process.
+        used = [i for i in range(len(leaves)) if told[:, i].any()]
+        for i in used:
+            grads[i] = torch.zeros_like(leaves[i]) if grads[i] is None else grads[i].clone()  # type: ignore[union-attr]
+        group.sum_([g for g in grads if g is not None])
+        return _gather(group, losses, counts), grads
+
+    def _all_alright(self, where: str, group: Group, failed: Exception | None, flags: Sequence[bool] = ()) -> Tensor:
+        """``(size, len(flags))``, those of each rank; raises on all where one has failed."""
+        told = group.all_gather(torch.tensor([failed is not None, *flags], dtype=torch.uint8))
+        if failed is not None:
+            raise failed
+        group.refuse(where, told[:, 0])
+        return told[:, 1:]
+
     # ---------------------------------------------------------------------------------------------- the gradient
 
     def _inner_loop(self, params: Params, rates: Params, x: Tensor, y: Tensor, loss_fn: LossFn, steps: int) -> Params:
@@ -258,22 +356,38 @@ class MetaMAML:
 
         return task_loss
 
+    def _chunks(self, tasks: list[Task], loss_fns: list[LossFn]) -> list[list[int]]:
+        """What runs at once."""
+        if not (self.reptile or self.compile or self.micro_batch):
+            return [list(range(len(tasks)))]
+        size = self.micro_batch or len(tasks)
+        return [b[i : i + size] for b in _buckets(tasks, loss_fns) for i in range(0, len(b), size)]
+
+    def _measure(self, tasks: list[Task], loss_fns: list[LossFn]) -> Tensor:
+        """The tasks' losses, ``(len(tasks),)``."""
+        chunks, params = self._chunks(tasks, loss_fns), self.parameters()
+        parts = torch.cat([self.task_losses(params, *_take(chunk, tasks, loss_fns)) for chunk in chunks])
+        losses = torch.empty_like(parts)
+        losses[torch.tensor([i for chunk in chunks for i in chunk], device=parts.device)] = parts
+        return losses
+
     def _meta_gradient(
-        self, tasks: list[Task], loss_fns: list[LossFn], leaves: list[Tensor], shift_level: float
+        self,
+        tasks: list[Task],
+        loss_fns: list[LossFn],
+        leaves: list[Tensor],
+        shift_level: float,
+        count: int | None = None,
+        weights: Tensor | None = None,
     ) -> tuple[Tensor, list[Tensor | None]]:
-        """The tasks' losses and the gradient of their weighted mean, chunk by chunk."""
-        count, params = len(tasks), self.parameters()
-        pure = self.reptile or self.compile
-        chunks = [list(range(count))]
-        if pure or self.micro_batch:
-            size = self.micro_batch or count
-            chunks = [b[i : i + size] for b in _buckets(tasks, loss_fns) for i in range(0, len(b), size)]
-        weights = leaves[0].new_full((count,), 1 / count)
-        if shift_level:
+        """The tasks' losses and the gradient of their weighted mean, as a part of ``count`` tasks, chunk by chunk."""
+        count, params = count or len(tasks), self.parameters()
+        pure, chunks = self.reptile or self.compile, self._chunks(tasks, loss_fns)
+        if weights is None and shift_level:
             with torch.no_grad():
-                parts = [self.task_losses(params, *_take(chunk, tasks, loss_fns)) for chunk in chunks]
-            order = torch.tensor([i for chunk in chunks for i in chunk], device=weights.device)
-            weights[order] = tilt(torch.cat(parts), shift_level).to(weights)
+                weights = tilt(self._measure(tasks, loss_fns), shift_level)
+        plain = leaves[0].new_full((len(tasks),), 1 / count)
+        weights = plain if weights is None else weights.to(plain)
         losses = torch.empty_like(weights)
         total: list[Tensor | None] = [None] * len(leaves)
         for chunk in chunks:
@@ -424,9 +538,26 @@ def _check_pair(where: str, name: str, x: Any, y: Any) -> None:
     _check.device(where, f"{name}_y", y, x.device, f"{name}_x")
 
 
-def _check_tasks(where: str, tasks: Iterable[Task]) -> list[Task]:
+def _start_alike(group: Group, model: nn.Module) -> None:
+    """Parameters and buffers as they are on rank 0; ValueError on all where the model is another."""
+    tensors = {**dict(model.named_parameters()), **dict(model.named_buffers())}
+    about = [f"{name} {tuple(t.shape)} {t.dtype} {t.requires_grad}" for name, t in tensors.items()]
+    sums = group.all_gather(torch.tensor(zlib.crc32("\n".join(about).encode())))
+    for rank in (sums != sums[0]).nonzero().flatten().tolist():
+        raise ValueError(f"MetaMAML: model has other parameters or buffers on rank {rank} than on rank 0")
+    group.broadcast_(list(tensors.values()))
+
+
+def _gather(group: Group, losses: Tensor, counts: list[int]) -> Tensor:
+    """The losses of all ranks, one rank after the other."""
+    padded = losses.new_zeros(max(counts))
+    padded[: len(losses)] = losses
+    return torch.cat([part[:count] for part, count in zip(group.all_gather(padded), counts, strict=True)])
+
+
+def _check_tasks(where: str, tasks: Iterable[Task], *, empty: bool = False) -> list[Task]:
     tasks = list(tasks)
-    if not tasks:
+    if not tasks and not empty:
         raise ValueError(f"{where}: tasks is empty")
     for i, task in enumerate(tasks):
         if not isinstance(task, (tuple, list)) or len(task) != 4:

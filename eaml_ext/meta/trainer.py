@@ -3,7 +3,7 @@
 import copy
 import os
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -14,6 +14,7 @@ from tqdm import tqdm
 
 from eaml_ext import _check
 from eaml_ext.checkpoint import deferred_interrupt, load_state, save_state
+from eaml_ext.distributed import Group
 from eaml_ext.meta.maml import LossFn, MetaMAML, _check_loss_fn, _check_pair
 from eaml_ext.meta.task_batch import TaskBatch
 
@@ -41,6 +42,9 @@ class MetaMAMLTrainer:
         log: where losses and skipped updates are written: a ``SummaryWriter`` (anything with ``add_scalar``), or a
             directory for TensorBoard, which then must be installed; None: nowhere.
         progress: show a progress bar, where the output is a terminal.
+        group: ranks that share each meta-batch, given the same arguments and calls: every one draws it, and adapts a
+            part of its tasks (see :class:`MetaMAML`). Rank 0 alone logs, shows progress, and writes and reads the
+            checkpoint; a run may be continued by another number of ranks.
         options: further arguments of :class:`MetaMAML`, by name: ``inner_steps``, ``first_order``, ``compile``, ...
 
     Attributes:
@@ -72,6 +76,7 @@ class MetaMAMLTrainer:
         shift_levels: Sequence[float] = (0.0,),
         log: Any = None,
         progress: bool = True,
+        group: Group | None = None,
         **options: Any,
     ):
         where = "MetaMAMLTrainer"
@@ -91,7 +96,8 @@ class MetaMAMLTrainer:
         if isinstance(log, (str, os.PathLike)):
             _summary_writer()
         policies = [policy, *(copy.deepcopy(policy) for _ in shift_levels[1:])]
-        self.mamls = [MetaMAML(p, inner_lr, meta_lr, **options) for p in policies]
+        self.mamls = [MetaMAML(p, inner_lr, meta_lr, group=group, **options) for p in policies]
+        self.group = group
         self.maml, self.shift_levels = self.mamls[0], [float(level) for level in shift_levels]
         self.loss_fn, self.log, self.progress = loss_fn, log, progress
         self.losses: list[float] = []
@@ -125,13 +131,14 @@ class MetaMAMLTrainer:
         script, started again after an end of any kind, ends with the bits of an uninterrupted run.
 
         **Ctrl-C** ends the call after the meta-update under way (a second one at once), writes the checkpoint, and
-        raises KeyboardInterrupt; without a checkpoint the next call goes on from there.
+        raises KeyboardInterrupt, on all ranks where one got it; without a checkpoint the next call goes on from there.
 
         A meta-update that is not finite is left out, its loss is in the list, and a RuntimeWarning at the end says how
         many there were.
 
         Raises:
             TypeError, ValueError: an argument of the wrong kind or size, or a checkpoint of other settings.
+            RankError: another rank has died or failed.
         """
         where = "MetaMAMLTrainer.meta_train"
         if not isinstance(task_batch, TaskBatch):
@@ -140,11 +147,11 @@ class MetaMAMLTrainer:
         _check.positive(where, "checkpoint_every", checkpoint_every, integer=True)
         if checkpoint is not None and not isinstance(checkpoint, (str, os.PathLike)):
             raise TypeError(f"{where}: checkpoint must be a path, got {type(checkpoint).__name__}")
-        if checkpoint is not None and not os.path.isdir(folder := os.path.dirname(os.path.abspath(checkpoint))):
-            raise FileNotFoundError(f"{where}: checkpoint needs a directory that exists, {folder} does not exist")
         began = self.iteration
-        if checkpoint is not None and os.path.exists(checkpoint):
-            began = self._load(where, checkpoint, task_batch, num_meta_iterations)
+        if checkpoint is not None:
+            state = self._at_first(where, lambda: _read(where, checkpoint))
+            if state is not None:
+                began = self._load(where, checkpoint, state, task_batch, num_meta_iterations)
         end = began + num_meta_iterations
         skipped, saved = self.skipped_updates, None
         with (
@@ -155,26 +162,37 @@ class MetaMAMLTrainer:
                 desc="meta-training",
                 unit="update",
                 leave=False,
-                disable=None if self.progress else True,
+                disable=None if self.progress and self._first else True,
             ) as bar,
             deferred_interrupt() as interrupted,
         ):
-            while self.iteration < end and not interrupted:
+            while self.iteration < end and not self._any(interrupted):
                 self._update(task_batch, writer)
                 bar.set_postfix(loss=f"{self.losses[-1]:.4f}", skipped=self.skipped_updates, refresh=False)
                 bar.update()
                 if checkpoint is not None and (self.iteration - began) % checkpoint_every == 0:
-                    self._save(checkpoint, task_batch, began)
+                    self._save(where, checkpoint, task_batch, began)
                     saved = self.iteration
             if checkpoint is not None and saved != self.iteration:
-                self._save(checkpoint, task_batch, began)
+                self._save(where, checkpoint, task_batch, began)
         skipped = self.skipped_updates - skipped
         if skipped:
             text = f"{where}: {skipped} meta-updates were not finite and left out"
             warnings.warn(text, RuntimeWarning, stacklevel=2)
-        if interrupted:
+        if self._any(interrupted):
             raise KeyboardInterrupt
         return self.losses[began:end]
+
+    @property
+    def _first(self) -> bool:
+        return self.group is None or self.group.rank == 0
+
+    def _any(self, interrupted: list[int]) -> bool:
+        return bool(interrupted) if self.group is None else self.group.any(bool(interrupted))
+
+    def _at_first(self, where: str, function: Callable[[], Any]) -> Any:
+        """What the function returns or raises on rank 0, on all."""
+        return function() if self.group is None else self.group.from_first(where, function)
 
     def adapt_to_new_task(self, new_task_data: tuple[Tensor, Tensor], num_steps: int | None = None) -> nn.Module:
         """A copy of the policy that has adapted to ``(support_x, support_y)``; the policy itself is left as it is.
@@ -214,11 +232,15 @@ class MetaMAMLTrainer:
         batch = task_batch.batch(number)
         loss_fns = [self.loss_fn if loss_fn is None else loss_fn for loss_fn in batch.loss_fns]
         device = next(iter(self.maml.parameters().values())).device
-        tasks = [(sx.to(device), sy.to(device), qx.to(device), qy.to(device)) for sx, sy, qx, qy in batch.tasks]
+        share, rank = range(len(batch.tasks)), 0
+        if self.group is not None:
+            share, rank = self.group.share(len(batch.tasks)), self.group.rank
+            loss_fns = [loss_fns[i] for i in share]
+        tasks: list[Any] = [tuple(data.to(device) for data in batch.tasks[i]) for i in share]
         values = []
         for maml, level in zip(self.mamls, self.shift_levels, strict=True):
             with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
-                seed = task_batch._seed(number, 2)
+                seed = task_batch._seed(number, 2 + rank)
                 torch.default_generator.manual_seed(seed)  # torch.manual_seed would seed every GPU
                 if device.type == "cuda":
                     with torch.cuda.device(device):
@@ -236,6 +258,9 @@ class MetaMAMLTrainer:
     @contextmanager
     def _writer(self) -> Iterator[Any]:
         """The writer; one made for a directory is closed afterwards."""
+        if not self._first:
+            yield None
+            return
         if not isinstance(self.log, (str, os.PathLike)):
             yield self.log
             return
@@ -261,7 +286,7 @@ class MetaMAMLTrainer:
             **task_batch.describe(),
         }
 
-    def _save(self, path: str | os.PathLike[str], task_batch: TaskBatch, began: int) -> None:
+    def _save(self, where: str, path: str | os.PathLike[str], task_batch: TaskBatch, began: int) -> None:
         state = {
             "settings": self._settings(task_batch),
             "began": began,
@@ -269,10 +294,11 @@ class MetaMAMLTrainer:
             "mamls": [maml.state_dict() for maml in self.mamls],
             "task_batch": task_batch.state_dict(),
         }
-        save_state(path, state, kind=_KIND)
+        self._at_first(where, lambda: save_state(path, state, kind=_KIND))
 
-    def _load(self, where: str, path: str | os.PathLike[str], task_batch: TaskBatch, wanted: int) -> int:
-        state = load_state(path, kind=_KIND)
+    def _load(
+        self, where: str, path: str | os.PathLike[str], state: dict[str, Any], task_batch: TaskBatch, wanted: int
+    ) -> int:
         done = len(state["losses"]) - state["began"]
         if done > wanted:
             text = f"checkpoint {os.fspath(path)} holds {done} meta-updates, num_meta_iterations is {wanted}"
@@ -287,6 +313,13 @@ class MetaMAMLTrainer:
         task_batch.load_state_dict(state["task_batch"])
         self.losses = state["losses"].tolist()
         return int(state["began"])
+
+
+def _read(where: str, path: str | os.PathLike[str]) -> Any:
+    """The checkpoint's state; None where there is none yet, in a directory that must exist."""
+    if not os.path.isdir(folder := os.path.dirname(os.path.abspath(path))):
+        raise FileNotFoundError(f"{where}: checkpoint needs a directory that exists, {folder} does not exist")
+    return load_state(path, kind=_KIND) if os.path.exists(path) else None
 
 
 def _support(where: str, new_task_data: Any) -> tuple[Tensor, Tensor]:

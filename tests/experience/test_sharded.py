@@ -3,14 +3,10 @@
 import math
 import random
 import re
-import sys
-from pathlib import Path
 
 import pytest
-import torch
-
-sys.path.insert(0, str(Path(__file__).parent.parent))
 import ranks
+import torch
 
 from eaml_ext import checkpoint
 from eaml_ext.distributed import RankError, launched
@@ -153,7 +149,9 @@ def on_ranks_one_that_has_nothing_learns_the_schema(group, folder):
 def on_ranks_different_schemas(group, folder):
     sharded = ShardedExperienceBuffer(8, group=group)
     sharded.add(state=torch.ones(2 + group.rank), context_embedding=torch.zeros(3))
-    with pytest.raises(ValueError, match=r"retrieve: rank 1 stores other fields, shapes or dtypes than rank 0: {"):
+    with pytest.raises(
+        ValueError, match=r"retrieve: rank 1 stores other fields, shapes or dtypes than rank 0, which has {"
+    ):
         sharded.retrieve(torch.zeros(3), 2)
 
 
@@ -209,7 +207,7 @@ def on_ranks_kept(group, folder):
     same(disk.retrieve(rows[3], 6), wanted, places=False)
     with pytest.raises(ValueError, match=r"state is of rank \d of 2, this is rank \d of 2"):
         other.load_state_dict({**sharded.state_dict(), "rank": 1 - group.rank})
-    with pytest.raises(ValueError, match=r"^ShardedExperienceBuffer: capacity must be a multiple of the 2 ranks, got 9"):
+    with pytest.raises(ValueError, match=r"capacity must be a multiple of the 2 ranks, got 9$"):
         ShardedExperienceBuffer(9, group=group)
 
 
@@ -220,7 +218,7 @@ def test_on_two_processes(tmp_path):
 
 
 def test_refusals(tmp_path):
-    with pytest.raises(TypeError, match=r"^ShardedExperienceBuffer: group must be an eaml_ext.distributed.Group, got NoneType"):
+    with pytest.raises(TypeError, match=r"^ShardedExperienceBuffer: group must be .*, got NoneType"):
         ShardedExperienceBuffer(8, group=None)
     with launched(alone=True) as group:
         for options, error, text in (
@@ -240,7 +238,7 @@ def test_refusals(tmp_path):
         assert repr(buffer).startswith("ShardedExperienceBuffer(rank 0 of 1: ExperienceBuffer(0 of 8")
         with pytest.raises(TypeError, match=r"^ShardedExperienceBuffer.save: directory must be a path, got int"):
             buffer.save(3)
-        with pytest.raises(ValueError, match=r"^ShardedExperienceBuffer.load_state_dict: state must be a dict as state_dict"):
+        with pytest.raises(ValueError, match=r"load_state_dict: state must be a dict as state_dict"):
             buffer.load_state_dict({})
         with pytest.raises(FileNotFoundError, match=r"there is no file .*rank-0-of-1.safetensors"):
             ShardedExperienceBuffer.load(tmp_path, group)

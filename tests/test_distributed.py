@@ -1,0 +1,116 @@
+"""Collectives on two processes, and what happens when one of them is gone."""
+
+import os
+import time
+from datetime import timedelta
+
+import pytest
+import ranks
+import torch
+
+from eaml_ext.distributed import Group, RankError, launched
+from eaml_ext.experience import ShardedExperienceBuffer
+
+
+def on_ranks_collectives(group, folder):
+    mine = torch.tensor([group.rank, 5])
+    assert group.all_gather(mine).tolist() == [[0, 5], [1, 5]]
+    assert group.all_gather(torch.tensor(group.rank == 1)).tolist() == [False, True]
+    parts = [torch.full((2, 2), 1.0 + group.rank), torch.tensor(3.0).double(), torch.ones(0), mine[:1].clone()]
+    group.sum_(parts)
+    assert [part.tolist() for part in parts] == [[[3.0, 3.0], [3.0, 3.0]], 6.0, [], [1]]
+    weights = torch.nn.Linear(2, 2)
+    torch.nn.init.constant_(weights.weight, group.rank + 1.0)
+    counter = torch.tensor(group.rank)
+    group.broadcast_([weights.weight, counter])
+    assert (weights.weight == 1).all() and counter == 0 and weights.weight.requires_grad
+    # Rank 0 sends one byte to itself and two to rank 1, rank 1 none to rank 0 and one to itself.
+    send, receive = ([1, 2], [1, 0]) if group.rank == 0 else ([0, 1], [2, 1])
+    got = group.all_to_all(torch.arange(sum(send), dtype=torch.uint8) + 10 * group.rank, send, receive)
+    assert got.tolist() == ([0] if group.rank == 0 else [1, 2, 10])
+    assert group.any(group.rank == 1) and not group.any(False)
+    assert group.of_rank(1, {"is": group.rank}) == {"is": 1}
+    assert group.from_first("here", lambda: group.rank) == 0
+
+
+def on_ranks_one_failure_ends_all(group, folder):
+    def fails():
+        raise ValueError("no such thing")
+
+    with pytest.raises(ValueError, match="no such thing"):
+        group.from_first("here", fails)
+    kind, text = (KeyError, "lost") if group.rank else (RankError, "here: rank 1 of 2 failed")
+    with pytest.raises(kind, match=text), group.together("here"):
+        if group.rank == 1:
+            raise KeyError("lost")
+    with group.together("here"):
+        pass
+
+
+def on_ranks_one_that_does_not_answer(group, folder):
+    import torch.distributed as dist
+
+    hasty = Group(dist.new_group(timeout=timedelta(seconds=1)))
+    assert repr(hasty) == f"Group(rank {group.rank} of 2)"
+    hasty.any(True)
+    if group.rank == 1:
+        time.sleep(2.5)
+        with pytest.raises(RankError):
+            hasty.any(True)
+    else:
+        start = time.monotonic()
+        for limit in (2.4, 0.1):  # the second time at once
+            with pytest.raises(RankError, match=r"^distributed.all_gather: another rank does not answer, ra") as error:
+                hasty.any(True)
+            assert time.monotonic() - start < limit + 0.1 and "\n" not in str(error.value)
+            start = time.monotonic()
+    group.any(True)  # the other group is whole
+
+
+def on_ranks_one_that_dies(group, folder):
+    buffer = ShardedExperienceBuffer(8, group=group)
+    buffer.add(context_embedding=torch.zeros(3))
+    buffer.retrieve(torch.zeros(3), 1)
+    if group.rank == 1:
+        os._exit(9)
+    start = time.monotonic()
+    with pytest.raises(RankError, match=r"another rank has died or closed the connection, rank 0 of 2") as error:
+        buffer.retrieve(torch.zeros(3), 1)
+    assert time.monotonic() - start < 5 and "\n" not in str(error.value)
+    assert len(buffer.local.retrieve(torch.zeros(3), 1)) == 1  # its own shard still answers
+
+
+def test_on_two_processes(tmp_path):
+    functions = [on_ranks_collectives, on_ranks_one_failure_ends_all, on_ranks_one_that_does_not_answer]
+    failed = ranks.failures(__file__, [*functions, on_ranks_one_that_dies], tmp_path)
+    assert failed == ["rank 1 ended with 9:\n"], "\n".join(failed)
+
+
+def test_shares_are_consecutive_and_complete():
+    with launched(alone=True) as group:
+        for size in (1, 2, 3, 5):
+            group.size = size
+            for count in range(12):
+                shares = [group.share(count, rank) for rank in range(size)]
+                assert [i for share in shares for i in share] == list(range(count))
+                assert max(map(len, shares)) - min(map(len, shares)) <= 1
+
+
+def test_refusals(monkeypatch):
+    with pytest.raises(ValueError, match=r"^Group: torch.distributed is not initialised: run under torchrun"):
+        Group()
+    for timeout, error in ((0, ValueError), ("x", TypeError), (float("inf"), ValueError)):
+        with pytest.raises(error, match=r"^launched: timeout must be "), launched(timeout):
+            pass
+    with pytest.raises(TypeError, match=r"^launched: alone must be True or False, got int"), launched(alone=1):
+        pass
+    with launched(alone=True) as group:
+        with pytest.raises(TypeError, match=r"^Group: group must be a torch.distributed.ProcessGroup, got int"):
+            Group(3)
+        with launched() as inner:  # what is initialised is used, and stays
+            assert inner.size == 1
+        assert group.any(True)
+    for name, value in {"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(RankError, match=r"^launched: not all of 2 ranks have come within 0.5 s \("), launched(0.5):
+        pass
