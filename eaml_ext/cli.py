@@ -79,7 +79,7 @@ def info(argv: Sequence[str]) -> int:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs the job; returns the exit code: 0, 2 for bad settings, 130 for Ctrl-C."""
+    """Runs the job; returns the exit code: 0, 2 for bad settings or a lost rank of torchrun, 130 for Ctrl-C."""
     argv = sys.argv[1:] if argv is None else list(argv)
     if argv[:1] == ["info"]:
         return info(argv[1:])

@@ -163,6 +163,11 @@ class Group:
             raise RankError(self._broken) from None
 
 
+def started() -> int:
+    """How many processes ``torchrun`` has started, this one among them; 1 without it."""
+    return int(os.environ.get("WORLD_SIZE", "1")) if "RANK" in os.environ else 1
+
+
 @contextmanager
 def launched(timeout: float = TIMEOUT, *, alone: bool = False) -> Iterator[Group | None]:
     """The group of the processes that ``torchrun`` has started, or None where there is but this one.
@@ -188,7 +193,7 @@ def launched(timeout: float = TIMEOUT, *, alone: bool = False) -> Iterator[Group
     if dist.is_available() and dist.is_initialized():
         yield Group()
         return
-    count = int(os.environ.get("WORLD_SIZE", "1")) if "RANK" in os.environ else 1
+    count = started()
     if count == 1 and not alone:
         yield None
         return

@@ -4,6 +4,8 @@ The model predicts the next observation from the observations and actions of an 
 meta-training goes into an ExperienceBuffer. At test time each held-out task gives ``shots`` transitions; the model
 adapts on them alone (plain), with experience of other tasks (uniform, nearest, best fit), or not at all, and is judged
 on the transitions that follow, beside the predictor that copies its input.
+
+Under ``torchrun`` the ranks share the tasks of every meta-batch; rank 0 alone prints, keeps the experience and adapts.
 """
 
 from collections.abc import Callable, Iterable
@@ -19,6 +21,7 @@ from tqdm import tqdm
 
 from eaml_ext import checkpoint
 from eaml_ext.adaptation import AdaptationConfig, Adapter
+from eaml_ext.distributed import Group, launched
 from eaml_ext.experience import ExperienceBuffer, Experiences, retrieval
 from eaml_ext.jobs import report, settings_file
 from eaml_ext.jobs.device import torch_device
@@ -101,14 +104,25 @@ def run(settings: DynamicsSettings) -> dict[str, Any]:
     killed at any moment then ends with the bits of an uninterrupted one. Ctrl-C writes the checkpoint before it ends
     meta-training.
 
+    Under ``torchrun`` all ranks call it alike. Each draws every task, which is cheap, and adapts its part; after
+    meta-training only rank 0 goes on, the report of the others is empty. The result is that of one process to rounding,
+    and a run may be resumed by another number of ranks.
+
     Raises ValueError for a bad device or environment, and for a checkpoint that is damaged or of other settings;
-    OSError where the folder cannot be written.
+    OSError where the folder cannot be written; RankError, an OSError, where another rank has died.
     """
+    with launched() as group:
+        return _run(settings, group)
+
+
+def _run(settings: DynamicsSettings, group: Group | None) -> dict[str, Any]:
+    first = group is None or group.rank == 0
     device = torch_device("DynamicsSettings", settings.device)
     distribution = make_tasks(settings.env_name)
     folder = Path(settings.folder)
-    folder.mkdir(parents=True, exist_ok=True)  # first: a bad path must not cost a run
-    settings_file.write(folder, settings)
+    # First: a bad path must not cost a run.
+    at_first(group, lambda: folder.mkdir(parents=True, exist_ok=True))
+    at_first(group, lambda: settings_file.write(folder, settings))
     torch.set_num_threads(settings.threads)
     torch.manual_seed(settings.seed)
     model = DynamicsModel(
@@ -116,10 +130,12 @@ def run(settings: DynamicsSettings) -> dict[str, Any]:
     )
     model.normalise(collect(distribution, distribution.sample(64, "valid", settings.seed), 64, settings.seed))
     model.to(device)
-    maml = MetaMAML(model, settings.inner_lr, settings.outer_lr, inner_steps=settings.inner_steps)
+    maml = MetaMAML(model, settings.inner_lr, settings.outer_lr, inner_steps=settings.inner_steps, group=group)
     buffer = ExperienceBuffer(settings.buffer_size, distribution.obs_dim, distribution.action_dim, device=device)
 
     losses = meta_train(settings, distribution, maml, buffer)
+    if not first:
+        return {}
     print("MetaMAML training completed.")
     print(f"Experience Buffer populated with {len(buffer)} experiences.")
     arms = adapt(settings, distribution, maml, buffer)
@@ -145,33 +161,43 @@ def meta_train(
 ) -> list[float]:
     """Second-order MAML over freshly drawn tasks; every transition goes into the buffer. Returns the loss per epoch.
 
-    Update number i is a function of the settings, i and what the checkpoint holds.
+    Update number i is a function of the settings, i and what the checkpoint holds. With a group the buffer of rank 0
+    alone is written to.
     """
+    group = maml.group
+    first = group is None or group.rank == 0
     updates = settings.updates_per_epoch
     total = settings.num_epochs * updates
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(maml.optimizer, total)
     run = Run(Path(settings.folder) / "checkpoint.safetensors", settings.decisive, maml, schedule, buffer)
     if settings.resume:
-        print(f"Resumed after {run.load()} of {total} meta-updates.")
+        done = run.load()
+        if first:
+            print(f"Resumed after {done} of {total} meta-updates.")
     else:
-        run.path.unlink(missing_ok=True)  # an earlier run's
+        at_first(group, lambda: run.path.unlink(missing_ok=True))  # an earlier run's
     with (
         tqdm(
-            total=total, initial=len(run.losses), desc="meta-training", unit="update", leave=False, disable=None
+            total=total,
+            initial=len(run.losses),
+            desc="meta-training",
+            unit="update",
+            leave=False,
+            disable=None if first else True,
         ) as progress,
-        checkpoint.deferred_interrupt() as interrupted,
+        checkpoint.deferred_interrupt() as seen,
     ):
-        while len(run.losses) < total and not interrupted:
+        while len(run.losses) < total and not any_of(group, seen):
             run.losses.append(update(settings, distribution, maml, buffer, len(run.losses)))
             schedule.step()
             progress.update()
             epoch, rest = divmod(len(run.losses), updates)
-            if rest == 0 and (epoch % 10 == 1 or epoch == settings.num_epochs):
+            if first and rest == 0 and (epoch % 10 == 1 or epoch == settings.num_epochs):
                 progress.write(f"Epoch {epoch - 1}, Meta Loss: {sum(run.losses[-updates:]) / updates:.4f}")
             if rest == 0 and epoch % settings.checkpoint_every == 0 and len(run.losses) < total:
                 run.save()
         run.save()
-    if interrupted:
+    if any_of(group, seen):
         raise KeyboardInterrupt
     return [sum(run.losses[i : i + updates]) / updates for i in range(0, total, updates)]
 
@@ -189,10 +215,23 @@ def update(
     model: Any = maml.model
     x, y = tensors(data, model)
     k = settings.shots
-    loss = maml.meta_update([(x[i, :k], y[i, :k], x[i, k:], y[i, k:]) for i in range(len(tasks))], F.mse_loss)
-    first = number * len(tasks)
-    remember(buffer, range(first, first + len(tasks)), data, fingerprint(x, y))
+    group = maml.group
+    mine = range(len(tasks)) if group is None else group.share(len(tasks))
+    loss = maml.meta_update([(x[i, :k], y[i, :k], x[i, k:], y[i, k:]) for i in mine], F.mse_loss)
+    if group is None or group.rank == 0:
+        start = number * len(tasks)
+        remember(buffer, range(start, start + len(tasks)), data, fingerprint(x, y))
     return loss
+
+
+def at_first(group: Group | None, function: Callable[[], Any]) -> Any:
+    """What the function returns or raises on rank 0, on all ranks."""
+    return function() if group is None else group.from_first("dynamics", function)
+
+
+def any_of(group: Group | None, seen: list[int]) -> bool:
+    """Whether any rank has seen Ctrl-C: all must leave the loop at the same update."""
+    return bool(seen) if group is None else group.any(bool(seen))
 
 
 @dataclass
@@ -207,7 +246,7 @@ class Run:
     losses: list[float] = field(default_factory=list)  # of each meta-update
 
     def save(self) -> None:
-        """Writes the checkpoint, whole or not at all."""
+        """Writes the checkpoint, whole or not at all; on rank 0, who alone holds the buffer."""
         state = {
             "settings": self.settings,
             "losses": self.losses,
@@ -216,20 +255,27 @@ class Run:
             "buffer": self.buffer.state_dict(),
             "generator": torch.get_rng_state(),
         }
-        checkpoint.save_state(self.path, state, kind="dynamics-run")
+        at_first(self.maml.group, lambda: checkpoint.save_state(self.path, state, kind="dynamics-run"))
 
     def load(self) -> int:
         """Takes over the checkpoint, where there is one; returns how many meta-updates were made."""
-        if not self.path.exists():
+
+        def read() -> Any:
+            if not self.path.exists():
+                return None
+            state = checkpoint.load_state(self.path, kind="dynamics-run")
+            for name, mine in self.settings.items():
+                if (came := state["settings"].get(name)) != mine:
+                    text = f"{self.path} is of a run with {name}={came!r}, this one has {mine!r}"
+                    raise ValueError(f"DynamicsSettings: resume: {text}")
+            self.buffer.load_state_dict(state.pop("buffer"))
+            return state
+
+        state = at_first(self.maml.group, read)
+        if state is None:
             return 0
-        state = checkpoint.load_state(self.path, kind="dynamics-run")
-        for name, mine in self.settings.items():
-            if (came := state["settings"].get(name)) != mine:
-                text = f"{self.path} is of a run with {name}={came!r}, this one has {mine!r}"
-                raise ValueError(f"DynamicsSettings: resume: {text}")
         self.maml.load_state_dict(state["maml"])
         self.schedule.load_state_dict(state["schedule"])
-        self.buffer.load_state_dict(state["buffer"])
         torch.set_rng_state(state["generator"])
         self.losses = state["losses"]
         return len(self.losses)

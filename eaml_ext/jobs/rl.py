@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from eaml_ext import checkpoint
+from eaml_ext.distributed import started
 from eaml_ext.jobs import report, settings_file
 from eaml_ext.jobs.device import torch_device
 from eaml_ext.jobs.rl_settings import MAMLSettings, RL2Settings, RLSettings
@@ -20,8 +21,11 @@ UPDATES = 10  # of an epoch
 def run(settings: RLSettings) -> dict[str, Any]:
     """Runs the job, prints its progress and writes ``settings.folder``; returns the report.
 
-    The folder gets ``settings.toml``, ``report.json`` and ``policy.safetensors``.
+    The folder gets ``settings.toml``, ``report.json`` and ``policy.safetensors``. Raises ValueError under ``torchrun``,
+    which only the dynamics job knows how to use.
     """
+    if started() > 1:
+        raise ValueError(f"{type(settings).__name__}: this job is one process, torchrun has started {started()}")
     device = torch_device(type(settings).__name__, settings.device)
     distribution = make_tasks(settings.env_name)
     folder = Path(settings.folder)

@@ -90,3 +90,11 @@ def test_help_tells_the_settings_of_each_algorithm(capsys):
         with pytest.raises(SystemExit):
             cli.main(["--algo", algo, "--help"])
         assert flag in capsys.readouterr().out
+
+
+def test_under_torchrun_it_says_that_it_is_one_process(tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("RANK", "1")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert cli.main(["--algo", "rl2", "--out", str(tmp_path / "r")]) == 2
+    assert "this job is one process, torchrun has started 2" in capsys.readouterr().err
+    assert not (tmp_path / "r").exists()
