@@ -10,8 +10,8 @@ import os
 import signal
 import threading
 import zlib
-from collections.abc import Iterator, Mapping
-from typing import Any
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -19,6 +19,7 @@ from torch import Tensor
 from eaml_ext import _check
 
 _KEY = "eaml_ext"
+_Module = TypeVar("_Module", bound=torch.nn.Module)
 
 
 def save(
@@ -118,10 +119,12 @@ def load(
         raise ValueError(f"checkpoint.load: {path} was not written by eaml_ext")
     if header.get("crc32") != str(_checksum(tensors, header[_KEY])):
         raise ValueError(f"checkpoint.load: {path} is damaged (its checksum does not match)")
-    content = json.loads(header[_KEY])
-    if kind is not None and content["kind"] != kind:
-        raise ValueError(f"checkpoint.load: {path} holds {content['kind'] or 'tensors of no kind'}, wanted {kind}")
-    return {name: value.to(device) for name, value in tensors.items()}, content["metadata"]
+    with sound("checkpoint.load", path):
+        content = json.loads(header[_KEY])
+        came, metadata = content["kind"], content["metadata"]
+    if kind is not None and came != kind:
+        raise ValueError(f"checkpoint.load: {path} holds {came or 'tensors of no kind'}, wanted {kind}")
+    return {name: value.to(device) for name, value in tensors.items()}, metadata
 
 
 def save_state(path: str | os.PathLike[str], state: Any, *, kind: str | None = None) -> None:
@@ -148,7 +151,54 @@ def save_state(path: str | os.PathLike[str], state: Any, *, kind: str | None = N
 def load_state(path: str | os.PathLike[str], device: torch.device | str = "cpu", *, kind: str | None = None) -> Any:
     """What :func:`save_state` wrote. Arguments and errors are those of :func:`load`."""
     tensors, metadata = load(path, device, kind=kind)
-    return _unpack(metadata, tensors)
+    with sound("checkpoint.load_state", path):
+        return _unpack(metadata, tensors)
+
+
+@contextlib.contextmanager
+def sound(where: str, path: str | os.PathLike[str]) -> Iterator[None]:
+    """A block that takes over what a file holds: whatever a file of other content leads to is a ValueError.
+
+    >>> with sound("load", "model.safetensors"):
+    ...     {"width": 3}["height"]
+    Traceback (most recent call last):
+    ValueError: load: model.safetensors is whole, but does not hold what it should (KeyError: 'height')
+    """
+    try:
+        yield
+    except json.JSONDecodeError as error:
+        reason = str(error)
+    except (
+        *(ArithmeticError, AssertionError, AttributeError, LookupError, MemoryError),
+        *(RuntimeError, TypeError),  # RecursionError is a RuntimeError
+    ) as error:
+        reason = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+    else:
+        return
+    raise ValueError(f"{where}: {os.fspath(path)} is whole, but does not hold what it should ({reason})") from None
+
+
+def load_module(
+    where: str, make: Callable[..., _Module], path: str | os.PathLike[str], device: torch.device | str, *, kind: str
+) -> _Module:
+    """The module that ``make(**metadata)`` builds, with the file's tensors; none is built that they do not fit.
+
+    Raises: as :func:`load`; ValueError where tensors and metadata do not belong together.
+    """
+    tensors, options = load(path, kind=kind)
+    with sound(where, path):
+        if not isinstance(options, dict) or options.get("num_layers", 0) > len(tensors):
+            raise ValueError(f"{where}: {os.fspath(path)} has options that its tensors do not fit: {options!r:.200}")
+        with torch.device("meta"):  # however large, it takes no memory
+            wanted = {name: tuple(t.shape) for name, t in make(**options, device="meta").state_dict().items()}
+        for name in [*wanted, *tensors]:
+            came = tuple(tensors[name].shape) if name in tensors else None
+            if came != wanted.get(name):
+                text = f"{name} of shape {came}, its options want {wanted.get(name)}"
+                raise ValueError(f"{where}: {os.fspath(path)} has {text}")
+        model = make(**options, device=device)
+        model.load_state_dict(tensors)
+        return model
 
 
 @contextlib.contextmanager
@@ -201,13 +251,20 @@ def _pack(tree: Any, name: str, tensors: dict[str, Tensor]) -> Any:
 def _unpack(tree: Any, tensors: Mapping[str, Tensor]) -> Any:
     if not isinstance(tree, dict):
         return tree
-    ((kind, value),) = tree.items()
+    (kind,) = tree if len(tree) == 1 else ("",)
+    value = tree[kind]
     if kind == "tensor":
         return tensors[value]
     if kind == "dict":
-        return {key: _unpack(item, tensors) for key, item in value}
+        return {key: _unpack(item, tensors) for key, item in _pairs(value)}
     items = [_unpack(item, tensors) for item in value]
-    return tuple(items) if kind == "tuple" else items
+    return {"tuple": tuple, "list": list}[kind](items)
+
+
+def _pairs(value: Any) -> Any:
+    if not all(isinstance(pair, list) and len(pair) == 2 for pair in value):
+        raise TypeError("a dict is not pairs")
+    return value
 
 
 def _checksum(tensors: Mapping[str, Tensor], text: str) -> int:

@@ -18,6 +18,7 @@ from eaml_ext.experience.index import Index
 
 _METRICS = ("sqeuclidean", "cosine")
 MARGIN = 1024  # slots of a memory on disk that no live item occupies: at least so many, and an eighth of the capacity
+_OPTIONS = ("capacity", "state_dim", "action_dim", "metric", "age_half_life")  # what a file keeps of a buffer
 _RESERVED = ("fields", "indices", "generations", "distances", "batch")
 
 
@@ -772,14 +773,23 @@ class ExperienceBuffer:
         try:
             if not entered.exists:
                 raise FileNotFoundError(f"{where}: the directory {entered.path} holds no buffer")
-            tensors, state = entered.load()
-            buffer.__init__(**state["options"], seed=0)  # type: ignore[misc]
-            buffer._generator.set_state(tensors["generator"])
-            buffer._directory, buffer._slots = entered, state["slots"]
-            fields = {name: (_dtype(where, dtype), tuple(shape)) for name, (dtype, shape) in state["fields"].items()}
-            store = entered.attach(where, fields)
-            buffer._take(store, state["written"], state["cleared"])
-            buffer._flushed = buffer._written
+            with checkpoint.sound(where, entered.path):
+                tensors, state = entered.load()
+                buffer.__init__(**_known(state["options"]), seed=0)  # type: ignore[misc]
+                buffer._generator.set_state(tensors["generator"])
+                slots, written, cleared = (_count(where, name, state[name]) for name in ("slots", "written", "cleared"))
+                fields = {
+                    name: (_dtype(where, dtype), tuple(shape)) for name, (dtype, shape) in state["fields"].items()
+                }
+                rows = {shape[0] for _, shape in fields.values()}
+                if slots <= buffer.capacity or cleared > written or cleared % buffer.capacity or rows - {slots}:
+                    text = f"{slots} slots, {sorted(rows)} in the fields, {written} written, {cleared} cleared"
+                    raise ValueError(f"{where}: {entered.path} has numbers that do not go together: {text}")
+                store = entered.attach(where, fields)
+                buffer._check_schema(where, store, {name: shape[1:] for name, (_, shape) in fields.items()})
+                buffer._directory, buffer._slots = entered, slots
+                buffer._take(store, written, cleared)
+                buffer._flushed = buffer._written
         except BaseException:
             entered.close()
             raise
@@ -865,14 +875,14 @@ class ExperienceBuffer:
             ValueError: the file is damaged or holds something else.
         """
         tensors, state = checkpoint.load(path, kind="ExperienceBuffer")
-        fields = {name: tensors[f"field.{name}"] for name in state.pop("fields")}
-        buffer = cls(**state.pop("options"), device=device, seed=0)
-        buffer.load_state_dict({**state, "fields": fields, "generator": tensors["generator"]})
+        with checkpoint.sound("ExperienceBuffer.load", path):
+            fields = {name: tensors[f"field.{name}"] for name in state.pop("fields")}
+            buffer = cls(**_known(state.pop("options")), device=device, seed=0)
+            buffer.load_state_dict({**state, "fields": fields, "generator": tensors["generator"]})
         return buffer
 
     def _options(self) -> dict[str, Any]:
-        names = ("capacity", "state_dim", "action_dim", "metric", "age_half_life")
-        return {name: getattr(self, name) for name in names}
+        return {name: getattr(self, name) for name in _OPTIONS}
 
     def __getstate__(self) -> dict[str, Any]:  # a copy of a buffer on disk lives in memory
         return {"options": {**self._options(), "device": str(self.device)}, "state": self.state_dict()}
@@ -891,6 +901,19 @@ def _dtype(where: str, name: Any) -> torch.dtype:
     if not isinstance(dtype, torch.dtype):
         raise ValueError(f"{where}: the directory names a dtype {name!r} that torch does not know")
     return dtype
+
+
+def _known(options: Any) -> dict[str, Any]:
+    """The options of a file, which may not name a directory to write to."""
+    if set(options) != set(_OPTIONS):
+        raise LookupError(f"options are {', '.join(map(str, options))}, not {', '.join(_OPTIONS)}")
+    return dict(options)
+
+
+def _count(where: str, name: str, value: Any) -> int:
+    if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value < 2**62:
+        raise ValueError(f"{where}: the directory has {name}={value!r:.40}, wanted a count")
+    return value
 
 
 def _all_finite(values: Tensor) -> bool:

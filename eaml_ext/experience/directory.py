@@ -85,9 +85,11 @@ class Directory:
 
     def attach(self, where: str, fields: Mapping[str, tuple[torch.dtype, tuple[int, ...]]]) -> dict[str, Tensor]:
         """The files that :meth:`load` found, as tensors."""
+        if len(set(self._files.values())) != len(self._files):
+            raise ValueError(f"{where}: {self.path} has one file for several fields")
         for name, spec in fields.items():
             path, size = self.path / self._files[name], _bytes(*spec)
-            if not _FIELD.fullmatch(path.name) or not path.is_file() or path.stat().st_size != size:
+            if not _FIELD.fullmatch(self._files[name]) or not path.is_file() or path.stat().st_size != size:
                 raise ValueError(f"{where}: {path} of field {name} is missing or damaged, wanted {size} bytes")
         return self._map(fields)
 

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from eaml_ext import _check, checkpoint
 from eaml_ext.distributed import Group
-from eaml_ext.experience.buffer import ExperienceBuffer, _dtype, _short
+from eaml_ext.experience.buffer import ExperienceBuffer, _dtype, _known, _short
 from eaml_ext.experience.experiences import Experiences
 
 _KIND = "ShardedExperienceBuffer"
@@ -350,8 +350,9 @@ class ShardedExperienceBuffer:
         buffer._join("ShardedExperienceBuffer.load", group)
         path = buffer._folder("ShardedExperienceBuffer.load", directory).with_suffix(".safetensors")
         content = checkpoint.load_state(path, kind=_KIND)
-        buffer._own(ExperienceBuffer(**content["options"], device=device, seed=0))
-        buffer.load_state_dict(content["state"])
+        with checkpoint.sound("ShardedExperienceBuffer.load", path):
+            buffer._own(ExperienceBuffer(**_known(content["options"]), device=device, seed=0))
+            buffer.load_state_dict(content["state"])
         return buffer
 
     @classmethod

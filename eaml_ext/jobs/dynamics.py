@@ -264,21 +264,27 @@ class Run:
             if not self.path.exists():
                 return None
             state = checkpoint.load_state(self.path, kind="dynamics-run")
-            for name, mine in self.settings.items():
-                if (came := state["settings"].get(name)) != mine:
-                    text = f"{self.path} is of a run with {name}={came!r}, this one has {mine!r}"
-                    raise ValueError(f"DynamicsSettings: resume: {text}")
-            self.buffer.load_state_dict(state.pop("buffer"))
+            with checkpoint.sound("DynamicsSettings: resume", self.path):
+                self.check(state)
+                self.buffer.load_state_dict(state.pop("buffer"))
             return state
 
         state = at_first(self.maml.group, read)
         if state is None:
             return 0
-        self.maml.load_state_dict(state["maml"])
-        self.schedule.load_state_dict(state["schedule"])
-        torch.set_rng_state(state["generator"])
-        self.losses = state["losses"]
-        return len(self.losses)
+        with checkpoint.sound("DynamicsSettings: resume", self.path):
+            self.maml.load_state_dict(state["maml"])
+            self.schedule.load_state_dict(state["schedule"])
+            torch.set_rng_state(state["generator"])
+            self.losses = state["losses"]
+            return len(self.losses)
+
+    def check(self, state: dict[str, Any]) -> None:
+        """Raises ValueError where the state is of a run with other settings."""
+        for name, mine in self.settings.items():
+            if (came := state["settings"].get(name)) != mine:
+                text = f"{self.path} is of a run with {name}={came!r}, this one has {mine!r}"
+                raise ValueError(f"DynamicsSettings: resume: {text}")
 
 
 def tensors(data: Trajectories, model: DynamicsModel) -> tuple[Tensor, Tensor]:

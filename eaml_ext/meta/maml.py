@@ -257,6 +257,9 @@ class MetaMAML:
         if came_groups != groups:
             text = f"optimizer has parameter groups of {came_groups}, wanted {groups}"
             raise ValueError(f"MetaMAML.load_state_dict: {text}")
+        for index, entry in state["optimizer"]["state"].items():
+            if index not in range(sum(groups)) or not isinstance(entry, dict):
+                raise ValueError(f"MetaMAML.load_state_dict: optimizer has a state of {index!r}, which is no parameter")
         self.model.load_state_dict(state["model"])
         with torch.no_grad():
             for name, rate in self.inner_lrs.items():

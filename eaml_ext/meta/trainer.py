@@ -13,7 +13,7 @@ from torch.nn.functional import mse_loss
 from tqdm import tqdm
 
 from eaml_ext import _check
-from eaml_ext.checkpoint import deferred_interrupt, load_state, save_state
+from eaml_ext.checkpoint import deferred_interrupt, load_state, save_state, sound
 from eaml_ext.distributed import Group
 from eaml_ext.meta.maml import LossFn, MetaMAML, _check_loss_fn, _check_pair
 from eaml_ext.meta.task_batch import TaskBatch
@@ -299,7 +299,23 @@ class MetaMAMLTrainer:
     def _load(
         self, where: str, path: str | os.PathLike[str], state: dict[str, Any], task_batch: TaskBatch, wanted: int
     ) -> int:
-        done = len(state["losses"]) - state["began"]
+        before = copy.deepcopy([maml.state_dict() for maml in self.mamls]), task_batch.state_dict()
+        try:
+            with sound(where, path):
+                return self._take_over(where, path, state, task_batch, wanted)
+        except BaseException:  # what came may have been taken over in part
+            for maml, part in zip(self.mamls, before[0], strict=True):
+                maml.load_state_dict(part)
+            task_batch.load_state_dict(before[1])
+            raise
+
+    def _take_over(
+        self, where: str, path: str | os.PathLike[str], state: dict[str, Any], task_batch: TaskBatch, wanted: int
+    ) -> int:
+        losses, began = state["losses"].tolist(), state["began"]
+        done = len(losses) - began
+        if not 0 <= began <= len(losses):
+            raise LookupError(f"a run began at {began} of {len(losses)} losses")
         if done > wanted:
             text = f"checkpoint {os.fspath(path)} holds {done} meta-updates, num_meta_iterations is {wanted}"
             raise ValueError(f"{where}: {text}")
@@ -308,18 +324,25 @@ class MetaMAMLTrainer:
             if came.get(name) != mine[name]:
                 text = f"{name}={came.get(name)!r}, this one has {mine[name]!r}"
                 raise ValueError(f"{where}: checkpoint {os.fspath(path)} is of a run with {text}")
+        if len(state["mamls"]) != len(self.mamls):
+            raise LookupError(f"there are {len(state['mamls'])} policies, not {len(self.mamls)}")
         for maml, part in zip(self.mamls, state["mamls"], strict=True):
             maml.load_state_dict(part)
         task_batch.load_state_dict(state["task_batch"])
-        self.losses = state["losses"].tolist()
-        return int(state["began"])
+        self.losses = losses
+        return int(began)
 
 
 def _read(where: str, path: str | os.PathLike[str]) -> Any:
     """The checkpoint's state; None where there is none yet, in a directory that must exist."""
     if not os.path.isdir(folder := os.path.dirname(os.path.abspath(path))):
         raise FileNotFoundError(f"{where}: checkpoint needs a directory that exists, {folder} does not exist")
-    return load_state(path, kind=_KIND) if os.path.exists(path) else None
+    if not os.path.exists(path):
+        return None
+    state = load_state(path, kind=_KIND)
+    if not isinstance(state, dict):
+        raise ValueError(f"{where}: checkpoint {os.fspath(path)} holds {type(state).__name__}, wanted a dict")
+    return state
 
 
 def _support(where: str, new_task_data: Any) -> tuple[Tensor, Tensor]:

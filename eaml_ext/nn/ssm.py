@@ -140,11 +140,13 @@ class SSM(nn.Module):
 
     @classmethod
     def load(cls, path: str | PathLike[str], device: str | torch.device = "cpu") -> "SSM":
-        """The model that :meth:`save` wrote. Loading never runs code from the file."""
-        tensors, options = checkpoint.load(path, device, kind="SSM")
-        model = cls(**options, device=device)
-        model.load_state_dict(tensors)
-        return model
+        """The model that :meth:`save` wrote. Loading never runs code from the file.
+
+        Raises:
+            FileNotFoundError: there is no such file.
+            ValueError: the file is damaged, or holds something else.
+        """
+        return checkpoint.load_module("SSM.load", cls, path, device, kind="SSM")
 
     def _check_input(self, where: str, x: Any, ranks: tuple[int, ...]) -> None:
         _check.tensor(where, "x", x)

@@ -73,7 +73,8 @@ class SSMMetaPolicy(nn.Module):
             "core": core,
         }
         self.state_dim, self.action_dim, self.continuous = state_dim, action_dim, continuous
-        self.ssm = SSM(state_dim, hidden_dim, hidden_dim, state_size=state_size, num_layers=num_layers, core=core)
+        options: Any = {"state_size": state_size, "num_layers": num_layers, "core": core}
+        self.ssm = SSM(state_dim, hidden_dim, hidden_dim, device, **options)  # type: ignore[arg-type]
         self.actor = nn.Linear(hidden_dim, action_dim)
         self.critic = nn.Linear(hidden_dim, 1)
         if continuous:
@@ -174,11 +175,13 @@ class SSMMetaPolicy(nn.Module):
 
     @classmethod
     def load(cls, path: str | PathLike[str], device: str | torch.device = "cpu") -> "SSMMetaPolicy":
-        """The policy that :meth:`save` wrote. Loading never runs code from the file."""
-        tensors, options = checkpoint.load(path, device, kind="SSMMetaPolicy")
-        policy = cls(**options, device=device)
-        policy.load_state_dict(tensors)
-        return policy
+        """The policy that :meth:`save` wrote. Loading never runs code from the file.
+
+        Raises:
+            FileNotFoundError: there is no such file.
+            ValueError: the file is damaged, or holds something else.
+        """
+        return checkpoint.load_module("SSMMetaPolicy.load", cls, path, device, kind="SSMMetaPolicy")
 
     def _scaled(self, obs: Tensor) -> Tensor:
         # What has another shape or dtype goes on to the SSM, which says so.
