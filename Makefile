@@ -44,6 +44,7 @@ ON_CPU_FLAGS = -O1 -g1 -std=c++20 -fPIC -fno-math-errno -Wall -Wno-unknown-pragm
 TORCH = $(shell $(BIN)/python -c 'import torch; print(torch.__path__[0])')
 CUDA_SOURCES := $(wildcard tests/cuda_on_cpu/*.cpp csrc/*/cuda_op.cpp csrc/*/cuda_kernel*.cu)
 ON_CPU_TESTS := close_to or numerical or half or strides or equals or extreme or drawn or exact or long or fault or states
+ON_CPU_SCAN := tests/cuda_on_cpu/test_stand_in.py tests/ops/test_selective_scan.py tests/ops/test_complex_scan.py
 ON_CPU_KNN := exact_ or slots_that or more_neighbors or close_to or strides or equals_ or dead or history
 
 $(ON_CPU)/%.o: % $(SOURCES) | $(VENV)/installed
@@ -55,8 +56,7 @@ $(ON_CPU)/kernels.so: $(CUDA_SOURCES:%=$(ON_CPU)/%.o)
 KNN_TESTS := tests/cuda_on_cpu/test_knn_kernels.py tests/ops/test_battery_knn.py
 
 cuda-on-cpu: $(ON_CPU)/kernels.so  ## the ops' tests on their CUDA kernels, on a stand-in for CUDA
-	$(BIN)/pytest -n 2 --cuda-on-cpu $< -k '$(ON_CPU_TESTS)' tests/cuda_on_cpu/test_stand_in.py \
-		tests/ops/test_selective_scan.py
+	$(BIN)/pytest -n 2 --cuda-on-cpu $< -k '$(ON_CPU_TESTS)' $(ON_CPU_SCAN)
 	$(BIN)/pytest -n 2 --cuda-on-cpu $< -k '$(ON_CPU_KNN)' $(KNN_TESTS) tests/ops/test_knn.py \
 		tests/ops/test_packed_keys.py
 
@@ -65,8 +65,7 @@ sanitize-cuda:  ## the same under AddressSanitizer and UndefinedBehaviorSanitize
 	$(MAKE) ON_CPU=build/cuda_on_cpu_sanitized build/cuda_on_cpu_sanitized/kernels.so
 	LD_PRELOAD=$(RUNTIME) ASAN_OPTIONS=detect_leaks=0:detect_stack_use_after_return=0 UBSAN_OPTIONS=print_stacktrace=1 \
 		$(BIN)/python -m pytest -x -n 2 --cuda-on-cpu build/cuda_on_cpu_sanitized/kernels.so \
-		-k 'close_to or half or strides or long or exact_ or slots_that' tests/cuda_on_cpu \
-		tests/ops/test_selective_scan.py tests/ops/test_battery_knn.py
+		-k 'close_to or half or strides or long or exact_ or slots_that' $(ON_CPU_SCAN) $(KNN_TESTS)
 
 # A minute or two an architecture and core: TORCH_CUDA_ARCH_LIST=9.0 is enough between commits.
 cuda-check: $(VENV)/installed  ## compiles the CUDA kernels, loads them without a GPU, looks at registers and spills

@@ -206,6 +206,15 @@ struct Shared {
     for (int k = 0; k < K; ++k) to[k] = row.x[k];
   }
 
+  template <int K>
+  EAML_MEMBER void set_row(const T (&from)[K], int i) const {
+    EAML_DEVICE_CODE(, machine::touch(data + i, K * sizeof(T), true));
+    Row<K> row;
+    EAML_UNROLL
+    for (int k = 0; k < K; ++k) row.x[k] = from[k];
+    *reinterpret_cast<Row<K>*>(data + i) = row;
+  }
+
   // 16 bytes from global memory, aligned to that; there after wait_for_copies. All threads end a group of copies.
   EAML_MEMBER void copy_async(int i, const void* from) const {
 #if defined(EAML_CUDA_ON_CPU)

@@ -73,6 +73,24 @@ struct Complex {
 template <class S>
 struct VectorOf<Complex<S>> : VectorOf<S> {};
 
+// Of Z, a number or a Complex: its parts, and what it is made of.
+template <class Z>
+struct Components {
+  using Real = Z;
+  static constexpr std::int64_t count = 1;
+};
+template <class S>
+struct Components<Complex<S>> {
+  using Real = S;
+  static constexpr std::int64_t count = 2;
+};
+template <class Z>
+using real_t = typename Components<Z>::Real;
+template <class Z>
+constexpr std::int64_t kComponents = Components<Z>::count;
+template <class Z>
+constexpr bool kIsDual = !std::is_same_v<real_t<Z>, vector_t<Z>>;
+
 template <class S>
 EAML_INLINE Complex<S> operator+(const Complex<S>& a, const Complex<S>& b) {
   return {a.re + b.re, a.im + b.im};
@@ -94,6 +112,8 @@ template <class S>
 EAML_INLINE Complex<vector_t<S>> output(const Complex<S>& x) {
   return {output(x.re), output(x.im)};
 }
+template <class Z>
+using output_t = decltype(output(std::declval<Z>()));
 
 // a times the conjugate of b, the conjugate, and the real part, of real numbers too.
 template <class S, class M>
@@ -296,21 +316,20 @@ template <>
 struct Turn<float> {
   static constexpr float round = 12582912.0f;
   static constexpr int sign = 31, sine_terms = 5, cosine_terms = 6;
-  static constexpr float sine[sine_terms] = {0.0795397833f, -0.599313557f, 2.55025482f, -5.16772032f, 3.14159274f};
-  static constexpr float cosine[cosine_terms] = {-0.0239760354f, 0.234688058f, -1.33516192f,
-                                                 4.05870533f,    -4.93480206f, 1.0f};
+  float sine[sine_terms] = {0.0795397833f, -0.599313557f, 2.55025482f, -5.16772032f, 3.14159274f};
+  float cosine[cosine_terms] = {-0.0239760354f, 0.234688058f, -1.33516192f, 4.05870533f, -4.93480206f, 1.0f};
   static constexpr float per_radian = 0.318309873f, per_radian_rest = 1.28412765e-8f;  // their sum is 1 / pi
 };
 template <>
 struct Turn<double> {
   static constexpr double round = 6755399441055744.0;
   static constexpr int sign = 63, sine_terms = 9, cosine_terms = 9;
-  static constexpr double sine[sine_terms] = {7.6895922057447072e-7,  -2.1902691848915669e-5, 0.000466299496496898,
-                                              -0.0073704304398583588, 0.082145886565543808,   -0.59926452931847496,
-                                              2.550164039877286,      -5.1677127800499694,    3.1415926535897931};
-  static constexpr double cosine[cosine_terms] = {4.1469625105962147e-6, -0.00010456428091577896, 0.0019295554954383318,
-                                                  -0.025806888607130492, 0.2353306301189913,      -1.3352627688431442,
-                                                  4.0587121264165038,    -4.9348022005446772,     1.0};
+  double sine[sine_terms] = {7.6895922057447072e-7,  -2.1902691848915669e-5, 0.000466299496496898,
+                             -0.0073704304398583588, 0.082145886565543808,   -0.59926452931847496,
+                             2.550164039877286,      -5.1677127800499694,    3.1415926535897931};
+  double cosine[cosine_terms] = {4.1469625105962147e-6, -0.00010456428091577896, 0.0019295554954383318,
+                                 -0.025806888607130492, 0.2353306301189913,      -1.3352627688431442,
+                                 4.0587121264165038,    -4.9348022005446772,     1.0};
   static constexpr double per_radian = 0.3183098861837907, per_radian_rest = -1.9678676675182486e-17;
 };
 
@@ -331,6 +350,7 @@ EAML_INLINE HalfTurns<T> half_turns(T radians) {
 template <int K, class V>
 EAML_INLINE void polar(const V (&modulus)[K], V x, const HalfTurns<V> (&angle)[K], Complex<V> (&out)[K]) {
   using E = Turn<element_t<V>>;
+  constexpr E turn{};  // a GPU has no static arrays
   using Bits = bits_t<V>;
   V shifted[K], r[K], square[K], sine[K], cosine[K];
   EAML_UNROLL
@@ -341,17 +361,17 @@ EAML_INLINE void polar(const V (&modulus)[K], V x, const HalfTurns<V> (&angle)[K
     const V least = splat<V>(-0.51f), most = splat<V>(0.51f);
     r[k] = r[k] < least ? least : r[k];
     r[k] = r[k] > most ? most : r[k];
-    square[k] = r[k] * r[k], sine[k] = splat<V>(E::sine[0]), cosine[k] = splat<V>(E::cosine[0]);
+    square[k] = r[k] * r[k], sine[k] = splat<V>(turn.sine[0]), cosine[k] = splat<V>(turn.cosine[0]);
   }
   EAML_UNROLL
   for (int i = 1; i < E::sine_terms; ++i) {
     EAML_UNROLL
-    for (int k = 0; k < K; ++k) sine[k] = sine[k] * square[k] + E::sine[i];
+    for (int k = 0; k < K; ++k) sine[k] = sine[k] * square[k] + turn.sine[i];
   }
   EAML_UNROLL
   for (int i = 1; i < E::cosine_terms; ++i) {
     EAML_UNROLL
-    for (int k = 0; k < K; ++k) cosine[k] = cosine[k] * square[k] + E::cosine[i];
+    for (int k = 0; k < K; ++k) cosine[k] = cosine[k] * square[k] + turn.cosine[i];
   }
   EAML_UNROLL
   for (int k = 0; k < K; ++k) {  // an odd number of half turns changes the sign

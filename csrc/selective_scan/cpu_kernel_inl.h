@@ -24,24 +24,6 @@ using std::int64_t;
 // Kernels are templates on Z, what A, B, C and the states are: a vector of lanes V, a Dual<V>, or a Complex of either.
 // Sequences are real_t<Z>, S: V or Dual<V>.
 template <class Z>
-struct Components {
-  using Real = Z;
-  static constexpr int64_t count = 1;
-};
-template <class S>
-struct Components<Complex<S>> {
-  using Real = S;
-  static constexpr int64_t count = 2;
-};
-template <class Z>
-using real_t = typename Components<Z>::Real;
-template <class Z>
-constexpr int64_t kComponents = Components<Z>::count;
-template <class Z>
-using output_t = decltype(output(std::declval<Z>()));
-template <class Z>
-constexpr bool kIsDual = !std::is_same_v<real_t<Z>, vector_t<Z>>;
-template <class Z>
 using number_t = element_t<vector_t<Z>>;
 template <class Z>
 constexpr int64_t kLanes = Lanes<vector_t<Z>>::count;
@@ -826,12 +808,12 @@ struct Unit {
   }
 };
 
-// y + sum C h over a group. A complex state stands for itself and its conjugate.
+// y + sum C h over a group.
 template <class Z, bool kLane>
 EAML_INLINE real_t<Z> add_outputs(real_t<Z> y, const Z (&h)[kStates<Z>], Operand<Z, kLane> C, int64_t t) {
   real_t<Z> sum = kComponents<Z> == 2 ? real_t<Z>{} : y;
   each_state<Z>([&](auto n) EAML_LAMBDA { sum = sum + real(h[n] * C.get(t, n)); });
-  return kComponents<Z> == 2 ? y + (sum + sum) : sum;
+  return kComponents<Z> == 2 ? y + both<Z>(sum) : sum;
 }
 
 // Advances the states of a group through a chunk and, if kOutput, adds C h to y.
@@ -1039,11 +1021,7 @@ EAML_INLINE void backward_states(const Segments& segments, Streams coming, Rates
                                  ChunkGradients<real_t<Z>> grad, GroupTile<Z> decays, GroupTile<Z> kept, Sums<Z> sums) {
   using S = real_t<Z>;
   constexpr int64_t W = kLanes<Z>, size = kGroup<Z>;
-  // A complex state stands for two: C h and its conjugate.
-  const auto cotangent = [&](int64_t t) EAML_LAMBDA {
-    const S gy = grad.y.get(t);
-    return kComponents<Z> == 2 ? gy + gy : gy;
-  };
+  const auto cotangent = [&](int64_t t) EAML_LAMBDA { return both<Z>(grad.y.get(t)); };
 
   Z h[kStates<Z>];
   read(h, start);

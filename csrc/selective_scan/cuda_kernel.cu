@@ -1,6 +1,15 @@
-// The kernels in single precision; double precision is a file of its own, so that the two compile side by side.
+// The kernels in single precision; a file of their own, so that all compile side by side.
 #include "selective_scan/cuda_kernel.cuh"
 
 namespace eaml::selective_scan {
-EAML_DEFINE(float)
+namespace {
+template <class S>
+using Real = S;
+}
+namespace real_states {
+EAML_DEFINE(float, Real)
+}
+const char* sum(const Sum<float>& p, void* stream) {
+  return launch_sum(p, stream);
+}
 }  // namespace eaml::selective_scan

@@ -1,4 +1,5 @@
-// The CUDA kernels as templates on a Tiling, which says how a block shares out channels and states.
+// The CUDA kernels as templates on a Tiling, which says how a block shares out channels and states, and on what A, B, C
+// and the states are: a number T, a Dual<T>, or a Complex of either, Z. Sequences are real_t<Z>, S: T or Dual<T>.
 //
 // A block does some channels of one batch row, one after the other in time: a channel belongs to a few neighbouring
 // threads of a warp, its lanes, and each of them keeps kStates of its states in registers. Time is walked in chunks.
@@ -28,44 +29,52 @@ using std::int64_t;
 constexpr int kSteps = kChunk;  // of a chunk
 constexpr int kStretch = 4;     // steps that are taken together
 
-template <class S>
-constexpr bool kIsDual = !std::is_same_v<S, vector_t<S>>;
+template <class Z>
+constexpr int kWords = kComponents<Z> * sizeof(vector_t<Z>) / 4;  // of 32 bits, without the tangent
 
-template <class S_, int kLanes_, int kStates_>
+template <class Z_, int kLanes_, int kStates_>
 struct Tiling {
-  using S = S_;
-  using T = vector_t<S>;
-  static constexpr int kLanes = kLanes_;                                    // threads of a channel
-  static constexpr int kStates = kStates_;                                  // states of a thread
-  static constexpr int kPadded = kLanes * kStates;                          // states of a channel
-  static constexpr int kNumbers = kIsDual<S> ? 2 : 1;                       // of an S
-  static constexpr int kMost = (kStates > 4 ? 64 : 128) / (sizeof(T) / 4);  // as far as shared memory goes
+  using Z = Z_;
+  using S = real_t<Z>;
+  using T = vector_t<Z>;
+  static constexpr int kLanes = kLanes_;                           // threads of a channel
+  static constexpr int kStates = kStates_;                         // states of a thread
+  static constexpr int kPadded = kLanes * kStates;                 // states of a channel
+  static constexpr int kNumbers = kIsDual<Z> ? 2 : 1;              // of an S
+  static constexpr int kStateNumbers = kNumbers * kComponents<Z>;  // of a Z
+  static constexpr int kReals = kStates * kComponents<Z>;          // of a thread, without tangents
+  static constexpr int kMost = 512 / (kStates * kWords<Z>);        // as far as shared memory goes
   static constexpr int kThreads = kLanes * 32 < kMost ? kLanes * 32 : kMost;
   static constexpr int kWarps = kThreads / cuda::kWarp;
   static constexpr int kChannels = kThreads / kLanes;
   static constexpr int kRow = kChannels + 1;  // of a tile of sequences, [step][channel]: columns in other banks
   static constexpr int kTile = kSteps * kRow;
   static constexpr int kVector = kChannels;
-  static constexpr int kMatrixSteps = kPadded <= 32 ? kSteps : 1024 / kPadded;  // of B and C in shared memory
+  // Of B and C in shared memory: those of a chunk, or fewer where there are many states.
+  static constexpr int kRoom = 1024 / (kPadded * kWords<Z>);
+  static constexpr int kMatrixSteps = kRoom > kSteps ? kSteps : kRoom < kStretch ? kStretch : kRoom;
   static constexpr int kMatrixRow = kPadded + 4;
   static constexpr int kMatrix = kMatrixSteps * kMatrixRow;  // [step][state]
   static constexpr int kStretches = kSteps / kStretch;
   static constexpr int kStarts = kStretches * kStates * kThreads;  // [stretch][state][thread]
-  static constexpr int kTermsOfWarp = kStretch * 2 * kPadded;      // [step][B or C][state], of one warp
+  static constexpr int kColumns = kLanes * kReals;                 // numbers of a channel's B or C
+  static constexpr int kTermsOfWarp = kStretch * 2 * kColumns;     // [step][B or C][state][part], of one warp
   // Blocks that a processor is to hold at a time: as many as leave each thread the registers that it needs.
-  static constexpr bool kHot = sizeof(T) == 4 && kStates == 4;
-  static constexpr int kForwardBlocks = kHot ? (kIsDual<S> ? 384 : 640) / kThreads : 1;
-  static constexpr int kBackwardBlocks = kHot ? (kIsDual<S> ? 256 : 384) / kThreads : 1;
-  static constexpr bool kVarying = kHot && !kIsDual<S>;  // has kernels of its own for B and C that vary in time
+  static constexpr bool kHot = kStates * kWords<Z> == 4;
+  static constexpr bool kPlain = kWords<Z> == 1;
+  static constexpr int kForwardBlocks = kHot ? (kIsDual<Z> ? kPlain ? 384 : 256 : kPlain ? 640 : 512) / kThreads : 1;
+  static constexpr int kBackwardBlocks = kHot ? (kPlain && !kIsDual<Z> ? 384 : 256) / kThreads : 1;
+  static constexpr bool kVarying = kHot && kPlain && !kIsDual<Z>;  // kernels for B and C that vary in time
   static_assert(kThreads % cuda::kWarp == 0 && kMatrixSteps % kStretch == 0);
 
-  static constexpr std::size_t kForwardBytes = (3 * kTile + 2 * kVector + 2 * kMatrix) * kNumbers * sizeof(T);
+  static constexpr std::size_t kForwardBytes =
+      ((3 * kTile + 2 * kVector) * kNumbers + 2 * kMatrix * kStateNumbers) * sizeof(T);
   static constexpr std::size_t kBackwardBytes =
-      kForwardBytes + (kStarts * kNumbers + kWarps * kTermsOfWarp) * sizeof(T);
+      kForwardBytes + (kStarts * kStateNumbers + kWarps * kTermsOfWarp) * sizeof(T);
   static_assert(kBackwardBytes <= 99 << 10, "more than a block may have on the smaller GPUs");
 };
 
-// An array of S in shared memory; of duals, the tangents stand kSize numbers behind the values.
+// An array in shared memory; of duals, the tangents stand kSize numbers behind the values.
 template <class S, int kSize>
 struct Tile {
   Shared<S> data;
@@ -74,6 +83,10 @@ struct Tile {
   template <int K>
   EAML_MEMBER void get_row(S (&to)[K], int i) const {
     data.get_row(to, i);
+  }
+  template <int K>
+  EAML_MEMBER void set_row(const S (&from)[K], int i) const {
+    data.set_row(from, i);
   }
 };
 template <class V, int kSize>
@@ -87,6 +100,34 @@ struct Tile<Dual<V>, kSize> {
     data.get_row(value, i), data.get_row(tangent, kSize + i);
     EAML_UNROLL
     for (int k = 0; k < K; ++k) to[k] = {value[k], tangent[k]};
+  }
+  template <int K>
+  EAML_MEMBER void set_row(const Dual<V> (&from)[K], int i) const {
+    V value[K], tangent[K];
+    EAML_UNROLL
+    for (int k = 0; k < K; ++k) value[k] = from[k].value, tangent[k] = from[k].tangent;
+    data.set_row(value, i), data.set_row(tangent, kSize + i);
+  }
+};
+// The parts of a complex number are neighbours.
+template <class S, int kSize>
+struct Tile<Complex<S>, kSize> : Tile<S, 2 * kSize> {
+  using Parts = Tile<S, 2 * kSize>;
+  EAML_MEMBER Complex<S> get(int i) const {
+    S x[2];
+    Parts::get_row(x, 2 * i);
+    return {x[0], x[1]};
+  }
+  EAML_MEMBER void set(int i, const Complex<S>& x) const {
+    const S row[2] = {x.re, x.im};
+    Parts::set_row(row, 2 * i);
+  }
+  template <int K>
+  EAML_MEMBER void get_row(Complex<S> (&to)[K], int i) const {
+    S x[2 * K];
+    Parts::get_row(x, 2 * i);
+    EAML_UNROLL
+    for (int k = 0; k < K; ++k) to[k] = {x[2 * k], x[2 * k + 1]};
   }
 };
 
@@ -111,16 +152,49 @@ EAML_DEVICE void write(const Out<T>& out, int64_t offset, T x) {
   }
 }
 
-// An input on S: the value and, of duals, the tangent. `at` gives the offset in an array with the strides it is given.
-template <class S, bool kHalf = false, class F>
-EAML_DEVICE S read_input(const Arrays<vector_t<S>>& arrays, In<vector_t<S>> Inputs<vector_t<S>>::* member, F at) {
+// A number, or the parts of a complex one, to where they are neighbours.
+template <class T>
+EAML_DEVICE void put(T* to, T x) {
+  *to = x;
+}
+template <class T>
+EAML_DEVICE void put(T* to, const Complex<T>& x) {
+  to[0] = x.re, to[1] = x.im;
+}
+
+// An input on Z: the value and, of duals, the tangent. `at` gives the offset in an array with the strides it is given.
+template <class Z, bool kHalf = false, class F>
+EAML_DEVICE Z read_input(const Arrays<vector_t<Z>>& arrays, In<vector_t<Z>> Inputs<vector_t<Z>>::* member, F at) {
   const auto& value = arrays.values.*member;
-  if constexpr (kIsDual<S>) {
+  if constexpr (kComponents<Z> == 2) {
+    const auto behind = [&](const auto& in) { return at(in) + 1; };
+    return {read_input<real_t<Z>>(arrays, member, at), read_input<real_t<Z>>(arrays, member, behind)};
+  } else if constexpr (kIsDual<Z>) {
     const auto& tangent = arrays.tangents.*member;
     return {read<kHalf>(value, at(value)), read<kHalf>(tangent, at(tangent))};
   } else {
     return read<kHalf>(value, at(value));
   }
+}
+
+// A Z among others: of duals there are two arrays, and the parts of a complex number stand `step` apart.
+template <class Z, class T>
+EAML_DEVICE Z get_saved(const T* value, const T* tangent, int64_t i, int64_t step) {
+  if constexpr (kComponents<Z> == 2)
+    return {get_saved<real_t<Z>>(value, tangent, i, step), get_saved<real_t<Z>>(value, tangent, i + step, step)};
+  else if constexpr (kIsDual<Z>)
+    return {value[i], tangent[i]};
+  else
+    return value[i];
+}
+template <class Z, class T>
+EAML_DEVICE void set_saved(T* value, T* tangent, int64_t i, int64_t step, const Z& x) {
+  if constexpr (kComponents<Z> == 2)
+    set_saved(value, tangent, i, step, x.re), set_saved(value, tangent, i + step, step, x.im);
+  else if constexpr (kIsDual<Z>)
+    value[i] = x.value, tangent[i] = x.tangent;
+  else
+    value[i] = x;
 }
 
 template <class T>
@@ -146,6 +220,16 @@ EAML_DEVICE Rate<V> rate_of(V A) {
 template <class V>
 EAML_DEVICE Rate<Dual<V>> rate_of(const Dual<V>& A) {
   return {A.value * V(kLog2e)};
+}
+template <class S>
+EAML_DEVICE Rate<Complex<S>> rate_of(const Complex<S>& A) {
+  const auto value = [](const S& x) {
+    if constexpr (kIsDual<S>)
+      return x.value;
+    else
+      return x;
+  };
+  return {value(A.re) * vector_t<S>(kLog2e), half_turns(value(A.im))};
 }
 
 // Sums v[k] over the threads of a warp that differ in the bits from kFrom up to kTo (both powers of two), and shares
@@ -208,6 +292,7 @@ EAML_DEVICE void put_sums(const S (&sums)[kStretch], Tile<S, kSize> tile, int at
 // A block's part of the problem, and what a thread knows of it.
 template <class L>
 struct Block {
+  using Z = typename L::Z;
   using S = typename L::S;
   using T = typename L::T;
   static constexpr int kStates = L::kStates;
@@ -221,7 +306,7 @@ struct Block {
   int thread, channel, lane;
   int staged = -1;  // first step of the chunk of which shared memory holds B and C
   Tile<S, L::kTile> x, dt, y;
-  Tile<S, L::kMatrix> B, C;
+  Tile<Z, L::kMatrix> B, C;
   Tile<S, L::kVector> D, bias;
 
   EAML_MEMBER Block(const Shape& s, const Arrays<T>& a, int64_t segments_) : shape(s), arrays(a), segments(segments_) {
@@ -234,8 +319,8 @@ struct Block {
     channels = static_cast<int>(left < L::kChannels ? left : L::kChannels);
     thread = cuda::thread(), channel = thread / L::kLanes, lane = thread % L::kLanes;
     T* memory = reinterpret_cast<T*>(cuda::shared_memory());
-    B.data.data = memory, memory += L::kMatrix * L::kNumbers;
-    C.data.data = memory, memory += L::kMatrix * L::kNumbers;
+    B.data.data = memory, memory += L::kMatrix * L::kStateNumbers;
+    C.data.data = memory, memory += L::kMatrix * L::kStateNumbers;
     x.data.data = memory, memory += L::kTile * L::kNumbers;
     dt.data.data = memory, memory += L::kTile * L::kNumbers;
     y.data.data = memory, memory += L::kTile * L::kNumbers;
@@ -254,43 +339,34 @@ struct Block {
   EAML_MEMBER bool has_channel() const { return channel < channels; }
   EAML_MEMBER bool has_state(int k) const { return has_channel() && lane * kStates + k < shape.state; }
   EAML_MEMBER int64_t state(int k) const { return lane * kStates + k; }
-  // Of (batch, states, dim), of which `rows` is batch, or more.
+  // Of (batch, states, parts, dim), of which `rows` is batch, or more.
   EAML_MEMBER int64_t saved_at(int64_t rows, int k) const {
-    return (rows * shape.state + state(k)) * shape.dim + first + channel;
+    return (rows * shape.state + state(k)) * kComponents<Z> * shape.dim + first + channel;
   }
-  // Of (batch, segments, dim, states).
-  EAML_MEMBER int64_t partial_at(int k) const {
-    return ((row * segments + segment) * shape.dim + first + channel) * shape.state + state(k);
+  // Of (batch, segments, dim, states, parts); here `rows` is (batch, segments).
+  EAML_MEMBER int64_t partial_at(int64_t rows, int k) const {
+    return ((rows * shape.dim + first + channel) * shape.state + state(k)) * kComponents<Z>;
   }
 
-  // Of the thread's states in (rows, dim, states): `otherwise` where there is none.
-  EAML_MEMBER void read_states(S (&to)[kStates], In<T> Inputs<T>::* member, S otherwise) const {
+  // The thread's states in (rows, dim, states): `otherwise` where there is none.
+  EAML_MEMBER void read_states(Z (&to)[kStates], In<T> Inputs<T>::* member, Z otherwise = {}) const {
     EAML_UNROLL
     for (int k = 0; k < kStates; ++k) {
       const auto at = [&](const In<T>& in) {
         return row_offset(in, row) + (first + channel) * in.channel + state(k) * in.inner;
       };
-      to[k] = has_state(k) ? read_input<S>(arrays, member, at) : otherwise;
+      to[k] = has_state(k) ? read_input<Z>(arrays, member, at) : otherwise;
     }
   }
-  EAML_MEMBER void read_saved(S (&to)[kStates], const T* value, const T* tangent, int64_t rows) const {
+  EAML_MEMBER void read_saved(Z (&to)[kStates], const T* value, const T* tangent, int64_t rows) const {
     EAML_UNROLL
-    for (int k = 0; k < kStates; ++k) {
-      if constexpr (kIsDual<S>)
-        to[k] = has_state(k) ? S(value[saved_at(rows, k)], tangent[saved_at(rows, k)]) : S(T(0));
-      else
-        to[k] = has_state(k) ? value[saved_at(rows, k)] : T(0);
-    }
+    for (int k = 0; k < kStates; ++k)
+      to[k] = has_state(k) ? get_saved<Z>(value, tangent, saved_at(rows, k), shape.dim) : Z{};
   }
-  EAML_MEMBER void write_saved(T* value, T* tangent, int64_t rows, const S (&from)[kStates]) const {
+  EAML_MEMBER void write_saved(T* value, T* tangent, int64_t rows, const Z (&from)[kStates]) const {
     EAML_UNROLL
-    for (int k = 0; k < kStates; ++k) {
-      if (!has_state(k)) continue;
-      if constexpr (kIsDual<S>)
-        value[saved_at(rows, k)] = from[k].value, tangent[saved_at(rows, k)] = from[k].tangent;
-      else
-        value[saved_at(rows, k)] = from[k];
-    }
+    for (int k = 0; k < kStates; ++k)
+      if (has_state(k)) set_saved(value, tangent, saved_at(rows, k), shape.dim, from[k]);
   }
   // D and delta_bias of the block's channels, for who comes behind a barrier.
   EAML_MEMBER void stage_vectors() const {
@@ -310,8 +386,8 @@ struct Block {
   }
 
   // States that only fill the tiling decay like others: of an infinite step, exp(inf 0) would be NaN.
-  EAML_MEMBER void read_rates(S (&A)[kStates], Rate<S> (&rate)[kStates]) const {
-    read_states(A, &Inputs<T>::A, S(T(-1)));
+  EAML_MEMBER void read_rates(Z (&A)[kStates], Rate<Z> (&rate)[kStates]) const {
+    read_states(A, &Inputs<T>::A, Z{T(-1)});
     EAML_UNROLL
     for (int k = 0; k < kStates; ++k) rate[k] = rate_of(A[k]);
   }
@@ -344,8 +420,8 @@ struct Block {
   }
 
   // B (C) of kMatrixSteps steps, from step `start` of the chunk on; zero where there is no state or step.
-  EAML_MEMBER void stage_matrix(Tile<S, L::kMatrix> to, In<T> Inputs<T>::* member, int64_t chunk, int start) const {
-    const bool along_time = (arrays.values.*member).inner == 1;
+  EAML_MEMBER void stage_matrix(Tile<Z, L::kMatrix> to, In<T> Inputs<T>::* member, int64_t chunk, int start) const {
+    const bool along_time = (arrays.values.*member).inner == kComponents<Z>;
     constexpr int kCount = L::kMatrixSteps * L::kPadded;
     EAML_UNROLL_BY((2))
     for (int i = thread; i < kCount; i += L::kThreads) {
@@ -355,8 +431,7 @@ struct Block {
       const auto at = [&](const In<T>& in) {
         return row * in.outer + group * in.group + n * in.channel + step * in.inner;
       };
-      to.set(t * L::kMatrixRow + n,
-             n < shape.state && step < shape.length ? read_input<S>(arrays, member, at) : S(T(0)));
+      to.set(t * L::kMatrixRow + n, n < shape.state && step < shape.length ? read_input<Z>(arrays, member, at) : Z{});
     }
   }
 
@@ -379,18 +454,18 @@ struct Block {
 // B or C of a thread's states: read at each step, or, if they may be invariant in time, kept.
 template <class L, bool kInvariant>
 struct Operand {
-  using S = typename L::S;
+  using Z = typename L::Z;
   using T = typename L::T;
-  S x[L::kStates];
+  Z x[L::kStates];
   bool fixed = false;
 
   EAML_MEMBER void start(const Block<L>& block, In<T> Inputs<T>::* member, bool invariant) {
     if constexpr (kInvariant) {
       fixed = invariant;
-      if (fixed) block.read_states(x, member, S(T(0)));
+      if (fixed) block.read_states(x, member);
     }
   }
-  EAML_MEMBER void step(const Tile<S, L::kMatrix>& tile, int at) {
+  EAML_MEMBER void step(const Tile<Z, L::kMatrix>& tile, int at) {
     if (!fixed) tile.get_row(x, at);
   }
 };
@@ -400,16 +475,14 @@ template <class L>
 EAML_DEVICE void write_steps(const Block<L>& block, const Segments<typename L::T>& to, typename L::S total, bool cut) {
   if (!block.has_channel() || block.lane != 0) return;
   const int64_t at = (block.row * block.segments + block.segment) * block.shape.dim + block.first + block.channel;
-  if constexpr (kIsDual<typename L::S>)
-    to.steps[at] = total.value, to.step_tangents[at] = total.tangent;
-  else
-    to.steps[at] = total;
+  set_saved(to.steps, to.step_tangents, at, 0, total);
   to.cuts[at] = cut;
 }
 
 template <class L, bool kInvariant>
 EAML_KERNEL(L::kThreads, L::kForwardBlocks)
 forward_kernel(EAML_CONSTANT Forward<typename L::T> p) {
+  using Z = typename L::Z;
   using S = typename L::S;
   using T = typename L::T;
   constexpr int kStates = L::kStates;
@@ -417,23 +490,23 @@ forward_kernel(EAML_CONSTANT Forward<typename L::T> p) {
   const bool outputs = p.out.y.data != nullptr, local = p.segments.local;
   const int64_t chunks = block.chunks(), end = block.first_chunk(block.segment + 1);
 
-  S A[kStates], h[kStates];
-  Rate<S> rate[kStates];
+  Z A[kStates], h[kStates];
+  Rate<Z> rate[kStates];
   block.stage_vectors();
   block.read_rates(A, rate);
   const int64_t segment = block.row * block.segments + block.segment;
   if (block.segments == 1) {
-    block.read_states(h, &Inputs<T>::initial_state, S(T(0)));
+    block.read_states(h, &Inputs<T>::initial_state);
   } else if (local) {
     EAML_UNROLL
-    for (int k = 0; k < kStates; ++k) h[k] = S(T(0));
+    for (int k = 0; k < kStates; ++k) h[k] = Z{};
   } else {
     block.read_saved(h, p.segments.states, p.segments.state_tangents, segment);
   }
   Operand<L, kInvariant> B, C;
   B.start(block, &Inputs<T>::B, p.shape.B_invariant);
   if (outputs) C.start(block, &Inputs<T>::C, p.shape.C_invariant);
-  S total = S(T(0));  // of the steps, of a local run
+  S total{};  // of the steps, of a local run
   bool cut = false;
 
   for (int64_t chunk = block.first_chunk(block.segment); chunk < end; ++chunk) {
@@ -460,16 +533,16 @@ forward_kernel(EAML_CONSTANT Forward<typename L::T> p) {
       EAML_UNROLL
       for (int i = 0; i < kStretch; ++i) {
         const int t = start + i;
-        sums[i] = S(T(0));
+        sums[i] = S{};
         if (t >= steps) continue;
         if (resets >> t & 1) {
           EAML_UNROLL
-          for (int k = 0; k < kStates; ++k) h[k] = S(T(0));
+          for (int k = 0; k < kStates; ++k) h[k] = Z{};
         }
         if (!block.has_channel()) continue;
         const int at = block.tile_at(t), row = block.matrix_at(t);
         const S dt = block.dt.get(at), x = block.x.get(at);
-        S a[kStates];
+        Z a[kStates];
         decay(dt, A, rate, a);
         B.step(block.B, row);
         EAML_UNROLL
@@ -477,7 +550,8 @@ forward_kernel(EAML_CONSTANT Forward<typename L::T> p) {
         if (outputs) {
           C.step(block.C, row);
           EAML_UNROLL
-          for (int k = 0; k < kStates; ++k) sums[i] = sums[i] + h[k] * C.x[k];
+          for (int k = 0; k < kStates; ++k) sums[i] = sums[i] + real(h[k] * C.x[k]);
+          sums[i] = both<Z>(sums[i]);
         }
         if (local) total = total + dt;
       }
@@ -505,50 +579,55 @@ forward_kernel(EAML_CONSTANT Forward<typename L::T> p) {
   } else if (p.out.last_state.data && block.segment == block.segments - 1) {
     const Out<T>& out = p.out.last_state;
     EAML_UNROLL
-    for (int k = 0; k < kStates; ++k)
-      if (block.has_state(k))
-        write(out, block.row * out.outer + (block.first + block.channel) * out.channel + block.state(k) * out.inner,
-              output(h[k]));
+    for (int k = 0; k < kStates; ++k) {
+      if (!block.has_state(k)) continue;
+      const int64_t channel = block.first + block.channel;
+      put(out.data + block.row * out.outer + channel * out.channel + block.state(k) * out.inner, output(h[k]));
+    }
   }
 }
 
 template <class L, bool kInvariant>
 EAML_KERNEL(L::kThreads, L::kBackwardBlocks)
 backward_kernel(EAML_CONSTANT Backward<typename L::T> p) {
+  using Z = typename L::Z;
   using S = typename L::S;
   using T = typename L::T;
-  constexpr int kStates = L::kStates;
-  constexpr int kTerms = 2 * kStates, kLeft = kSumsLeft<L::kLanes, cuda::kWarp, kTerms>;
+  constexpr int kStates = L::kStates, kReals = L::kReals;
+  constexpr int kTerms = 2 * kReals, kLeft = kSumsLeft<L::kLanes, cuda::kWarp, kTerms>;
   Block<L> block(p.shape, p.arrays, p.segments.count);
   const int64_t chunks = block.chunks(), begin = block.first_chunk(block.segment);
-  const Tile<S, L::kStarts> starts{block.free_memory()};
-  const Shared<T> terms{block.free_memory() + L::kStarts * L::kNumbers};
+  Tile<Z, L::kStarts> starts;
+  starts.data.data = block.free_memory();
+  const Shared<T> terms{block.free_memory() + L::kStarts * L::kStateNumbers};
   const bool gated = p.shape.gated;
+  const int64_t columns = p.shape.state * kComponents<Z>;
 
-  S A[kStates], grad_h[kStates];
-  Rate<S> rate[kStates];
-  T sum_A[kStates], sum_B[kStates], sum_C[kStates], sum_D = T(0), sum_bias = T(0);
+  Z A[kStates], grad_h[kStates];
+  Rate<Z> rate[kStates];
+  output_t<Z> sum_A[kStates], sum_B[kStates], sum_C[kStates];
+  T sum_D = T(0), sum_bias = T(0);
   block.stage_vectors();
   block.read_rates(A, rate);
   if (block.segments == 1)
-    block.read_states(grad_h, &Inputs<T>::grad_state, S(T(0)));
+    block.read_states(grad_h, &Inputs<T>::grad_state);
   else
     block.read_saved(grad_h, p.segments.states, p.segments.state_tangents, block.row * block.segments + block.segment);
   Operand<L, kInvariant> B, C;
   B.start(block, &Inputs<T>::B, p.shape.B_invariant);
   C.start(block, &Inputs<T>::C, p.shape.C_invariant);
   EAML_UNROLL
-  for (int k = 0; k < kStates; ++k) sum_A[k] = sum_B[k] = sum_C[k] = T(0);
+  for (int k = 0; k < kStates; ++k) sum_A[k] = sum_B[k] = sum_C[k] = output_t<Z>{};
 
   for (int64_t chunk = block.first_chunk(block.segment + 1) - 1; chunk >= begin; --chunk) {
     const int steps = block.steps(chunk);
     const int last = (steps - 1) / kStretch * kStretch;
     const std::uint32_t resets = block.resets(chunk, steps);
-    S h[kStates];
+    Z h[kStates];
     if (chunk > 0)
       block.read_saved(h, p.out.checkpoints, p.out.checkpoint_tangents, block.row * (chunks - 1) + chunk - 1);
     else
-      block.read_states(h, &Inputs<T>::initial_state, S(T(0)));
+      block.read_states(h, &Inputs<T>::initial_state);
     cuda::sync_block();  // what the chunk before still reads
     block.each_element(steps, [&](int t, int c, auto half) {
       const int64_t time = chunk * kSteps + t;
@@ -560,7 +639,7 @@ backward_kernel(EAML_CONSTANT Backward<typename L::T> p) {
       }
       const S dt = block.template read_step<half>(c, time).value;
       const int i = t * L::kRow + c;
-      block.dt.set(i, dt), block.x.set(i, dt * u), block.y.set(i, grad_y);
+      block.dt.set(i, dt), block.x.set(i, dt * u), block.y.set(i, both<Z>(grad_y));
     });
     cuda::sync_block();
 
@@ -577,11 +656,11 @@ backward_kernel(EAML_CONSTANT Backward<typename L::T> p) {
         const int t = start + i;
         if (resets >> t & 1) {
           EAML_UNROLL
-          for (int k = 0; k < kStates; ++k) h[k] = S(T(0));
+          for (int k = 0; k < kStates; ++k) h[k] = Z{};
         }
         const int at = block.tile_at(t);
         const S x = block.x.get(at);
-        S a[kStates];
+        Z a[kStates];
         decay(block.dt.get(at), A, rate, a);
         B.step(block.B, block.matrix_at(t));
         EAML_UNROLL
@@ -593,18 +672,19 @@ backward_kernel(EAML_CONSTANT Backward<typename L::T> p) {
     if (L::kMatrixSteps != kSteps) block.staged = -1;
     for (int start = last; start >= 0; start -= kStretch) {
       block.need_matrices(chunk, start, true, true);
-      S a[kStretch][kStates], rest[kStretch][kStates], sums_x[kStretch], sums_dt[kStretch], sums_y[kStretch];
+      Z a[kStretch][kStates], rest[kStretch][kStates];
+      S sums_x[kStretch], sums_dt[kStretch], sums_y[kStretch];
       EAML_UNROLL
       for (int k = 0; k < kStates; ++k)
         h[k] = starts.get((start / kStretch * kStates + k) * L::kThreads + block.thread);
       EAML_UNROLL
       for (int i = 0; i < kStretch; ++i) {
         const int t = start + i;
-        sums_y[i] = S(T(0));
+        sums_y[i] = S{};
         if (t >= steps || !block.has_channel()) continue;
         if (resets >> t & 1) {
           EAML_UNROLL
-          for (int k = 0; k < kStates; ++k) h[k] = S(T(0));
+          for (int k = 0; k < kStates; ++k) h[k] = Z{};
         }
         const int at = block.tile_at(t), row = block.matrix_at(t);
         const S x = block.x.get(at);
@@ -618,7 +698,8 @@ backward_kernel(EAML_CONSTANT Backward<typename L::T> p) {
         if (gated) {
           C.step(block.C, row);
           EAML_UNROLL
-          for (int k = 0; k < kStates; ++k) sums_y[i] = sums_y[i] + h[k] * C.x[k];
+          for (int k = 0; k < kStates; ++k) sums_y[i] = sums_y[i] + real(h[k] * C.x[k]);
+          sums_y[i] = both<Z>(sums_y[i]);
         }
       }
 
@@ -628,31 +709,28 @@ backward_kernel(EAML_CONSTANT Backward<typename L::T> p) {
         T term[kTerms];
         EAML_UNROLL
         for (int k = 0; k < kTerms; ++k) term[k] = T(0);
-        sums_x[i] = S(T(0)), sums_dt[i] = S(T(0));
+        sums_x[i] = S{}, sums_dt[i] = S{};
         if (t < steps && block.has_channel()) {
           const int at = block.tile_at(t), row = block.matrix_at(t);
           const S dt = block.dt.get(at), x = block.x.get(at), grad_y = block.y.get(at);
           B.step(block.B, row), C.step(block.C, row);
           EAML_UNROLL
           for (int k = 0; k < kStates; ++k) {
-            term[kStates + k] = output(grad_y * (rest[i][k] + x * B.x[k]));
-            const StepGradient<S, S> g = step_backward(grad_h[k], grad_y, a[i][k], rest[i][k], x, B.x[k], C.x[k]);
+            const output_t<Z> grad_C = output(times_conjugate(grad_y, rest[i][k] + x * B.x[k]));
+            const StepGradient<Z, S> g = step_backward(grad_h[k], grad_y, a[i][k], rest[i][k], x, B.x[k], C.x[k]);
             grad_h[k] = g.h_prev;
-            term[k] = output(g.B);
             sums_x[i] = sums_x[i] + g.x;
-            sums_dt[i] = sums_dt[i] + g.dt_A * A[k];
+            sums_dt[i] = sums_dt[i] + real(times_conjugate(g.dt_A, A[k]));
             sum_A[k] = sum_A[k] + output(g.dt_A * dt);
+            if (kInvariant) sum_B[k] = sum_B[k] + output(g.B), sum_C[k] = sum_C[k] + grad_C;
+            put(term + k * kComponents<Z>, output(g.B)), put(term + kReals + k * kComponents<Z>, grad_C);
           }
         }
         if (resets >> t & 1) {
           EAML_UNROLL
-          for (int k = 0; k < kStates; ++k) grad_h[k] = S(T(0));
+          for (int k = 0; k < kStates; ++k) grad_h[k] = Z{};
         }
-        if (kInvariant) {
-          EAML_UNROLL
-          for (int k = 0; k < kStates; ++k) sum_B[k] += term[k], sum_C[k] += term[kStates + k];
-          if (B.fixed && C.fixed) continue;
-        }
+        if (B.fixed && C.fixed) continue;
         int first_term = 0;
         bool mine = true;
         sum_apart<L::kLanes, cuda::kWarp, kTerms>(term, first_term, mine);
@@ -660,8 +738,8 @@ backward_kernel(EAML_CONSTANT Backward<typename L::T> p) {
         const int warp = block.thread / cuda::kWarp;
         EAML_UNROLL
         for (int k = 0; k < kLeft; ++k) {
-          const int which = (first_term + k) / kStates, state = block.lane * kStates + (first_term + k) % kStates;
-          terms.set(((warp * kStretch + i) * 2 + which) * L::kPadded + state, term[k]);
+          const int which = (first_term + k) / kReals, column = block.lane * kReals + (first_term + k) % kReals;
+          terms.set(((warp * kStretch + i) * 2 + which) * L::kColumns + column, term[k]);
         }
       }
 
@@ -673,12 +751,12 @@ backward_kernel(EAML_CONSTANT Backward<typename L::T> p) {
       if (B.fixed && C.fixed) continue;
       cuda::sync_block();
       for (int i = block.thread; i < L::kTermsOfWarp; i += L::kThreads) {
-        const int state = i % L::kPadded, which = i / L::kPadded % 2, t = start + i / (2 * L::kPadded);
-        if (t >= steps || state >= p.shape.state || (which ? C.fixed : B.fixed)) continue;
+        const int column = i % L::kColumns, which = i / L::kColumns % 2, t = start + i / (2 * L::kColumns);
+        if (t >= steps || column >= columns || (which ? C.fixed : B.fixed)) continue;
         T total = terms.get(i);
         for (int warp = 1; warp < L::kWarps; ++warp) total += terms.get(warp * L::kTermsOfWarp + i);
         const int64_t time = block.index * p.shape.length + chunk * kSteps + t;
-        (which ? p.out.C : p.out.B)[time * p.shape.state + state] = total;
+        (which ? p.out.C : p.out.B)[time * columns + column] = total;
       }
       cuda::sync_block();
     }
@@ -691,18 +769,18 @@ backward_kernel(EAML_CONSTANT Backward<typename L::T> p) {
       const Softplus<S> dt = block.template read_step<half>(c, time);
       const S grad_x = block.x.get(i), grad_dt = block.dt.get(i);
       S grad_y = block.template read_sequence<half>(&Inputs<T>::grad_y, c, time);
-      const auto put = [&](const Out<T>& out, T x) {
+      const auto send = [&](const Out<T>& out, T x) {
         write<half>(out, block.row * out.outer + channel * out.channel + time * out.inner, x);
       };
       if (gated) {
         const S z = block.template read_sequence<half>(&Inputs<T>::z, c, time), s = sigmoid(z),
                 y = block.y.get(i) + D * u;
-        put(p.out.z, output(grad_y * y * (s + z * (s * (S(T(1)) - s)))));
+        send(p.out.z, output(grad_y * y * (s + z * (s * (S(T(1)) - s)))));
         grad_y = grad_y * (z * s);
       }
       const T grad_delta = output((grad_dt + u * grad_x) * dt.slope);
-      put(p.out.u, output(dt.value * grad_x + D * grad_y));
-      put(p.out.delta, grad_delta);
+      send(p.out.u, output(dt.value * grad_x + D * grad_y));
+      send(p.out.delta, grad_delta);
       block.x.data.set(i, output(grad_y * u)), block.dt.data.set(i, grad_delta);
     });
     cuda::sync_block();
@@ -710,22 +788,23 @@ backward_kernel(EAML_CONSTANT Backward<typename L::T> p) {
       sum_D += block.x.data.get(block.tile_at(t)), sum_bias += block.dt.data.get(block.tile_at(t));
   }
 
+  const int64_t rows = block.row * block.segments + block.segment;
   EAML_UNROLL
   for (int k = 0; k < kStates; ++k) {
     if (!block.has_state(k)) continue;
-    p.out.A[block.partial_at(k)] = sum_A[k];
-    if (B.fixed) p.out.B[block.partial_at(k)] = sum_B[k];
-    if (C.fixed) p.out.C[block.partial_at(k)] = sum_C[k];
+    const int64_t at = block.partial_at(rows, k);
+    put(p.out.A + at, sum_A[k]);
+    if (B.fixed) put(p.out.B + at, sum_B[k]);
+    if (C.fixed) put(p.out.C + at, sum_C[k]);
     if (p.out.initial_state && block.segment == 0)
-      p.out.initial_state[(block.row * p.shape.dim + block.first + block.channel) * p.shape.state + block.state(k)] =
-          output(grad_h[k]);
+      put(p.out.initial_state + block.partial_at(block.row, k), output(grad_h[k]));
   }
   int first = 0;
   bool mine = true;
   sum_apart<1, L::kLanes, 1>(&sum_D, first, mine);
   sum_apart<1, L::kLanes, 1>(&sum_bias, first, mine);
   if (!block.has_channel() || block.lane != 0) return;
-  const int64_t at = (block.row * block.segments + block.segment) * p.shape.dim + block.first + block.channel;
+  const int64_t at = rows * p.shape.dim + block.first + block.channel;
   if (p.out.D) p.out.D[at] = sum_D;
   if (p.out.delta_bias) p.out.delta_bias[at] = sum_bias;
 }
@@ -734,20 +813,22 @@ backward_kernel(EAML_CONSTANT Backward<typename L::T> p) {
 template <class L>
 EAML_KERNEL(L::kThreads, L::kForwardBlocks)
 local_backward_kernel(EAML_CONSTANT Backward<typename L::T> p) {
+  using Z = typename L::Z;
   using S = typename L::S;
   using T = typename L::T;
   constexpr int kStates = L::kStates;
   Block<L> block(p.shape, p.arrays, p.segments.count);
   const int64_t begin = block.first_chunk(block.segment);
-  S A[kStates], grad_h[kStates], total = S(T(0));
-  Rate<S> rate[kStates];
+  Z A[kStates], grad_h[kStates];
+  Rate<Z> rate[kStates];
+  S total{};
   bool cut = false;
   block.stage_vectors();
   block.read_rates(A, rate);
   Operand<L, true> C;
   C.start(block, &Inputs<T>::C, p.shape.C_invariant);
   EAML_UNROLL
-  for (int k = 0; k < kStates; ++k) grad_h[k] = S(T(0));
+  for (int k = 0; k < kStates; ++k) grad_h[k] = Z{};
 
   for (int64_t chunk = block.first_chunk(block.segment + 1) - 1; chunk >= begin; --chunk) {
     const int steps = block.steps(chunk);
@@ -763,7 +844,7 @@ local_backward_kernel(EAML_CONSTANT Backward<typename L::T> p) {
         grad_y = grad_y * (z * sigmoid(z));
       }
       const int i = t * L::kRow + c;
-      block.dt.set(i, block.template read_step<half>(c, time).value), block.y.set(i, grad_y);
+      block.dt.set(i, block.template read_step<half>(c, time).value), block.y.set(i, both<Z>(grad_y));
     });
     cuda::sync_block();
     for (int t = steps - 1; t >= 0; --t) {
@@ -771,13 +852,13 @@ local_backward_kernel(EAML_CONSTANT Backward<typename L::T> p) {
       if (!block.has_channel()) continue;
       const S dt = block.dt.get(block.tile_at(t)), grad_y = block.y.get(block.tile_at(t));
       const bool reset = resets >> t & 1;
-      S a[kStates];
+      Z a[kStates];
       decay(dt, A, rate, a);
       C.step(block.C, block.matrix_at(t));
       EAML_UNROLL
       for (int k = 0; k < kStates; ++k) {
-        const S g = grad_h[k] + grad_y * C.x[k];
-        grad_h[k] = reset ? S(T(0)) : decayed(a[k], g);
+        const Z g = grad_h[k] + times_conjugate(grad_y, C.x[k]);
+        grad_h[k] = reset ? Z{} : decayed(conjugate(a[k]), g);
       }
       total = total + dt;
     }
@@ -789,40 +870,38 @@ local_backward_kernel(EAML_CONSTANT Backward<typename L::T> p) {
 }
 
 // From segment to segment, each state on its own: what a segment adds becomes what it starts from.
-template <class S, bool kBackward>
+template <class Z, bool kBackward>
 EAML_KERNEL(256)
-carry_kernel(EAML_CONSTANT Shape shape, EAML_CONSTANT Arrays<vector_t<S>> arrays,
-             EAML_CONSTANT Segments<vector_t<S>> segments) {
-  using T = vector_t<S>;
+carry_kernel(EAML_CONSTANT Shape shape, EAML_CONSTANT Arrays<vector_t<Z>> arrays,
+             EAML_CONSTANT Segments<vector_t<Z>> segments) {
+  using S = real_t<Z>;
+  using T = vector_t<Z>;
   const int64_t index = cuda::block() * 256 + cuda::thread();
   if (index >= shape.batch * shape.state * shape.dim) return;
   const int64_t channel = index % shape.dim, n = index / shape.dim % shape.state, row = index / shape.dim / shape.state;
   const auto at = [&](const In<T>& in) { return row_offset(in, row) + channel * in.channel + n * in.inner; };
-  S h = read_input<S>(arrays, kBackward ? &Inputs<T>::grad_state : &Inputs<T>::initial_state, at);
-  const S A[1] = {read_input<S>(arrays, &Inputs<T>::A, at)};
-  const Rate<S> rate[1] = {rate_of(A[0])};
+  Z h = read_input<Z>(arrays, kBackward ? &Inputs<T>::grad_state : &Inputs<T>::initial_state, at);
+  const Z A[1] = {read_input<Z>(arrays, &Inputs<T>::A, at)};
+  const Rate<Z> rate[1] = {rate_of(A[0])};
   for (int64_t i = 0; i < segments.count; ++i) {
     const int64_t segment = row * segments.count + (kBackward ? segments.count - 1 - i : i);
-    const int64_t state = (segment * shape.state + n) * shape.dim + channel, step = segment * shape.dim + channel;
-    S added, dt, a[1];
-    if constexpr (kIsDual<S>) {
-      added = {segments.states[state], segments.state_tangents[state]};
-      dt = {segments.steps[step], segments.step_tangents[step]};
-      segments.states[state] = h.value, segments.state_tangents[state] = h.tangent;
-    } else {
-      added = segments.states[state], dt = segments.steps[step];
-      segments.states[state] = h;
-    }
+    const int64_t step = segment * shape.dim + channel;
+    const int64_t state = (segment * shape.state + n) * kComponents<Z> * shape.dim + channel;
+    const Z added = get_saved<Z>(segments.states, segments.state_tangents, state, shape.dim);
+    const S dt = get_saved<S>(segments.steps, segments.step_tangents, step, 0);
+    set_saved(segments.states, segments.state_tangents, state, shape.dim, h);
+    Z a[1];
     decay(dt, A, rate, a);
-    h = segments.cuts[step] != T(0) ? added : decayed(a[0], h) + added;
+    h = segments.cuts[step] != T(0) ? added : decayed(kBackward ? conjugate(a[0]) : a[0], h) + added;
   }
 }
 
 // One step of every channel; a few neighbouring threads share the states of one.
 constexpr int kStepThreads = 128;
-template <class T>
+template <class Z>
 EAML_KERNEL(kStepThreads)
-step_kernel(EAML_CONSTANT Forward<T> p, int lanes) {
+step_kernel(EAML_CONSTANT Forward<vector_t<Z>> p, int lanes) {
+  using T = vector_t<Z>;
   const Shape& shape = p.shape;
   const Inputs<T>& in = p.arrays.values;
   const int64_t index = (cuda::block() * kStepThreads + cuda::thread()) / lanes;
@@ -837,19 +916,24 @@ step_kernel(EAML_CONSTANT Forward<T> p, int lanes) {
     u = sequence(in.u);
     const T dt = step_size(sequence(in.delta) + vector(in.delta_bias), shape.softplus).value;
     for (int64_t n = lane; n < shape.state; n += lanes) {
-      const auto matrix = [&](const In<T>& x) { return read(x, row * x.outer + group * x.group + n * x.channel); };
-      const auto state = [&](const In<T>& x) {
-        return read(x, row_offset(x, row) + channel * x.channel + n * x.inner);
+      const auto matrix = [&](In<T> Inputs<T>::* member) {
+        const auto at = [&](const In<T>& x) { return row * x.outer + group * x.group + n * x.channel; };
+        return read_input<Z>(p.arrays, member, at);
       };
-      const T A[1] = {state(in.A)};
-      const Rate<T> rate[1] = {rate_of(A[0])};
-      T a[1];
+      const auto state = [&](In<T> Inputs<T>::* member) {
+        const auto at = [&](const In<T>& x) { return row_offset(x, row) + channel * x.channel + n * x.inner; };
+        return read_input<Z>(p.arrays, member, at);
+      };
+      const Z A[1] = {state(&Inputs<T>::A)};
+      const Rate<Z> rate[1] = {rate_of(A[0])};
+      Z a[1];
       decay(dt, A, rate, a);
-      const T h = advance(a[0], state(in.initial_state), dt * u, matrix(in.B));
+      const Z h = advance(a[0], state(&Inputs<T>::initial_state), dt * u, matrix(&Inputs<T>::B));
       const Out<T>& out = p.out.last_state;
-      write(out, row * out.outer + channel * out.channel + n * out.inner, h);
-      y += h * matrix(in.C);
+      put(out.data + row * out.outer + channel * out.channel + n * out.inner, h);
+      y += real(h * matrix(&Inputs<T>::C));
     }
+    y = both<Z>(y);
     if (lane == 0) y += vector(in.D) * u;
   }
   for (int mask = 1; mask < lanes; mask *= 2) y += cuda::shuffle_xor(y, mask);
@@ -878,34 +962,35 @@ sum_kernel(EAML_CONSTANT Sum<T> p) {
   cuda::sync_block();
   if (row > 0 || k >= p.inner) return;
   for (int r = 1; r < kSumRows; ++r) total += partial.get(r * kSumColumns + column);
-  p.to[outer * p.inner + (p.rows == 0 ? k : k % p.rows * (p.inner / p.rows) + k / p.rows)] = total;
+  const int64_t entry = k / p.parts, columns = p.rows == 0 ? 1 : p.inner / p.parts / p.rows;
+  const int64_t at = p.rows == 0 ? k : (entry % p.rows * columns + entry / p.rows) * p.parts + k % p.parts;
+  p.to[outer * p.inner + at] = total;
 }
 
 // ---- launchers: what runs on the host ----
 
-// Calls f(Tiling) with the first that has room for the states. Fewer serve double precision: each takes long to
-// compile.
-template <class S, class F>
+// Calls f(Tiling) with the first that has room for the states: a thread's take 16 bytes, if a warp is then enough.
+template <class Z, int kLanes, class F>
+const char* with_tiling_from(int64_t states, F f) {
+  constexpr int kStates = 4 / kWords<Z>;
+  if (states <= kLanes * kStates) return f(Tiling<Z, kLanes, kStates>());
+  if constexpr (kLanes < cuda::kWarp)
+    return with_tiling_from<Z, 2 * kLanes>(states, f);
+  else
+    return f(Tiling<Z, kLanes, kMostNumbers / cuda::kWarp / kComponents<Z>>());
+}
+template <class Z, class F>
 const char* with_tiling(int64_t states, F f) {
-  constexpr bool kAll = sizeof(vector_t<S>) == 4;
-  if constexpr (kAll) {
-    if (states <= 4) return f(Tiling<S, 1, 4>());
+  if constexpr (kWords<Z> == 1) {
+    if (states <= 4) return f(Tiling<Z, 1, 4>());
   }
-  if (states <= 16) return f(Tiling<S, 4, 4>());
-  if constexpr (kAll) {
-    if (states <= 32) return f(Tiling<S, 8, 4>());
-  }
-  if (states <= 64) return f(Tiling<S, 16, 4>());
-  if constexpr (kAll) {
-    if (states <= 128) return f(Tiling<S, 32, 4>());
-  }
-  return f(Tiling<S, 32, 8>());
+  return with_tiling_from<Z, 4 * kWords<Z>>(states, f);
 }
 
-template <class T>
+template <class Z>
 Cut cut_of(const Shape& s) {
   Cut c{};
-  with_tiling<T>(s.state, [&](auto tiling) {
+  with_tiling<Z>(s.state, [&](auto tiling) {
     using L = decltype(tiling);
     c.blocks = (s.dim / s.groups + L::kChannels - 1) / L::kChannels;
     return nullptr;
@@ -920,38 +1005,38 @@ Cut cut_of(const Shape& s) {
   return c;
 }
 
-template <class S, bool kBackward, class P>
+template <class Z, bool kBackward, class P>
 const char* launch_carry(const P& p, void* stream) {
   const int64_t states = p.shape.batch * p.shape.state * p.shape.dim;
-  return cuda::launch(carry_kernel<S, kBackward>, (states + 255) / 256, 256, 0, stream, p.shape, p.arrays, p.segments);
+  return cuda::launch(carry_kernel<Z, kBackward>, (states + 255) / 256, 256, 0, stream, p.shape, p.arrays, p.segments);
 }
 
-template <class S>
-const char* launch_forward(const Forward<vector_t<S>>& p, void* stream) {
-  return with_tiling<S>(p.shape.state, [&](auto tiling) {
+template <class Z>
+const char* launch_forward(const Forward<vector_t<Z>>& p, void* stream) {
+  return with_tiling<Z>(p.shape.state, [&](auto tiling) {
     using L = decltype(tiling);
-    const int64_t blocks = p.shape.batch * p.shape.groups * cut_of<vector_t<S>>(p.shape).blocks * p.segments.count;
+    const int64_t blocks = p.shape.batch * p.shape.groups * cut_of<Z>(p.shape).blocks * p.segments.count;
     const bool invariant = p.shape.B_invariant || p.shape.C_invariant;
     const auto kernel = invariant ? forward_kernel<L, true> : forward_kernel<L, !L::kVarying>;
     if (p.segments.count > 1) {
-      Forward<vector_t<S>> local = p;
+      Forward<vector_t<Z>> local = p;
       local.out = {}, local.segments.local = true;
       const char* error = cuda::launch(kernel, blocks, L::kThreads, L::kForwardBytes, stream, local);
-      if (error == nullptr) error = launch_carry<S, false>(p, stream);
+      if (error == nullptr) error = launch_carry<Z, false>(p, stream);
       if (error != nullptr) return error;
     }
     return cuda::launch(kernel, blocks, L::kThreads, L::kForwardBytes, stream, p);
   });
 }
 
-template <class S>
-const char* launch_backward(const Backward<vector_t<S>>& p, void* stream) {
-  return with_tiling<S>(p.shape.state, [&](auto tiling) {
+template <class Z>
+const char* launch_backward(const Backward<vector_t<Z>>& p, void* stream) {
+  return with_tiling<Z>(p.shape.state, [&](auto tiling) {
     using L = decltype(tiling);
-    const int64_t blocks = p.shape.batch * p.shape.groups * cut_of<vector_t<S>>(p.shape).blocks * p.segments.count;
+    const int64_t blocks = p.shape.batch * p.shape.groups * cut_of<Z>(p.shape).blocks * p.segments.count;
     if (p.segments.count > 1) {
       const char* error = cuda::launch(local_backward_kernel<L>, blocks, L::kThreads, L::kForwardBytes, stream, p);
-      if (error == nullptr) error = launch_carry<S, true>(p, stream);
+      if (error == nullptr) error = launch_carry<Z, true>(p, stream);
       if (error != nullptr) return error;
     }
     const bool invariant = p.shape.B_invariant || p.shape.C_invariant;
@@ -960,12 +1045,12 @@ const char* launch_backward(const Backward<vector_t<S>>& p, void* stream) {
   });
 }
 
-template <class T>
-const char* launch_step(const Forward<T>& p, void* stream) {
+template <class Z>
+const char* launch_step(const Forward<vector_t<Z>>& p, void* stream) {
   int lanes = 1;
   while (lanes < cuda::kWarp && lanes < p.shape.state) lanes *= 2;
   const int64_t threads = p.shape.batch * p.shape.dim * lanes;
-  return cuda::launch(step_kernel<T>, (threads + kStepThreads - 1) / kStepThreads, kStepThreads, 0, stream, p, lanes);
+  return cuda::launch(step_kernel<Z>, (threads + kStepThreads - 1) / kStepThreads, kStepThreads, 0, stream, p, lanes);
 }
 
 template <class T>
@@ -976,22 +1061,20 @@ const char* launch_sum(const Sum<T>& p, void* stream) {
 
 }  // namespace
 
-#define EAML_DEFINE(T)                                                                 \
-  template <>                                                                          \
-  Cut cut<T>(const Shape& shape) {                                                     \
-    return cut_of<T>(shape);                                                           \
-  }                                                                                    \
-  const char* forward(const Forward<T>& p, bool dual, void* stream) {                  \
-    return dual ? launch_forward<Dual<T>>(p, stream) : launch_forward<T>(p, stream);   \
-  }                                                                                    \
-  const char* backward(const Backward<T>& p, bool dual, void* stream) {                \
-    return dual ? launch_backward<Dual<T>>(p, stream) : launch_backward<T>(p, stream); \
-  }                                                                                    \
-  const char* step(const Forward<T>& p, void* stream) {                                \
-    return launch_step(p, stream);                                                     \
-  }                                                                                    \
-  const char* sum(const Sum<T>& p, void* stream) {                                     \
-    return launch_sum(p, stream);                                                      \
+// Of T; STATE<T> is what the states are.
+#define EAML_DEFINE(T, STATE)                                                                        \
+  template <>                                                                                        \
+  Cut cut<T>(const Shape& shape) {                                                                   \
+    return cut_of<STATE<T>>(shape);                                                                  \
+  }                                                                                                  \
+  const char* forward(const Forward<T>& p, bool dual, void* stream) {                                \
+    return dual ? launch_forward<STATE<Dual<T>>>(p, stream) : launch_forward<STATE<T>>(p, stream);   \
+  }                                                                                                  \
+  const char* backward(const Backward<T>& p, bool dual, void* stream) {                              \
+    return dual ? launch_backward<STATE<Dual<T>>>(p, stream) : launch_backward<STATE<T>>(p, stream); \
+  }                                                                                                  \
+  const char* step(const Forward<T>& p, void* stream) {                                              \
+    return launch_step<STATE<T>>(p, stream);                                                         \
   }
 
 }  // namespace eaml::selective_scan

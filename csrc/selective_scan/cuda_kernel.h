@@ -8,7 +8,7 @@
 
 namespace eaml::selective_scan {
 
-constexpr std::int64_t kMostStates = 256;
+constexpr std::int64_t kMostNumbers = 256;  // of the states of a channel: a complex one is two
 
 template <class T>
 struct Arrays {
@@ -20,7 +20,7 @@ template <class T>
 struct Segments {
   std::int64_t count = 1;
   bool local = false;  // only find what each segment adds
-  // (batch, count, state, dim): first that, then the state each segment starts from (the gradient it ends with).
+  // (batch, count, state, part, dim): first that, then the state each segment starts from (the gradient it ends with).
   T *states = nullptr, *state_tangents = nullptr;
   T *steps = nullptr, *step_tangents = nullptr;  // (batch, count, dim): sum of dt
   T* cuts = nullptr;                             // likewise: 1 where a reset lets nothing through
@@ -38,9 +38,9 @@ struct Forward {
 template <class T>
 struct CudaGradients {
   Out<T> u, delta, z;              // (batch, dim, length)
-  T* initial_state = nullptr;      // (batch, dim, state)
-  T* A = nullptr;                  // (batch, segments, dim, state)
-  T* B = nullptr;                  // (batch, groups, blocks, length, state) or, invariant, as A
+  T* initial_state = nullptr;      // (batch, dim, state, part)
+  T* A = nullptr;                  // (batch, segments, dim, state, part)
+  T* B = nullptr;                  // (batch, groups, blocks, length, state, part) or, invariant, as A
   T* C = nullptr;                  // likewise
   T* D = nullptr;                  // (batch, segments, dim)
   T* delta_bias = nullptr;         // likewise
@@ -56,12 +56,13 @@ struct Backward {
   CudaGradients<T> out;
 };
 
-// to[i][k] = sum over j of from[i][j][k]; with `rows`, k counts (column, row) in `from` and (row, column) in `to`.
+// to[i][k] = sum over j of from[i][j][k]; with `rows`, k counts (column, row, part) in `from`, (row, column, part) in
+// `to`.
 template <class T>
 struct Sum {
   T* to;
   const T* from;
-  std::int64_t outer, middle, inner, rows;
+  std::int64_t outer, middle, inner, rows, parts;
 };
 
 // How a call is cut into blocks: a function of the shape alone, as sums must not depend on the machine.
@@ -69,17 +70,27 @@ struct Cut {
   std::int64_t blocks;    // of channels, in a group
   std::int64_t segments;  // of time
 };
-template <class T>
-Cut cut(const Shape& shape);
 
 // `dual`: with tangents. Forward and backward do all that their segments need before.
 #define EAML_DECLARE(T)                                              \
   const char* forward(const Forward<T>&, bool dual, void* stream);   \
   const char* backward(const Backward<T>&, bool dual, void* stream); \
-  const char* step(const Forward<T>&, void* stream);                 \
-  const char* sum(const Sum<T>&, void* stream);
+  const char* step(const Forward<T>&, void* stream);
+namespace real_states {
+template <class T>
+Cut cut(const Shape& shape);
 EAML_DECLARE(float)
 EAML_DECLARE(double)
+}  // namespace real_states
+namespace complex_states {
+template <class T>
+Cut cut(const Shape& shape);
+EAML_DECLARE(float)
+EAML_DECLARE(double)
+}  // namespace complex_states
 #undef EAML_DECLARE
+
+const char* sum(const Sum<float>&, void* stream);
+const char* sum(const Sum<double>&, void* stream);
 
 }  // namespace eaml::selective_scan

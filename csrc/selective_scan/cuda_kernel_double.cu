@@ -2,5 +2,14 @@
 #include "selective_scan/cuda_kernel.cuh"
 
 namespace eaml::selective_scan {
-EAML_DEFINE(double)
+namespace {
+template <class S>
+using Real = S;
+}
+namespace real_states {
+EAML_DEFINE(double, Real)
+}
+const char* sum(const Sum<double>& p, void* stream) {
+  return launch_sum(p, stream);
+}
 }  // namespace eaml::selective_scan

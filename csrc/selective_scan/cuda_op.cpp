@@ -20,9 +20,14 @@ int64_t parts(const Shape&, ScalarType) {
 }
 
 void check_states(const Shape& s) {
-  EAML_CHECK(s.components == 1, "selective_scan: A is complex, the CUDA kernels take a real one");
-  EAML_CHECK(s.state <= kMostStates, "selective_scan: A has ", s.state, " states, the CUDA kernels take up to ",
-             kMostStates);
+  const int64_t most = kMostNumbers / s.components;
+  EAML_CHECK(s.state <= most, "selective_scan: A has ", s.state, s.components == 2 ? " complex" : "",
+             " states, the CUDA kernels take up to ", most);
+}
+
+template <class T>
+Cut cut(const Shape& s) {
+  return s.components == 1 ? real_states::cut<T>(s) : complex_states::cut<T>(s);
 }
 
 // Memory of one call. What is let go here, torch gives to later work of the same stream alone.
@@ -31,7 +36,8 @@ class Scratch {
   explicit Scratch(const Tensor& like) : like_(like) {}
   template <class T>
   T* take(int64_t count) {
-    tensors_.push_back(empty(like_, {count}));
+    constexpr ScalarType kType = sizeof(T) == 4 ? ScalarType::Float : ScalarType::Double;
+    tensors_.push_back(torch::stable::new_empty(like_, {count}, kType));
     return mutable_data<T>(tensors_.back());
   }
 
@@ -45,7 +51,7 @@ Segments<T> segments(Scratch& scratch, const Shape& s, bool dual) {
   Segments<T> out;
   out.count = cut<T>(s).segments;
   if (out.count == 1) return out;
-  const int64_t steps = s.batch * out.count * s.dim, states = steps * s.state;
+  const int64_t steps = s.batch * out.count * s.dim, states = steps * s.state * s.components;
   out.states = scratch.take<T>(states), out.steps = scratch.take<T>(steps), out.cuts = scratch.take<T>(steps);
   if (dual) out.state_tangents = scratch.take<T>(states), out.step_tangents = scratch.take<T>(steps);
   return out;
@@ -57,22 +63,24 @@ void run_forward(Scratch& scratch, const cuda::Place& place, const Shape& s, con
                  const Inputs<T>* tangents, const Outputs<T>& out) {
   const bool dual = tangents != nullptr;
   Forward<T> p{s, {in, dual ? *tangents : Inputs<T>{}}, segments<T>(scratch, s, dual), out};
-  cuda::check_launch(forward(p, dual, place.stream()));
+  cuda::check_launch(s.components == 1 ? real_states::forward(p, dual, place.stream())
+                                       : complex_states::forward(p, dual, place.stream()));
 }
 
-// A gradient (outer, inner) that a kernel leaves as partial sums (outer, middle, inner); see Sum about `rows`.
+// A gradient (outer, inner real numbers) that a kernel leaves as partial sums (outer, middle, inner); see Sum about
+// `rows` and `parts`.
 template <class T>
 struct Partial {
   Tensor result;
   Sum<T> sum{};
 
   Partial(Scratch& scratch, const Tensor& wide, const Maybe& like, int64_t outer, int64_t middle, int64_t inner,
-          int64_t rows = 0)
-      : result(empty(wide, like ? sizes_of(*like) : Sizes{0})) {
+          int64_t rows = 0, int64_t parts = 1)
+      : result(like ? empty(*like, sizes_of(*like)) : empty(wide, {0})) {
     if (!like) return;
     T* const to = mutable_data<T>(result);
     const bool done = middle == 1 && rows == 0;
-    sum = {to, done ? to : scratch.take<T>(outer * middle * inner), outer, middle, inner, rows};
+    sum = {to, done ? to : scratch.take<T>(outer * middle * inner), outer, middle, inner, rows, parts};
   }
 
   T* data() const { return const_cast<T*>(sum.from); }
@@ -89,16 +97,17 @@ GradientTuple run_backward(Scratch& scratch, const cuda::Place& place, const Sha
                            const T* checkpoint_tangents) {
   const bool dual = tangents != nullptr;
   Backward<T> p{s, {in, dual ? *tangents : Inputs<T>{}}, segments<T>(scratch, s, dual)};
-  const int64_t pieces = p.segments.count;
+  const int64_t pieces = p.segments.count, states = s.state * s.components;
   // Summed over the batch rows that share a parameter, and over segments.
   const auto over_rows = [&](const Maybe& like, int64_t rank) {
     const int64_t tasks = like && like->dim() > rank ? like->size(0) : 1;
-    return Partial<T>(scratch, *x.A, like, tasks, s.batch / tasks * pieces, rank == 2 ? s.dim * s.state : s.dim);
+    return Partial<T>(scratch, *x.A, like, tasks, s.batch / tasks * pieces, rank == 2 ? s.dim * states : s.dim);
   };
   // Summed over the blocks of channels of a group.
   const auto over_channels = [&](const Maybe& like, bool invariant) {
     if (invariant) return over_rows(like, 2);
-    return Partial<T>(scratch, *x.A, like, s.batch * s.groups, cut<T>(s).blocks, s.length * s.state, s.state);
+    return Partial<T>(scratch, *x.A, like, s.batch * s.groups, cut<T>(s).blocks, s.length * states, s.state,
+                      s.components);
   };
   Partial<T> A = over_rows(x.A, 2), B = over_channels(x.B, s.B_invariant), C = over_channels(x.C, s.C_invariant);
   Partial<T> D = over_rows(x.D, 1), delta_bias = over_rows(x.delta_bias, 1);
@@ -111,7 +120,8 @@ GradientTuple run_backward(Scratch& scratch, const cuda::Place& place, const Sha
   if (x.initial_state) to.initial_state = mutable_data<T>(initial_state);
   to.A = A.data(), to.B = B.data(), to.C = C.data(), to.D = D.data(), to.delta_bias = delta_bias.data();
   to.checkpoints = checkpoints, to.checkpoint_tangents = checkpoint_tangents;
-  cuda::check_launch(backward(p, dual, place.stream()));
+  cuda::check_launch(s.components == 1 ? real_states::backward(p, dual, place.stream())
+                                       : complex_states::backward(p, dual, place.stream()));
   return {u,
           delta,
           A.reduced(place),
@@ -131,7 +141,7 @@ std::tuple<Tensor, Tensor, Tensor> run(const Shape& s, const Arguments& x, bool 
   Tensor y = torch::stable::empty_like(*x.u), last = empty(*x.A, {s.batch, s.dim, s.state});
   Tensor saved = empty(*x.A, save ? Sizes{s.batch, saved_size(s)} : Sizes{0});
   if (save && saved_chunks(s) == 0) torch::stable::zero_(saved);
-  const Outputs<T> to{out<T>(y), out<T>(last), save ? mutable_data<T>(saved) : nullptr};
+  const Outputs<T> to{out<T>(y), out<T>(last, s.components), save ? mutable_data<T>(saved) : nullptr};
   run_forward<T>(scratch, place, s, inputs<T>(s, x), nullptr, to);
   return {y, last, saved};
 }
@@ -143,10 +153,10 @@ GradientTuple run_vjp(const Shape& s, const Arguments& x, const Tensor& grad_y, 
   const cuda::Place place(*x.u);
   Scratch scratch(*x.A);
   Inputs<T> in = inputs<T>(s, x);
-  in.grad_y = sequence<T>(grad_y), in.grad_state = sequence<T>(grad_state);
+  in.grad_y = sequence<T>(grad_y), in.grad_state = sequence<T>(grad_state, s.components);
   const T* states = saved ? data<T>(*saved) : nullptr;
   if (!saved) {
-    T* const found = scratch.take<T>(s.batch * saved_size(s));
+    T* const found = scratch.take<T>(s.batch * saved_size(s) * s.components);
     if (saved_chunks(s) > 0) run_forward<T>(scratch, place, s, in, nullptr, {{}, {}, found});
     states = found;
   }
@@ -160,7 +170,7 @@ std::tuple<Tensor, Tensor> run_jvp(const Shape& s, const Arguments& x, const Arg
   Scratch scratch(*x.A);
   const Inputs<T> along = inputs<T>(s, tangents);
   Tensor y = torch::stable::empty_like(*x.u), last = empty(*x.A, {s.batch, s.dim, s.state});
-  run_forward<T>(scratch, place, s, inputs<T>(s, x), &along, {out<T>(y), out<T>(last)});
+  run_forward<T>(scratch, place, s, inputs<T>(s, x), &along, {out<T>(y), out<T>(last, s.components)});
   return {y, last};
 }
 
@@ -172,13 +182,13 @@ JvpTuple run_vjp_jvp(const Shape& s, const Arguments& x, const Tensor& grad_y, c
   const cuda::Place place(*x.u);
   Scratch scratch(*x.A);
   Inputs<T> in = inputs<T>(s, x), along = inputs<T>(s, tangents);
-  in.grad_y = sequence<T>(grad_y), in.grad_state = sequence<T>(grad_state);
-  along.grad_y = sequence<T>(grad_y_tangent), along.grad_state = sequence<T>(grad_state_tangent);
+  in.grad_y = sequence<T>(grad_y), in.grad_state = sequence<T>(grad_state, s.components);
+  along.grad_y = sequence<T>(grad_y_tangent), along.grad_state = sequence<T>(grad_state_tangent, s.components);
   Tensor y = outputs ? torch::stable::empty_like(*x.u) : empty(*x.u, {0});
   Tensor last = empty(*x.A, outputs ? Sizes{s.batch, s.dim, s.state} : Sizes{0});
-  const int64_t count = s.batch * saved_size(s);
+  const int64_t count = s.batch * saved_size(s) * s.components;
   Outputs<T> first{{}, {}, scratch.take<T>(count), scratch.take<T>(count)};
-  if (outputs) first.y = out<T>(y), first.last_state = out<T>(last);
+  if (outputs) first.y = out<T>(y), first.last_state = out<T>(last, s.components);
   if (outputs || saved_chunks(s) > 0) run_forward<T>(scratch, place, s, in, &along, first);
   return std::tuple_cat(std::make_tuple(y, last), run_backward<T>(scratch, place, s, x, in, &along, first.checkpoints,
                                                                   first.checkpoint_tangents));
@@ -186,11 +196,12 @@ JvpTuple run_vjp_jvp(const Shape& s, const Arguments& x, const Tensor& grad_y, c
 
 template <class T>
 std::tuple<Tensor, Tensor> run_step(const Shape& s, const Tensor& state, const Arguments& x) {
-  EAML_CHECK(s.components == 1, "selective_scan_step: A is complex, the CUDA kernels take a real one");
   const cuda::Place place(state);
-  Tensor y = empty(state, {s.batch, s.dim}), next = empty(state, {s.batch, s.dim, s.state});
-  Forward<T> p{s, {step_inputs<T>(s, state, x), {}}, {}, {{mutable_data<T>(y), s.dim, 1, 0}, out<T>(next)}};
-  cuda::check_launch(step(p, place.stream()));
+  Tensor y = empty(*x.u, {s.batch, s.dim}), next = empty(state, {s.batch, s.dim, s.state});
+  Forward<T> p{
+      s, {step_inputs<T>(s, state, x), {}}, {}, {{mutable_data<T>(y), s.dim, 1, 0}, out<T>(next, s.components)}};
+  cuda::check_launch(s.components == 1 ? real_states::step(p, place.stream())
+                                       : complex_states::step(p, place.stream()));
   return {y, next};
 }
 

@@ -8,6 +8,13 @@
 
 namespace eaml::selective_scan {
 
+// What a sum over states is: a complex state stands for itself and its conjugate.
+template <class Z>
+EAML_INLINE real_t<Z> both(real_t<Z> sum) {
+  if constexpr (kComponents<Z> == 2) return sum + sum;
+  return sum;
+}
+
 // What exp(dt A) takes of A: A log2(e), so that values need no further factor; of a complex A, also its angle.
 template <class Z>
 struct Rate {

@@ -731,7 +731,6 @@ def _scan(x: Sequence[Any], options: Sequence[Any], run: Callable[..., Any] | No
         ]
     if x[2].is_complex():
         x = [*x[:3], _complex(x[3]), _complex(x[4]), *x[5:]]
-        run = _reference if x[0].is_cuda else run  # the CUDA kernels take a real A
     if run is not None:
         y, last, _ = run(*x, *options)
     elif _plain(x):

@@ -1,7 +1,7 @@
 """The stand-in for CUDA finds faults; and what of the scan's CUDA kernels the battery does not reach.
 
-Runs with ``pytest --cuda-on-cpu LIBRARY`` alone (``make cuda-on-cpu``), where tests/ops/test_selective_scan.py runs on
-the CUDA kernels, too.
+Runs with ``pytest --cuda-on-cpu LIBRARY`` alone (``make cuda-on-cpu``), where tests/ops/test_selective_scan.py and
+test_complex_scan.py run on the CUDA kernels, too.
 """
 
 import ctypes
@@ -49,23 +49,30 @@ def test_faults_are_found(library, fault, message):
         assert list(out) == [i + (i ^ 1) + (i ^ 16) for i in range(64)] * 3
 
 
-def arguments(batch: int, dim: int, length: int, state: int, groups: int | None, invariant: str) -> dict[str, Any]:
+def arguments(
+    batch: int, dim: int, length: int, state: int, groups: int | None, invariant: str, kind: torch.dtype
+) -> dict[str, Any]:
     def matrix(name: str) -> Tensor:
         if name in invariant:
-            return torch.randn(dim, state)
-        return torch.randn(batch, *(() if groups is None else (groups,)), state, length)
+            return torch.randn(dim, state, dtype=kind)
+        return torch.randn(batch, *(() if groups is None else (groups,)), state, length, dtype=kind)
 
+    A = -0.3 - torch.rand(dim, state)
     return {
         "u": torch.randn(batch, length, dim).transpose(1, 2),
         "delta": torch.randn(batch, dim, length) - 2,
-        "A": -0.3 - torch.rand(dim, state),
+        "A": torch.complex(A, torch.randn(dim, state)) if kind.is_complex else A,
         "B": matrix("B"),
         "C": matrix("C"),
         "D": torch.randn(dim),
         "z": torch.randn(batch, dim, length),
         "delta_bias": torch.randn(dim),
-        "initial_state": torch.randn(batch, dim, state),
+        "initial_state": torch.randn(batch, dim, state, dtype=kind),
     }
+
+
+def wide(x: Tensor) -> Tensor:
+    return x.to(torch.complex128 if x.is_complex() else torch.float64)
 
 
 def all_derivatives(function: Any, x: dict[str, Any], reset: Tensor | None) -> list[Tensor]:
@@ -80,7 +87,14 @@ def all_derivatives(function: Any, x: dict[str, Any], reset: Tensor | None) -> l
 @pytest.mark.parametrize("resets", [False, True])
 @pytest.mark.parametrize(
     "shape",
-    [(1, 3, 600, 3, None, ""), (2, 2, 777, 16, 2, ""), (1, 35, 520, 9, None, "B"), (1, 1, 530, 129, None, "C")],
+    [
+        (1, 3, 600, 3, None, "", torch.float32),
+        (2, 2, 777, 16, 2, "", torch.float32),
+        (1, 35, 520, 9, None, "B", torch.float32),
+        (1, 1, 530, 129, None, "C", torch.float32),
+        (1, 2, 540, 17, 1, "C", torch.complex64),
+        (1, 3, 520, 2, None, "BC", torch.complex64),
+    ],
     ids=str,
 )
 def test_long_sequences_in_segments(library, shape, resets):
@@ -88,14 +102,15 @@ def test_long_sequences_in_segments(library, shape, resets):
     x = arguments(*shape)
     reset = torch.rand(shape[0], shape[2]) < 0.004 if resets else None
     got = all_derivatives(selective_scan, x, reset)
-    want = all_derivatives(selective_scan_reference, {name: value.double() for name, value in x.items()}, reset)
+    want = all_derivatives(selective_scan_reference, {name: wide(value) for name, value in x.items()}, reset)
     for name, a, b in zip(("y", "last", *NAMES, *NAMES), got, want, strict=True):
-        error = (a.double() - b).abs().max().item()
+        error = (wide(a) - b).abs().max().item()
         assert error <= 128 * torch.finfo(torch.float32).eps * b.abs().max().item(), name
     assert all(map(torch.equal, got, all_derivatives(selective_scan, x, reset)))
 
 
-def test_more_states_than_a_tiling_holds(library):
-    x = arguments(1, 1, 1, 257, None, "")
-    with pytest.raises(Exception, match="A has 257 states, the CUDA kernels take up to 256"):
-        selective_scan(**x)
+@pytest.mark.parametrize("kind, words", [(torch.float32, "257 states"), (torch.complex64, "129 complex states")])
+def test_more_states_than_a_tiling_holds(library, kind, words):
+    most = int(words.split()[0]) - 1
+    with pytest.raises(Exception, match=f"A has {words}, the CUDA kernels take up to {most}"):
+        selective_scan(**arguments(1, 1, 1, most + 1, None, "", kind))
