@@ -154,6 +154,47 @@ def per_task(seconds: float) -> list[dict[str, Any]]:
     return [{"tasks": 256, **took}]
 
 
+def complex_states(seconds: float) -> list[dict[str, Any]]:
+    """S4D-Lin with packed B and C that vary in time: against mamba_ssm, and a real scan of as many numbers."""
+    p = on_gpu(problem(8, 2048, 768, 16))
+    u, delta, A, B, C = p.arguments
+    packed = [torch.stack((x, x.flip(-1)), -1).flatten(-2).contiguous() for x in (B, C)]
+    spinning = torch.complex(A, math.pi * torch.arange(16.0, device="cuda").expand_as(A))
+    real = on_gpu(problem(8, 2048, 768, 32)).arguments
+    scans: dict[str, tuple[Any, list[Tensor]]] = {
+        "ours": (selective_scan, [u, delta, spinning, *packed]),
+        "ours, real, 32 states": (selective_scan, real),
+    }
+    try:
+        from mamba_ssm.ops.selective_scan_interface import selective_scan_fn
+
+        x = [u.contiguous(), delta.contiguous(), spinning, *packed]
+        ours, theirs = (scan(*x, delta_softplus=True) for scan in (selective_scan, selective_scan_fn))
+        assert (theirs - ours).abs().max() <= scan_peers.TOLERANCE * ours.abs().max(), "differs"
+        scans["mamba_ssm"] = selective_scan_fn, x
+    except Exception as failure:
+        print(f"\nmamba_ssm, complex: {type(failure).__name__}: {failure}")
+
+    def forward(scan: Any, x: list[Tensor]) -> Callable[[], Any]:
+        def call() -> Any:
+            with torch.no_grad():
+                return scan(*x, delta_softplus=True)
+
+        return call
+
+    def backward(scan: Any, x: list[Tensor]) -> Callable[[], Any]:
+        x = [v.detach().requires_grad_() for v in x]
+        return lambda: torch.autograd.grad(scan(*x, delta_softplus=True), x, p.grad)
+
+    rows = []
+    for task, make in (("forward", forward), ("+backward", backward)):
+        took = medians({name: make(*about) for name, about in scans.items()}, seconds)
+        rows.append({"pass": task, **took})
+        figures = ", ".join(f"{name} {1e3 * t:.3f} ms" for name, t in took.items())
+        print(f"\n(8, 2048, 768), 16 complex states, {task}: {figures}")
+    return rows
+
+
 def plot(rows: list[dict[str, Any]], gpu: str, path: Path) -> Path:
     """Time against length."""
     import matplotlib
@@ -242,13 +283,13 @@ def main() -> None:
         line(found_rows, limit)
         rows += found_rows
         torch.cuda.empty_cache()
-    tasks_rows = per_task(seconds)
+    tasks_rows, complex_rows = per_task(seconds), complex_states(seconds)
     if quick:
         return
     RESULTS.mkdir(exist_ok=True)
     machine = {"gpu": gpu, "torch": torch.__version__, "build": eaml_ext.build_info()}
     path = RESULTS / f"selective_scan-{gpu.replace(' ', '-')}.json"
-    results = {"copy": limit, "rows": rows, "per task": tasks_rows}
+    results = {"copy": limit, "rows": rows, "per task": tasks_rows, "complex": complex_rows}
     path.write_text(json.dumps({"machine": machine, "results": results}, indent=1) + "\n")
     print(path, plot(rows, gpu, path.with_suffix(".png")))
 

@@ -21,25 +21,35 @@ def arguments(batch: int = 4, dim: int = 40, length: int = 100, state: int = 16,
     return [u, delta - 2, -0.3 - torch.rand(dim, state, device=device), B, C]
 
 
+def complex_ones(x: list[Tensor]) -> list[Tensor]:
+    """The same problem with imaginary parts beside A, B and C."""
+    return [*x[:2], *(torch.complex(v, torch.randn_like(v)) for v in x[2:])]
+
+
+def size(v: Tensor) -> Tensor:
+    """Of half types and complex ones, too."""
+    return v.to(torch.promote_types(v.dtype, torch.float32)).abs().square()
+
+
 def gradients(x: list[Tensor], **others: Any) -> list[Tensor]:
-    """y, and first and second derivatives in the arguments of ``x`` and in the floating-point ones of ``others``."""
+    """y, and first and second derivatives in the arguments of ``x`` and in those of ``others`` that have some."""
     x = [v.detach().requires_grad_() for v in x]
     more = {
-        n: v.detach().requires_grad_() for n, v in others.items() if isinstance(v, Tensor) and v.is_floating_point()
+        n: v.detach().requires_grad_() for n, v in others.items() if isinstance(v, Tensor) and v.dtype != torch.bool
     }
     leaves = [*x, *more.values()]
     y = selective_scan(*x, delta_softplus=True, **{**others, **more})
-    first = torch.autograd.grad(y.float().square().mean(), leaves, create_graph=True)
-    second = torch.autograd.grad(sum(g.float().square().sum() for g in first), leaves)
+    first = torch.autograd.grad(size(y).mean(), leaves, create_graph=True)
+    second = torch.autograd.grad(torch.stack([size(g).sum() for g in first]).sum(), leaves)
     return [v.detach() for v in (y, *first, *second)]
 
 
-def everything(batch: int, dim: int, length: int) -> dict[str, Tensor]:
+def everything(batch: int, dim: int, length: int, kind: torch.dtype = torch.float32) -> dict[str, Tensor]:
     return {
         "D": torch.randn(dim, device="cuda"),
         "z": torch.randn(batch, dim, length, device="cuda"),
         "delta_bias": torch.randn(dim, device="cuda"),
-        "initial_state": torch.randn(batch, dim, 16, device="cuda"),
+        "initial_state": torch.randn(batch, dim, 16, device="cuda", dtype=kind),
         "reset": torch.rand(batch, length, device="cuda") < 0.05,
     }
 
@@ -50,23 +60,33 @@ def test_kernels_are_registered():
         assert torch._C._dispatch_has_kernel_for_dispatch_key(name, "CUDA"), f"{name} was built without CUDA"
 
 
+def exact(v: Tensor) -> Tensor:
+    return v.cpu() if v.dtype == torch.bool else v.cpu().to(torch.complex128 if v.is_complex() else torch.float64)
+
+
 def check(x: list[Tensor], tolerance: float, **others: Any) -> None:
     """The same bits twice, and what the CPU finds in double precision."""
     got = gradients(x, **others)
     assert all(map(torch.equal, got, gradients(x, **others)))
-    exact = {n: v.cpu() if v.dtype == torch.bool else v.double().cpu() for n, v in others.items()}
-    for a, b in zip(got, gradients([v.double().cpu() for v in x], **exact), strict=True):
-        assert (a.double().cpu() - b).abs().max() <= tolerance * b.abs().max()
+    want = gradients([exact(v) for v in x], **{n: exact(v) for n, v in others.items()})
+    for a, b in zip(got, want, strict=True):
+        assert (exact(a) - b).abs().max() <= tolerance * b.abs().max()
 
 
+@pytest.mark.parametrize("kind", ["real", "complex"])
 @pytest.mark.parametrize("length", [1, 100, 20000])
 @pytest.mark.parametrize("state", [1, 16, 70])
-def test_the_same_as_on_the_cpu(state, length):
-    check(arguments(2, 5, length, state), 1e-4)
+def test_the_same_as_on_the_cpu(state, length, kind):
+    x = arguments(2, 5, length, state)
+    check(complex_ones(x) if kind == "complex" else x, 1e-4)
 
 
-@pytest.mark.parametrize("kind", ["everything", "per task", "groups", "invariant", "channel first", "bfloat16"])
+KINDS = ["everything", "per task", "groups", "invariant", "channel first", "bfloat16"]
+
+
+@pytest.mark.parametrize("kind", [*KINDS, "complex", *(f"complex, {kind}" for kind in KINDS)])
 def test_the_same_as_on_the_cpu_with(kind):
+    states, kind = ("complex", kind[9:]) if kind.startswith("complex") else ("real", kind)
     x = arguments(4, 6, 70)
     if kind == "per task":
         x[2] = x[2] * (1 + torch.rand(2, 1, 1, device="cuda"))
@@ -77,22 +97,12 @@ def test_the_same_as_on_the_cpu_with(kind):
         x[3:] = [torch.randn(6, 16, device="cuda") for _ in range(2)]
     if kind == "channel first":
         x[:2] = [v.contiguous() for v in x[:2]]
+    if states == "complex":
+        x = complex_ones(x)
     if kind == "bfloat16":
-        x = [v if i == 2 else v.bfloat16() for i, v in enumerate(x)]
-    check(x, 0.05 if kind == "bfloat16" else 1e-4, **everything(4, 6, 70) if kind == "everything" else {})
-
-
-def test_complex_states_run_on_the_reference():
-    u, delta, A, B, C = arguments(2, 3, 9, 4)
-    x = [u, delta, torch.complex(A, A), torch.complex(B, C), torch.complex(C, B)]
-
-    def run(x: list[Tensor]) -> list[Tensor]:
-        x = [v.detach().requires_grad_() for v in x]
-        y = selective_scan(*x, delta_softplus=True)
-        return [y.detach(), *torch.autograd.grad(y.square().sum(), x)]
-
-    for a, b in zip(run(x), run([v.cpu() for v in x]), strict=True):
-        assert (a.cpu() - b).abs().max() <= 1e-4 * b.abs().max()
+        x = [v if i == 2 or v.is_complex() else v.bfloat16() for i, v in enumerate(x)]
+    others = everything(4, 6, 70, x[2].dtype) if kind == "everything" else {}
+    check(x, 0.05 if kind == "bfloat16" else 1e-4, **others)
 
 
 def test_on_the_current_stream():
@@ -124,9 +134,13 @@ def test_does_not_wait_for_the_gpu():
         torch.cuda.synchronize()
 
 
-def test_captured_in_a_graph():
-    x = arguments()
-    state = torch.zeros(4, 40, 16, device="cuda")
+@pytest.mark.parametrize("kind", ["real", "complex"])
+def test_captured_in_a_graph(kind):
+    def problem() -> list[Tensor]:
+        return complex_ones(arguments()) if kind == "complex" else arguments()
+
+    x = problem()
+    state = torch.zeros(4, 40, 16, device="cuda", dtype=x[2].dtype)
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side):
@@ -136,7 +150,7 @@ def test_captured_in_a_graph():
     with torch.cuda.graph(graph):
         got = gradients(x)
         step = selective_scan_step(state, x[0][..., 0], x[1][..., 0], x[2], x[3][..., 0], x[4][..., 0])
-    for v, new in zip(x, arguments(), strict=True):
+    for v, new in zip(x, problem(), strict=True):
         v.copy_(new)
     graph.replay()
     assert all(map(torch.equal, got, gradients(x)))
