@@ -1,18 +1,25 @@
 """Does the memory of regimes help when one of them returns? python -m benchmarks.experiments.switching_lds [--quick]
 
 A linear system with a hidden rotation switches between three rotations of its own (LDSTasks, modes=3), every 128 steps
-on average. An SSM that sees the last four frames, trained on runs of other such systems, predicts the next frame along
-one long run, 8 steps at a time: first it predicts, then it adapts. What it has met goes to an ExperienceBuffer in
-chunks of 32 steps, with the parameters at the end of each; nobody tells it the regime. Errors are squared, in variances
-of an observation, in the 64 steps after a switch ("shock") and later ("steady"): means over unseen systems with 95 %
-intervals. Each arm has the settings that did best on other systems (split valid), of equally many tried for each.
+on average. An SSM that sees the last four frames is trained to predict the next one on switching runs of other such
+systems, and then meta-trained (MetaMAML, second order) to do so after a few gradient steps on 32 to 128 steps of a
+regime. It goes along one long run, 4 steps at a time: first it predicts, then it adapts, from the meta-trained
+parameters. What it has met goes to an ExperienceBuffer in chunks of 32 steps, with the parameters at the end of each;
+nobody tells it the regime. Errors are squared, in variances of an observation, in the 64 steps after a switch ("shock")
+and later ("steady"): means over unseen systems with 95 % intervals. Each arm has the settings that did best on other
+systems (split valid), of equally many tried for each.
 
-Arms: no adaptation (the state adapts: in-context only); plain adaptation; with experience: uniform, retrieved (the
-chunk whose parameters predict the last batch best), oracle (the latest chunk of the true regime); lookup-only (the
-parameters of the best chunk, those of plain adaptation, as they are). Beside them: persistence, an MLP on four frames,
-the Kalman filter that is told the regime. The spike rule is off: here a loss that jumps is a switch.
+An adapted model is not asked alone: what is said is the mean of its prediction and that of the model before it was
+meta-trained, by the odds of their last errors, forgotten within some batches. So all arms fall back on no adaptation.
+
+Arms: no adaptation (the model before it is meta-trained, whose state adapts: in-context only); plain adaptation, to the
+last batch or, going on from the last parameters, to all; with experience: recent (the last four chunks), uniform (any
+four), retrieved (the four whose parameters predict the last batch best), oracle (the latest four of the true regime);
+lookup-only (the parameters of the best chunk of the arm retrieved, as they are). Beside them: persistence, an MLP on
+four frames, the Kalman filter that is told the regime. The spike rule is off: here a loss that jumps is a switch.
 """
 
+import copy
 import dataclasses
 import time
 from collections.abc import Mapping
@@ -24,18 +31,21 @@ from torch import Tensor, nn
 from torch.func import functional_call, vmap
 
 from benchmarks.common import RESULTS, flags, interval, write
-from eaml_ext import SSM, AdaptationConfig, Adapter, ExperienceBuffer
+from eaml_ext import SSM, AdaptationConfig, Adapter, ExperienceBuffer, MetaMAML
 from eaml_ext.experience import retrieval
 from eaml_ext.tasks import LDSTasks, bounds
 
 TASKS = LDSTasks(modes=3, stay=1 - 1 / 128)
 FRAMES = 4  # that model and MLP see
-LENGTH = 8  # steps of a batch
-CHUNK = 4  # batches that make one past task of the memory
+LENGTH = 4  # steps of a batch
+CHUNK = 8  # batches that make one past task of the memory
+TAKEN = 4  # past tasks that make the experience of a batch
 SHOCK = 64  # steps since the last switch
-EXPERIENCED = ("uniform", "retrieved", "oracle")
+EXPERIENCED = ("recent", "uniform", "retrieved", "oracle")
 
-LRS, WEIGHT, STEPS = (0.01, 0.03), 4.0, 2  # steps per batch
+INNER_LR, STEPS = 0.03, 5  # of the meta-training
+LRS, WEIGHT = (0.03, 0.1), 8.0
+FORGET = 0.7  # what counts of the batch before, in odds and in scores of chunks
 
 
 @dataclasses.dataclass(frozen=True)
@@ -75,6 +85,13 @@ class Runs:
         now = torch.arange(self.x.shape[1])
         return (now - torch.where(switched, now, 0).cummax(1).values)[:, FRAMES:]
 
+    def back(self) -> Tensor:
+        """Whether a step's regime has been there before the last switch, ``(tasks, steps)``."""
+        modes, since = self.modes[:, FRAMES:], self.since()
+        switch = torch.arange(modes.shape[1]) - since  # where the present stretch began
+        first = torch.stack([(modes == m).int().argmax(1) for m in range(TASKS.modes)], 1)
+        return first.gather(1, modes) < switch
+
 
 class Scan(nn.Module):
     """``model.scan`` as a call, for functional_call."""
@@ -104,6 +121,30 @@ def pretrained(seed: int, steps: int) -> SSM:
     return model
 
 
+def meta_trained(model: SSM, seed: int, updates: int) -> SSM:
+    """A copy of the model, meta-trained on stretches of a regime: 32 to 128 steps to adapt to, the next 64 to test."""
+    torch.manual_seed(seed)
+    one = LDSTasks()
+    x = one.simulate(one.sample(1024, "train", seed), 1, FRAMES + 192, seed)[0][:, 0]
+    inputs, targets = x[:, :-1].unfold(1, FRAMES, 1).flatten(2), x[:, FRAMES:]
+    maml = MetaMAML(copy.deepcopy(model), INNER_LR, 3e-3, inner_steps=STEPS)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(maml.optimizer, updates)
+    for i in range(updates):
+        rows, start = torch.randint(len(x), (16, 1)), 128 - (32, 64, 128)[i % 3]
+        support, query = slice(start, 128), slice(128, None)
+        tasks = [(inputs[r, support], targets[r, support], inputs[r, query], targets[r, query]) for r in rows]
+        maml.meta_update(tasks, F.mse_loss)
+        schedule.step()
+    return maml.model
+
+
+@dataclasses.dataclass(frozen=True)
+class Models:
+    trained: SSM
+    adaptable: SSM
+    error: float  # of the trained one, on switching runs of other systems
+
+
 class Memory:
     """What all runs have met, each its own: batches in a buffer, parameters at the end of each chunk."""
 
@@ -122,7 +163,7 @@ class Memory:
         self.modes.append(torch.where((modes == modes[:, :1]).all(1), modes[:, 0], -1))
 
     def score_params(self, model: SSM, batch: Mapping[str, Tensor]) -> None:
-        """The loss on each run's batch of the parameters of each of its chunks."""
+        """The loss on each run's last batches of the parameters of each of its chunks, older ones counting less."""
 
         def loss(params: dict[str, Tensor], x: Tensor, y: Tensor) -> Tensor:
             return (functional_call(model, params, (x,)) - y).square().mean()
@@ -130,7 +171,10 @@ class Memory:
         if self.params:
             stacked = {name: torch.stack([p[name] for p in self.params], 1) for name in self.params[0]}
             with torch.no_grad():
-                self.scores = vmap(vmap(loss, (0, None, None)))(stacked, batch["states"], batch["targets"])
+                now = vmap(vmap(loss, (0, None, None)))(stacked, batch["states"], batch["targets"])
+            old = now / (1 - FORGET)  # of a new chunk, as if it had always been so
+            old[:, : self.scores.shape[1]] = self.scores
+            self.scores = FORGET * old + now
 
     def score_modes(self, modes: Tensor) -> None:
         """The age of chunks of the true regime; inf for others."""
@@ -146,34 +190,44 @@ class Memory:
         return torch.where(mine, row[chunk.clamp(max=len(row) - 1)] if len(row) else torch.inf, torch.inf)
 
 
-def predictions(model: SSM, runs: Runs, arm: str, settings: Settings) -> Tensor:
+def predictions(models: Models, runs: Runs, arm: str, settings: Settings) -> Tensor:
     """Of all runs side by side, ``(tasks, steps, obs_dim)``, each batch predicted before it is learned from."""
+    model = models.adaptable
     inputs, targets, users = runs.inputs, runs.targets, len(runs.x)
     memory, everyone = Memory(users), torch.arange(users)
-    best_fit = retrieval.best_fit(memory.score, 1)
+    best_fit = retrieval.best_fit(memory.score, TAKEN)
 
     def retriever(buffer: ExperienceBuffer, batch: Mapping[str, Any]) -> dict[str, Tensor] | None:
         found = best_fit(buffer, batch)
         if found is None and memory.params:  # a regime not met before: the batch stands for its own experience
             found = {name: batch[name].repeat(1, CHUNK, 1) for name in ("states", "targets")}
-        return found
+        return found and {name: v[torch.arange(TAKEN) % len(v)] for name, v in found.items()}
 
-    cfg = AdaptationConfig(lr=settings.lr, ema_decay=None, max_steps_per_call=STEPS)  # spikes are switches here
-    adapter = Adapter(model, cfg, memory.buffer, WEIGHT if arm in EXPERIENCED else 0.0, retriever=retriever)
+    cfg = AdaptationConfig(settings.lr, 10.0, trust_region_eps=None, ema_decay=None, max_steps_per_call=STEPS)
+    helped = arm in EXPERIENCED or arm == "lookup-only"
+    adapter = Adapter(model, cfg, memory.buffer, WEIGHT if helped else 0.0, retriever=retriever)
     history = adapter.history(users)
     params = served = {name: p.detach().expand(users, *p.shape) for name, p in model.named_parameters()}
     scan = vmap(lambda p, x, h: functional_call(Scan(model), {f"model.{n}": v for n, v in p.items()}, (x, h)))
     hidden, said = torch.stack([model.init_hidden(1)] * users), []
+    with torch.no_grad():
+        plain = models.trained(inputs)
+    trust = torch.zeros(users)  # log odds of the adapted model against the other
     generator = torch.Generator().manual_seed(0)
     for number in range(inputs.shape[1] // LENGTH):
         here = slice(number * LENGTH, (number + 1) * LENGTH)
         batch = {"states": inputs[:, None, here], "targets": targets[:, None, here], "run": everyone}
         with torch.no_grad():
             y, after = scan(served, batch["states"], hidden)
-        said.append(y[:, 0])
+        share = trust.sigmoid().view(-1, 1, 1)
+        said.append(share * y[:, 0] + (1 - share) * plain[:, here])
+        errors = [(x - targets[:, here]).square().sum((1, 2)) for x in (plain[:, here], y[:, 0])]
+        trust = FORGET * trust + (errors[0] - errors[1]) / (2 * models.error)
         mode = runs.modes[:, FRAMES + here.stop - 1]
         if arm == "uniform":
             memory.scores = torch.rand(users, len(memory.params), generator=generator)
+        elif arm == "recent":
+            memory.scores = torch.arange(len(memory.params), 0, -1.0).repeat(users, 1)
         elif arm == "oracle":
             memory.score_modes(mode)
         elif arm != "plain":
@@ -198,7 +252,13 @@ def windows(runs: Runs, y: Tensor) -> dict[str, Tensor]:
     """The error of each run, ``(tasks,)``, by part of it; NaN where a run has no such part."""
     errors, since = (y - runs.targets).square().mean(-1), runs.since()
     met = torch.arange(since.shape[1]) >= since + 1  # after the first switch
-    parts = {"whole": torch.ones_like(met), "shock": (since < SHOCK) & met, "steady": since >= SHOCK}
+    shock = (since < SHOCK) & met
+    parts = {
+        "whole": torch.ones_like(met),
+        "shock": shock,
+        "steady": since >= SHOCK,
+        "shock, back": shock & runs.back(),
+    }
     return {name: torch.where(part, errors, 0).sum(1) / part.sum(1) for name, part in parts.items()}
 
 
@@ -209,10 +269,10 @@ def after_a_switch(runs: Runs, y: Tensor, until: int = 128) -> list[float]:
     return [float(errors[met & (since // LENGTH == b)].mean()) for b in range(until // LENGTH)]
 
 
-def tune(model: SSM, runs: Runs, arm: str) -> Settings:
+def tune(models: Models, runs: Runs, arm: str) -> Settings:
     """The settings with the least error over whole runs."""
     grid = [Settings(lr, anew) for lr in LRS for anew in (True, False)]
-    found = [float((predictions(model, runs, arm, one) - runs.targets).square().mean()) for one in grid]
+    found = [float((predictions(models, runs, arm, one) - runs.targets).square().mean()) for one in grid]
     return grid[found.index(min(found))]
 
 
@@ -250,23 +310,26 @@ def main() -> None:
     quick = flags(__doc__).quick
     start = time.perf_counter()
     model = pretrained(0, 50 if quick else 400)
-    valid = Runs.draw(8, 256 if quick else 384, "valid", 0)
-    test = Runs.draw(8 if quick else 32, 256 if quick else 768, "test", 0)
+    valid = Runs.draw(8, 256 if quick else 512, "valid", 0)
+    test = Runs.draw(8 if quick else 48, 256 if quick else 1536, "test", 0)
     said, chosen = references(test, model), {}
+    with torch.no_grad():
+        error = float((model(valid.inputs) - valid.targets).square().mean())
+    models = Models(model, meta_trained(model, 0, 10 if quick else 300), error)
     print(f"trained: {time.perf_counter() - start:.0f} s", flush=True)
-    for arm in ("plain", "uniform", "retrieved", "lookup-only", "oracle"):
-        settings = Settings(LRS[0]) if quick else tune(model, valid, arm)
+    for arm in ("plain", "recent", "uniform", "retrieved", "lookup-only", "oracle"):
+        settings = Settings(LRS[0]) if quick else tune(models, valid, arm)
         chosen[arm] = dataclasses.asdict(settings)
-        said[arm] = predictions(model, test, arm, settings)
+        said[arm] = predictions(models, test, arm, settings)
         print(f"{arm}: {chosen[arm]}, {time.perf_counter() - start:.0f} s", flush=True)
     parts = {name: windows(test, y) for name, y in said.items()}
     table = {name: {part: interval(v) for part, v in row.items()} for name, row in parts.items()}
     paired = {  # by system, what retrieval takes off the other's error
         name: {part: interval(row[part] - parts["retrieved"][part]) for part in row} for name, row in parts.items()
     }
-    print("| arm | shock | steady | whole run | shock: arm - retrieved, paired |")
+    print("| arm | shock | of a regime met before | steady | whole run | shock: arm - retrieved, paired |")
     for name, row in table.items():
-        cells = [*(row[part] for part in ("shock", "steady", "whole")), paired[name]["shock"]]
+        cells = [*(row[part] for part in ("shock", "back", "steady", "whole")), paired[name]["shock"]]
         print(f"| {name} | " + " | ".join(f"{c['mean']:.4f} +- {c['half']:.4f}" for c in cells) + " |")
     if not quick:
         curves = {name: after_a_switch(test, y) for name, y in said.items()}
