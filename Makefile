@@ -96,19 +96,19 @@ experiments-full: $(VENV)/installed  ## every experiment in full: hours
 	for name in main_job adaptation meta; do $(BIN)/python -m benchmarks.$$name || exit 1; done
 	$(BIN)/python -m benchmarks.results_page
 
-$(VENV)/docs: pyproject.toml | $(VENV)/installed
-	$(BIN)/python tests/release_check.py --requirements docs | $(BIN)/pip install --quiet -r /dev/stdin
+$(VENV)/extra-%: pyproject.toml | $(VENV)/installed
+	$(BIN)/python tests/release_check.py --requirements $* | $(BIN)/pip install --quiet -r /dev/stdin
 	touch $@
 
-docs: $(VENV)/docs  ## the site, in build/docs; a link that leads nowhere is an error
+docs: $(VENV)/extra-docs  ## the site, in build/docs; a link that leads nowhere is an error
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet
 
 # Without isolation: in an environment of its own, where no torch is, a wheel would be built without kernels.
-release-check: $(VENV)/installed docs  ## sdist and wheel in dist, looked into
+release-check: $(VENV)/extra-release docs  ## sdist and wheel in dist, looked into
 	rm -rf dist
 	$(BIN)/python -m build --no-isolation --sdist --wheel > build/release.log 2>&1 || { tail -n 40 build/release.log; exit 1; }
 	$(BIN)/twine check --strict dist/*
 	$(BIN)/python tests/release_check.py dist
 
 clean:
-	rm -rf build dist *.egg-info eaml_ext/*.so runs $(VENV)/installed
+	rm -rf build dist *.egg-info eaml_ext/*.so runs $(VENV)/installed $(VENV)/extra-*

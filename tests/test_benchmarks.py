@@ -1,0 +1,48 @@
+"""The benchmarks' plots: of the results that are committed, and of what a quick run has measured."""
+
+import json
+
+import pytest
+
+from benchmarks import common
+from benchmarks.ops import knn, scan_plot
+
+QUICK = (8, 128, 64, 16)
+
+
+def results(stem: str) -> dict:
+    path = next(common.RESULTS.glob(f"{stem}-1-thread-*.json"))
+    found = json.loads(path.read_text())["results"]
+    for row in found["rows"]:
+        row["shape"] = tuple(row["shape"])
+    return found
+
+
+def is_picture(path) -> bool:
+    return path.read_bytes()[:8] == b"\x89PNG\r\n\x1a\n" and path.stat().st_size > 20_000
+
+
+def test_the_scan_is_plotted_from_full_and_from_quick_results(tmp_path):
+    rows = results("selective_scan")["rows"]
+    assert is_picture(scan_plot.plot(rows, tmp_path / "full.png"))
+    # a quick run: short lengths, some peers absent, bars at its own shape
+    quick = [{**row, "seconds": None, "reason": "absent: x"} if row["peer"] == "jax" else row for row in rows]
+    quick = [row for row in quick if row["shape"] == QUICK or row["shape"][1] <= 256]
+    assert is_picture(scan_plot.plot(quick, tmp_path / "quick.png", QUICK, threads=2))
+
+
+def test_knn_is_plotted_without_the_peers_that_are_absent(tmp_path):
+    found = results("knn")
+    rows = [{**row, "seconds": None} if "faiss" in row["peer"] else row for row in found["rows"]]
+    assert is_picture(knn.plot(rows, found["shares"][:3], tmp_path / "knn.png", threads=2))
+
+
+def test_labels_are_spread_in_their_order():
+    places = scan_plot.spread([1.0, 1.01, 100.0], gap=2.0)
+    assert places[1] / places[0] == pytest.approx(2, rel=1e-6) and places[2] == pytest.approx(100)
+
+
+def test_quick_plots_stay_out_of_the_results():
+    path = common.brief_path("selective_scan")
+    assert path.parent.is_dir() and path.parts[-3:] == ("build", "bench", "selective_scan.png")
+    assert common.RESULTS not in path.parents
