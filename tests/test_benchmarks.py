@@ -6,12 +6,10 @@ from pathlib import Path
 
 import pytest
 
-sys.path.append(
-    str(Path(__file__).parents[1])
-)  # the benchmarks are no package; last, not to hide an installed eaml_ext
+sys.path.append(str(Path(__file__).parents[1]))  # last, so as not to hide an installed eaml_ext
 
-from benchmarks import common  # noqa: E402
-from benchmarks.ops import knn, scan_plot  # noqa: E402
+from benchmarks import common
+from benchmarks.ops import knn, scan_plot
 
 QUICK = (8, 128, 64, 16)
 
