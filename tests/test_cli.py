@@ -1,8 +1,8 @@
 """The command line before anything heavy runs: help, settings from flags and files, and what it refuses."""
 
+import os
 import subprocess
 import sys
-import time
 from dataclasses import fields
 
 import pytest
@@ -35,11 +35,13 @@ except SystemExit as end:
 
 def test_help_comes_in_less_than_three_tenths_of_a_second():
     def seconds() -> float:
-        start = time.perf_counter()
+        """CPU seconds: on a clock, what else the machine does would count."""
+        before = os.times()
         subprocess.run([sys.executable, "-m", "eaml_ext", "--help"], capture_output=True, check=True)
-        return time.perf_counter() - start
+        after = os.times()
+        return after.children_user + after.children_system - before.children_user - before.children_system
 
-    assert min(seconds() for _ in range(5)) < 0.3  # the fastest: others measure what else the machine does
+    assert min(seconds() for _ in range(3)) < 0.3
 
 
 @pytest.mark.parametrize("algo", cli.SETTINGS)
@@ -147,3 +149,14 @@ def test_a_file_of_tiny_and_whole_numbers_keeps_their_bits(tmp_path):
         path = settings_file.write(tmp_path, DynamicsSettings(inner_lr=value))
         assert settings("--config", str(path)).inner_lr == value
         assert "resume" not in settings_file.read(path)
+
+
+def test_settings_that_cannot_be_written_leave_nothing_behind(tmp_path):
+    with pytest.raises(FileNotFoundError):
+        settings_file.write(tmp_path / "none", DynamicsSettings())
+    with pytest.raises(UnicodeEncodeError):
+        settings_file.write(tmp_path, DynamicsSettings(env_name="\udc80"))
+    (tmp_path / "settings.toml").mkdir()
+    with pytest.raises(OSError):
+        settings_file.write(tmp_path, DynamicsSettings())
+    assert [path.name for path in tmp_path.iterdir()] == ["settings.toml"]

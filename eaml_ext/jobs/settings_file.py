@@ -54,7 +54,7 @@ def write(folder: str | os.PathLike[str], settings: Any) -> Path:
     """Writes the settings of a run to ``settings.toml`` in its folder, whole or not at all; returns the path.
 
     ``settings`` is a dataclass of strings, numbers and booleans named ``<Algo>Settings``. ``resume`` stays out: the
-    file repeats a run, it does not go on with it.
+    file repeats a run, it does not go on with it. Raises OSError where the folder cannot be written.
 
     >>> import tempfile
     >>> from eaml_ext.jobs.settings import DynamicsSettings
@@ -68,9 +68,12 @@ def write(folder: str | os.PathLike[str], settings: Any) -> Path:
         if f.name != "resume":
             lines.append(f"{f.name} = {_toml(getattr(settings, f.name))}\n")
     path = Path(folder) / NAME
-    part = path.with_name(NAME + ".part")
-    part.write_text("".join(lines), encoding="utf-8")
-    os.replace(part, path)
+    part = path.with_name(f"{NAME}.{os.getpid()}.part")  # processes of one run may write at once
+    try:
+        part.write_text("".join(lines), encoding="utf-8")
+        os.replace(part, path)
+    finally:
+        part.unlink(missing_ok=True)
     return path
 
 
