@@ -4,7 +4,7 @@ import platform
 import shlex
 import sys
 import warnings
-from collections.abc import Iterable
+from collections.abc import Sequence
 from importlib import import_module, metadata
 from typing import Any
 
@@ -111,6 +111,7 @@ def problem(r: Requirement) -> str:
     return "" if r.specifier.contains(version, prereleases=True) else f"{version}, wanted {r.specifier}"
 
 
-def install(missing: Iterable[Requirement]) -> str:
+def install(missing: Sequence[Requirement]) -> str:
     """The command that installs them."""
-    return " ".join([INSTALL, *(shlex.quote(f"{r.name}{r.specifier}") for r in missing)])
+    names = [f"{r.name}[{','.join(sorted(r.extras))}]" if r.extras else r.name for r in missing]
+    return " ".join([INSTALL, *(shlex.quote(f"{n}{r.specifier}") for n, r in zip(names, missing, strict=True))])

@@ -25,13 +25,13 @@ def wants(monkeypatch):
 
 
 def test_report_names_versions_and_the_command_for_what_is_missing(wants, capsys):
-    wants("torch>=2.11", "no-such-package>=3", tidy=["nor-this-one", "numpy"], met=["numpy>=1"], old=["numpy>=999"])
+    wants("torch>=2.11", "no-such-package>=3", tidy=["nor-this-one[a,b]", "numpy"], ok=["numpy>=1"], old=["numpy>=999"])
     assert cli.main(["info"]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert lines[0].startswith(f"eaml_ext {eaml_ext.__version__}, Python 3.")
     assert f"torch           {torch.__version__}" in "\n".join(lines)
     assert f"  to mend: {info.INSTALL} 'no-such-package>=3'" in lines
-    assert f"  to get it: {info.INSTALL} nor-this-one" in lines
+    assert f"  to get it: {info.INSTALL} 'nor-this-one[a,b]'" in lines
     assert f"  to get it: {info.INSTALL} 'numpy>=999'" in lines
     assert sum("to get it: " in line and "FORCE_CUDA" not in line for line in lines) == 2
 
