@@ -39,6 +39,11 @@ def machine() -> dict[str, Any]:
     return {"cpu": cpu_name(), "torch": torch.__version__, "build": eaml_ext.build_info()}
 
 
+def cpus() -> int:
+    """The CPUs that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 def flags(text: str | None, shape: Sequence[str] = (), peers: Sequence[str] = ()) -> argparse.Namespace:
     """The flags every benchmark takes, and what is asked for of shapes and peers; seeds torch and sets its threads."""
     parser = argparse.ArgumentParser(description=text, formatter_class=argparse.RawDescriptionHelpFormatter)

@@ -10,7 +10,6 @@ registers, or reading the keys once; where the machine multiplies bfloat16 numbe
 
 import importlib.metadata
 import math
-import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -19,7 +18,7 @@ import torch
 from torch import Tensor
 
 import eaml_ext
-from benchmarks.common import brief_path, fastest, flags, medians, result_path, write
+from benchmarks.common import brief_path, cpus, fastest, flags, medians, result_path, write
 from benchmarks.ops.knn_peers import (
     OURS,
     PACKAGES,
@@ -194,7 +193,7 @@ def masked(bench: Bench, shapes: list[Shape]) -> list[Row]:
 def scaling(bench: Bench, shapes: list[Shape]) -> list[Row]:
     """Packed, on one thread and on two."""
     print("\npacked, one thread and two")
-    if len(os.sched_getaffinity(0)) < 2:
+    if cpus() < 2:
         print("  absent: one core")
         return [{"reason": "absent: one core"}]
     rows, before = [], torch.get_num_threads()

@@ -10,7 +10,6 @@ together) but for "double backward alone", which goes through a kept graph.
 
 import importlib.metadata
 import math
-import os
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +19,7 @@ from benchmarks.common import (
     brief_path,
     copy_rate,
     cores,
+    cpus,
     exp_rates,
     flags,
     in_fresh_process,
@@ -250,7 +250,7 @@ def scaling(bench: Bench, shapes: list[Shape]) -> list[Row]:
     """Ours on one thread and on two."""
     rows = []
     print(f"\n{'ours, threads':<46}{'1, ms':>8}{'2, ms':>8}{'speed-up':>10}")
-    if len(os.sched_getaffinity(0)) < 2:
+    if cpus() < 2:
         print("  absent: one core")
         return [{"reason": "absent: one core"}]
     for shape in shapes:
