@@ -199,7 +199,8 @@ def launched(timeout: float = TIMEOUT, *, alone: bool = False) -> Iterator[Group
         return
     options: dict[str, Any] = {"timeout": timedelta(seconds=timeout)}
     if count == 1:
-        options |= {"store": dist.HashStore(), "rank": 0, "world_size": 1}
+        store = dist.HashStore()  # type: ignore[attr-defined]  # torch re-exports it without saying so
+        options |= {"store": store, "rank": 0, "world_size": 1}
     try:
         dist.init_process_group("gloo", **options)
     except RuntimeError as error:

@@ -19,8 +19,9 @@ def as_markdown(text: str) -> str:
 
 
 def fenced(found: re.Match[str]) -> str:
+    """At the margin: further in, the fence itself would be code."""
     indent, body = found.groups()
-    return f"{indent}```pycon\n{indent}{body}\n{indent}```"
+    return "```pycon\n" + body.replace("\n" + indent, "\n") + "\n```"
 
 
 class Docstrings(griffe.Extension):

@@ -18,7 +18,7 @@ TEXTS = {"README.md": "index.md", "CONTRIBUTING.md": "contributing.md", "CHANGEL
 # Pages of more than one room: the modules whose public names they list.
 MODULES = {
     "integrations": ["integrations.transformers"],
-    "package": ["checkpoint", "info", "jobs.settings", "jobs.rl_settings", "jobs.settings_file", "cli"],
+    "package": ["checkpoint", "distributed", "info", "jobs.settings", "jobs.rl_settings", "jobs.settings_file"],
 }
 
 
@@ -62,7 +62,8 @@ def api_pages() -> dict[str, str]:
     for page, modules in MODULES.items():
         entries = [f"::: eaml_ext.{module}\n    options:\n      heading: eaml_ext.{module}\n" for module in modules]
         first = ["::: eaml_ext\n    options:\n      members: [build_info]\n"] if page == "package" else []
-        pages[page] = f"# {page}\n\n" + "\n".join([*first, *entries])
+        title = {"package": "Files, settings and the package"}.get(page, f"eaml_ext.{page}")
+        pages[page] = f"# {title}\n\n" + "\n".join([*first, *entries])
     return pages
 
 

@@ -129,7 +129,8 @@ def _raw(queries: Tensor, keys: Tensor, k: int, *others: Any) -> tuple[Tensor, T
     """The op, or the reference where its kernel does not go so far."""
     if queries.is_cuda and min(k, keys.shape[-2]) > MOST:
         return _reference(queries, keys, k, *others)
-    return torch.ops.eaml_ext.knn.default(queries, keys, k, *others)
+    found: tuple[Tensor, Tensor] = torch.ops.eaml_ext.knn.default(queries, keys, k, *others)
+    return found
 
 
 # ---- fake -------------------------------------------------------------------------------------------------------

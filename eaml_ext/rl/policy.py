@@ -74,7 +74,7 @@ class SSMMetaPolicy(nn.Module):
         }
         self.state_dim, self.action_dim, self.continuous = state_dim, action_dim, continuous
         options: Any = {"state_size": state_size, "num_layers": num_layers, "core": core}
-        self.ssm = SSM(state_dim, hidden_dim, hidden_dim, device, **options)  # type: ignore[arg-type]
+        self.ssm = SSM(state_dim, hidden_dim, hidden_dim, device, **options)
         self.actor = nn.Linear(hidden_dim, action_dim)
         self.critic = nn.Linear(hidden_dim, 1)
         if continuous:
