@@ -101,7 +101,7 @@ $(VENV)/extra-%: pyproject.toml | $(VENV)/installed
 	touch $@
 
 docs: $(VENV)/extra-docs  ## the site, in build/docs; a link that leads nowhere is an error
-	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build  # not --quiet: it would not count warnings
 
 # Without isolation: in an environment of its own, where no torch is, a wheel would be built without kernels.
 release-check: $(VENV)/extra-release docs  ## sdist and wheel in dist, looked into

@@ -210,6 +210,15 @@ def test_links_of_the_repository_become_links_of_the_site(pages):
     assert turned("[o](../api/meta.md)", "tutorials/x.md") == "[o](../api/meta.md)"
 
 
+def test_docstrings_become_markdown(pages):
+    turned = runpy.run_path(str(ROOT / "docs" / "site" / "docstrings.py"))["as_markdown"]
+    assert turned("A :class:`~eaml_ext.nn.SSM` and :func:`eaml_ext.ops.knn`.") == "A `SSM` and `eaml_ext.ops.knn`."
+    example = ">>> f(\n...     1)\n2\n>>> g()"
+    assert turned(f"Text.\n\n{example}\n\nMore.") == f"Text.\n\n```pycon\n{example}\n```\n\nMore."
+    assert turned("As here::\n\n    >>> f()\n    2") == "As here:\n\n```pycon\n>>> f()\n2\n```"
+    assert turned("    x = a >>> b") == "    x = a >>> b"
+
+
 def test_links_and_pictures_of_readme_and_docs_are_there():
     for page in [ROOT / "README.md", *(ROOT / "docs").rglob("*.md")]:
         for target in re.findall(r"\]\(([^)#\s]+)(?:#[\w-]*)?\)", page.read_text(encoding="utf-8")):
