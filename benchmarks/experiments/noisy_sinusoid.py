@@ -190,7 +190,8 @@ def plot(settings: dict[str, Any]) -> None:
         axes.errorbar(SHOTS, mean, half, marker="o", capsize=3, label=arm)
     title = "Noisy sinusoids, noise 0.3, memory of 1000 tasks"
     axes.set(xlabel="points of the new task", ylabel="mean squared error", xscale="log", yscale="log", title=title)
-    axes.set_xticks(SHOTS, [str(k) for k in SHOTS], minor=False)
+    axes.minorticks_off()
+    axes.set_xticks(SHOTS, [str(k) for k in SHOTS])
     axes.legend(loc="upper left", bbox_to_anchor=(1.0, 1.0), frameon=False)
     figure.savefig(RESULTS / "noisy_sinusoid.png", dpi=120)
 
