@@ -23,6 +23,13 @@ MODULES = sorted(
 )
 
 
+@pytest.fixture(autouse=True)
+def _registrations_end_with_their_example(monkeypatch):
+    from eaml_ext.tasks import registry
+
+    monkeypatch.setattr(registry, "_FACTORIES", dict(registry._FACTORIES))
+
+
 def blocks(path: Path) -> list:
     code = re.findall(r"^```python\n(.*?)^```", path.read_text(), flags=re.M | re.S)
     return [pytest.param(c, id=f"{path.name}-{i}") for i, c in enumerate(code)]
