@@ -214,8 +214,8 @@ class Mamba(nn.Module):
             _check.positive("Mamba", name, value)
         for name, flag in (("conv_bias", conv_bias), ("bias", bias), ("use_fast_path", use_fast_path)):
             _check.flag("Mamba", name, flag)
-        if dt_max < dt_min:
-            raise ValueError(f"Mamba: dt_max must be at least dt_min, {dt_min}, got {dt_max}")
+        if not dt_min <= dt_max < math.inf:
+            raise ValueError(f"Mamba: dt_max must be finite and at least dt_min, {dt_min}, got {dt_max}")
         if dt_init not in ("random", "constant"):
             raise ValueError(f"Mamba: dt_init must be 'random' or 'constant', got {dt_init!r}")
         if isinstance(dt_rank, str) and dt_rank != "auto":

@@ -26,6 +26,8 @@ class SSM(nn.Module):
         num_layers: residual layers.
         core: "s6" (Mamba's scan), "mamba", "s4d", "s5", "lru", "ssd", "retention", "rwkv", or a callable
             ``(hidden_dim, state_size) -> core``, see :mod:`eaml_ext.nn.cores`.
+        dt_min, dt_max: the step sizes of "s6", "mamba", "s4d", "s5" and "ssd" start log-uniform between them; 0.001 and
+            0.1, those of the papers, if absent. Large ones forget, and learn, within few steps.
 
     Raises:
         TypeError, ValueError: a size is not a positive integer, ``core`` is unknown, or an input has the wrong shape.
@@ -49,6 +51,8 @@ class SSM(nn.Module):
         state_size: int = 16,
         num_layers: int = 1,
         core: str | Callable[[int, int], nn.Module] = "s6",
+        dt_min: float | None = None,
+        dt_max: float | None = None,
     ):
         super().__init__()
         options = {
@@ -60,11 +64,11 @@ class SSM(nn.Module):
         }
         for name, value in options.items():
             _check.positive("SSM", name, value, integer=True)
-        self.options = {**options, "core": core}
+        self.options = {**options, "core": core, "dt_min": dt_min, "dt_max": dt_max}
         self.state_dim, self.hidden_dim, self.output_dim = state_dim, hidden_dim, output_dim
         self.embed = nn.Linear(state_dim, hidden_dim)
         self.norms = nn.ModuleList(nn.RMSNorm(hidden_dim) for _ in range(num_layers))
-        self.cores = nn.ModuleList(make_core(core, hidden_dim, state_size) for _ in range(num_layers))
+        self.cores = nn.ModuleList(make_core(core, hidden_dim, state_size, dt_min, dt_max) for _ in range(num_layers))
         self._state_shape = (num_layers, *self.cores[0].state_shape)  # type: ignore[misc]
         self.norm = nn.RMSNorm(hidden_dim)
         self.head = nn.Linear(hidden_dim, output_dim)
@@ -173,7 +177,7 @@ class SSMLayer(nn.Module):
     Args:
         input_dim: size of an observation.
         hidden_dim: size of the encoding.
-        state_size, num_layers, core: as in :class:`SSM`.
+        state_size, num_layers, core, dt_min, dt_max: as in :class:`SSM`.
 
     >>> encoder = SSMLayer(4, 16)
     >>> encoder(torch.randn(50, 4)).mean(dim=0).shape
@@ -190,12 +194,15 @@ class SSMLayer(nn.Module):
         state_size: int = 16,
         num_layers: int = 1,
         core: str | Callable[[int, int], nn.Module] = "s6",
+        dt_min: float | None = None,
+        dt_max: float | None = None,
     ):
         super().__init__()
         for name, value in (("input_dim", input_dim), ("hidden_dim", hidden_dim)):
             _check.positive("SSMLayer", name, value, integer=True)
         self.input_dim, self.hidden_dim = input_dim, hidden_dim
-        self.model = SSM(input_dim, hidden_dim, hidden_dim, state_size=state_size, num_layers=num_layers, core=core)
+        options: dict[str, Any] = {"state_size": state_size, "num_layers": num_layers, "core": core}
+        self.model = SSM(input_dim, hidden_dim, hidden_dim, **options, dt_min=dt_min, dt_max=dt_max)
 
     def forward(self, x: Tensor) -> Tensor:
         """``(time, input_dim)`` or ``(batch, time, input_dim)`` -> the same with ``hidden_dim`` last."""

@@ -10,6 +10,11 @@ from torch.distributions import Categorical, Distribution, Independent, Normal
 
 from eaml_ext import _check, checkpoint
 from eaml_ext.nn import SSM
+from eaml_ext.nn.cores import TIMED
+
+
+# Ten times Mamba's: what an action does must show within a few steps, and what a task is within one episode.
+STEP_SIZES = 0.01, 1.0
 
 
 class SSMMetaPolicy(nn.Module):
@@ -29,6 +34,8 @@ class SSMMetaPolicy(nn.Module):
         continuous: actions are real vectors of independent normals, whose standard deviations are parameters that do
             not depend on the observation; else integers in [0, action_dim).
         state_size, num_layers, core: as in :class:`eaml_ext.nn.SSM`.
+        dt_min, dt_max: as there, but 0.01 and 1 if absent: a language model's step sizes take hundreds of steps to see
+            what an action does.
 
     Raises:
         TypeError, ValueError: a size is not a positive integer, or an input has the wrong shape.
@@ -58,23 +65,31 @@ class SSMMetaPolicy(nn.Module):
         state_size: int = 16,
         num_layers: int = 1,
         core: str | Callable[[int, int], nn.Module] = "s6",
+        dt_min: float | None = None,
+        dt_max: float | None = None,
     ):
         super().__init__()
         for name, value in (("state_dim", state_dim), ("action_dim", action_dim), ("hidden_dim", hidden_dim)):
             _check.positive("SSMMetaPolicy", name, value, integer=True)
         _check.flag("SSMMetaPolicy", "continuous", continuous)
+        if not callable(core) and core in TIMED:
+            dt_min, dt_max = (ours if given is None else given for given, ours in zip((dt_min, dt_max), STEP_SIZES, strict=True))
+        ssm: dict[str, Any] = {
+            "state_size": state_size,
+            "num_layers": num_layers,
+            "core": core,
+            "dt_min": dt_min,
+            "dt_max": dt_max,
+        }
         self.options = {
             "state_dim": state_dim,
             "action_dim": action_dim,
             "hidden_dim": hidden_dim,
             "continuous": continuous,
-            "state_size": state_size,
-            "num_layers": num_layers,
-            "core": core,
+            **ssm,
         }
         self.state_dim, self.action_dim, self.continuous = state_dim, action_dim, continuous
-        options: Any = {"state_size": state_size, "num_layers": num_layers, "core": core}
-        self.ssm = SSM(state_dim, hidden_dim, hidden_dim, device, **options)
+        self.ssm = SSM(state_dim, hidden_dim, hidden_dim, device, **ssm)
         self.actor = nn.Linear(hidden_dim, action_dim)
         self.critic = nn.Linear(hidden_dim, 1)
         if continuous:

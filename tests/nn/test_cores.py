@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch.func import functional_call, grad, vmap
 
 from eaml_ext.nn import SSM, Mamba, SSMLayer
-from eaml_ext.nn.cores import CORES, LRU, RWKV, S4D, S5, SSD, MambaCore, Retention, make_core
+from eaml_ext.nn.cores import CORES, LRU, RWKV, S4D, S5, SSD, TIMED, MambaCore, Retention, make_core
 from eaml_ext.ops import selective_scan_reference
 
 DIM, STATES = 32, 4
@@ -161,6 +161,53 @@ def test_initialisations_are_the_published_ones():
     assert decay.min() >= 1 and decay.max() <= 16
     gamma = 1 - Retention(2048, 2).log_gamma.exp()
     assert gamma.min() >= 0.9 * 2**-12 and gamma.max() <= 1.1 * 2**-5
+
+
+def steps(core):
+    """The initial step sizes of any core that has some."""
+    if isinstance(core, MambaCore):
+        return F.softplus(core.block.dt_proj.bias)
+    return core.log_dt.exp() if hasattr(core, "log_dt") else F.softplus(core.delta_bias)
+
+
+@pytest.mark.parametrize("name", TIMED)
+def test_step_sizes_start_log_uniform_in_the_given_range(name):
+    for options, (low, high) in {(): (1e-3, 0.1), (("dt_min", 0.01), ("dt_max", 1.0)): (0.01, 1.0)}.items():
+        core = make_core(name, 4096, 2048, **dict(options))  # of about as many step sizes, in heads of 16 for ssd
+        step = steps(core).detach()
+        assert low * 0.999 <= step.min() and step.max() <= high * 1.001
+        place = (step / low).log() / math.log(high / low)  # uniform in [0, 1]
+        assert abs(place.mean() - 0.5) < 4 * (12 * len(step)) ** -0.5 and abs(place.std() - 12**-0.5) < 0.03
+    same = make_core(name, 32, 4, 0.3, 0.3)
+    torch.testing.assert_close(steps(same), torch.full_like(steps(same), 0.3))
+
+
+@pytest.mark.parametrize("name", TIMED)
+@pytest.mark.parametrize(
+    ("options", "error", "text"),
+    [
+        ({"dt_min": 0.0}, ValueError, "dt_min must be > 0, got 0.0"),
+        ({"dt_min": "1"}, TypeError, "dt_min must be a number, got '1'"),
+        ({"dt_max": -1.0}, ValueError, "dt_max must be > 0, got -1.0"),
+        ({"dt_min": 0.2, "dt_max": 0.1}, ValueError, "dt_max must be finite and at least dt_min, 0.2, got 0.1"),
+        ({"dt_min": 0.2}, ValueError, "dt_max must be finite and at least dt_min, 0.2, got 0.1"),
+        ({"dt_max": math.inf}, ValueError, "dt_max must be finite and at least dt_min, 0.001, got inf"),
+    ],
+)
+def test_bad_step_sizes_are_refused(name, options, error, text):
+    with pytest.raises(error, match=f"^(S6|Mamba|S4D|S5|SSD): {text}$"):
+        make_core(name, DIM, STATES, **options)
+
+
+@pytest.mark.parametrize("option", ["dt_min", "dt_max"])
+def test_cores_without_step_sizes_refuse_them(option):
+    for name in sorted(set(CORES) - set(TIMED)):
+        text = f"^make_core: {option} must be None for core '{name}', which has no step size, got 0.5$"
+        with pytest.raises(ValueError, match=text):
+            make_core(name, DIM, STATES, **{option: 0.5})
+    text = f"^make_core: {option} must be None where core is a callable, which sets its own, got 0.5$"
+    with pytest.raises(ValueError, match=text):
+        SSM(3, 8, 2, core=SSD, **{option: 0.5})
 
 
 def test_retention_keeps_its_decays_across_precisions():

@@ -230,7 +230,7 @@ def bad_calls():
     yield lambda: Mamba(6, dt_rank="all"), ValueError, "dt_rank must be 'auto'"
     yield lambda: Mamba(6, dt_rank=0), ValueError, "dt_rank must be > 0"
     yield lambda: Mamba(6, dt_min=0), ValueError, "dt_min must be > 0"
-    yield lambda: Mamba(6, dt_max=1e-4), ValueError, "dt_max must be at least dt_min"
+    yield lambda: Mamba(6, dt_max=1e-4), ValueError, "dt_max must be finite and at least dt_min"
     yield lambda: Mamba(6, dt_init="zero"), ValueError, "dt_init must be"
     yield lambda: Mamba(6, dt_scale=-1), ValueError, "dt_scale must be > 0"
     yield lambda: Mamba(6, dt_init_floor="a"), TypeError, "dt_init_floor must be a number"

@@ -117,7 +117,7 @@ def test_maml_outer_gradient_equals_the_reference_loop(monkeypatch):
 
 
 def test_save_and_load_keep_weights_and_options(tmp_path):
-    net = SSM(5, 8, 3, state_size=4, num_layers=2)
+    net = SSM(5, 8, 3, state_size=4, num_layers=2, dt_min=0.2, dt_max=0.5)
     net.save(tmp_path / "m.safetensors")
     back = SSM.load(tmp_path / "m.safetensors")
     x = torch.randn(2, 6, 5)

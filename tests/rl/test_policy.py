@@ -125,14 +125,22 @@ def test_observations_are_taken_in_the_units_of_the_data_and_constants_as_they_a
 
 
 def test_save_and_load(tmp_path):
-    net, (x, _) = SSMMetaPolicy(5, 3, 8, continuous=True), data()
+    net, (x, _) = SSMMetaPolicy(5, 3, 8, continuous=True, dt_min=0.2, dt_max=0.3), data()
     net.normalise(x.float() * 3 + 1)
     net.save(tmp_path / "policy")
     again = SSMMetaPolicy.load(tmp_path / "policy")
     assert torch.equal(net(x.float()), again(x.float())) and again.options == net.options
+    step = torch.nn.functional.softplus(net.ssm.cores[0].delta_bias)
+    assert net.options["dt_min"] == 0.2 and net.options["dt_max"] == 0.3 and 0.199 < step.min() <= step.max() < 0.301
     custom = SSMMetaPolicy(5, 3, 8, core=lambda dim, size: type(net.ssm.cores[0])(dim, size))
     with pytest.raises(ValueError, match=r"^SSMMetaPolicy.save: core is a custom callable"):
         custom.save(tmp_path / "custom")
+
+
+def test_step_sizes_start_ten_times_as_large_as_those_of_a_language_model():
+    step = torch.nn.functional.softplus(SSMMetaPolicy(5, 3, 512).ssm.cores[0].delta_bias)
+    assert 0.0099 < step.min() < 0.02 and 0.5 < step.max() < 1.01
+    assert SSMMetaPolicy(5, 3, core="lru").options["dt_min"] is None  # which has none
 
 
 @pytest.mark.parametrize(
@@ -142,10 +150,13 @@ def test_save_and_load(tmp_path):
         ({"action_dim": 1.5}, TypeError, "action_dim must be an integer, got 1.5"),
         ({"hidden_dim": -1}, ValueError, "hidden_dim must be > 0, got -1"),
         ({"continuous": 1}, TypeError, "continuous must be True or False, got int"),
+        ({"dt_min": 0}, ValueError, "dt_min must be > 0, got 0"),
+        ({"dt_max": 0.001}, ValueError, "dt_max must be finite and at least dt_min, 0.01, got 0.001"),
     ],
 )
 def test_refuses_options(kwargs, error, text):
-    with pytest.raises(error, match=f"^SSMMetaPolicy: {text}$"):
+    where = "S6" if "dt_" in text else "SSMMetaPolicy"
+    with pytest.raises(error, match=f"^{where}: {text}$"):
         SSMMetaPolicy(**{"state_dim": 5, "action_dim": 3, **kwargs})
 
 

@@ -25,7 +25,7 @@ from eaml_ext.nn.cores.s4d import S4D
 from eaml_ext.nn.cores.s6 import S6
 from eaml_ext.nn.cores.ssd import SSD
 
-CORES: dict[str, Callable[[int, int], nn.Module]] = {
+CORES: dict[str, Callable[..., nn.Module]] = {
     "s6": S6,
     "mamba": MambaCore,
     "s4d": S4D,
@@ -37,13 +37,33 @@ CORES: dict[str, Callable[[int, int], nn.Module]] = {
 }
 
 
-def make_core(core: str | Callable[[int, int], nn.Module], dim: int, state_size: int) -> Any:
-    """The core named ``core``, or built by it if it is a callable ``(dim, state_size) -> nn.Module``."""
+TIMED = ("s6", "mamba", "s4d", "s5", "ssd")
+"""The cores that have a step size, whose initial range ``dt_min`` and ``dt_max`` set."""
+
+
+def make_core(
+    core: str | Callable[[int, int], nn.Module],
+    dim: int,
+    state_size: int,
+    dt_min: float | None = None,
+    dt_max: float | None = None,
+) -> Any:
+    """The core named ``core``, or built by it if it is a callable ``(dim, state_size) -> nn.Module``.
+
+    ``dt_min`` and ``dt_max`` go to the cores of ``TIMED``, which have defaults of their own; other cores refuse them.
+    """
+    steps = {name: value for name, value in (("dt_min", dt_min), ("dt_max", dt_max)) if value is not None}
     if callable(core):
+        if steps:
+            name, value = steps.popitem()
+            raise ValueError(f"make_core: {name} must be None where core is a callable, which sets its own, got {value!r}")
         return core(dim, state_size)
     if core not in CORES:
         raise ValueError(f"make_core: core must be one of {sorted(CORES)} or a callable, got {core!r}")
-    return CORES[core](dim, state_size)
+    if steps and core not in TIMED:
+        name, value = steps.popitem()
+        raise ValueError(f"make_core: {name} must be None for core {core!r}, which has no step size, got {value!r}")
+    return CORES[core](dim, state_size, **steps)
 
 
-__all__ = ["CORES", "LRU", "RWKV", "S4D", "S5", "S6", "SSD", "Core", "MambaCore", "Retention", "make_core"]
+__all__ = ["CORES", "LRU", "RWKV", "S4D", "S5", "S6", "SSD", "TIMED", "Core", "MambaCore", "Retention", "make_core"]

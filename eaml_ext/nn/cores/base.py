@@ -3,6 +3,7 @@
 import math
 from abc import ABC, abstractmethod
 
+import torch
 from torch import Tensor, nn
 
 from eaml_ext import _check
@@ -29,6 +30,15 @@ class Core(nn.Module, ABC):
         """``x`` (batch, dim), ``state`` (batch, *state_shape) -> (y, state): one step of :meth:`scan`."""
         y, state = self.scan(x.unsqueeze(1), state)
         return y.squeeze(1), state
+
+    def _step_sizes(self, size: int, dt_min: float, dt_max: float) -> Tensor:
+        """Initial step sizes, log-uniform in [dt_min, dt_max]."""
+        where = type(self).__name__
+        _check.positive(where, "dt_min", dt_min)
+        _check.positive(where, "dt_max", dt_max)
+        if not dt_min <= dt_max < math.inf:
+            raise ValueError(f"{where}: dt_max must be finite and at least dt_min, {dt_min}, got {dt_max}")
+        return torch.exp(torch.empty(size).uniform_(math.log(dt_min), math.log(dt_max)))
 
     def _heads(self, num_heads: int | None, smallest: int = 1) -> tuple[int, int]:
         """How many heads and how wide; of about 16 channels, one vector of the kernel, if nothing is asked for."""

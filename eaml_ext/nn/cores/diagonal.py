@@ -116,6 +116,7 @@ class S5(_Diagonal):
     Args:
         dim: width of input and output.
         state_size: conjugate pairs **in all**, shared by the channels; ``dim / 2`` is usual.
+        dt_min, dt_max: the step sizes start log-uniform between them.
 
     Source: Smith et al. 2023, "Simplified State Space Layers for Sequence Modeling", equations 2, 3 and 5, sections 3
     and 4.3.
@@ -127,12 +128,12 @@ class S5(_Diagonal):
 
     pairs = 2
 
-    def __init__(self, dim: int, state_size: int = 16):
+    def __init__(self, dim: int, state_size: int = 16, *, dt_min: float = 1e-3, dt_max: float = 0.1):
         super().__init__(dim, state_size)
         frequencies, vectors = _hippo_normal(state_size)
         self.A_log = nn.Parameter(torch.full((state_size,), math.log(0.5)))  # of minus the real part
         self.A_imag = nn.Parameter(frequencies)
-        self.log_dt = nn.Parameter(torch.empty(state_size).uniform_(math.log(1e-3), math.log(1e-1)))
+        self.log_dt = nn.Parameter(self._step_sizes(state_size, dt_min, dt_max).log())
         B = torch.randn(2 * state_size, dim) / math.sqrt(dim)
         C = torch.randn(dim, 2 * state_size) / math.sqrt(2 * state_size)
         self.B = nn.Parameter(as_real(vectors.mH @ B.to(vectors.dtype)))

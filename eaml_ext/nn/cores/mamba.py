@@ -14,16 +14,25 @@ class MambaCore(Core):
     Args:
         dim: width of input and output.
         state_size: states per channel.
-        d_conv, expand: as of :class:`eaml_ext.nn.Mamba`.
+        d_conv, expand, dt_min, dt_max: as of :class:`eaml_ext.nn.Mamba`.
 
     >>> y, state = MambaCore(8, 4).scan(torch.randn(2, 5, 8))
     >>> y.shape, state.shape
     (torch.Size([2, 5, 8]), torch.Size([2, 16, 8]))
     """
 
-    def __init__(self, dim: int, state_size: int = 16, *, d_conv: int = 4, expand: float = 2):
+    def __init__(
+        self,
+        dim: int,
+        state_size: int = 16,
+        *,
+        d_conv: int = 4,
+        expand: float = 2,
+        dt_min: float = 1e-3,
+        dt_max: float = 0.1,
+    ):
         super().__init__(dim, state_size)
-        self.block = Mamba(dim, state_size, d_conv, expand)
+        self.block = Mamba(dim, state_size, d_conv, expand, dt_min=dt_min, dt_max=dt_max)
         self.state_shape = (self.block.d_inner, d_conv + state_size)
 
     def scan(

@@ -21,6 +21,7 @@ class S4D(Core):
     Args:
         dim: width of input and output.
         state_size: conjugate pairs per channel; a state is two numbers.
+        dt_min, dt_max: the step sizes start log-uniform between them.
 
     Source: Gu et al. 2022, "On the Parameterization and Initialization of Diagonal State Space Models", equations 2, 7
     and 10.
@@ -30,10 +31,10 @@ class S4D(Core):
     (torch.Size([2, 5, 8]), torch.Size([2, 8, 4, 2]))
     """
 
-    def __init__(self, dim: int, state_size: int = 16):
+    def __init__(self, dim: int, state_size: int = 16, *, dt_min: float = 1e-3, dt_max: float = 0.1):
         super().__init__(dim, state_size)
         self.state_shape = (dim, state_size, 2)
-        self.log_dt = nn.Parameter(torch.empty(dim).uniform_(math.log(1e-3), math.log(1e-1)))
+        self.log_dt = nn.Parameter(self._step_sizes(dim, dt_min, dt_max).log())
         self.A_log = nn.Parameter(torch.full((dim, state_size), math.log(0.5)))  # of minus the real part
         self.A_imag = nn.Parameter(math.pi * torch.arange(float(state_size)).repeat(dim, 1))
         self.C = nn.Parameter(torch.randn(dim, state_size, 2) / math.sqrt(2))

@@ -5,12 +5,12 @@ import math
 import torch
 from torch import Tensor, nn
 
-from eaml_ext import _check
+from eaml_ext.nn.cores.base import Core
 from eaml_ext.nn.padding import stop
 from eaml_ext.ops import selective_scan, selective_scan_step
 
 
-class S6(nn.Module):
+class S6(Core):
     """Selective state-space core: step size, B and C depend on the input (Gu & Dao 2023, "Mamba", section 3).
 
     A starts as S4D-Real, ``-(1..state_size)``, and the step sizes log-uniform in [0.001, 0.1], as there.
@@ -18,6 +18,7 @@ class S6(nn.Module):
     Args:
         dim: width of input and output.
         state_size: states per channel.
+        dt_min, dt_max: the step sizes start log-uniform between them; state n fades by exp(-n dt) a step.
 
     >>> core = S6(8, 4)
     >>> y, state = core.scan(torch.randn(2, 5, 8))
@@ -25,10 +26,8 @@ class S6(nn.Module):
     (torch.Size([2, 5, 8]), torch.Size([2, 8, 4]))
     """
 
-    def __init__(self, dim: int, state_size: int = 16):
-        super().__init__()
-        _check.positive("S6", "dim", dim, integer=True)
-        _check.positive("S6", "state_size", state_size, integer=True)
+    def __init__(self, dim: int, state_size: int = 16, *, dt_min: float = 1e-3, dt_max: float = 0.1):
+        super().__init__(dim, state_size)
         self.state_shape = (dim, state_size)
         rank = math.ceil(dim / 16)
         self.split = (rank, state_size, state_size)
@@ -38,7 +37,7 @@ class S6(nn.Module):
         self.mix = nn.Linear(dim, dim)
         self.A_log = nn.Parameter(torch.arange(1.0, state_size + 1).log().repeat(dim, 1))
         self.D = nn.Parameter(torch.ones(dim))
-        step = torch.exp(torch.empty(dim).uniform_(math.log(1e-3), math.log(1e-1)))
+        step = self._step_sizes(dim, dt_min, dt_max)
         self.delta_bias = nn.Parameter(step + torch.log(-torch.expm1(-step)))  # softplus(delta_bias) = step
         nn.init.uniform_(self.expand.weight, -(rank**-0.5), rank**-0.5)
 

@@ -21,6 +21,7 @@ class SSD(Core):
         dim: width of input and output.
         state_size: states per channel.
         num_heads: divides ``dim``; heads of about 16 channels if absent.
+        dt_min, dt_max: the step sizes start log-uniform between them.
 
     Source: Dao & Gu 2024, "Transformers are SSMs", equation 2 and section 7.
 
@@ -29,7 +30,15 @@ class SSD(Core):
     (torch.Size([2, 5, 8]), torch.Size([2, 8, 4]))
     """
 
-    def __init__(self, dim: int, state_size: int = 16, *, num_heads: int | None = None):
+    def __init__(
+        self,
+        dim: int,
+        state_size: int = 16,
+        *,
+        num_heads: int | None = None,
+        dt_min: float = 1e-3,
+        dt_max: float = 0.1,
+    ):
         super().__init__(dim, state_size)
         self.state_shape = (dim, state_size)
         self.num_heads, self.head_dim = self._heads(num_heads)
@@ -37,7 +46,7 @@ class SSD(Core):
         self.project = nn.Linear(dim, sum(self.split), bias=False)  # gate, B, C, step size
         self.A_log = nn.Parameter(torch.empty(self.num_heads).uniform_(1, 16).log())
         self.D = nn.Parameter(torch.ones(self.num_heads))
-        step = torch.exp(torch.empty(self.num_heads).uniform_(math.log(1e-3), math.log(1e-1)))
+        step = self._step_sizes(self.num_heads, dt_min, dt_max)
         self.delta_bias = nn.Parameter(step + torch.log(-torch.expm1(-step)))  # softplus(delta_bias) = step
         self.norm = nn.RMSNorm(dim, eps=1e-5)
         self.mix = nn.Linear(dim, dim, bias=False)
