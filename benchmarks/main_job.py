@@ -1,4 +1,6 @@
-"""The main job over several seeds: mean error of each arm on held-out tasks, and its spread over seeds.
+"""The main job over several seeds: error of each arm on held-out tasks, and return of a planner that acts on its model.
+
++- is a 95 % interval over seeds (Student's).
 
 python -m benchmarks.main_job [--seeds 5]
 """
@@ -11,7 +13,7 @@ import tempfile
 import time
 from typing import Any
 
-from benchmarks.common import RESULTS, machine
+from benchmarks.common import RESULTS, machine, student
 from eaml_ext.jobs import report
 from eaml_ext.jobs.dynamics import run
 from eaml_ext.jobs.settings import DynamicsSettings
@@ -22,6 +24,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=5)
     seeds = range(parser.parse_args().seeds)
     arms: dict[str, list[dict[str, float]]] = {}
+    returns: dict[str, list[float]] = {}
     seconds = []
     for seed in seeds:
         with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(io.StringIO()):
@@ -30,22 +33,27 @@ def main() -> None:
             seconds.append(time.perf_counter() - start)
         for name, arm in results["arms"].items():
             arms.setdefault(name, []).append(arm)
+        for name, row in results["returns"].items():
+            returns.setdefault(name, []).append(row["mean"])
     table: dict[str, Any] = {
-        name: {
-            "mean": statistics.mean(a["mean"] for a in runs),
-            "spread": statistics.stdev(a["mean"] for a in runs) if len(runs) > 1 else 0.0,
-            "median": statistics.mean(a["median"] for a in runs),
-        }
+        name: {**student([a["mean"] for a in runs]), "median": statistics.mean(a["median"] for a in runs)}
         for name, runs in arms.items()
     }
+    acted = {name: student(means) for name, means in returns.items()}
     print(f"{len(seeds)} seeds, {statistics.median(seconds):.0f} s each")
-    print(f"| {'arm':<14} | mean +- spread over seeds | mean of medians over tasks |")
-    for name, row in table.items():
-        print(f"| {name:<14} | {row['mean']:.4f} +- {row['spread']:.4f} | {row['median']:.4f} |")
+    print(f"| {'arm':<14} | mean error | mean of medians over tasks | return of the planner |")
+    for name in dict.fromkeys([*acted, *table]):
+        error = f"{_cell(table[name], 4)} | {table[name]['median']:.4f}" if name in table else "- | -"
+        print(f"| {name:<14} | {error} | {_cell(acted[name], 1) if name in acted else '-'} |")
     RESULTS.mkdir(exist_ok=True)
     report.write_json(
-        RESULTS / "main_job.json", {"machine": machine(), "seconds": seconds, "arms": table, "runs": arms}
+        RESULTS / "main_job.json",
+        {"machine": machine(), "seconds": seconds, "arms": table, "returns": acted, "runs": arms},
     )
+
+
+def _cell(row: dict[str, float], digits: int) -> str:
+    return f"{row['mean']:.{digits}f} +- {row['half']:.{digits}f}"
 
 
 if __name__ == "__main__":

@@ -1,11 +1,13 @@
 """Meta-RL in context on CartPole with action flip and hidden velocity: return per episode of a trial, per memory.
 
 One policy, one training (RL^2 by PPO), one budget; what differs is the core: none ("mlp"), the last four inputs
-("frames"), a GRU, the selective SSM. The learning rate of each is chosen on tasks of the split "valid" with a seed that
-is not reported. Returns are those of the likeliest actions on unseen tasks of the split "test", 500 is the most.
+("frames"), a GRU, the selective scan by itself ("s6") and Mamba's whole block, whose convolution sees what changes from
+step to step ("ssm"). "ssm + adapter" is that policy, which also learns by gradient between the episodes of a trial. The
+learning rate of each is chosen on tasks of the split "valid" with a seed that is not reported. Returns are those of the
+likeliest actions on unseen tasks of the split "test", 500 is the most; +- is a 95 % interval over seeds (Student's).
 
-python -m benchmarks.experiments.cartpole_rl [--seeds 3] [--updates 120] [--physics] [--projection 4] [--workers 1]
-        [--steps 128] [--trials 64]
+python -m benchmarks.experiments.cartpole_rl [--seeds 5] [--updates 120] [--physics] [--projection 4] [--workers 1]
+        [--steps 128] [--trials 64] [--resume]
 """
 
 import argparse
@@ -14,26 +16,37 @@ import json
 import multiprocessing
 import statistics
 import time
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 
-from benchmarks.common import RESULTS, machine
+from benchmarks.common import RESULTS, machine, student
+from benchmarks.experiments.adapted_trials import adapted_returns
 from benchmarks.experiments.cores import GRU, Frames, Memoryless
 from eaml_ext.rl import RL2, SSMMetaPolicy, feature_dim
 from eaml_ext.tasks import CartPoleTasks
 
-CORES: dict[str, Any] = {"mlp": Memoryless, "frames": Frames, "gru": GRU, "ssm": "s6"}
+CORES: dict[str, Any] = {"mlp": Memoryless, "frames": Frames, "gru": GRU, "s6": "s6", "ssm": "mamba"}
+ADAPTED = "ssm + adapter"
 RATES = (1e-3, 3e-3)
+ADAPTER_RATES = (1e-3, 1e-2, 1e-1)
 EPISODES = 3  # of a trial at test time
 HIDDEN, STATE = 64, 8
 TUNING_SEED = 1000
 
 
 def run(
-    arm: str, rate: float, seed: int, updates: int, tasks: dict[str, Any], length: dict[str, int], split: str
+    arm: str,
+    rate: float,
+    seed: int,
+    updates: int,
+    tasks: dict[str, Any],
+    length: dict[str, int],
+    split: str,
+    adapter_rates: Sequence[float],
 ) -> dict[str, Any]:
-    """Trains one policy and plays one trial of each of 64 unseen tasks with it."""
+    """Trains one policy and plays one trial of each of 64 unseen tasks with it, without and with an Adapter."""
     torch.set_num_threads(1)
     torch.manual_seed(seed)
     dist = CartPoleTasks(hide_velocity=True, **tasks)
@@ -62,62 +75,102 @@ def run(
         "returns_drawn": trainer.evaluate(unseen, EPISODES, seed, greedy=False).mean(0).tolist(),
         "flipped_and_not": [returns[flip].mean(0).tolist(), returns[~flip].mean(0).tolist()],
         "curve": curve,
+        "adapted": {
+            str(lr): adapted_returns(policy, dist, unseen, EPISODES, seed, lr).mean(0).tolist() for lr in adapter_rates
+        },
+        "asked": asked(arm, rate, seed, updates, length, split, adapter_rates),
     }
+
+
+def asked(*settings: Any) -> str:
+    """What a run depends on, within one file of results."""
+    return json.dumps(settings)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--seeds", type=int, default=5)
     parser.add_argument("--updates", type=int, default=120)
     parser.add_argument("--physics", action="store_true", help="draw physics per task, too")
     parser.add_argument("--projection", type=int, help="project observations, per task, to so many entries")
     parser.add_argument("--steps", type=int, default=128, help="length of a training trial")
     parser.add_argument("--trials", type=int, default=64, help="trials per update")
     parser.add_argument("--workers", type=int, default=1, help="processes")
+    parser.add_argument("--resume", action="store_true", help="take the runs that the file of results has already")
     parser.add_argument("--quick", action="store_true", help="3 updates, one seed, no file written")
     flags = parser.parse_args()
     if flags.quick:
         flags.updates, flags.seeds = 3, 1
     tasks = {"physics": flags.physics, "projection": flags.projection}
 
-    spawn = multiprocessing.get_context("spawn")
-    with concurrent.futures.ProcessPoolExecutor(flags.workers, spawn) as pool:
-        common = (flags.updates, tasks, {"steps": flags.steps, "tasks_per_update": flags.trials})
-        tried = {(a, r): pool.submit(run, a, r, TUNING_SEED, *common, "valid") for a in CORES for r in RATES}
-        rates = {a: max(RATES, key=lambda r, a=a: tried[a, r].result()["returns"][-1]) for a in CORES}  # type: ignore[misc]
-        print("learning rates:", rates, flush=True)
-        jobs = [pool.submit(run, a, rates[a], seed, *common, "test") for seed in range(flags.seeds) for a in CORES]
-        runs = []
+    dist = CartPoleTasks(hide_velocity=True, **tasks)
+    trial = "" if flags.steps == 128 else f"-trials-of-{flags.steps}"
+    path = RESULTS / f"cartpole_rl-{dist.name.removeprefix('CartPole-v1-')}{trial}.json"
+    done: dict[str, dict[str, Any]] = {}
+    if flags.resume and path.exists():
+        before = json.loads(path.read_text())
+        done = {r["asked"]: r for r in before["tuning"] + before["runs"]}
+    length = {"steps": flags.steps, "tasks_per_update": flags.trials}
+
+    with concurrent.futures.ProcessPoolExecutor(flags.workers, multiprocessing.get_context("spawn")) as pool:
+
+        def submit(arm: str, rate: float, seed: int, split: str, adapter_rates: Sequence[float]) -> Any:
+            ready = done.get(asked(arm, rate, seed, flags.updates, length, split, adapter_rates))
+            if ready is None:
+                return pool.submit(run, arm, rate, seed, flags.updates, tasks, length, split, adapter_rates)
+            future: Any = concurrent.futures.Future()
+            future.set_result(ready)
+            return future
+
+        def save(tuning: list[dict[str, Any]], runs: list[dict[str, Any]], **results: Any) -> None:
+            if not flags.quick:
+                results |= {"machine": machine(), "tasks": dist.name, "runs": runs, "tuning": tuning}
+                path.write_text(json.dumps(results, indent=1) + "\n")
+
+        tries = [submit(a, r, TUNING_SEED, "valid", ADAPTER_RATES if a == "ssm" else ()) for a in CORES for r in RATES]
+        tuning: list[dict[str, Any]] = []
+        for job in tries:
+            tuning.append(job.result())
+            print({k: tuning[-1][k] for k in ("arm", "learning_rate", "returns", "adapted", "cpu_seconds")}, flush=True)
+            save(tuning, [])
+        best = {a: max((t for t in tuning if t["arm"] == a), key=lambda t: t["returns"][-1]) for a in CORES}
+        rates = {a: t["learning_rate"] for a, t in best.items()}
+        adapter_rate = float(max(best["ssm"]["adapted"].items(), key=lambda item: item[1][-1])[0])
+        print("learning rates:", rates, "of the adapter:", adapter_rate, flush=True)
+        jobs = [
+            submit(a, rates[a], seed, "test", (adapter_rate,) if a == "ssm" else ())
+            for a in ("ssm", *(a for a in CORES if a != "ssm"))  # the slowest first
+            for seed in range(flags.seeds)
+        ]
+        runs: list[dict[str, Any]] = []
         for job in jobs:
             runs.append(job.result())
-            print({k: runs[-1][k] for k in ("arm", "seed", "returns", "cpu_seconds")}, flush=True)
+            print({k: runs[-1][k] for k in ("arm", "seed", "returns", "adapted", "cpu_seconds")}, flush=True)
+            save(tuning, runs)
 
     table = {}
-    for arm in CORES:
-        mine = [r for r in runs if r["arm"] == arm]
-        columns = list(zip(*(r["returns"] for r in mine), strict=True))
+    for arm in (*CORES, ADAPTED):
+        mine = [r for r in runs if r["arm"] == ("ssm" if arm == ADAPTED else arm)]
+        returns = [r["adapted"][str(adapter_rate)] if arm == ADAPTED else r["returns"] for r in mine]
+        columns = [student(column) for column in zip(*returns, strict=True)]
         table[arm] = {
-            "mean": [statistics.mean(c) for c in columns],
-            "spread": [statistics.stdev(c) if len(c) > 1 else 0.0 for c in columns],
-            "drawn": [statistics.mean(c) for c in zip(*(r["returns_drawn"] for r in mine), strict=True)],
+            "mean": [column["mean"] for column in columns],
+            "half": [column["half"] for column in columns],
             "parameters": mine[0]["parameters"],
             "cpu_seconds": statistics.median(r["cpu_seconds"] for r in mine),
         }
+        if arm != ADAPTED:
+            drawn = zip(*(r["returns_drawn"] for r in mine), strict=True)
+            table[arm]["drawn"] = [statistics.mean(column) for column in drawn]
     print(f"| memory | parameters | {' | '.join(f'episode {i + 1}' for i in range(EPISODES))} | CPU s |")
     for arm, row in table.items():
-        cells = " | ".join(f"{m:.0f} +- {s:.0f}" for m, s in zip(row["mean"], row["spread"], strict=True))
+        cells = " | ".join(f"{m:.0f} +- {s:.0f}" for m, s in zip(row["mean"], row["half"], strict=True))
         print(f"| {arm} | {row['parameters']} | {cells} | {row['cpu_seconds']:.0f} |")
     memoryless = max(table["mlp"]["mean"][-1], table["mlp"]["drawn"][-1])
     print(f"ssm / memoryless, last episode: {table['ssm']['mean'][-1] / memoryless:.1f}")
-    if flags.quick:
-        return
-    dist = CartPoleTasks(hide_velocity=True, **tasks)
-    trial = "" if flags.steps == 128 else f"-trials-of-{flags.steps}"
-    name = RESULTS / f"cartpole_rl-{dist.name.removeprefix('CartPole-v1-')}{trial}.json"
-    tuning = [job.result() for job in tried.values()]
-    results = {"machine": machine(), "tasks": dist.name, "table": table, "runs": runs, "tuning": tuning}
-    name.write_text(json.dumps(results, indent=1) + "\n")
-    plot(name.with_suffix(".png"), table, runs, dist.name)
+    save(tuning, runs, table=table, adapter_rate=adapter_rate)
+    if not flags.quick:
+        plot(path.with_suffix(".png"), table, runs, dist.name)
 
 
 def plot(path: Any, table: dict[str, Any], runs: list[dict[str, Any]], title: str) -> None:
@@ -129,9 +182,11 @@ def plot(path: Any, table: dict[str, Any], runs: list[dict[str, Any]], title: st
     FigureCanvasAgg(figure)
     left, right = figure.subplots(1, 2, sharey=True)
     for i, (arm, row) in enumerate(table.items()):
-        x = [e + 0.04 * (i - 1.5) for e in range(1, EPISODES + 1)]
-        left.errorbar(x, row["mean"], row["spread"], marker="o", capsize=3, label=arm)
+        x = [e + 0.04 * (i - 2.5) for e in range(1, EPISODES + 1)]
+        left.errorbar(x, row["mean"], row["half"], marker="o", capsize=3, label=arm)
         curves = [r["curve"] for r in runs if r["arm"] == arm]
+        if not curves:  # the adapter's policy is trained without it
+            continue
         means = [statistics.mean(returns) for returns in zip(*([v for _, v in c] for c in curves), strict=True)]
         right.plot([steps for steps, _ in curves[0]], means)
     left.set(xlabel="episode of the trial", ylabel="return (500 at most)", xticks=range(1, EPISODES + 1), ylim=(0, 515))

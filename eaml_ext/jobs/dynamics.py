@@ -10,6 +10,7 @@ Under ``torchrun`` the ranks share the tasks of every meta-batch; rank 0 alone p
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +29,7 @@ from eaml_ext.jobs.device import torch_device
 from eaml_ext.jobs.settings import DynamicsSettings
 from eaml_ext.meta import MetaMAML, PastModels
 from eaml_ext.nn import SSM
-from eaml_ext.rl import Trajectories, collect
+from eaml_ext.rl import Planner, Trajectories, collect, planned_returns
 from eaml_ext.tasks import Task, TaskDistribution, make_tasks
 
 SIMILAR_TASKS = 5  # past tasks whose experience is taken
@@ -78,6 +79,37 @@ class DynamicsModel(nn.Module):
         observation, action, start = x.split(self.sizes, dim=-1)
         inputs = torch.cat([(observation - self.mean) / self.std, action], dim=-1)
         return self.ssm.scan(inputs, reset=start.squeeze(-1) > 0.5)[0]
+
+    def step(self, x: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
+        """One step of :meth:`forward`: ``(batch, features)`` -> ``(batch, obs_dim)`` and the SSM's next state.
+
+        Where an episode starts, the state is for the caller to zero.
+        """
+        observation, action, _ = x.split(self.sizes, dim=-1)
+        inputs = torch.cat([(observation - self.mean) / self.std, action], dim=-1)
+        return self.ssm.step(inputs, state)
+
+
+class Imagination(nn.Module):
+    """A dynamics model as :class:`eaml_ext.rl.Planner` steps it; ``params`` are of each task, ``(tasks, ...)`` each."""
+
+    def __init__(self, model: DynamicsModel, params: dict[str, Tensor]) -> None:
+        super().__init__()
+        self.model = model
+        self._params = {f"model.{name}": p for name, p in params.items()}
+        self._call = vmap(lambda params, *args: functional_call(self, params, args))
+
+    def forward(self, x: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
+        return self.model.step(x, state)
+
+    def init_hidden(self, tasks: int) -> Tensor:
+        return self.model.ssm.init_hidden(tasks).unsqueeze(1)
+
+    def step(self, obs: Tensor, action: Tensor, start: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
+        if start.any():  # not a product: what a finished episode left may be infinite
+            state = state.masked_fill(start.view(*start.shape, *[1] * (state.dim() - 2)), 0.0)
+        change, state = self._call(self._params, features(obs, action, start), state)
+        return obs + change * self.model.scale, state
 
 
 def features(observation: Tensor, action: Tensor, start: Tensor) -> Tensor:
@@ -138,12 +170,14 @@ def _run(settings: DynamicsSettings, group: Group | None) -> dict[str, Any]:
         return {}
     print("MetaMAML training completed.")
     print(f"Experience Buffer populated with {len(buffer)} experiences.")
-    arms = adapt(settings, distribution, maml, buffer)
+    arms, adapted = adapt(settings, distribution, maml, buffer)
+    returns = act(settings, distribution, model, adapted)
 
     results: dict[str, Any] = {
         "settings": vars(settings),
         "meta_loss": losses,
         "arms": {name: report.summary(errors[-1]) for name, errors in arms.items()},
+        "returns": {name: report.summary(column) for name, column in returns.items()},
         "curves": {name: errors.mean(dim=1).tolist() for name, errors in arms.items()},
     }
     checkpoint.save(folder / "model.safetensors", model.state_dict(), {"settings": vars(settings)}, kind="dynamics")
@@ -151,7 +185,7 @@ def _run(settings: DynamicsSettings, group: Group | None) -> dict[str, Any]:
     report.write_json(folder / "report.json", results)
     report.plot(folder / "report.png", results)
     print("=== Hybrid Execution completed successfully ===")
-    print(report.table(results["arms"]))
+    print(report.table(results["arms"], results["returns"], settings.plan_steps))
     print(f"Results: {folder}")
     return results
 
@@ -310,10 +344,11 @@ def remember(buffer: ExperienceBuffer, numbers: Iterable[int], data: Trajectorie
 
 def adapt(
     settings: DynamicsSettings, distribution: TaskDistribution[Task], maml: MetaMAML, buffer: ExperienceBuffer
-) -> dict[str, Tensor]:
+) -> tuple[dict[str, Tensor], dict[str, dict[str, Tensor]]]:
     """Adapts to held-out tasks in every arm; the error of each task after each call, ``(calls + 1, tasks)``.
 
     Errors are mean squared, in units of the standard deviation of a step, so that copying the input is about 1.
+    Beside them the parameters that each arm ends with, ``(tasks, ...)`` each.
     """
     model: Any = maml.model
     tasks = distribution.sample(settings.test_tasks, "test", settings.seed)
@@ -350,6 +385,7 @@ def adapt(
     cfg = AdaptationConfig(lr=settings.inner_lr, max_steps_per_call=5)
     unadapted = {name: p.detach().expand(len(tasks), *p.shape) for name, p in maml.parameters().items()}
     arms = {"copy input": y[:, k:].square().mean(dim=(1, 2)).unsqueeze(0), "no adaptation": error(unadapted)[None]}
+    adapted = {"no adaptation": unadapted}
     print("Starting test-time adaptation with Experience Buffer...")
     for name in ("plain", *sorted(retrievers, key=lambda name: name == settings.retrieval)):
         weight = 0.0 if name == "plain" else settings.experience_weight
@@ -363,8 +399,39 @@ def adapt(
                     f"Adaptation step {call}, Hybrid Loss: {losses.mean():.4f}, Steps taken: {cfg.max_steps_per_call}"
                 )
         arms[name] = torch.stack(errors)
+        adapted[name] = unadapted if params is None else params
     print("Adaptation completed.")
-    return arms
+    return arms, adapted
+
+
+def act(
+    settings: DynamicsSettings,
+    distribution: TaskDistribution[Task],
+    model: DynamicsModel,
+    adapted: dict[str, dict[str, Tensor]],
+) -> dict[str, Tensor]:
+    """The return of one episode of each of the first held-out tasks, of a planner that imagines with each arm's model.
+
+    Beside them that of random actions. Nothing for a distribution that cannot tell the outcomes of what was imagined.
+    """
+    outcomes: Any = getattr(distribution, "outcomes", None)
+    if outcomes is None or not settings.plan_tasks:
+        return {}
+    count = min(settings.plan_tasks, settings.test_tasks)
+    tasks = distribution.sample(count, "test", settings.seed)
+    many = tasks * len(adapted)  # all arms as one batch: a step costs little more for it
+    params = {key: torch.cat([arm[key][:count] for arm in adapted.values()]) for key in next(iter(adapted.values()))}
+    planner = Planner(
+        Imagination(model, params),
+        partial(outcomes, many),
+        distribution.action_space,
+        horizon=settings.plan_horizon,
+        candidates=settings.plan_candidates,
+    )
+    seed = (settings.seed + 1) % 2**32  # other starts than those of the support
+    returns = planned_returns(distribution, many, planner, settings.plan_steps, seed).split(count)
+    chance = planned_returns(distribution, tasks, None, settings.plan_steps, seed)
+    return {"random actions": chance, **dict(zip(adapted, returns, strict=True))}
 
 
 def once(retriever: Callable[..., Any]) -> Callable[..., Any]:

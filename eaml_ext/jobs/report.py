@@ -17,14 +17,26 @@ def summary(errors: Tensor) -> dict[str, float | None]:
     return {"mean": float(errors.mean()), "interval": half, "median": float(errors.median())}
 
 
-def table(arms: dict[str, Any]) -> str:
-    """The arms as text."""
-    lines = ["Prediction error on held-out tasks (mean squared, in variances of a step):"]
-    lines += [f"{'arm':<16}{'mean':>10}{'95 % +-':>10}{'median':>10}"]
-    for name, arm in arms.items():
-        interval = "-" if arm["interval"] is None else f"{arm['interval']:.4f}"
-        lines.append(f"{name:<16}{arm['mean']:>10.4f}{interval:>10}{arm['median']:>10.4f}")
+def table(arms: dict[str, Any], returns: dict[str, Any], steps: int) -> str:
+    """The arms as text; ``returns`` are those of a planner with each arm's model, in episodes of at most ``steps``."""
+    lines = ["Prediction error on held-out tasks (mean squared, in variances of a step)"]
+    head = f"{'arm':<16}{'mean':>10}{'95 % +-':>10}{'median':>10}"
+    if returns:
+        lines[0] += f", and return of a planner that acts on it, in {steps} steps"
+        head += f"{'return':>10}{'95 % +-':>10}"
+    lines = [lines[0] + ":", head]
+    for name in [*(name for name in returns if name not in arms), *arms]:
+        line = f"{name:<16}{_cells(arms.get(name), 4)}"
+        line += f"{arms[name]['median']:>10.4f}" if name in arms else f"{'-':>10}"
+        lines.append(line + (_cells(returns.get(name), 1) if returns else ""))
     return "\n".join(lines)
+
+
+def _cells(row: dict[str, Any] | None, digits: int) -> str:
+    if row is None:
+        return f"{'-':>10}{'-':>10}"
+    interval = "-" if row["interval"] is None else f"{row['interval']:.{digits}f}"
+    return f"{row['mean']:>10.{digits}f}{interval:>10}"
 
 
 def write_json(path: str | Path, results: dict[str, Any]) -> None:

@@ -42,6 +42,10 @@ class DynamicsSettings:
     num_layers: int = _flag(1, "layers of the SSM")
     test_tasks: int = _flag(64, "held-out tasks")
     adaptation_calls: int = _flag(21, "calls of the Adapter per held-out task, 5 gradient steps each")
+    plan_tasks: int = _flag(16, "held-out tasks in which a planner acts with the model of each arm; 0: in none")
+    plan_steps: int = _flag(200, "steps after which such an episode is cut")
+    plan_horizon: int = _flag(15, "steps that the planner looks ahead")
+    plan_candidates: int = _flag(32, "sequences of actions that it imagines at every step, at least 2")
     threads: int = _flag(1, "threads torch may use; the model is too small to gain from more")
     checkpoint_every: int = _flag(5, "epochs between two checkpoints of meta-training")
     resume: bool = _flag(False, "go on from the checkpoint in the folder; from the beginning where there is none")
@@ -51,7 +55,7 @@ class DynamicsSettings:
         for f in fields(self):
             value = getattr(self, f.name)
             if f.type in (int, "int"):
-                _check.positive("DynamicsSettings", f.name, value, zero=f.name == "seed", integer=True)
+                _check.positive("DynamicsSettings", f.name, value, zero=f.name in ("seed", "plan_tasks"), integer=True)
             elif f.type in (float, "float"):
                 _check.positive("DynamicsSettings", f.name, value, zero=f.name == "experience_weight")
                 if math.isinf(value):
@@ -62,6 +66,8 @@ class DynamicsSettings:
                 raise TypeError(f"DynamicsSettings: {f.name} must be a string, got {value!r}")
         if self.retrieval not in RETRIEVALS:
             raise ValueError(f"DynamicsSettings: retrieval must be one of {RETRIEVALS}, got {self.retrieval!r}")
+        if self.plan_candidates < 2:
+            raise ValueError(f"DynamicsSettings: plan_candidates must be >= 2, got {self.plan_candidates}")
         if self.buffer_size < self.shots + self.query:
             raise ValueError(
                 f"DynamicsSettings: buffer_size must hold one task, {self.shots + self.query}, got {self.buffer_size}"

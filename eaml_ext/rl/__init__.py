@@ -2,6 +2,7 @@
 
 from eaml_ext.rl.losses import a2c_loss, advantages, normalised, ppo_loss, reinforce_loss
 from eaml_ext.rl.maml_rl import MAMLRL
+from eaml_ext.rl.planning import Planner, WorldModel, planned_returns
 from eaml_ext.rl.policy import SSMMetaPolicy
 from eaml_ext.rl.rl2 import RL2
 from eaml_ext.rl.rollout import Policy, RandomPolicy, Trajectories, collect
@@ -10,16 +11,19 @@ from eaml_ext.rl.trials import Trials, feature_dim, play
 __all__ = [
     "MAMLRL",
     "RL2",
+    "Planner",
     "Policy",
     "RandomPolicy",
     "SSMMetaPolicy",
     "Trajectories",
     "Trials",
+    "WorldModel",
     "a2c_loss",
     "advantages",
     "collect",
     "feature_dim",
     "normalised",
+    "planned_returns",
     "play",
     "ppo_loss",
     "reinforce_loss",

@@ -12,7 +12,6 @@ from eaml_ext import _check, checkpoint
 from eaml_ext.nn import SSM
 from eaml_ext.nn.cores import TIMED
 
-
 # Ten times Mamba's: what an action does must show within a few steps, and what a task is within one episode.
 STEP_SIZES = 0.01, 1.0
 
@@ -73,7 +72,9 @@ class SSMMetaPolicy(nn.Module):
             _check.positive("SSMMetaPolicy", name, value, integer=True)
         _check.flag("SSMMetaPolicy", "continuous", continuous)
         if not callable(core) and core in TIMED:
-            dt_min, dt_max = (ours if given is None else given for given, ours in zip((dt_min, dt_max), STEP_SIZES, strict=True))
+            dt_min, dt_max = (
+                ours if given is None else given for given, ours in zip((dt_min, dt_max), STEP_SIZES, strict=True)
+            )
         ssm: dict[str, Any] = {
             "state_size": state_size,
             "num_layers": num_layers,

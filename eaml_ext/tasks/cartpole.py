@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import torch
+from torch import Tensor
 
 from eaml_ext import _check
 from eaml_ext.tasks.base import Task, check_sample, check_seed, check_tasks, task_stream
@@ -23,6 +26,9 @@ RANGES = {
     "gravity": (5.0, 20.0),
 }
 """The log-uniform range of each physical parameter: around ``NOMINAL``."""
+
+X_LIMIT, ANGLE_LIMIT = 2.4, math.radians(12)
+"""Beyond them an episode ends: m, rad."""
 
 NOMINAL = {"length": 0.5, "masscart": 1.0, "masspole": 0.1, "force_mag": 10.0, "gravity": 9.8}
 """Gymnasium's physics: m, kg, kg, N, m/s²."""
@@ -145,7 +151,7 @@ class CartPoleTasks:
         from gymnasium.wrappers.vector import TransformAction, TransformObservation
 
         check_tasks("CartPoleTasks.make_env", tasks, CartPoleTask)
-        matrices = self._matrices(tasks)
+        matrices = self._matrices(tasks, "CartPoleTasks.make_env")
         environment = gymnasium.make_vec("CartPole-v1", len(tasks), vectorization_mode="vector_entry_point")
         physics: Any = environment.unwrapped
         for parameter in RANGES:
@@ -160,7 +166,7 @@ class CartPoleTasks:
         unbounded = [Box(-np.inf, np.inf, shape, np.float32) for shape in ((len(tasks), self.obs_dim), (self.obs_dim,))]
         return TransformObservation(flipped, lambda seen: np.einsum("tij,tj->ti", matrices, seen), *unbounded)
 
-    def _matrices(self, tasks: Sequence[CartPoleTask]) -> np.ndarray | None:
+    def _matrices(self, tasks: Sequence[CartPoleTask], where: str) -> np.ndarray | None:
         """From Gymnasium's observations to the tasks', ``(tasks, obs_dim, 4)``; None where they are the same."""
         seen = np.eye(4, dtype=np.float32)[:: 2 if self.hide_velocity else 1]
         shape = (self.projection, len(seen))
@@ -168,10 +174,49 @@ class CartPoleTasks:
             got = None if task.projection is None else np.shape(task.projection)
             if got != (None if self.projection is None else shape):
                 wanted = "no projection" if self.projection is None else f"a projection of shape {shape}"
-                raise ValueError(f"CartPoleTasks.make_env: tasks[{i}] must have {wanted}, got {got}")
+                raise ValueError(f"{where}: tasks[{i}] must have {wanted}, got {got}")
         if self.projection is not None:
             return np.array([task.projection for task in tasks], np.float32) @ seen
         return np.broadcast_to(seen, (len(tasks), *seen.shape)) if self.hide_velocity else None
+
+    def outcomes(
+        self, tasks: Sequence[CartPoleTask], obs: Tensor, action: Tensor, next_obs: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """What a step is worth, and whether it ends the episode, as Gymnasium would say of these observations.
+
+        For a planner, whose observations are a model's predictions: one that is not finite ends the episode.
+
+        Args:
+            tasks: one for each row of the first dimension.
+            obs, next_obs: before and after the step, ``(len(tasks), *, obs_dim)``.
+            action: not asked for; as ``encode_action`` writes it.
+
+        Returns:
+            Rewards, 1 for each step, and terminations, bool: beyond 2.4 m or 12°; both ``(len(tasks), *)``.
+
+        Raises:
+            TypeError, ValueError: ``tasks`` as for :meth:`make_env`, ``next_obs`` of another shape.
+
+        >>> import torch
+        >>> distribution = CartPoleTasks(hide_velocity=True)
+        >>> following = torch.tensor([[[0.0, 0.1], [0.0, 0.3], [-2.5, 0.0]]])
+        >>> distribution.outcomes(distribution.sample(1), following, following, following)
+        (tensor([[1., 1., 1.]]), tensor([[False,  True,  True]]))
+        """
+        where = "CartPoleTasks.outcomes"
+        check_tasks(where, tasks, CartPoleTask)
+        _check.tensor(where, "next_obs", next_obs)
+        if next_obs.dim() < 2 or (len(next_obs), next_obs.shape[-1]) != (len(tasks), self.obs_dim):
+            wanted = f"({len(tasks)}, *, {self.obs_dim})"
+            raise ValueError(f"{where}: next_obs must have shape {wanted}, got {tuple(next_obs.shape)}")
+        matrices = None if self.projection is None else self._matrices(tasks, where)
+        if matrices is None:
+            x, angle = next_obs[..., 0], next_obs[..., -1 if self.hide_velocity else 2]
+        else:  # its columns are orthonormal: the transposed is its inverse
+            back = next_obs.new_tensor(matrices[..., [0, 2]])
+            x, angle = torch.einsum("t...i,tij->t...j", next_obs, back).unbind(-1)
+        ends = ~((x.abs() <= X_LIMIT) & (angle.abs() <= ANGLE_LIMIT))
+        return torch.ones_like(x), ends
 
     def reset_seeds(self, tasks: Sequence[CartPoleTask], seed: int) -> int:
         """The collection's seed itself: all the starting states come from it, the tasks differ in physics only.

@@ -13,16 +13,25 @@ import torch
 from eaml_ext import checkpoint, cli
 from eaml_ext.experience import ExperienceBuffer
 from eaml_ext.jobs import dynamics
-from eaml_ext.jobs.dynamics import DynamicsModel, fingerprint, run
+from eaml_ext.jobs.dynamics import DynamicsModel, features, fingerprint, run
+from eaml_ext.jobs.report import table
 from eaml_ext.jobs.settings import DynamicsSettings
 
-SMALL = {"num_epochs": 12, "hidden_dim": 16, "state_size": 8, "test_tasks": 24, "adaptation_calls": 11}
+SMALL = {
+    "num_epochs": 12,
+    "hidden_dim": 16,
+    "state_size": 8,
+    "test_tasks": 24,
+    "adaptation_calls": 11,
+    "plan_tasks": 0,
+}
+PLANNING = {"plan_tasks": 16, "plan_steps": 60, "plan_horizon": 12, "plan_candidates": 16}
 
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory):
     folder = tmp_path_factory.mktemp("run")
-    return folder, run(DynamicsSettings(out=str(folder), buffer_size=8000, **SMALL))
+    return folder, run(DynamicsSettings(out=str(folder), buffer_size=8000, **{**SMALL, **PLANNING}))
 
 
 def test_adapted_models_beat_copying_and_no_adaptation_on_unseen_tasks(finished):
@@ -32,6 +41,41 @@ def test_adapted_models_beat_copying_and_no_adaptation_on_unseen_tasks(finished)
     assert errors["best_fit"] < 0.5 * errors["no adaptation"]
     assert errors["best_fit"] < errors["uniform"]
     assert results["meta_loss"][-1] < 0.3 * results["meta_loss"][0]
+
+
+def test_a_planner_acts_better_with_adapted_models(finished):
+    folder, results = finished
+    returns = {name: row["mean"] for name, row in results["returns"].items()}
+    assert list(returns) == ["random actions", *list(results["arms"])[1:]]  # no model copies its input
+    assert returns["plain"] > returns["no adaptation"] + 5 and returns["best_fit"] > returns["no adaptation"] + 5
+    assert returns["plain"] > returns["random actions"] + 15 and max(returns.values()) <= PLANNING["plan_steps"]
+    assert json.loads((folder / "report.json").read_text())["returns"] == results["returns"]
+    text = table(results["arms"], results["returns"], 60).splitlines()
+    assert "in 60 steps" in text[0] and "return" in text[1] and text[1].count("+-") == 2
+    rows = {line[:16].strip(): line[16:].split() for line in text[2:]}
+    assert rows["random actions"][:3] == ["-"] * 3 and rows["copy input"][3:] == ["-"] * 2
+    assert rows["plain"][3] == f"{returns['plain']:.1f}" and {len(row) for row in rows.values()} == {5}
+    short = table(results["arms"], {}, 60).splitlines()
+    assert "return" not in short[0] and {len(line[16:].split()) for line in short[2:]} == {3}
+
+
+def test_imagined_steps_are_those_of_the_model_with_each_tasks_parameters():
+    model = DynamicsModel(4, 2, hidden_dim=8, state_size=4)
+    model.scale.copy_(torch.tensor([1.0, 0.5, 2.0, 3.0]))
+    model.mean.fill_(0.1)
+    params = {name: p.detach() + 0.1 * torch.randn(3, *p.shape) for name, p in model.named_parameters()}
+    obs, action = torch.randn(3, 5, 6, 4), torch.randn(3, 5, 6, 2)
+    start = torch.zeros(3, 5, 6, dtype=torch.bool)
+    start[1, 2, 3] = True
+    imagined = dynamics.Imagination(model, params)
+    state, steps = imagined.init_hidden(3).expand(3, 5, -1, -1, -1), []
+    for t in range(6):
+        following, state = imagined.step(obs[:, :, t], action[:, :, t], start[:, :, t], state)
+        steps.append(following - obs[:, :, t])
+    for i in range(3):
+        own = {name: p[i] for name, p in params.items()}
+        want = torch.func.functional_call(model, own, (features(obs[i], action[i], start[i]),)) * model.scale
+        torch.testing.assert_close(torch.stack([s[i] for s in steps], dim=1), want, rtol=1e-4, atol=1e-5)
 
 
 def test_folder_holds_report_plot_model_and_buffer(finished):
@@ -59,6 +103,8 @@ def test_command_line_prints_the_promised_lines_in_order(tmp_path, capsys):
         "8",
         "--test_tasks",
         "3",
+        "--plan_steps",
+        "5",
     ]
     assert cli.main([*arguments, "--adaptation_calls", "11", "--out", str(tmp_path)]) == 0
     lines = capsys.readouterr().out.splitlines()
@@ -163,7 +209,8 @@ def test_a_damaged_checkpoint_is_refused(tmp_path, capsys):
 
 def test_any_environment_with_box_observations_works(tmp_path):
     small = {**SMALL, "num_epochs": 1, "updates_per_epoch": 2, "test_tasks": 4, "adaptation_calls": 1}
-    results = run(DynamicsSettings(env_name="Pendulum-v1", out=str(tmp_path), **small))
+    results = run(DynamicsSettings(env_name="Pendulum-v1", out=str(tmp_path), **{**small, "plan_tasks": 2}))
+    assert results["returns"] == {}  # it does not tell what imagined steps are worth
     assert all(torch.isfinite(torch.tensor(arm["mean"])) for arm in results["arms"].values())
 
 
@@ -185,6 +232,10 @@ def test_fingerprint_tells_flipped_actions_apart():
         (["--retrieval", "magic"], "invalid choice"),
         (["--buffer_size", "3"], "buffer_size must hold one task"),
         (["--checkpoint_every", "0"], "checkpoint_every must be > 0"),
+        (["--plan_tasks", "-1"], "plan_tasks must be >= 0"),
+        (["--plan_steps", "0"], "plan_steps must be > 0"),
+        (["--plan_horizon", "0"], "plan_horizon must be > 0"),
+        (["--plan_candidates", "1"], "plan_candidates must be >= 2"),
         (["--num_epochs", "many"], "invalid int value"),
     ],
 )

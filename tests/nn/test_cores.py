@@ -205,7 +205,7 @@ def test_cores_without_step_sizes_refuse_them(option):
         text = f"^make_core: {option} must be None for core '{name}', which has no step size, got 0.5$"
         with pytest.raises(ValueError, match=text):
             make_core(name, DIM, STATES, **{option: 0.5})
-    text = f"^make_core: {option} must be None where core is a callable, which sets its own, got 0.5$"
+    text = f"^make_core: {option} must be None for a callable core, got 0.5$"
     with pytest.raises(ValueError, match=text):
         SSM(3, 8, 2, core=SSD, **{option: 0.5})
 

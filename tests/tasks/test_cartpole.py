@@ -1,6 +1,8 @@
 import numpy as np
 import pytest
+import torch
 
+from eaml_ext.rl import collect
 from eaml_ext.tasks import SPLITS, CartPoleTask, CartPoleTasks, SeedTask
 from eaml_ext.tasks.cartpole import NOMINAL, RANGES
 
@@ -210,3 +212,34 @@ def test_make_env_refuses_tasks_of_another_projection():
         DIST.make_env(CartPoleTasks(projection=4).sample(1))
     with pytest.raises(ValueError, match=r"tasks\[0\] must have a projection of shape \(4, 4\), got None$"):
         CartPoleTasks(projection=4).make_env(DIST.sample(1))
+
+
+@pytest.mark.parametrize(
+    "options", [{}, {"hide_velocity": True}, {"projection": 6}, {"hide_velocity": True, "projection": 3}]
+)
+def test_outcomes_are_those_of_the_simulator(options):
+    dist = CartPoleTasks(**options)
+    tasks = dist.sample(8, "test")
+    data = collect(dist, tasks, 60, seed=0)
+    rewards, ends = dist.outcomes(tasks, data.observations, data.actions, data.next_observations)
+    assert torch.equal(rewards, data.rewards) and torch.equal(ends, data.terminations) and ends.sum() > 8
+    many = data.next_observations.unsqueeze(1).expand(-1, 3, -1, -1)  # any number of dimensions between
+    assert torch.equal(dist.outcomes(tasks, many, many, many)[1], ends.unsqueeze(1).expand(-1, 3, -1))
+    broken = torch.full((8, 1, dist.obs_dim), torch.nan)
+    assert dist.outcomes(tasks, broken, broken, broken)[1].all()
+
+
+def test_outcomes_refuse():
+    obs, tasks = torch.zeros(2, 5, 4), DIST.sample(2)
+    with pytest.raises(
+        ValueError, match=r"^CartPoleTasks.outcomes: next_obs must have shape \(2, \*, 4\), got \(2, 5, 3\)$"
+    ):
+        DIST.outcomes(tasks, obs, obs, obs[..., :3])
+    with pytest.raises(TypeError, match=r"^CartPoleTasks.outcomes: next_obs must be a torch.Tensor, got list$"):
+        DIST.outcomes(tasks, obs, obs, [0.0])
+    with pytest.raises(
+        ValueError, match=r"^CartPoleTasks.outcomes: tasks must hold at least one CartPoleTask, got none$"
+    ):
+        DIST.outcomes([], obs, obs, obs)
+    with pytest.raises(ValueError, match=r"^CartPoleTasks.outcomes: tasks\[0\] must have a projection of shape"):
+        CartPoleTasks(projection=4).outcomes(tasks, obs, obs, obs)

@@ -56,7 +56,7 @@ def make_core(
     if callable(core):
         if steps:
             name, value = steps.popitem()
-            raise ValueError(f"make_core: {name} must be None where core is a callable, which sets its own, got {value!r}")
+            raise ValueError(f"make_core: {name} must be None for a callable core, got {value!r}")
         return core(dim, state_size)
     if core not in CORES:
         raise ValueError(f"make_core: core must be one of {sorted(CORES)} or a callable, got {core!r}")

@@ -1,7 +1,5 @@
 """h_t = exp(-dt_t a) h_{t-1} + dt_t B_t u_t;  y_t = C_t . h_t + D u_t, dt and a one number per head: Mamba-2's SSD."""
 
-import math
-
 import torch
 from torch import Tensor, nn
 
