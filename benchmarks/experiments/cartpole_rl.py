@@ -122,17 +122,20 @@ def main() -> None:
             future.set_result(ready)
             return future
 
+        def keep(new: dict[str, Any], *printed: str) -> dict[str, Any]:
+            """Writes what there is, so that nothing is lost where the rest is not waited for."""
+            done[new["asked"]] = new
+            print({k: new[k] for k in printed}, flush=True)
+            save([], list(done.values()))
+            return new
+
         def save(tuning: list[dict[str, Any]], runs: list[dict[str, Any]], **results: Any) -> None:
             if not flags.quick:
                 results |= {"machine": machine(), "tasks": dist.name, "runs": runs, "tuning": tuning}
                 path.write_text(json.dumps(results, indent=1) + "\n")
 
         tries = [submit(a, r, TUNING_SEED, "valid", ADAPTER_RATES if a == "ssm" else ()) for a in CORES for r in RATES]
-        tuning: list[dict[str, Any]] = []
-        for job in tries:
-            tuning.append(job.result())
-            print({k: tuning[-1][k] for k in ("arm", "learning_rate", "returns", "adapted", "cpu_seconds")}, flush=True)
-            save(tuning, [])
+        tuning = [keep(job.result(), "arm", "learning_rate", "returns", "adapted", "cpu_seconds") for job in tries]
         best = {a: max((t for t in tuning if t["arm"] == a), key=lambda t: t["returns"][-1]) for a in CORES}
         rates = {a: t["learning_rate"] for a, t in best.items()}
         adapter_rate = float(max(best["ssm"]["adapted"].items(), key=lambda item: item[1][-1])[0])
@@ -142,11 +145,7 @@ def main() -> None:
             for a in ("ssm", *(a for a in CORES if a != "ssm"))  # the slowest first
             for seed in range(flags.seeds)
         ]
-        runs: list[dict[str, Any]] = []
-        for job in jobs:
-            runs.append(job.result())
-            print({k: runs[-1][k] for k in ("arm", "seed", "returns", "adapted", "cpu_seconds")}, flush=True)
-            save(tuning, runs)
+        runs = [keep(job.result(), "arm", "seed", "returns", "adapted", "cpu_seconds") for job in jobs]
 
     table = {}
     for arm in (*CORES, ADAPTED):

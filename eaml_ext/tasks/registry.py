@@ -3,15 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 from eaml_ext.tasks.base import TaskDistribution
 from eaml_ext.tasks.cartpole import CartPoleTasks
+from eaml_ext.tasks.metaworld import MetaWorldTasks
+from eaml_ext.tasks.mujoco import AntDirectionTasks, HalfCheetahDirectionTasks, HalfCheetahVelocityTasks
 from eaml_ext.tasks.seeds import SeedTasks
 
 _FACTORIES: dict[str, Callable[[], TaskDistribution[Any]]] = {
     "CartPole-v1": CartPoleTasks,
     "CartPole-hidden-velocity-v1": lambda: CartPoleTasks(hide_velocity=True),
+    "HalfCheetah-Vel": HalfCheetahVelocityTasks,
+    "HalfCheetah-Dir": HalfCheetahDirectionTasks,
+    "Ant-Dir": AntDirectionTasks,
+    "ML10": MetaWorldTasks,
 }
 
 
@@ -35,9 +42,10 @@ def make_tasks(env_name: str) -> TaskDistribution[Any]:
     """The task distribution registered for ``env_name``, else one whose tasks are seeds of that environment.
 
     Registered from the start: ``CartPole-v1`` (``CartPoleTasks``) and ``CartPole-hidden-velocity-v1`` (the same with
-    ``hide_velocity``). Raises TypeError unless ``env_name`` is a string; ValueError when Gymnasium cannot make the
-    environment, with Gymnasium's own suggestion, when its observations are not a Box or its actions neither Discrete
-    nor Box.
+    ``hide_velocity``); with the extra ``mujoco``, ``HalfCheetah-Vel``, ``HalfCheetah-Dir`` and ``Ant-Dir``; with the
+    extra ``metaworld``, ``ML10`` and ``ML1-<environment>``. Raises TypeError unless ``env_name`` is a string;
+    ValueError when Gymnasium cannot make the environment, with Gymnasium's own suggestion, when its observations are
+    not a Box or its actions neither Discrete nor Box, and when an extra is missing.
 
     >>> make_tasks("CartPole-v1").name
     'CartPole-v1-physics-flip-v1'
@@ -46,10 +54,16 @@ def make_tasks(env_name: str) -> TaskDistribution[Any]:
     """
     if not isinstance(env_name, str):
         raise TypeError(f"make_tasks: env_name must be a string, got {type(env_name).__name__}")
-    if env_name not in _FACTORIES:
+    factory = _FACTORIES.get(env_name)
+    if factory is None and env_name.startswith("ML1-"):
+        factory = partial(MetaWorldTasks, env_name)
+    if factory is None:
         seeds = SeedTasks(env_name)
         # Gymnasium resolves an id without version, such as "CartPole", to the latest one.
         if seeds.env_name not in _FACTORIES:
             return seeds
-        env_name = seeds.env_name
-    return _FACTORIES[env_name]()
+        factory = _FACTORIES[seeds.env_name]
+    try:
+        return factory()
+    except ImportError as error:
+        raise ValueError(f"make_tasks: env_name {env_name!r} cannot be made: {error}") from error
