@@ -97,6 +97,7 @@ def main() -> None:
     parser.add_argument("--trials", type=int, default=64, help="trials per update")
     parser.add_argument("--workers", type=int, default=1, help="processes")
     parser.add_argument("--resume", action="store_true", help="take the runs that the file of results has already")
+    parser.add_argument("--report", action="store_true", help="table and plot of what that file has, without new runs")
     parser.add_argument("--quick", action="store_true", help="3 updates, one seed, no file written")
     flags = parser.parse_args()
     if flags.quick:
@@ -107,7 +108,7 @@ def main() -> None:
     trial = "" if flags.steps == 128 else f"-trials-of-{flags.steps}"
     path = RESULTS / f"cartpole_rl-{dist.name.removeprefix('CartPole-v1-')}{trial}.json"
     done: dict[str, dict[str, Any]] = {}
-    if flags.resume and path.exists():
+    if (flags.resume or flags.report) and path.exists():
         before = json.loads(path.read_text())
         done = {r["asked"]: r for r in before["tuning"] + before["runs"]}
     length = {"steps": flags.steps, "tasks_per_update": flags.trials}
@@ -116,7 +117,7 @@ def main() -> None:
 
         def submit(arm: str, rate: float, seed: int, split: str, adapter_rates: Sequence[float]) -> Any:
             ready = done.get(asked(arm, rate, seed, flags.updates, length, split, adapter_rates))
-            if ready is None:
+            if ready is None and not flags.report:
                 return pool.submit(run, arm, rate, seed, flags.updates, tasks, length, split, adapter_rates)
             future: Any = concurrent.futures.Future()
             future.set_result(ready)
@@ -135,7 +136,8 @@ def main() -> None:
                 path.write_text(json.dumps(results, indent=1) + "\n")
 
         tries = [submit(a, r, TUNING_SEED, "valid", ADAPTER_RATES if a == "ssm" else ()) for a in CORES for r in RATES]
-        tuning = [keep(job.result(), "arm", "learning_rate", "returns", "adapted", "cpu_seconds") for job in tries]
+        columns = ("arm", "seed", "learning_rate", "returns", "adapted", "cpu_seconds")
+        tuning = [keep(job.result(), *columns) for job in tries]
         best = {a: max((t for t in tuning if t["arm"] == a), key=lambda t: t["returns"][-1]) for a in CORES}
         rates = {a: t["learning_rate"] for a, t in best.items()}
         adapter_rate = float(max(best["ssm"]["adapted"].items(), key=lambda item: item[1][-1])[0])
@@ -145,26 +147,30 @@ def main() -> None:
             for a in ("ssm", *(a for a in CORES if a != "ssm"))  # the slowest first
             for seed in range(flags.seeds)
         ]
-        runs = [keep(job.result(), "arm", "seed", "returns", "adapted", "cpu_seconds") for job in jobs]
+        found = [job.result() for job in jobs] if flags.report else [keep(job.result(), *columns) for job in jobs]
+        runs = [r for r in found if r is not None]
 
     table = {}
     for arm in (*CORES, ADAPTED):
         mine = [r for r in runs if r["arm"] == ("ssm" if arm == ADAPTED else arm)]
         returns = [r["adapted"][str(adapter_rate)] if arm == ADAPTED else r["returns"] for r in mine]
-        columns = [student(column) for column in zip(*returns, strict=True)]
+        if not mine:
+            continue
+        episodes = [student(column) for column in zip(*returns, strict=True)]
         table[arm] = {
-            "mean": [column["mean"] for column in columns],
-            "half": [column["half"] for column in columns],
+            "mean": [column["mean"] for column in episodes],
+            "half": [column["half"] for column in episodes],
+            "seeds": len(mine),
             "parameters": mine[0]["parameters"],
             "cpu_seconds": statistics.median(r["cpu_seconds"] for r in mine),
         }
         if arm != ADAPTED:
             drawn = zip(*(r["returns_drawn"] for r in mine), strict=True)
             table[arm]["drawn"] = [statistics.mean(column) for column in drawn]
-    print(f"| memory | parameters | {' | '.join(f'episode {i + 1}' for i in range(EPISODES))} | CPU s |")
+    print(f"| memory | parameters | seeds | {' | '.join(f'episode {i + 1}' for i in range(EPISODES))} | CPU s |")
     for arm, row in table.items():
         cells = " | ".join(f"{m:.0f} +- {s:.0f}" for m, s in zip(row["mean"], row["half"], strict=True))
-        print(f"| {arm} | {row['parameters']} | {cells} | {row['cpu_seconds']:.0f} |")
+        print(f"| {arm} | {row['parameters']} | {row['seeds']} | {cells} | {row['cpu_seconds']:.0f} |")
     memoryless = max(table["mlp"]["mean"][-1], table["mlp"]["drawn"][-1])
     print(f"ssm / memoryless, last episode: {table['ssm']['mean'][-1] / memoryless:.1f}")
     save(tuning, runs, table=table, adapter_rate=adapter_rate)

@@ -62,6 +62,7 @@ def make_policy(settings: RLSettings, distribution: TaskDistribution[Any], devic
         continuous=not isinstance(distribution.action_space, Discrete),
         state_size=settings.state_size,
         num_layers=settings.num_layers,
+        core=settings.core,
     )
 
 

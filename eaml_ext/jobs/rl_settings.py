@@ -6,6 +6,8 @@ from dataclasses import dataclass, fields
 from eaml_ext import _check
 from eaml_ext.jobs.settings import _flag
 
+CORES = ("s6", "mamba", "s4d", "s5", "lru", "ssd", "retention", "rwkv")
+
 
 @dataclass(frozen=True)
 class RLSettings:
@@ -21,6 +23,7 @@ class RLSettings:
     hidden_dim: int = _flag(64, "width of the policy's SSM")
     state_size: int = _flag(8, "states per channel of the SSM")
     num_layers: int = _flag(1, "layers of the SSM")
+    core: str = _flag("s6", "recurrence of the SSM", choices=CORES)
     reward_scale: float = _flag(0.1, "rewards are multiplied by it for learning; values should be of the order of 1")
     gamma: float = _flag(0.99, "discount of a step, at most 1")
     test_tasks: int = _flag(64, "held-out tasks")
@@ -38,6 +41,8 @@ class RLSettings:
             _check.positive(name, f.name, value, zero=f.name == "seed", integer=isinstance(f.default, int))
             if math.isinf(value):
                 raise ValueError(f"{name}: {f.name} must be finite, got {value!r}")
+        if self.core not in CORES:
+            raise ValueError(f"{name}: core must be one of {CORES}, got {self.core!r}")
         if self.gamma > 1:
             raise ValueError(f"{name}: gamma must be <= 1, got {self.gamma!r}")
 
@@ -56,6 +61,8 @@ class RL2Settings(RLSettings):
     'runs/rl2-CartPole-hidden-velocity-v1-seed0'
     """
 
+    # Its convolution shows what an action changes from step to step; s6 alone loses a hidden velocity.
+    core: str = _flag("mamba", "recurrence of the SSM", choices=CORES)
     lr: float = _flag(3e-3, "learning rate (Adam), falling to 0")
     tasks_per_update: int = _flag(64, "trials played side by side, each of a new task")
     steps: int = _flag(128, "steps of a training trial")

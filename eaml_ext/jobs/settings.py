@@ -43,7 +43,7 @@ class DynamicsSettings:
     test_tasks: int = _flag(64, "held-out tasks")
     adaptation_calls: int = _flag(21, "calls of the Adapter per held-out task, 5 gradient steps each")
     plan_tasks: int = _flag(16, "held-out tasks in which a planner acts with the model of each arm; 0: in none")
-    plan_steps: int = _flag(200, "steps after which such an episode is cut")
+    plan_steps: int = _flag(100, "steps after which such an episode is cut")
     plan_horizon: int = _flag(15, "steps that the planner looks ahead")
     plan_candidates: int = _flag(32, "sequences of actions that it imagines at every step, at least 2")
     threads: int = _flag(1, "threads torch may use; the model is too small to gain from more")

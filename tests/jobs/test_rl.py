@@ -6,8 +6,10 @@ import pytest
 import torch
 
 from eaml_ext import checkpoint, cli
+from eaml_ext.jobs import rl_settings
 from eaml_ext.jobs.rl import make_policy, run
 from eaml_ext.jobs.rl_settings import MAMLSettings, RL2Settings
+from eaml_ext.nn.cores import CORES
 from eaml_ext.tasks import make_tasks
 
 SMALL = {"num_epochs": 1, "hidden_dim": 8, "state_size": 4, "test_tasks": 6, "tasks_per_update": 4, "steps": 20}
@@ -56,6 +58,7 @@ def test_continuous_actions_work(tmp_path):
         (["--algo", "rl2", "--inner_lr", "1"], "unrecognized arguments: --inner_lr"),
         (["--algo", "maml", "--episodes", "2"], "unrecognized arguments: --episodes"),
         (["--algo", "rl2", "--lr", "0"], "lr must be > 0"),
+        (["--algo", "rl2", "--core", "gru"], "invalid choice: 'gru'"),
         (["--algo", "maml", "--rows", "0"], "rows must be > 0"),
         (["--algo", "maml", "--gamma", "1.5"], "gamma must be <= 1"),
         (["--algo", "rl2", "--reward_scale", "inf"], "reward_scale must be finite"),
@@ -83,6 +86,14 @@ def test_settings_refuse_wrong_types():
         RL2Settings(steps=1.5)
     with pytest.raises(TypeError, match=r"^MAMLSettings: env_name must be a string, got 3$"):
         MAMLSettings(env_name=3)
+    with pytest.raises(ValueError, match=r"^RL2Settings: core must be one of .*, got 'gru'$"):
+        RL2Settings(core="gru")
+
+
+def test_the_flag_knows_all_cores():
+    assert set(rl_settings.CORES) == set(CORES) and RL2Settings().core == "mamba"
+    policy = make_policy(RL2Settings(core="lru", hidden_dim=8), make_tasks("CartPole-v1"), torch.device("cpu"))
+    assert policy.options["core"] == "lru"
 
 
 def test_help_tells_the_settings_of_each_algorithm(capsys):
