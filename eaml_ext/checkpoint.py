@@ -36,6 +36,7 @@ def save(
     Raises:
         TypeError: a value is not a tensor, its dtype cannot be stored, or the metadata are not JSON.
         FileNotFoundError: the directory does not exist.
+        OSError: the disk is full, or another reason not to write; an existing file is as it was.
 
     >>> import tempfile, torch
     >>> path = os.path.join(tempfile.mkdtemp(), "model.safetensors")
@@ -44,6 +45,7 @@ def save(
     >>> tensors["weight"].shape, metadata
     (torch.Size([2, 3]), {'epoch': 4})
     """
+    from safetensors import SafetensorError
     from safetensors.torch import save_file
 
     path = os.path.abspath(os.fspath(path))
@@ -77,6 +79,8 @@ def save(
             save_file(ready, temporary, {_KEY: text, "crc32": str(_checksum(ready, text))})
         except (KeyError, TypeError, ValueError) as error:
             raise TypeError(f"checkpoint.save: a tensor has a dtype that safetensors cannot store ({error})") from None
+        except SafetensorError as error:
+            raise OSError(f"checkpoint.save: {path} cannot be written ({error})") from None
         os.chmod(temporary, mode)
         _flush(temporary)
         os.replace(temporary, path)

@@ -59,12 +59,20 @@ class Directory:
         """New files, all zeros, of the given dtypes and shapes; the space on the disk is taken at once."""
         series = 1 + max((int(name.split("-")[1]) for name in self._names()), default=-1)
         files = {name: f"field-{series}-{i}.bin" for i, name in enumerate(fields)}
-        for name, (dtype, shape) in fields.items():
-            size = _bytes(dtype, shape)
-            with open(self.path / files[name], "wb") as file:
-                if size and hasattr(os, "posix_fallocate"):
-                    os.posix_fallocate(file.fileno(), 0, size)  # or a full disk would kill the process at a later write
-                file.truncate(size)
+        try:
+            for name, (dtype, shape) in fields.items():
+                size = _bytes(dtype, shape)
+                with open(self.path / files[name], "wb") as file:
+                    if size and hasattr(os, "posix_fallocate"):
+                        os.posix_fallocate(file.fileno(), 0, size)  # or a full disk would kill the process later
+                    file.truncate(size)
+        except OSError as error:
+            for file_name in files.values():
+                with contextlib.suppress(FileNotFoundError):
+                    os.unlink(self.path / file_name)
+            total = sum(_bytes(*spec) for spec in fields.values())
+            reason = f"ExperienceBuffer: the disk does not take the {total} bytes of directory {self.path} ({error})"
+            raise OSError(error.errno, reason) from None
         self._files = files
         return self._map(fields)
 
