@@ -23,6 +23,7 @@ from torch.utils.flop_counter import register_flop_formula
 
 from eaml_ext import _check
 from eaml_ext.ops._typed import Function, allow_in_graph, register_fake
+from eaml_ext.ops.fallback import reference_of
 
 CHUNK = 32  # steps between two saved states; kChunk in csrc/selective_scan/problem.h
 
@@ -212,6 +213,7 @@ def _saved_size(u: Tensor, A: Tensor) -> Any:
 
 
 @torch.library.impl("eaml_ext::selective_scan", "CompositeExplicitAutograd")
+@reference_of("selective_scan")
 def _scan_reference(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
     *inputs, save = args
     u, A = inputs[0], inputs[2]
@@ -233,6 +235,7 @@ def _with_time(
 
 
 @torch.library.impl("eaml_ext::selective_scan_step", "CompositeExplicitAutograd")
+@reference_of("selective_scan")
 def _step_reference(*args: Any) -> tuple[Tensor, Tensor]:
     x: Any = _with_time(*args[:-1])
     options: Any = (None, args[-1], *_check_arguments("selective_scan_step", x, args[-1], None, "state"))
@@ -241,6 +244,7 @@ def _step_reference(*args: Any) -> tuple[Tensor, Tensor]:
 
 
 @torch.library.impl("eaml_ext::selective_scan_backward", "CompositeExplicitAutograd")
+@reference_of("selective_scan")
 def _backward_reference(grad_y: Tensor, grad_state: Tensor | None, *args: Any) -> tuple[Tensor, ...]:
     inputs, options = args[:_COUNT], args[_COUNT:-1]
     function, present = _as_function(inputs, options)
@@ -252,6 +256,7 @@ def _backward_reference(grad_y: Tensor, grad_state: Tensor | None, *args: Any) -
 
 
 @torch.library.impl("eaml_ext::selective_scan_jvp", "CompositeExplicitAutograd")
+@reference_of("selective_scan")
 def _jvp_reference(*args: Any) -> tuple[Tensor, Tensor]:
     inputs, tangents, options = args[:_COUNT], args[_COUNT : 2 * _COUNT], args[2 * _COUNT :]
     function, present = _as_function(inputs, options)
@@ -265,6 +270,7 @@ def _jvp_reference(*args: Any) -> tuple[Tensor, Tensor]:
 
 
 @torch.library.impl("eaml_ext::selective_scan_backward_jvp", "CompositeExplicitAutograd")
+@reference_of("selective_scan")
 def _backward_jvp_reference(
     grad_y: Tensor,
     grad_state: Tensor | None,

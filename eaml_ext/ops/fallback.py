@@ -1,0 +1,34 @@
+"""A reference that runs on a GPU says so, once: it is there, it is right, and it is slow."""
+
+import functools
+import warnings
+from collections.abc import Callable
+from typing import TypeVar
+
+import torch
+from torch import Tensor
+
+_Result = TypeVar("_Result")
+_told: set[str] = set()
+
+
+def tell(op: str, device: torch.device) -> None:
+    """Warn, the first time in a process, that the reference of ``op`` runs on ``device``, if that is a GPU."""
+    if device.type == "cuda" and op not in _told:
+        _told.add(op)
+        text = f"{op}: no CUDA kernel takes these tensors, the slow pure-PyTorch reference runs on {device}"
+        warnings.warn(text, RuntimeWarning, stacklevel=2)
+
+
+def reference_of(op: str) -> Callable[[Callable[..., _Result]], Callable[..., _Result]]:
+    """Decorates what the dispatcher calls where there is no kernel."""
+
+    def decorate(function: Callable[..., _Result]) -> Callable[..., _Result]:
+        @functools.wraps(function)
+        def run(first: Tensor, *args: object) -> _Result:
+            tell(op, first.device)
+            return function(first, *args)
+
+        return run
+
+    return decorate

@@ -1,0 +1,38 @@
+"""A reference on a GPU warns once for each op; elsewhere never."""
+
+import warnings
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from eaml_ext.ops import fallback, knn, selective_scan
+
+
+@pytest.fixture
+def fresh(monkeypatch):
+    monkeypatch.setattr(fallback, "_told", set())
+
+
+def test_one_warning_for_each_op(fresh):
+    on_gpu = SimpleNamespace(device=torch.device("cuda", 1))  # as much of a tensor as is looked at
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        for op in ("knn", "selective_scan", "knn"):
+            assert fallback.reference_of(op)(lambda x, y: y)(on_gpu, 3) == 3
+    assert [str(w.message).split(",")[0] for w in caught] == [
+        "knn: no CUDA kernel takes these tensors",
+        "selective_scan: no CUDA kernel takes these tensors",
+    ]
+    assert str(caught[0].message).endswith("the slow pure-PyTorch reference runs on cuda:1")
+    assert caught[0].category is RuntimeWarning
+
+
+@pytest.mark.filterwarnings("error::RuntimeWarning")
+def test_none_on_a_cpu_and_every_op_would_be_told(fresh, monkeypatch, reference_only):
+    asked = []
+    monkeypatch.setattr(fallback, "tell", lambda op, device: asked.append((op, device.type)))
+    x = torch.randn(2, 3, 4)
+    knn(x[0], x[1], 1)
+    selective_scan(x, x.abs(), -torch.ones(3, 2), torch.ones(2, 2, 4), torch.ones(2, 2, 4))
+    assert asked == ([("knn", "cpu"), ("selective_scan", "cpu")] if reference_only else [])
