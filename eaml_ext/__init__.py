@@ -48,11 +48,12 @@ _HOME = {
     "TaskBatch": "meta",
     "ExperienceBuffer": "experience",
     "Experiences": "experience",
+    "ShardedExperienceBuffer": "experience",
     "Adapter": "adaptation",
     "AdaptationConfig": "adaptation",
     "SSMMetaPolicy": "rl",
 }
-_ROOMS = ("adaptation", "experience", "integrations", "jobs", "meta", "nn", "ops", "rl", "tasks")
+_ROOMS = ("adaptation", "distributed", "experience", "integrations", "jobs", "meta", "nn", "ops", "rl", "tasks")
 
 # Not the rooms: a star import would put eaml_ext.nn in the place of torch.nn.
 __all__ = ["__version__", "build_info", *_HOME]

@@ -10,7 +10,7 @@ import sys
 
 import pytest
 import torch
-from torch.utils.data import Dataset
+from torch.utils.data import DataLoader, Dataset
 
 from eaml_ext.ops import PackedKeys, knn, selective_scan
 
@@ -38,26 +38,23 @@ class Answers(Dataset):
         }
 
 
-def main(context):
+def main():
     torch.set_num_threads(4)
     answers = Answers()
     wanted = [answers[i] for i in range(len(answers))]
-    workers = 2 if context == "fork" else 1  # to spawn one takes seconds
-    loader = torch.utils.data.DataLoader(answers, batch_size=None, num_workers=workers, multiprocessing_context=context)
-    for _ in range(workers):
+    for context, workers in (("fork", 2), ("spawn", 1)):  # to spawn one takes seconds
+        loader = DataLoader(answers, batch_size=None, num_workers=workers, multiprocessing_context=context)
         for got, own in zip(loader, wanted, strict=True):
-            assert all(torch.equal(got[name], own[name]) for name in own)
+            assert all(torch.equal(got[name], own[name]) for name in own), context
         answers[0]  # and the parent goes on
     print("alike")
 
 
-@pytest.mark.parametrize("context", ["fork", "spawn"])
-def test_workers_answer_as_their_parent(context):
-    if context == "fork" and sys.platform != "linux":
-        pytest.skip("fork is Linux's default alone")
-    child = subprocess.run([sys.executable, __file__, context], capture_output=True, text=True, timeout=120, env=ENV)
+@pytest.mark.skipif(sys.platform != "linux", reason="fork is the default on Linux alone")
+def test_workers_answer_as_their_parent():
+    child = subprocess.run([sys.executable, __file__], capture_output=True, text=True, timeout=120, env=ENV)
     assert child.returncode == 0 and child.stdout == "alike\n", child.stderr
 
 
 if __name__ == "__main__":
-    main(sys.argv[1])
+    main()
