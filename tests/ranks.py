@@ -12,7 +12,7 @@ import traceback
 from datetime import timedelta
 from pathlib import Path
 
-TIMEOUT = 20.0  # seconds a rank waits for others
+TIMEOUT = 60.0  # seconds a rank waits for others
 
 
 def failures(module: str, functions: list, folder: Path, size: int = 2) -> list[str]:
@@ -22,7 +22,7 @@ def failures(module: str, functions: list, folder: Path, size: int = 2) -> list[
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(p for p in sys.path if p)}
     options = {"stderr": subprocess.STDOUT, "text": True, "env": environment}
     children = [subprocess.Popen([*command, str(rank)], stdout=subprocess.PIPE, **options) for rank in range(size)]
-    outputs = [child.communicate(timeout=120)[0] for child in children]
+    outputs = [child.communicate(timeout=240)[0] for child in children]
     failed = []
     for rank, (child, output) in enumerate(zip(children, outputs, strict=True)):
         path = folder / f"outcome-{rank}.json"

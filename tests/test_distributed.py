@@ -54,15 +54,15 @@ def on_ranks_one_that_does_not_answer(group, folder):
     assert repr(hasty) == f"Group(rank {group.rank} of 2)"
     hasty.any(True)
     if group.rank == 1:
-        time.sleep(2.5)
+        time.sleep(4)
         with pytest.raises(RankError):
             hasty.any(True)
     else:
         start = time.monotonic()
-        for limit in (2.4, 0.1):  # the second time at once
+        for limit in (3.5, 0.5):  # the second time at once
             with pytest.raises(RankError, match=r"^distributed.all_gather: another rank does not answer, ra") as error:
                 hasty.any(True)
-            assert time.monotonic() - start < limit + 0.1 and "\n" not in str(error.value)
+            assert time.monotonic() - start < limit and "\n" not in str(error.value)
             start = time.monotonic()
     group.any(True)  # the other group is whole
 

@@ -1,5 +1,6 @@
 """A disk that is full while something is saved: an OSError of one sentence, and nothing is lost."""
 
+import json
 import os
 import subprocess
 import sys
@@ -8,6 +9,7 @@ import pytest
 import torch
 
 from eaml_ext import checkpoint
+from eaml_ext.jobs.report import write_json
 
 CODE = """
 import os, resource, sys, torch
@@ -81,3 +83,16 @@ def test_each_step_may_fail(tmp_path, monkeypatch, function):
         patch.setattr(function, fails)
         checkpoint.save(path, {"a": torch.zeros(3)})
     assert torch.equal(checkpoint.load(path)[0]["a"], torch.ones(3)) and os.listdir(tmp_path) == ["file"]
+
+
+@pytest.mark.parametrize("function", ["os.fsync", "os.replace"])
+def test_a_report_too(tmp_path, monkeypatch, function):
+    write_json(tmp_path / "report.json", {"a": 1})
+
+    def fails(*_):
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch, pytest.raises(OSError, match="No space left"):
+        patch.setattr(function, fails)
+        write_json(tmp_path / "report.json", {"a": 2})
+    assert json.loads((tmp_path / "report.json").read_text())["a"] == 1 and os.listdir(tmp_path) == ["report.json"]

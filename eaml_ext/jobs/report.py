@@ -43,8 +43,15 @@ def write_json(path: str | Path, results: dict[str, Any]) -> None:
     """Writes the results and what they were made with, whole or not at all."""
     path = Path(path)
     part = path.with_name(path.name + ".part")
-    part.write_text(json.dumps({**results, "build": build_info()}, indent=1) + "\n")
-    os.replace(part, path)
+    try:
+        with open(part, "w") as file:
+            file.write(json.dumps({**results, "build": build_info()}, indent=1) + "\n")
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(part, path)
+    except BaseException:
+        part.unlink(missing_ok=True)
+        raise
 
 
 def plot(path: str | Path, results: dict[str, Any]) -> None:
