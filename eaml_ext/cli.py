@@ -1,6 +1,8 @@
 """The command line: ``eaml-ext`` and ``python -m eaml_ext``. Nothing heavy is imported before the flags are parsed."""
 
 import argparse
+import contextlib
+import os
 import sys
 from collections.abc import Sequence
 from dataclasses import fields
@@ -74,7 +76,10 @@ def info(argv: Sequence[str]) -> int:
     """``eaml-ext info``."""
     text = "What is compiled and installed, what is missing, and the command that mends it."
     argparse.ArgumentParser(prog="eaml-ext info", description=text).parse_args(argv)
-    print(import_module("eaml_ext.info").report())
+    with contextlib.suppress(BrokenPipeError):  # `eaml-ext info | head`
+        print(import_module("eaml_ext.info").report(), flush=True)
+        return 0
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # what Python flushes when it ends
     return 0
 
 

@@ -55,8 +55,7 @@ def test_without_kernels_the_reason_and_the_command_stand_there_and_nothing_warn
     assert done.stderr == ""
 
 
-def test_without_torch_the_command_for_it_stands_there():
-    code = """
+WITHOUT_TORCH = """
 import sys
 from importlib import metadata
 sys.modules["torch"] = None
@@ -71,8 +70,18 @@ from packaging.requirements import Requirement
 info.requirements = lambda: {"": [Requirement("torch>=2.11")]}
 cli.main(["info"])
 """
-    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+
+
+def test_without_torch_the_command_for_it_stands_there():
+    out = subprocess.run([sys.executable, "-c", WITHOUT_TORCH], capture_output=True, text=True, check=True).stdout
     assert "unknown: torch is missing" in out and f"to mend: {info.INSTALL} 'torch>=2.11'" in out
+
+
+def test_a_reader_that_goes_away_is_no_error():
+    command = [sys.executable, "-c", WITHOUT_TORCH]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        process.stdout.close()
+        assert process.stderr.read() == b"" and process.wait() == 0
 
 
 def test_a_package_that_is_not_installed_says_so(monkeypatch):
