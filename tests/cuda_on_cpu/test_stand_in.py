@@ -13,8 +13,6 @@ from torch import Tensor
 
 from eaml_ext.ops import selective_scan, selective_scan_reference
 
-NAMES = ("u", "delta", "A", "B", "C", "D", "z", "delta_bias", "initial_state")
-
 
 @pytest.fixture(scope="module")
 def library(request) -> ctypes.CDLL:
@@ -52,13 +50,15 @@ def test_faults_are_found(library, fault, message):
 def arguments(
     batch: int, dim: int, length: int, state: int, groups: int | None, invariant: str, kind: torch.dtype
 ) -> dict[str, Any]:
+    """``kind`` is the dtype of A, B, C and the states."""
+
     def matrix(name: str) -> Tensor:
         if name in invariant:
             return torch.randn(dim, state, dtype=kind)
         return torch.randn(batch, *(() if groups is None else (groups,)), state, length, dtype=kind)
 
     A = -0.3 - torch.rand(dim, state)
-    return {
+    x = {
         "u": torch.randn(batch, length, dim).transpose(1, 2),
         "delta": torch.randn(batch, dim, length) - 2,
         "A": torch.complex(A, torch.randn(dim, state)) if kind.is_complex else A,
@@ -69,19 +69,48 @@ def arguments(
         "delta_bias": torch.randn(dim),
         "initial_state": torch.randn(batch, dim, state, dtype=kind),
     }
+    return {name: v.to(kind if v.is_complex() else kind.to_real()) for name, v in x.items()}
 
 
 def wide(x: Tensor) -> Tensor:
     return x.to(torch.complex128 if x.is_complex() else torch.float64)
 
 
-def all_derivatives(function: Any, x: dict[str, Any], reset: Tensor | None) -> list[Tensor]:
-    leaves = {name: value.detach().requires_grad_() for name, value in x.items()}
-    y, last = function(**leaves, delta_softplus=True, return_last_state=True, reset=reset)
-    inputs = list(leaves.values())
-    first = torch.autograd.grad((y, last), inputs, (y.detach(), last.detach()), create_graph=True)
+def all_derivatives(function: Any, x: dict[str, Any], reset: Tensor | None) -> dict[str, Tensor]:
+    def scan(*values: Tensor) -> tuple[Tensor, Tensor]:
+        named = dict(zip(x, values, strict=True))
+        return function(**named, delta_softplus=True, return_last_state=True, reset=reset)
+
+    inputs = [value.detach().requires_grad_() for value in x.values()]
+    outs = scan(*inputs)
+    first = torch.autograd.grad(outs, inputs, [out.detach() for out in outs], create_graph=True)
     second = torch.autograd.grad(first, inputs, [g.detach() for g in first])
-    return [y.detach(), last.detach(), *(g.detach() for g in first), *second]
+    _, along = torch.func.jvp(scan, tuple(x.values()), tuple(g.detach() for g in first))
+    names = ["y", "last", *(f"{of} {name}" for of in ("first", "second") for name in x), "y along", "last along"]
+    return {name: v.detach() for name, v in zip(names, (*outs, *first, *second, *along), strict=True)}
+
+
+def check(x: dict[str, Any], reset: Tensor | None) -> None:
+    """All derivatives are those of the reference, and the same bits twice."""
+    got = all_derivatives(selective_scan, x, reset)
+    want = all_derivatives(selective_scan_reference, {name: wide(value) for name, value in x.items()}, reset)
+    eps = torch.finfo(x["A"].dtype).eps
+    for name, a in got.items():
+        error = (wide(a) - want[name]).abs().max().item()
+        assert error <= 128 * eps * want[name].abs().max().item(), name
+    again = all_derivatives(selective_scan, x, reset)
+    assert all(torch.equal(a, again[name]) for name, a in got.items())
+
+
+KINDS = (torch.float32, torch.float64, torch.complex64, torch.complex128)
+STATES = [(kind, state) for kind in KINDS for state in (1, 5, 17, 33, 65, 129) if state <= 128 or not kind.is_complex]
+
+
+@pytest.mark.parametrize("invariant", ["", "BC"])
+@pytest.mark.parametrize("kind, state", STATES, ids=str)
+def test_every_tiling(library, kind, state, invariant):
+    """Each number of lanes and of a thread's states; steps and channels are no multiples of what kernels take."""
+    check(arguments(1, 3, 37, state, None, invariant, kind), torch.rand(1, 37) < 0.1)
 
 
 @pytest.mark.parametrize("resets", [False, True])
@@ -94,19 +123,14 @@ def all_derivatives(function: Any, x: dict[str, Any], reset: Tensor | None) -> l
         (1, 1, 530, 129, None, "C", torch.float32),
         (1, 2, 540, 17, 1, "C", torch.complex64),
         (1, 3, 520, 2, None, "BC", torch.complex64),
+        (1, 2, 515, 2, None, "", torch.float64),
+        (1, 2, 515, 2, None, "", torch.complex128),
     ],
     ids=str,
 )
 def test_long_sequences_in_segments(library, shape, resets):
-    """Few channels and many steps: time is cut into segments. Two calls give the same bits."""
-    x = arguments(*shape)
-    reset = torch.rand(shape[0], shape[2]) < 0.004 if resets else None
-    got = all_derivatives(selective_scan, x, reset)
-    want = all_derivatives(selective_scan_reference, {name: wide(value) for name, value in x.items()}, reset)
-    for name, a, b in zip(("y", "last", *NAMES, *NAMES), got, want, strict=True):
-        error = (wide(a) - b).abs().max().item()
-        assert error <= 128 * torch.finfo(torch.float32).eps * b.abs().max().item(), name
-    assert all(map(torch.equal, got, all_derivatives(selective_scan, x, reset)))
+    """Few channels and many steps: time is cut into segments."""
+    check(arguments(*shape), torch.rand(shape[0], shape[2]) < 0.004 if resets else None)
 
 
 @pytest.mark.parametrize("kind, words", [(torch.float32, "257 states"), (torch.complex64, "129 complex states")])
