@@ -85,7 +85,7 @@ def all_derivatives(function: Any, x: dict[str, Any], reset: Tensor | None) -> d
     outs = scan(*inputs)
     first = torch.autograd.grad(outs, inputs, [out.detach() for out in outs], create_graph=True)
     second = torch.autograd.grad(first, inputs, [g.detach() for g in first])
-    _, along = torch.func.jvp(scan, tuple(x.values()), tuple(g.detach() for g in first))
+    along: Any = torch.func.jvp(scan, tuple(x.values()), tuple(g.detach() for g in first))[1]
     names = ["y", "last", *(f"{of} {name}" for of in ("first", "second") for name in x), "y along", "last along"]
     return {name: v.detach() for name, v in zip(names, (*outs, *first, *second, *along), strict=True)}
 
