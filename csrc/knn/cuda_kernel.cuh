@@ -136,69 +136,86 @@ EAML_DEVICE double join_lanes(double (&lane)[4]) {
   return (lane[0] + lane[2]) + (lane[1] + lane[3]);
 }
 
-// The sums of a metric between a key and kQueries queries; `square`: of the key's squares, for the cosine.
-template <Metric kMetric, bool kPlain, class T, class Q, int kQueries>
-EAML_DEVICE void sums(double (&sum)[kQueries], double& square, const void* key, const Q (&queries)[kQueries],
-                      int64_t features, Half half) {
-  double lane[kQueries][4] = {}, squares[4] = {};
-  EAML_UNROLL_BY((kQueries == 1 ? 4 : 2))
+// The sums of a metric between keys and queries; `square`: of the keys' squares, for the cosine.
+template <Metric kMetric, bool kPlain, class T, class Q, int kKeys, int kQueries>
+EAML_DEVICE void sums(double (&sum)[kKeys][kQueries], double (&square)[kKeys], const void* const (&keys)[kKeys],
+                      const Q (&queries)[kQueries], int64_t features, Half half) {
+  double lane[kKeys][kQueries][4] = {}, squares[kKeys][4] = {};
+  EAML_UNROLL_BY((kQueries == 1 && (kKeys == 1 || kMetric != Metric::kCosine) ? 4 : 2))
   for (int64_t i = lanes_begin(); i < features; i += 8) {
-    T row[4];
-    read_four<kPlain>(row, key, i, features, half);
+    T row[kKeys][4];
+    EAML_UNROLL
+    for (int k = 0; k < kKeys; ++k) read_four<kPlain>(row[k], keys[k], i, features, half);
     EAML_UNROLL
     for (int q = 0; q < kQueries; ++q) {
       double query[4];
       queries[q].four(query, i);
       EAML_UNROLL
-      for (int j = 0; j < 4; ++j) {
-        const double x = row[j], d = query[j] - x;
-        lane[q][j] += kMetric == Metric::kSqeuclidean ? cuda::multiply(d, d) : cuda::multiply(query[j], x);
+      for (int k = 0; k < kKeys; ++k) {
+        EAML_UNROLL
+        for (int j = 0; j < 4; ++j) {
+          const double x = row[k][j], d = query[j] - x;
+          lane[k][q][j] += kMetric == Metric::kSqeuclidean ? cuda::multiply(d, d) : cuda::multiply(query[j], x);
+        }
       }
     }
     if constexpr (kMetric == Metric::kCosine) {
       EAML_UNROLL
-      for (int j = 0; j < 4; ++j) squares[j] += cuda::multiply(double(row[j]), double(row[j]));
+      for (int k = 0; k < kKeys; ++k) {
+        EAML_UNROLL
+        for (int j = 0; j < 4; ++j) squares[k][j] += cuda::multiply(double(row[k][j]), double(row[k][j]));
+      }
     }
   }
   EAML_UNROLL
-  for (int q = 0; q < kQueries; ++q) sum[q] = join_lanes(lane[q]);
-  if constexpr (kMetric == Metric::kCosine) square = join_lanes(squares);
+  for (int k = 0; k < kKeys; ++k) {
+    EAML_UNROLL
+    for (int q = 0; q < kQueries; ++q) sum[k][q] = join_lanes(lane[k][q]);
+    if constexpr (kMetric == Metric::kCosine) square[k] = join_lanes(squares[k]);
+  }
 }
 
-// The exact scores of a key, for both threads. `norms`: of the queries, for the cosine.
-template <bool kPlain, class T, class Q, int kQueries>
-EAML_DEVICE void scores(T (&to)[kQueries], const Memory<T>& memory, int64_t slot, const Q (&queries)[kQueries],
-                        const double (&norms)[kQueries]) {
-  const void* key = memory.keys + slot * memory.row_bytes;
-  const double weight = memory.weight(slot);
-  double sum[kQueries], square = 0;
-  if (memory.metric == Metric::kSqeuclidean) {
-    sums<Metric::kSqeuclidean, kPlain, T>(sum, square, key, queries, memory.features, memory.half);
-    EAML_UNROLL
-    for (int q = 0; q < kQueries; ++q) to[q] = T(sum[q] - weight);
-    return;
-  }
-  if (memory.metric == Metric::kCosine) {
-    sums<Metric::kCosine, kPlain, T>(sum, square, key, queries, memory.features, memory.half);
+// The exact scores of keys, for both threads. `norms`: of the queries, for the cosine.
+template <bool kPlain, class T, class Q, int kKeys, int kQueries>
+EAML_DEVICE void scores(T (&to)[kKeys][kQueries], const Memory<T>& memory, const int64_t (&slots)[kKeys],
+                        const Q (&queries)[kQueries], const double (&norms)[kQueries]) {
+  const void* keys[kKeys];
+  double sum[kKeys][kQueries], square[kKeys] = {}, weight[kKeys];
+  EAML_UNROLL
+  for (int k = 0; k < kKeys; ++k)
+    keys[k] = memory.keys + slots[k] * memory.row_bytes, weight[k] = memory.weight(slots[k]);
+  if (memory.metric == Metric::kSqeuclidean)
+    sums<Metric::kSqeuclidean, kPlain, T>(sum, square, keys, queries, memory.features, memory.half);
+  else if (memory.metric == Metric::kCosine)
+    sums<Metric::kCosine, kPlain, T>(sum, square, keys, queries, memory.features, memory.half);
+  else
+    sums<Metric::kInnerProduct, kPlain, T>(sum, square, keys, queries, memory.features, memory.half);
+  EAML_UNROLL
+  for (int k = 0; k < kKeys; ++k) {
     EAML_UNROLL
     for (int q = 0; q < kQueries; ++q) {
-      const double norm = cuda::multiply(norms[q], std::sqrt(square));
-      sum[q] = norm == 0 ? 0 : sum[q] / norm;
+      double value = sum[k][q];
+      if (memory.metric == Metric::kSqeuclidean) {
+        to[k][q] = T(value - weight[k]);
+        continue;
+      }
+      if (memory.metric == Metric::kCosine) {
+        const double norm = cuda::multiply(norms[q], std::sqrt(square[k]));
+        value = norm == 0 ? 0 : value / norm;
+      }
+      to[k][q] = T(-(value + weight[k]));
     }
-  } else {
-    sums<Metric::kInnerProduct, kPlain, T>(sum, square, key, queries, memory.features, memory.half);
   }
-  EAML_UNROLL
-  for (int q = 0; q < kQueries; ++q) to[q] = T(-(sum[q] + weight));
 }
 
 // |query|, for all threads.
 template <class T>
 EAML_DEVICE double norm_of(const T* query, int64_t features) {
-  double sum[1], square;
+  double sum[1][1], square[1];
+  const void* const keys[1] = {query};
   const Query<T> rows[1] = {{query, features}};
-  sums<Metric::kInnerProduct, false, T>(sum, square, query, rows, features, Half::kNone);
-  return std::sqrt(sum[0]);
+  sums<Metric::kInnerProduct, false, T>(sum, square, keys, rows, features, Half::kNone);
+  return std::sqrt(sum[0][0]);
 }
 
 // ---- the best k ----
@@ -340,7 +357,7 @@ struct RowsTask {
 };
 
 template <class T, int kQueries, bool kPlain>
-EAML_KERNEL(kThreads)
+EAML_KERNEL(kThreads, kQueries == 1 ? 2 : 1)
 rows_kernel(EAML_CONSTANT RowsTask<T> p) {
   using E = Entry<T>;
   constexpr bool kStaged = kPlain;
@@ -379,16 +396,20 @@ rows_kernel(EAML_CONSTANT RowsTask<T> p) {
     }
     cuda::sync_block();
     const int64_t begin = part * p.part, end = begin + p.part < problem.size ? begin + p.part : problem.size;
-    // Two threads take two keys, one after the other, and each of them keeps one.
+    // Two threads take two keys, at once where that leaves registers, and each of them keeps one.
+    constexpr int kKeys = kPlain && kQueries == 1 ? 2 : 1;
     for (int64_t slot = begin; slot < end; slot += kThreads) {
       const int64_t mine = slot + cuda::thread(), pair = mine / 2 * 2;
       T score[kQueries];
-      for (int k = 0; k < 2; ++k) {
-        T found[kQueries];
-        const int64_t at = pair + k < end ? pair + k : end - 1;
-        scores<kPlain>(found, memory, at, queries, norms);
+      for (int k = 0; k < 2; k += kKeys) {
+        T found[kKeys][kQueries];
+        int64_t slots[kKeys];
         EAML_UNROLL
-        for (int q = 0; q < kQueries; ++q) score[q] = k == 0 || cuda::thread() % 2 == 1 ? found[q] : score[q];
+        for (int i = 0; i < kKeys; ++i) slots[i] = pair + k + i < end ? pair + k + i : end - 1;
+        scores<kPlain>(found, memory, slots, queries, norms);
+        EAML_UNROLL
+        for (int i = 0; i < kKeys; ++i)
+          for (int q = 0; q < kQueries; ++q) score[q] = k + i == 0 || cuda::thread() % 2 == 1 ? found[i][q] : score[q];
       }
       const bool live = mine < end && memory.live(mine);
       E entries[kQueries];
@@ -534,33 +555,63 @@ EAML_INLINE Packed panels_at(const void* panels, int64_t size, int64_t features)
   return p;
 }
 
-// A key's row and its norms, by a warp; returns |x|², NaN where no bound holds.
+// The rows and the norms of some keys, by a warp; `square` becomes |x|², NaN where no bound holds. None for slots that
+// do not exist, which are less than 0.
+template <class C, int kKeys>
+EAML_DEVICE void pack_keys(float (&square)[kKeys], const KeyRows& keys, const int64_t (&slots)[kKeys],
+                           uint16_t* const (&rows)[kKeys], uint32_t* const (&norms)[kKeys], const C* centre,
+                           Metric metric, const Bound& bound, int64_t depth) {
+  const int lane = cuda::thread() % cuda::kWarp;
+  float scale[kKeys], lost[kKeys] = {};
+  int64_t from[kKeys];
+  EAML_UNROLL
+  for (int k = 0; k < kKeys; ++k) {
+    from[k] = slots[k] < 0 ? slots[0] : slots[k], square[k] = 0;
+    scale[k] = metric == Metric::kCosine ? scale_of(keys.square(from[k])) : 1.0f;
+  }
+  EAML_UNROLL_BY(4)
+  for (int64_t i = lane; i < keys.features; i += cuda::kWarp) {
+    const float middle = float(centre[i]);
+    float x[kKeys];
+    EAML_UNROLL
+    for (int k = 0; k < kKeys; ++k) x[k] = keys.get(from[k], i);
+    EAML_UNROLL
+    for (int k = 0; k < kKeys; ++k) {
+      x[k] = x[k] * scale[k] - middle;
+      const uint32_t bits = to_bfloat16(x[k]);
+      const float rest = x[k] - low(bits);
+      square[k] += x[k] * x[k], lost[k] += rest * rest;
+      if (slots[k] >= 0) rows[k][i] = static_cast<uint16_t>(bits);
+    }
+  }
+  const float g = float(bound.own), tiny = float(bound.tiny);
+  EAML_UNROLL
+  for (int k = 0; k < kKeys; ++k) {
+    square[k] = sum_of_warp(square[k]), lost[k] = sum_of_warp(lost[k]);
+    if (slots[k] < 0) continue;
+    const float norm = std::sqrt(square[k] + tiny) * (1 + g), rest = std::sqrt(lost[k] + tiny) * (1 + g);
+    const bool fits = norm <= kMostNorm;
+    const uint32_t pair = fits ? round_up(norm + rest) | round_up(rest) << 16 : 0;
+    if (!fits) {
+      square[k] = kNaN<float>;
+      for (int64_t i = lane; i < keys.features; i += cuda::kWarp) rows[k][i] = 0;
+    }
+    for (int64_t i = keys.features + lane; i < depth; i += cuda::kWarp) {
+      const int64_t column = i - keys.features;
+      rows[k][i] = static_cast<uint16_t>(column == 0 ? pair & 0xffffu : column == 1 ? pair >> 16 : 0);
+    }
+    if (lane == 0) *norms[k] = pair;
+  }
+}
 template <class C>
 EAML_DEVICE float pack_key(const KeyRows& keys, int64_t slot, const C* centre, Metric metric, const Bound& bound,
                            int64_t depth, uint16_t* row, uint32_t* norms) {
-  const int lane = cuda::thread() % cuda::kWarp;
-  const float scale = metric == Metric::kCosine ? scale_of(keys.square(slot)) : 1.0f;
-  float square = 0, lost = 0;
-  for (int64_t i = lane; i < keys.features; i += cuda::kWarp) {
-    const float x = keys.get(slot, i) * scale - float(centre[i]);
-    const uint32_t bits = to_bfloat16(x);
-    const float rest = x - low(bits);
-    square += x * x, lost += rest * rest;
-    row[i] = static_cast<uint16_t>(bits);
-  }
-  square = sum_of_warp(square), lost = sum_of_warp(lost);
-  const float g = float(bound.own), tiny = float(bound.tiny);
-  const float norm = std::sqrt(square + tiny) * (1 + g), rest = std::sqrt(lost + tiny) * (1 + g);
-  const bool fits = norm <= kMostNorm;
-  const uint32_t pair = fits ? round_up(norm + rest) | round_up(rest) << 16 : 0;
-  if (!fits)
-    for (int64_t i = lane; i < keys.features; i += cuda::kWarp) row[i] = 0;
-  for (int64_t i = keys.features + lane; i < depth; i += cuda::kWarp) {
-    const int64_t column = i - keys.features;
-    row[i] = static_cast<uint16_t>(column == 0 ? pair & 0xffffu : column == 1 ? pair >> 16 : 0);
-  }
-  if (lane == 0) *norms = pair;
-  return fits ? square : kNaN<float>;
+  float square[1];
+  const int64_t slots[1] = {slot};
+  uint16_t* const rows[1] = {row};
+  uint32_t* const all_norms[1] = {norms};
+  pack_keys(square, keys, slots, rows, all_norms, centre, metric, bound, depth);
+  return square[0];
 }
 
 // Where a key's bounds start, and their width without the part in the query's norm.
@@ -591,9 +642,11 @@ EAML_DEVICE void find_centre(const KeyRows& keys, int64_t count, const bool* val
   for (int64_t i = cuda::thread(); i < keys.features; i += kThreads) {
     double sum = 0;
     int used = 0;
-    for (int s = 0; s < samples; ++s) {
-      const float scale = scales.get(s);
-      if (scale == scale) sum += double(scale) * double(keys.get(s * step, i)), ++used;
+    EAML_UNROLL_BY(8)
+    for (int k = 0; k < samples; ++k) {
+      const double x = keys.get(k * step, i);  // before it is known whether it counts: these loads wait together
+      const float scale = scales.get(k);
+      sum += scale == scale ? double(scale) * x : 0, used += scale == scale;
     }
     const float mean = float(sum / (used > 0 ? used : 1));
     centre[i] = std::abs(mean) <= kMostNorm ? mean : 0.0f;
@@ -647,7 +700,7 @@ centre_kernel(EAML_CONSTANT Screen p) {
 }
 
 // A block packs a panel; each key may have bounds of several memories.
-EAML_KERNEL(kThreads)
+EAML_KERNEL(kThreads, 2)
 pack_kernel(EAML_CONSTANT Screen p) {
   const Problem<float>& problem = p.problem;
   const int64_t panels = panel_count(problem.size), block = cuda::block() / panels;
@@ -655,15 +708,26 @@ pack_kernel(EAML_CONSTANT Screen p) {
   const KeyRows keys = p.keys(block);
   const Bound bound(problem.features);
   const int64_t sets_each = p.sets / p.keys_blocks;
-  for (int64_t i = cuda::thread() / cuda::kWarp; i < kPanel && first + i < problem.size; i += kWarps) {
-    const int64_t slot = first + i;
-    const float square = pack_key(keys, slot, p.centres + block * problem.features, problem.metric, bound, p.depth,
-                                  p.packed.key(block, slot, p.depth), p.packed.norm(block, slot));
-    for (int64_t s = cuda::thread() % cuda::kWarp; s < sets_each; s += cuda::kWarp) {
-      const int64_t set = block * sets_each + s, at = p.packed.bounds_at(set, slot);
-      const float bias =
-          problem.bias == nullptr ? 0.0f : problem.bias[set * p.sets_share / problem.bias_share * problem.size + slot];
-      set_bounds(square, bias, problem.metric, bound, p.packed.start + at, p.packed.width + at);
+  constexpr int kEach = kPanel / kWarps;
+  const int64_t mine = first + cuda::thread() / cuda::kWarp * kEach;
+  if (mine >= problem.size) return;
+  int64_t slots[kEach];
+  uint16_t* rows[kEach];
+  uint32_t* norms[kEach];
+  float square[kEach];
+  EAML_UNROLL
+  for (int k = 0; k < kEach; ++k) {
+    slots[k] = mine + k < problem.size ? mine + k : -1;
+    rows[k] = p.packed.key(block, mine + k, p.depth), norms[k] = p.packed.norm(block, mine + k);
+  }
+  pack_keys(square, keys, slots, rows, norms, p.centres + block * problem.features, problem.metric, bound, p.depth);
+  EAML_UNROLL
+  for (int k = 0; k < kEach; ++k) {
+    for (int64_t s = cuda::thread() % cuda::kWarp; s < sets_each && slots[k] >= 0; s += cuda::kWarp) {
+      const int64_t set = block * sets_each + s, at = p.packed.bounds_at(set, slots[k]);
+      const int64_t biases = set * p.sets_share / problem.bias_share * problem.size;
+      const float bias = problem.bias == nullptr ? 0.0f : problem.bias[biases + slots[k]];
+      set_bounds(square[k], bias, problem.metric, bound, p.packed.start + at, p.packed.width + at);
     }
   }
 }
@@ -762,6 +826,7 @@ screen_kernel(EAML_CONSTANT Screen p) {
   const int g = lane / 4, t = lane % 4;  // a thread's row or column of a fragment, and its pair along the other
   const int chunks = chunks_of(p.depth), stages = query_stages(p.depth);
   const bool resident = stages == chunks;
+  const int64_t rows = problem.queries_each - p.query(first_row);  // from the tile's first on
 
   const Shared<uint16_t> queries{reinterpret_cast<uint16_t*>(cuda::shared_memory())};
   const Shared<uint16_t> keys = queries.at(stages * kRows * kChunkRow);
@@ -771,9 +836,9 @@ screen_kernel(EAML_CONSTANT Screen p) {
     const int64_t left = p.depth - chunk * kChunk;
     return static_cast<int>(left < kChunk ? left : kChunk) / 8;
   };
-  const auto bring = [&](const Shared<uint16_t>& to, int rows, int chunk, auto row_of) {
+  const auto bring = [&](const Shared<uint16_t>& to, int count, int chunk, auto row_of) {
     const int each = pieces(chunk);
-    for (int i = thread; i < rows * 8; i += kScreenThreads)
+    for (int i = thread; i < count * 8; i += kScreenThreads)
       if (i % 8 < each) to.copy_async(i / 8 * kChunkRow + i % 8 * 8, row_of(i / 8) + chunk * kChunk + i % 8 * 8);
   };
   const auto bring_queries = [&](int stage, int chunk) {
@@ -840,32 +905,49 @@ screen_kernel(EAML_CONSTANT Screen p) {
         for (int n = 0; n < kN; ++n) cuda::multiply_add(sum[m][n], a[m], b[n]);
     }
     if (chunk + 1 == chunks) {
-      bool any = kSample;
-      EAML_UNROLL
-      for (int m = 0; m < kM && !kSample; ++m)
-        for (int n = 0; n < kN; ++n)
-          for (int i = 0; i < 4; ++i) any |= sum[m][n][i] <= threshold[m][i / 2];
-      if (any) {
+      const auto is_live = [&](int64_t slot) {
+        return problem.valid == nullptr || problem.valid[memory / problem.valid_share * problem.size + slot];
+      };
+      if constexpr (kSample) {
+        EAML_UNROLL
+        for (int i = 0; i < 2 * kN; ++i) {
+          const int64_t key = first + i / 2 * 8 + 2 * t + i % 2;
+          if (key >= size) continue;
+          const int64_t slot = slot_of<true>(p, key);
+          const uint32_t norms = cuda::load(p.packed.norm(block, slot));
+          const float width =
+              is_live(slot) ? cuda::load(p.packed.width + p.packed.bounds_at(set, slot)) : kInfinity<float>;
+          EAML_UNROLL
+          for (int m = 0; m < kM; ++m)
+            for (int h = 0; h < 2; ++h) {
+              const int64_t row = first_row + m * 16 + h * 8 + g;
+              if (m * 16 + h * 8 + g < rows)
+                p.sampled[row * p.sample + key] =
+                    sum[m][i / 2][h * 2 + i % 2] + width +
+                    2 * (cuda::load(p.slope + row) * low(norms) + cuda::load(p.extent + row) * high(norms));
+            }
+        }
+      } else {
+        bool any = false;
+        EAML_UNROLL
+        for (int m = 0; m < kM; ++m)
+          for (int n = 0; n < kN; ++n)
+            for (int i = 0; i < 4; ++i) any |= sum[m][n][i] <= threshold[m][i / 2];
         EAML_UNROLL
         for (int m = 0; m < kM; ++m) {
+          if (!any) break;
           EAML_UNROLL
           for (int i = 0; i < 4 * kN; ++i) mine.set(i * kScreenThreads + thread, sum[m][i / 4][i % 4]);
           for (int i = 0; i < 4 * kN; ++i) {
             const float lower = mine.get(i * kScreenThreads + thread);
-            const int64_t row = first_row + m * 16 + i % 4 / 2 * 8 + g, key = first + i / 4 * 8 + 2 * t + i % 2;
-            if (!(kSample ? key < size && p.exists(row) : lower <= threshold[m][i % 4 / 2])) continue;
-            const int64_t slot = slot_of<kSample>(p, key);
-            const bool live =
-                problem.valid == nullptr || problem.valid[memory / problem.valid_share * problem.size + slot];
+            if (!(lower <= threshold[m][i % 4 / 2])) continue;
+            const int64_t row = first_row + m * 16 + i % 4 / 2 * 8 + g, slot = first + i / 4 * 8 + 2 * t + i % 2;
+            if (!is_live(slot)) continue;
             const uint32_t norms = cuda::load(p.packed.norm(block, slot));
             const float upper = lower + cuda::load(p.packed.width + p.packed.bounds_at(set, slot)) +
                                 2 * (cuda::load(p.slope + row) * low(norms) + cuda::load(p.extent + row) * high(norms));
-            if constexpr (kSample) {
-              p.sampled[row * p.sample + key] = live ? upper : kInfinity<float>;
-            } else if (live) {
-              const uint32_t place = cuda::add_for_all(p.count + row, 1);
-              if (place < p.capacity) p.list[row * p.capacity + place] = {lower, upper, uint32_t(slot), 0};
-            }
+            const uint32_t place = cuda::add_for_all(p.count + row, 1);
+            if (place < p.capacity) p.list[row * p.capacity + place] = {lower, upper, uint32_t(slot), 0};
           }
         }
       }
@@ -903,7 +985,7 @@ threshold_kernel(EAML_CONSTANT Screen p) {
 }
 
 // A block finds the results of a query from its list, or puts it on the list of those that have failed.
-EAML_KERNEL(kThreads)
+EAML_KERNEL(kThreads, 2)
 select_kernel(EAML_CONSTANT Screen p) {
   const Problem<float>& problem = p.problem;
   const int64_t row = cuda::block();
@@ -948,10 +1030,10 @@ select_kernel(EAML_CONSTANT Screen p) {
     for (int k = 0; k < 2; ++k) {  // two threads take two of them, and each of them keeps one
       const int at = thread / 2 + k * (kThreads / 2);
       if (k * (kThreads / 2) >= n) break;
-      const uint32_t slot = waiting.get(at < n ? at : 0);
-      float score[1];
+      const int64_t slot[1] = {waiting.get(at < n ? at : 0)};
+      float score[1][1];
       scores<false>(score, memory, slot, query, norms);
-      if (thread % 2 == k && at < n) entries[0] = entry_of(score[0], slot);
+      if (thread % 2 == k && at < n) entries[0] = entry_of(score[0][0], uint32_t(slot[0]));
     }
     push(lists, entries, places);
   };
@@ -1289,10 +1371,11 @@ RowsTask<T> plan_rows(const Problem<T>& problem, Found<T> found, Pieces& pieces)
 
 // Whether values in double, of all keys, take less time than packing and screening them.
 inline bool is_direct(const Problem<float>& p) {
+  if (p.queries_each == 1 || p.size <= kTileKeys) return true;
   const int64_t ratio = cuda::singles_to_a_double();
   const int64_t few = p.panels == nullptr ? between<int64_t>(1, 8 / ratio, 4) : 1;
   const double work = double(p.memories) * double(p.queries_each) * double(p.size) * double(p.features + 8);
-  return p.queries_each <= few || work <= double(1 << 28) / double(ratio * ratio) || p.size <= kTileKeys;
+  return p.queries_each <= few || work <= double(1 << 28) / double(ratio * ratio);
 }
 
 constexpr int64_t kScreenMemory = 256 << 20;  // of queries that are searched at a time
@@ -1324,7 +1407,7 @@ inline Screen plan_screen(const Problem<float>& problem, Found<float> found, Pie
   p.kept = Best<uint64_t>::kept_for(p.k);
   p.sample_k = p.k + 8;
   p.sample_kept = Best<uint64_t>::kept_for(p.sample_k);
-  const auto wanted = static_cast<int64_t>(2 * std::sqrt(double(p.sample_k) * double(size)));
+  const auto wanted = static_cast<int64_t>(2 * std::sqrt(double(p.sample_k) * double(size))) + size / 128;
   p.capacity = size;
   if (2 * wanted < size) {
     p.stride = size / wanted, p.sample = size / p.stride;

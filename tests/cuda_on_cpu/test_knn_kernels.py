@@ -44,7 +44,7 @@ def check(queries: Tensor, keys: Tensor, k: int, **options: Any) -> None:
     ids=str,
 )
 @pytest.mark.parametrize("metric", METRICS)
-def test_exact(library, shape, k, metric):
+def test_exact_results(library, shape, k, metric):
     memories, count, size, features = shape
     queries, keys = 3 + torch.randn(memories, count, features), 3 + torch.randn(memories, size, features)
     check(queries, keys, k, metric=metric)
