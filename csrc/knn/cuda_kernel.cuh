@@ -940,7 +940,7 @@ screen_kernel(EAML_CONSTANT Screen p) {
           for (int i = 0; i < 4 * kN; ++i) mine.set(i * kScreenThreads + thread, sum[m][i / 4][i % 4]);
           for (int i = 0; i < 4 * kN; ++i) {
             const float lower = mine.get(i * kScreenThreads + thread);
-            if (!(lower <= threshold[m][i % 4 / 2])) continue;
+            if (!(lower <= (i % 4 < 2 ? threshold[m][0] : threshold[m][1]))) continue;
             const int64_t row = first_row + m * 16 + i % 4 / 2 * 8 + g, slot = first + i / 4 * 8 + 2 * t + i % 2;
             if (!is_live(slot)) continue;
             const uint32_t norms = cuda::load(p.packed.norm(block, slot));

@@ -248,8 +248,8 @@ def test_a_buffer_on_the_gpu():
         buffer = ExperienceBuffer(2000, 4, 2, device=device)
         state, action, context = (x.to(device) for x in fields)
         buffer.add(state=state, action=action, reward=state[:, 0], context_embedding=context)
-        found.append(buffer.retrieve(context[7], 5))
-    assert torch.equal(found[0].batch(states="state")["states"], found[1].batch(states="state")["states"].cpu())
+        found.append(buffer.retrieve(context[7], 5).batch(targets="action"))
+    assert all(torch.equal(found[0][name], found[1][name].cpu()) for name in ("states", "targets"))
 
 
 def test_learning_and_adapting_on_the_gpu():
@@ -267,5 +267,5 @@ def test_learning_and_adapting_on_the_gpu():
     losses = [maml.meta_update([(x, y, x, y)] * 2, loss) for _ in range(5)]
     assert losses[-1] < losses[0]
     adapter = Adapter(model, AdaptationConfig(lr=1e-2))
-    first = adapter.adapt(lambda p, batch: loss(p, batch["targets"]), {"states": x, "targets": y})
+    first = adapter.adapt(loss, {"states": x, "targets": y})
     assert first == first and all(p.is_cuda for p in model.parameters())
