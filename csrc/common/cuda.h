@@ -52,16 +52,31 @@ const char* launch(void (*kernel)(Parameters...), std::int64_t blocks, int threa
 #endif
 }
 
+#if !defined(EAML_CUDA_ON_CPU)
+// Of the current device; 0 where there is none.
+inline int device_attribute(cudaDeviceAttr attribute) {
+  int device = 0, value = 0;
+  const bool known =
+      cudaGetDevice(&device) == cudaSuccess && cudaDeviceGetAttribute(&value, attribute, device) == cudaSuccess;
+  return known ? value : 0;
+}
+#endif
 // How many times as many multiply-adds a second the current device does in single precision as in double. On the
 // stand-in without end, so that tests reach the kernels that avoid double precision.
 inline int singles_to_a_double() {
 #if defined(EAML_CUDA_ON_CPU)
   return 1 << 20;
 #else
-  int device = 0, ratio = 0;
-  const bool known = cudaGetDevice(&device) == cudaSuccess &&
-                     cudaDeviceGetAttribute(&ratio, cudaDevAttrSingleToDoublePrecisionPerfRatio, device) == cudaSuccess;
-  return known && ratio > 0 ? ratio : 2;
+  const int ratio = device_attribute(cudaDevAttrSingleToDoublePrecisionPerfRatio);
+  return ratio > 0 ? ratio : 2;
+#endif
+}
+// Whether the current device has what multiply_add and copy_async are.
+inline bool multiplies_bfloat16() {
+#if defined(EAML_CUDA_ON_CPU)
+  return true;
+#else
+  return device_attribute(cudaDevAttrComputeCapabilityMajor) >= 8;
 #endif
 }
 
@@ -152,7 +167,7 @@ EAML_DEVICE void max_for_all(std::uint32_t* to, std::uint32_t x) {
 EAML_DEVICE void multiply_add(float (&c)[4], const std::uint32_t (&a)[4], const std::uint32_t (&b)[2]) {
 #if defined(EAML_CUDA_ON_CPU)
   machine::multiply_add(c, a, b);
-#elif defined(__CUDA_ARCH__)
+#elif defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 800
   asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
       "{%0, %1, %2, %3};"
       : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
@@ -220,7 +235,7 @@ struct Shared {
 #if defined(EAML_CUDA_ON_CPU)
     machine::touch(data + i, 16, true);
     std::memcpy(data + i, from, 16);
-#elif defined(__CUDA_ARCH__)
+#elif defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 800
     const auto to = static_cast<std::uint32_t>(__cvta_generic_to_shared(data + i));
     asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(to), "l"(from) : "memory");
 #endif
@@ -228,12 +243,16 @@ struct Shared {
 };
 
 EAML_DEVICE void end_copies() {
-  EAML_DEVICE_CODE(asm volatile("cp.async.commit_group;" :: : "memory"), );
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 800
+  asm volatile("cp.async.commit_group;" ::: "memory");
+#endif
 }
 // Until all of this thread's copies are there but those of the last kBehind groups.
 template <int kBehind>
 EAML_DEVICE void wait_for_copies() {
-  EAML_DEVICE_CODE(asm volatile("cp.async.wait_group %0;" ::"n"(kBehind) : "memory"), );
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 800
+  asm volatile("cp.async.wait_group %0;" ::"n"(kBehind) : "memory");
+#endif
 }
 
 // The shared memory that the launch asked for, aligned to 16 bytes.

@@ -419,7 +419,7 @@ select_kernel(EAML_CONSTANT Screen p) {
 
 // Whether values in double, of all keys, take less time than packing and screening them.
 inline bool is_direct(const Problem<float>& p) {
-  if (p.queries_each == 1 || p.size <= kTileKeys) return true;
+  if (p.queries_each == 1 || p.size <= kTileKeys || !cuda::multiplies_bfloat16()) return true;
   const int64_t ratio = cuda::singles_to_a_double();
   const int64_t few = p.panels == nullptr ? between<int64_t>(1, 8 / ratio, 4) : 1;
   const double work = double(p.memories) * double(p.queries_each) * double(p.size) * double(p.features + 8);
