@@ -99,17 +99,17 @@ class Planner:
             elites = max(2, candidates // 10) if isinstance(candidates, int) else 2
         counts = {"horizon": horizon, "candidates": candidates, "iterations": iterations, "elites": elites}
         for name, count in counts.items():
-            _check.positive("Planner", name, count, integer=True)  # type: ignore[arg-type]
+            _check.positive("Planner", name, count, integer=True)
         if candidates < 2:
             raise ValueError(f"Planner: candidates must be >= 2, got {candidates}")
-        if elites > candidates:  # type: ignore[operator]
+        if elites > candidates:
             raise ValueError(f"Planner: elites must be <= candidates {candidates}, got {elites}")
         _check.positive("Planner", "gamma", gamma, zero=True)
         if gamma > 1:
             raise ValueError(f"Planner: gamma must be <= 1, got {gamma!r}")
         self.model, self.outcomes, self.action_space = model, outcomes, action_space
         self.horizon, self.candidates, self.iterations, self.gamma = horizon, candidates, iterations, gamma
-        self.elites: int = elites  # type: ignore[assignment]
+        self.elites: int = elites
         self._state: Tensor | None = None
         self._plan: Tensor | None = None  # (tasks, horizon, action_dim)
 
@@ -187,8 +187,8 @@ class Planner:
     def _decode(self, action: np.ndarray) -> np.ndarray:
         space: Any = self.action_space
         if hasattr(space, "low"):
-            return action.reshape(-1, *space.shape).clip(space.low, space.high).astype(space.dtype)
-        return action.argmax(-1).astype(space.dtype) + space.start
+            return np.asarray(action.reshape(-1, *space.shape).clip(space.low, space.high), space.dtype)
+        return np.asarray(action.argmax(-1) + space.start, space.dtype)
 
 
 def planned_returns(

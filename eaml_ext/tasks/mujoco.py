@@ -84,7 +84,9 @@ class _MuJoCoTasks(ABC):
         name, options = self._env
         spec = copy.deepcopy(gymnasium.spec(name))
         spec.max_episode_steps = EPISODE
-        return _goal_reward(gymnasium.make_vec(spec, len(tasks), vectorization_mode="sync", **options), self, tasks)
+        env = gymnasium.make_vec(spec, len(tasks), vectorization_mode="sync", **options)
+        rewarded: gymnasium.vector.VectorEnv[Any, Any, Any] = _goal_reward(env, self, tasks)
+        return rewarded
 
     def reset_seeds(self, tasks: Sequence[Any], seed: int) -> int:
         """The collection's seed itself: all the starting states come from it, the tasks differ in the reward only."""
