@@ -17,7 +17,7 @@ oracle          on the K points and 100 noisy points of the very same task
 Number of steps (up to 50) and weight of the experience of each arm are those with the least error on 100 tasks of the
 split "valid"; reported is the error, against the noiseless sinusoid, on tasks of the split "test", with the half width
 of its 95 % interval over all tasks. Where new tasks have larger amplitudes than any trained on or remembered, so have
-those that settings are chosen by, and gradients are clipped in all arms. One thread. What the results file has of a seed
+those that settings are chosen by, and gradients are clipped in all arms. One thread. What the file has of a seed
 and setting is not run again; --quick makes 300 meta-updates, one seed, one setting, no file.
 """
 
