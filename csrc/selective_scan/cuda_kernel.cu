@@ -2,10 +2,6 @@
 #include "selective_scan/cuda_kernel.cuh"
 
 namespace eaml::selective_scan {
-namespace {
-template <class S>
-using Real = S;
-}
 namespace real_states {
 EAML_DEFINE(float, Real)
 }

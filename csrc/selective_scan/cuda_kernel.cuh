@@ -59,12 +59,15 @@ struct Tiling {
   static constexpr int kStarts = kStretches * kStates * kThreads;  // [stretch][state][thread]
   static constexpr int kColumns = kLanes * kReals;                 // numbers of a channel's B or C
   static constexpr int kTermsOfWarp = kStretch * 2 * kColumns;     // [step][B or C][state][part], of one warp
-  // Blocks that a processor is to hold at a time: as many as leave each thread the registers that it needs.
+  // Threads that a processor is to hold at a time: as many as leave each the registers that it needs.
   static constexpr bool kHot = kStates * kWords<Z> == 4;
-  static constexpr bool kPlain = kWords<Z> == 1;
-  static constexpr int kForwardBlocks = kHot ? (kIsDual<Z> ? kPlain ? 384 : 256 : kPlain ? 640 : 512) / kThreads : 1;
-  static constexpr int kBackwardBlocks = kHot ? (kPlain && !kIsDual<Z> ? 384 : 256) / kThreads : 1;
-  static constexpr bool kVarying = kHot && kPlain && !kIsDual<Z>;  // kernels for B and C that vary in time
+  static constexpr bool kPlain = kWords<Z> == 1;  // real, in single precision
+  static constexpr int kForwardThreads = kIsDual<Z> ? (kPlain ? 384 : 256) : (kPlain ? 640 : 512);
+  static constexpr int kBackwardThreads = kPlain && !kIsDual<Z> ? 384 : 256;
+  static constexpr int kForwardBlocks = kHot ? kForwardThreads / kThreads : 1;
+  static constexpr int kBackwardBlocks = kHot ? kBackwardThreads / kThreads : 1;
+  // Has kernels of its own for B and C that vary in time.
+  static constexpr bool kVarying = kHot && kPlain && !kIsDual<Z>;
   static_assert(kThreads % cuda::kWarp == 0 && kMatrixSteps % kStretch == 0);
 
   static constexpr std::size_t kForwardBytes =
@@ -1058,6 +1061,9 @@ const char* launch_sum(const Sum<T>& p, void* stream) {
   const int64_t blocks = p.outer * ((p.inner + kSumColumns - 1) / kSumColumns);
   return cuda::launch(sum_kernel<T>, blocks, kSumColumns * kSumRows, kSumColumns * kSumRows * sizeof(T), stream, p);
 }
+
+template <class S>
+using Real = S;
 
 }  // namespace
 
