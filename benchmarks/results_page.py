@@ -39,6 +39,8 @@ def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
 
 
 def pm(mean: float, half: float, digits: int = 3) -> str:
+    if not abs(mean) < 1e4:
+        return "diverged"
     return f"{mean:.{digits}f} ± {half:.{digits}f}"
 
 

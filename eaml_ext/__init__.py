@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from eaml_ext.adaptation import Adapter as Adapter
     from eaml_ext.experience import ExperienceBuffer as ExperienceBuffer
     from eaml_ext.experience import Experiences as Experiences
+    from eaml_ext.experience import ShardedExperienceBuffer as ShardedExperienceBuffer
     from eaml_ext.meta import MetaLearner as MetaLearner
     from eaml_ext.meta import MetaMAML as MetaMAML
     from eaml_ext.meta import MetaMAMLTrainer as MetaMAMLTrainer

@@ -281,7 +281,7 @@ def _checksum(tensors: Mapping[str, Tensor], text: str) -> int:
 
 
 def _flush(path: str) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
+    descriptor = os.open(path, os.O_RDONLY if os.path.isdir(path) else os.O_RDWR)  # Windows flushes what it may write
     try:
         os.fsync(descriptor)
     finally:

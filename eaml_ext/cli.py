@@ -102,6 +102,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"eaml-ext: {str(error).removeprefix(prefix)}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print("eaml-ext: interrupted; the same command with --resume goes on from the checkpoint", file=sys.stderr)
+        how = "; the same command with --resume goes on from the checkpoint" if algo == "dynamics" else ""
+        print(f"eaml-ext: interrupted{how}", file=sys.stderr)
         return 130
     return 0

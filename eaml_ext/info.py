@@ -27,7 +27,7 @@ def report() -> str:
     wanted = requirements()
     unmet = [r for r in wanted.get("", []) if problem(r)]
     if any(r.name == "torch" for r in unmet):
-        lines.append("kernels    unknown: torch is missing")
+        lines.append("kernels    unknown: torch is missing or too old")
     else:
         lines += kernels()
     lines += ["", "packages"]

@@ -110,7 +110,7 @@ def main() -> None:
     done: dict[str, dict[str, Any]] = {}
     if (flags.resume or flags.report) and path.exists():
         before = json.loads(path.read_text())
-        done = {r["asked"]: r for r in before["tuning"] + before["runs"]}
+        done = {r.get("asked"): r for r in before["tuning"] + before["runs"]}
     length = {"steps": flags.steps, "tasks_per_update": flags.trials}
 
     with concurrent.futures.ProcessPoolExecutor(flags.workers, multiprocessing.get_context("spawn")) as pool:

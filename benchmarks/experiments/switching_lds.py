@@ -257,7 +257,7 @@ def windows(runs: Runs, y: Tensor) -> dict[str, Tensor]:
         "whole": torch.ones_like(met),
         "shock": shock,
         "steady": since >= SHOCK,
-        "shock, back": shock & runs.back(),
+        "back": shock & runs.back(),
     }
     return {name: torch.where(part, errors, 0).sum(1) / part.sum(1) for name, part in parts.items()}
 

@@ -160,6 +160,8 @@ class ShardedExperienceBuffer:
             return self.retrieve(query_embedding, k, exclude_task)
         if not told[:, _LIVE].any():
             raise ValueError(f"{where}: the buffer is empty")
+        told[:, _K].clamp_(max=int(told[:, _LIVE].sum()))  # more there are not: records must not be allocated for them
+        k = int(told[self.group.rank, _K])
 
         requests = self._exchange(queries.detach(), excluded, told)
         blocks = self._search(requests)

@@ -154,7 +154,6 @@ def _run(settings: DynamicsSettings, group: Group | None) -> dict[str, Any]:
     folder = Path(settings.folder)
     # First: a bad path must not cost a run.
     at_first(group, lambda: folder.mkdir(parents=True, exist_ok=True))
-    at_first(group, lambda: settings_file.write(folder, settings))
     torch.set_num_threads(settings.threads)
     torch.manual_seed(settings.seed)
     model = DynamicsModel(
@@ -170,6 +169,8 @@ def _run(settings: DynamicsSettings, group: Group | None) -> dict[str, Any]:
         return {}
     print("MetaMAML training completed.")
     print(f"Experience Buffer populated with {len(buffer)} experiences.")
+    checkpoint.save(folder / "model.safetensors", model.state_dict(), {"settings": vars(settings)}, kind="dynamics")
+    buffer.save(folder / "buffer.safetensors")
     arms, adapted = adapt(settings, distribution, maml, buffer)
     returns = act(settings, distribution, model, adapted)
 
@@ -180,8 +181,6 @@ def _run(settings: DynamicsSettings, group: Group | None) -> dict[str, Any]:
         "returns": {name: report.summary(column) for name, column in returns.items()},
         "curves": {name: errors.mean(dim=1).tolist() for name, errors in arms.items()},
     }
-    checkpoint.save(folder / "model.safetensors", model.state_dict(), {"settings": vars(settings)}, kind="dynamics")
-    buffer.save(folder / "buffer.safetensors")
     report.write_json(folder / "report.json", results)
     report.plot(folder / "report.png", results)
     print("=== Hybrid Execution completed successfully ===")
@@ -210,6 +209,7 @@ def meta_train(
             print(f"Resumed after {done} of {total} meta-updates.")
     else:
         at_first(group, lambda: run.path.unlink(missing_ok=True))  # an earlier run's
+    at_first(group, lambda: settings_file.write(run.path.parent, settings))  # not those of a run that is refused
     with (
         tqdm(
             total=total,
@@ -412,7 +412,8 @@ def act(
 ) -> dict[str, Tensor]:
     """The return of one episode of each of the first held-out tasks, of a planner that imagines with each arm's model.
 
-    Beside them that of random actions. Nothing for a distribution that cannot tell the outcomes of what was imagined.
+    Beside them that of random actions. Each arm's episodes have starts of their own. Nothing for a distribution that
+    cannot tell the outcomes of what was imagined.
     """
     outcomes: Any = getattr(distribution, "outcomes", None)
     if outcomes is None or not settings.plan_tasks:

@@ -75,8 +75,9 @@ class DynamicsSettings:
 
     @property
     def decisive(self) -> dict[str, Any]:
-        """The settings that results depend on: only a run in which they are alike can be resumed."""
-        return {name: value for name, value in vars(self).items() if name not in ("checkpoint_every", "resume", "out")}
+        """The settings that meta-training depends on: only a run in which they are alike can be resumed."""
+        kept = ("checkpoint_every", "resume", "out", "plan_tasks", "plan_steps", "plan_horizon", "plan_candidates")
+        return {name: value for name, value in vars(self).items() if name not in kept}
 
     @property
     def folder(self) -> str:

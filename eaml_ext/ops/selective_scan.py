@@ -23,9 +23,10 @@ from torch.utils.flop_counter import register_flop_formula
 
 from eaml_ext import _check
 from eaml_ext.ops._typed import Function, allow_in_graph, register_fake
-from eaml_ext.ops.fallback import reference_of
+from eaml_ext.ops.fallback import reference_of, tell
 
 CHUNK = 32  # steps between two saved states; kChunk in csrc/selective_scan/problem.h
+MOST = 256  # states of a channel that the CUDA kernels take, a complex one counting twice
 
 _HALF = (torch.bfloat16, torch.float16)
 _FULL = {dtype: (dtype, dtype.to_complex()) for dtype in (torch.float32, torch.float64)}
@@ -737,6 +738,9 @@ def _scan(x: Sequence[Any], options: Sequence[Any], run: Callable[..., Any] | No
         ]
     if x[2].is_complex():
         x = [*x[:3], _complex(x[3]), _complex(x[4]), *x[5:]]
+    if run is None and x[0].is_cuda and x[2].shape[-1] * (2 if x[2].is_complex() else 1) > MOST:
+        tell(f"selective_scan of more than {MOST} states", x[0].device)
+        run = _reference
     if run is not None:
         y, last, _ = run(*x, *options)
     elif _plain(x):

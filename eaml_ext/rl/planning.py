@@ -196,7 +196,7 @@ def planned_returns(
 ) -> Tensor:
     """The return of one episode of each task by a :class:`Planner`, or any policy, cut after ``steps``; ``(tasks,)``.
 
-    Arguments and errors as of :func:`eaml_ext.rl.collect`: the same seed is the same starting states.
+    Arguments and errors as of :func:`eaml_ext.rl.collect`: the same seed is, for the same tasks, the same starts.
     """
     data = collect(dist, tasks, steps, seed, policy)
     first = data.resets.long().cumsum(1) == 1
