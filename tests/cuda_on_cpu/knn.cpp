@@ -9,7 +9,8 @@ namespace eaml::knn {
 // many queries went the other way, or -1 where a kernel failed, or -2 where there were too many queries for one pass.
 extern "C" __attribute__((visibility("default"))) std::int64_t eaml_screen(
     const float* queries, const float* keys, const float* bias, std::int64_t count, std::int64_t size,
-    std::int64_t features, std::int64_t k, int metric, float* values, std::int64_t* indices, std::uint32_t* counts) {
+    std::int64_t features, std::int64_t k, int metric, std::int64_t tiles, float* values, std::int64_t* indices,
+    std::uint32_t* counts) {
   Problem<float> problem{};
   problem.queries = queries, problem.keys = keys, problem.bias = bias;
   problem.keys_share = problem.valid_share = problem.bias_share = problem.memories = 1;
@@ -20,10 +21,10 @@ extern "C" __attribute__((visibility("default"))) std::int64_t eaml_screen(
   plan_screen(problem, found, none);
   std::vector<std::uint64_t> memory(none.used / 8 + 1);
   Pieces pieces{reinterpret_cast<char*>(memory.data())};
-  const Screen p = plan_screen(problem, found, pieces);
-  if (p.tiles < p.tiles_each) return -2;
+  Screen p = plan_screen(problem, found, pieces);
+  p.tiles = between<std::int64_t>(1, p.tiles, tiles);
   if (launch_screen(p, nullptr) != nullptr) return -1;
-  for (std::int64_t q = 0; q < count; ++q) counts[q] = p.count[q];
+  for (std::int64_t q = 0; q < count && p.tiles == p.tiles_each; ++q) counts[q] = p.count[q];
   return *p.failed_count;
 }
 

@@ -67,7 +67,9 @@ def test_exact_with_keys_of_all_memories(library):
     check(queries, keys, 5, bias=torch.randn(500), valid=torch.rand(4, 500) < 0.5)
 
 
-def screen(library: ctypes.CDLL, queries: Tensor, keys: Tensor, k: int, metric: str) -> tuple[int, Tensor, Neighbors]:
+def screen(
+    library: ctypes.CDLL, queries: Tensor, keys: Tensor, k: int, metric: str, tiles: int = 1 << 30
+) -> tuple[int, Tensor, Neighbors]:
     """How many queries the screen gives up, how many candidates it finds for each, and the results."""
     values, indices = torch.empty(len(queries), k), torch.empty(len(queries), k, dtype=torch.int64)
     counts = torch.zeros(len(queries), dtype=torch.int32)
@@ -78,6 +80,7 @@ def screen(library: ctypes.CDLL, queries: Tensor, keys: Tensor, k: int, metric: 
         None,
         *sizes,
         METRICS.index(metric),
+        ctypes.c_int64(tiles),
         *(ctypes.c_void_p(x.data_ptr()) for x in (values, indices, counts)),
     )
     return failed, counts, Neighbors(values, indices)
@@ -92,6 +95,15 @@ def test_exact_on_short_lists(library, metric):
     assert failed == 0
     if metric != "cosine":  # whose queries are not centred
         assert counts.min() >= 4 and counts.float().mean() < 300, counts
+
+
+def test_exact_in_several_passes(library):
+    """As where the lists of all queries would take too much memory."""
+    queries, keys = torch.randn(150, 6), torch.randn(400, 6)
+    queries[[3, 70, 149]] = 1e30  # given up, one in each pass
+    failed, _, found = screen(library, queries, keys, 3, "sqeuclidean", tiles=1)
+    assert failed == 1
+    assert_same(found, knn_reference(queries, keys, 3))
 
 
 def test_exact_where_lists_overflow(library):
