@@ -182,7 +182,7 @@ def interval(values: Tensor) -> dict[str, float]:
 
 
 def student(values: Sequence[float]) -> dict[str, float]:
-    """The mean of a few independent values, 2 to 10, and half the width of its 95 % interval (Student's t)."""
+    """The mean of 2 to 10 independent values, and half the width of its 95 % interval (Student's t)."""
     quantiles = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)  # of 1 to 9 degrees of freedom
     n = len(values)
     half = quantiles[n - 2] * statistics.stdev(values) / n**0.5 if n > 1 else math.inf

@@ -50,6 +50,7 @@ def run(calls: int, looks: int = 10) -> dict[str, Any]:
         buffer.add(x, y, context_embedding=embedding.expand(4, 3))
         if call + 1 == warm or (call >= warm and (call + 1 - warm) % max(1, (calls - warm) // looks) == 0):
             memory.append(resident())
+            print(f"{steps} steps: {memory[-1]:.1f} MB", flush=True)
     finite = all(bool(p.isfinite().all()) for p in model.parameters())
     return {"gradient steps": steps, "rollbacks": adapter.rollbacks, "finite": finite, "MB": memory}
 

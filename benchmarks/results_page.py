@@ -45,13 +45,16 @@ def pm(mean: float, half: float, digits: int = 3) -> str:
 
 
 def main_job(found: Any) -> Section:
-    """Held-out CartPoles: error of the dynamics model."""
-    rows = [[name, pm(a["mean"], a["spread"], 4), f"{a['median']:.4f}"] for name, a in found["arms"].items()]
-    seconds = statistics.median(found["seconds"])
+    """Held-out CartPoles: error of the dynamics model, return of a planner."""
+    rows: list[Sequence[str]] = []
+    for name in dict.fromkeys([*found["returns"], *found["arms"]]):
+        error, acted = found["arms"].get(name), found["returns"].get(name)
+        cells = [pm(error["mean"], error["half"], 4), f"{error['median']:.4f}"] if error else ["", ""]
+        rows.append([name, *cells, pm(acted["mean"], acted["half"], 1) if acted else ""])
     text = f"""Dynamics of held-out CartPoles (physics per task, action sign flipped in half of them) after a few
-        shots; {len(found["seconds"])} seeds, ± their standard deviation, the median over tasks beside it;
-        {seconds:.0f} s a seed."""
-    return text, ["arm", "error", "median"], rows, ""
+        shots: error, and return of a planner that acts with the model of each arm;
+        {len(found["seconds"])} seeds, {statistics.median(found["seconds"]):.0f} s each."""
+    return text, ["arm", "error", "median over tasks", "return"], rows, ""
 
 
 def sinusoid(found: Any) -> Section:
