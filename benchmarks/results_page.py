@@ -65,8 +65,8 @@ def sinusoid(found: Any) -> Section:
         cells = [pm(one["mean"][s], one["spread"][s]) for s in shown]
         rows.append([name, str(len(one["runs"])), *cells])
     rows.append(["the paper: 5 shots, 1 step", "1", "", "0.67", "0.38", "0.35"])
-    text = f"""Error on {found["test_tasks"]} unseen tasks after 0, 1, 5 and 10 gradient steps, 15,000 meta-
-        updates; ± the standard deviation over seeds."""
+    text = f"""Error on {found["test_tasks"]} unseen tasks after 0, 1, 5 and 10 gradient steps, 15,000
+        meta-updates; ± the standard deviation over seeds."""
     return text, ["training", "seeds", *(f"{s} steps" for s in shown)], rows, "error over gradient steps"
 
 
