@@ -1,10 +1,22 @@
 """Time on a GPU by its own clock, and the rate of copying, a limit measured in the same run."""
 
+import argparse
 import time
 from collections.abc import Callable
 from typing import Any
 
 import torch
+
+
+def start(text: str | None, name: str) -> bool:
+    """Whether ``--quick`` was given, the one flag of a GPU benchmark; ends where there is no GPU, seeds torch."""
+    parser = argparse.ArgumentParser(description=text, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--quick", action="store_true", help="fewer shapes, less time, no file written")
+    given: bool = parser.parse_args().quick
+    if not torch.cuda.is_available():
+        raise SystemExit(f"{name}: no GPU here, nothing was measured")
+    torch.manual_seed(0)
+    return given
 
 
 def elapsed(function: Callable[[], Any], calls: int) -> float:

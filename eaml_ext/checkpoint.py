@@ -182,6 +182,20 @@ def sound(where: str, path: str | os.PathLike[str]) -> Iterator[None]:
     raise ValueError(f"{where}: {os.fspath(path)} is whole, but does not hold what it should ({reason})") from None
 
 
+def save_module(
+    where: str, module: torch.nn.Module, options: dict[str, Any], path: str | os.PathLike[str], *, kind: str
+) -> None:
+    """The module's tensors, and the options that made it, for :func:`load_module`.
+
+    Raises: as :func:`save`; ValueError for an option that is a callable.
+    """
+    for name, value in options.items():
+        if callable(value):
+            text = f"{name} is a custom callable, which a file cannot hold; save state_dict() instead"
+            raise ValueError(f"{where}: {text}")
+    save(path, module.state_dict(), options, kind=kind)
+
+
 def load_module(
     where: str, make: Callable[..., _Module], path: str | os.PathLike[str], device: torch.device | str, *, kind: str
 ) -> _Module:

@@ -61,7 +61,7 @@ os._exit(0)
 """
 
 
-@pytest.mark.skipif(not hasattr(os, "posix_fallocate"), reason="needs a POSIX limit on the size of files")
+@pytest.mark.skipif(not hasattr(os, "posix_fallocate"), reason="files of the buffer are allocated by posix_fallocate")
 def test_what_was_saved_stays(tmp_path):
     child = subprocess.run([sys.executable, "-c", CODE, str(tmp_path)], capture_output=True, text=True)
     assert child.returncode == 0, child.stderr

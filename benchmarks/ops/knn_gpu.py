@@ -10,7 +10,6 @@ with bfloat16 numbers on tensor cores, and takes exact values of a few keys, may
 says so and measures nothing.
 """
 
-import argparse
 import json
 from collections.abc import Callable
 from typing import Any
@@ -20,7 +19,7 @@ from torch import Tensor
 
 import eaml_ext
 from benchmarks.common import RESULTS
-from benchmarks.gpu import copy_rate, elapsed, medians
+from benchmarks.gpu import copy_rate, elapsed, medians, start
 from benchmarks.ops import knn_peers
 from benchmarks.ops.knn_peers import OURS, Call, K, Prepare, failure, indices, nearest, offset_cluster, recall
 from eaml_ext.ops import Neighbors
@@ -144,12 +143,7 @@ def recalls(peers: dict[str, Prepare]) -> list[dict[str, Any]]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="fewer shapes, less time, no file written")
-    quick = parser.parse_args().quick
-    if not torch.cuda.is_available():
-        raise SystemExit("knn_gpu: no GPU here, nothing was measured")
-    torch.manual_seed(0)
+    quick = start(__doc__, "knn_gpu")
     torch.backends.cuda.matmul.allow_tf32 = False
     seconds, gpu = 0.1 if quick else 0.5, torch.cuda.get_device_name()
     peers: dict[str, Prepare] = {}

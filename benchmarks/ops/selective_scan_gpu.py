@@ -6,7 +6,6 @@ Writes `benchmarks/results/selective_scan-<gpu>.json` and a plot. A peer that is
 reference in float64 is named with the reason. Without a GPU it says so and measures nothing.
 """
 
-import argparse
 import json
 import math
 from collections.abc import Callable
@@ -18,7 +17,7 @@ from torch import Tensor
 
 import eaml_ext
 from benchmarks.common import RESULTS
-from benchmarks.gpu import copy_rate, medians
+from benchmarks.gpu import copy_rate, medians, start
 from benchmarks.ops import scan_peers
 from benchmarks.ops.scan_peers import PASSES, Peer, Problem, Torch, failures, problem
 from eaml_ext.ops import selective_scan
@@ -238,12 +237,7 @@ def plot(rows: list[dict[str, Any]], gpu: str, path: Path) -> Path:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="fewer shapes, less time, no file written")
-    quick = parser.parse_args().quick
-    if not torch.cuda.is_available():
-        raise SystemExit("selective_scan_gpu: no GPU here, nothing was measured")
-    torch.manual_seed(0)
+    quick = start(__doc__, "selective_scan_gpu")
     seconds, gpu = 0.1 if quick else 0.3, torch.cuda.get_device_name()
     peers: dict[str, Peer] = {}
     why: dict[tuple[str, str], str] = {}

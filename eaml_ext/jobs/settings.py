@@ -1,6 +1,7 @@
 """What a run can be told. No torch here: the command line reads its flags and defaults from these fields."""
 
 import math
+from collections.abc import Collection
 from dataclasses import dataclass, field, fields
 from typing import Any
 
@@ -9,8 +10,29 @@ from eaml_ext import _check
 RETRIEVALS = ("best_fit", "nearest", "uniform")
 
 
-def _flag(default: Any, text: str, **options: Any) -> Any:
+def flag(default: Any, text: str, **options: Any) -> Any:
     return field(default=default, metadata={"help": text, **options})
+
+
+def check_fields(settings: Any, zero: Collection[str]) -> None:
+    """Raises TypeError or ValueError, one sentence, for a field that is not what :func:`flag` said of it.
+
+    Numbers are positive, or zero in the fields named by ``zero``, and finite; what has choices is one of them.
+    """
+    where = type(settings).__name__
+    for f in fields(settings):
+        value, choices = getattr(settings, f.name), f.metadata.get("choices")
+        if isinstance(f.default, bool):
+            _check.flag(where, f.name, value)
+        elif isinstance(f.default, str):
+            if not isinstance(value, str):
+                raise TypeError(f"{where}: {f.name} must be a string, got {value!r}")
+            if choices and value not in choices:
+                raise ValueError(f"{where}: {f.name} must be one of {choices}, got {value!r}")
+        else:
+            _check.positive(where, f.name, value, zero=f.name in zero, integer=isinstance(f.default, int))
+            if math.isinf(value):
+                raise ValueError(f"{where}: {f.name} must be finite, got {value!r}")
 
 
 @dataclass(frozen=True)
@@ -23,49 +45,36 @@ class DynamicsSettings:
     'CartPole-v1'
     """
 
-    env_name: str = _flag("CartPole-v1", "Gymnasium id; any with Box observations")
-    num_epochs: int = _flag(50, "epochs of meta-training")
-    seed: int = _flag(0, "seed of everything random")
-    device: str = _flag("cpu", "where the model lives: cpu, cuda, cuda:1, ...")
-    experience_weight: float = _flag(0.3, "weight of the experience in the hybrid loss")
-    inner_lr: float = _flag(0.05, "step size of the inner loop, and of adaptation")
-    outer_lr: float = _flag(3e-3, "learning rate of the meta-update (Adam)")
-    buffer_size: int = _flag(50_000, "transitions the experience buffer holds")
-    retrieval: str = _flag("best_fit", "which experience the hybrid loss takes", choices=RETRIEVALS)
-    shots: int = _flag(10, "transitions a task is adapted on")
-    query: int = _flag(64, "transitions a task is judged on")
-    tasks_per_update: int = _flag(16, "tasks in a meta-batch")
-    updates_per_epoch: int = _flag(8, "meta-updates in an epoch")
-    inner_steps: int = _flag(3, "gradient steps of the inner loop")
-    hidden_dim: int = _flag(32, "width of the SSM")
-    state_size: int = _flag(16, "states per channel of the SSM")
-    num_layers: int = _flag(1, "layers of the SSM")
-    test_tasks: int = _flag(64, "held-out tasks")
-    adaptation_calls: int = _flag(21, "calls of the Adapter per held-out task, 5 gradient steps each")
-    plan_tasks: int = _flag(16, "held-out tasks in which a planner acts with the model of each arm; 0: in none")
-    plan_steps: int = _flag(100, "steps after which such an episode is cut")
-    plan_horizon: int = _flag(15, "steps that the planner looks ahead")
-    plan_candidates: int = _flag(32, "sequences of actions that it imagines at every step, at least 2")
-    threads: int = _flag(1, "threads torch may use; the model is too small to gain from more")
-    checkpoint_every: int = _flag(5, "epochs between two checkpoints of meta-training")
-    resume: bool = _flag(False, "go on from the checkpoint in the folder; from the beginning where there is none")
-    out: str = _flag("", "folder of the results; runs/<env_name>-seed<seed> if empty")
+    env_name: str = flag("CartPole-v1", "Gymnasium id; any with Box observations")
+    num_epochs: int = flag(50, "epochs of meta-training")
+    seed: int = flag(0, "seed of everything random")
+    device: str = flag("cpu", "where the model lives: cpu, cuda, cuda:1, ...")
+    experience_weight: float = flag(0.3, "weight of the experience in the hybrid loss")
+    inner_lr: float = flag(0.05, "step size of the inner loop, and of adaptation")
+    outer_lr: float = flag(3e-3, "learning rate of the meta-update (Adam)")
+    buffer_size: int = flag(50_000, "transitions the experience buffer holds")
+    retrieval: str = flag("best_fit", "which experience the hybrid loss takes", choices=RETRIEVALS)
+    shots: int = flag(10, "transitions a task is adapted on")
+    query: int = flag(64, "transitions a task is judged on")
+    tasks_per_update: int = flag(16, "tasks in a meta-batch")
+    updates_per_epoch: int = flag(8, "meta-updates in an epoch")
+    inner_steps: int = flag(3, "gradient steps of the inner loop")
+    hidden_dim: int = flag(32, "width of the SSM")
+    state_size: int = flag(16, "states per channel of the SSM")
+    num_layers: int = flag(1, "layers of the SSM")
+    test_tasks: int = flag(64, "held-out tasks")
+    adaptation_calls: int = flag(21, "calls of the Adapter per held-out task, 5 gradient steps each")
+    plan_tasks: int = flag(16, "held-out tasks in which a planner acts with the model of each arm; 0: in none")
+    plan_steps: int = flag(100, "steps after which such an episode is cut")
+    plan_horizon: int = flag(15, "steps that the planner looks ahead")
+    plan_candidates: int = flag(32, "sequences of actions that it imagines at every step, at least 2")
+    threads: int = flag(1, "threads torch may use; the model is too small to gain from more")
+    checkpoint_every: int = flag(5, "epochs between two checkpoints of meta-training")
+    resume: bool = flag(False, "go on from the checkpoint in the folder; from the beginning where there is none")
+    out: str = flag("", "folder of the results; runs/<env_name>-seed<seed> if empty")
 
     def __post_init__(self) -> None:
-        for f in fields(self):
-            value = getattr(self, f.name)
-            if f.type in (int, "int"):
-                _check.positive("DynamicsSettings", f.name, value, zero=f.name in ("seed", "plan_tasks"), integer=True)
-            elif f.type in (float, "float"):
-                _check.positive("DynamicsSettings", f.name, value, zero=f.name == "experience_weight")
-                if math.isinf(value):
-                    raise ValueError(f"DynamicsSettings: {f.name} must be finite, got {value!r}")
-            elif f.type in (bool, "bool"):
-                _check.flag("DynamicsSettings", f.name, value)
-            elif not isinstance(value, str):
-                raise TypeError(f"DynamicsSettings: {f.name} must be a string, got {value!r}")
-        if self.retrieval not in RETRIEVALS:
-            raise ValueError(f"DynamicsSettings: retrieval must be one of {RETRIEVALS}, got {self.retrieval!r}")
+        check_fields(self, ("seed", "plan_tasks", "experience_weight"))
         if self.plan_candidates < 2:
             raise ValueError(f"DynamicsSettings: plan_candidates must be >= 2, got {self.plan_candidates}")
         if self.buffer_size < self.shots + self.query:

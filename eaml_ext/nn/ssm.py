@@ -138,9 +138,7 @@ class SSM(nn.Module):
 
     def save(self, path: str | PathLike[str]) -> None:
         """Writes weights and options (no code) to ``path``; models with a custom ``core`` save their ``state_dict``."""
-        if not isinstance(self.options["core"], str):
-            raise ValueError("SSM.save: core is a custom callable, which a file cannot hold; save state_dict() instead")
-        checkpoint.save(path, self.state_dict(), self.options, kind="SSM")
+        checkpoint.save_module("SSM.save", self, self.options, path, kind="SSM")
 
     @classmethod
     def load(cls, path: str | PathLike[str], device: str | torch.device = "cpu") -> "SSM":

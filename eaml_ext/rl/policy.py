@@ -183,11 +183,7 @@ class SSMMetaPolicy(nn.Module):
 
     def save(self, path: str | PathLike[str]) -> None:
         """Writes weights and options (no code); policies with a custom ``core`` save their ``state_dict``."""
-        if not isinstance(self.options["core"], str):
-            raise ValueError(
-                "SSMMetaPolicy.save: core is a custom callable, which a file cannot hold; save state_dict() instead"
-            )
-        checkpoint.save(path, self.state_dict(), self.options, kind="SSMMetaPolicy")
+        checkpoint.save_module("SSMMetaPolicy.save", self, self.options, path, kind="SSMMetaPolicy")
 
     @classmethod
     def load(cls, path: str | PathLike[str], device: str | torch.device = "cpu") -> "SSMMetaPolicy":

@@ -335,7 +335,7 @@ def test_losses_are_logged():
 
 
 def test_tensorboard_reads_the_directory(tmp_path):
-    pytest.importorskip("tensorboard", reason="TensorBoard is optional")
+    pytest.importorskip("tensorboard", reason="tensorboard is not installed (extra: tensorboard)")
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     t = trainer(log=tmp_path / "log")
