@@ -50,6 +50,12 @@ def reference_only(request) -> bool:
     return request.config.getoption("--reference") or bool(request.config.getoption("--cuda-on-cpu"))
 
 
+@pytest.fixture(scope="session")
+def on_stand_in(request) -> bool:
+    """Whether CUDA kernels stand for the CPU's (``--cuda-on-cpu``)."""
+    return bool(request.config.getoption("--cuda-on-cpu"))
+
+
 @pytest.fixture(scope="session", params=DEVICES)
 def device(request) -> str:
     return request.param

@@ -1,7 +1,6 @@
 """PackedKeys finds what the reference finds over the live keys, bit for bit, whatever was written in any order."""
 
 import copy
-import itertools
 import math
 import pickle
 from typing import Any
@@ -253,7 +252,7 @@ def test_a_large_memory():
 
 def test_overwriting_touches_one_column(reference_only):
     if reference_only:
-        pytest.skip("the reference has no panels")
+        pytest.skip("the reference has no panels, and those of a GPU have another layout")
     memory = filled(torch.randn(1000, 8)).memory
     before = memory._panels.clone()
     memory.write(torch.tensor([77]), torch.randn(1, 8))
@@ -261,9 +260,9 @@ def test_overwriting_touches_one_column(reference_only):
     assert changed == [[77 // 32, 77 % 32]]
 
 
-def test_the_centre_follows_the_keys(reference_only):
+def test_the_centre_follows_the_keys(reference_only, on_stand_in):
     """Kept sums give the mean of what is live; it is taken as the centre when keys have moved away from it."""
-    if reference_only:
+    if reference_only and not on_stand_in:
         pytest.skip("the reference has no centre")
     model = filled(torch.randn(500, 8) + 50)
     for start in range(0, 500, 50):
@@ -526,15 +525,16 @@ def test_refuses_in_one_sentence_and_changes_nothing(method, arguments, error, m
     assert_same(model.memory.search(queries, 4), before)
 
 
-def test_raw_ops_refuse_what_does_not_fit(reference_only):
-    if reference_only:
-        pytest.skip("kernels check what would be read beyond its end")
+def test_raw_ops_refuse_what_does_not_fit(reference_only, on_stand_in):
+    if reference_only and not on_stand_in:
+        pytest.skip("the reference reads nothing beyond an end: it fails where torch does")
     memory = filled(torch.randn(40, 4)).memory
     contents = [memory._keys, memory._bias, memory._live, memory._panels, memory._state]
     slots, keys = torch.tensor([1]), torch.randn(1, 4)
-    for wrong in itertools.chain(
-        ((i, contents[i][:-1]) for i in range(5)), [(5, torch.tensor([40])), (6, keys[:, :3])]
-    ):
+    wrongs = [*((i, contents[i][:-1]) for i in range(5)), (6, keys[:, :3])]
+    if not on_stand_in:  # CUDA drops a slot that does not exist on the device: telling would take a synchronisation
+        wrongs.append((5, torch.tensor([40])))
+    for wrong in wrongs:
         arguments = [*contents, slots, keys]
         arguments[wrong[0]] = wrong[1]
         with pytest.raises(ValueError, match="knn_write: arguments do not fit each other"):
