@@ -598,7 +598,8 @@ struct Unit {
   RateSpan<Z> prepared;    // A as `decay` takes it
   Span<S> D, bias;         // [block][lane]
   Operand<Z, kLane> B, C;  // of the current chunk (invariant: of the current block)
-  StepTile<S> dt, x, y;    // of the current chunk and block
+  Span<Z> memory_B, memory_C;
+  StepTile<S> dt, x, y;  // of the current chunk and block
   StepTile<S> memory_u, memory_delta, memory_z;
   View<S> u, z;
   Segments segments;
@@ -629,9 +630,7 @@ struct Unit {
     }
     prepared.fill(A, blocks() * padded * W);
     const int64_t operand = kLane ? kChunk * padded * W : kChunk * padded;
-    B.data = take<Z>(arena, operand), C.data = take<Z>(arena, operand);
-    B.step = kLane ? (shape.B_invariant ? 0 : padded * W) : padded;
-    C.step = kLane ? (shape.C_invariant ? 0 : padded * W) : padded;
+    B = {memory_B = take<Z>(arena, operand), 0}, C = {memory_C = take<Z>(arena, operand), 0};
     for (StepTile<S>* tile : {&dt, &x, &y, &memory_u, &memory_delta, &memory_z}) *tile = step_tile<S>(arena);
   }
 
@@ -664,14 +663,33 @@ struct Unit {
         if (reset[t * shape.reset_inner]) segments.begin[segments.count++] = t;
     }
     segments.begin[segments.count] = steps;
-    if (!shape.B_invariant) stage_variable(&Inputs<T>::B, B, start, steps);
-    if (!shape.C_invariant) stage_variable(&Inputs<T>::C, C, start, steps);
+    if (!shape.B_invariant) stage_variable(&Inputs<T>::B, memory_B, B, start, steps);
+    if (!shape.C_invariant) stage_variable(&Inputs<T>::C, memory_C, C, start, steps);
   }
 
-  EAML_INLINE void stage_variable(In<T> Inputs<T>::* member, const Operand<Z, kLane>& operand, int64_t start,
-                                  int64_t steps) {
-    source.each(member, operand.data, [&](T* to, const In<T>& in) {
-      stage_states<kLane ? W : 1, kComponents<Z>>(to, in, at, shape.state, padded, start, steps);
+  // Of a B or C that varies in time: read where it lies if its states are neighbours there, or copied to `memory`.
+  EAML_INLINE void stage_variable(In<T> Inputs<T>::* member, Span<Z> memory, Operand<Z, kLane>& operand, int64_t start,
+                                  int64_t steps) const {
+    constexpr int64_t count = kComponents<Z>;
+    if constexpr (!kLane) {
+      const auto first = [&](const In<T>& in) EAML_LAMBDA {
+        return const_cast<T*>(in.data + at.row * in.outer + at.group * in.group + start * in.inner);
+      };
+      const In<T>& in = source.values.*member;
+      bool lies = padded == shape.state && in.channel == count && in.inner % count == 0;
+      if constexpr (kIsDual<S>) {
+        const In<T>& along = source.tangents->*member;
+        lies = lies && along.data != nullptr && along.channel == count && along.inner == in.inner;
+        if (lies) operand.data.tangent = first(along);
+      }
+      if (lies) {
+        operand.data.value = first(in), operand.step = in.inner / count;
+        return;
+      }
+    }
+    operand = {memory, kLane ? padded * W : padded};
+    source.each(member, memory, [&](T* to, const In<T>& in) {
+      stage_states<kLane ? W : 1, count>(to, in, at, shape.state, padded, start, steps);
     });
   }
 
