@@ -100,7 +100,7 @@ class Group:
         """Whether the flag is set on any rank."""
         return bool(self.all_gather(torch.tensor(flag)).any())
 
-    def from_first(self, where: str, function: Callable[[], Any]) -> Any:
+    def from_first(self, function: Callable[[], Any]) -> Any:
         """What ``function()`` returns on rank 0, where alone it is called; what it raises is raised on all ranks."""
         message: list[Any] = [None]
         if self.rank == 0:
@@ -210,6 +210,16 @@ def launched(timeout: float = TIMEOUT, *, alone: bool = False) -> Iterator[Group
         yield Group()
     finally:
         dist.destroy_process_group()
+
+
+def at_first(group: Group | None, function: Callable[[], Any]) -> Any:
+    """What the function returns or raises on rank 0, on all ranks; without a group, here."""
+    return function() if group is None else group.from_first(function)
+
+
+def any_rank(group: Group | None, flag: bool) -> bool:
+    """Whether the flag is set on any rank; without a group, here."""
+    return flag if group is None else group.any(flag)
 
 
 def check_group(where: str, group: Any) -> None:

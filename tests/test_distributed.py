@@ -30,7 +30,7 @@ def on_ranks_collectives(group, folder):
     assert got.tolist() == ([0] if group.rank == 0 else [1, 2, 10])
     assert group.any(group.rank == 1) and not group.any(False)
     assert group.of_rank(1, {"is": group.rank}) == {"is": 1}
-    assert group.from_first("here", lambda: group.rank) == 0
+    assert group.from_first(lambda: group.rank) == 0
 
 
 def on_ranks_one_failure_ends_all(group, folder):
@@ -38,7 +38,7 @@ def on_ranks_one_failure_ends_all(group, folder):
         raise ValueError("no such thing")
 
     with pytest.raises(ValueError, match="no such thing"):
-        group.from_first("here", fails)
+        group.from_first(fails)
     kind, text = (KeyError, "lost") if group.rank else (RankError, "here: rank 1 of 2 failed")
     with pytest.raises(kind, match=text), group.together("here"):
         if group.rank == 1:

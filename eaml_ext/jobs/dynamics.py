@@ -22,7 +22,7 @@ from tqdm import tqdm
 
 from eaml_ext import checkpoint
 from eaml_ext.adaptation import AdaptationConfig, Adapter
-from eaml_ext.distributed import Group, launched
+from eaml_ext.distributed import Group, any_rank, at_first, launched
 from eaml_ext.experience import ExperienceBuffer, Experiences, retrieval
 from eaml_ext.jobs import report, settings_file
 from eaml_ext.jobs.device import torch_device
@@ -221,7 +221,7 @@ def meta_train(
         ) as progress,
         checkpoint.deferred_interrupt() as seen,
     ):
-        while len(run.losses) < total and not any_of(group, seen):
+        while len(run.losses) < total and not any_rank(group, bool(seen)):
             run.losses.append(update(settings, distribution, maml, buffer, len(run.losses)))
             schedule.step()
             progress.update()
@@ -231,7 +231,7 @@ def meta_train(
             if rest == 0 and epoch % settings.checkpoint_every == 0 and len(run.losses) < total:
                 run.save()
         run.save()
-    if any_of(group, seen):
+    if any_rank(group, bool(seen)):
         raise KeyboardInterrupt
     return [sum(run.losses[i : i + updates]) / updates for i in range(0, total, updates)]
 
@@ -256,16 +256,6 @@ def update(
         start = number * len(tasks)
         remember(buffer, range(start, start + len(tasks)), data, fingerprint(x, y))
     return loss
-
-
-def at_first(group: Group | None, function: Callable[[], Any]) -> Any:
-    """What the function returns or raises on rank 0, on all ranks."""
-    return function() if group is None else group.from_first("dynamics", function)
-
-
-def any_of(group: Group | None, seen: list[int]) -> bool:
-    """Whether any rank has seen Ctrl-C: all must leave the loop at the same update."""
-    return bool(seen) if group is None else group.any(bool(seen))
 
 
 @dataclass

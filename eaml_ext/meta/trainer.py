@@ -3,7 +3,7 @@
 import copy
 import os
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -14,7 +14,7 @@ from tqdm import tqdm
 
 from eaml_ext import _check
 from eaml_ext.checkpoint import deferred_interrupt, load_state, save_state, sound
-from eaml_ext.distributed import Group
+from eaml_ext.distributed import Group, any_rank, at_first
 from eaml_ext.meta.maml import LossFn, MetaMAML, _check_loss_fn, _check_pair
 from eaml_ext.meta.task_batch import TaskBatch
 
@@ -149,7 +149,7 @@ class MetaMAMLTrainer:
             raise TypeError(f"{where}: checkpoint must be a path, got {type(checkpoint).__name__}")
         began = self.iteration
         if checkpoint is not None:
-            state = self._at_first(where, lambda: _read(where, checkpoint))
+            state = at_first(self.group, lambda: _read(where, checkpoint))
             if state is not None:
                 began = self._load(where, checkpoint, state, task_batch, num_meta_iterations)
         end = began + num_meta_iterations
@@ -166,7 +166,7 @@ class MetaMAMLTrainer:
             ) as bar,
             deferred_interrupt() as interrupted,
         ):
-            while self.iteration < end and not self._any(interrupted):
+            while self.iteration < end and not any_rank(self.group, bool(interrupted)):
                 self._update(task_batch, writer)
                 bar.set_postfix(loss=f"{self.losses[-1]:.4f}", skipped=self.skipped_updates, refresh=False)
                 bar.update()
@@ -179,20 +179,13 @@ class MetaMAMLTrainer:
         if skipped:
             text = f"{where}: {skipped} meta-updates were not finite and left out"
             warnings.warn(text, RuntimeWarning, stacklevel=2)
-        if self._any(interrupted):
+        if any_rank(self.group, bool(interrupted)):
             raise KeyboardInterrupt
         return self.losses[began:end]
 
     @property
     def _first(self) -> bool:
         return self.group is None or self.group.rank == 0
-
-    def _any(self, interrupted: list[int]) -> bool:
-        return bool(interrupted) if self.group is None else self.group.any(bool(interrupted))
-
-    def _at_first(self, where: str, function: Callable[[], Any]) -> Any:
-        """What the function returns or raises on rank 0, on all."""
-        return function() if self.group is None else self.group.from_first(where, function)
 
     def adapt_to_new_task(self, new_task_data: tuple[Tensor, Tensor], num_steps: int | None = None) -> nn.Module:
         """A copy of the policy that has adapted to ``(support_x, support_y)``; the policy itself is left as it is.
@@ -294,7 +287,7 @@ class MetaMAMLTrainer:
             "mamls": [maml.state_dict() for maml in self.mamls],
             "task_batch": task_batch.state_dict(),
         }
-        self._at_first(where, lambda: save_state(path, state, kind=_KIND))
+        at_first(self.group, lambda: save_state(path, state, kind=_KIND))
 
     def _load(
         self, where: str, path: str | os.PathLike[str], state: dict[str, Any], task_batch: TaskBatch, wanted: int
