@@ -188,7 +188,11 @@ class MetaMAML:
             if len(bucket) == 1:
                 losses[bucket[0]] = one(*tasks[bucket[0]])
                 continue
-            batched = vmap(one, randomness="different")(*_stack(tasks, bucket))
+            stacked = _stack(tasks, bucket)
+            if torch._C._functorch.peek_interpreter_stack() is None:
+                batched = self._taped(params, loss_fns[bucket[0]], *stacked)
+            else:
+                batched = vmap(one, randomness="different")(*stacked)
             losses.update(zip(bucket, batched.unbind(0), strict=True))
         return torch.stack([losses[i] for i in range(len(tasks))])
 
@@ -358,6 +362,29 @@ class MetaMAML:
             return _scalar(loss_fn(self.call(adapted, query_x), query_y))
 
         return task_loss
+
+    def _taped(
+        self, params: Params, loss_fn: LossFn, support_x: Tensor, support_y: Tensor, query_x: Tensor, query_y: Tensor
+    ) -> Tensor:
+        """What vmap of :meth:`_task_loss` gives, faster: inner gradients come from autograd's tape below vmap, not
+        from a layer of torch.func above every op. Of the sum over tasks, the gradient in a task's parameters is its own.
+        """
+
+        def loss(fast: Params, x: Tensor, y: Tensor) -> Tensor:
+            return _scalar(loss_fn(self.call({**params, **fast}, x), y))
+
+        losses = vmap(loss, randomness="different")
+        traced = torch.is_grad_enabled() and any(p.requires_grad for p in [*params.values(), *self.inner_lrs.values()])
+        fast = {name: params[name].expand(len(support_x), *params[name].shape) for name in self.inner_names}
+        for _ in range(self.inner_steps):
+            with torch.enable_grad():
+                points = fast if traced else {name: p.detach().requires_grad_() for name, p in fast.items()}
+                total = losses(points, support_x, support_y).sum()
+                options: Any = {"create_graph": traced and not self.first_order, "materialize_grads": True}
+                grads = torch.autograd.grad(total, list(points.values()), **options)
+            rates = (self.inner_lrs.get(name, self.inner_lr) for name in fast)
+            fast = {name: p - rate * g for (name, p), rate, g in zip(fast.items(), rates, grads, strict=True)}
+        return losses(fast, query_x, query_y)
 
     def _chunks(self, tasks: list[Task], loss_fns: list[LossFn]) -> list[list[int]]:
         """What runs at once."""

@@ -56,7 +56,6 @@ def test_two_processes_are_as_one_and_go_on_from_its_checkpoint(tmp_path, monkey
     assert [child.stdout.count(line) for line in once] == [1] * len(once), child.stdout
     report = json.loads((tmp_path / "two" / "report.json").read_text())
     assert report["meta_loss"] == pytest.approx(wanted["meta_loss"], rel=1e-4)
-    assert report["meta_loss"][-1] != wanted["meta_loss"][-1]  # summed in another order
     one, two = (checkpoint.load(tmp_path / name / "model.safetensors")[0] for name in ("one", "two"))
     for name, value in one.items():
         torch.testing.assert_close(two[name], value, rtol=1e-3, atol=1e-4, msg=name)
