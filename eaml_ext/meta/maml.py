@@ -367,7 +367,7 @@ class MetaMAML:
         self, params: Params, loss_fn: LossFn, support_x: Tensor, support_y: Tensor, query_x: Tensor, query_y: Tensor
     ) -> Tensor:
         """What vmap of :meth:`_task_loss` gives, faster: inner gradients come from autograd's tape below vmap, not
-        from a layer of torch.func above every op. Of the sum over tasks, the gradient in a task's parameters is its own.
+        from a layer of torch.func above every op. Of a sum over tasks, a task's parameters have their own gradient.
         """
 
         def loss(fast: Params, x: Tensor, y: Tensor) -> Tensor:
