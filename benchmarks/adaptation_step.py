@@ -1,10 +1,14 @@
 """What one adaptation step of the default SSM costs: python -m benchmarks.adaptation_step [--quick] [--threads 1].
 
 Its time beside that of a forward pass and of a bare loss with its gradient, and by how much the process grows over
-20,000 steps.
+20,000 steps. Then the memory of the whole main job (a minute), and what of it the modules take that it has imported.
 """
 
 import gc
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -65,12 +69,38 @@ def growth(steps: int) -> int:
     return marks[1] - marks[0]
 
 
+JOB = """
+import json, sys
+from eaml_ext import cli
+assert cli.main(sys.argv[2:]) == 0
+json.dump([name for name in sys.modules if name != "__main__"], open(sys.argv[1], "w"))
+"""
+IMPORTS = "import importlib, json, sys; [importlib.import_module(name) for name in json.load(open(sys.argv[1]))]"
+PEAK = "\nprint(next(line.split()[1] for line in open('/proc/self/status') if line.startswith('VmHWM')))"
+
+
+def job_memory(epochs: int) -> dict[str, int]:
+    """Peak resident memory of the main job, in bytes, and of a process that only imports the same modules. Linux."""
+
+    def peak(code: str, *arguments: str) -> int:
+        run = subprocess.run([sys.executable, "-c", code + PEAK, *arguments], stdout=subprocess.PIPE, check=True)
+        return int(run.stdout.split()[-1]) * 1024
+
+    with tempfile.TemporaryDirectory() as folder:
+        modules = str(Path(folder) / "modules.json")
+        job = peak(JOB, modules, "--env_name", "CartPole-v1", "--num_epochs", str(epochs), "--out", folder)
+        imports = peak(IMPORTS, modules)
+    print(f"main job: {(job - imports) / 2**20:.0f} MB over the {imports / 2**20:.0f} MB that its imports take")
+    return {"main job": job, "its imports": imports}
+
+
 def main() -> None:
     arguments = flags(__doc__)
     times = step_times(0.5 if arguments.quick else 3.0)
     grown = growth(500 if arguments.quick else 20_000)
+    memory = job_memory(2 if arguments.quick else 50)
     if not arguments.quick:
-        out = {"threads": arguments.threads, "seconds": times, "bytes grown": grown}
+        out = {"threads": arguments.threads, "seconds": times, "bytes grown": grown, "bytes": memory}
         print(write(f"adaptation-step-{arguments.threads}-thread", out))
 
 
