@@ -311,7 +311,7 @@ def main() -> None:
     start = time.perf_counter()
     model = pretrained(0, 50 if quick else 400)
     valid = Runs.draw(8, 256 if quick else 512, "valid", 0)
-    test = Runs.draw(8 if quick else 48, 256 if quick else 1536, "test", 0)
+    test = Runs.draw(8 if quick else 256, 256 if quick else 1536, "test", 0)
     said, chosen = references(test, model), {}
     with torch.no_grad():
         error = float((model(valid.inputs) - valid.targets).square().mean())
