@@ -113,8 +113,8 @@ def plot(curves: dict[str, list[float]]) -> None:
 
 def main() -> None:
     quick = flags(__doc__).quick
-    steps, seeds, start = (30, 1, time.perf_counter()) if quick else (800, 3, time.perf_counter())
-    tasks = TASKS.sample(16 if quick else 256, "test", 0)
+    steps, seeds, start = (200, 1, time.perf_counter()) if quick else (800, 3, time.perf_counter())
+    tasks = TASKS.sample(64 if quick else 256, "test", 0)
     x, modes = TASKS.simulate(tasks, 4, FRAMES + LENGTH, 0)
     found, chosen = references(x, tasks, modes), {}
     valid = draw(64, 4, "valid", 0)

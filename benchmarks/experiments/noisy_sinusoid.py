@@ -18,7 +18,7 @@ Number of steps (up to 50) and weight of the experience of each arm are those wi
 split "valid"; reported is the error, against the noiseless sinusoid, on tasks of the split "test", with the half width
 of its 95 % interval over all tasks. Where new tasks have larger amplitudes than any trained on or remembered, so have
 those that settings are chosen by, and gradients are clipped in all arms. One thread. What the file has of a seed
-and setting is not run again; --quick makes 300 meta-updates, one seed, one setting, no file.
+and setting is not run again; --quick makes 3,000 meta-updates, one seed, one setting, no file.
 """
 
 import argparse
@@ -215,7 +215,7 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
-    iterations, tasks = (300, 100) if arguments.quick else (ITERATIONS, TEST_TASKS)
+    iterations, tasks = (3000, 100) if arguments.quick else (ITERATIONS, TEST_TASKS)
     path = RESULTS / "noisy_sinusoid.json"
     results: dict[str, Any] = {}
     if path.exists() and not arguments.quick:

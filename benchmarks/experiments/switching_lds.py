@@ -309,13 +309,13 @@ def plot(curves: dict[str, list[float]]) -> None:
 def main() -> None:
     quick = flags(__doc__).quick
     start = time.perf_counter()
-    model = pretrained(0, 50 if quick else 400)
+    model = pretrained(0, 200 if quick else 400)
     valid = Runs.draw(8, 256 if quick else 512, "valid", 0)
-    test = Runs.draw(8 if quick else 256, 256 if quick else 1536, "test", 0)
+    test = Runs.draw(16 if quick else 256, 512 if quick else 1536, "test", 0)
     said, chosen = references(test, model), {}
     with torch.no_grad():
         error = float((model(valid.inputs) - valid.targets).square().mean())
-    models = Models(model, meta_trained(model, 0, 10 if quick else 300), error)
+    models = Models(model, meta_trained(model, 0, 100 if quick else 300), error)
     print(f"trained: {time.perf_counter() - start:.0f} s", flush=True)
     for arm in ("plain", "recent", "uniform", "retrieved", "lookup-only", "oracle"):
         settings = Settings(LRS[0]) if quick else tune(models, valid, arm)

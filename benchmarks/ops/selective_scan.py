@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 
+import eaml_ext
 from benchmarks.common import (
     brief_path,
     copy_rate,
@@ -43,6 +44,9 @@ STEPS = [(1, 1, 64, 16), (64, 1, 256, 16)]
 SCALING = [(4, 512, 256, 16), LONG, (32, 64, 64, 16)]
 BOUNDED = [(4, 512, 256, 16), (4, 4096, 512, 16)]
 BOUND = 1.5  # of our peak memory over forward and backward, times inputs + outputs + gradients
+# Vector multiplications, fused with an addition or not, of a state at a step: its decay takes one and its exponential
+# two; a product of duals takes three, two where the tangent alone is wanted. Additions and shuffles go beside them.
+MULTIPLICATIONS = {"forward": 6, "+backward": 6 + 13, "+double backward": 6 + 13 + 14 + 32}
 SCRATCH = [name for name in PASSES if name != "double backward alone"]  # the passes that keep nothing from before
 DTYPES = (torch.float32, torch.float64, torch.bfloat16)
 
@@ -160,26 +164,31 @@ def left_out(bench: Bench, name: str) -> list[str]:
 
 
 def limits(threads: int) -> dict[str, float]:
-    """Exponentials per second, and bytes per second of copies within L2 and through memory."""
+    """Exponentials and multiply-adds per second, and bytes per second of copies within L2 and through memory."""
     rates = exp_rates()
     half = l2_bytes() // 2  # source and target fill the cache
     found = {"exp": threads * max(rates.values()), "copy L2": copy_rate(half), "copy 64 MiB": copy_rate(2**26)}
     each = ", ".join(f"{name} {rate / 1e9:.2f}e9/s" for name, rate in rates.items())
     print(f"\nlimits: {each} (one thread); copy {found['copy L2'] / 1e9:.0f} GB/s in L2, ", end="")
     print(f"{found['copy 64 MiB'] / 1e9:.0f} GB/s of 64 MiB")
-    if "kernel" not in rates:
+    if "kernel" in rates:
+        found["multiply"] = threads * eaml_ext._C.fma_rate()
+        print(f"{found['multiply'] / 1e9:.1f}e9 multiply-adds/s")
+    else:
         print("absent: exp in registers; torch.exp alone is below what the kernels' own reaches, shares may pass 100 %")
     return {**found, **{f"exp, {name}, one thread": rate for name, rate in rates.items()}}
 
 
 def times(bench: Bench, shape: Shape, limit: dict[str, float]) -> Row:
-    """All passes at a shape; returns the share of each limit that our forward reaches."""
+    """All passes at a shape; returns the share of each limit that our forward reaches, and each pass of multiplying."""
     header(str(shape), "ms")
     forward = {layout: bench.measure("forward", shape, layout) for layout in ("channel-last", "channel-first")}
     for layout, rows in forward.items():
         line(f"forward, {layout}", rows, "seconds", 1e3)
+    seconds = {"forward": forward["channel-last"]["ours"]["seconds"]}
     for task in bench.passes[1:]:
         rows = bench.measure(task, shape)
+        seconds[task] = rows["ours"]["seconds"]
         line(task, rows, "seconds", 1e3)
         if task == "double backward alone":
             in_forwards(rows, forward["channel-last"])
@@ -187,7 +196,15 @@ def times(bench: Bench, shape: Shape, limit: dict[str, float]) -> Row:
     exp, copy = math.prod(shape) / limit["exp"], sum(held(shape)) / limit["copy 64 MiB"]
     shares = f"{exp / last:.0%} of the exp limit, channel-first {exp / first:.0%}; {copy / last:.0%} of copying"
     print(f"  ours, forward: {shares}")
-    return {"shape": shape, "exp, channel-last": exp / last, "exp, channel-first": exp / first, "copy": copy / last}
+    busy = {
+        f"multiply, {task}": count * math.prod(shape) / limit["multiply"] / seconds[task]
+        for task, count in MULTIPLICATIONS.items()
+        if task in seconds and "multiply" in limit
+    }
+    if busy:
+        print("  ours, of the time that the multipliers need: " + ", ".join(f"{share:.0%}" for share in busy.values()))
+    found = {"exp, channel-last": exp / last, "exp, channel-first": exp / first, "copy": copy / last}
+    return {"shape": shape, **found, **busy}
 
 
 def held(shape: Shape) -> tuple[int, int]:
