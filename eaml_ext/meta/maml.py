@@ -378,10 +378,11 @@ class MetaMAML:
         fast = {name: params[name].expand(len(support_x), *params[name].shape) for name in self.inner_names}
         for _ in range(self.inner_steps):
             with torch.enable_grad():
-                points = fast if traced else {name: p.detach().requires_grad_() for name, p in fast.items()}
-                total = losses(points, support_x, support_y).sum()
+                points = [p if traced and p.requires_grad else p.detach().requires_grad_() for p in fast.values()]
+                total = losses(dict(zip(fast, points, strict=True)), support_x, support_y).sum()
                 options: Any = {"create_graph": traced and not self.first_order, "materialize_grads": True}
-                grads = torch.autograd.grad(total, list(points.values()), **options)
+                used = total.requires_grad
+                grads = torch.autograd.grad(total, points, **options) if used else [torch.zeros_like(p) for p in points]
             rates = (self.inner_lrs.get(name, self.inner_lr) for name in fast)
             fast = {name: p - rate * g for (name, p), rate, g in zip(fast.items(), rates, grads, strict=True)}
         return losses(fast, query_x, query_y)

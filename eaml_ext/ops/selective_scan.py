@@ -397,8 +397,7 @@ def _place(values: Sequence[Any], inputs: Sequence[Any]) -> tuple[Any, ...]:
 
 
 def _applied(function: type[_Function], tensors: Sequence[Any], *options: Any) -> tuple[Any, ...]:
-    """The function, without autograd's bookkeeping where nothing asks for it: a backward pass of small tensors costs
-    half as much."""
+    """The function, without autograd's bookkeeping where nothing asks for it."""
     call = function.forward if _plain(tensors) else function.apply
     out: tuple[Any, ...] = call(*tensors, *options)
     return out

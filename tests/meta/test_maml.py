@@ -6,7 +6,7 @@ import warnings
 import pytest
 import torch
 from torch import nn
-from torch.func import functional_call
+from torch.func import functional_call, vmap
 from torch.nn.functional import l1_loss, mse_loss
 
 from eaml_ext.meta import MetaMAML
@@ -311,6 +311,23 @@ def test_errors_of_the_loss_are_not_taken_for_failures_to_compile(monkeypatch):
     monkeypatch.setattr(torch, "compile", lambda function, **_: function)
     with pytest.raises(ValueError, match="loss_fn must return a scalar"):
         MetaMAML(mlp(), 0.1, 0.1, compile=True).meta_update([task()], lambda p, t: p - t)
+
+
+@pytest.mark.parametrize("detached", [(), ("0.weight",), None], ids=str)
+@pytest.mark.parametrize("loss_fn", [mse_loss, lambda y, target: target.square().mean()], ids=["used", "unused"])
+def test_task_losses_of_any_parameters_are_those_under_torch_func(detached, loss_fn):
+    maml, tasks = MetaMAML(mlp(), 0.1, 0.01, inner_steps=2), [task() for _ in range(3)]
+    params = {n: p.detach() if detached is None or n in detached else p for n, p in maml.parameters().items()}
+    leaves = [p for p in params.values() if p.requires_grad and loss_fn is mse_loss]
+    losses = maml.task_losses(params, tasks, loss_fn)
+    wanted = vmap(lambda _: maml.task_losses(params, tasks, loss_fn))(torch.zeros(1))[0]
+    torch.testing.assert_close(losses, wanted)
+    assert losses.requires_grad == bool(leaves)
+    if leaves:
+        grads, wanted_grads = (torch.autograd.grad(x.sum(), leaves) for x in (losses, wanted))
+        torch.testing.assert_close(grads, wanted_grads)
+    with torch.no_grad():
+        torch.testing.assert_close(maml.task_losses(params, tasks, loss_fn), wanted)
 
 
 def test_each_task_may_have_its_own_loss():
