@@ -138,7 +138,7 @@ def main() -> None:
         tries = [submit(a, r, TUNING_SEED, "valid", ADAPTER_RATES if a == "ssm" else ()) for a in CORES for r in RATES]
         columns = ("arm", "seed", "learning_rate", "returns", "adapted", "cpu_seconds")
         tuning = [keep(job.result(), *columns) for job in tries if not flags.quick or job.result()]
-        best = {t["arm"]: t for t in sorted(tuning, key=lambda t: t["returns"][-1])}
+        best = {t["arm"]: t for t in sorted(tuning[::-1], key=lambda t: t["returns"][-1])}
         rates = {a: best[a]["learning_rate"] if a in best else RATES[0] for a in CORES}
         adapted = best["ssm"]["adapted"] if "ssm" in best else {str(ADAPTER_RATES[0]): [0.0]}
         adapter_rate = float(max(adapted.items(), key=lambda item: item[1][-1])[0])

@@ -33,6 +33,7 @@ from benchmarks.common import (
 )
 from benchmarks.ops.scan_peers import PASSES, PEERS, Peer, failures, problem
 from benchmarks.ops.scan_plot import plot
+from eaml_ext.ops.selective_scan import CHUNK
 
 Shape = tuple[int, int, int, int]  # (batch, length, dim, state)
 Row = dict[str, Any]
@@ -44,9 +45,6 @@ STEPS = [(1, 1, 64, 16), (64, 1, 256, 16)]
 SCALING = [(4, 512, 256, 16), LONG, (32, 64, 64, 16)]
 BOUNDED = [(4, 512, 256, 16), (4, 4096, 512, 16)]
 BOUND = 1.5  # of our peak memory over forward and backward, times inputs + outputs + gradients
-# Vector multiplications, fused with an addition or not, of a state at a step: its decay takes one and its exponential
-# two; a product of duals takes three, two where the tangent alone is wanted. Additions and shuffles go beside them.
-MULTIPLICATIONS = {"forward": 6, "+backward": 6 + 13, "+double backward": 6 + 13 + 14 + 32}
 SCRATCH = [name for name in PASSES if name != "double backward alone"]  # the passes that keep nothing from before
 DTYPES = (torch.float32, torch.float64, torch.bfloat16)
 
@@ -197,14 +195,24 @@ def times(bench: Bench, shape: Shape, limit: dict[str, float]) -> Row:
     shares = f"{exp / last:.0%} of the exp limit, channel-first {exp / first:.0%}; {copy / last:.0%} of copying"
     print(f"  ours, forward: {shares}")
     busy = {
-        f"multiply, {task}": count * math.prod(shape) / limit["multiply"] / seconds[task]
-        for task, count in MULTIPLICATIONS.items()
+        f"multiply, {task}": multiplications(task, shape[1]) * math.prod(shape) / limit["multiply"] / seconds[task]
+        for task in ("forward", "+backward", "+double backward")
         if task in seconds and "multiply" in limit
     }
     if busy:
         print("  ours, of the time that the multipliers need: " + ", ".join(f"{share:.0%}" for share in busy.values()))
     found = {"exp, channel-last": exp / last, "exp, channel-first": exp / first, "copy": copy / last}
     return {"shape": shape, **found, **busy}
+
+
+def multiplications(task: str, length: int) -> float:
+    """Vector multiplications, fused with an addition or not, that a state takes at a step with AVX-512: its decay one,
+    the exponential two; a product of duals three, two where the tangent alone is wanted. Additions and shuffles go
+    beside them. Before a double backward, duals go forward through all chunks but the last."""
+    forward, backward, dual_forward, dual_backward = 6, 13, 11, 32
+    chunks = math.ceil(length / CHUNK)
+    again = dual_forward * (chunks - 1) / chunks + dual_backward
+    return {"forward": forward, "+backward": forward + backward, "+double backward": forward + backward + again}[task]
 
 
 def held(shape: Shape) -> tuple[int, int]:

@@ -8,7 +8,7 @@ import torch
 def torch_device(where: str, name: str) -> torch.device:
     """``name`` as a device that is there; ValueError, a sentence that begins with ``where``, for any other.
 
-    Of processes that torchrun has started on one machine, each takes a GPU of its own for ``cuda`` without a number.
+    The processes that torchrun has started on one machine take its GPUs in turn for ``cuda`` without a number.
     """
     try:
         device = torch.device(name)

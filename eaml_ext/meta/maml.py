@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 from torch.func import functional_call, grad, vmap
 
 from eaml_ext import _check
@@ -189,7 +190,7 @@ class MetaMAML:
                 losses[bucket[0]] = one(*tasks[bucket[0]])
                 continue
             stacked = _stack(tasks, bucket)
-            if torch._C._functorch.peek_interpreter_stack() is None:
+            if self._has_tape(params):
                 batched = self._taped(params, loss_fns[bucket[0]], *stacked)
             else:
                 batched = vmap(one, randomness="different")(*stacked)
@@ -363,6 +364,15 @@ class MetaMAML:
 
         return task_loss
 
+    def _has_tape(self, params: Params) -> bool:
+        """Whether autograd's tape alone tells what the inner loop depends on: where no transform of torch.func and no
+        forward mode runs, and either the parameters are on it or nothing is to be recorded."""
+        if torch._C._functorch.peek_interpreter_stack() is not None or forward_ad._current_level >= 0:
+            return False
+        if torch.is_inference_mode_enabled():
+            return False
+        return not torch.is_grad_enabled() or any(p.requires_grad for p in [*params.values(), *self.inner_lrs.values()])
+
     def _taped(
         self, params: Params, loss_fn: LossFn, support_x: Tensor, support_y: Tensor, query_x: Tensor, query_y: Tensor
     ) -> Tensor:
@@ -374,13 +384,13 @@ class MetaMAML:
             return _scalar(loss_fn(self.call({**params, **fast}, x), y))
 
         losses = vmap(loss, randomness="different")
-        traced = torch.is_grad_enabled() and any(p.requires_grad for p in [*params.values(), *self.inner_lrs.values()])
+        recorded = torch.is_grad_enabled()
         fast = {name: params[name].expand(len(support_x), *params[name].shape) for name in self.inner_names}
         for _ in range(self.inner_steps):
             with torch.enable_grad():
-                points = [p if traced and p.requires_grad else p.detach().requires_grad_() for p in fast.values()]
+                points = [p if recorded and p.requires_grad else p.detach().requires_grad_() for p in fast.values()]
                 total = losses(dict(zip(fast, points, strict=True)), support_x, support_y).sum()
-                options: Any = {"create_graph": traced and not self.first_order, "materialize_grads": True}
+                options: Any = {"create_graph": recorded and not self.first_order, "materialize_grads": True}
                 used = total.requires_grad
                 grads = torch.autograd.grad(total, points, **options) if used else [torch.zeros_like(p) for p in points]
             rates = (self.inner_lrs.get(name, self.inner_lr) for name in fast)

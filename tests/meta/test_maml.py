@@ -6,7 +6,8 @@ import warnings
 import pytest
 import torch
 from torch import nn
-from torch.func import functional_call, vmap
+from torch.autograd import forward_ad
+from torch.func import functional_call, jvp, vmap
 from torch.nn.functional import l1_loss, mse_loss
 
 from eaml_ext.meta import MetaMAML
@@ -313,21 +314,48 @@ def test_errors_of_the_loss_are_not_taken_for_failures_to_compile(monkeypatch):
         MetaMAML(mlp(), 0.1, 0.1, compile=True).meta_update([task()], lambda p, t: p - t)
 
 
+def losses_under_torch_func(maml, params, tasks, loss_fn):
+    return vmap(lambda _: maml.task_losses(params, tasks, loss_fn))(torch.zeros(1))[0]
+
+
 @pytest.mark.parametrize("detached", [(), ("0.weight",), None], ids=str)
 @pytest.mark.parametrize("loss_fn", [mse_loss, lambda y, target: target.square().mean()], ids=["used", "unused"])
 def test_task_losses_of_any_parameters_are_those_under_torch_func(detached, loss_fn):
     maml, tasks = MetaMAML(mlp(), 0.1, 0.01, inner_steps=2), [task() for _ in range(3)]
     params = {n: p.detach() if detached is None or n in detached else p for n, p in maml.parameters().items()}
     leaves = [p for p in params.values() if p.requires_grad and loss_fn is mse_loss]
-    losses = maml.task_losses(params, tasks, loss_fn)
-    wanted = vmap(lambda _: maml.task_losses(params, tasks, loss_fn))(torch.zeros(1))[0]
+    losses, wanted = maml.task_losses(params, tasks, loss_fn), losses_under_torch_func(maml, params, tasks, loss_fn)
     torch.testing.assert_close(losses, wanted)
     assert losses.requires_grad == bool(leaves)
     if leaves:
         grads, wanted_grads = (torch.autograd.grad(x.sum(), leaves) for x in (losses, wanted))
         torch.testing.assert_close(grads, wanted_grads)
-    with torch.no_grad():
-        torch.testing.assert_close(maml.task_losses(params, tasks, loss_fn), wanted)
+    for mode in (torch.no_grad, torch.inference_mode):
+        with mode():
+            torch.testing.assert_close(maml.task_losses(params, tasks, loss_fn), wanted)
+
+
+@pytest.mark.parametrize("detached", [False, True])
+def test_task_losses_depend_on_all_that_the_inner_loop_depends_on(detached):
+    maml, tasks = MetaMAML(mlp(), 0.1, 0.01, inner_steps=2), [task() for _ in range(3)]
+    params = {n: p.detach() if detached else p for n, p in maml.parameters().items()}
+    weight = torch.tensor(1.5, requires_grad=True, dtype=tasks[0][0].dtype)
+
+    def loss_fn(y, target):
+        return weight * mse_loss(y, target)
+
+    losses, wanted = maml.task_losses(params, tasks, loss_fn), losses_under_torch_func(maml, params, tasks, loss_fn)
+    torch.testing.assert_close(*(torch.autograd.grad(x.sum(), weight) for x in (losses, wanted)))
+
+
+def test_task_losses_in_forward_mode():
+    maml, tasks = MetaMAML(mlp(), 0.1, 0.01, inner_steps=2), [task() for _ in range(3)]
+    params = {name: p.detach() for name, p in maml.parameters().items()}
+    tangents = {name: torch.randn_like(p) for name, p in params.items()}
+    wanted = jvp(lambda p: maml.task_losses(p, tasks, mse_loss), (params,), (tangents,))[1]
+    with forward_ad.dual_level():
+        duals = {name: forward_ad.make_dual(p, tangents[name]) for name, p in params.items()}
+        torch.testing.assert_close(forward_ad.unpack_dual(maml.task_losses(duals, tasks, mse_loss)).tangent, wanted)
 
 
 def test_each_task_may_have_its_own_loss():
