@@ -100,7 +100,7 @@ brief-%: $(VENV)/installed
 
 experiments-full: $(VENV)/installed  ## every experiment in full: hours
 	for name in $(EXPERIMENTS); do $(BIN)/python -m benchmarks.experiments.$$name || exit 1; done
-	for name in main_job adaptation meta; do $(BIN)/python -m benchmarks.$$name || exit 1; done
+	for name in main_job adaptation adaptation_step endurance meta; do $(BIN)/python -m benchmarks.$$name || exit 1; done
 	$(BIN)/python -m benchmarks.results_page
 
 $(VENV)/extra-%: pyproject.toml | $(VENV)/installed
