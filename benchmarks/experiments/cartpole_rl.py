@@ -170,7 +170,8 @@ def main() -> None:
             table[arm]["drawn"] = [statistics.mean(column) for column in drawn]
     print(f"| memory | parameters | seeds | {' | '.join(f'episode {i + 1}' for i in range(EPISODES))} | CPU s |")
     for arm, row in table.items():
-        cells = " | ".join(f"{m:.0f} +- {s:.0f}" for m, s in zip(row["mean"], row["half"], strict=True))
+        spread = [f" +- {half:.0f}" if row["seeds"] > 1 else "" for half in row["half"]]
+        cells = " | ".join(f"{m:.0f}{s}" for m, s in zip(row["mean"], spread, strict=True))
         print(f"| {arm} | {row['parameters']} | {row['seeds']} | {cells} | {row['cpu_seconds']:.0f} |")
     memoryless = max(table["mlp"]["mean"][-1], table["mlp"]["drawn"][-1])
     print(f"ssm / memoryless, last episode: {table['ssm']['mean'][-1] / memoryless:.1f}")
