@@ -15,13 +15,9 @@ $(VENV)/installed: pyproject.toml setup.py $(SOURCES)
 demo: $(VENV)/installed  ## the main job: meta-train on CartPole dynamics, adapt to unseen physics
 	$(BIN)/eaml-ext --env_name CartPole-v1 --num_epochs 50
 
-# Derivatives of the complex reference are slow: of what its options change one by one, those of all together stand.
-REFERENCE_TESTS := not (ComplexScan and (plain or softplus or groups or per_task or invariant) \
-	and (opcheck or transforms or numerical or require_grad or of_gradients))
-
 test: $(VENV)/installed  ## the whole suite, the ops once more on their references, the CUDA kernels on a stand-in
 	$(BIN)/pytest -n 2
-	$(BIN)/pytest -n 2 --reference tests/ops -k '$(REFERENCE_TESTS)'
+	$(BIN)/pytest -n 2 --reference tests/ops
 	[ $$(uname) != Linux ] || $(MAKE) -j2 cuda-on-cpu
 
 # A package of its own in build/sanitize; gcc's runtime has to be loaded before Python's own allocations.
@@ -93,7 +89,7 @@ bench: $(VENV)/installed  ## the kernel benchmarks in brief
 
 # Files and plots in benchmarks/results, and docs/results.md made from them.
 EXPERIMENTS := sinusoid noisy_sinusoid hidden_rotation switching_lds cartpole_rl
-experiments: $(VENV)/installed  ## every experiment on a small budget, one seed; a quarter of an hour, writes no file
+experiments: $(VENV)/installed  ## every experiment on a small budget, one seed; minutes, writes no file
 	OMP_NUM_THREADS=1 $(MAKE) -j2 $(EXPERIMENTS:%=brief-%)
 brief-%: $(VENV)/installed
 	$(BIN)/python -m benchmarks.experiments.$* --quick

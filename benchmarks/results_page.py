@@ -20,7 +20,7 @@ HEAD = """# What the experiments show
 Made by `python -m benchmarks.results_page` from the files in `benchmarks/results`; every file names the command's
 settings and the machine. All arms of an experiment are shown, those that hurt us too. "±" is half the width of a 95 %
 interval unless a line says otherwise; errors are mean squared errors. `make experiments` runs every experiment on a
-small budget and one seed, in a quarter of an hour; `make experiments-full` makes the files.
+small budget and one seed, in minutes; `make experiments-full` makes the files.
 """
 
 Section = tuple[str, Sequence[str], list[Sequence[str]], str]  # prose, head and rows of a table, caption of a plot

@@ -98,7 +98,7 @@ def main() -> None:
     parser.add_argument("--workers", type=int, default=1, help="processes")
     parser.add_argument("--resume", action="store_true", help="take the runs that the file of results has already")
     parser.add_argument("--report", action="store_true", help="table and plot of what that file has, without new runs")
-    parser.add_argument("--quick", action="store_true", help="one seed, the file's learning rates, no file written")
+    parser.add_argument("--quick", action="store_true", help="one seed, the tuning of the file of results, no file")
     flags = parser.parse_args()
     if flags.quick:
         flags.seeds = 1
@@ -117,7 +117,7 @@ def main() -> None:
 
         def submit(arm: str, rate: float, seed: int, split: str, adapter_rates: Sequence[float]) -> Any:
             ready = done.get(asked(arm, rate, seed, flags.updates, length, split, adapter_rates))
-            if ready is None and not flags.report and not (flags.quick and split == "valid"):
+            if ready is None and not flags.report:
                 return pool.submit(run, arm, rate, seed, flags.updates, tasks, length, split, adapter_rates)
             future: Any = concurrent.futures.Future()
             future.set_result(ready)
@@ -137,11 +137,10 @@ def main() -> None:
 
         tries = [submit(a, r, TUNING_SEED, "valid", ADAPTER_RATES if a == "ssm" else ()) for a in CORES for r in RATES]
         columns = ("arm", "seed", "learning_rate", "returns", "adapted", "cpu_seconds")
-        tuning = [keep(job.result(), *columns) for job in tries if not flags.quick or job.result()]
-        best = {t["arm"]: t for t in sorted(tuning[::-1], key=lambda t: t["returns"][-1])}
-        rates = {a: best[a]["learning_rate"] if a in best else RATES[0] for a in CORES}
-        adapted = best["ssm"]["adapted"] if "ssm" in best else {str(ADAPTER_RATES[0]): [0.0]}
-        adapter_rate = float(max(adapted.items(), key=lambda item: item[1][-1])[0])
+        tuning = [keep(job.result(), *columns) for job in tries]
+        best = {a: max((t for t in tuning if t["arm"] == a), key=lambda t: t["returns"][-1]) for a in CORES}
+        rates = {a: t["learning_rate"] for a, t in best.items()}
+        adapter_rate = float(max(best["ssm"]["adapted"].items(), key=lambda item: item[1][-1])[0])
         print("learning rates:", rates, "of the adapter:", adapter_rate, flush=True)
         jobs = [
             submit(a, rates[a], seed, "test", (adapter_rate,) if a == "ssm" else ())

@@ -22,13 +22,13 @@ STABLE_C = re.compile(r"^(?:aoti_torch_|torch_)\w+$")
 @pytest.fixture(scope="module")
 def library(reference_only):
     if reference_only:
-        pytest.skip("the kernels are hidden")
+        pytest.skip("looks into the library of kernels, which this pass hides")
     return ops._C.__file__
 
 
 def tool(*command: str) -> str:
     if not ELF or shutil.which(command[0]) is None:
-        pytest.skip(f"{command[0]} reads this binary on Linux with binutils")
+        pytest.skip(f"needs {command[0]} of binutils, and a binary of Linux")
     return subprocess.run(command, capture_output=True, text=True, check=True).stdout
 
 
@@ -107,7 +107,7 @@ def test_only_the_stable_abi_of_torch_is_used(library):
 def clones(library: str, mangled: str, level: str) -> dict[str, list[str]]:
     """Instructions of every function whose name has ``mangled``, compiled for ``level``."""
     if not X86:
-        pytest.skip("AVX-512 is of x86-64")
+        pytest.skip("x86-64 alone has AVX-512")
     symbols = [line.split()[-1] for line in tool("nm", library).splitlines()]
     # gcc writes arch_x86_64_v4, clang arch_x86-64-v4.N
     names = [s for s in symbols if mangled in s and re.search(level.replace("-", "[-_]"), s) and ".cold" not in s]
