@@ -17,7 +17,8 @@ inline std::int64_t part_begin(const Shape& s, std::int64_t part) {
   return part == s.parts ? s.state : part * ((s.state / s.parts + 3) / 4 * 4);
 }
 
-// Gradients; of a Dual run, their tangents. All but the first three are partial sums, reduced by the caller.
+// Gradients; of a Dual run, their tangents. All but the first three are partial sums, reduced by the caller. Null ones
+// are not written.
 template <class T>
 struct Gradients {
   Out<T> u, delta, z;              // (batch, dim, length)
@@ -29,6 +30,8 @@ struct Gradients {
   T* delta_bias = nullptr;         // (batch, dim)
   const T* checkpoints = nullptr;  // what the forward pass saved
   const T* checkpoint_tangents = nullptr;
+  T* carry = nullptr;  // (batch, all_states, dim): of the state before the first chunk of the call
+  T* carry_tangent = nullptr;
 };
 
 // Work is cut into batch * units(shape) independent units; a call does those in [begin, end).

@@ -396,11 +396,10 @@ EAML_NOINLINE void stage_vector(T* vector, const In<T>& in, int64_t row, int64_t
   for (int64_t i = 0; i < lanes; ++i) vector[i] = from[i * in.channel];
 }
 
-// The saved states (batch, chunks - 1, state, component, dim) at the start of a chunk but the first, each component a
-// state of an input of its own.
+// Entry `index` of saved states (index, state, component, dim), each component a state of an input of its own. Those at
+// the start of a row's chunks, but the first, have an index of row * (chunks - 1) + chunk - 1; a carry's is the row.
 template <class T>
-In<T> checkpoint(const T* all, const Shape& shape, int64_t row, int64_t chunk, int64_t chunks) {
-  const int64_t index = row * (chunks - 1) + chunk - 1;
+In<T> saved_state(const T* all, const Shape& shape, int64_t index) {
   return {all + index * shape.all_states * shape.components * shape.dim, 0, 1, shape.dim};
 }
 
@@ -638,6 +637,7 @@ struct Unit {
   int64_t lanes(int64_t block) const { return std::min(W, at.channels - block * W); }
   int64_t channel(int64_t block) const { return at.first + block * W; }
   int64_t chunks() const { return (shape.length + kChunk - 1) / kChunk; }
+  int64_t end_chunk() const { return std::min(shape.end_chunk, chunks()); }
 
   // What the states from n on prefetch; the arrays' own memory, which is at hand, where there is nothing more to come.
   EAML_INLINE Streams streams_from(int64_t n) const {
@@ -647,10 +647,27 @@ struct Unit {
   }
   EAML_INLINE Rates<Z> rates(int64_t j) const { return {A, prepared, j}; }
 
-  EAML_INLINE void stage_initial(Span<Z> to, int64_t block) const {
-    source.each(&Inputs<T>::initial_state, to, [&](T* matrix, const In<T>& in) {
+  // What a call starts from: `given`, the initial state or a cotangent of the last one, or what stands for it.
+  EAML_INLINE void stage_first(In<T> Inputs<T>::* given, Span<Z> to, int64_t block) const {
+    if (source.values.carry != nullptr) {
+      stage_saved(to.value, source.values.carry, at.row, block);
+      if constexpr (kIsDual<S>) stage_saved(to.tangent, source.tangents->carry, at.row, block);
+      return;
+    }
+    source.each(given, to, [&](T* matrix, const In<T>& in) {
       stage_matrix<V, kComponents<Z>>(matrix, in, at.row, channel(block), lanes(block), shape.state, padded);
     });
+  }
+
+  // One block of one component of a saved state, in [state][component][lane].
+  EAML_INLINE void stage_saved(T* to, const T* all, int64_t index, int64_t block) const {
+    stage_matrix<V, 1>(to, saved_state(all, shape, index), 0, channel(block), lanes(block),
+                       shape.state * kComponents<Z>, padded * kComponents<Z>);
+  }
+  EAML_INLINE void save(T* all, int64_t index, const T* matrix, int64_t block) const {
+    if (all == nullptr) return;
+    T* const to = all + index * shape.all_states * shape.components * shape.dim + channel(block);
+    store_matrix<V, 1>(to, 1, shape.dim, matrix, lanes(block), shape.state * kComponents<Z>);
   }
 
   // What all blocks of the unit share in a chunk: resets, and B and C where they vary in time.
@@ -866,15 +883,12 @@ EAML_INLINE void forward_unit(Arena& arena, const Shape& shape, const Source<rea
   const int64_t row = unit.at.row, size = unit.padded * W, chunks = unit.chunks();
   const Span<Z> h = take<Z>(arena, unit.blocks() * size);
   T* const tile = arena.take<T>(kChunk * W);
-  for (int64_t block = 0; block < unit.blocks(); ++block) unit.stage_initial(h.at(block * size), block);
-  const auto save = [&](T* all, const T* matrix, int64_t chunk, int64_t block) {
-    if (all == nullptr || chunk == chunks) return;
-    T* to = all + (row * (chunks - 1) + chunk - 1) * shape.all_states * components * shape.dim + unit.channel(block);
-    store_matrix<V, 1>(to, 1, shape.dim, matrix, unit.lanes(block), shape.state * components);
-  };
+  for (int64_t block = 0; block < unit.blocks(); ++block)
+    unit.stage_first(&Inputs<T>::initial_state, h.at(block * size), block);
 
-  const bool whole = out.y.data != nullptr || out.last_state.data != nullptr;  // or the saved states alone
-  for (int64_t chunk = 0; chunk < chunks - !whole; ++chunk) {
+  const bool saved_alone = !out.y.data && !out.last_state.data && !out.carry;  // no chunk starts after the last one
+  const int64_t end = saved_alone ? std::min(unit.end_chunk(), chunks - 1) : unit.end_chunk();
+  for (int64_t chunk = shape.first_chunk; chunk < end; ++chunk) {
     const int64_t start = chunk * kChunk, steps = std::min(kChunk, shape.length - start);
     unit.stage_chunk(start, steps);
     for (int64_t block = 0; block < unit.blocks(); ++block) {
@@ -908,14 +922,19 @@ EAML_INLINE void forward_unit(Arena& arena, const Shape& shape, const Source<rea
         }
       }
       if (!half_row) store_tile<V>(out.y, tile, row, unit.channel(block), unit.lanes(block), start, steps);
-      save(out.checkpoints, state.value, chunk + 1, block);
-      if constexpr (kIsDual<S>) save(out.checkpoint_tangents, state.tangent, chunk + 1, block);
+      if (chunk + 1 < chunks) {
+        const int64_t next = row * (chunks - 1) + chunk;
+        unit.save(out.checkpoints, next, state.value, block);
+        if constexpr (kIsDual<S>) unit.save(out.checkpoint_tangents, next, state.tangent, block);
+      }
     }
   }
 
-  if (out.last_state.data == nullptr) return;
   for (int64_t block = 0; block < unit.blocks(); ++block) {
+    unit.save(out.carry, row, h.at(block * size).value, block);
+    if constexpr (kIsDual<S>) unit.save(out.carry_tangent, row, h.at(block * size).tangent, block);
     const Out<T>& to = out.last_state;
+    if (to.data == nullptr || unit.end_chunk() < chunks) continue;
     store_matrix<V, components>(to.data + row * to.outer + unit.channel(block) * to.channel, to.channel, to.inner,
                                 h.at(block * size).written(), unit.lanes(block), shape.state);
   }
@@ -1124,11 +1143,9 @@ EAML_INLINE void backward_unit(Arena& arena, const Shape& shape, const Source<re
   T* const tile_delta = arena.take<T>(tile);
   T* const tile_z = arena.take<T>(tile);
   for (int64_t block = 0; block < blocks; ++block)
-    source.each(&Inputs<T>::grad_state, grad_h.at(block * size), [&](T* to, const In<T>& in) {
-      stage_matrix<V, components>(to, in, row, unit.channel(block), unit.lanes(block), shape.state, unit.padded);
-    });
+    unit.stage_first(&Inputs<T>::grad_state, grad_h.at(block * size), block);
 
-  for (int64_t chunk = chunks - 1; chunk >= 0; --chunk) {
+  for (int64_t chunk = unit.end_chunk() - 1; chunk >= shape.first_chunk; --chunk) {
     const int64_t start = chunk * kChunk, steps = std::min(kChunk, shape.length - start);
     unit.stage_chunk(start, steps);
     if (!shape.B_invariant) clear(sum_B, sums_size);
@@ -1151,15 +1168,17 @@ EAML_INLINE void backward_unit(Arena& arena, const Shape& shape, const Source<re
         grad.y = view_of<S>(gated_gy);
       }
       const auto stage_start = [&](T* to, const T* all) EAML_LAMBDA {
-        const In<T> saved = checkpoint(all, shape, row, chunk, chunks);
-        stage_matrix<V, 1>(to, saved, 0, channel, lanes, shape.state * components, unit.padded * components);
+        const int64_t index = row * (chunks - 1) + chunk - 1;
+        unit.stage_saved(to, all, index, block);
         // Of the next block, or of the first one in the chunk before, which is the array's previous entry.
         const bool last = block + 1 == blocks;
-        const T* next = saved.data + (last ? unit.at.first - shape.all_states * components * shape.dim : channel + W);
+        const T* const next = saved_state(all, shape, index - last).data + (last ? unit.at.first : channel + W);
         for (int64_t n = 0; n < shape.state * components; ++n) EAML_PREFETCH(next + n * shape.dim);
       };
       if (chunk == 0) {
-        unit.stage_initial(h0, block);
+        source.each(&Inputs<T>::initial_state, h0, [&](T* to, const In<T>& in) {
+          stage_matrix<V, components>(to, in, row, channel, lanes, shape.state, unit.padded);
+        });
       } else {
         stage_start(h0.value, out.checkpoints);
         if constexpr (kIsDual<S>) stage_start(h0.tangent, out.checkpoint_tangents);
@@ -1228,20 +1247,25 @@ EAML_INLINE void backward_unit(Arena& arena, const Shape& shape, const Source<re
           transpose(first, shape.length, line, kVectors, steps, count);
       }
     };
-    if (!shape.B_invariant) reduce_lanes(out.B, sum_B);
-    if (!shape.C_invariant) reduce_lanes(out.C, sum_C);
+    if (!shape.B_invariant && out.B) reduce_lanes(out.B, sum_B);
+    if (!shape.C_invariant && out.C) reduce_lanes(out.C, sum_C);
   }
 
   for (int64_t block = 0; block < blocks; ++block) {
     const int64_t channel = row * shape.dim + unit.channel(block), lanes = unit.lanes(block);
     const auto store = [&](T* to, const T* matrix) {
+      if (to == nullptr) return;
       const int64_t stride = shape.all_states * components;
       store_matrix<V, components>(to + channel * stride, stride, components, matrix, lanes, shape.state);
     };
     store(out.A, sum_A.at(block * size).value);
     if (shape.B_invariant) store(out.B, sum_B.at(block * size).value);
     if (shape.C_invariant) store(out.C, sum_C.at(block * size).value);
-    store(out.initial_state, grad_h.at(block * size).written());
+    const Span<Z> state = grad_h.at(block * size);
+    if (shape.first_chunk == 0) store(out.initial_state, state.written());
+    unit.save(out.carry, row, state.value, block);
+    if constexpr (kIsDual<S>) unit.save(out.carry_tangent, row, state.tangent, block);
+    if (out.D == nullptr) continue;
     std::copy_n(sum_D + block * W, lanes, out.D + channel);
     for (int64_t part = 1; part < shape.parts; ++part)
       for (int64_t i = 0; i < lanes; ++i) sum_bias[block * W + i] += sum_bias[(part * blocks + block) * W + i];

@@ -2,6 +2,9 @@
 // second stage of the reductions.
 #include <algorithm>
 #include <atomic>
+#include <cmath>
+#include <cstring>
+#include <limits>
 
 #include "common/arena.h"
 #include "selective_scan/cpu_kernel.h"
@@ -10,13 +13,22 @@
 namespace eaml::selective_scan {
 namespace {
 
-// Where there are few units for many threads, the states of each are summed up in two parts, which two threads may do.
-// It depends on the shape alone, as sums must not depend on threads.
+// Where there are few units for many threads, the states of each are summed up in two parts, which two threads may do,
+// and sums over time in several pieces. Both depend on the shape alone, as sums must not depend on threads.
+template <class T>
+bool few_units(const Shape& s) {
+  constexpr int64_t kFewUnits = 4, kWorthwhile = int64_t{1} << 20;
+  return s.batch * units<T>(s) < kFewUnits && s.dim * s.length * s.state >= kWorthwhile;
+}
 template <class T>
 int64_t parts(const Shape& s) {
-  constexpr int64_t kFewUnits = 4, kPartStates = 4, kWorthwhile = int64_t{1} << 20;
-  const bool few = s.batch * units<T>(s) < kFewUnits, much = s.dim * s.length * s.state >= kWorthwhile;
-  return few && much && s.state >= 2 * kPartStates ? 2 : 1;
+  constexpr int64_t kPartStates = 4;
+  return few_units<T>(s) && s.state >= 2 * kPartStates ? 2 : 1;
+}
+template <class T>
+int64_t pieces(const Shape& s) {
+  constexpr int64_t kPieceSteps = 4096, kPieces = 16;
+  return few_units<T>(s) ? std::clamp<int64_t>(s.length / kPieceSteps, 1, kPieces) : 1;
 }
 
 int64_t parts(const Shape& s, ScalarType dtype) {
@@ -64,13 +76,14 @@ struct Part {
     shift(in.B, shape.B_invariant ? in.B.inner : in.B.channel);
     shift(in.C, shape.C_invariant ? in.C.inner : in.C.channel);
     shift(in.grad_state, in.grad_state.inner);
+    if (in.carry) in.carry += first * shape.components * shape.dim;
     if (first > 0) in.D = {};
     return in;
   }
 
   template <class T>
   Outputs<T> of(Outputs<T> out) const {
-    for (T** states : {&out.checkpoints, &out.checkpoint_tangents})
+    for (T** states : {&out.checkpoints, &out.checkpoint_tangents, &out.carry, &out.carry_tangent})
       if (*states) *states += first * shape.components * shape.dim;
     if (out.last_state.data) out.last_state.data += first * out.last_state.inner;
     return out;
@@ -81,21 +94,23 @@ struct Part {
     const int64_t matrix = first * shape.components, sequence = matrix * shape.length;
     for (const T** states : {&out.checkpoints, &out.checkpoint_tangents})
       if (*states) *states += first * shape.components * shape.dim;
+    for (T** states : {&out.carry, &out.carry_tangent})
+      if (*states) *states += first * shape.components * shape.dim;
     out.A += matrix, out.initial_state += matrix;
     out.B += shape.B_invariant ? matrix : sequence, out.C += shape.C_invariant ? matrix : sequence;
     return out;
   }
 };
 
-// Calls f(part, index, unit, unit + 1) on all units, of all parts if they are calls of their own. Threads take the next
-// when they are done with one, whatever range they are given: they start, and are disturbed, at different times.
+// Calls f(index, unit) for `count` jobs on each unit. Threads take the next when they are done with one, whatever range
+// they are given: they start, and are disturbed, at different times.
 template <class T, class F>
-void over_units(const Shape& s, bool apart, F f) {
-  const int64_t count = apart ? s.parts : 1, total = s.batch * units<T>(s) * count;
+void over_units(const Shape& s, int64_t count, F f) {
+  const int64_t total = s.batch * units<T>(s) * count;
   if (total == 0) return;
   std::atomic<int64_t> next{0};
   parallel(total, s.batch * s.dim * s.length * s.state / total, [&](int64_t, int64_t) {
-    for (int64_t i = next++; i < total; i = next++) f(Part(s, apart, i % count), i % count, i / count, i / count + 1);
+    for (int64_t i = next++; i < total; i = next++) f(i % count, i / count);
   });
 }
 
@@ -142,21 +157,27 @@ class Scratch {
   Arena& arena_;
 };
 
-// A gradient (outer, inner real numbers) that a kernel leaves as partial sums (outer, middle, inner).
+// A gradient (outer, inner real numbers) that a kernel leaves as partial sums (pieces, outer, middle, inner).
 template <class T>
 struct Partial {
   Tensor result;
   T* data;  // the result itself where there is nothing to add up
-  int64_t outer, middle, inner;
+  int64_t pieces, outer, middle, inner;
 
-  Partial(Scratch& scratch, const Tensor& wide, const Maybe& like, int64_t o, int64_t m, int64_t i)
-      : result(like ? empty(*like, sizes_of(*like)) : empty(wide, {0})), outer(like ? o : 0), middle(m), inner(i) {
-    data = like && m == 1 ? mutable_data<T>(result) : scratch.take<T>(o * m * i);
+  Partial(Scratch& scratch, const Tensor& wide, const Maybe& like, int64_t p, int64_t o, int64_t m, int64_t i)
+      : result(like ? empty(*like, sizes_of(*like)) : empty(wide, {0})),
+        pieces(p),
+        outer(like ? o : 0),
+        middle(m),
+        inner(i) {
+    data = like && p * m == 1 ? mutable_data<T>(result) : scratch.take<T>(p * o * m * i);
   }
 
   Tensor reduced() {
+    const int64_t count = outer * middle * inner;
+    for (int64_t p = 1; p < pieces; ++p) add(data, data + p * count, count);
     if (outer > 0 && middle == 0) torch::stable::zero_(result);
-    if (outer > 0 && middle > 1) sum_middle(mutable_data<T>(result), data, outer, middle, inner);
+    if (outer > 0 && middle * pieces > 1) sum_middle(mutable_data<T>(result), data, outer, middle, inner);
     return result;
   }
 };
@@ -176,19 +197,20 @@ struct GradientTensors {
         C(over_channels(scratch, s, x, x.C, s.C_invariant)),
         D(over_rows(scratch, s, x, x.D, 1)),
         delta_bias(over_rows(scratch, s, x, x.delta_bias, 1)),
-        initial_state(scratch, *x.A, x.initial_state, s.batch, 1, s.dim * s.state * s.components) {}
+        initial_state(scratch, *x.A, x.initial_state, 1, s.batch, 1, s.dim * s.state * s.components) {}
 
   // Summed over the batch rows that share a parameter.
   static Partial<T> over_rows(Scratch& scratch, const Shape& s, const Arguments& x, const Maybe& like, int64_t rank) {
     const int64_t tasks = like && like->dim() > rank ? like->size(0) : 1;
-    return {scratch, *x.A, like, tasks, s.batch / tasks, rank == 2 ? s.dim * s.state * s.components : s.dim};
+    const int64_t inner = rank == 2 ? s.dim * s.state * s.components : s.dim;
+    return {scratch, *x.A, like, pieces<T>(s), tasks, s.batch / tasks, inner};
   }
 
   // Summed over the channels of a group.
   static Partial<T> over_channels(Scratch& scratch, const Shape& s, const Arguments& x, const Maybe& like,
                                   bool invariant) {
     if (invariant) return over_rows(scratch, s, x, like, 2);
-    return {scratch, *x.A, like, s.batch * s.groups, units<T>(s) / s.groups, s.state * s.length * s.components};
+    return {scratch, *x.A, like, 1, s.batch * s.groups, units<T>(s) / s.groups, s.state * s.length * s.components};
   }
 
   Gradients<T> pointers(const Arguments& x) const {
@@ -206,21 +228,141 @@ struct GradientTensors {
   }
 };
 
-// The forward kernel; with tangents, on Duals.
+int64_t chunks(const Shape& s) {
+  return (s.length + kChunk - 1) / kChunk;
+}
+
+// The kernels on one unit; with tangents, on Duals.
+template <class T>
+void forward(const Shape& s, const Inputs<T>& in, const Inputs<T>* tangents, const Outputs<T>& out, int64_t unit) {
+  if (s.components == 1)
+    real_states::forward(s, in, tangents, out, unit, unit + 1);
+  else
+    complex_states::forward(s, in, tangents, out, unit, unit + 1);
+}
+template <class T>
+void backward(const Shape& s, const Inputs<T>& in, const Inputs<T>* tangents, const Gradients<T>& out, int64_t unit) {
+  if (s.components == 1)
+    real_states::backward(s, in, tangents, out, unit, unit + 1);
+  else
+    complex_states::backward(s, in, tangents, out, unit, unit + 1);
+}
+
+// What one stretch of time hands to the next, of all rows: states, or their gradients; of a Dual run, tangents too.
+template <class T>
+struct Carry {
+  T* value = nullptr;
+  T* tangent = nullptr;
+  int64_t size = 0;
+
+  Carry() = default;
+  Carry(Scratch& scratch, const Shape& s, bool dual) : size(s.batch * s.all_states * s.components * s.dim) {
+    value = scratch.take<T>(size), tangent = dual ? scratch.take<T>(size) : nullptr;
+  }
+  void fill(T number) const {
+    std::fill_n(value, size, number);
+    if (tangent) std::fill_n(tangent, size, T(0));
+  }
+  void copy(const Carry& from) const {
+    std::copy_n(from.value, size, value);
+    if (tangent) std::copy_n(from.tangent, size, tangent);
+  }
+  bool same_bits(const Carry& other) const {
+    const std::size_t bytes = size * sizeof(T);
+    return !std::memcmp(value, other.value, bytes) && (!tangent || !std::memcmp(tangent, other.tangent, bytes));
+  }
+};
+
+// The first chunk of a piece.
+template <class T>
+int64_t piece_begin(const Shape& s, int64_t piece) {
+  return chunks(s) * piece / pieces<T>(s);
+}
+
+// Does the whole length in stretches, each of some pieces, which threads take side by side. All but the first start
+// from a guess: what the chunks before them make of zeros. Decays soon forget what a state was, so it is the right one,
+// bit for bit; a stretch whose guess was wrong is done once more. False, with nothing done, where there is one thread
+// or decays are too slow. `warm(shape, carry, unit)` takes a carry through some chunks and does nothing else;
+// `run(begin, end, from, to, unit)` does pieces [begin, end).
+template <class T, class Warm, class Run>
+bool in_stretches(Scratch& scratch, const Shape& s, const Inputs<T>& in, bool dual, bool backward, Warm warm, Run run) {
+  constexpr int64_t kProbe = 2;  // chunks
+  // Halvings until nothing is left: twice the digits, as what differs in the last one may long do so.
+  constexpr int64_t kForgotten = 2 * std::numeric_limits<T>::digits;
+  const int64_t cut = pieces<T>(s), threads = torch::stable::get_num_threads();
+  if (cut < 2 || threads < 2) return false;
+  int64_t count = std::min(cut, threads);
+  const auto first_piece = [&](int64_t i) { return cut * (backward ? count - i - 1 : i) / count; };
+  const auto end_piece = [&](int64_t i) { return cut * (backward ? count - i : i + 1) / count; };
+  const auto before = [&](int64_t i, int64_t length) {  // the chunks that the scan comes through before stretch i
+    Shape part = s;
+    const int64_t edge = piece_begin<T>(s, backward ? end_piece(i) : first_piece(i));
+    part.first_chunk = backward ? edge : edge - length, part.end_chunk = part.first_chunk + length;
+    return part;
+  };
+
+  std::vector<Carry<T>> left, guess, reached;
+  for (int64_t i = 1; i < count; ++i) left.emplace_back(scratch, s, false), left.back().fill(1);
+  over_units<T>(s, count - 1, [&](int64_t i, int64_t unit) {
+    Inputs<T> decays = in;
+    decays.B = {}, decays.carry = left[i].value;
+    Outputs<T> to;
+    to.carry = left[i].value;
+    forward<T>(before(i + 1, kProbe), decays, nullptr, to, unit);
+  });
+  double slowest = 0;
+  for (const Carry<T>& decays : left)
+    for (int64_t i = 0; i < decays.size; ++i) {
+      if (!(std::abs(decays.value[i]) < 1)) return false;
+      slowest = std::max<double>(slowest, std::abs(decays.value[i]));
+    }
+  const int64_t length = kProbe + static_cast<int64_t>(kProbe * kForgotten / -std::log2(slowest));
+  constexpr int64_t kWorthwhile = 4;  // times as many chunks done as spent on the guess
+  count = std::min(count, chunks(s) / (kWorthwhile * length));
+  if (count < 2) return false;
+
+  for (int64_t i = 0; i < count; ++i)
+    guess.emplace_back(scratch, s, dual), reached.emplace_back(scratch, s, dual), guess.back().fill(0);
+  const auto stretch = [&](int64_t i, int64_t unit) {
+    run(first_piece(i), end_piece(i), i > 0 ? guess[i] : Carry<T>{}, reached[i], unit);
+  };
+  over_units<T>(s, count, [&](int64_t i, int64_t unit) {
+    if (i > 0) warm(before(i, length), guess[i], unit);
+    stretch(i, unit);
+  });
+  for (int64_t i = 1; i < count; ++i)
+    if (!guess[i].same_bits(reached[i - 1])) {
+      guess[i].copy(reached[i - 1]);
+      over_units<T>(s, 1, [&](int64_t, int64_t unit) { stretch(i, unit); });
+    }
+  return true;
+}
+
 template <class T>
 void run_forward(Scratch& scratch, const Shape& s, const Inputs<T>& in, const Inputs<T>* tangents,
                  const Outputs<T>& out) {
+  const auto call = [&](const Shape& part, Carry<T> from, Carry<T> to, Outputs<T> outputs, int64_t unit) {
+    Inputs<T> x = in, along = tangents ? *tangents : Inputs<T>{};
+    x.carry = from.value, along.carry = from.tangent;
+    outputs.carry = to.value, outputs.carry_tangent = to.tangent;
+    forward<T>(part, x, tangents ? &along : nullptr, outputs, unit);
+  };
+  const auto warm = [&](const Shape& part, Carry<T> carry, int64_t unit) { call(part, carry, carry, {}, unit); };
+  const auto run = [&](int64_t begin, int64_t end, Carry<T> from, Carry<T> to, int64_t unit) {
+    Shape part = s;
+    part.first_chunk = piece_begin<T>(s, begin), part.end_chunk = piece_begin<T>(s, end);
+    call(part, from, part.end_chunk < chunks(s) ? to : Carry<T>{}, out, unit);
+  };
+  if (in_stretches<T>(scratch, s, in, tangents != nullptr, false, warm, run)) return;
+
   const int64_t count = s.batch * s.dim * s.length;
   const bool split = apart(s), sum = split && out.y.data;
   Outputs<T> second = out;
   if (sum) second.y.data = scratch.take<T>(count);
-  over_units<T>(s, split, [&](const Part& part, int64_t index, int64_t begin, int64_t end) {
+  over_units<T>(s, split ? s.parts : 1, [&](int64_t index, int64_t unit) {
+    const Part part(s, split, index);
     const Inputs<T> along = tangents ? part.of(*tangents) : Inputs<T>{};
-    const Outputs<T> to = part.of(index ? second : out);
-    if (s.components == 1)
-      real_states::forward(part.shape, part.of(in), tangents ? &along : nullptr, to, begin, end);
-    else
-      complex_states::forward(part.shape, part.of(in), tangents ? &along : nullptr, to, begin, end);
+    forward<T>(part.shape, part.of(in), tangents ? &along : nullptr, part.of(index ? second : out), unit);
   });
   if (sum) add(out.y.data, second.y.data, count);
 }
@@ -228,27 +370,52 @@ void run_forward(Scratch& scratch, const Shape& s, const Inputs<T>& in, const In
 template <class T>
 void run_backward(Scratch& scratch, const Shape& s, const Inputs<T>& in, const Inputs<T>* tangents,
                   const Gradients<T>& out) {
-  const int64_t count = s.batch * s.dim * s.length, channels = s.batch * s.dim;
+  const int64_t count = s.batch * s.dim * s.length, channels = s.batch * s.dim, cut = pieces<T>(s);
+  const auto call = [&](const Part& part, Carry<T> from, Carry<T> to, Gradients<T> gradients, int64_t unit) {
+    Inputs<T> x = in, along = tangents ? *tangents : Inputs<T>{};
+    x.carry = from.value, along.carry = from.tangent;
+    gradients.carry = to.value, gradients.carry_tangent = to.tangent;
+    along = part.of(along);
+    backward<T>(part.shape, part.of(x), tangents ? &along : nullptr, part.of(gradients), unit);
+  };
+  const auto run_pieces = [&](Part part, int64_t begin, int64_t end, Carry<T> from, Carry<T> to,
+                              const Gradients<T>& gradients, int64_t unit) {
+    for (int64_t piece = end - 1; piece >= begin; --piece, from = to) {
+      Gradients<T> of_piece = gradients;
+      const int64_t states = piece * channels * s.all_states * s.components;
+      of_piece.A += states, of_piece.D += piece * channels, of_piece.delta_bias += piece * channels;
+      if (s.B_invariant) of_piece.B += states;
+      if (s.C_invariant) of_piece.C += states;
+      part.shape.first_chunk = piece_begin<T>(s, piece), part.shape.end_chunk = piece_begin<T>(s, piece + 1);
+      call(part, from, to, of_piece, unit);
+    }
+  };
+  const auto warm = [&](const Shape& part, Carry<T> carry, int64_t unit) {
+    Gradients<T> none;
+    none.checkpoints = out.checkpoints, none.checkpoint_tangents = out.checkpoint_tangents;
+    call(Part(part, false, 0), carry, carry, none, unit);
+  };
+  const auto run = [&](int64_t begin, int64_t end, Carry<T> from, Carry<T> to, int64_t unit) {
+    run_pieces(Part(s, false, 0), begin, end, from, to, out, unit);
+  };
+  if (in_stretches<T>(scratch, s, in, tangents != nullptr, true, warm, run)) return;
+
   const bool split = apart(s);
   Gradients<T> second = out;
   if (split) {
     for (Out<T>* sequence : {&second.u, &second.delta, &second.z})
       if (sequence->data) sequence->data = scratch.take<T>(count);
-    second.delta_bias = scratch.take<T>(channels);
-    second.D = scratch.take<T>(channels);  // the same again
+    second.delta_bias = scratch.take<T>(cut * channels);
+    second.D = scratch.take<T>(cut * channels);  // the same again
   }
-  over_units<T>(s, split, [&](const Part& part, int64_t index, int64_t begin, int64_t end) {
-    const Inputs<T> along = tangents ? part.of(*tangents) : Inputs<T>{};
-    const Gradients<T> to = part.of(index ? second : out);
-    if (s.components == 1)
-      real_states::backward(part.shape, part.of(in), tangents ? &along : nullptr, to, begin, end);
-    else
-      complex_states::backward(part.shape, part.of(in), tangents ? &along : nullptr, to, begin, end);
+  const Carry<T> carry = cut > 1 ? Carry<T>(scratch, s, tangents != nullptr) : Carry<T>{};
+  over_units<T>(s, split ? s.parts : 1, [&](int64_t index, int64_t unit) {
+    run_pieces(Part(s, split, index), 0, cut, {}, carry, index ? second : out, unit);
   });
   if (!split) return;
   add(out.u.data, second.u.data, count), add(out.delta.data, second.delta.data, count);
   if (out.z.data) add(out.z.data, second.z.data, count);
-  add(out.delta_bias, second.delta_bias, channels);
+  add(out.delta_bias, second.delta_bias, cut * channels);
 }
 
 template <class T>

@@ -37,12 +37,14 @@ struct Inputs {
   In<T> D, delta_bias;       // (tasks, dim)
   In<T> initial_state;       // (batch, dim, state)
   In<T> grad_y, grad_state;  // cotangents: (batch, dim, length), (batch, dim, state)
+  const T* carry = nullptr;  // on the CPU, laid out like one saved state: what stands for initial_state or grad_state
 };
 
 struct Shape {
   std::int64_t batch, dim, length, state, groups;
   std::int64_t all_states;      // of the arrays that hold states; a call may do a part of them, `state`
   std::int64_t components = 1;  // of a state: 2 of a complex one
+  std::int64_t first_chunk = 0, end_chunk = INT64_MAX;  // a call on the CPU may do a part of the length
   std::int64_t parts = 1;  // y, and gradients of sequences, are sums over states: first within, then over these parts
   bool B_invariant, C_invariant, softplus, gated;
   const bool* reset;  // (batch, length) or null
@@ -56,6 +58,8 @@ struct Outputs {
   Out<T> last_state;         // (batch, dim, state)
   T* checkpoints = nullptr;  // (batch, chunks - 1, all_states, dim): the state each chunk but the first starts from
   T* checkpoint_tangents = nullptr;  // of a Dual run
+  T* carry = nullptr;                // (batch, all_states, dim): the state after the last chunk of the call
+  T* carry_tangent = nullptr;
 };
 
 }  // namespace eaml::selective_scan

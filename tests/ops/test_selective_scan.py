@@ -3,6 +3,7 @@
 import doctest
 import itertools
 import sys
+from collections.abc import Sequence
 from typing import Any
 
 import pytest
@@ -554,27 +555,57 @@ def test_few_channels_are_summed_in_parts(state, invariant, present, device, ref
     """The states of few, long channels are two sums, for two threads; in a batch there is enough work without them."""
     if reference_only:
         pytest.skip("only the kernels divide states into parts: the reference is one loop, minutes long here")
-    rows = 4
     single = build(*present, batch=1, dim=17, length=70000 // state, state=state, invariant=invariant, softplus=True)(
         torch.float32, device
     )
+    check_few_channels(single, invariant, threads=(2,))
+
+
+@pytest.mark.parametrize("number", ["real", "complex"])
+@pytest.mark.parametrize("invariant", [(), ("B",)], ids=str)
+@pytest.mark.parametrize(
+    "step, at_edges", [(1.0, 1.0), (1e-4, 1e-4), (1e-4, 0.3)], ids=["fast", "slow", "slow but where stretches meet"]
+)
+def test_few_channels_are_done_in_stretches(step, at_edges, invariant, number, device, reference_only):
+    """Threads start in the middle, from what some steps before make of zeros; where that is wrong, they do it again."""
+    if reference_only:
+        pytest.skip("only the kernels divide time into stretches: the reference is one loop, minutes long here")
+    present = {*OPTIONAL} - {"reset"}
+    length = 3 * 4096
+    call = build(*present, batch=1, dim=7, length=length, state=13, invariant=invariant)(torch.float32, device)
+    tensors = dict(call.tensors)
+    distance = (torch.arange(length, device=device) + length // 6) % (length // 3) - length // 6  # to the nearest edge
+    delta = torch.where(distance.abs() < 64, at_edges, step)
+    tensors["delta"] = delta.expand_as(tensors["u"]).contiguous()
+    tensors["delta_bias"] = tensors["delta_bias"] * 0
+    if number == "complex":
+        kinds = ("A", "B", "C", "initial_state")
+        tensors |= {n: torch.complex(tensors[n], 0.5 * tensors[n].flip(-1)) for n in kinds}
+    check_few_channels(call._replace(tensors=tensors), invariant, threads=(2, 3))
+
+
+def check_few_channels(single: Call, invariant: Sequence[str], threads: Sequence[int]) -> None:
+    """All results of a call of one row: the same bits on several threads, close to those of a batch of such rows."""
+    rows = 4
     names = [name for name in ARGUMENTS if name in single.tensors]
     shared = {"A", "D", "delta_bias", *invariant}
     repeated = {n: x if n in shared else x.expand(rows, *x.shape[1:]) for n, x in single.tensors.items()}
 
-    def results(call: Call, threads: int = 1) -> list[Tensor]:
+    def results(call: Call, count: int = 1) -> list[Tensor]:
         before = torch.get_num_threads()
-        torch.set_num_threads(threads)
+        torch.set_num_threads(count)
         try:
             x = list(leaves(call, names).values())
             outs = outputs(selective_scan, call, **dict(zip(names, x, strict=True)))
             first = torch.autograd.grad(outs, x, [out.detach() for out in outs], create_graph=True)
-            return [*outs, *first, *torch.autograd.grad(first, x, [v.detach() for v in x])]
+            every = [*outs, *first, *torch.autograd.grad(first, x, [v.detach() for v in x])]
+            return [torch.view_as_real(x) if x.is_complex() else x for x in every]
         finally:
             torch.set_num_threads(before)
 
     got = results(single)
-    assert all(map(torch.equal, got, results(single, threads=2)))
+    for count in threads:
+        assert all(map(torch.equal, got, results(single, count))), f"{count} threads"
     want = results(single._replace(tensors=repeated))
     of = ["y", "last", *names, *names]
     close(got, [w / rows if n in shared else w[:1] for n, w in zip(of, want, strict=True)], 4 * FACTOR)
