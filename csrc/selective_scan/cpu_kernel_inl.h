@@ -131,6 +131,7 @@ EAML_INLINE void clear(StepTile<S> tile, int64_t count) {
 template <class Z>
 EAML_INLINE void clear(Span<Z> span, int64_t count) {
   std::fill_n(span.value, count * kComponents<Z>, number_t<Z>(0));
+  if constexpr (kIsDual<Z>) std::fill_n(span.tangent, count * kComponents<Z>, number_t<Z>(0));
 }
 
 // f(n) for each state in flight. What stays in registers from step to step is an array that only constants index: where
@@ -893,6 +894,8 @@ EAML_INLINE void forward_unit(Arena& arena, const Shape& shape, const Source<rea
     unit.stage_chunk(start, steps);
     for (int64_t block = 0; block < unit.blocks(); ++block) {
       const Span<Z> state = h.at(block * size);
+      // What infinite inputs leave in states that only fill a group ends with a chunk, as where a call starts later.
+      if (unit.padded > shape.state) clear(state.at(shape.state * W), (unit.padded - shape.state) * W);
       const StepTile<S> y = unit.y;
       unit.template stage_block<false>(block, start, steps, y);
       const Target<V> to = unit.target(out.y, tile, block, start, kChunk);
@@ -1265,8 +1268,8 @@ EAML_INLINE void backward_unit(Arena& arena, const Shape& shape, const Source<re
     if (shape.first_chunk == 0) store(out.initial_state, state.written());
     unit.save(out.carry, row, state.value, block);
     if constexpr (kIsDual<S>) unit.save(out.carry_tangent, row, state.tangent, block);
-    if (out.D == nullptr) continue;
-    std::copy_n(sum_D + block * W, lanes, out.D + channel);
+    if (out.D) std::copy_n(sum_D + block * W, lanes, out.D + channel);
+    if (out.delta_bias == nullptr) continue;
     for (int64_t part = 1; part < shape.parts; ++part)
       for (int64_t i = 0; i < lanes; ++i) sum_bias[block * W + i] += sum_bias[(part * blocks + block) * W + i];
     std::copy_n(sum_bias + block * W, lanes, out.delta_bias + channel);

@@ -27,7 +27,7 @@ int64_t parts(const Shape& s) {
 }
 template <class T>
 int64_t pieces(const Shape& s) {
-  constexpr int64_t kPieceSteps = 4096, kPieces = 16;
+  constexpr int64_t kPieceSteps = 2048, kPieces = 32;
   return few_units<T>(s) ? std::clamp<int64_t>(s.length / kPieceSteps, 1, kPieces) : 1;
 }
 
@@ -281,16 +281,17 @@ int64_t piece_begin(const Shape& s, int64_t piece) {
 
 // Does the whole length in stretches, each of some pieces, which threads take side by side. All but the first start
 // from a guess: what the chunks before them make of zeros. Decays soon forget what a state was, so it is the right one,
-// bit for bit; a stretch whose guess was wrong is done once more. False, with nothing done, where there is one thread
-// or decays are too slow. `warm(shape, carry, unit)` takes a carry through some chunks and does nothing else;
-// `run(begin, end, from, to, unit)` does pieces [begin, end).
+// bit for bit; a stretch whose guess was wrong is done once more. False, with nothing done, where a guess is not worth
+// its while or uncertain: of states that do not soon decay, or when nothing comes after them that they could be lost
+// in. `warm(shape, carry, unit)` takes a carry through some chunks and does nothing else; `run(begin, end, from, to,
+// unit)` does pieces [begin, end).
 template <class T, class Warm, class Run>
 bool in_stretches(Scratch& scratch, const Shape& s, const Inputs<T>& in, bool dual, bool backward, Warm warm, Run run) {
   constexpr int64_t kProbe = 2;  // chunks
   // Halvings until nothing is left: twice the digits, as what differs in the last one may long do so.
   constexpr int64_t kForgotten = 2 * std::numeric_limits<T>::digits;
   const int64_t cut = pieces<T>(s), threads = torch::stable::get_num_threads();
-  if (cut < 2 || threads < 2) return false;
+  if (cut < 2 || threads <= s.batch * units<T>(s)) return false;
   int64_t count = std::min(cut, threads);
   const auto first_piece = [&](int64_t i) { return cut * (backward ? count - i - 1 : i) / count; };
   const auto end_piece = [&](int64_t i) { return cut * (backward ? count - i : i + 1) / count; };
@@ -300,9 +301,14 @@ bool in_stretches(Scratch& scratch, const Shape& s, const Inputs<T>& in, bool du
     part.first_chunk = backward ? edge : edge - length, part.end_chunk = part.first_chunk + length;
     return part;
   };
+  // One for each stretch but the first.
+  const auto carries = [&](bool with_tangents, T number) {
+    std::vector<Carry<T>> all;
+    for (int64_t i = 1; i < count; ++i) all.emplace_back(scratch, s, with_tangents), all.back().fill(number);
+    return all;
+  };
 
-  std::vector<Carry<T>> left, guess, reached;
-  for (int64_t i = 1; i < count; ++i) left.emplace_back(scratch, s, false), left.back().fill(1);
+  const std::vector<Carry<T>> left = carries(false, 1);
   over_units<T>(s, count - 1, [&](int64_t i, int64_t unit) {
     Inputs<T> decays = in;
     decays.B = {}, decays.carry = left[i].value;
@@ -321,18 +327,21 @@ bool in_stretches(Scratch& scratch, const Shape& s, const Inputs<T>& in, bool du
   count = std::min(count, chunks(s) / (kWorthwhile * length));
   if (count < 2) return false;
 
-  for (int64_t i = 0; i < count; ++i)
-    guess.emplace_back(scratch, s, dual), reached.emplace_back(scratch, s, dual), guess.back().fill(0);
-  const auto stretch = [&](int64_t i, int64_t unit) {
-    run(first_piece(i), end_piece(i), i > 0 ? guess[i] : Carry<T>{}, reached[i], unit);
-  };
-  over_units<T>(s, count, [&](int64_t i, int64_t unit) {
-    if (i > 0) warm(before(i, length), guess[i], unit);
-    stretch(i, unit);
+  const std::vector<Carry<T>> guess = carries(dual, 0), other = carries(dual, 1), reached = carries(dual, 0);
+  over_units<T>(s, 2 * (count - 1), [&](int64_t i, int64_t unit) {
+    warm(before(i / 2 + 1, length), (i % 2 ? other : guess)[i / 2], unit);
   });
   for (int64_t i = 1; i < count; ++i)
-    if (!guess[i].same_bits(reached[i - 1])) {
-      guess[i].copy(reached[i - 1]);
+    if (!guess[i - 1].same_bits(other[i - 1])) return false;
+
+  const auto stretch = [&](int64_t i, int64_t unit) {
+    const Carry<T>& last = other[0];  // of which nobody reads what it leaves
+    run(first_piece(i), end_piece(i), i > 0 ? guess[i - 1] : Carry<T>{}, i + 1 < count ? reached[i] : last, unit);
+  };
+  over_units<T>(s, count, stretch);
+  for (int64_t i = 1; i < count; ++i)
+    if (!guess[i - 1].same_bits(reached[i - 1])) {
+      guess[i - 1].copy(reached[i - 1]);
       over_units<T>(s, 1, [&](int64_t, int64_t unit) { stretch(i, unit); });
     }
   return true;

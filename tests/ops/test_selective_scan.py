@@ -2,6 +2,7 @@
 
 import doctest
 import itertools
+import math
 import sys
 from collections.abc import Sequence
 from typing import Any
@@ -558,33 +559,45 @@ def test_few_channels_are_summed_in_parts(state, invariant, present, device, ref
     single = build(*present, batch=1, dim=17, length=70000 // state, state=state, invariant=invariant, softplus=True)(
         torch.float32, device
     )
-    check_few_channels(single, invariant, threads=(2,))
+    check_few_channels(single, invariant, threads=(2,), factor=4 * FACTOR)
 
 
 @pytest.mark.parametrize("number", ["real", "complex"])
 @pytest.mark.parametrize("invariant", [(), ("B",)], ids=str)
 @pytest.mark.parametrize(
-    "step, at_edges", [(1.0, 1.0), (1e-4, 1e-4), (1e-4, 0.3)], ids=["fast", "slow", "slow but where stretches meet"]
+    "case", ["fast", "slow", "fast where stretches meet", "large at the ends", "infinite", "resets"]
 )
-def test_few_channels_are_done_in_stretches(step, at_edges, invariant, number, device, reference_only):
+def test_few_channels_are_done_in_stretches(case, invariant, number, device, reference_only):
     """Threads start in the middle, from what some steps before make of zeros; where that is wrong, they do it again."""
     if reference_only:
         pytest.skip("only the kernels divide time into stretches: the reference is one loop, minutes long here")
     present = {*OPTIONAL} - {"reset"}
-    length = 3 * 4096
-    call = build(*present, batch=1, dim=7, length=length, state=13, invariant=invariant)(torch.float32, device)
+    length, dim = 3 * 4096, 7
+    call = build(*present, batch=1, dim=dim, length=length, state=13, invariant=invariant)(torch.float32, device)
     tensors = dict(call.tensors)
-    distance = (torch.arange(length, device=device) + length // 6) % (length // 3) - length // 6  # to the nearest edge
-    delta = torch.where(distance.abs() < 64, at_edges, step)
-    tensors["delta"] = delta.expand_as(tensors["u"]).contiguous()
+    edges = torch.arange(length, device=device) % 2048  # where two or three threads, and others, may start
+    slow = case in ("slow", "fast where stretches meet", "large at the ends")
+    delta = torch.full((length,), 1e-4 if slow else 1.0)
+    if slow and case != "slow":
+        delta[(edges < 64) | (edges >= 2048 - 64)] = 1
+    tensors["delta"] = delta.to(device).expand(1, dim, length).contiguous()
     tensors["delta_bias"] = tensors["delta_bias"] * 0
+    if case == "large at the ends":  # more than a guess foresees
+        tensors["initial_state"] = tensors["initial_state"] * 1e5
+        tensors["u"][..., -1] = 1e5
+    if case == "infinite":
+        tensors["u"][0, 3, 100] = math.inf
+    if case == "resets":
+        tensors["reset"] = torch.zeros(1, length, dtype=torch.bool, device=device)
+        tensors["reset"][0, [2000, 4090, 4096, 7000]] = True
     if number == "complex":
         kinds = ("A", "B", "C", "initial_state")
         tensors |= {n: torch.complex(tensors[n], 0.5 * tensors[n].flip(-1)) for n in kinds}
-    check_few_channels(call._replace(tensors=tensors), invariant, threads=(2, 3))
+    factor = 32 if slow else 4  # what is remembered for thousands of steps is rounded as often
+    check_few_channels(call._replace(tensors=tensors), invariant, threads=(2, 3), factor=factor * FACTOR)
 
 
-def check_few_channels(single: Call, invariant: Sequence[str], threads: Sequence[int]) -> None:
+def check_few_channels(single: Call, invariant: Sequence[str], threads: Sequence[int], factor: float) -> None:
     """All results of a call of one row: the same bits on several threads, close to those of a batch of such rows."""
     rows = 4
     names = [name for name in ARGUMENTS if name in single.tensors]
@@ -605,7 +618,8 @@ def check_few_channels(single: Call, invariant: Sequence[str], threads: Sequence
 
     got = results(single)
     for count in threads:
-        assert all(map(torch.equal, got, results(single, count))), f"{count} threads"
+        for i, (a, b) in enumerate(zip(got, results(single, count), strict=True)):
+            assert torch.equal(a.detach().view(torch.int32), b.detach().view(torch.int32)), f"{i}, {count} threads"
     want = results(single._replace(tensors=repeated))
     of = ["y", "last", *names, *names]
-    close(got, [w / rows if n in shared else w[:1] for n, w in zip(of, want, strict=True)], 4 * FACTOR)
+    close(got, [w / rows if n in shared else w[:1] for n, w in zip(of, want, strict=True)], factor)
