@@ -26,7 +26,7 @@ RUNTIME = $(shell gcc -print-file-name=libasan.so):$(shell gcc -print-file-name=
 REPORT := log_path=$(abspath build/sanitize/report)
 SANITIZED = cd build/sanitize && rm -f report.* && LD_PRELOAD=$(RUNTIME) ASAN_OPTIONS=detect_leaks=0:$(REPORT) \
 	UBSAN_OPTIONS=print_stacktrace=1:$(REPORT) $(abspath $(BIN))/python
-EVERY_KERNEL := float64 or strides or threads or drawn or any_shape or extreme or non_finite or (vmap and not gradients)
+EVERY_KERNEL := float64 or strides or threads or few_channels or drawn or any_shape or extreme or non_finite or (vmap and not gradients)
 
 # For this machine's instruction set alone, of the three that a build has: sanitized, each takes minutes.
 sanitize: $(VENV)/installed  ## the tests that reach every kernel, on kernels that stop at the first stray access
