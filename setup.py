@@ -4,6 +4,7 @@ FORCE_CUDA=1, or a torch with CUDA and an nvcc, adds the CUDA kernels: for TORCH
 are, or for CUDA_ARCHS.
 """
 
+import contextlib
 import os
 import platform
 import re
@@ -37,11 +38,10 @@ def add_cuda(module) -> None:
     if nvcc is None:
         if wanted:
             raise SystemExit("eaml_ext: FORCE_CUDA=1 needs nvcc, on PATH or in CUDA_HOME/bin; none was found")
-        return print("eaml_ext: building without CUDA kernels (no nvcc on PATH or in CUDA_HOME/bin)", file=sys.stderr)
+        return say("building without CUDA kernels (no nvcc on PATH or in CUDA_HOME/bin)")
     version = re.search(r"release ([\d.]+)", subprocess.check_output([nvcc, "--version"], text=True))[1]
     if not wanted and version.split(".")[0] != torch.version.cuda.split(".")[0]:
-        why = f"nvcc is of CUDA {version}, torch of {torch.version.cuda}"
-        return print(f"eaml_ext: building without CUDA kernels ({why})", file=sys.stderr)
+        return say(f"building without CUDA kernels (nvcc is of CUDA {version}, torch of {torch.version.cuda})")
     plan = subprocess.run([nvcc, "--dryrun", "-x", "cu", os.devnull], capture_output=True, text=True).stderr
     home = os.path.dirname(re.search(r"_HERE_=(.*)", plan)[1])  # nvcc on PATH may be a wrapper
     known = subprocess.check_output([nvcc, "--list-gpu-arch"], text=True)
@@ -78,8 +78,16 @@ def flags(command: list[str], machine: str, accepted=accepts) -> list[str] | Non
     return found if "-std=c++20" in found else None
 
 
+def say(text: str) -> None:
+    """Prints a line to stderr and, where pip captures that, to the terminal."""
+    print(f"eaml_ext: {text}", file=sys.stderr, flush=True)
+    if not sys.stderr.isatty():
+        with contextlib.suppress(OSError), open("/dev/tty", "w") as terminal:
+            print(f"  eaml_ext: {text}", file=terminal)
+
+
 def without_kernels(why: object) -> dict:
-    print(f"eaml_ext: building without kernels ({why}): the slow reference will run", file=sys.stderr)
+    say(f"building without kernels ({why}): the slow reference will run")
     return {}
 
 
@@ -99,6 +107,7 @@ def extension() -> dict:
 
     class Build(BuildExtension):
         def build_extensions(self) -> None:
+            say(f"compiling {len(module.sources)} files of kernels, one to two minutes of CPU time ({command[0]})")
             try:
                 super().build_extensions()
             except Exception as error:

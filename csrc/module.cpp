@@ -20,7 +20,7 @@ pybind11::dict build_info() {
 #elif defined(_MSC_VER)
   info["compiler"] = "msvc " EAML_STRING(_MSC_VER);
 #endif
-  info["simd"] = eaml::simd_level();
+  info["simd"] = eaml::simd_name();
 #if defined(EAML_CUDA_VERSION)
   info["cuda"] = EAML_STRING(EAML_CUDA_VERSION) " for " EAML_STRING(EAML_CUDA_ARCHS);
 #else

@@ -7,6 +7,8 @@
 #include <new>
 #include <vector>
 
+#include "common/simd.h"
+
 namespace eaml {
 
 class Arena {
@@ -20,15 +22,7 @@ class Arena {
   // Uninitialised, aligned to a full vector, valid until reset().
   template <class T>
   T* take(std::size_t count) {
-    const std::size_t bytes = (count * sizeof(T) + kAlign - 1) / kAlign * kAlign;
-    while (current_ < blocks_.size() && used_ + bytes > blocks_[current_].size) ++current_, used_ = 0;
-    if (current_ == blocks_.size()) {
-      blocks_.emplace_back(bytes > kBlock ? bytes : kBlock);
-      size_ += blocks_.back().size;
-    }
-    T* out = reinterpret_cast<T*>(blocks_[current_].data.get() + used_);
-    used_ += bytes;
-    return out;
+    return reinterpret_cast<T*>(take_bytes((count * sizeof(T) + kAlign - 1) / kAlign * kAlign));
   }
 
  private:
@@ -47,6 +41,16 @@ class Arena {
     std::unique_ptr<std::byte, Delete> data;
     std::size_t size;
   };
+  EAML_NOINLINE std::byte* take_bytes(std::size_t bytes) {
+    while (current_ < blocks_.size() && used_ + bytes > blocks_[current_].size) ++current_, used_ = 0;
+    if (current_ == blocks_.size()) {
+      blocks_.emplace_back(bytes > kBlock ? bytes : kBlock);
+      size_ += blocks_.back().size;
+    }
+    std::byte* const out = blocks_[current_].data.get() + used_;
+    used_ += bytes;
+    return out;
+  }
   std::vector<Block> blocks_;
   std::size_t current_ = 0, used_ = 0, size_ = 0;
 };

@@ -35,9 +35,22 @@
 #define EAML_AVX512 "arch=x86-64-v4"
 #endif
 
-// EAML_VERSIONS(DEFINE) expands DEFINE(attribute, bytes of a vector) per instruction set; the loader picks. Only plain
-// functions can have versions: what they call must be always inlined to be compiled for the same set.
+// Functions between EAML_TARGET_BEGIN and EAML_TARGET_END are compiled for an instruction set, templates and lambdas
+// too.
+#define EAML_PRAGMA(...) _Pragma(#__VA_ARGS__)
+#if defined(__clang__)
+#define EAML_TARGET_BEGIN(SET) EAML_PRAGMA(clang attribute push(__attribute__((target(SET))), apply_to = function))
+#define EAML_TARGET_END _Pragma("clang attribute pop")
+#else
+#define EAML_TARGET_BEGIN(SET) _Pragma("GCC push_options") EAML_PRAGMA(GCC target(SET))
+#define EAML_TARGET_END _Pragma("GCC pop_options")
+#endif
+
+// Two ways to compile a kernel once per instruction set. each_isa.h includes a whole file per set: for kernels of many
+// functions. EAML_VERSIONS(DEFINE) expands DEFINE(attribute, bytes of a vector) per set, and the loader picks: for
+// plain functions whose callees are all inlined.
 #if defined(__x86_64__) && defined(__ELF__) && !defined(EAML_NO_CLONES)
+#define EAML_HAS_VERSIONS 1
 #define EAML_VERSIONS(DEFINE)                    \
   DEFINE(__attribute__((target("default"))), 16) \
   DEFINE(__attribute__((target(EAML_AVX2))), 32) \
@@ -146,18 +159,57 @@ EAML_NOINLINE void transpose(T* to, std::int64_t to_step, const T* from, std::in
       to[c * to_step + r] = from[r * from_step + c];
 }
 
-// About what EAML_VERSIONS picks on this machine, by the names of the x86-64 psABI.
-inline const char* simd_level() {
-#if defined(__x86_64__) && defined(__ELF__) && !defined(EAML_NO_CLONES)
-  __builtin_cpu_init();
-  if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") &&
-      __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512cd"))
-    return "x86-64-v4 (AVX-512)";
-  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) return "x86-64-v3 (AVX2)";
-  return "x86-64 (SSE2)";
+enum class SimdLevel { kBaseline, kAvx2, kAvx512, kNative };  // kNative: the compiler's own target alone
+
+// The widest instruction set of EAML_HAS_VERSIONS that this machine has.
+inline SimdLevel simd_level() {
+#if EAML_HAS_VERSIONS
+  static const SimdLevel level = [] {
+    __builtin_cpu_init();
+#if defined(__clang__)
+    const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
+                      __builtin_cpu_supports("bmi") && __builtin_cpu_supports("bmi2");
+    const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+                        __builtin_cpu_supports("avx512cd") && __builtin_cpu_supports("avx512dq") &&
+                        __builtin_cpu_supports("avx512vl");
 #else
-  return "compiler default";
+    const bool avx2 = __builtin_cpu_supports("x86-64-v3"), avx512 = __builtin_cpu_supports("x86-64-v4");
+#endif
+    return avx512 ? SimdLevel::kAvx512 : avx2 ? SimdLevel::kAvx2 : SimdLevel::kBaseline;
+  }();
+  return level;
+#else
+  return SimdLevel::kNative;
 #endif
 }
+
+// By the names of the x86-64 psABI.
+inline const char* simd_name() {
+  switch (simd_level()) {
+    case SimdLevel::kAvx512:
+      return "x86-64-v4 (AVX-512)";
+    case SimdLevel::kAvx2:
+      return "x86-64-v3 (AVX2)";
+    case SimdLevel::kBaseline:
+      return "x86-64 (SSE2)";
+    default:
+      return "compiler default";
+  }
+}
+
+// Calls a function of the namespace that each_isa.h made for this machine's instruction set.
+#if EAML_HAS_VERSIONS
+#define EAML_DISPATCH(CALL)       \
+  switch (::eaml::simd_level()) { \
+    case SimdLevel::kAvx512:      \
+      return avx512::CALL;        \
+    case SimdLevel::kAvx2:        \
+      return avx2::CALL;          \
+    default:                      \
+      return baseline::CALL;      \
+  }
+#else
+#define EAML_DISPATCH(CALL) return native::CALL
+#endif
 
 }  // namespace eaml

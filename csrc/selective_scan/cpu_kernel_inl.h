@@ -1,25 +1,20 @@
-// The CPU kernels as templates on a vector of lanes; a file per precision, EAML_NUMBER, instantiates them for real
-// states, and another one, with EAML_COMPLEX, for complex states.
+// The CPU kernels as templates on a vector of lanes. cpu_kernel_versions.h includes this file once per instruction set;
+// a file per precision, EAML_NUMBER, instantiates it for real states, and another one, with EAML_COMPLEX, for complex
+// states.
 //
 // Lanes are channels, so there is no horizontal sum per step and the exponential runs at full vector width. A unit of
 // work is one batch row times kUnitBytes of channels, in blocks of one vector. Time is walked in chunks: inputs of a
 // chunk are staged as [step][lane] tiles, states are taken a few at a time and stay in registers through the chunk.
 // Backward walks the chunks from the last to the first and recomputes each from the state saved at its start, the
 // first one from the initial state.
-#pragma once
+//
+// A function that runs once per chunk is compiled once and called: inlining it everywhere would triple the time of
+// compilation. The loops over time are templates on all that would be a branch inside them.
 
-#include <algorithm>
-#include <type_traits>
-
-#include "common/arena.h"
-#include "common/simd.h"
-#include "selective_scan/cpu_kernel.h"
-#include "selective_scan/recurrence.h"
-
-namespace eaml::selective_scan {
+namespace EAML_ISA {
 namespace {
 
-using std::int64_t;
+using Vector = Vec<Number, EAML_VECTOR_BYTES / sizeof(Number)>;
 
 // Kernels are templates on Z, what A, B, C and the states are: a vector of lanes V, a Dual<V>, or a Complex of either.
 // Sequences are real_t<Z>, S: V or Dual<V>.
@@ -105,7 +100,7 @@ EAML_INLINE S one() {
 }
 
 template <class S>
-Span<S> take(Arena& arena, int64_t count) {
+EAML_NOINLINE Span<S> take(Arena& arena, int64_t count) {
   if constexpr (kComponents<S> == 2)
     return {take<real_t<S>>(arena, 2 * count)};
   else if constexpr (kIsDual<S>)
@@ -268,12 +263,13 @@ EAML_INLINE void store_narrow(std::uint16_t* to, V x) {
 template <int64_t W>
 EAML_NOINLINE void stage_half_tile(float* tile, const In<float>& in, int64_t row, int64_t channel, int64_t lanes,
                                    int64_t start, int64_t steps) {
+  std::uint16_t narrow[W * kChunk] = {};
   float rows[W * kChunk];
   const std::uint16_t* from = halves(in.data) + row * in.outer + channel * in.channel + start * in.inner;
+  for (int64_t i = 0; i < lanes; ++i)
+    for (int64_t t = 0; t < steps; ++t) narrow[i * kChunk + t] = from[i * in.channel + t * in.inner];
   with_half(in.half, [&](auto half) EAML_LAMBDA {
-    for (int64_t i = 0; i < lanes; ++i)
-      for (int64_t t = 0; t < steps; ++t)
-        rows[i * kChunk + t] = load_half<half, float>(from + i * in.channel + t * in.inner);
+    for (int64_t k = 0; k < lanes * kChunk; k += W) store(rows + k, load_half<half, Vec<float, W>>(narrow + k));
   });
   std::fill_n(tile, steps * W, 0.0f);
   transpose(tile, W, rows, kChunk, lanes, steps);
@@ -281,12 +277,14 @@ EAML_NOINLINE void stage_half_tile(float* tile, const In<float>& in, int64_t row
 template <int64_t W>
 EAML_NOINLINE void scatter_half_tile(std::uint16_t* to, const Out<float>& out, const float* tile, int64_t lanes,
                                      int64_t steps) {
-  float rows[W * kChunk];
+  float rows[W * kChunk] = {};
+  std::uint16_t narrow[W * kChunk];
   transpose(rows, kChunk, tile, W, steps, lanes);
   with_half(out.half, [&](auto half) EAML_LAMBDA {
-    for (int64_t i = 0; i < lanes; ++i)
-      for (int64_t t = 0; t < steps; ++t) store_half<half>(to + i * out.channel + t * out.inner, rows[i * kChunk + t]);
+    for (int64_t k = 0; k < lanes * kChunk; k += W) store_half<half>(narrow + k, load<Vec<float, W>>(rows + k));
   });
+  for (int64_t i = 0; i < lanes; ++i)
+    for (int64_t t = 0; t < steps; ++t) to[i * out.channel + t * out.inner] = narrow[i * kChunk + t];
 }
 
 // tile[step][lane] = in[row][channel + lane][start + step], zeros beyond `lanes`.
@@ -327,8 +325,8 @@ EAML_INLINE bool has_rows(const Out<T>& out, int64_t lanes) {
 }
 
 template <class V, class T = element_t<V>>
-EAML_INLINE void store_tile(const Out<T>& out, const T* tile, int64_t row, int64_t channel, int64_t lanes,
-                            int64_t start, int64_t steps) {
+EAML_NOINLINE void store_tile(const Out<T>& out, const T* tile, int64_t row, int64_t channel, int64_t lanes,
+                              int64_t start, int64_t steps) {
   constexpr int64_t W = Lanes<V>::count;
   if (out.data == nullptr) return;
   const int64_t offset = row * out.outer + channel * out.channel + start * out.inner;
@@ -347,8 +345,8 @@ EAML_INLINE void store_tile(const Out<T>& out, const T* tile, int64_t row, int64
 // matrix[state][component][lane] of a (rows, dim, state) input, zeros beyond `lanes` and beyond the true state count.
 // Components of a complex number are neighbours in memory.
 template <int64_t W, int64_t kCount, class T>
-EAML_NOINLINE void gather_matrix(T* matrix, const In<T>& in, int64_t row, int64_t channel, int64_t lanes, int64_t state,
-                                 int64_t padded) {
+void gather_matrix(T* matrix, const In<T>& in, int64_t row, int64_t channel, int64_t lanes, int64_t state,
+                   int64_t padded) {
   std::fill_n(matrix, padded * kCount * W, T(0));
   if (in.data == nullptr) return;
   const T* from = origin(in, row, channel);
@@ -359,8 +357,8 @@ EAML_NOINLINE void gather_matrix(T* matrix, const In<T>& in, int64_t row, int64_
 }
 
 template <class V, int64_t kCount, class T = element_t<V>>
-EAML_INLINE void stage_matrix(T* matrix, const In<T>& in, int64_t row, int64_t channel, int64_t lanes, int64_t state,
-                              int64_t padded) {
+EAML_NOINLINE void stage_matrix(T* matrix, const In<T>& in, int64_t row, int64_t channel, int64_t lanes, int64_t state,
+                                int64_t padded) {
   constexpr int64_t W = Lanes<V>::count;
   if (kCount == 1 && in.data != nullptr && in.channel == 1 && lanes == W && state == padded)
     copy_rows<V>(matrix, W, origin(in, row, channel), in.inner, state);
@@ -369,8 +367,8 @@ EAML_INLINE void stage_matrix(T* matrix, const In<T>& in, int64_t row, int64_t c
 }
 
 template <int64_t W, int64_t kCount, class T>
-EAML_NOINLINE void scatter_matrix(T* to, int64_t channel_stride, int64_t inner_stride, const T* matrix, int64_t lanes,
-                                  int64_t state) {
+void scatter_matrix(T* to, int64_t channel_stride, int64_t inner_stride, const T* matrix, int64_t lanes,
+                    int64_t state) {
   if (inner_stride == kCount) return transpose(to, channel_stride, matrix, W, state * kCount, lanes);
   for (int64_t i = 0; i < lanes; ++i)
     for (int64_t n = 0; n < state; ++n)
@@ -379,8 +377,8 @@ EAML_NOINLINE void scatter_matrix(T* to, int64_t channel_stride, int64_t inner_s
 }
 
 template <class V, int64_t kCount, class T = element_t<V>>
-EAML_INLINE void store_matrix(T* to, int64_t channel_stride, int64_t inner_stride, const T* matrix, int64_t lanes,
-                              int64_t state) {
+EAML_NOINLINE void store_matrix(T* to, int64_t channel_stride, int64_t inner_stride, const T* matrix, int64_t lanes,
+                                int64_t state) {
   constexpr int64_t W = Lanes<V>::count;
   if (kCount == 1 && lanes == W && channel_stride == 1)
     copy_rows<V>(to, inner_stride, matrix, W, state);
@@ -487,19 +485,26 @@ EAML_INLINE void unfold(element_t<V>* to, const element_t<V>* sums) {
   }
 }
 
-// B or C of one chunk: [step][state][component], the same for every lane, or (kLane) [step][state][component][lane]
-// with step stride 0 when invariant in time.
-template <class S, bool kLane>
-struct Operand {
-  Span<S> data;
+// B or C of one chunk: [step][state][component], the same for every lane, or [step][state][component][lane] with step
+// stride 0 when invariant in time.
+template <class Z>
+struct Matrix {
+  Span<Z> data;
   int64_t step;
+};
+// From a state on; which of the two it is, is known (kLane).
+template <class Z, bool kLane>
+struct Operand {
+  Span<Z> data;
+  int64_t step;
+  EAML_INLINE Operand(const Matrix<Z>& matrix, int64_t n)
+      : data(matrix.data.at(kLane ? n * kLanes<Z> : n)), step(matrix.step) {}
   EAML_INLINE auto get(int64_t t, int64_t n) const {
     if constexpr (kLane)
-      return data.get(t * step + n * kLanes<S>);
+      return data.get(t * step + n * kLanes<Z>);
     else
       return data.number(t * step + n);
   }
-  EAML_INLINE Operand states_from(int64_t n) const { return {data.at(kLane ? n * kLanes<S> : n), step}; }
 };
 
 // to[step][state][component][copy] of a variable B or C, zeros beyond the true state count.
@@ -583,7 +588,7 @@ struct Streams {
 };
 
 // The part of a unit's scratch memory that forward and backward share, and how it is filled.
-template <class Z, bool kLane>
+template <class Z>
 struct Unit {
   using S = real_t<Z>;
   using V = vector_t<Z>;
@@ -592,12 +597,13 @@ struct Unit {
 
   const Shape& shape;
   const Source<S>& source;
-  Place at, after;         // and the unit that is likely to come next
-  int64_t padded;          // states, rounded up to whole groups
-  Span<Z> A;               // [block][state][lane]
-  RateSpan<Z> prepared;    // A as `decay` takes it
-  Span<S> D, bias;         // [block][lane]
-  Operand<Z, kLane> B, C;  // of the current chunk (invariant: of the current block)
+  Place at, after;       // and the unit that is likely to come next
+  int64_t padded;        // states, rounded up to whole groups
+  Span<Z> A;             // [block][state][lane]
+  RateSpan<Z> prepared;  // A as `decay` takes it
+  Span<S> D, bias;       // [block][lane]
+  bool lane;             // B and C are laid out per lane, because one of them is invariant in time
+  Matrix<Z> B, C;        // of the current chunk (invariant: of the current block)
   Span<Z> memory_B, memory_C;
   StepTile<S> dt, x, y;  // of the current chunk and block
   StepTile<S> memory_u, memory_delta, memory_z;
@@ -607,12 +613,13 @@ struct Unit {
   Stream coming[kStreams];  // what the calls of view() and target() found: sequences, their tangents, outputs
   int64_t streams;
 
-  Unit(Arena& arena, const Shape& s, const Source<S>& src, int64_t index)
+  EAML_NOINLINE Unit(Arena& arena, const Shape& s, const Source<S>& src, int64_t index)
       : shape(s),
         source(src),
         at(place<T>(s, index)),
         after(place<T>(s, std::min(index + 1, s.batch * units<T>(s) - 1))),
-        padded((s.state + kStates<Z> - 1) / kStates<Z> * kStates<Z>) {
+        padded((s.state + kStates<Z> - 1) / kStates<Z> * kStates<Z>),
+        lane(s.B_invariant || s.C_invariant) {
     A = take<Z>(arena, blocks() * padded * W);
     prepared.data = arena.take<T>(blocks() * padded * W * prepared.kCount);
     D = take<S>(arena, blocks() * W);
@@ -629,8 +636,8 @@ struct Unit {
                   [&](T* to, const In<T>& in) { stage_vector<W>(to, in, at.row, channel(block), lanes(block)); });
     }
     prepared.fill(A, blocks() * padded * W);
-    const int64_t operand = kLane ? kChunk * padded * W : kChunk * padded;
-    B = {memory_B = take<Z>(arena, operand), 0}, C = {memory_C = take<Z>(arena, operand), 0};
+    const int64_t size = kChunk * padded * (lane ? W : 1);
+    B = {memory_B = take<Z>(arena, size), 0}, C = {memory_C = take<Z>(arena, size), 0};
     for (StepTile<S>* tile : {&dt, &x, &y, &memory_u, &memory_delta, &memory_z}) *tile = step_tile<S>(arena);
   }
 
@@ -649,7 +656,7 @@ struct Unit {
   EAML_INLINE Rates<Z> rates(int64_t j) const { return {A, prepared, j}; }
 
   // What a call starts from: `given`, the initial state or a cotangent of the last one, or what stands for it.
-  EAML_INLINE void stage_first(In<T> Inputs<T>::* given, Span<Z> to, int64_t block) const {
+  EAML_NOINLINE void stage_first(In<T> Inputs<T>::* given, Span<Z> to, int64_t block) const {
     if (source.values.carry != nullptr) {
       stage_saved(to.value, source.values.carry, at.row, block);
       if constexpr (kIsDual<S>) stage_saved(to.tangent, source.tangents->carry, at.row, block);
@@ -661,18 +668,18 @@ struct Unit {
   }
 
   // One block of one component of a saved state, in [state][component][lane].
-  EAML_INLINE void stage_saved(T* to, const T* all, int64_t index, int64_t block) const {
+  EAML_NOINLINE void stage_saved(T* to, const T* all, int64_t index, int64_t block) const {
     stage_matrix<V, 1>(to, saved_state(all, shape, index), 0, channel(block), lanes(block),
                        shape.state * kComponents<Z>, padded * kComponents<Z>);
   }
-  EAML_INLINE void save(T* all, int64_t index, const T* matrix, int64_t block) const {
+  EAML_NOINLINE void save(T* all, int64_t index, const T* matrix, int64_t block) const {
     if (all == nullptr) return;
     T* const to = all + index * shape.all_states * shape.components * shape.dim + channel(block);
     store_matrix<V, 1>(to, 1, shape.dim, matrix, lanes(block), shape.state * kComponents<Z>);
   }
 
   // What all blocks of the unit share in a chunk: resets, and B and C where they vary in time.
-  EAML_INLINE void stage_chunk(int64_t start, int64_t steps) {
+  EAML_NOINLINE void stage_chunk(int64_t start, int64_t steps) {
     segments.count = 1, segments.begin[0] = 0, segments.first_reset = false;
     if (shape.reset) {
       const bool* reset = shape.reset + at.row * shape.reset_outer + start * shape.reset_inner;
@@ -686,34 +693,35 @@ struct Unit {
   }
 
   // Of a B or C that varies in time: read where it lies if its states are neighbours there, or copied to `memory`.
-  EAML_INLINE void stage_variable(In<T> Inputs<T>::* member, Span<Z> memory, Operand<Z, kLane>& operand, int64_t start,
-                                  int64_t steps) const {
+  EAML_NOINLINE void stage_variable(In<T> Inputs<T>::* member, Span<Z> memory, Matrix<Z>& matrix, int64_t start,
+                                    int64_t steps) const {
     constexpr int64_t count = kComponents<Z>;
-    if constexpr (!kLane) {
-      const auto first = [&](const In<T>& in) EAML_LAMBDA {
-        return const_cast<T*>(in.data + at.row * in.outer + at.group * in.group + start * in.inner);
-      };
-      const In<T>& in = source.values.*member;
-      bool lies = padded == shape.state && in.channel == count && in.inner % count == 0;
-      if constexpr (kIsDual<S>) {
-        const In<T>& along = source.tangents->*member;
-        lies = lies && along.data != nullptr && along.channel == count && along.inner == in.inner;
-        if (lies) operand.data.tangent = first(along);
-      }
-      if (lies) {
-        operand.data.value = first(in), operand.step = in.inner / count;
-        return;
-      }
+    const auto first = [&](const In<T>& in) EAML_LAMBDA {
+      return const_cast<T*>(in.data + at.row * in.outer + at.group * in.group + start * in.inner);
+    };
+    const In<T>& in = source.values.*member;
+    bool lies = !lane && padded == shape.state && in.channel == count && in.inner % count == 0;
+    if constexpr (kIsDual<S>) {
+      const In<T>& along = source.tangents->*member;
+      lies = lies && along.data != nullptr && along.channel == count && along.inner == in.inner;
+      if (lies) matrix.data.tangent = first(along);
     }
-    operand = {memory, kLane ? padded * W : padded};
-    source.each(member, memory, [&](T* to, const In<T>& in) {
-      stage_states<kLane ? W : 1, count>(to, in, at, shape.state, padded, start, steps);
+    if (lies) {
+      matrix.data.value = first(in), matrix.step = in.inner / count;
+      return;
+    }
+    matrix = {memory, lane ? padded * W : padded};
+    source.each(member, memory, [&](T* to, const In<T>& from) {
+      if (lane)
+        stage_states<W, count>(to, from, at, shape.state, padded, start, steps);
+      else
+        stage_states<1, count>(to, from, at, shape.state, padded, start, steps);
     });
   }
 
-  EAML_INLINE void stage_invariant(int64_t block) {
-    const auto stage = [&](In<T> Inputs<T>::* member, const Operand<Z, kLane>& operand) {
-      source.each(member, operand.data, [&](T* to, const In<T>& in) {
+  EAML_NOINLINE void stage_invariant(int64_t block) const {
+    const auto stage = [&](In<T> Inputs<T>::* member, const Matrix<Z>& matrix) {
+      source.each(member, matrix.data, [&](T* to, const In<T>& in) {
         stage_matrix<V, kComponents<Z>>(to, in, at.row, channel(block), lanes(block), shape.state, padded);
       });
     };
@@ -722,43 +730,43 @@ struct Unit {
   }
 
   // The chunk of an input, copied to `tile` only where lanes are not adjacent. The next chunk starts `ahead` steps on.
-  EAML_INLINE View<S> view(In<T> Inputs<T>::* member, StepTile<S> tile, int64_t block, int64_t start, int64_t steps,
-                           int64_t ahead) {
-    const auto rows = [&](T* to, const In<T>& in) EAML_LAMBDA -> View<V> {
-      const bool adjacent = in.data != nullptr && in.channel == 1 && lanes(block) == W;
-      if constexpr (sizeof(T) == 4) {
-        if (in.data != nullptr && in.half != Half::kNone) {
-          if (!adjacent) {
-            stage_half_tile<W>(to, in, at.row, channel(block), lanes(block), start, steps);
-          } else {
-            const std::uint16_t* const row = halves(in.data) + at.row * in.outer + channel(block) + start * in.inner;
-            come(halves(in.data), in, block, start, ahead);
-            with_half(in.half, [&](auto half) EAML_LAMBDA {
-              for (int64_t t = 0; t < steps; ++t) store(to + t * W, load_half<half, V>(row + t * in.inner));
-            });
-          }
-          return {to, W};
-        }
-      }
-      if (adjacent) {
-        const T* const row = origin(in, at.row, channel(block)) + start * in.inner;
-        come(in.data, in, block, start, ahead);
-        return {row, in.inner};
-      }
-      stage_tile<W>(to, in, at.row, channel(block), lanes(block), start, steps, ahead);
-      return {to, W};
-    };
-    const View<V> value = rows(tile.value, source.values.*member);
+  View<S> view(In<T> Inputs<T>::* member, StepTile<S> tile, int64_t block, int64_t start, int64_t steps,
+               int64_t ahead) {
+    const View<V> value = rows(tile.value, source.values.*member, block, start, steps, ahead);
     if constexpr (kIsDual<S>) {
-      const View<V> tangent = rows(tile.tangent(), source.tangents->*member);
+      const View<V> tangent = rows(tile.tangent(), source.tangents->*member, block, start, steps, ahead);
       return {value.value, value.step, tangent.value, tangent.step};
     } else {
       return value;
     }
   }
+  EAML_NOINLINE View<V> rows(T* to, const In<T>& in, int64_t block, int64_t start, int64_t steps, int64_t ahead) {
+    const bool adjacent = in.data != nullptr && in.channel == 1 && lanes(block) == W;
+    if constexpr (sizeof(T) == 4) {
+      if (in.data != nullptr && in.half != Half::kNone) {
+        if (!adjacent) {
+          stage_half_tile<W>(to, in, at.row, channel(block), lanes(block), start, steps);
+        } else {
+          const std::uint16_t* const row = halves(in.data) + at.row * in.outer + channel(block) + start * in.inner;
+          come(halves(in.data), in, block, start, ahead);
+          with_half(in.half, [&](auto half) EAML_LAMBDA {
+            for (int64_t t = 0; t < steps; ++t) store(to + t * W, load_half<half, V>(row + t * in.inner));
+          });
+        }
+        return {to, W};
+      }
+    }
+    if (adjacent) {
+      const T* const row = origin(in, at.row, channel(block)) + start * in.inner;
+      come(in.data, in, block, start, ahead);
+      return {row, in.inner};
+    }
+    stage_tile<W>(to, in, at.row, channel(block), lanes(block), start, steps, ahead);
+    return {to, W};
+  }
 
   // Where a chunk of an output goes; store_tile does the rest.
-  EAML_INLINE Target<V> target(const Out<T>& out, T* tile, int64_t block, int64_t start, int64_t ahead) {
+  EAML_NOINLINE Target<V> target(const Out<T>& out, T* tile, int64_t block, int64_t start, int64_t ahead) {
     if (!has_rows<V>(out, lanes(block))) return {tile, W};
     T* const row = out.data + at.row * out.outer + channel(block) + start * out.inner;
     come(out.data, out, block, start, ahead);
@@ -766,7 +774,7 @@ struct Unit {
   }
 
   // The same of halves, null where rows cannot be written one by one.
-  EAML_INLINE std::uint16_t* half_target(const Out<T>& out, int64_t block, int64_t start, int64_t ahead) {
+  std::uint16_t* half_target(const Out<T>& out, int64_t block, int64_t start, int64_t ahead) {
     if (out.data == nullptr || out.half == Half::kNone || out.channel != 1 || lanes(block) != W) return nullptr;
     std::uint16_t* const data = reinterpret_cast<std::uint16_t*>(out.data);
     come(data, out, block, start, ahead);
@@ -775,7 +783,7 @@ struct Unit {
 
   // Has the rows prefetched that the loops come to next: the next block's, the next chunk's, or the next unit's.
   template <class N, class Sequence>
-  EAML_INLINE void come(const N* data, const Sequence& sequence, int64_t block, int64_t start, int64_t ahead) {
+  void come(const N* data, const Sequence& sequence, int64_t block, int64_t start, int64_t ahead) {
     if (streams == kStreams) return;
     int64_t row = at.row, next = channel(block) + W, t = start;
     if (block + 1 == blocks()) {
@@ -788,8 +796,8 @@ struct Unit {
 
   // dt = softplus(delta + bias), x = dt u, y = D u where the sum over states starts; with `slope`, also d dt / d delta.
   template <bool kSlope>
-  EAML_INLINE void stage_block(int64_t block, int64_t start, int64_t steps, StepTile<S> slope) {
-    if constexpr (kLane) stage_invariant(block);
+  EAML_NOINLINE void stage_block(int64_t block, int64_t start, int64_t steps, StepTile<S> slope) {
+    stage_invariant(block);
     streams = 0;
     constexpr int64_t ahead = kSlope ? -kChunk : kChunk;  // backward walks backward
     if (shape.gated) z = view(&Inputs<T>::z, memory_z, block, start, steps, ahead);
@@ -811,7 +819,7 @@ struct Unit {
   }
 
   template <bool kSlope, class Sequence>
-  EAML_INLINE void stage_steps(int64_t block, int64_t steps, StepTile<S> slope, Sequence u_, Sequence delta) {
+  void stage_steps(int64_t block, int64_t steps, StepTile<S> slope, Sequence u_, Sequence delta) {
     const StepTile<S> dt_ = dt, x_ = x, y_ = y;
     const S offset = bias.get(block * W), d = D.get(block * W);
     const bool sums = !kSlope || shape.gated;  // backward needs y for the gate alone
@@ -873,14 +881,51 @@ EAML_INLINE void forward_states(const Segments& segments, Streams coming, Rates<
   write(state, h);
 }
 
-template <class Z, bool kLane>
-EAML_INLINE void forward_unit(Arena& arena, const Shape& shape, const Source<real_t<Z>>& source,
-                              const Outputs<number_t<Z>>& out, int64_t index) {
+// Writes a chunk of y, gated, or adds a part's share to it; as halves, which have one part, to `half_row`.
+template <class Z>
+EAML_NOINLINE void write_outputs(const Unit<Z>& unit, int64_t steps, bool first_part, Half half,
+                                 std::uint16_t* half_row, int64_t half_step, Target<vector_t<Z>> to) {
+  using S = real_t<Z>;
+  using V = vector_t<Z>;
+  const StepTile<S> y = unit.y;
+  const auto each = [&](auto put) EAML_LAMBDA {
+    for (int64_t t = 0; t < steps; ++t) {
+      const int64_t i = t * kLanes<Z>;
+      if (unit.shape.gated) {
+        const S gate = unit.z.get(t);
+        put(t, output(y.get(i) * (gate * sigmoid(gate))));
+      } else {
+        put(t, output(y.get(i)));
+      }
+    }
+  };
+  if (half_row)
+    with_half(half, [&](auto kind) EAML_LAMBDA {
+      each([&](int64_t t, V term) EAML_LAMBDA { store_narrow<kind>(half_row + t * half_step, term); });
+    });
+  else if (first_part)
+    each([&](int64_t t, V term) EAML_LAMBDA { to.set(t, term); });
+  else
+    each([&](int64_t t, V term) EAML_LAMBDA { to.set(t, to.get(t) + rounded(term)); });
+}
+
+// Advances the states of a part of a block through a chunk.
+template <bool kOutput, bool kLane, class Z>
+EAML_NOINLINE void forward_part(const Unit<Z>& unit, int64_t part, Span<Z> state, int64_t offset) {
+  constexpr int64_t W = kLanes<Z>;
+  for (int64_t n = part_begin(unit.shape, part); n < part_begin(unit.shape, part + 1); n += kStates<Z>)
+    forward_states<kOutput, Z, kLane>(unit.segments, unit.streams_from(n), unit.rates(offset + n * W), state.at(n * W),
+                                      unit.dt, unit.x, {unit.B, n}, {unit.C, n}, unit.y);
+}
+
+template <class Z>
+EAML_NOINLINE void forward_unit(Arena& arena, const Shape& shape, const Source<real_t<Z>>& source,
+                                const Outputs<number_t<Z>>& out, int64_t index) {
   using S = real_t<Z>;
   using V = vector_t<Z>;
   using T = number_t<Z>;
   constexpr int64_t W = kLanes<Z>, components = kComponents<Z>;
-  Unit<Z, kLane> unit(arena, shape, source, index);
+  Unit<Z> unit(arena, shape, source, index);
   const int64_t row = unit.at.row, size = unit.padded * W, chunks = unit.chunks();
   const Span<Z> h = take<Z>(arena, unit.blocks() * size);
   T* const tile = arena.take<T>(kChunk * W);
@@ -896,33 +941,17 @@ EAML_INLINE void forward_unit(Arena& arena, const Shape& shape, const Source<rea
       const Span<Z> state = h.at(block * size);
       // What infinite inputs leave in states that only fill a group ends with a chunk, as where a call starts later.
       if (unit.padded > shape.state) clear(state.at(shape.state * W), (unit.padded - shape.state) * W);
-      const StepTile<S> y = unit.y;
-      unit.template stage_block<false>(block, start, steps, y);
+      unit.template stage_block<false>(block, start, steps, {});
       const Target<V> to = unit.target(out.y, tile, block, start, kChunk);
       std::uint16_t* const half_row = unit.half_target(out.y, block, start, kChunk);
       for (int64_t part = 0; part < shape.parts; ++part) {
-        if (part > 0) clear<S>(y, steps * W);
-        const auto advance_part = [&](auto output) EAML_LAMBDA {
-          for (int64_t n = part_begin(shape, part); n < part_begin(shape, part + 1); n += kStates<Z>)
-            forward_states<output>(unit.segments, unit.streams_from(n), unit.rates(block * size + n * W),
-                                   state.at(n * W), unit.dt, unit.x, unit.B.states_from(n), unit.C.states_from(n), y);
-        };
-        if (out.y.data == nullptr) {
-          advance_part(std::false_type());
-          continue;
-        }
-        advance_part(std::true_type());
-        for (int64_t t = 0; t < steps; ++t) {
-          V term = output(y.get(t * W));
-          if (shape.gated) {
-            const S gate = unit.z.get(t);
-            term = output(y.get(t * W) * (gate * sigmoid(gate)));
-          }
-          if (half_row)  // has one part
-            with_half(out.y.half, [&](auto half) EAML_LAMBDA { store_narrow<half>(half_row + t * out.y.inner, term); });
-          else
-            to.set(t, part == 0 ? term : to.get(t) + rounded(term));
-        }
+        if (part > 0) clear<S>(unit.y, steps * W);
+        const bool writes = out.y.data != nullptr;
+        const auto advance_part = unit.lane ? (writes ? forward_part<true, true, Z> : forward_part<false, true, Z>)
+                                            : (writes ? forward_part<true, false, Z> : forward_part<false, false, Z>);
+        advance_part(unit, part, state, block * size);
+        if (!writes) continue;
+        write_outputs<Z>(unit, steps, part == 0, out.y.half, half_row, out.y.inner, to);
       }
       if (!half_row) store_tile<V>(out.y, tile, row, unit.channel(block), unit.lanes(block), start, steps);
       if (chunk + 1 < chunks) {
@@ -955,8 +984,8 @@ EAML_INLINE bool one_step(const Shape& shape, const Inputs<T>& in, const Outputs
 // Such a step with lanes for states, and no state transposed. Four channels go side by side; the last may be done
 // twice.
 template <class V, class T = element_t<V>>
-EAML_INLINE void step_unit(Arena& arena, const Shape& shape, const Inputs<T>& in, const Outputs<T>& out,
-                           int64_t index) {
+EAML_NOINLINE void step_unit(Arena& arena, const Shape& shape, const Inputs<T>& in, const Outputs<T>& out,
+                             int64_t index) {
   constexpr int64_t W = Lanes<V>::count;
   constexpr int kChannels = 2 * kVectors;
   const Place at = place<T>(shape, index);
@@ -1114,14 +1143,108 @@ EAML_INLINE void backward_states(const Segments& segments, Streams coming, Rates
   write(sums.A, sum_A);
 }
 
+// Where the gradients of one chunk and block of the sequences go.
+template <class V>
+struct SequenceTargets {
+  Target<V> u, delta, z;
+};
+
+// From the gradients of x and dt, those of u, delta and z, written or, after the first part, added; and the chunk's
+// share of those of D and delta_bias.
+template <class Z>
+EAML_NOINLINE void write_gradients(const Unit<Z>& unit, int64_t block, int64_t steps, bool first_part,
+                                   const ChunkGradients<real_t<Z>>& grad, View<real_t<Z>> gy, StepTile<real_t<Z>> slope,
+                                   StepTile<real_t<Z>> gate, const SequenceTargets<vector_t<Z>>& to, number_t<Z>* sum_D,
+                                   number_t<Z>* sum_bias) {
+  using S = real_t<Z>;
+  using V = vector_t<Z>;
+  constexpr int64_t W = kLanes<Z>;
+  const auto each = [&](auto put, auto first) EAML_LAMBDA {
+    const S d = first ? unit.D.get(block * W) : S{};
+    V block_D = load<V>(sum_D), block_bias = load<V>(sum_bias);
+    for (int64_t t = 0; t < steps; ++t) {
+      const int64_t j = t * W;
+      const S gx = grad.x.get(j), input = unit.u.get(t);
+      const V grad_delta = output((grad.dt.get(j) + input * gx) * slope.get(j));
+      put(to.u, t, output(unit.dt.get(j) * gx + d * grad.y.get(t)));
+      put(to.delta, t, grad_delta);
+      block_bias += grad_delta;
+      if (first) block_D += output(grad.y.get(t) * input);
+      if (unit.shape.gated) {
+        const S s = gate.get(j);
+        put(to.z, t, output(gy.get(t) * unit.y.get(j) * (s + unit.z.get(t) * (s * (one<S>() - s)))));
+      }
+    }
+    store(sum_D, block_D), store(sum_bias, block_bias);
+  };
+  if (first_part)
+    each([](Target<V> at, int64_t t, V x) EAML_LAMBDA { at.set(t, x); }, std::true_type());
+  else
+    each([](Target<V> at, int64_t t, V x) EAML_LAMBDA { at.set(t, at.get(t) + rounded(x)); }, std::false_type());
+}
+
+// What the states of a part of a block are taken back with, and where their sums go.
+template <class Z>
+struct PartGradients {
+  Span<Z> start, grad_state;  // of the block
+  ChunkGradients<real_t<Z>> grad;
+  GroupTile<Z> decays, kept;
+  Span<output_t<Z>> sum_A;         // of the block
+  Span<output_t<Z>> sum_B, sum_C;  // of the block, or of the chunk
+};
+
+// Numbers in a step's terms of B or C of one group, not yet summed over lanes.
+template <class Z>
+constexpr int64_t row_size(bool lane) {
+  return lane ? kGroup<Z> : kFolded<vector_t<Z>> / kComponents<Z>;
+}
+
+template <bool kGated, bool kLane, class Z>
+EAML_NOINLINE void backward_part(const Unit<Z>& unit, int64_t part, int64_t offset, const PartGradients<Z>& with) {
+  constexpr int64_t W = kLanes<Z>, row = row_size<Z>(kLane);
+  const Shape& shape = unit.shape;
+  for (int64_t n = part_begin(shape, part); n < part_begin(shape, part + 1); n += kStates<Z>) {
+    const int64_t j = n * W, k = n / kStates<Z> * kChunk * row;
+    const Sums<Z> sums{with.sum_A.at(j), with.sum_B.at(shape.B_invariant ? j : k),
+                       with.sum_C.at(shape.C_invariant ? j : k), shape.B_invariant ? 0 : row,
+                       shape.C_invariant ? 0 : row};
+    backward_states<kGated, Z, kLane>(unit.segments, unit.streams_from(n), unit.rates(offset + j), with.start.at(j),
+                                      unit.dt, unit.x, {unit.B, n}, {unit.C, n}, unit.y, with.grad_state.at(j),
+                                      with.grad, with.decays, with.kept, sums);
+  }
+}
+
+// Stores the sums over lanes of a chunk's terms of B or C, [group of states][step][..], in (state, length) from `to`
+// on.
 template <class Z, bool kLane>
-EAML_INLINE void backward_unit(Arena& arena, const Shape& shape, const Source<real_t<Z>>& source,
-                               const Gradients<number_t<Z>>& out, int64_t index) {
+EAML_NOINLINE void reduce_lanes(number_t<Z>* to, Span<output_t<Z>> sums, const Shape& shape, int64_t steps) {
+  using V = vector_t<Z>;
+  constexpr int64_t row = row_size<Z>(kLane);
+  number_t<Z> line[kChunk * kVectors];
+  for (int64_t n = 0; n < shape.state; n += kStates<Z>) {
+    const Span<output_t<Z>> rows = sums.at(n / kStates<Z> * kChunk * row);
+    if constexpr (kLane) {
+      sum_lanes<V>(line, rows.value);
+    } else {
+      for (int64_t t = 0; t < kChunk; ++t) unfold<V>(line + t * kVectors, rows.at(t * row).value);
+    }
+    number_t<Z>* const first = to + n * shape.length * kComponents<Z>;
+    const int64_t count = std::min<int64_t>(kStates<Z>, shape.state - n);
+    if constexpr (kComponents<Z> == 2)
+      scatter_steps(first, shape.length, line, steps, count);
+    else
+      transpose(first, shape.length, line, kVectors, steps, count);
+  }
+}
+
+template <class Z>
+EAML_NOINLINE void backward_unit(Arena& arena, const Shape& shape, const Source<real_t<Z>>& source,
+                                 const Gradients<number_t<Z>>& out, int64_t index) {
   using S = real_t<Z>;
   using V = vector_t<Z>;
   using T = number_t<Z>;
-  constexpr int64_t W = kLanes<Z>, group = kGroup<Z>, tile = kChunk * W, components = kComponents<Z>;
-  Unit<Z, kLane> unit(arena, shape, source, index);
+  constexpr int64_t W = kLanes<Z>, tile = kChunk * W, components = kComponents<Z>;
+  Unit<Z> unit(arena, shape, source, index);
   const int64_t row = unit.at.row, size = unit.padded * W, blocks = unit.blocks(), chunks = unit.chunks();
 
   const Span<Z> grad_h = take<Z>(arena, blocks * size), h0 = take<Z>(arena, size);
@@ -1136,8 +1259,7 @@ EAML_INLINE void backward_unit(Arena& arena, const Shape& shape, const Source<re
   };
   const auto zeroed_states = [&](int64_t count) { return Span<output_t<Z>>{zeroed(count * components)}; };
   const Span<output_t<Z>> sum_A = zeroed_states(blocks * size);
-  constexpr int64_t row_size = kLane ? group : kFolded<V> / components;
-  const int64_t sums_size = unit.padded / kStates<Z> * kChunk * row_size;  // [group][step][..]
+  const int64_t sums_size = unit.padded / kStates<Z> * kChunk * row_size<Z>(unit.lane);  // [group][step][..]
   const Span<output_t<Z>> sum_B = zeroed_states(shape.B_invariant ? blocks * size : sums_size);
   const Span<output_t<Z>> sum_C = zeroed_states(shape.C_invariant ? blocks * size : sums_size);
   T* const sum_D = zeroed(blocks * W);
@@ -1157,11 +1279,11 @@ EAML_INLINE void backward_unit(Arena& arena, const Shape& shape, const Source<re
     for (int64_t block = 0; block < blocks; ++block) {
       const int64_t channel = unit.channel(block), lanes = unit.lanes(block);
       unit.template stage_block<true>(block, start, steps, slope);
-      const View<S> u = unit.u, z = unit.z, gy = unit.view(&Inputs<T>::grad_y, memory_gy, block, start, steps, -kChunk);
-      const StepTile<S> dt = unit.dt, y = unit.y;
-      const Target<V> to_u = unit.target(out.u, tile_u, block, start, -kChunk);
-      const Target<V> to_delta = unit.target(out.delta, tile_delta, block, start, -kChunk);
-      const Target<V> to_z = unit.target(out.z, tile_z, block, start, -kChunk);
+      const View<S> z = unit.z, gy = unit.view(&Inputs<T>::grad_y, memory_gy, block, start, steps, -kChunk);
+      const StepTile<S> y = unit.y;
+      const SequenceTargets<V> to{unit.target(out.u, tile_u, block, start, -kChunk),
+                                  unit.target(out.delta, tile_delta, block, start, -kChunk),
+                                  unit.target(out.z, tile_z, block, start, -kChunk)};
       ChunkGradients<S> grad{gy, grad_x, grad_dt};
       if (shape.gated) {
         for (int64_t t = 0; t < steps; ++t) {
@@ -1191,41 +1313,20 @@ EAML_INLINE void backward_unit(Arena& arena, const Shape& shape, const Source<re
         clear<S>(grad.x, steps * W);
         clear<S>(grad.dt, steps * W);
 
-        for (int64_t n = part_begin(shape, part); n < part_begin(shape, part + 1); n += kStates<Z>) {
-          const int64_t j = block * size + n * W;
-          const int64_t k = n / kStates<Z> * kChunk * row_size;
-          const Sums<Z> sums{sum_A.at(j), sum_B.at(shape.B_invariant ? j : k), sum_C.at(shape.C_invariant ? j : k),
-                             shape.B_invariant ? 0 : row_size, shape.C_invariant ? 0 : row_size};
-          const auto back = [&](auto gated) EAML_LAMBDA {
-            backward_states<gated>(unit.segments, unit.streams_from(n), unit.rates(j), h0.at(n * W), dt, unit.x,
-                                   unit.B.states_from(n), unit.C.states_from(n), y, grad_h.at(j), grad, decays, kept,
-                                   sums);
-          };
-          if (shape.gated)
-            back(std::true_type());
-          else
-            back(std::false_type());
-        }
+        const PartGradients<Z> with{h0,
+                                    grad_h.at(block * size),
+                                    grad,
+                                    decays,
+                                    kept,
+                                    sum_A.at(block * size),
+                                    sum_B.at(shape.B_invariant ? block * size : 0),
+                                    sum_C.at(shape.C_invariant ? block * size : 0)};
+        const auto back = unit.lane ? (shape.gated ? backward_part<true, true, Z> : backward_part<false, true, Z>)
+                                    : (shape.gated ? backward_part<true, false, Z> : backward_part<false, false, Z>);
+        back(unit, part, block * size, with);
 
-        const S d = part == 0 ? unit.D.get(block * W) : S{};
-        T* const bias = sum_bias + (part * blocks + block) * W;
-        V block_D = load<V>(sum_D + block * W), block_bias = load<V>(bias);
-        const auto put = [&](Target<V> to, int64_t t, V x)
-                             EAML_LAMBDA { to.set(t, part == 0 ? x : to.get(t) + rounded(x)); };
-        for (int64_t t = 0; t < steps; ++t) {
-          const int64_t j = t * W;
-          const S gx = grad.x.get(j), input = u.get(t);
-          const V grad_delta = output((grad.dt.get(j) + input * gx) * slope.get(j));
-          put(to_u, t, output(dt.get(j) * gx + d * grad.y.get(t)));
-          put(to_delta, t, grad_delta);
-          block_bias += grad_delta;
-          if (part == 0) block_D += output(grad.y.get(t) * input);
-          if (shape.gated) {
-            const S s = gate.get(j);
-            put(to_z, t, output(gy.get(t) * y.get(j) * (s + z.get(t) * (s * (one<S>() - s)))));
-          }
-        }
-        store(sum_D + block * W, block_D), store(bias, block_bias);
+        write_gradients<Z>(unit, block, steps, part == 0, grad, gy, slope, gate, to, sum_D + block * W,
+                           sum_bias + (part * blocks + block) * W);
       }
       store_tile<V>(out.u, tile_u, row, channel, lanes, start, steps);
       store_tile<V>(out.delta, tile_delta, row, channel, lanes, start, steps);
@@ -1233,25 +1334,10 @@ EAML_INLINE void backward_unit(Arena& arena, const Shape& shape, const Source<re
     }
 
     const int64_t unit_row = row * units_per_group<T>(shape) * shape.groups + unit.at.unit;
-    const auto reduce_lanes = [&](T* to, Span<output_t<Z>> sums) EAML_LAMBDA {
-      T line[kChunk * kVectors];
-      for (int64_t n = 0; n < shape.state; n += kStates<Z>) {
-        const Span<output_t<Z>> rows = sums.at(n / kStates<Z> * kChunk * row_size);
-        if constexpr (kLane) {
-          sum_lanes<V>(line, rows.value);
-        } else {
-          for (int64_t t = 0; t < kChunk; ++t) unfold<V>(line + t * kVectors, rows.at(t * row_size).value);
-        }
-        T* const first = to + ((unit_row * shape.all_states + n) * shape.length + start) * components;
-        const int64_t count = std::min<int64_t>(kStates<Z>, shape.state - n);
-        if constexpr (components == 2)
-          scatter_steps(first, shape.length, line, steps, count);
-        else
-          transpose(first, shape.length, line, kVectors, steps, count);
-      }
-    };
-    if (!shape.B_invariant && out.B) reduce_lanes(out.B, sum_B);
-    if (!shape.C_invariant && out.C) reduce_lanes(out.C, sum_C);
+    const int64_t first = (unit_row * shape.all_states * shape.length + start) * components;
+    const auto reduce = unit.lane ? reduce_lanes<Z, true> : reduce_lanes<Z, false>;
+    if (!shape.B_invariant && out.B) reduce(out.B + first, sum_B, shape, steps);
+    if (!shape.C_invariant && out.C) reduce(out.C + first, sum_C, shape, steps);
   }
 
   for (int64_t block = 0; block < blocks; ++block) {
@@ -1276,10 +1362,9 @@ EAML_INLINE void backward_unit(Arena& arena, const Shape& shape, const Source<re
   }
 }
 
-// Units on Z, with B and C laid out per lane where one of them is invariant in time.
 template <class Z>
-EAML_INLINE void run_forward(const Shape& shape, const Source<real_t<Z>>& source, const Outputs<number_t<Z>>& out,
-                             int64_t begin, int64_t end) {
+void run_forward(const Shape& shape, const Source<real_t<Z>>& source, const Outputs<number_t<Z>>& out, int64_t begin,
+                 int64_t end) {
   static thread_local Arena arena;
   for (int64_t index = begin; index < end; ++index) {
     arena.reset();
@@ -1289,79 +1374,35 @@ EAML_INLINE void run_forward(const Shape& shape, const Source<real_t<Z>>& source
         continue;
       }
     }
-    if (shape.B_invariant || shape.C_invariant)
-      forward_unit<Z, true>(arena, shape, source, out, index);
-    else
-      forward_unit<Z, false>(arena, shape, source, out, index);
+    forward_unit<Z>(arena, shape, source, out, index);
   }
 }
 
 template <class Z>
-EAML_INLINE void run_backward(const Shape& shape, const Source<real_t<Z>>& source, const Gradients<number_t<Z>>& out,
-                              int64_t begin, int64_t end) {
+void run_backward(const Shape& shape, const Source<real_t<Z>>& source, const Gradients<number_t<Z>>& out, int64_t begin,
+                  int64_t end) {
   static thread_local Arena arena;
   for (int64_t index = begin; index < end; ++index) {
     arena.reset();
-    if (shape.B_invariant || shape.C_invariant)
-      backward_unit<Z, true>(arena, shape, source, out, index);
-    else
-      backward_unit<Z, false>(arena, shape, source, out, index);
+    backward_unit<Z>(arena, shape, source, out, index);
   }
 }
 
 }  // namespace
 
-#if defined(EAML_COMPLEX)
-namespace complex_states {
-template <class S>
-using State = Complex<S>;
-#else
-namespace real_states {
-template <class S>
-using State = S;
-#endif
-
-using Number = EAML_NUMBER;
-
-#define EAML_DEFINE(TARGET, BYTES)                                                                                     \
-  TARGET void forward_version(const Shape& shape, const Inputs<Number>& in, const Outputs<Number>& out, int64_t begin, \
-                              int64_t end) {                                                                           \
-    using S = Vec<Number, BYTES / sizeof(Number)>;                                                                     \
-    run_forward<State<S>>(shape, Source<S>{in, nullptr}, out, begin, end);                                             \
-  }                                                                                                                    \
-  TARGET void forward_dual_version(const Shape& shape, const Inputs<Number>& in, const Inputs<Number>& along,          \
-                                   const Outputs<Number>& out, int64_t begin, int64_t end) {                           \
-    using S = Dual<Vec<Number, BYTES / sizeof(Number)>>;                                                               \
-    run_forward<State<S>>(shape, Source<S>{in, &along}, out, begin, end);                                              \
-  }                                                                                                                    \
-  TARGET void backward_version(const Shape& shape, const Inputs<Number>& in, const Gradients<Number>& out,             \
-                               int64_t begin, int64_t end) {                                                           \
-    using S = Vec<Number, BYTES / sizeof(Number)>;                                                                     \
-    run_backward<State<S>>(shape, Source<S>{in, nullptr}, out, begin, end);                                            \
-  }                                                                                                                    \
-  TARGET void backward_dual_version(const Shape& shape, const Inputs<Number>& in, const Inputs<Number>& along,         \
-                                    const Gradients<Number>& out, int64_t begin, int64_t end) {                        \
-    using S = Dual<Vec<Number, BYTES / sizeof(Number)>>;                                                               \
-    run_backward<State<S>>(shape, Source<S>{in, &along}, out, begin, end);                                             \
-  }
-EAML_VERSIONS(EAML_DEFINE)
-#undef EAML_DEFINE
-
-// The loader picks a version only for callers that see all of them.
 void forward(const Shape& shape, const Inputs<Number>& in, const Inputs<Number>* tangents, const Outputs<Number>& out,
              int64_t begin, int64_t end) {
   if (tangents)
-    forward_dual_version(shape, in, *tangents, out, begin, end);
+    run_forward<State<Dual<Vector>>>(shape, {in, tangents}, out, begin, end);
   else
-    forward_version(shape, in, out, begin, end);
+    run_forward<State<Vector>>(shape, {in, nullptr}, out, begin, end);
 }
 void backward(const Shape& shape, const Inputs<Number>& in, const Inputs<Number>* tangents,
               const Gradients<Number>& out, int64_t begin, int64_t end) {
   if (tangents)
-    backward_dual_version(shape, in, *tangents, out, begin, end);
+    run_backward<State<Dual<Vector>>>(shape, {in, tangents}, out, begin, end);
   else
-    backward_version(shape, in, out, begin, end);
+    run_backward<State<Vector>>(shape, {in, nullptr}, out, begin, end);
 }
 
-}  // namespace
-}  // namespace eaml::selective_scan
+}  // namespace EAML_ISA

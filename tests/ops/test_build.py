@@ -104,41 +104,56 @@ def test_only_the_stable_abi_of_torch_is_used(library):
 # ---- vector instructions -----------------------------------------------------------------------------------------
 
 
-def clones(library: str, mangled: str, level: str) -> dict[str, list[str]]:
-    """Instructions of every function whose name has ``mangled``, compiled for ``level``."""
+def kernels(library: str, namespace: str, isa: str, precision: str, kernel: str) -> list[str]:
+    """Instructions of the functions of one instruction set that hold a kernel's loops over time."""
     if not X86:
         pytest.skip("x86-64 alone has AVX-512")
-    symbols = [line.split()[-1] for line in tool("nm", library).splitlines()]
-    # gcc writes arch_x86_64_v4, clang arch_x86-64-v4.N
-    names = [s for s in symbols if mangled in s and re.search(level.replace("-", "[-_]"), s) and ".cold" not in s]
-    return {
-        name: tool("objdump", "-d", "--no-show-raw-insn", f"--disassemble={name}", library).splitlines()
-        for name in names
-    }
+    vector = {"avx512": 64, "avx2": 32}[isa] // {"f": 4, "d": 8}[precision]
+    number = rf"Dv{vector}_{precision}"
+    state = rf"N\w*4DualI{number}E" if kernel.endswith("dual") else number
+    state = rf"N\w*7ComplexI{state}E" if namespace == "complex_states" else state
+    names = re.findall(
+        rf"\b\w*{namespace}\w*{len(isa)}{isa}\w*{kernel.removesuffix('_dual')}_partILb[01]ELb[01]E{state}\w*",
+        tool("nm", library),
+    )
+    bodies = [
+        tool("objdump", "-d", "--no-show-raw-insn", f"--disassemble={name}", library).splitlines()
+        for name in set(names)
+    ]
+    assert len(bodies) == 4  # with and without y or the gate; B and C of one number or of a vector per state
+    return [line for body in bodies for line in body]
 
 
-@pytest.mark.parametrize("kind, scalar", [("f", "ps"), ("d", "pd")], ids=["float32", "float64"])
+@pytest.mark.parametrize("precision, suffix", [("f", "ps"), ("d", "pd")], ids=["float32", "float64"])
 @pytest.mark.parametrize("kernel", ["forward", "backward", "forward_dual", "backward_dual"])
-@pytest.mark.parametrize("states", ["11real_states", "14complex_states"])
-@pytest.mark.parametrize("level, register", [("x86-64-v4", "zmm"), ("x86-64-v3", "ymm")], ids=["AVX-512", "AVX2"])
-def test_hot_loops_are_as_wide_as_the_machine_allows(library, level, register, states, kernel, kind, scalar):
-    """The scan's versions multiply-add and take exponentials in full vectors, and wider ones than theirs nowhere."""
-    kernel = f"{len(kernel) + 8}{kernel}_version"
-    mangled = f"4eaml14selective_scan{states}{kernel}ERKNS0_5ShapeERKNS0_6InputsI{kind}E"
-    bodies = clones(library, mangled, level)
-    assert len(bodies) == 1, list(bodies)
-    (body,) = bodies.values()
-    fma = [line for line in body if re.search(rf"vf\w*m\w*{scalar} .*%{register}", line)]
+@pytest.mark.parametrize("namespace", ["real_states", "complex_states"])
+@pytest.mark.parametrize("isa, register", [("avx512", "zmm"), ("avx2", "ymm")], ids=["AVX-512", "AVX2"])
+def test_kernel_loops_use_full_vectors_and_no_wider_ones(library, isa, register, namespace, kernel, precision, suffix):
+    body = kernels(library, namespace, isa, precision, kernel)
+    fma = [line for line in body if re.search(rf"vf\w*m\w*{suffix} .*%{register}", line)]
     # exp multiplies by 2^n: AVX-512 has an instruction; elsewhere an integer is shifted into the exponent's place
-    power = rf"vscalef{scalar}" if register == "zmm" else f"vpsll{'d' if scalar == 'ps' else 'q'}"
+    power = rf"vscalef{suffix}" if register == "zmm" else f"vpsll{'d' if suffix == 'ps' else 'q'}"
     powers = [line for line in body if re.search(rf"{power} .*%{register}", line)]
     assert len(fma) > 20 and len(powers) >= 4, (len(fma), len(powers))
     assert not [line for line in body if re.search(r"call.*\b(exp|sin|cos|fma)f?\b", line)]
     assert register == "zmm" or not [line for line in body if "%zmm" in line]
-    # how gcc builds a vector of one number lane by lane
+    # gcc builds a vector of one number lane by lane where a callee is compiled for less than its caller
     assert not [line for line in body if re.search(r"vbroadcasts[sd] .*\(.*\{%k", line)]
-    # an indirect function, resolved at load time: a caller that does not see the versions takes the slowest
-    assert re.search(rf" i .*{mangled}", tool("nm", library))
+
+
+def test_wider_instruction_sets_stay_in_their_namespaces(library):
+    """The linker keeps one copy of a header's function for all machines: none may use AVX-512 or AVX2 registers."""
+    if not X86:
+        pytest.skip("x86-64 alone has AVX-512")
+    current, wide = "", set()
+    for line in tool("objdump", "-d", "--no-show-raw-insn", library).splitlines():
+        if match := re.match(r"[0-9a-f]+ <(.+)>:", line):
+            current = match[1]
+        elif "%zmm" in line or "%ymm" in line:
+            wide.add(current)
+    assert wide
+    ours = re.compile(r"(4avx2|6avx512)\w*|\.arch_x86_64_v[34]|\.(avx2|avx512)")
+    assert not [name for name in wide if not ours.search(name)]
 
 
 # ---- without kernels, without torch ------------------------------------------------------------------------------
