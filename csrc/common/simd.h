@@ -35,17 +35,6 @@
 #define EAML_AVX512 "arch=x86-64-v4"
 #endif
 
-// Functions between EAML_TARGET_BEGIN and EAML_TARGET_END are compiled for an instruction set, templates and lambdas
-// too.
-#define EAML_PRAGMA(...) _Pragma(#__VA_ARGS__)
-#if defined(__clang__)
-#define EAML_TARGET_BEGIN(SET) EAML_PRAGMA(clang attribute push(__attribute__((target(SET))), apply_to = function))
-#define EAML_TARGET_END _Pragma("clang attribute pop")
-#else
-#define EAML_TARGET_BEGIN(SET) _Pragma("GCC push_options") EAML_PRAGMA(GCC target(SET))
-#define EAML_TARGET_END _Pragma("GCC pop_options")
-#endif
-
 // Two ways to compile a kernel once per instruction set. each_isa.h includes a whole file per set: for kernels of many
 // functions. EAML_VERSIONS(DEFINE) expands DEFINE(attribute, bytes of a vector) per set, and the loader picks: for
 // plain functions whose callees are all inlined.

@@ -100,7 +100,7 @@ EAML_INLINE S one() {
 }
 
 template <class S>
-EAML_NOINLINE Span<S> take(Arena& arena, int64_t count) {
+EAML_SHARED Span<S> take(Arena& arena, int64_t count) {
   if constexpr (kComponents<S> == 2)
     return {take<real_t<S>>(arena, 2 * count)};
   else if constexpr (kIsDual<S>)
@@ -261,8 +261,8 @@ EAML_INLINE void store_narrow(std::uint16_t* to, V x) {
 
 // As stage_tile and scatter_tile below, for sequences of halves.
 template <int64_t W>
-EAML_NOINLINE void stage_half_tile(float* tile, const In<float>& in, int64_t row, int64_t channel, int64_t lanes,
-                                   int64_t start, int64_t steps) {
+EAML_SHARED void stage_half_tile(float* tile, const In<float>& in, int64_t row, int64_t channel, int64_t lanes,
+                                 int64_t start, int64_t steps) {
   std::uint16_t narrow[W * kChunk] = {};
   float rows[W * kChunk];
   const std::uint16_t* from = halves(in.data) + row * in.outer + channel * in.channel + start * in.inner;
@@ -275,8 +275,8 @@ EAML_NOINLINE void stage_half_tile(float* tile, const In<float>& in, int64_t row
   transpose(tile, W, rows, kChunk, lanes, steps);
 }
 template <int64_t W>
-EAML_NOINLINE void scatter_half_tile(std::uint16_t* to, const Out<float>& out, const float* tile, int64_t lanes,
-                                     int64_t steps) {
+EAML_SHARED void scatter_half_tile(std::uint16_t* to, const Out<float>& out, const float* tile, int64_t lanes,
+                                   int64_t steps) {
   float rows[W * kChunk] = {};
   std::uint16_t narrow[W * kChunk];
   transpose(rows, kChunk, tile, W, steps, lanes);
@@ -289,8 +289,8 @@ EAML_NOINLINE void scatter_half_tile(std::uint16_t* to, const Out<float>& out, c
 
 // tile[step][lane] = in[row][channel + lane][start + step], zeros beyond `lanes`.
 template <int64_t W, class T>
-EAML_NOINLINE void stage_tile(T* tile, const In<T>& in, int64_t row, int64_t channel, int64_t lanes, int64_t start,
-                              int64_t steps, int64_t ahead) {
+EAML_SHARED void stage_tile(T* tile, const In<T>& in, int64_t row, int64_t channel, int64_t lanes, int64_t start,
+                            int64_t steps, int64_t ahead) {
   if (in.data == nullptr || lanes < W) std::fill_n(tile, steps * W, T(0));
   if (in.data == nullptr) return;
   const T* from = origin(in, row, channel) + start * in.inner;
@@ -305,7 +305,7 @@ EAML_NOINLINE void stage_tile(T* tile, const In<T>& in, int64_t row, int64_t cha
 }
 
 template <int64_t W, class T>
-EAML_NOINLINE void scatter_tile(T* to, const Out<T>& out, const T* tile, int64_t lanes, int64_t steps) {
+EAML_SHARED void scatter_tile(T* to, const Out<T>& out, const T* tile, int64_t lanes, int64_t steps) {
   if (out.inner == 1) return transpose(to, out.channel, tile, W, steps, lanes);
   for (int64_t t = 0; t < steps; ++t)
     for (int64_t i = 0; i < lanes; ++i) to[t * out.inner + i * out.channel] = tile[t * W + i];
@@ -325,8 +325,8 @@ EAML_INLINE bool has_rows(const Out<T>& out, int64_t lanes) {
 }
 
 template <class V, class T = element_t<V>>
-EAML_NOINLINE void store_tile(const Out<T>& out, const T* tile, int64_t row, int64_t channel, int64_t lanes,
-                              int64_t start, int64_t steps) {
+EAML_SHARED void store_tile(const Out<T>& out, const T* tile, int64_t row, int64_t channel, int64_t lanes,
+                            int64_t start, int64_t steps) {
   constexpr int64_t W = Lanes<V>::count;
   if (out.data == nullptr) return;
   const int64_t offset = row * out.outer + channel * out.channel + start * out.inner;
@@ -357,8 +357,8 @@ void gather_matrix(T* matrix, const In<T>& in, int64_t row, int64_t channel, int
 }
 
 template <class V, int64_t kCount, class T = element_t<V>>
-EAML_NOINLINE void stage_matrix(T* matrix, const In<T>& in, int64_t row, int64_t channel, int64_t lanes, int64_t state,
-                                int64_t padded) {
+EAML_SHARED void stage_matrix(T* matrix, const In<T>& in, int64_t row, int64_t channel, int64_t lanes, int64_t state,
+                              int64_t padded) {
   constexpr int64_t W = Lanes<V>::count;
   if (kCount == 1 && in.data != nullptr && in.channel == 1 && lanes == W && state == padded)
     copy_rows<V>(matrix, W, origin(in, row, channel), in.inner, state);
@@ -377,8 +377,8 @@ void scatter_matrix(T* to, int64_t channel_stride, int64_t inner_stride, const T
 }
 
 template <class V, int64_t kCount, class T = element_t<V>>
-EAML_NOINLINE void store_matrix(T* to, int64_t channel_stride, int64_t inner_stride, const T* matrix, int64_t lanes,
-                                int64_t state) {
+EAML_SHARED void store_matrix(T* to, int64_t channel_stride, int64_t inner_stride, const T* matrix, int64_t lanes,
+                              int64_t state) {
   constexpr int64_t W = Lanes<V>::count;
   if (kCount == 1 && lanes == W && channel_stride == 1)
     copy_rows<V>(to, inner_stride, matrix, W, state);
@@ -388,7 +388,7 @@ EAML_NOINLINE void store_matrix(T* to, int64_t channel_stride, int64_t inner_str
 
 // One value per lane of a (rows, dim) input.
 template <int64_t W, class T>
-EAML_NOINLINE void stage_vector(T* vector, const In<T>& in, int64_t row, int64_t channel, int64_t lanes) {
+EAML_SHARED void stage_vector(T* vector, const In<T>& in, int64_t row, int64_t channel, int64_t lanes) {
   std::fill_n(vector, W, T(0));
   if (in.data == nullptr) return;
   const T* from = origin(in, row, channel);
@@ -404,7 +404,7 @@ In<T> saved_state(const T* all, const Shape& shape, int64_t index) {
 
 // to[state][step] = from[step][state] of complex numbers, kVectors / 2 states of which `count` are taken.
 template <class T>
-EAML_NOINLINE void scatter_steps(T* to, int64_t length, const T* from, int64_t steps, int64_t count) {
+EAML_SHARED void scatter_steps(T* to, int64_t length, const T* from, int64_t steps, int64_t count) {
   for (int64_t n = 0; n < count; ++n)
     for (int64_t t = 0; t < steps; ++t) std::copy_n(from + t * kVectors + 2 * n, 2, to + 2 * (n * length + t));
 }
@@ -509,8 +509,8 @@ struct Operand {
 
 // to[step][state][component][copy] of a variable B or C, zeros beyond the true state count.
 template <int64_t kCopies, int64_t kCount, class T>
-EAML_NOINLINE void stage_states(T* to, const In<T>& in, const Place& at, int64_t state, int64_t padded, int64_t start,
-                                int64_t steps) {
+EAML_SHARED void stage_states(T* to, const In<T>& in, const Place& at, int64_t state, int64_t padded, int64_t start,
+                              int64_t steps) {
   if (in.data == nullptr || padded != state) std::fill_n(to, steps * padded * kCount * kCopies, T(0));
   if (in.data == nullptr) return;
   const T* from = in.data + at.row * in.outer + at.group * in.group + start * in.inner;
@@ -613,7 +613,7 @@ struct Unit {
   Stream coming[kStreams];  // what the calls of view() and target() found: sequences, their tangents, outputs
   int64_t streams;
 
-  EAML_NOINLINE Unit(Arena& arena, const Shape& s, const Source<S>& src, int64_t index)
+  EAML_SHARED Unit(Arena& arena, const Shape& s, const Source<S>& src, int64_t index)
       : shape(s),
         source(src),
         at(place<T>(s, index)),
@@ -656,7 +656,7 @@ struct Unit {
   EAML_INLINE Rates<Z> rates(int64_t j) const { return {A, prepared, j}; }
 
   // What a call starts from: `given`, the initial state or a cotangent of the last one, or what stands for it.
-  EAML_NOINLINE void stage_first(In<T> Inputs<T>::* given, Span<Z> to, int64_t block) const {
+  EAML_SHARED void stage_first(In<T> Inputs<T>::* given, Span<Z> to, int64_t block) const {
     if (source.values.carry != nullptr) {
       stage_saved(to.value, source.values.carry, at.row, block);
       if constexpr (kIsDual<S>) stage_saved(to.tangent, source.tangents->carry, at.row, block);
@@ -668,18 +668,18 @@ struct Unit {
   }
 
   // One block of one component of a saved state, in [state][component][lane].
-  EAML_NOINLINE void stage_saved(T* to, const T* all, int64_t index, int64_t block) const {
+  EAML_SHARED void stage_saved(T* to, const T* all, int64_t index, int64_t block) const {
     stage_matrix<V, 1>(to, saved_state(all, shape, index), 0, channel(block), lanes(block),
                        shape.state * kComponents<Z>, padded * kComponents<Z>);
   }
-  EAML_NOINLINE void save(T* all, int64_t index, const T* matrix, int64_t block) const {
+  EAML_SHARED void save(T* all, int64_t index, const T* matrix, int64_t block) const {
     if (all == nullptr) return;
     T* const to = all + index * shape.all_states * shape.components * shape.dim + channel(block);
     store_matrix<V, 1>(to, 1, shape.dim, matrix, lanes(block), shape.state * kComponents<Z>);
   }
 
   // What all blocks of the unit share in a chunk: resets, and B and C where they vary in time.
-  EAML_NOINLINE void stage_chunk(int64_t start, int64_t steps) {
+  EAML_SHARED void stage_chunk(int64_t start, int64_t steps) {
     segments.count = 1, segments.begin[0] = 0, segments.first_reset = false;
     if (shape.reset) {
       const bool* reset = shape.reset + at.row * shape.reset_outer + start * shape.reset_inner;
@@ -693,8 +693,8 @@ struct Unit {
   }
 
   // Of a B or C that varies in time: read where it lies if its states are neighbours there, or copied to `memory`.
-  EAML_NOINLINE void stage_variable(In<T> Inputs<T>::* member, Span<Z> memory, Matrix<Z>& matrix, int64_t start,
-                                    int64_t steps) const {
+  EAML_SHARED void stage_variable(In<T> Inputs<T>::* member, Span<Z> memory, Matrix<Z>& matrix, int64_t start,
+                                  int64_t steps) const {
     constexpr int64_t count = kComponents<Z>;
     const auto first = [&](const In<T>& in) EAML_LAMBDA {
       return const_cast<T*>(in.data + at.row * in.outer + at.group * in.group + start * in.inner);
@@ -719,7 +719,7 @@ struct Unit {
     });
   }
 
-  EAML_NOINLINE void stage_invariant(int64_t block) const {
+  EAML_SHARED void stage_invariant(int64_t block) const {
     const auto stage = [&](In<T> Inputs<T>::* member, const Matrix<Z>& matrix) {
       source.each(member, matrix.data, [&](T* to, const In<T>& in) {
         stage_matrix<V, kComponents<Z>>(to, in, at.row, channel(block), lanes(block), shape.state, padded);
@@ -740,7 +740,7 @@ struct Unit {
       return value;
     }
   }
-  EAML_NOINLINE View<V> rows(T* to, const In<T>& in, int64_t block, int64_t start, int64_t steps, int64_t ahead) {
+  EAML_SHARED View<V> rows(T* to, const In<T>& in, int64_t block, int64_t start, int64_t steps, int64_t ahead) {
     const bool adjacent = in.data != nullptr && in.channel == 1 && lanes(block) == W;
     if constexpr (sizeof(T) == 4) {
       if (in.data != nullptr && in.half != Half::kNone) {
@@ -766,7 +766,7 @@ struct Unit {
   }
 
   // Where a chunk of an output goes; store_tile does the rest.
-  EAML_NOINLINE Target<V> target(const Out<T>& out, T* tile, int64_t block, int64_t start, int64_t ahead) {
+  EAML_SHARED Target<V> target(const Out<T>& out, T* tile, int64_t block, int64_t start, int64_t ahead) {
     if (!has_rows<V>(out, lanes(block))) return {tile, W};
     T* const row = out.data + at.row * out.outer + channel(block) + start * out.inner;
     come(out.data, out, block, start, ahead);
@@ -796,7 +796,7 @@ struct Unit {
 
   // dt = softplus(delta + bias), x = dt u, y = D u where the sum over states starts; with `slope`, also d dt / d delta.
   template <bool kSlope>
-  EAML_NOINLINE void stage_block(int64_t block, int64_t start, int64_t steps, StepTile<S> slope) {
+  EAML_SHARED void stage_block(int64_t block, int64_t start, int64_t steps, StepTile<S> slope) {
     stage_invariant(block);
     streams = 0;
     constexpr int64_t ahead = kSlope ? -kChunk : kChunk;  // backward walks backward
@@ -883,8 +883,8 @@ EAML_INLINE void forward_states(const Segments& segments, Streams coming, Rates<
 
 // Writes a chunk of y, gated, or adds a part's share to it; as halves, which have one part, to `half_row`.
 template <class Z>
-EAML_NOINLINE void write_outputs(const Unit<Z>& unit, int64_t steps, bool first_part, Half half,
-                                 std::uint16_t* half_row, int64_t half_step, Target<vector_t<Z>> to) {
+EAML_SHARED void write_outputs(const Unit<Z>& unit, int64_t steps, bool first_part, Half half, std::uint16_t* half_row,
+                               int64_t half_step, Target<vector_t<Z>> to) {
   using S = real_t<Z>;
   using V = vector_t<Z>;
   const StepTile<S> y = unit.y;
@@ -911,7 +911,7 @@ EAML_NOINLINE void write_outputs(const Unit<Z>& unit, int64_t steps, bool first_
 
 // Advances the states of a part of a block through a chunk.
 template <bool kOutput, bool kLane, class Z>
-EAML_NOINLINE void forward_part(const Unit<Z>& unit, int64_t part, Span<Z> state, int64_t offset) {
+EAML_SHARED void forward_part(const Unit<Z>& unit, int64_t part, Span<Z> state, int64_t offset) {
   constexpr int64_t W = kLanes<Z>;
   for (int64_t n = part_begin(unit.shape, part); n < part_begin(unit.shape, part + 1); n += kStates<Z>)
     forward_states<kOutput, Z, kLane>(unit.segments, unit.streams_from(n), unit.rates(offset + n * W), state.at(n * W),
@@ -919,8 +919,8 @@ EAML_NOINLINE void forward_part(const Unit<Z>& unit, int64_t part, Span<Z> state
 }
 
 template <class Z>
-EAML_NOINLINE void forward_unit(Arena& arena, const Shape& shape, const Source<real_t<Z>>& source,
-                                const Outputs<number_t<Z>>& out, int64_t index) {
+EAML_SHARED void forward_unit(Arena& arena, const Shape& shape, const Source<real_t<Z>>& source,
+                              const Outputs<number_t<Z>>& out, int64_t index) {
   using S = real_t<Z>;
   using V = vector_t<Z>;
   using T = number_t<Z>;
@@ -947,9 +947,12 @@ EAML_NOINLINE void forward_unit(Arena& arena, const Shape& shape, const Source<r
       for (int64_t part = 0; part < shape.parts; ++part) {
         if (part > 0) clear<S>(unit.y, steps * W);
         const bool writes = out.y.data != nullptr;
-        const auto advance_part = unit.lane ? (writes ? forward_part<true, true, Z> : forward_part<false, true, Z>)
-                                            : (writes ? forward_part<true, false, Z> : forward_part<false, false, Z>);
-        advance_part(unit, part, state, block * size);
+        if (unit.lane)
+          writes ? forward_part<true, true>(unit, part, state, block * size)
+                 : forward_part<false, true>(unit, part, state, block * size);
+        else
+          writes ? forward_part<true, false>(unit, part, state, block * size)
+                 : forward_part<false, false>(unit, part, state, block * size);
         if (!writes) continue;
         write_outputs<Z>(unit, steps, part == 0, out.y.half, half_row, out.y.inner, to);
       }
@@ -984,8 +987,8 @@ EAML_INLINE bool one_step(const Shape& shape, const Inputs<T>& in, const Outputs
 // Such a step with lanes for states, and no state transposed. Four channels go side by side; the last may be done
 // twice.
 template <class V, class T = element_t<V>>
-EAML_NOINLINE void step_unit(Arena& arena, const Shape& shape, const Inputs<T>& in, const Outputs<T>& out,
-                             int64_t index) {
+EAML_SHARED void step_unit(Arena& arena, const Shape& shape, const Inputs<T>& in, const Outputs<T>& out,
+                           int64_t index) {
   constexpr int64_t W = Lanes<V>::count;
   constexpr int kChannels = 2 * kVectors;
   const Place at = place<T>(shape, index);
@@ -1152,10 +1155,10 @@ struct SequenceTargets {
 // From the gradients of x and dt, those of u, delta and z, written or, after the first part, added; and the chunk's
 // share of those of D and delta_bias.
 template <class Z>
-EAML_NOINLINE void write_gradients(const Unit<Z>& unit, int64_t block, int64_t steps, bool first_part,
-                                   const ChunkGradients<real_t<Z>>& grad, View<real_t<Z>> gy, StepTile<real_t<Z>> slope,
-                                   StepTile<real_t<Z>> gate, const SequenceTargets<vector_t<Z>>& to, number_t<Z>* sum_D,
-                                   number_t<Z>* sum_bias) {
+EAML_SHARED void write_gradients(const Unit<Z>& unit, int64_t block, int64_t steps, bool first_part,
+                                 const ChunkGradients<real_t<Z>>& grad, View<real_t<Z>> gy, StepTile<real_t<Z>> slope,
+                                 StepTile<real_t<Z>> gate, const SequenceTargets<vector_t<Z>>& to, number_t<Z>* sum_D,
+                                 number_t<Z>* sum_bias) {
   using S = real_t<Z>;
   using V = vector_t<Z>;
   constexpr int64_t W = kLanes<Z>;
@@ -1200,7 +1203,7 @@ constexpr int64_t row_size(bool lane) {
 }
 
 template <bool kGated, bool kLane, class Z>
-EAML_NOINLINE void backward_part(const Unit<Z>& unit, int64_t part, int64_t offset, const PartGradients<Z>& with) {
+EAML_SHARED void backward_part(const Unit<Z>& unit, int64_t part, int64_t offset, const PartGradients<Z>& with) {
   constexpr int64_t W = kLanes<Z>, row = row_size<Z>(kLane);
   const Shape& shape = unit.shape;
   for (int64_t n = part_begin(shape, part); n < part_begin(shape, part + 1); n += kStates<Z>) {
@@ -1217,7 +1220,7 @@ EAML_NOINLINE void backward_part(const Unit<Z>& unit, int64_t part, int64_t offs
 // Stores the sums over lanes of a chunk's terms of B or C, [group of states][step][..], in (state, length) from `to`
 // on.
 template <class Z, bool kLane>
-EAML_NOINLINE void reduce_lanes(number_t<Z>* to, Span<output_t<Z>> sums, const Shape& shape, int64_t steps) {
+EAML_SHARED void reduce_lanes(number_t<Z>* to, Span<output_t<Z>> sums, const Shape& shape, int64_t steps) {
   using V = vector_t<Z>;
   constexpr int64_t row = row_size<Z>(kLane);
   number_t<Z> line[kChunk * kVectors];
@@ -1238,8 +1241,8 @@ EAML_NOINLINE void reduce_lanes(number_t<Z>* to, Span<output_t<Z>> sums, const S
 }
 
 template <class Z>
-EAML_NOINLINE void backward_unit(Arena& arena, const Shape& shape, const Source<real_t<Z>>& source,
-                                 const Gradients<number_t<Z>>& out, int64_t index) {
+EAML_SHARED void backward_unit(Arena& arena, const Shape& shape, const Source<real_t<Z>>& source,
+                               const Gradients<number_t<Z>>& out, int64_t index) {
   using S = real_t<Z>;
   using V = vector_t<Z>;
   using T = number_t<Z>;
@@ -1321,10 +1324,12 @@ EAML_NOINLINE void backward_unit(Arena& arena, const Shape& shape, const Source<
                                     sum_A.at(block * size),
                                     sum_B.at(shape.B_invariant ? block * size : 0),
                                     sum_C.at(shape.C_invariant ? block * size : 0)};
-        const auto back = unit.lane ? (shape.gated ? backward_part<true, true, Z> : backward_part<false, true, Z>)
-                                    : (shape.gated ? backward_part<true, false, Z> : backward_part<false, false, Z>);
-        back(unit, part, block * size, with);
-
+        if (unit.lane)
+          shape.gated ? backward_part<true, true>(unit, part, block * size, with)
+                      : backward_part<false, true>(unit, part, block * size, with);
+        else
+          shape.gated ? backward_part<true, false>(unit, part, block * size, with)
+                      : backward_part<false, false>(unit, part, block * size, with);
         write_gradients<Z>(unit, block, steps, part == 0, grad, gy, slope, gate, to, sum_D + block * W,
                            sum_bias + (part * blocks + block) * W);
       }
@@ -1335,9 +1340,11 @@ EAML_NOINLINE void backward_unit(Arena& arena, const Shape& shape, const Source<
 
     const int64_t unit_row = row * units_per_group<T>(shape) * shape.groups + unit.at.unit;
     const int64_t first = (unit_row * shape.all_states * shape.length + start) * components;
-    const auto reduce = unit.lane ? reduce_lanes<Z, true> : reduce_lanes<Z, false>;
-    if (!shape.B_invariant && out.B) reduce(out.B + first, sum_B, shape, steps);
-    if (!shape.C_invariant && out.C) reduce(out.C + first, sum_C, shape, steps);
+    const auto reduce = [&](T* to, Span<output_t<Z>> sums) {
+      unit.lane ? reduce_lanes<Z, true>(to, sums, shape, steps) : reduce_lanes<Z, false>(to, sums, shape, steps);
+    };
+    if (!shape.B_invariant && out.B) reduce(out.B + first, sum_B);
+    if (!shape.C_invariant && out.C) reduce(out.C + first, sum_C);
   }
 
   for (int64_t block = 0; block < blocks; ++block) {
@@ -1363,8 +1370,8 @@ EAML_NOINLINE void backward_unit(Arena& arena, const Shape& shape, const Source<
 }
 
 template <class Z>
-void run_forward(const Shape& shape, const Source<real_t<Z>>& source, const Outputs<number_t<Z>>& out, int64_t begin,
-                 int64_t end) {
+EAML_SHARED void run_forward(const Shape& shape, const Source<real_t<Z>>& source, const Outputs<number_t<Z>>& out,
+                             int64_t begin, int64_t end) {
   static thread_local Arena arena;
   for (int64_t index = begin; index < end; ++index) {
     arena.reset();
@@ -1379,8 +1386,8 @@ void run_forward(const Shape& shape, const Source<real_t<Z>>& source, const Outp
 }
 
 template <class Z>
-void run_backward(const Shape& shape, const Source<real_t<Z>>& source, const Gradients<number_t<Z>>& out, int64_t begin,
-                  int64_t end) {
+EAML_SHARED void run_backward(const Shape& shape, const Source<real_t<Z>>& source, const Gradients<number_t<Z>>& out,
+                              int64_t begin, int64_t end) {
   static thread_local Arena arena;
   for (int64_t index = begin; index < end; ++index) {
     arena.reset();
@@ -1390,15 +1397,15 @@ void run_backward(const Shape& shape, const Source<real_t<Z>>& source, const Gra
 
 }  // namespace
 
-void forward(const Shape& shape, const Inputs<Number>& in, const Inputs<Number>* tangents, const Outputs<Number>& out,
-             int64_t begin, int64_t end) {
+EAML_ENTRY void forward(const Shape& shape, const Inputs<Number>& in, const Inputs<Number>* tangents,
+                        const Outputs<Number>& out, int64_t begin, int64_t end) {
   if (tangents)
     run_forward<State<Dual<Vector>>>(shape, {in, tangents}, out, begin, end);
   else
     run_forward<State<Vector>>(shape, {in, nullptr}, out, begin, end);
 }
-void backward(const Shape& shape, const Inputs<Number>& in, const Inputs<Number>* tangents,
-              const Gradients<Number>& out, int64_t begin, int64_t end) {
+EAML_ENTRY void backward(const Shape& shape, const Inputs<Number>& in, const Inputs<Number>* tangents,
+                         const Gradients<Number>& out, int64_t begin, int64_t end) {
   if (tangents)
     run_backward<State<Dual<Vector>>>(shape, {in, tangents}, out, begin, end);
   else
