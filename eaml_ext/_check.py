@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import numbers
+import operator
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal, overload
 
 if TYPE_CHECKING:
     import torch
@@ -20,10 +22,11 @@ def tensor(where: str, name: str, value: Any) -> None:
         raise TypeError(f"{where}: {name} must be a dense tensor, got layout {value.layout}")
 
 
-def flag(where: str, name: str, value: Any) -> None:
-    """Raise TypeError unless ``value`` is True or False."""
-    if not isinstance(value, bool):
+def flag(where: str, name: str, value: Any) -> bool:
+    """Return ``value`` as a bool. Raise TypeError unless it is True or False, of Python or of NumPy."""
+    if not (isinstance(value, bool) or (_is_boolean(value) and getattr(value, "shape", None) == ())):
         raise TypeError(f"{where}: {name} must be True or False, got {type(value).__name__}")
+    return bool(value)
 
 
 def shape(where: str, name: str, value: Tensor, wanted: Sequence[int | None], text: str) -> None:
@@ -45,10 +48,51 @@ def device(where: str, name: str, value: Tensor, wanted: torch.device, owner: st
         raise ValueError(f"{where}: {name} is on {value.device}, {owner} is on {wanted}")
 
 
-def positive(where: str, name: str, value: float, *, zero: bool = False, integer: bool = False) -> None:
-    """Raise TypeError or ValueError unless ``value`` is a positive number (``zero`` lets 0 pass, ``integer``: int)."""
-    kind = "an integer" if integer else "a number"
-    if isinstance(value, bool) or not isinstance(value, int if integer else (int, float)):
-        raise TypeError(f"{where}: {name} must be {kind}, got {value!r}")
-    if not (value > 0 or (zero and value == 0)):
-        raise ValueError(f"{where}: {name} must be {'>= 0' if zero else '> 0'}, got {value!r}")
+def integer(where: str, name: str, value: Any, low: int | None = None, high: int | None = None) -> int:
+    """Return ``value`` as an int. Any integral type is accepted: int, NumPy integers, integer tensors of one element.
+
+    Raises TypeError for everything else, booleans included, and ValueError outside [low, high).
+    """
+    try:
+        if _is_boolean(value):
+            raise TypeError
+        number = operator.index(value)
+    except (TypeError, RuntimeError):
+        raise TypeError(f"{where}: {name} must be an integer, got {value!r}") from None
+    if (low is not None and number < low) or (high is not None and number >= high):
+        wanted = f">= {low}" if high is None else f"in [{low}, {high})"
+        raise ValueError(f"{where}: {name} must be {wanted}, got {number}")
+    return number
+
+
+def number(where: str, name: str, value: Any) -> float:
+    """Return ``value`` as a Python number: an int stays an int, every other ``numbers.Real`` becomes a float.
+
+    Raises TypeError for everything else, booleans and strings included.
+    """
+    if _is_boolean(value) or not isinstance(value, numbers.Real):
+        raise TypeError(f"{where}: {name} must be a number, got {value!r}")
+    return int(value) if isinstance(value, numbers.Integral) else float(value)
+
+
+@overload
+def positive(where: str, name: str, value: Any, *, zero: bool = ..., integer: Literal[True]) -> int: ...
+@overload
+def positive(where: str, name: str, value: Any, *, zero: bool = ..., integer: bool = ...) -> float: ...
+def positive(where: str, name: str, value: Any, *, zero: bool = False, integer: bool = False) -> float:
+    """Return ``value`` as a positive Python number (``zero``: 0 is accepted; ``integer``: it must be integral).
+
+    Raises TypeError for another type, ValueError for a negative number, zero or NaN.
+    """
+    result = _integer(where, name, value) if integer else number(where, name, value)
+    if not (result > 0 or (zero and result == 0)):
+        raise ValueError(f"{where}: {name} must be {'>= 0' if zero else '> 0'}, got {result!r}")
+    return result
+
+
+_integer = integer  # the flag of ``positive`` has the same name
+
+
+def _is_boolean(value: Any) -> bool:
+    """True for bool, NumPy booleans and boolean tensors: all of them convert to integers without an error."""
+    return isinstance(value, bool) or str(getattr(value, "dtype", "")) in ("bool", "torch.bool")

@@ -6,6 +6,7 @@ beside it, are flushed to the disk, and take its name in one step. A checksum ov
 
 import contextlib
 import json
+import numbers
 import os
 import signal
 import threading
@@ -13,6 +14,7 @@ import zlib
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, TypeVar
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -30,7 +32,7 @@ def save(
     Args:
         path: the file; its directory must exist, an existing file is replaced.
         tensors: name to tensor, any shape, dtype (as far as safetensors knows it) and device.
-        metadata: anything JSON can hold.
+        metadata: anything JSON can hold; a NumPy scalar is written as a number, true or false.
         kind: what the file holds; ``load(kind=...)`` refuses any other.
 
     Raises:
@@ -64,7 +66,7 @@ def save(
         storages.add(value.untyped_storage().data_ptr())
         ready[name] = value
     try:
-        text = json.dumps({"kind": kind, "metadata": metadata})
+        text = json.dumps({"kind": kind, "metadata": metadata}, default=_number)
     except (TypeError, ValueError) as error:
         raise TypeError(f"checkpoint.save: metadata must be JSON-able ({error})") from None
     folder = os.path.dirname(path)
@@ -136,7 +138,7 @@ def save_state(path: str | os.PathLike[str], state: Any, *, kind: str | None = N
 
     Args:
         path, kind: as in :func:`save`.
-        state: dicts (keys strings or integers), lists and tuples, of tensors and what JSON holds.
+        state: dicts (keys strings or integers), lists and tuples, of tensors, NumPy scalars and what JSON holds.
 
     Raises:
         TypeError, FileNotFoundError: as :func:`save`, or a key is neither string nor integer.
@@ -256,14 +258,27 @@ def _pack(tree: Any, name: str, tensors: dict[str, Tensor]) -> Any:
         tensors[name] = tree
         return {"tensor": name}
     if isinstance(tree, Mapping):
-        for key in tree:
-            if isinstance(key, bool) or not isinstance(key, (str, int)):
-                raise TypeError(f"checkpoint.save_state: keys must be strings or integers, got {key!r} in {name}")
-        return {"dict": [[key, _pack(value, f"{name}/{key}", tensors)] for key, value in tree.items()]}
+        return {"dict": [[_key(key, name), _pack(value, f"{name}/{key}", tensors)] for key, value in tree.items()]}
     if isinstance(tree, (list, tuple)):
         items = [_pack(value, f"{name}/{i}", tensors) for i, value in enumerate(tree)]
         return {"tuple" if isinstance(tree, tuple) else "list": items}
     return tree
+
+
+def _key(key: Any, name: str) -> str | int:
+    """The key of a dict as JSON holds it in a pair."""
+    if isinstance(key, str):
+        return str(key)
+    if isinstance(key, numbers.Integral) and not isinstance(key, bool):
+        return int(key)
+    raise TypeError(f"checkpoint.save_state: keys must be strings or integers, got {key!r} in {name}")
+
+
+def _number(value: Any) -> Any:
+    """A NumPy scalar as Python's, for ``json.dumps``."""
+    if isinstance(value, np.generic):
+        return value.item()
+    raise TypeError(f"Object of type {type(value).__name__} is not JSON serializable")
 
 
 def _unpack(tree: Any, tensors: Mapping[str, Tensor]) -> Any:

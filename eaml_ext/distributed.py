@@ -68,7 +68,8 @@ class Group:
     def share(self, count: int, rank: int | None = None) -> range:
         """Which of ``count`` items belong to a rank (None: this one): consecutive ones, as many as to others or one
         fewer; none for some ranks where there are fewer items than ranks."""
-        rank = self.rank if rank is None else rank
+        count = _check.integer("Group.share", "count", count, 0)
+        rank = self.rank if rank is None else _check.integer("Group.share", "rank", rank, 0, self.size)
         return range(count * rank // self.size, count * (rank + 1) // self.size)
 
     def all_gather(self, tensor: Tensor) -> Tensor:
@@ -82,7 +83,7 @@ class Group:
         """Send ``send[r]`` of the bytes (uint8) to each rank r, one after the other; those received, likewise."""
         mine = bytes_.detach().to(self._device).contiguous()
         out = torch.empty(sum(receive), dtype=torch.uint8, device=self._device)
-        sizes: Any = {"output_split_sizes": list(receive), "input_split_sizes": list(send)}
+        sizes: Any = {"output_split_sizes": [int(n) for n in receive], "input_split_sizes": [int(n) for n in send]}
         self._call("all_to_all", lambda: dist.all_to_all_single(out, mine, **sizes, group=self._group))
         return out.to(bytes_.device)
 
@@ -115,6 +116,7 @@ class Group:
 
     def of_rank(self, rank: int, value: Any) -> Any:
         """The value that ``rank`` has, any object that pickle knows; the other ranks' values are ignored."""
+        rank = _check.integer("Group.of_rank", "rank", rank, 0, self.size)
         message = [value]
         args: Any = {"group_src": rank, "group": self._group, "device": self._device}
         self._call("broadcast_object_list", lambda: dist.broadcast_object_list(message, **args))
@@ -186,7 +188,7 @@ def launched(timeout: float = TIMEOUT, *, alone: bool = False) -> Iterator[Group
     ...     print(group)
     None
     """
-    _check.positive("launched", "timeout", timeout)
+    timeout = _check.positive("launched", "timeout", timeout)
     if math.isinf(timeout):
         raise ValueError(f"launched: timeout must be finite, got {timeout!r}")
     _check.flag("launched", "alone", alone)

@@ -11,6 +11,7 @@ from typing import Any
 from packaging.requirements import Requirement
 
 import eaml_ext
+from eaml_ext import _terminal
 
 INSTALL = f"{shlex.quote(sys.executable)} -m pip install"
 BUILD = f"{INSTALL} --force-reinstall --no-deps --no-cache-dir ."  # run in the source folder
@@ -31,8 +32,8 @@ def report() -> str:
     else:
         lines += kernels()
     lines += ["", "packages"]
-    for r in wanted.get("", []):
-        lines.append(f"  {r.name:<16}{problem(r) or metadata.version(r.name)}")
+    packages = [[f"  {r.name}", problem(r) or metadata.version(r.name)] for r in wanted.get("", [])]
+    lines += _terminal.table(packages, first=18, width=0, align="<", gap=1)
     if not wanted:
         lines.append(f"  unknown: eaml_ext runs from a folder and is not installed; in that folder: {INSTALL} .")
     if unmet:
@@ -70,10 +71,8 @@ def kernels() -> list[str]:
     lines.append(f"CUDA       {info['cuda'] or 'not compiled'}")
     if info["cuda"] is None:
         lines.append(f"  to get it, with nvcc installed, in the source folder: FORCE_CUDA=1 {BUILD}")
-    lines.append(f"  {'op':<24}{'CPU':<12}CUDA")
-    for op in OPS:
-        lines.append(f"  {op:<24}{runs(op, 'CPU'):<12}{runs(op, 'CUDA')}")
-    return lines
+    rows = [["  op", "CPU", "CUDA"], *([f"  {op}", runs(op, "CPU"), runs(op, "CUDA")] for op in OPS)]
+    return [*lines, *_terminal.table(rows, first=26, width=12, align="<")]
 
 
 def runs(op: str, device: str) -> str:

@@ -2,6 +2,7 @@
 
 import os
 import random
+import signal
 import sys
 
 import pytest
@@ -59,6 +60,16 @@ def on_stand_in(request) -> bool:
 @pytest.fixture(scope="session", params=DEVICES)
 def device(request) -> str:
     return request.param
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _interrupts():
+    """SIGINT raises KeyboardInterrupt, also where the suite was started with SIGINT ignored (nohup, background jobs).
+
+    Child processes inherit an ignored signal, so this holds for them too.
+    """
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(autouse=True)

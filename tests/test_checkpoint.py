@@ -2,7 +2,10 @@ import os
 import pickle
 import signal
 import stat
+import subprocess
+import sys
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import save_file
@@ -171,3 +174,39 @@ def test_an_ignored_interrupt_stays_ignored():
         assert not interrupted and signal.getsignal(signal.SIGINT) is signal.SIG_IGN
     finally:
         signal.signal(signal.SIGINT, before)
+
+
+def test_deferred_interrupt_first_signal_is_recorded_second_raises():
+    with pytest.raises(KeyboardInterrupt), checkpoint.deferred_interrupt() as interrupted:
+        signal.raise_signal(signal.SIGINT)
+        assert interrupted == [signal.SIGINT]
+        signal.raise_signal(signal.SIGINT)
+    assert interrupted == [signal.SIGINT] and signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+def test_suite_started_with_sigint_ignored_receives_signals():
+    code = "import signal, sys, pytest; signal.signal(2, signal.SIG_IGN); sys.exit(pytest.main(sys.argv[1:]))"
+    test = test_deferred_interrupt_first_signal_is_recorded_second_raises.__name__
+    command = [sys.executable, "-c", code, "-p", "no:cacheprovider", f"{__file__}::{test}"]
+    child = subprocess.run(command, capture_output=True, text=True)
+    assert child.returncode == 0 and "1 passed" in child.stdout, child.stdout
+
+
+@pytest.mark.parametrize("integer", [np.int64, np.int8, np.uint32])
+def test_save_state_numpy_keys_and_values_come_back_as_pythons(integer, path):
+    state = {integer(3): np.float32(0.5), "flag": np.bool_(True), "list": [integer(7), (np.float64(0.1),)]}
+    checkpoint.save_state(path, {np.str_("inner"): state})
+    (back,) = checkpoint.load_state(path).values()
+    assert back == {3: 0.5, "flag": True, "list": [7, (0.1,)]} and [type(key) for key in back] == [int, str, str]
+    assert type(back[3]) is float and back["flag"] is True and type(back["list"][0]) is int
+
+
+def test_save_numpy_metadata_come_back_as_pythons(path):
+    checkpoint.save(path, {}, {"epoch": np.int64(4), "loss": np.float32(0.25), "best": [np.bool_(False)]})
+    assert checkpoint.load(path)[1] == {"epoch": 4, "loss": 0.25, "best": [False]}
+    for value in (np.complex64(1j), np.datetime64("2020-01-01"), np.zeros(3)):
+        with pytest.raises(TypeError, match=r"^checkpoint.save: metadata must be JSON-able"):
+            checkpoint.save(path, {}, {"a": value})
+    for key in (np.float32(1), np.bool_(True)):
+        with pytest.raises(TypeError, match=r"^checkpoint.save_state: keys must be strings or integers, got np\."):
+            checkpoint.save_state(path, {key: 1})

@@ -4,6 +4,7 @@ import os
 import time
 from datetime import timedelta
 
+import numpy as np
 import pytest
 import ranks
 import torch
@@ -94,6 +95,21 @@ def test_shares_are_consecutive_and_complete():
                 shares = [group.share(count, rank) for rank in range(size)]
                 assert [i for share in shares for i in share] == list(range(count))
                 assert max(map(len, shares)) - min(map(len, shares)) <= 1
+
+
+def test_group_numpy_integers_count_as_ints():
+    with launched(np.float32(30), alone=True) as group:
+        assert group.of_rank(np.int64(0), "value") == "value" and group.any(np.bool_(True))
+        group.size = 3
+        share = group.share(np.uint8(200), np.int64(1))  # in uint8 the products would overflow
+        assert share == range(66, 133) and type(share.stop) is int
+        for rank in (-1, 3, 1.0):
+            with pytest.raises((TypeError, ValueError), match=r"^Group.share: rank must be "):
+                group.share(5, rank)
+        with pytest.raises(ValueError, match=r"^Group.share: count must be >= 0, got -1$"):
+            group.share(-1)
+        with pytest.raises(ValueError, match=r"^Group.of_rank: rank must be in \[0, 3\), got 3$"):
+            group.of_rank(3, None)
 
 
 def test_refusals(monkeypatch):

@@ -1,6 +1,9 @@
 """Rooms import downwards only, and importing the package costs nothing."""
 
 import ast
+import itertools
+import re
+import runpy
 import subprocess
 import sys
 from pathlib import Path
@@ -23,7 +26,7 @@ FLOORS = [
     {"ops"},
     {"_C"},
 ]
-LEAVES = {"distributed", "checkpoint", "_check"}
+LEAVES = {"distributed", "checkpoint", "_check", "_random", "_terminal"}
 FLOOR = {room: i for i, floor in enumerate(FLOORS) for room in floor}
 
 
@@ -58,6 +61,42 @@ def test_imports_run_downwards(path):
         assert room not in LEAVES, f"{room} is a leaf but imports {other}"
         assert other in FLOOR and room in FLOOR, f"{room} -> {other}: give both a floor"
         assert FLOOR[room] < FLOOR[other], f"{room} imports {other}, which does not stand below it"
+
+
+def third_party(path: Path) -> dict[bool, set[str]]:
+    """Packages that a file imports: on import of the file (True), or inside a function or for type checkers (False)."""
+    found: dict[bool, set[str]] = {True: set(), False: set()}
+
+    def visit(node: ast.AST, at_import: bool) -> None:
+        if isinstance(node, ast.Import):
+            found[at_import] |= {alias.name.split(".")[0] for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            found[at_import].add(str(node.module).split(".")[0])
+        lazy = isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda)
+        lazy |= isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test)
+        for child in ast.iter_child_nodes(node):
+            visit(child, at_import and not lazy)
+
+    visit(ast.parse(path.read_text(encoding="utf-8")), True)
+    ours = {*sys.stdlib_module_names, "eaml_ext", "__future__", "tomllib"}
+    return {at_import: names - ours for at_import, names in found.items()}
+
+
+def test_third_party_imports_are_dependencies_or_lazy_extras():
+    pyproject = runpy.run_path(str(ROOT.parent / "tests" / "release_check.py"), run_name="release_check")["pyproject"]
+    project = pyproject()["project"]
+    always, extras = (
+        {re.split(r"\W", requirement)[0] for requirement in requirements}
+        for requirements in (project["dependencies"], itertools.chain(*project["optional-dependencies"].values()))
+    )
+    used: set[str] = set()
+    for path in ROOT.rglob("*.py"):
+        names = third_party(path)
+        allowed = always | {path.stem} if path.parent.name == "integrations" else always
+        assert names[True] <= allowed, f"{path.name} imports {names[True] - allowed}"
+        assert names[False] <= always | extras, f"{path.name} imports {names[False] - always - extras}"
+        used |= names[True] | names[False]
+    assert always <= used and {"matplotlib", "tqdm"} <= used
 
 
 def python(code: str) -> str:

@@ -3,6 +3,7 @@
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 import torch
 from packaging.requirements import Requirement
@@ -34,6 +35,16 @@ def test_report_names_versions_and_the_command_for_what_is_missing(wants, capsys
     assert f"  to get it: {info.INSTALL} 'nor-this-one[a,b]'" in lines
     assert f"  to get it: {info.INSTALL} 'numpy>=999'" in lines
     assert sum("to get it: " in line and "FORCE_CUDA" not in line for line in lines) == 2
+
+
+def test_report_long_package_name_does_not_run_into_its_version(wants):
+    long = "a-package-whose-name-is-longer-than-its-column"
+    wants("numpy", long)
+    lines = info.report().splitlines()
+    (of_long,) = [line for line in lines if line.startswith(f"  {long}")]
+    (of_numpy,) = [line for line in lines if line.startswith("  numpy ")]
+    assert of_long == f"  {long} missing" and of_numpy.split() == ["numpy", np.__version__]
+    assert of_numpy.index(np.__version__) == of_long.index("missing")
 
 
 def test_report_says_what_was_compiled(reference_only):

@@ -1,4 +1,4 @@
-"""Both ops in the workers of a DataLoader, forked from a process that has used them with several threads, or spawned.
+"""Ops and draws in the workers of a DataLoader, forked from a process that has used several threads, or spawned.
 
 A plain fork is another matter: after a parallel region, GNU's OpenMP waits in the child for threads that are not there,
 in torch's own products as in ours. DataLoader workers are safe because torch gives them one thread.
@@ -7,11 +7,14 @@ in torch's own products as in ours. DataLoader workers are safe because torch gi
 import os
 import subprocess
 import sys
+import tempfile
+from itertools import combinations
 
 import pytest
 import torch
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, get_worker_info
 
+from eaml_ext.experience import ExperienceBuffer, retrieval
 from eaml_ext.ops import PackedKeys, knn, selective_scan
 
 ENV = {**os.environ, "PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
@@ -19,6 +22,14 @@ ENV = {**os.environ, "PYTHONPATH": os.pathsep.join(path for path in sys.path if 
 
 class Answers(Dataset):
     """What the ops answer: the same, wherever they are asked."""
+
+    def __init__(self, folder):
+        self.keys = torch.randn(40, 8, generator=torch.Generator().manual_seed(0)).repeat_interleave(50, 0)
+        self.memory = ExperienceBuffer(2000, seed=0, age_half_life=1000)
+        self.disk = ExperienceBuffer(2000, seed=0, directory=folder)
+        self.uniform, self.hierarchical = retrieval.uniform(8, targets="state"), retrieval.hierarchical(10, probes=2)
+        for buffer in (self.memory, self.disk):
+            buffer.add(state=torch.arange(2000.0).unsqueeze(1), context_embedding=self.keys)
 
     def __len__(self):
         return 4
@@ -35,23 +46,62 @@ class Answers(Dataset):
             "packed": memory.search(keys[:40], 8).values,
             "scan": selective_scan(u, u.abs(), A, B, B),
             "grad": torch.autograd.grad(selective_scan(u, u.abs(), A.requires_grad_(), B, B).square().sum(), A)[0],
+            "hierarchical": self.hierarchical.search(self.memory, self.keys[index]).indices,
         }
+
+
+class Draws(Answers):
+    """What buffers draw: another thing at each call."""
+
+    def __getitem__(self, index):
+        draws = {
+            "uniform": self.uniform(self.memory, {})["states"],
+            "get_batch": self.memory.get_batch(8).indices,
+            "weighted": self.memory.get_batch(8, weighted=True).indices,
+            "disk": self.disk.get_batch(8).state,
+        }
+        return {"answers": super().__getitem__(index), "draws": draws, "worker": get_worker_info().id}
+
+
+def draws_of(loader, answers):
+    """What one epoch draws, item by item; its answers are those of the parent."""
+    draws = []
+    for index, item in enumerate(loader):
+        assert item["worker"] == index % 2
+        assert all(torch.equal(item["answers"][name], own) for name, own in answers[index].items())
+        draws.append(item["draws"])
+    return draws
+
+
+def same(a, b):
+    return all(torch.equal(x[name], y[name]) for x, y in zip(a, b, strict=True) for name in x)
 
 
 def main():
     torch.set_num_threads(4)
-    answers = Answers()
-    wanted = [answers[i] for i in range(len(answers))]
-    for context, workers in (("fork", 2), ("spawn", 1)):  # to spawn one takes seconds
-        loader = DataLoader(answers, batch_size=None, num_workers=workers, multiprocessing_context=context)
-        for got, own in zip(loader, wanted, strict=True):
-            assert all(torch.equal(got[name], own[name]) for name in own), context
-        answers[0]  # and the parent goes on
+    draws = Draws(tempfile.mkdtemp())
+    answers = [Answers.__getitem__(draws, i) for i in range(len(draws))]
+
+    def epochs(context, count, **options):
+        generator = torch.Generator().manual_seed(5)
+        options |= {"batch_size": None, "num_workers": 2, "multiprocessing_context": context}
+        loader = DataLoader(draws, generator=generator, **options)
+        return [draws_of(loader, answers) for _ in range(count)]
+
+    forked = epochs("fork", 2)
+    for one, other in combinations([item for epoch in forked for item in epoch], 2):  # two workers, two epochs
+        for name in one:
+            assert not torch.equal(one[name], other[name]), name
+    draws.memory.get_batch(3)  # and the parent goes on
+    assert all(same(a, b) for a, b in zip(forked, epochs("fork", 2), strict=True)), "the seed repeats the draws"
+    first, second = epochs("fork", 2, persistent_workers=True)
+    assert same(first, forked[0]) and not same(second, first)
+    assert same(*epochs("spawn", 1), forked[0]), "spawned workers draw what forked ones draw"  # this takes seconds
     print("alike")
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="elsewhere fork is missing, or unsafe beside threads")
-def test_workers_answer_as_their_parent():
+def test_workers_answer_as_their_parent_and_draw_by_their_seeds():
     child = subprocess.run([sys.executable, __file__], capture_output=True, text=True, timeout=120, env=ENV)
     assert child.returncode == 0 and child.stdout == "alike\n", child.stderr
 

@@ -120,7 +120,7 @@ def errors(
         batch = {"states": support_x, "targets": support_y, "number": torch.arange(count)}
         params, out = None, {}
         for call in range(1, CALLS + 1):
-            params, _ = adapter.adapt_many(F.mse_loss, batch, params)
+            params, _ = adapter.adapt_many(F.mse_loss, batch, params, per_user=["number"])
             out[f"{call * STEPS_A_CALL} steps, weight {weight:g}"] = error(params)
         return out
 

@@ -5,11 +5,11 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call, vmap
 from torch.utils._pytree import tree_leaves, tree_map
 
 from eaml_ext import _check
@@ -18,8 +18,17 @@ from eaml_ext.adaptation.config import AdaptationConfig
 from eaml_ext.adaptation.objective import LossFn
 from eaml_ext.adaptation.selection import ParameterFilter, select
 from eaml_ext.experience import ExperienceBuffer, retrieval
+from eaml_ext.meta._batching import Batching, Map
+from eaml_ext.meta._optimizer import make_optimizer
+from eaml_ext.meta.functional import (
+    check_buffers_constant,
+    check_model,
+    detached_copy,
+    functional_call,
+    outside_inference_mode,
+)
 
-_PER_USER = ("states", "targets", "hidden_state", "rows")
+_PER_USER = ("states", "targets", "hidden_state", "mask", "context_embedding", "task")
 
 
 class Adapter:
@@ -44,8 +53,9 @@ class Adapter:
     can neither repeat inside a call nor freeze a stream that has really changed.
 
     The model's mode (train or eval) is never changed; parameters that do not require a gradient, or are not selected,
-    are never touched, nor is any ``.grad``. The model must not be replaced or moved to another device afterwards; when
-    you change its parameters yourself, call :meth:`snapshot`, then :meth:`reset`.
+    are never touched, nor is any ``.grad``. A parameter may be frozen, and unfrozen again, at any time; one that is
+    unfrozen or replaced for the first time after construction needs a new Adapter. The model must not be moved to
+    another device afterwards; when you change its parameters yourself, call :meth:`snapshot`, then :meth:`reset`.
 
     Args:
         model: called as ``model(states)`` or ``model(states, hidden_state)``; returns one tensor.
@@ -61,16 +71,16 @@ class Adapter:
             ``head.bias``), a compiled pattern that is searched in the name, or ``(name, parameter) -> bool``;
             :func:`norm_parameters` and :func:`output_parameters` name the usual choices. Default: all that require a
             gradient.
-        optimizer: a ``torch.optim`` class or any factory called as ``optimizer(params, lr=lr)``, kept across calls.
-            Default: plain gradient descent, without state.
+        optimizer: a ``torch.optim`` class or any factory called as ``optimizer(params, lr=lr)``, kept across calls; it
+            must step without a closure. Default: plain gradient descent, without state.
 
     Attributes:
         last_steps: how many gradient steps the last call made.
         rollbacks: how many calls ended in a rollback since the last reset.
 
     Raises:
-        TypeError, ValueError: an argument is of the wrong kind, a parameter is not finite, or ``parameters`` selects
-            none.
+        TypeError, ValueError: an argument is of the wrong kind, the model was made inside ``torch.inference_mode``, a
+            parameter is not finite, ``parameters`` selects none, or the optimizer needs a closure (LBFGS, SAM).
 
     Source: test-time training with the guards of the trust-region and weight-averaging literature; entropy
     minimisation after Wang et al., "Tent", 2021.
@@ -85,6 +95,7 @@ class Adapter:
     (True, 5)
     """
 
+    @outside_inference_mode()
     def __init__(
         self,
         model: nn.Module,
@@ -97,15 +108,14 @@ class Adapter:
         optimizer: Callable[..., torch.optim.Optimizer] | None = None,
     ):
         where = "Adapter"
-        if not isinstance(model, nn.Module):
-            raise TypeError(f"{where}: model must be a torch.nn.Module, got {type(model).__name__}")
+        check_model(where, model)
         cfg = AdaptationConfig() if cfg is None else cfg
         if not isinstance(cfg, AdaptationConfig):
             raise TypeError(f"{where}: cfg must be an AdaptationConfig, got {type(cfg).__name__}")
         if experience_buffer is not None and not isinstance(experience_buffer, ExperienceBuffer):
             kind = type(experience_buffer).__name__
             raise TypeError(f"{where}: experience_buffer must be an ExperienceBuffer, got {kind}")
-        _check.positive(where, "experience_weight", experience_weight, zero=True)
+        experience_weight = _check.positive(where, "experience_weight", experience_weight, zero=True)
         if math.isinf(experience_weight):
             raise ValueError(f"{where}: experience_weight must be finite, got {experience_weight!r}")
         for name, value in (("retriever", retriever), ("optimizer", optimizer)):
@@ -123,9 +133,12 @@ class Adapter:
         self.last_steps = 0
         self.rollbacks = 0
         self._retriever = _retrieve if retriever is None else retriever
+        self._choice = parameters
+        self._known = [p for p in model.parameters() if p.requires_grad]
         self._names = list(selected)
         self._params: list[Tensor] = list(selected.values())
-        self._optimizer = None if optimizer is None else optimizer(self._params, lr=cfg.lr)
+        self._optimizer = None if optimizer is None else make_optimizer(where, optimizer, self._params, cfg.lr)
+        self._users, self._items = Batching(where, "user"), Batching(where, "experience item")
         self._statistics = guards.LossStatistics(cfg.ema_decay or 0.0)
         self._buffers = [(m, name) for m in model.modules() for name, b in m._buffers.items() if b is not None]
         # Parameters as one vector each: a guard is then a few operations, not a few per parameter.
@@ -135,8 +148,14 @@ class Adapter:
         self._anchor, self._average = self._theta.clone(), self._theta.clone()
         self.snapshot()
 
+    def __deepcopy__(self, memo: dict[int, Any]) -> Adapter:
+        memo[id(self)] = copied = object.__new__(type(self))
+        vars(copied).update(detached_copy(vars(self), memo))
+        return copied
+
     # ------------------------------------------------------------------------------------------------ one model
 
+    @outside_inference_mode()
     def adapt(self, loss_fn: LossFn, batch_dict: Mapping[str, Any]) -> float:
         """Up to ``max_steps_per_call`` gradient steps; returns the total loss at the last step, before it was made.
 
@@ -152,10 +171,12 @@ class Adapter:
             The total loss; the offending value (perhaps NaN) when the call ended in a rollback.
 
         Raises:
-            TypeError, ValueError: the batch is empty or does not fit together, or loss_fn returns something else than
-                a scalar that depends on the adapted parameters; no parameter has been modified then.
+            TypeError, ValueError: the batch is empty or does not fit together, loss_fn returns something else than a
+                scalar that depends on the adapted parameters, or a parameter was unfrozen or replaced since the Adapter
+                was made; no parameter has been modified then.
         """
         where = "Adapter.adapt"
+        self._check_parameters(where)
         batch = objective.check_batch(where, loss_fn, batch_dict, self._params[0], 1)
         return self._adapt(where, self.model, loss_fn, batch, self._experience(where, batch_dict))
 
@@ -199,30 +220,39 @@ class Adapter:
     def _stream(
         self, where: str, loss_fn: LossFn, batches: Iterable[Mapping[str, Any]]
     ) -> Iterator[tuple[Tensor, float]]:
-        recurrent = hasattr(self.model, "scan") and hasattr(self.model, "step")
         hidden, rows = None, 0
         for given in batches:
-            batch = objective.check_batch(where, loss_fn, given, self._params[0], 1)
-            experience = self._experience(where, given)
+            prediction, value, hidden, rows = self._stream_step(where, loss_fn, given, hidden, rows)
+            yield prediction, value
+
+    @outside_inference_mode()
+    def _stream_step(
+        self, where: str, loss_fn: LossFn, given: Mapping[str, Any], hidden: Any, rows: int
+    ) -> tuple[Tensor, float, Any, int]:
+        """One batch of a stream: its prediction and total, the hidden state after it and how many rows that has."""
+        self._check_parameters(where)
+        recurrent = hasattr(self.model, "scan") and hasattr(self.model, "step")
+        batch = objective.check_batch(where, loss_fn, given, self._params[0], 1)
+        experience = self._experience(where, given)
+        if recurrent:
+            if "hidden_state" in given or rows != len(batch["states"]):
+                hidden, rows = batch.get("hidden_state"), len(batch["states"])
+            batch["hidden_state"] = hidden
+        first: list[Any] = []
+
+        def call(x: Tensor, state: Any = None) -> Any:
             if recurrent:
-                if "hidden_state" in given or rows != len(batch["states"]):
-                    hidden, rows = batch.get("hidden_state"), len(batch["states"])
-                batch["hidden_state"] = hidden
-            first: list[Any] = []
+                y, state = (self.model.scan if x.dim() == 3 else self.model.step)(x, state)  # type: ignore[operator]
+            else:
+                y = self.model(x) if state is None else self.model(x, state)
+            if not first:
+                first.extend((y, state))
+            return y
 
-            def call(x: Tensor, state: Any = None, first: list[Any] = first) -> Any:
-                if recurrent:
-                    y, state = (self.model.scan if x.dim() == 3 else self.model.step)(x, state)  # type: ignore[operator]
-                else:
-                    y = self.model(x) if state is None else self.model(x, state)
-                if not first:
-                    first.extend((y, state))
-                return y
-
-            value = self._adapt(where, call, loss_fn, batch, experience)
-            if recurrent and all(bool(torch.isfinite(leaf).all()) for leaf in tree_leaves(first[1])):
-                hidden = tree_map(Tensor.detach, first[1])
-            yield first[0].detach(), value
+        value = self._adapt(where, call, loss_fn, batch, experience)
+        if recurrent and all(bool(torch.isfinite(leaf).all()) for leaf in tree_leaves(first[1])):
+            hidden = tree_map(Tensor.detach, first[1])
+        return first[0].detach(), value, hidden, rows
 
     def _adapt(self, where: str, call: Any, loss_fn: LossFn, batch: Any, experience: Any) -> float:
         buffers = self._copy_buffers()
@@ -275,7 +305,7 @@ class Adapter:
         else:
             kept = [p.grad for p in self._params]
             for p, grad in zip(self._params, grads, strict=True):
-                p.grad = grad * scale
+                p.grad = grad * scale if p.requires_grad else None
             try:
                 self._optimizer.step()
             finally:
@@ -294,34 +324,43 @@ class Adapter:
 
     # ------------------------------------------------------------------------------------------- many users at once
 
+    @outside_inference_mode()
     def adapt_many(
         self,
         loss_fn: LossFn,
         batch_dict: Mapping[str, Any],
         params: Mapping[str, Tensor] | None = None,
         history: guards.UserHistory | None = None,
+        *,
+        per_user: Sequence[str] = (),
     ) -> tuple[dict[str, Tensor], Tensor]:
         """Adapt a batch of independent users at once, each a copy of the model; the model itself does not change.
 
         Every user takes ``max_steps_per_call`` plain gradient steps with a clip and a trust region of its own. With
         ``history`` each has an average and loss statistics of its own too, and so exactly what an Adapter of its own
         would do in :meth:`adapt`. Without one there is no spike rule, and a user whose loss, gradient or parameters
-        are not finite returns to the parameters it began the call with and stays there until the next. Layers that
-        update buffers in training mode (batch norm) cannot be vmapped: put such a model in eval mode.
+        are not finite returns to the parameters it began the call with and stays there until the next. All users share
+        the model's buffers, so batch norm must be in eval mode. Where ``torch.func.vmap`` cannot run the model or the
+        loss, users run one at a time, after one RuntimeWarning.
 
         Args:
             loss_fn: as in :meth:`adapt`, for one user; runs under ``torch.func.vmap``.
-            batch_dict: as in :meth:`adapt`, every tensor with one more leading dimension, ``users``. With ``mask``, all
-                users must have equally many True. Retrieval is by user, and must find equally many for all of them.
+            batch_dict: as in :meth:`adapt`. ``states``, ``targets``, ``hidden_state``, ``mask`` and
+                ``context_embedding`` have one more leading dimension, ``users``; ``task`` is one id for all users, or a
+                tensor or list of ``users`` entries. The retriever gets each user's part of these, and every other
+                entry whole, whatever its shape. With ``mask``, all users must have equally many True. Retrieval is by
+                user, and must find equally many for all of them.
             params: what an earlier call returned, to go on from there; default: every user starts at the model.
             history: from :meth:`history`, the same object in every call; it is brought up to date in place.
+            per_user: names of further entries whose tensors have the leading dimension ``users``, for the retriever.
 
         Returns:
             ``(params, losses)``: name to ``(users, *shape)`` for the adapted parameters, to be used with
-            ``torch.func.functional_call``, and ``(users,)``, each user's total at its last step.
+            :func:`eaml_ext.meta.functional.functional_call`, and ``(users,)``, each user's total at its last step.
 
         Raises:
-            TypeError, ValueError: as in :meth:`adapt`; ``params`` or ``history`` do not fit; this adapter has an
+            TypeError, ValueError: as in :meth:`adapt`; ``params`` or ``history`` do not fit, an entry of each user has
+                another leading dimension, the model has batch norm in training mode, or this adapter has an
                 ``optimizer``, whose state would have to be one per user.
 
         >>> import torch
@@ -338,6 +377,8 @@ class Adapter:
         where = "Adapter.adapt_many"
         if self._optimizer is not None:
             raise ValueError(f"{where}: takes plain gradient steps, but this adapter has an optimizer")
+        self._check_parameters(where)
+        check_buffers_constant(where, self.model)
         batch = objective.check_batch(where, loss_fn, batch_dict, self._params[0], 2)
         users = len(batch["states"])
         anchor = self._stacked(where, params, users)
@@ -349,9 +390,10 @@ class Adapter:
             if history.average is not None and history.average.shape != anchor.shape:
                 got, wanted = history.average.shape[1], anchor.shape[1]
                 raise ValueError(f"{where}: history is of {got} numbers per user, the adapted parameters are {wanted}")
-        experience = self._experience_of_users(where, batch_dict, users)
+        experience = self._experience_of_users(where, batch_dict, users, per_user)
         depth = batch.get("mask_dims")
-        data: dict[str, Any] = {name: batch[name] for name in _PER_USER if name in batch}
+        data: dict[str, Any] = {n: batch[n] for n in ("states", "targets", "hidden_state", "rows") if n in batch}
+        in_dims = tree_map(lambda leaf: 0 if isinstance(leaf, Tensor) else None, (anchor, data, experience))
 
         def losses_of(theta: Tensor, data: dict[str, Any], experience: Any) -> tuple[Tensor, Tensor]:
             parts = guards.unflatten(theta, self._params)
@@ -362,7 +404,14 @@ class Adapter:
 
             return self._losses(where, call, loss_fn, {**data, "mask_dims": depth}, experience)
 
-        run = vmap(losses_of, in_dims=(0, 0, None if experience is None else 0), randomness="different")
+        def evaluate(batch: Map, theta: Tensor) -> tuple[Tensor, Tensor]:
+            leaf = theta.detach().requires_grad_()
+            total, goal = batch(losses_of, in_dims)(leaf, data, experience)
+            # Users share nothing that is asked for: the gradient of the sum holds each one's own.
+            (g,) = objective.gradients(where, goal.sum(), [leaf])
+            return total.detach(), g
+
+        moving = torch.cat([torch.full((p.numel(),), p.requires_grad) for p in self._params]).to(anchor.device)
         norm = guards.norm(anchor)
         eps, clip = self.cfg.trust_region_eps or math.inf, self.cfg.grad_clip_norm or math.inf
         radius = eps * torch.where(norm > 0, norm, 1.0)
@@ -371,12 +420,10 @@ class Adapter:
         theta = anchor
         for step in range(self.cfg.max_steps_per_call):
             with torch.enable_grad():
-                leaf = theta.detach().requires_grad_()
-                total, goal = run(leaf, data, experience)
-                # Users share nothing that is asked for: the gradient of the sum holds each one's own.
-                (g,) = objective.gradients(where, goal.sum(), [leaf])
+                total, g = self._users.run(partial(evaluate, theta=theta), anchor.device)
             with torch.no_grad():
-                values = torch.where(alive, total.detach(), values)
+                g = torch.where(moving, g, 0.0)
+                values = torch.where(alive, total, values)
                 before, alive = alive, alive & torch.isfinite(total)
                 if history is not None:
                     alive = history.observe(theta, values, alive, first=step == 0)
@@ -387,7 +434,7 @@ class Adapter:
                 stepped = anchor + (radius / distance).clamp(max=1).unsqueeze(1) * moved
                 failed = before & ~alive
                 refuge = anchor if history is None or history.average is None else history.average
-                theta = torch.where(failed.unsqueeze(1), refuge, theta)
+                theta = torch.where(failed.unsqueeze(1) & moving, refuge, theta)
                 theta = torch.where(alive.unsqueeze(1), stepped, theta)
                 if history is not None:
                     history.count(alive, failed, first=step == 0)
@@ -400,7 +447,7 @@ class Adapter:
         Its attributes ``rollbacks`` and ``last_steps``, lists of one integer per user, are as those of an Adapter;
         ``average`` ``(users, parameters)`` holds the averaged parameters, and :meth:`ema_params` names them.
         """
-        _check.positive("Adapter.history", "users", users, integer=True)
+        users = _check.positive("Adapter.history", "users", users, integer=True)
         return guards.UserHistory(users, self.cfg.ema_decay or 0.0)
 
     def ema_params(self, history: guards.UserHistory) -> dict[str, Tensor]:
@@ -434,18 +481,24 @@ class Adapter:
 
     def _losses(self, where: str, call: Any, loss_fn: LossFn, batch: Any, experience: Any) -> tuple[Tensor, Tensor]:
         weights = self.experience_weight, self.cfg.entropy_weight or 0.0
-        return objective.losses(where, call, loss_fn, batch, experience, *weights)
+        return objective.losses(where, call, loss_fn, batch, experience, *weights, self._items)
+
+    @property
+    def _uses_experience(self) -> bool:
+        return bool(self.experience_weight) and (self.experience_buffer is not None or self._retriever is not _retrieve)
 
     def _experience(self, where: str, batch: Mapping[str, Any]) -> dict[str, Tensor] | None:
-        if not self.experience_weight or (self.experience_buffer is None and self._retriever is _retrieve):
+        if not self._uses_experience:
             return None
         found = self._retriever(self.experience_buffer, batch)  # type: ignore[arg-type]
         return objective.check_experience(where, found, self._params[0])
 
-    def _experience_of_users(self, where: str, batch: Mapping[str, Any], users: int) -> dict[str, Tensor] | None:
-        found = []
-        for i in range(users):
-            found.append(self._experience(where, _of_user(batch, i, users)))
+    def _experience_of_users(
+        self, where: str, batch: Mapping[str, Any], users: int, per_user: Sequence[str]
+    ) -> dict[str, Tensor] | None:
+        if not self._uses_experience:
+            return None
+        found = [self._experience(where, part) for part in _by_user(where, batch, users, per_user)]
         kept = [f for f in found if f is not None]
         if not kept:
             return None
@@ -455,21 +508,25 @@ class Adapter:
 
     # ------------------------------------------------------------------------------------------------ parameters
 
+    @outside_inference_mode()
     def ema_model(self) -> nn.Module:
         """A copy of the model with the averaged parameters: steadier than the model itself on a noisy stream."""
-        model = copy.deepcopy(self.model)
+        model = detached_copy(self.model)
         chosen = dict(model.named_parameters())
         with torch.no_grad():
             for name, value in self._named(self._average).items():
-                chosen[name].copy_(value)
+                if chosen[name].requires_grad:
+                    chosen[name].copy_(value)
         return model
 
+    @outside_inference_mode()
     def snapshot(self) -> None:
         """Remember the adapted parameters and the model's buffers as they are, for :meth:`reset`; done on creation."""
         with torch.no_grad():
             self._home = self._vector()
         self._home_buffers = self._copy_buffers()
 
+    @outside_inference_mode()
     def reset(self) -> None:
         """Return to the snapshot; average, statistics, counters and optimiser start anew from there."""
         with torch.no_grad():
@@ -478,6 +535,18 @@ class Adapter:
             self._average.copy_(self._home)
         self._statistics = guards.LossStatistics(self.cfg.ema_decay or 0.0)
         self.last_steps = self.rollbacks = 0
+
+    def _check_parameters(self, where: str) -> None:
+        """Raise ValueError unless the selected parameters are those of the beginning, some of them frozen perhaps."""
+        present, known = set(map(id, self.model.parameters())), set(map(id, self._known))
+        changed = [n for n, p in zip(self._names, self._params, strict=True) if id(p) not in present]
+        if any(p.requires_grad and id(p) not in known for p in self.model.parameters()):
+            changed += [name for name, p in select(self.model, self._choice).items() if id(p) not in known]
+        if changed:
+            text = f"{changed[0]} was unfrozen or replaced after this Adapter was made: make a new Adapter"
+            raise ValueError(f"{where}: {text}")
+        if not any(p.requires_grad for p in self._params):
+            raise ValueError(f"{where}: all adapted parameters are frozen, {', '.join(self._names)}")
 
     def _vector(self, out: Tensor | None = None) -> Tensor:
         return torch.cat([p.reshape(-1) for p in self._params], out=out)
@@ -490,8 +559,11 @@ class Adapter:
         return dict(zip(self._names, guards.unflatten(vector, self._params), strict=True))
 
     def _put(self, values: Tensor) -> None:
+        """Set the parameters that are not frozen."""
         self._theta.copy_(values)
-        torch._foreach_copy_(self._params, self._views)
+        for p, view in zip(self._params, self._views, strict=True):
+            if p.requires_grad:
+                p.copy_(view)
         if self._optimizer is not None:
             self._optimizer.state.clear()  # its moments may hold what the rollback is about
 
@@ -514,6 +586,7 @@ class Adapter:
             "optimizer": None if self._optimizer is None else copy.deepcopy(self._optimizer.state_dict()),
         }
 
+    @outside_inference_mode()
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Take over what :meth:`state_dict` returned; the model's own state is loaded separately.
 
@@ -553,9 +626,24 @@ def _retrieve(buffer: ExperienceBuffer, batch: Mapping[str, Any]) -> dict[str, T
     return make(len(batch["states"]))(buffer, batch)
 
 
-def _of_user(batch: Mapping[str, Any], index: int, users: int) -> dict[str, Any]:
-    def own(value: Any) -> Any:
-        return value[index] if isinstance(value, Tensor) and value.shape[:1] == (users,) else value
-
-    part: dict[str, Any] = tree_map(own, dict(batch))
-    return part
+def _by_user(where: str, batch: Mapping[str, Any], users: int, per_user: Sequence[str]) -> list[dict[str, Any]]:
+    """Each user's part of the entries that are one per user, with all other entries whole."""
+    for name in per_user:
+        if name not in batch:
+            raise ValueError(f"{where}: per_user has {name}, batch_dict has only {', '.join(map(str, batch))}")
+    own = {name: batch[name] for name in (*_PER_USER, *per_user) if batch.get(name) is not None}
+    task = own.get("task")
+    if isinstance(task, (list, tuple)):
+        own["task"] = task = torch.as_tensor(task)
+    if not isinstance(task, Tensor) or not task.dim():
+        own.pop("task", None)
+    for name, value in own.items():
+        for leaf in tree_leaves(value):
+            if isinstance(leaf, Tensor) and leaf.shape[:1] != (users,):
+                raise ValueError(
+                    f"{where}: {name} must have shape (users, ...), users = {users}, got {tuple(leaf.shape)}"
+                )
+    return [
+        {**batch, **tree_map(lambda leaf: leaf[i] if isinstance(leaf, Tensor) else leaf, own)}  # noqa: B023
+        for i in range(users)
+    ]

@@ -52,12 +52,13 @@ class AdaptationConfig:
             value = getattr(self, name)
             if value is None and name != "lr":
                 continue
-            if isinstance(value, bool) or not isinstance(value, (int, float)):
-                raise TypeError(f"AdaptationConfig: {name} must be a number, got {value!r}")
+            value = _check.number("AdaptationConfig", name, value)
             if name == "lr" and not 0 < value < math.inf:
                 raise ValueError(f"AdaptationConfig: lr must be > 0 and finite, got {value!r}")
             if name == "ema_decay" and not 0 <= value < 1:
                 raise ValueError(f"AdaptationConfig: ema_decay must be >= 0 and < 1, got {value!r}")
             if not 0 <= value < math.inf:
                 raise ValueError(f"AdaptationConfig: {name} must be >= 0 and finite, got {value!r}")
-        _check.positive("AdaptationConfig", "max_steps_per_call", self.max_steps_per_call, integer=True)
+            object.__setattr__(self, name, value)
+        steps = _check.positive("AdaptationConfig", "max_steps_per_call", self.max_steps_per_call, integer=True)
+        object.__setattr__(self, "max_steps_per_call", steps)

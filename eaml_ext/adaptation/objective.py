@@ -6,10 +6,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.func import vmap
-from torch.utils._pytree import tree_map
+from torch.utils._pytree import tree_leaves, tree_map
 
 from eaml_ext import _check
+from eaml_ext.meta._batching import Batching
+from eaml_ext.meta.functional import recordable
 
 LossFn = Callable[[Tensor, Tensor], Tensor]
 
@@ -53,6 +54,10 @@ def check_batch(where: str, loss_fn: LossFn, batch: Mapping[str, Any], like: Ten
         checked["hidden_state"] = tree_map(
             lambda leaf: leaf.detach() if isinstance(leaf, Tensor) else leaf, batch["hidden_state"]
         )
+        for leaf in tree_leaves(checked["hidden_state"]) if lead == 2 else ():
+            if isinstance(leaf, Tensor) and leaf.shape[:1] != states.shape[:1]:
+                users, got = len(states), tuple(leaf.shape)
+                raise ValueError(f"{where}: hidden_state must have shape (users, ...), users = {users}, got {got}")
     mask = checked.pop("mask", None)
     if mask is not None:
         _check.tensor(where, "mask", mask)
@@ -70,7 +75,7 @@ def check_batch(where: str, loss_fn: LossFn, batch: Mapping[str, Any], like: Ten
         rows = flat.nonzero()[:, -1]
         checked["rows"] = rows if lead == 1 else rows.view(len(states), -1)
         checked["mask_dims"] = mask.dim() - lead + 1
-    return checked
+    return recordable(checked)
 
 
 def check_experience(where: str, found: Any, like: Tensor) -> dict[str, Tensor] | None:
@@ -100,7 +105,7 @@ def check_experience(where: str, found: Any, like: Tensor) -> dict[str, Tensor] 
         weights = experience["weights"] = weights.detach()
         if len(weights) and not (weights.min() >= 0 and 0 < weights.sum() < math.inf):
             raise ValueError(f"{where}: {name} must be finite, >= 0 and not all 0")
-    return experience if states.numel() else None
+    return recordable(experience) if states.numel() else None
 
 
 def losses(
@@ -111,8 +116,12 @@ def losses(
     experience: Mapping[str, Tensor] | None,
     experience_weight: float,
     entropy_weight: float,
+    batching: Batching,
 ) -> tuple[Tensor, Tensor]:
-    """``(total, objective)`` of one batch and its experience, with the model ``call``."""
+    """``(total, objective)`` of one batch and its experience, with the model ``call``.
+
+    ``batching`` maps the loss over experience items that have weights.
+    """
     hidden = batch.get("hidden_state")
     inputs = (batch["states"],) if hidden is None else (batch["states"], hidden)
     predictions, targets = _prediction(where, call(*inputs)), batch["targets"]
@@ -126,7 +135,7 @@ def losses(
     total = objective = _scalar(where, loss_fn(predictions, targets))
     if experience is not None:
         remembered = _prediction(where, call(experience["states"]))
-        total = total + experience_weight * _experience_loss(where, loss_fn, remembered, experience)
+        total = total + experience_weight * _experience_loss(where, loss_fn, remembered, experience, batching)
         objective = total / (1 + experience_weight)
     if entropy_weight:
         entropy = _entropy(predictions, targets)
@@ -135,7 +144,9 @@ def losses(
     return total, objective
 
 
-def _experience_loss(where: str, loss_fn: LossFn, predictions: Tensor, experience: Mapping[str, Tensor]) -> Tensor:
+def _experience_loss(
+    where: str, loss_fn: LossFn, predictions: Tensor, experience: Mapping[str, Tensor], batching: Batching
+) -> Tensor:
     """Of all items at once; where they have weights w, the mean of the items' own losses: sum_i w_i l_i / sum_i w_i."""
     targets = experience["targets"]
     if "weights" not in experience:
@@ -145,17 +156,24 @@ def _experience_loss(where: str, loss_fn: LossFn, predictions: Tensor, experienc
         return _scalar(where, loss_fn(prediction.unsqueeze(0), target.unsqueeze(0)))
 
     weights = experience["weights"]
-    return (weights * vmap(alone, randomness="different")(predictions, targets)).sum() / weights.sum()
+    losses: Tensor = batching.run(lambda batch: batch(alone)(predictions, targets), targets.device)
+    return (weights * losses).sum() / weights.sum()
 
 
 def gradients(where: str, objective: Tensor, leaves: Sequence[Tensor]) -> list[Tensor]:
-    """Of the objective, by leaf; zeros for a leaf it does not depend on, one sentence when it depends on none."""
+    """Gradients of the objective by leaf; zeros for a frozen leaf and for one that it does not depend on.
+
+    Raises ValueError when it depends on no leaf.
+    """
+    moving = [p for p in leaves if p.requires_grad]
     grads: Sequence[Tensor | None] = [None]
     if objective.requires_grad:
-        grads = torch.autograd.grad(objective, leaves, allow_unused=True)
+        grads = torch.autograd.grad(objective, moving, allow_unused=True)
     if all(g is None for g in grads):
         raise ValueError(f"{where}: the loss does not depend on the adapted parameters")
-    return [torch.zeros_like(p) if g is None else g for p, g in zip(leaves, grads, strict=True)]
+    found = iter(grads)
+    each = ((p, next(found) if p.requires_grad else None) for p in leaves)
+    return [torch.zeros_like(p) if g is None else g for p, g in each]
 
 
 def _prediction(where: str, value: Any) -> Tensor:

@@ -73,22 +73,27 @@ def _own_parameters(model: nn.Module, names: Sequence[str]) -> list[str]:
 
 
 def select(model: nn.Module, choice: ParameterFilter | None) -> dict[str, nn.Parameter]:
-    """The parameters that adapt, by name."""
+    """The parameters that adapt, by name; a shared one is chosen by any of its names."""
+    matches = _matcher(choice)
     trainable = {name: p for name, p in model.named_parameters() if p.requires_grad}
-    if choice is None:
-        selected = trainable
-    elif isinstance(choice, re.Pattern):
-        selected = {name: p for name, p in trainable.items() if choice.search(name)}
-    elif callable(choice):
-        selected = {name: p for name, p in trainable.items() if choice(name, p)}
-    else:
-        prefixes = [choice] if isinstance(choice, str) else list(choice)
-        if not all(isinstance(prefix, str) for prefix in prefixes):
-            raise TypeError(f"Adapter: parameters must be prefixes, a pattern or a function, got {choice!r}")
-        selected = {
-            n: p for n, p in trainable.items() if any(f"{n}.".startswith(f"{x.rstrip('.')}.") for x in prefixes)
-        }
+    every_name = model.named_parameters(remove_duplicate=False)
+    chosen = {id(p) for name, p in every_name if p.requires_grad and matches(name, p)}
+    selected = {name: p for name, p in trainable.items() if id(p) in chosen}
     if not selected:
         names = ", ".join(trainable) or "none that require a gradient"
         raise ValueError(f"Adapter: parameters selects nothing from the model, which has {names}")
     return selected
+
+
+def _matcher(choice: ParameterFilter | None) -> Callable[[str, nn.Parameter], object]:
+    """Whether a parameter of this name is chosen."""
+    if choice is None:
+        return lambda *_: True
+    if isinstance(choice, re.Pattern):
+        return lambda name, _: choice.search(name)
+    if callable(choice):
+        return choice
+    prefixes = [choice] if isinstance(choice, str) else list(choice)
+    if not all(isinstance(prefix, str) for prefix in prefixes):
+        raise TypeError(f"Adapter: parameters must be prefixes, a pattern or a function, got {choice!r}")
+    return lambda name, _: any(f"{name}.".startswith(f"{prefix.rstrip('.')}.") for prefix in prefixes)

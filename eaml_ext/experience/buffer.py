@@ -5,13 +5,18 @@ from __future__ import annotations
 import math
 import os
 import threading
-from collections.abc import Sequence
+import weakref
+from collections.abc import Collection, Sequence
+from difflib import get_close_matches
 from typing import Any
 
+import numpy as np
 import torch
+import torch.utils.data
 from torch import Tensor
 
 from eaml_ext import _check, checkpoint
+from eaml_ext._random import Purpose, derive_seed
 from eaml_ext.experience.directory import Directory
 from eaml_ext.experience.experiences import Experiences
 from eaml_ext.experience.index import Index
@@ -20,6 +25,7 @@ _METRICS = ("sqeuclidean", "cosine")
 MARGIN = 1024  # slots of a memory on disk that no live item occupies: at least so many, and an eighth of the capacity
 _OPTIONS = ("capacity", "state_dim", "action_dim", "metric", "age_half_life")  # what a file keeps of a buffer
 _RESERVED = ("fields", "indices", "generations", "distances", "batch")
+_INT64 = (-(2**63), 2**63)
 
 
 class ExperienceBuffer:
@@ -42,7 +48,11 @@ class ExperienceBuffer:
     more, 1024 at least; s and slots relate as above with their number), and the buffer flushes by itself whenever
     that margin is used up.
 
-    Reads and writes may come from several threads; each call sees a state between two others.
+    *Threads and processes.* Reads and writes may come from several threads; each call sees a state between two others,
+    and a process is forked between two calls. A DataLoader worker has its own stream of draws. Its seed and the
+    buffer's seed decide the stream, so workers and epochs differ and the DataLoader's ``generator`` repeats them.
+    Any other copy of a buffer (pickle, deepcopy, fork) draws what the original draws. A forked process reads a
+    buffer on disk and cannot write to it; it shares the files, so the parent must not write meanwhile.
 
     Args:
         capacity: how many items fit.
@@ -105,16 +115,17 @@ class ExperienceBuffer:
         directory: str | os.PathLike[str] | None = None,
     ):
         where = "ExperienceBuffer"
-        _check.positive(where, "capacity", capacity, integer=True)
-        for name, value in (("state_dim", state_dim), ("action_dim", action_dim)):
-            if value is not None:
-                _check.positive(where, name, value, integer=True)
+        capacity = _check.positive(where, "capacity", capacity, integer=True)
+        if state_dim is not None:
+            state_dim = _check.positive(where, "state_dim", state_dim, integer=True)
+        if action_dim is not None:
+            action_dim = _check.positive(where, "action_dim", action_dim, integer=True)
         if seed is not None:
-            _check.positive(where, "seed", seed, integer=True, zero=True)
+            seed = _check.positive(where, "seed", seed, integer=True, zero=True)
         if metric not in _METRICS:
             raise ValueError(f"{where}: metric must be {' or '.join(_METRICS)}, got {metric!r}")
         if age_half_life is not None:
-            _check.positive(where, "age_half_life", age_half_life)
+            age_half_life = _check.positive(where, "age_half_life", age_half_life)
             if math.isinf(age_half_life):
                 raise ValueError(f"{where}: age_half_life must be finite, or None for no ageing, got {age_half_life!r}")
         try:
@@ -131,7 +142,8 @@ class ExperienceBuffer:
         # Slots beyond the capacity take what is added between two flushes.
         self._slots = capacity if directory is None else capacity + max(MARGIN, capacity // 8)
         # Draws are made on the CPU: the same seed gives the same batches on every device.
-        self._generator = torch.Generator().manual_seed(int(torch.randint(2**62, ())) if seed is None else seed)
+        seed = int(torch.randint(2**62, ())) if seed is None else derive_seed(seed, Purpose.BUFFER_DRAWS)
+        self._generator = torch.Generator().manual_seed(seed)
         self._store: dict[str, Tensor] = {}
         self._shapes: dict[str, tuple[int, ...]] = {}  # of an item
         self._index: Index | None = None
@@ -140,7 +152,9 @@ class ExperienceBuffer:
         self._written = 0  # items ever written, rounded up to whole rings by clear()
         self._cleared = 0  # the value of _written at the last clear()
         self._flushed = 0  # and at the last flush
+        self._stream: int | None = None  # the seed of the DataLoader worker that the generator belongs to
         self._lock = threading.RLock()
+        _buffers[id(self)] = self
         if self._directory is not None:
             self.flush()
 
@@ -167,25 +181,44 @@ class ExperienceBuffer:
     def add(self, observation: Any = None, target: Any = None, /, **fields: Any) -> None:
         """Add one item or many: ``add(observation, target)`` or ``add(state=, action=, reward=, ...)``.
 
-        Fields may have any name. These have a meaning: ``state`` and ``observation`` end in ``state_dim``, ``action``
-        ends in ``action_dim``; ``context_embedding`` is a finite floating vector, what :meth:`retrieve` searches;
-        ``task`` is an int64 scalar; ``priority`` a finite floating scalar > 0. A state may be a sequence
-        ``(time, state_dim)`` with the action ``(time, action_dim)``, the reward ``(time,)`` and one context embedding.
+        Fields may have any name and any shape. These have a meaning: ``state`` and ``observation`` end in
+        ``state_dim``, ``action`` ends in ``action_dim``; ``context_embedding`` is a finite floating vector, what
+        :meth:`retrieve` searches; ``task`` is an int64 scalar; ``priority`` a finite floating scalar > 0. A state may
+        be a sequence ``(time, state_dim)`` with the action ``(time, action_dim)``, the reward ``(time,)`` and one
+        context embedding.
 
-        One or many is decided by one field: ``context_embedding`` where there is one (a vector: one item; a matrix:
-        one row per item), otherwise ``state``, ``observation``, or the first field. At the first add, two dimensions
-        or more mean many; afterwards the schema decides. Of many items every field has the same leading size; a
-        scalar (``task=3``) holds for all of them.
+        *One or many.* Of many items every field has the same leading size; a scalar (``task=3``) holds for all of
+        them. After the first add the schema decides. At the first add the first of these rules that applies decides:
+
+        1. A ``context_embedding`` vector means one item, a matrix means one item per row.
+        2. If ``state_dim``, ``action_dim``, ``task`` or ``priority`` excludes one reading, the other one holds.
+        3. Scalars and vectors alone mean one item.
+        4. Arrays of one leading size mean many items, if no scalar except ``task`` and ``priority`` is beside them. A
+           single image alone is therefore added as ``image[None]``.
+        5. Arrays beside another scalar (``action=2, reward=0.5``) mean one item, if they have one shape or different
+           leading sizes; a vector of integer actions as long as all arrays means many items.
+
+        Other shapes, for instance a vector of rewards beside a scalar, are ambiguous and refused. A leading dimension
+        in every array, 1 for one item, avoids that.
 
         Values are tensors of exactly the stored dtype, on the buffer's device; or numbers, lists and arrays, which are
-        converted (floating ones to torch's default dtype at the first add, rewards and priorities always). They are
-        copied, without their graph. A batch larger than the capacity leaves its last ``capacity`` items.
+        converted (floating ones to torch's default dtype at the first add, rewards and priorities always; integers of
+        ``task`` to int64). They are copied, without their graph. A batch larger than the capacity leaves its last
+        ``capacity`` items.
 
         Raises:
             TypeError: a value is no tensor, or of another dtype.
-            ValueError: a field is missing or unknown, has another shape or device, an embedding is not finite, a
-                priority not positive, or the buffer is closed.
+            ValueError: a field is missing or unknown, has another shape or device, has a name that is nearly that of a
+                field with a meaning (``tasks``), an embedding is not finite, a priority not positive, the first add
+                can be one item or many, or the buffer is closed.
             In both cases nothing has been modified.
+
+        >>> import torch
+        >>> buffer = ExperienceBuffer(100)
+        >>> buffer.add(state=torch.zeros(84, 84, 3), action=2, reward=0.5)
+        >>> buffer.add(state=torch.zeros(5, 84, 84, 3), action=torch.arange(5), reward=0.0)
+        >>> len(buffer), buffer.get_batch(8).state.shape
+        (6, torch.Size([8, 84, 84, 3]))
         """
         where = "ExperienceBuffer.add"
         if observation is not None or target is not None:
@@ -197,7 +230,7 @@ class ExperienceBuffer:
         if not fields:
             raise TypeError(f"{where}: there is nothing to add, give (observation, target) or fields by name")
         with self._lock, torch.no_grad():
-            self._check_open(where)
+            self._check_writable(where)
             items = self._items(where, {name: self._tensor(where, name, value) for name, value in fields.items()})
             if not self._store:
                 self._begin({name: (value.dtype, tuple(value.shape[1:])) for name, value in items.items()})
@@ -206,7 +239,7 @@ class ExperienceBuffer:
     def clear(self) -> None:
         """Forget all items, on disk at once; the schema and the memory stay. Indices from before are stale for good."""
         with self._lock:
-            self._check_open("ExperienceBuffer.clear")
+            self._check_writable("ExperienceBuffer.clear")
             self._written += -self._written % self.capacity
             self._cleared = self._written
             if self._directory is not None:
@@ -244,6 +277,7 @@ class ExperienceBuffer:
         where = "ExperienceBuffer.set_priority"
         with self._lock, torch.no_grad():
             stored = self._column(where, "priority")
+            self._check_writable(where)
             current = self._current(where, indices, generations)
             if generations is None and not current.all():
                 count = int((~current).sum())
@@ -367,6 +401,11 @@ class ExperienceBuffer:
         if self._directory is not None and self._directory.closed:
             raise ValueError(f"{where}: the buffer is closed")
 
+    def _check_writable(self, where: str) -> None:
+        self._check_open(where)
+        if self._directory is not None and not self._directory.owned:
+            raise ValueError(f"{where}: a forked process cannot write to the buffer on disk of its parent")
+
     def _tensor(self, where: str, name: str, value: Any) -> Tensor:
         """``value`` as a tensor of the field's dtype on the buffer's device, or one sentence."""
         stored = self._store[name].dtype if name in self._store else None
@@ -382,8 +421,11 @@ class ExperienceBuffer:
             except (TypeError, ValueError, RuntimeError):
                 kind = type(value).__name__
                 raise TypeError(f"{where}: {name} must be a tensor, an array or a number, got {kind}") from None
-            real = value.is_floating_point() or name in ("reward", "priority")
-            wanted = stored or (torch.get_default_dtype() if real else None)
+            wanted = stored
+            if stored is None and (value.is_floating_point() or name in ("reward", "priority")):
+                wanted = torch.get_default_dtype()
+            elif stored is None and name == "task" and value.dtype != torch.bool:
+                wanted = torch.int64
             if wanted is not None and torch.can_cast(value.dtype, wanted):
                 value = value.to(wanted)
         if stored is not None and value.dtype != stored:
@@ -393,7 +435,6 @@ class ExperienceBuffer:
 
     def _items(self, where: str, values: dict[str, Tensor]) -> dict[str, Tensor]:
         """The values with a leading dimension of items, each checked against the schema; the first add makes it."""
-        anchor = next((n for n in ("context_embedding", "state", "observation") if n in values), next(iter(values)))
         if self._store:
             shapes = self._shapes
             if values.keys() != shapes.keys():
@@ -403,6 +444,7 @@ class ExperienceBuffer:
                 for name in values:
                     if name not in shapes:
                         raise ValueError(f"{where}: {name} is not a field, the buffer stores {', '.join(shapes)}")
+            anchor = _anchor(shapes, values)
             extra = values[anchor].dim() - len(shapes[anchor])
             if extra not in (0, 1):
                 got, one = tuple(values[anchor].shape), shapes[anchor]
@@ -410,23 +452,69 @@ class ExperienceBuffer:
                 raise ValueError(f"{where}: {anchor} has shape {got}, wanted {one} or ({many_text})")
             many = extra == 1
         else:
-            many = values[anchor].dim() > 1
-            # What stands for all items has no dimension of its own.
-            shapes = {n: tuple(v.shape[1:]) if many and v.dim() else tuple(v.shape) for n, v in values.items()}
+            self._check_names(where, values)
+            many = self._first_is_many(where, values)
+            shapes = _item_shapes(values, many)
             self._check_schema(where, values, shapes)
+            anchor = _anchor({name: tuple(value.shape) for name, value in values.items()}, values)
         lead = tuple(values[anchor].shape[:1]) if many else ()
         items = {}
         for name, value in values.items():
             wanted = lead + shapes[name]
             if value.shape != wanted:
                 if value.dim() or shapes[name]:
-                    raise ValueError(f"{where}: {name} has shape {tuple(value.shape)}, wanted {wanted}")
+                    known = self._store or "context_embedding" in values
+                    hint = "" if known else " (one item needs a leading dimension of 1 in every field)"
+                    raise ValueError(f"{where}: {name} has shape {tuple(value.shape)}, wanted {wanted}{hint}")
                 value = value.expand(wanted)
             items[name] = value if many else value.unsqueeze(0)
         for name in ("context_embedding", "priority"):
             if name in items:
                 _check_values(where, name, items[name])
         return items
+
+    def _first_is_many(self, where: str, values: dict[str, Tensor]) -> bool:
+        """Whether the values of a first add are many items, by the rules of :meth:`add`."""
+        if "context_embedding" in values:
+            return values["context_embedding"].dim() > 1
+        arrays = {name: value for name, value in values.items() if value.dim()}
+        vectors = {name: value for name, value in arrays.items() if value.dim() == 1}
+        scalars = values.keys() - arrays.keys() - {"task", "priority"}
+        flat, equal = len(vectors) == len(arrays), len({len(value) for value in arrays.values()}) == 1
+        one, many = self._fits(where, values, False), equal and self._fits(where, values, True)
+        if not (one and many):
+            return many or not (flat or (one and (equal or scalars)))
+        if flat and "reward" not in vectors:
+            return False
+        if not flat:
+            indices = "action" in vectors and not vectors["action"].is_floating_point()
+            if not scalars or (indices and "reward" not in vectors):
+                return True
+            if len({value.shape for value in arrays.values()}) == 1 and self.state_dim is None:
+                return False
+        shapes = ", ".join(f"{name} {tuple(value.shape)}" for name, value in arrays.items())
+        text = f"{shapes} can be one item or {len(next(iter(arrays.values())))}"
+        raise ValueError(f"{where}: {text}, add one item first or give every field a leading dimension")
+
+    def _fits(self, where: str, values: dict[str, Tensor], many: bool) -> bool:
+        """Whether the values of a first add, read as one item or many, have the shapes that their names require."""
+        try:
+            self._check_schema(where, values, _item_shapes(values, many))
+        except (TypeError, ValueError):
+            return False
+        return True
+
+    def _check_names(self, where: str, names: Collection[str]) -> None:
+        """Refuse a name that is nearly that of a field with a meaning: the meaning would be lost in silence."""
+        wanted = ["context_embedding", "task", "priority"]
+        wanted += ["state", "observation"] if self.state_dim is not None else []
+        wanted += ["action"] if self.action_dim is not None else []
+        for name in names:
+            if hasattr(Experiences, name):  # the attribute would hide the field
+                raise ValueError(f"{where}: a field cannot be called {name!r}")
+            for meant in wanted:
+                if name != meant and meant not in names and _resembles(name, meant):
+                    raise ValueError(f"{where}: a field cannot be called {name!r}, which is nearly {meant!r}")
 
     def _check_schema(self, where: str, values: dict[str, Tensor], shapes: dict[str, tuple[int, ...]]) -> None:
         """What the fields with a meaning must look like, item by item."""
@@ -440,7 +528,7 @@ class ExperienceBuffer:
         for name in ("state", "observation"):
             if name in shapes and self.state_dim is not None and shapes[name][-1:] != (self.state_dim,):
                 refuse(name, f"({self.state_dim},) or (time, {self.state_dim})")
-        steps = shapes["state"][:-1] if "state" in shapes and self.state_dim is not None else ()
+        steps = self._steps(values, shapes) if "state" in shapes else ()
         for name in ("action", "reward"):
             if name in shapes and shapes[name][: len(steps)] != steps:
                 refuse(name, f"one per step of state, which has shape {shapes['state']}")
@@ -458,6 +546,16 @@ class ExperienceBuffer:
         for name in ("context_embedding", "priority"):
             if name in shapes and not values[name].is_floating_point():
                 raise TypeError(f"{where}: {name} has dtype {_short(values[name].dtype)}, wanted a floating one")
+
+    def _steps(self, values: dict[str, Tensor], shapes: dict[str, tuple[int, ...]]) -> tuple[int, ...]:
+        """The leading dimensions of a state that is a sequence: ``state_dim`` gives them, or the actions do."""
+        if self.state_dim is not None:
+            return shapes["state"][:-1]
+        action = shapes.get("action", ())
+        if self.action_dim is None or not action:
+            return ()
+        steps = action[:-1] if action[-1] == self.action_dim or values["action"].is_floating_point() else action
+        return steps if shapes["state"][: len(steps)] == steps else ()
 
     # ------------------------------------------------------------------------------------------------- reading
 
@@ -496,7 +594,7 @@ class ExperienceBuffer:
         where = "ExperienceBuffer.retrieve"
         with self._lock:
             keys = self._column(where, "context_embedding")
-            self._check_query(where, query_embedding, k, keys)
+            k = self._check_query(where, query_embedding, k, keys)
             slots: Tensor | slice = slice(len(keys))
             if among is None:
                 size, valid = len(keys), self._live_mask()
@@ -521,7 +619,7 @@ class ExperienceBuffer:
                 distances, indices = distances[0], indices[0]
             return self._gather(indices, distances)
 
-    def _check_query(self, where: str, query_embedding: Any, k: Any, keys: Tensor) -> None:
+    def _check_query(self, where: str, query_embedding: Any, k: Any, keys: Tensor) -> int:
         _check.tensor(where, "query_embedding", query_embedding)
         if query_embedding.dim() not in (1, 2) or query_embedding.shape[-1] != keys.shape[1]:
             wanted = f"({keys.shape[1]},) or (queries, {keys.shape[1]})"
@@ -530,10 +628,12 @@ class ExperienceBuffer:
         _check.device(where, "query_embedding", query_embedding, self.device, "the buffer")
         if not _all_finite(query_embedding.detach()):
             raise ValueError(f"{where}: query_embedding must be finite")
-        _check.positive(where, "k", k, integer=True)
+        return _check.positive(where, "k", k, integer=True)
 
     def get_batch(self, n: int, *, weighted: bool = False) -> Experiences:
         """``n`` experiences drawn at random, with replacement, by the buffer's own generator.
+
+        In a DataLoader worker the generator is the worker's: its draws differ from those of other workers and epochs.
 
         Args:
             n: how many.
@@ -547,19 +647,28 @@ class ExperienceBuffer:
         where = "ExperienceBuffer.get_batch"
         with self._lock:
             self._column(where)
-            _check.positive(where, "n", n, integer=True)
+            n = _check.positive(where, "n", n, integer=True)
             _check.flag(where, "weighted", weighted)
             if weighted and not self._weighted:
                 raise ValueError(f"{where}: weighted draws need a field priority or an age_half_life, there is neither")
             if not weighted:
-                ranks = torch.randint(len(self), (n,), generator=self._generator).to(self.device)
+                ranks = torch.randint(len(self), (n,), generator=self._draws()).to(self.device)
                 return self._gather(self._slots_of(ranks))
             slots = self._slots_of(torch.arange(len(self), device=self.device))
             weights = self._log_weights(slots, self._numbers(slots), self._written)
             total = (weights - weights.max()).exp().cumsum(0)
-            point = torch.rand(n, dtype=torch.float64, generator=self._generator).to(self.device) * total[-1]
+            point = torch.rand(n, dtype=torch.float64, generator=self._draws()).to(self.device) * total[-1]
             below = total[-1].nextafter(torch.zeros_like(total[-1]))  # a product that is rounded up to the total
             return self._gather(slots[torch.searchsorted(total, torch.minimum(point, below), right=True)])
+
+    def _draws(self) -> torch.Generator:
+        """The generator of all draws. In a DataLoader worker, the first draw replaces the copy of the parent's."""
+        worker = torch.utils.data.get_worker_info()
+        if worker is not None and worker.seed != self._stream:
+            words = divmod(worker.seed, 2**32)
+            seed = derive_seed(self._generator.initial_seed(), Purpose.WORKER_DRAWS, *words)
+            self._generator, self._stream = torch.Generator().manual_seed(seed), worker.seed
+        return self._generator
 
     def get(self, indices: Tensor, generations: Tensor | None = None) -> Experiences:
         """The experiences in the slots ``indices``.
@@ -595,6 +704,9 @@ class ExperienceBuffer:
     def of_task(self, task: int) -> Experiences:
         """All experiences of one task, oldest first.
 
+        Args:
+            task: its id.
+
         Raises:
             ValueError: nothing of this task is stored.
             TypeError: ``task`` is not an integer.
@@ -602,8 +714,7 @@ class ExperienceBuffer:
         where = "ExperienceBuffer.of_task"
         with self._lock:
             found = self._column(where, "task")
-            if isinstance(task, bool) or not isinstance(task, int):
-                raise TypeError(f"{where}: task must be an integer, got {task!r}")
+            task = _check.integer(where, "task", task, *_INT64)
             live = self._live_mask()
             indices = (found == task if live is None else (found == task) & live).nonzero().squeeze(1)
             if not len(indices):
@@ -629,16 +740,19 @@ class ExperienceBuffer:
             return means
 
     def __len__(self) -> int:
-        return self._written - self._first
+        with self._lock:
+            return self._written - self._first
 
     def __repr__(self) -> str:
-        fields = "".join(f", {n} {tuple(s.shape[1:])} {_short(s.dtype)}" for n, s in self._store.items())
+        with self._lock:
+            fields = "".join(f", {n} {tuple(s.shape[1:])} {_short(s.dtype)}" for n, s in self._store.items())
+            count = len(self)
         options = f", metric={self.metric}, device={self.device}"
         if self.age_half_life is not None:
             options += f", age_half_life={self.age_half_life}"
         if self._directory is not None:
             options += f", directory={self._directory.path}"
-        return f"ExperienceBuffer({len(self)} of {self.capacity}{fields}{options})"
+        return f"ExperienceBuffer({count} of {self.capacity}{fields}{options})"
 
     # Items are numbered from the first ever added; number s stands in slot s % _slots. In memory there are as many
     # slots as capacity, so the live ones are always the first len(self); on disk any stretch of the ring.
@@ -681,21 +795,22 @@ class ExperienceBuffer:
 
     def _others(self, where: str, exclude: int | Tensor | Sequence[int], slots: Tensor | slice) -> Tensor:
         self._column(where, "task")
-        tasks = self._store["task"][slots]
-        if isinstance(exclude, int) and not isinstance(exclude, bool):
-            return tasks != exclude
-        return ~torch.isin(tasks, self._task_ids(where, exclude))
+        tasks, ids = self._store["task"][slots], self._task_ids(where, exclude)
+        return ~torch.isin(tasks, ids) if ids.dim() else tasks != ids
 
-    def _task_ids(self, where: str, exclude: int | Tensor | Sequence[int]) -> Tensor:
+    def _task_ids(self, where: str, exclude: Any, name: str = "exclude_task") -> Tensor:
+        """Ids of tasks as an int64 tensor, of no dimension where one number was given."""
         if isinstance(exclude, Tensor):
-            _check.device(where, "exclude_task", exclude, self.device, "the buffer")
+            _check.device(where, name, exclude, self.device, "the buffer")
+        elif hasattr(exclude, "__index__") and not isinstance(exclude, np.ndarray):
+            exclude = _check.integer(where, name, exclude, *_INT64)
         try:
             ids = torch.as_tensor(exclude, device=self.device)
         except (TypeError, ValueError, RuntimeError):
             ids = torch.zeros(1, dtype=torch.bool, device=self.device)
         if ids.numel() and (ids.dtype == torch.bool or ids.is_floating_point() or ids.is_complex()):
-            raise TypeError(f"{where}: exclude_task must be an integer or a list or tensor of them, got {exclude!r}")
-        return ids
+            raise TypeError(f"{where}: {name} must be an integer or a list or tensor of them, got {exclude!r}")
+        return ids.to(torch.int64)
 
     def _current(self, where: str, indices: Tensor, generations: Tensor | None, name: str = "indices") -> Tensor:
         for argument, value in ((name, indices), ("generations", generations)):
@@ -739,7 +854,7 @@ class ExperienceBuffer:
         with self._lock:
             if self._directory is None:
                 raise ValueError(f"{where}: the buffer lives in memory, there is no directory to flush to")
-            self._check_open(where)
+            self._check_writable(where)
             fields = {name: [_short(value.dtype), list(value.shape)] for name, value in self._store.items()}
             counters = {"written": self._written, "cleared": self._cleared, "slots": self._slots}
             metadata = {"options": self._options(), "fields": fields, **counters}
@@ -747,10 +862,14 @@ class ExperienceBuffer:
             self._flushed = self._written
 
     def close(self) -> None:
-        """Flush a buffer on disk and let go of its files. The buffer is empty then, and takes nothing more."""
+        """Flush a buffer on disk and let go of its files. The buffer is empty then, and takes nothing more.
+
+        In a forked process it closes the files of that process and flushes nothing.
+        """
         with self._lock:
             if self._directory is not None and not self._directory.closed:
-                self.flush()
+                if self._directory.owned:
+                    self.flush()
                 self._take({}, 0, 0)
                 self._directory.close()
 
@@ -777,7 +896,9 @@ class ExperienceBuffer:
                 tensors, state = entered.load()
                 buffer.__init__(**_known(state["options"]), seed=0)  # type: ignore[misc]
                 buffer._generator.set_state(tensors["generator"])
-                slots, written, cleared = (_count(where, name, state[name]) for name in ("slots", "written", "cleared"))
+                slots, written, cleared = (
+                    _check.integer(where, name, state[name], 0, 2**62) for name in ("slots", "written", "cleared")
+                )
                 fields = {
                     name: (_dtype(where, dtype), tuple(shape)) for name, (dtype, shape) in state["fields"].items()
                 }
@@ -816,6 +937,7 @@ class ExperienceBuffer:
         Raises:
             ValueError: the capacity differs, an entry is missing, the fields do not fit together or with
                 ``state_dim`` and ``action_dim``, or hold what :meth:`add` refuses; nothing has been modified then.
+            TypeError: a counter is no integer, or a field no tensor; nothing has been modified then.
         """
         where = "ExperienceBuffer.load_state_dict"
         wanted = {"capacity", "written", "cleared", "generator", "fields"}
@@ -823,10 +945,7 @@ class ExperienceBuffer:
             raise ValueError(f"{where}: state must be a dict with the entries {', '.join(sorted(wanted))}")
         if state["capacity"] != self.capacity:
             raise ValueError(f"{where}: the state is of capacity {state['capacity']}, the buffer of {self.capacity}")
-        written, cleared = state["written"], state["cleared"]
-        for name, value in (("written", written), ("cleared", cleared)):
-            if isinstance(value, bool) or not isinstance(value, int) or value < 0:
-                raise ValueError(f"{where}: {name} must be an integer >= 0, got {value!r}")
+        written, cleared = (_check.integer(where, name, state[name], 0, 2**62) for name in ("written", "cleared"))
         if cleared > written or cleared % self.capacity:
             raise ValueError(f"{where}: cleared must be a multiple of {self.capacity} up to {written}, got {cleared}")
         count = min(written - cleared, self.capacity)
@@ -847,14 +966,14 @@ class ExperienceBuffer:
         except (RuntimeError, TypeError, AttributeError) as error:
             raise ValueError(f"{where}: generator is not the state of a CPU generator ({error})") from None
         with self._lock:
-            self._check_open(where)
+            self._check_writable(where)
             store = self._allocate({name: (value.dtype, tuple(value.shape[1:])) for name, value in fields.items()})
             self._store, self._written, self._cleared = store, written, cleared
             slots = self._slots_of(torch.arange(count, device=self.device))
             for name, value in fields.items():
                 store[name][slots] = value.detach().to(self.device)
             self._take(store, written, cleared)
-            self._generator = generator
+            self._generator, self._stream = generator, None
             if self._directory is not None:
                 self.flush()  # only now the new files take the place of the old ones
 
@@ -885,11 +1004,65 @@ class ExperienceBuffer:
         return {name: getattr(self, name) for name in _OPTIONS}
 
     def __getstate__(self) -> dict[str, Any]:  # a copy of a buffer on disk lives in memory
-        return {"options": {**self._options(), "device": str(self.device)}, "state": self.state_dict()}
+        with self._lock:
+            state, stream = self.state_dict(), self._stream
+        fields = {name: (value.dtype, value.shape, _to_array(value)) for name, value in state.pop("fields").items()}
+        state["generator"] = state["generator"].numpy()
+        options = {**self._options(), "device": str(self.device)}
+        return {"options": options, "state": state, "fields": fields, "stream": stream}
 
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__init__(**state["options"], seed=0)  # type: ignore[misc]
-        self.load_state_dict(state["state"])
+    def __setstate__(self, pickled: dict[str, Any]) -> None:
+        self.__init__(**pickled["options"], seed=0)  # type: ignore[misc]
+        specs = pickled["fields"].items()
+        fields = {name: torch.from_numpy(data).view(dtype).view(shape) for name, (dtype, shape, data) in specs}
+        generator = torch.from_numpy(pickled["state"]["generator"])
+        self.load_state_dict({**pickled["state"], "generator": generator, "fields": fields})
+        self._stream = pickled["stream"]
+
+
+# A fork copies a lock that another thread holds as held for ever: the forking thread takes all locks first.
+_buffers: weakref.WeakValueDictionary[int, ExperienceBuffer] = weakref.WeakValueDictionary()
+_forking = threading.local()
+
+
+def _before_fork() -> None:
+    buffers = [reference() for reference in _buffers.valuerefs()]
+    _forking.locks = [buffer._lock for buffer in buffers if buffer is not None]
+    for lock in _forking.locks:
+        lock.acquire()
+
+
+def _after_fork() -> None:
+    for lock in _forking.locks:
+        lock.release()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(before=_before_fork, after_in_parent=_after_fork, after_in_child=_after_fork)
+
+
+def _to_array(value: Tensor) -> Any:
+    """The bytes of a tensor. Pickled for a spawned process, a temporary tensor would be freed before its start."""
+    return value.cpu().reshape(-1).view(torch.uint8).numpy()
+
+
+def _item_shapes(values: dict[str, Tensor], many: bool) -> dict[str, tuple[int, ...]]:
+    """Shapes per item; a scalar that holds for all items has no leading dimension."""
+    return {name: tuple(value.shape[1:] if many and value.dim() else value.shape) for name, value in values.items()}
+
+
+def _anchor(shapes: dict[str, tuple[int, ...]], values: dict[str, Tensor]) -> str:
+    """The field whose number of dimensions decides between one item and many: never one that holds for all items."""
+    named = [name for name in ("context_embedding", "state", "observation") if shapes.get(name)]
+    return named[0] if named else max(shapes, key=lambda name: (len(shapes[name]), values[name].dim()))
+
+
+def _resembles(name: str, meant: str) -> bool:
+    """Whether a name differs from another by case, underscores, a plural or, in a long word, by one letter."""
+    name, meant = name.lower().replace("_", ""), meant.replace("_", "")
+    if name in (meant, f"{meant}s", f"{meant[:-1]}ies"):
+        return True
+    return len(meant) >= 8 and meant not in name and bool(get_close_matches(name, [meant], cutoff=0.875))
 
 
 def _short(dtype: torch.dtype) -> str:
@@ -908,12 +1081,6 @@ def _known(options: Any) -> dict[str, Any]:
     if set(options) != set(_OPTIONS):
         raise LookupError(f"options are {', '.join(map(str, options))}, not {', '.join(_OPTIONS)}")
     return dict(options)
-
-
-def _count(where: str, name: str, value: Any) -> int:
-    if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value < 2**62:
-        raise ValueError(f"{where}: the directory has {name}={value!r:.40}, wanted a count")
-    return value
 
 
 def _all_finite(values: Tensor) -> bool:

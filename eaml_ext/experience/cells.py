@@ -1,12 +1,16 @@
 """A coarse map of a buffer's embeddings: cells around k-means centroids, and which slots stand in each."""
 
+from __future__ import annotations
+
 import math
 import weakref
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from eaml_ext._random import Purpose, derive_seed
 from eaml_ext.experience.buffer import ExperienceBuffer
 
 _ITERATIONS = 8
@@ -14,80 +18,104 @@ _SAMPLE = 32  # embeddings per cell that k-means looks at
 _REFRESH = 0.1  # items that may wait for a cell, as a share of the memory
 
 
+@dataclass
+class _Partition:
+    """The cells of one buffer; ``slots`` lists its slots cell by cell, cell c from ``ends[c]`` to ``ends[c + 1]``."""
+
+    store: weakref.ref[Tensor]  # the buffer's embeddings, by which a replaced memory is recognised
+    centroids: Tensor
+    cell_of: Tensor  # of each slot
+    trained: int  # items numbered from here on came after the centroids
+    size: int  # number of items when the centroids were made
+    slots: Tensor = field(init=False)
+    ends: Tensor = field(init=False)
+    next: int = field(init=False)  # items numbered from here on are in no cell
+
+
 class Cells:
-    """Candidates for a search; made at the first call, kept up to date from then on. See ``retrieval.hierarchical``."""
+    """Candidates for a search in any buffer: made at its first search, kept up to date from then on.
+
+    Each buffer has its own partition, which lives as long as the buffer and which its lock guards. Copies and pickles
+    start without partitions. See ``retrieval.hierarchical``.
+    """
 
     def __init__(self, probes: int, cells: int | None, seed: int):
         self._probes, self._count, self._seed = probes, cells, seed
-        self._buffer: Any = lambda: None
-        self._store: Any = None
-        self._next = 0  # items numbered from here on are in no cell yet
-        self._trained = self._size = 0  # the items before, so many, were there when the centroids were made
+        self._partitions: weakref.WeakKeyDictionary[ExperienceBuffer, _Partition] = weakref.WeakKeyDictionary()
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Cells, (self._probes, self._count, self._seed)
 
     def candidates(self, buffer: ExperienceBuffer, queries: Tensor) -> Tensor:
         """The live slots in the cells nearest to ``queries`` ``(dim,)`` or ``(n, dim)``, and those in no cell yet."""
         from eaml_ext.ops import knn
 
-        self._update(buffer)
-        queries = _points(queries.detach().reshape(-1, queries.shape[-1]), buffer.metric)
-        probes = min(self._probes, len(self._centroids))
-        cells = knn(queries, self._centroids, probes, metric=buffer.metric).indices.unique()
-        stretches = zip(self._ends[cells].tolist(), self._ends[cells + 1].tolist(), strict=True)
-        listed = torch.cat([self._slots[a:b] for a, b in stretches])
-        waiting = buffer._slots_since(self._next)
-        if not len(waiting):
-            return listed
-        # What has been overwritten since stands in a ring's stretch behind the last item that has a cell.
-        replaced = (listed - self._next) % buffer._slots < buffer._written - self._next
-        return torch.cat([listed[~replaced], waiting])
+        with buffer._lock:
+            partition = self._update(buffer)
+            queries = _points(queries.detach().reshape(-1, queries.shape[-1]), buffer.metric)
+            probes = min(self._probes, len(partition.centroids))
+            cells = knn(queries, partition.centroids, probes, metric=buffer.metric).indices.unique()
+            bounds = zip(partition.ends[cells].tolist(), partition.ends[cells + 1].tolist(), strict=True)
+            listed = torch.cat([partition.slots[a:b] for a, b in bounds])
+            waiting = buffer._slots_since(partition.next)
+            if not len(waiting):
+                return listed
+            # The slots of items written since the last assignment follow its last slot around the ring.
+            replaced = (listed - partition.next) % buffer._slots < buffer._written - partition.next
+            return torch.cat([listed[~replaced], waiting])
 
-    def _update(self, buffer: ExperienceBuffer) -> None:
+    def _update(self, buffer: ExperienceBuffer) -> _Partition:
         keys = buffer._column("retrieval.hierarchical", "context_embedding")
-        store = buffer._store["context_embedding"]
-        known = self._buffer() is buffer and self._store is store
-        if not known or buffer._first >= self._trained or len(buffer) > 2 * self._size:
-            self._buffer, self._store = weakref.ref(buffer), store
-            self._train(buffer, keys)
-        elif buffer._written - self._next > max(1, int(_REFRESH * len(buffer))):
-            self._assign(buffer, buffer._slots_since(self._next))
+        partition = self._partitions.get(buffer)
+        replaced = partition is None or partition.store() is not buffer._store["context_embedding"]
+        if partition is None or replaced or buffer._first >= partition.trained or len(buffer) > 2 * partition.size:
+            partition = self._partitions[buffer] = self._train(buffer, keys)
+        elif buffer._written - partition.next > max(1, int(_REFRESH * len(buffer))):
+            _assign(buffer, partition, buffer._slots_since(partition.next))
+        return partition
 
-    def _train(self, buffer: ExperienceBuffer, keys: Tensor) -> None:
+    def _train(self, buffer: ExperienceBuffer, keys: Tensor) -> _Partition:
         """k-means (Lloyd 1982) on a sample; a cell that has lost all its points starts anew at one of them."""
         slots = buffer._slots_since(0)
         count = min(self._count or math.ceil(math.sqrt(self._probes * len(slots))), len(slots))
-        generator = torch.Generator().manual_seed(self._seed)
+        generator = torch.Generator().manual_seed(derive_seed(self._seed, Purpose.CENTROIDS))
 
         def draw(n: int) -> Tensor:
             return torch.randperm(len(slots), generator=generator)[:n].to(slots.device)
 
         sample = _points(keys[slots[draw(_SAMPLE * count)]], buffer.metric)
-        self._centroids = sample[:count].clone()
+        centroids = sample[:count].clone()
         for _ in range(_ITERATIONS):
-            cell = self._nearest(sample, buffer.metric)
-            sums = torch.zeros_like(self._centroids).index_add_(0, cell, sample)
+            cell = _nearest(sample, centroids, buffer.metric)
+            sums = torch.zeros_like(centroids).index_add_(0, cell, sample)
             sizes = torch.bincount(cell, minlength=count)
             again = torch.randint(len(sample), (count,), generator=generator).to(slots.device)
             means = sums / sizes.clamp(min=1).unsqueeze(1)
-            self._centroids = torch.where((sizes > 0).unsqueeze(1), means, sample[again])
-        self._trained, self._size = buffer._written, len(buffer)
-        self._cell_of = torch.full((buffer._slots,), -1, device=slots.device)
-        self._assign(buffer, slots)
+            centroids = torch.where((sizes > 0).unsqueeze(1), means, sample[again])
+        store, cell_of = weakref.ref(buffer._store["context_embedding"]), slots.new_full((buffer._slots,), -1)
+        partition = _Partition(store, centroids, cell_of, buffer._written, len(buffer))
+        _assign(buffer, partition, slots)
+        return partition
 
-    def _assign(self, buffer: ExperienceBuffer, slots: Tensor) -> None:
-        """Put items into cells; ``_slots`` then lists all slots cell by cell, the c-th from ``_ends[c]``."""
-        for part in slots.split(1 << 16):
-            self._cell_of[part] = self._nearest(_points(self._store[part], buffer.metric), buffer.metric)
-        live = buffer._slots_since(0)
-        cell, order = self._cell_of[live].sort(stable=True)
-        self._slots = live[order]
-        edges = torch.arange(len(self._centroids) + 1, device=cell.device)
-        self._ends = torch.searchsorted(cell, edges)
-        self._next = buffer._written
 
-    def _nearest(self, points: Tensor, metric: str) -> Tensor:
-        from eaml_ext.ops import knn
+def _assign(buffer: ExperienceBuffer, partition: _Partition, slots: Tensor) -> None:
+    """Put items into cells."""
+    store = buffer._store["context_embedding"]
+    for part in slots.split(1 << 16):
+        points = _points(store[part], buffer.metric)
+        partition.cell_of[part] = _nearest(points, partition.centroids, buffer.metric)
+    live = buffer._slots_since(0)
+    cell, order = partition.cell_of[live].sort(stable=True)
+    partition.slots = live[order]
+    edges = torch.arange(len(partition.centroids) + 1, device=cell.device)
+    partition.ends = torch.searchsorted(cell, edges)
+    partition.next = buffer._written
 
-        return knn(points, self._centroids, 1, metric=metric).indices.squeeze(-1)
+
+def _nearest(points: Tensor, centroids: Tensor, metric: str) -> Tensor:
+    from eaml_ext.ops import knn
+
+    return knn(points, centroids, 1, metric=metric).indices.squeeze(-1)
 
 
 def _points(embeddings: Tensor, metric: str) -> Tensor:

@@ -38,6 +38,7 @@ class Directory:
         self.path = Path(path)
         self._maps: dict[str, np.memmap] = {}
         self._files: dict[str, str] = {}  # field to file
+        self._process = os.getpid()
         self._lock = open(self.path / "lock", "a")  # noqa: SIM115 (held as long as the buffer lives)
         if fcntl is not None:
             try:
@@ -49,6 +50,11 @@ class Directory:
     @property
     def closed(self) -> bool:
         return self._lock.closed
+
+    @property
+    def owned(self) -> bool:
+        """Whether this process opened the directory: a forked one shares the files but must not write to them."""
+        return self._process == os.getpid()
 
     @property
     def exists(self) -> bool:

@@ -100,7 +100,7 @@ class Experiences:
             ValueError: the items were not found by a search, or ``temperature`` is not positive and finite.
             TypeError: ``temperature`` is not a number.
         """
-        _check_temperature("Experiences.attention", temperature)
+        temperature = _check_temperature("Experiences.attention", temperature)
         if self.distances is None:
             raise ValueError("Experiences.attention: there are no distances, the items do not come from retrieve")
         return torch.softmax(-self.distances / temperature, dim=-1)
@@ -167,7 +167,8 @@ class Experiences:
         return torch.cat(parts, dim=-1)
 
 
-def _check_temperature(where: str, temperature: float) -> None:
-    _check.positive(where, "temperature", temperature)
+def _check_temperature(where: str, temperature: Any) -> float:
+    temperature = _check.positive(where, "temperature", temperature)
     if math.isinf(temperature):
         raise ValueError(f"{where}: temperature must be finite, got {temperature!r}")
+    return float(temperature)

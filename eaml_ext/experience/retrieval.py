@@ -3,7 +3,8 @@
 A retriever looks at the buffer and at the batch that the Adapter was given and returns ``{"states", "targets"}``, or
 None when it has nothing to offer; with ``"weights"`` ``(n,)`` too, the items count in that proportion. ``states`` and
 ``targets`` of the makers go to ``Experiences.batch``. Experiences of ``batch["task"]``, where it is given, are left out
-by all but ``uniform``.
+by all but ``uniform``. A retriever reads one state of the buffer, whatever other threads write meanwhile. It can be
+pickled if its selectors can.
 
 =================  ==================================================================================================
 ``uniform``        all experience is of one kind, or as the control arm
@@ -15,6 +16,7 @@ by all but ``uniform``.
 """
 
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any
 
 import torch
@@ -42,13 +44,23 @@ def uniform(
     >>> uniform(3)(buffer, {})["states"].shape
     torch.Size([3, 4])
     """
-    _check.positive("retrieval.uniform", "n", n, integer=True)
+    n = _check.positive("retrieval.uniform", "n", n, integer=True)
     _check.flag("retrieval.uniform", "weighted", weighted)
+    return partial(_uniform, n=n, weighted=weighted, states=states, targets=targets)
 
-    def retrieve(buffer: ExperienceBuffer, batch: Mapping[str, Any]) -> dict[str, Tensor] | None:
-        return buffer.get_batch(n, weighted=weighted).batch(states, targets) if len(buffer) else None
 
-    return retrieve
+def _uniform(
+    buffer: ExperienceBuffer,
+    batch: Mapping[str, Any],
+    *,
+    n: int,
+    weighted: bool,
+    states: Selector | None,
+    targets: Selector | None,
+) -> dict[str, Tensor] | None:
+    with buffer._lock:
+        found = buffer.get_batch(n, weighted=weighted) if len(buffer) else None
+    return None if found is None else found.batch(states, targets)
 
 
 def nearest(k: int, *, states: Selector | None = None, targets: Selector | None = None) -> Retriever:
@@ -62,16 +74,27 @@ def nearest(k: int, *, states: Selector | None = None, targets: Selector | None 
     >>> nearest(1)(buffer, {"context_embedding": torch.tensor([0.0, 0.1, 0.9])})["targets"]
     tensor([[2.]])
     """
-    _check.positive("retrieval.nearest", "k", k, integer=True)
+    k = _check.positive("retrieval.nearest", "k", k, integer=True)
+    return partial(_nearest, where="retrieval.nearest", k=k, temperature=None, states=states, targets=targets)
 
-    def retrieve(buffer: ExperienceBuffer, batch: Mapping[str, Any]) -> dict[str, Tensor] | None:
-        query = _query("retrieval.nearest", batch)
-        if not len(buffer):
-            return None
-        found = buffer.retrieve(query, k, exclude_task=batch.get("task"))
-        return found.batch(states, targets) if len(found) else None
 
-    return retrieve
+def _nearest(
+    buffer: ExperienceBuffer,
+    batch: Mapping[str, Any],
+    *,
+    where: str,
+    k: int,
+    temperature: float | None,
+    states: Selector | None,
+    targets: Selector | None,
+) -> dict[str, Tensor] | None:
+    query = _query(where, batch)
+    with buffer._lock:
+        found = buffer.retrieve(query, k, exclude_task=batch.get("task")) if len(buffer) else None
+    if not found:
+        return None
+    pairs = found.batch(states, targets)
+    return pairs if temperature is None else {**pairs, "weights": found.attention(temperature)}
 
 
 def attention(
@@ -95,17 +118,10 @@ def attention(
     >>> [round(w, 2) for w in found["weights"].tolist()]
     [0.73, 0.27, 0.0]
     """
-    _check.positive("retrieval.attention", "k", k, integer=True)
-    _check_temperature("retrieval.attention", temperature)
-
-    def retrieve(buffer: ExperienceBuffer, batch: Mapping[str, Any]) -> dict[str, Tensor] | None:
-        query = _query("retrieval.attention", batch)
-        if not len(buffer):
-            return None
-        found = buffer.retrieve(query, k, exclude_task=batch.get("task"))
-        return {**found.batch(states, targets), "weights": found.attention(temperature)} if len(found) else None
-
-    return retrieve
+    where = "retrieval.attention"
+    k = _check.positive(where, "k", k, integer=True)
+    temperature = _check_temperature(where, temperature)
+    return partial(_nearest, where=where, k=k, temperature=temperature, states=states, targets=targets)
 
 
 class hierarchical:
@@ -119,6 +135,9 @@ class hierarchical:
 
     Items added since the cells were made are searched one and all, until they are a tenth of the memory and are put
     into cells too; when all have been replaced, the cells are made anew. That search then takes long (k-means).
+
+    Each buffer that is searched has its own cells, which live as long as the buffer. They depend on ``seed`` and the
+    stored items alone, also in a DataLoader worker. A copied or pickled retriever makes new cells at its first search.
 
     Args:
         k: how many experiences.
@@ -152,20 +171,20 @@ class hierarchical:
         targets: Selector | None = None,
     ):
         where = "retrieval.hierarchical"
-        _check.positive(where, "k", k, integer=True)
-        for name, value in (("probes", probes), ("cells", cells)):
-            if value is not None:
-                _check.positive(where, name, value, integer=True)
-        _check.positive(where, "seed", seed, integer=True, zero=True)
-        self.k, self.states, self.targets = k, states, targets
+        self.k = _check.positive(where, "k", k, integer=True)
+        self.states, self.targets = states, targets
+        if probes is not None:
+            probes = _check.positive(where, "probes", probes, integer=True)
+        if cells is not None:
+            cells = _check.positive(where, "cells", cells, integer=True)
+        seed = _check.positive(where, "seed", seed, integer=True, zero=True)
         self._cells = None if probes is None else Cells(probes, cells, seed)
 
     def __call__(self, buffer: ExperienceBuffer, batch: Mapping[str, Any]) -> dict[str, Tensor] | None:
         query = _query("retrieval.hierarchical", batch)
-        if not len(buffer):
-            return None
-        found = self.search(buffer, query, batch.get("task"))
-        return found.batch(self.states, self.targets) if len(found) else None
+        with buffer._lock:
+            found = self.search(buffer, query, batch.get("task")) if len(buffer) else None
+        return found.batch(self.states, self.targets) if found else None
 
     def search(self, buffer: ExperienceBuffer, query_embedding: Tensor, exclude_task: Any = None) -> Experiences:
         """As :meth:`ExperienceBuffer.retrieve`; several queries share the cells that any of them probes.
@@ -213,6 +232,7 @@ def best_fit(
     Args:
         score_fn: ``(buffer, tasks, batch) -> (len(tasks),)``, the loss on the batch of a model adapted to each of
             the tasks (int64 ids); the smallest win, non-finite ones never do. ``eaml_ext.meta.PastModels`` is one.
+            Writes of other threads wait until it returns, so that the tasks it scores stay stored.
         num_tasks: how many tasks to take.
 
     Helps when few noisy data say little by themselves but enough to recognise a task met before, and no embedding
@@ -233,29 +253,38 @@ def best_fit(
     """
     if not callable(score_fn):
         raise TypeError(f"retrieval.best_fit: score_fn must be callable, got {type(score_fn).__name__}")
-    _check.positive("retrieval.best_fit", "num_tasks", num_tasks, integer=True)
+    num_tasks = _check.positive("retrieval.best_fit", "num_tasks", num_tasks, integer=True)
+    return partial(_best_fit, score_fn=score_fn, num_tasks=num_tasks, states=states, targets=targets)
 
-    def retrieve(buffer: ExperienceBuffer, batch: Mapping[str, Any]) -> dict[str, Tensor] | None:
+
+def _best_fit(
+    buffer: ExperienceBuffer,
+    batch: Mapping[str, Any],
+    *,
+    score_fn: Callable[[ExperienceBuffer, Tensor, Mapping[str, Any]], Tensor],
+    num_tasks: int,
+    states: Selector | None,
+    targets: Selector | None,
+) -> dict[str, Tensor] | None:
+    where = "retrieval.best_fit"
+    with buffer._lock:
         if not len(buffer):
             return None
-        tasks = buffer.tasks()
-        if batch.get("task") is not None:
-            tasks = tasks[~torch.isin(tasks, torch.as_tensor(batch["task"], device=tasks.device))]
+        tasks, own = buffer.tasks(), batch.get("task")
+        if own is not None:
+            own = own.to(tasks.device) if isinstance(own, Tensor) else own
+            tasks = tasks[~torch.isin(tasks, buffer._task_ids(where, own, "the task of the batch"))]
         if not len(tasks):
             return None
         scores = score_fn(buffer, tasks, batch)
-        _check.tensor("retrieval.best_fit", "what score_fn returns", scores)
-        _check.shape("retrieval.best_fit", "what score_fn returns", scores, tasks.shape, f"({len(tasks)},)")
+        _check.tensor(where, "what score_fn returns", scores)
+        _check.shape(where, "what score_fn returns", scores, tasks.shape, f"({len(tasks)},)")
         scores = scores.detach()
         order = scores.argsort(stable=True)
         best = tasks[order[torch.isfinite(scores[order])]][:num_tasks]
-        if not len(best):
-            return None
-        parts: list[Experiences] = [buffer.of_task(task) for task in best.tolist()]
-        batches = [part.batch(states, targets) for part in parts]
-        return {name: torch.cat([part[name] for part in batches]) for name in ("states", "targets")}
-
-    return retrieve
+        parts = [buffer.of_task(task) for task in best.tolist()]
+    batches = [part.batch(states, targets) for part in parts]
+    return {name: torch.cat([part[name] for part in batches]) for name in ("states", "targets")} if batches else None
 
 
 def _query(where: str, batch: Mapping[str, Any]) -> Tensor:

@@ -81,7 +81,7 @@ class ShardedExperienceBuffer:
     ):
         where = "ShardedExperienceBuffer"
         self._join(where, group)
-        _check.positive(where, "capacity", capacity, integer=True)
+        capacity = _check.positive(where, "capacity", capacity, integer=True)
         if capacity % group.size:
             raise ValueError(f"{where}: capacity must be a multiple of the {group.size} ranks, got {capacity}")
         options: dict[str, Any] = {"metric": metric, "age_half_life": age_half_life, "device": device, "seed": seed}
@@ -149,7 +149,7 @@ class ShardedExperienceBuffer:
         refused: Exception | None = None
         queries, excluded = torch.empty(0, 0), torch.empty(0, dtype=torch.int64)
         try:
-            queries, excluded = self._request(where, query_embedding, k, exclude_task)
+            queries, k, excluded = self._request(where, query_embedding, k, exclude_task)
         except (TypeError, ValueError) as error:
             refused, k = error, 0
         told = self._tell([refused is not None, *self._state(), len(queries), k, len(excluded)])
@@ -169,24 +169,25 @@ class ShardedExperienceBuffer:
         found = self._merge(queries, k, records, told)
         return found if query_embedding.dim() == 2 else found[0]
 
-    def _request(self, where: str, query: Any, k: Any, exclude: Any) -> tuple[Tensor, Tensor]:
-        """The queries, ``(queries, dim)``, and the ids of tasks to leave out, checked as far as the schema is known."""
-        local = self.local
+    def _request(self, where: str, query: Any, k: Any, exclude: Any) -> tuple[Tensor, int, Tensor]:
+        """The queries, ``(queries, dim)``, k, and the tasks to leave out, checked as far as the schema is known."""
+        local, store = self.local, self.local._store  # one schema for all checks, whatever other threads add meanwhile
         local._check_open(where)
         _check.tensor(where, "query_embedding", query)
-        if local._store and "context_embedding" not in local._store:
-            raise ValueError(f"{where}: the buffer stores no context_embedding, only {', '.join(local._store)}")
+        if store and "context_embedding" not in store:
+            raise ValueError(f"{where}: the buffer stores no context_embedding, only {', '.join(store)}")
         any_query = query.new_empty(1, *query.shape[-1:] or (0,))  # as long as there is no schema
-        local._check_query(where, query, k, local._store.get("context_embedding", any_query))
-        if exclude is not None and local._store and "task" not in local._store:
-            raise ValueError(f"{where}: the buffer stores no task, only {', '.join(local._store)}")
+        k = local._check_query(where, query, k, store.get("context_embedding", any_query))
+        if exclude is not None and store and "task" not in store:
+            raise ValueError(f"{where}: the buffer stores no task, only {', '.join(store)}")
         none = torch.empty(0, dtype=torch.int64)
-        ids = none if exclude is None else local._task_ids(where, exclude).flatten().to("cpu", torch.int64)
-        return query if query.dim() == 2 else query.unsqueeze(0), ids
+        ids = none if exclude is None else local._task_ids(where, exclude).flatten().cpu()
+        return query if query.dim() == 2 else query.unsqueeze(0), k, ids
 
     def _state(self) -> tuple[int, int, int]:
         local = self.local
-        return zlib.crc32(self._schema().encode()) if local._store else -1, local._written, len(local)
+        with local._lock:
+            return zlib.crc32(self._schema().encode()) if local._store else -1, local._written, len(local)
 
     def _schema(self) -> str:
         return json.dumps({n: [_short(v.dtype), list(v.shape[1:])] for n, v in sorted(self.local._store.items())})
@@ -205,9 +206,9 @@ class ShardedExperienceBuffer:
             if sums[rank] != sums[known[0]]:
                 other = f"rank {rank} stores other fields, shapes or dtypes than rank {known[0]}"
                 raise ValueError(f"{where}: {other}, which has {text}")
-        if not self.local._store:
-            schema = {n: (_dtype(where, dtype), tuple(shape)) for n, (dtype, shape) in json.loads(text).items()}
-            with self.local._lock:
+        schema = {n: (_dtype(where, dtype), tuple(shape)) for n, (dtype, shape) in json.loads(text).items()}
+        with self.local._lock:
+            if not self.local._store:
                 self.local._begin(schema)
         return True
 
@@ -247,9 +248,10 @@ class ShardedExperienceBuffer:
         width = sum(_width(v) for v in local._store.values()) + 16
         block = torch.zeros(len(queries), k, width, dtype=torch.uint8)
         block[..., :16] = _bytes(torch.tensor([-1, 0]))
-        if not len(local) or not len(queries):
-            return block
-        found = local.retrieve(queries, k, tasks if len(tasks) else None)
+        with local._lock:
+            if not len(local) or not len(queries):
+                return block
+            found = local.retrieve(queries, k, tasks if len(tasks) else None)
         place = torch.stack([found.indices * size + self.group.rank, found.generations], dim=-1)
         columns = [place, *(found.fields[name] for name in sorted(local._store))]
         flat = [column.reshape(*column.shape[:2], math.prod(column.shape[2:])) for column in columns]

@@ -17,10 +17,11 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.func import functional_call, vmap
-from tqdm import tqdm
+from torch.func import vmap
 
-from eaml_ext import checkpoint
+from eaml_ext import _check, checkpoint
+from eaml_ext._random import Purpose, derive_seed
+from eaml_ext._terminal import progress_bar
 from eaml_ext.adaptation import AdaptationConfig, Adapter
 from eaml_ext.distributed import Group, any_rank, at_first, launched
 from eaml_ext.experience import ExperienceBuffer, Experiences, retrieval
@@ -28,12 +29,15 @@ from eaml_ext.jobs import report, settings_file
 from eaml_ext.jobs.device import torch_device
 from eaml_ext.jobs.settings import DynamicsSettings
 from eaml_ext.meta import MetaMAML, PastModels
+from eaml_ext.meta.functional import functional_call
 from eaml_ext.nn import SSM
 from eaml_ext.rl import Planner, Trajectories, collect, planned_returns
 from eaml_ext.tasks import Task, TaskDistribution, make_tasks
 
 SIMILAR_TASKS = 5  # past tasks whose experience is taken
 MEMORY_STEPS = 20  # gradient steps by which the models of past tasks are adapted, for best_fit
+RIDGE = 0.1  # of fingerprints, chosen on the split "valid" of CartPole-v1
+ROUNDING = 1e-6  # relative to an observation's size, or 1: smaller moves are rounding errors of float32
 
 
 class DynamicsModel(nn.Module):
@@ -58,6 +62,10 @@ class DynamicsModel(nn.Module):
         self, obs_dim: int, action_dim: int, hidden_dim: int = 32, state_size: int = 16, num_layers: int = 1
     ) -> None:
         super().__init__()
+        obs_dim, action_dim = (
+            _check.positive("DynamicsModel", name, value, integer=True)
+            for name, value in (("obs_dim", obs_dim), ("action_dim", action_dim))
+        )
         self.sizes = (obs_dim, action_dim, 1)
         self.ssm = SSM(obs_dim + action_dim, hidden_dim, obs_dim, state_size=state_size, num_layers=num_layers)
         self.register_buffer("mean", torch.zeros(obs_dim))  # of observations
@@ -65,29 +73,38 @@ class DynamicsModel(nn.Module):
         self.register_buffer("scale", torch.ones(obs_dim))  # of steps
 
     def normalise(self, data: Trajectories) -> None:
-        """Takes the units of inputs and outputs from data."""
-        steps = (data.next_observations - data.observations).flatten(0, -2)
-        observations = data.observations.flatten(0, -2)
+        """Set the units from data: standard deviations of observations, root mean squares of steps.
+
+        An observation that moves by a constant, such as a clock, thus has steps of size 1. Where all steps are rounding
+        errors, their unit is the standard deviation of the observation. The units of a constant are its size, at
+        least 1.
+        """
+        observations, following = (t.flatten(0, -2).double() for t in (data.observations, data.next_observations))
+        size = observations.abs().amax(0).clamp(min=1)
+        std, step = observations.std(0), (following - observations).square().mean(0).sqrt()
+        std = torch.where(std > ROUNDING * size, std, size)
         self.mean.copy_(observations.mean(0))
-        self.std.copy_(observations.std(0).clamp(min=1e-6))
-        self.scale.copy_(steps.std(0).clamp(min=1e-6))
+        self.std.copy_(std)
+        self.scale.copy_(torch.where(step > ROUNDING * size, step, std))
 
     def forward(self, x: Tensor) -> Tensor:
         """``(time, features)`` or ``(batch, time, features)`` -> steps of the same leading shape."""
         if x.dim() == 2:
             return self.forward(x.unsqueeze(0)).squeeze(0)
-        observation, action, start = x.split(self.sizes, dim=-1)
-        inputs = torch.cat([(observation - self.mean) / self.std, action], dim=-1)
-        return self.ssm.scan(inputs, reset=start.squeeze(-1) > 0.5)[0]
+        inputs = self.in_units(x)
+        return self.ssm.scan(inputs[..., :-1], reset=inputs[..., -1] > 0.5)[0]
 
     def step(self, x: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
         """One step of :meth:`forward`: ``(batch, features)`` -> ``(batch, obs_dim)`` and the SSM's next state.
 
         Where an episode starts, the state is for the caller to zero.
         """
-        observation, action, _ = x.split(self.sizes, dim=-1)
-        inputs = torch.cat([(observation - self.mean) / self.std, action], dim=-1)
-        return self.ssm.step(inputs, state)
+        return self.ssm.step(self.in_units(x)[..., :-1], state)
+
+    def in_units(self, x: Tensor) -> Tensor:
+        """The features ``(..., obs_dim + action_dim + 1)`` with the observation in its units, of mean 0."""
+        observation, rest = x.tensor_split([self.sizes[0]], dim=-1)
+        return torch.cat([(observation - self.mean) / self.std, rest], dim=-1)
 
 
 class Imagination(nn.Module):
@@ -120,28 +137,30 @@ def features(observation: Tensor, action: Tensor, start: Tensor) -> Tensor:
 def fingerprint(x: Tensor, y: Tensor) -> Tensor:
     """A task's context embedding: ridge-regression weights of steps on features, ``(tasks, features * obs_dim)``.
 
-    ``x`` ``(tasks, time, features)``, ``y`` ``(tasks, time, obs_dim)``. It needs no model, so it never goes stale.
+    ``x`` ``(tasks, time, features)`` as of :meth:`DynamicsModel.in_units`, ``y`` ``(tasks, time, obs_dim)``. It depends
+    on no learned parameter, so it never goes stale. In float64, because clocks and constants are nearly collinear.
     """
-    x = torch.cat([x[..., :-1], torch.ones_like(x[..., :1])], dim=-1)
-    gram = x.mT @ x + torch.eye(x.shape[-1], dtype=x.dtype, device=x.device)
-    weights: Tensor = torch.linalg.solve(gram, x.mT @ y).flatten(1)
+    inputs = torch.cat([x[..., :-1], torch.ones_like(x[..., :1])], dim=-1).double()
+    gram = inputs.mT @ inputs + RIDGE * torch.eye(inputs.shape[-1], dtype=inputs.dtype, device=x.device)
+    weights: Tensor = torch.linalg.solve(gram, inputs.mT @ y.double()).flatten(1).to(y.dtype)
     return weights
 
 
 def run(settings: DynamicsSettings) -> dict[str, Any]:
     """Runs the job, prints its progress and writes ``settings.folder``; returns the report.
 
-    The folder gets ``settings.toml``, ``report.json``, ``report.png``, ``model.safetensors``, ``buffer.safetensors``
-    and, while meta-training runs, ``checkpoint.safetensors``, from which ``settings.resume`` goes on: a run that was
-    killed at any moment then ends with the bits of an uninterrupted one. Ctrl-C writes the checkpoint before it ends
-    meta-training.
+    The folder gets ``settings.toml``, ``report.json``, ``report.png`` (with the extra ``plot``), ``model.safetensors``,
+    ``buffer.safetensors`` and, while meta-training runs, ``checkpoint.safetensors``. From it ``settings.resume`` goes
+    on: a run that was killed at any moment then ends with the bits of an uninterrupted one. Ctrl-C writes the
+    checkpoint before it ends meta-training.
 
     Under ``torchrun`` all ranks call it alike. Each draws every task, which is cheap, and adapts its part; after
     meta-training only rank 0 goes on, the report of the others is empty. The result is that of one process to rounding,
     and a run may be resumed by another number of ranks.
 
-    Raises ValueError for a bad device or environment, and for a checkpoint that is damaged or of other settings;
-    OSError where the folder cannot be written; RankError, an OSError, where another rank has died.
+    Raises ValueError for a bad device or environment, for a checkpoint that is damaged or of other settings, and for a
+    reward or an observation that is not finite; OSError where the folder cannot be written; RankError, an OSError,
+    where another rank has died.
     """
     with launched() as group:
         return _run(settings, group)
@@ -211,13 +230,8 @@ def meta_train(
         at_first(group, lambda: run.path.unlink(missing_ok=True))  # an earlier run's
     at_first(group, lambda: settings_file.write(run.path.parent, settings))  # not those of a run that is refused
     with (
-        tqdm(
-            total=total,
-            initial=len(run.losses),
-            desc="meta-training",
-            unit="update",
-            leave=False,
-            disable=None if first else True,
+        progress_bar(
+            desc="meta-training", unit="update", total=total, initial=len(run.losses), hidden=not first
         ) as progress,
         checkpoint.deferred_interrupt() as seen,
     ):
@@ -254,7 +268,7 @@ def update(
     loss = maml.meta_update([(x[i, :k], y[i, :k], x[i, k:], y[i, k:]) for i in mine], F.mse_loss)
     if group is None or group.rank == 0:
         start = number * len(tasks)
-        remember(buffer, range(start, start + len(tasks)), data, fingerprint(x, y))
+        remember(buffer, range(start, start + len(tasks)), data, fingerprint(model.in_units(x), y))
     return loss
 
 
@@ -337,7 +351,7 @@ def adapt(
 ) -> tuple[dict[str, Tensor], dict[str, dict[str, Tensor]]]:
     """Adapts to held-out tasks in every arm; the error of each task after each call, ``(calls + 1, tasks)``.
 
-    Errors are mean squared, in units of the standard deviation of a step, so that copying the input is about 1.
+    Errors are mean squared, in units of the root mean square of a step, so that copying the input is about 1.
     Beside them the parameters that each arm ends with, ``(tasks, ...)`` each.
     """
     model: Any = maml.model
@@ -347,7 +361,7 @@ def adapt(
     support = {
         "states": x[:, :k],
         "targets": y[:, :k],
-        "context_embedding": fingerprint(x[:, :k], y[:, :k]),
+        "context_embedding": fingerprint(model.in_units(x[:, :k]), y[:, :k]),
         "task": -1 - torch.arange(len(tasks), device=x.device),  # no past task has a negative number
     }
 
@@ -381,11 +395,12 @@ def adapt(
         weight = 0.0 if name == "plain" else settings.experience_weight
         adapter = Adapter(model, cfg, buffer, weight, retriever=once(retrievers.get(name, retrieval.uniform(1))))
         params, errors = None, [error(unadapted)]
-        for call in tqdm(range(settings.adaptation_calls), desc=name, unit="call", leave=False, disable=None):
+        progress = progress_bar(range(settings.adaptation_calls), desc=name, unit="call")
+        for call in progress:
             params, losses = adapter.adapt_many(F.mse_loss, support, params)
             errors.append(error(params))
             if name == settings.retrieval and call % 10 == 0:
-                tqdm.write(
+                progress.write(
                     f"Adaptation step {call}, Hybrid Loss: {losses.mean():.4f}, Steps taken: {cfg.max_steps_per_call}"
                 )
         arms[name] = torch.stack(errors)
@@ -419,7 +434,7 @@ def act(
         horizon=settings.plan_horizon,
         candidates=settings.plan_candidates,
     )
-    seed = (settings.seed + 1) % 2**32  # other starts than those of the support
+    seed = derive_seed(settings.seed, Purpose.PLANNING, bits=32)  # other starts than those of the support
     returns = planned_returns(distribution, many, planner, settings.plan_steps, seed).split(count)
     chance = planned_returns(distribution, tasks, None, settings.plan_steps, seed)
     return {"random actions": chance, **dict(zip(adapted, returns, strict=True))}

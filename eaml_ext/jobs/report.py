@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
-from eaml_ext import build_info
+from eaml_ext import _terminal, build_info
 
 
 def summary(errors: Tensor) -> dict[str, float | None]:
@@ -19,24 +19,26 @@ def summary(errors: Tensor) -> dict[str, float | None]:
 
 def table(arms: dict[str, Any], returns: dict[str, Any], steps: int) -> str:
     """The arms as text; ``returns`` are those of a planner with each arm's model, in episodes of at most ``steps``."""
-    lines = ["Prediction error on held-out tasks (mean squared, in variances of a step)"]
-    head = f"{'arm':<16}{'mean':>10}{'95 % +-':>10}{'median':>10}"
+    title = "Prediction error on held-out tasks (mean squared, in mean squares of a step)"
+    rows = [["arm", "mean", "95 % +-", "median"]]
     if returns:
-        lines[0] += f", and return of a planner that acts on it, in {steps} steps"
-        head += f"{'return':>10}{'95 % +-':>10}"
-    lines = [lines[0] + ":", head]
+        title += f", and return of a planner that acts on it, in {steps} steps"
+        rows[0] += ["return", "95 % +-"]
     for name in [*(name for name in returns if name not in arms), *arms]:
-        line = f"{name:<16}{_cells(arms.get(name), 4)}"
-        line += f"{arms[name]['median']:>10.4f}" if name in arms else f"{'-':>10}"
-        lines.append(line + (_cells(returns.get(name), 1) if returns else ""))
-    return "\n".join(lines)
+        rows.append([name, *cells(arms.get(name), 4)])
+        if returns:
+            rows[-1] += cells(returns.get(name), 1)[:2]
+    return "\n".join([f"{title}:", *_terminal.table(rows, first=16, width=10)])
 
 
-def _cells(row: dict[str, Any] | None, digits: int) -> str:
-    if row is None:
-        return f"{'-':>10}{'-':>10}"
-    interval = "-" if row["interval"] is None else f"{row['interval']:.{digits}f}"
-    return f"{row['mean']:>10.{digits}f}{interval:>10}"
+def cells(row: dict[str, Any] | None, digits: int) -> list[str]:
+    """Mean, interval and median of a :func:`summary` as text: "-" for a missing one, exponents from a million on.
+
+    >>> cells({"mean": 0.5, "interval": None, "median": 6e8}, 2)
+    ['0.50', '-', '6.00e+08']
+    """
+    values = [None if row is None else row[key] for key in ("mean", "interval", "median")]
+    return ["-" if v is None else f"{v:.{digits}{'f' if abs(v) < 1e6 else 'e'}}" for v in values]
 
 
 def write_json(path: str | Path, results: dict[str, Any]) -> None:
@@ -55,9 +57,17 @@ def write_json(path: str | Path, results: dict[str, Any]) -> None:
 
 
 def plot(path: str | Path, results: dict[str, Any]) -> None:
-    """Meta-loss over epochs, and the error of each arm over adaptation steps."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
+    """Plot the meta-loss over epochs and the error of each arm over adaptation steps.
+
+    Without matplotlib a printed line names the extra, and no earlier plot is left at ``path``.
+    """
+    try:
+        from matplotlib.backends.backend_agg import FigureCanvasAgg
+        from matplotlib.figure import Figure
+    except ImportError:
+        Path(path).unlink(missing_ok=True)
+        print("Plot left out: it needs matplotlib, which pip install 'eaml_ext[plot]' installs.")
+        return
 
     figure = Figure(figsize=(11, 4), layout="constrained")
     FigureCanvasAgg(figure)
@@ -72,7 +82,7 @@ def plot(path: str | Path, results: dict[str, Any]) -> None:
             right.plot([5 * i for i in range(len(curve))], curve, label=name)
     right.set(
         xlabel="gradient steps",
-        ylabel="prediction error (variances of a step)",
+        ylabel="prediction error (mean squares of a step)",
         yscale="log",
         title=f"held-out tasks of {results['settings']['env_name']}, seed {results['settings']['seed']}",
     )

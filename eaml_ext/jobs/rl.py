@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from eaml_ext import checkpoint
+from eaml_ext import _terminal, checkpoint
 from eaml_ext.distributed import started
 from eaml_ext.jobs import report, settings_file
 from eaml_ext.jobs.device import torch_device
@@ -35,19 +35,29 @@ def run(settings: RLSettings) -> dict[str, Any]:
     torch.manual_seed(settings.seed)
     policy = make_policy(settings, distribution, device)
     job: Any = rl2 if isinstance(settings, RL2Settings) else maml
-    curve, returns, columns = job(settings, distribution, policy)
+    learned, returns, columns = job(settings, distribution, policy)
+    curve, skipped = learned
 
     table = {name: report.summary(column) for name, column in zip(columns, returns.T, strict=True)}
-    results = {"settings": vars(settings), "training": curve, "returns": table}
+    results = {"settings": vars(settings), "training": curve, "skipped_updates": skipped, "returns": table}
     checkpoint.save(folder / "policy.safetensors", policy.state_dict(), {"settings": vars(settings)}, kind="policy")
     report.write_json(folder / "report.json", results)
     print(f"Return on {len(returns)} held-out tasks:")
-    print(f"{'':<24}{'mean':>10}{'95 % +-':>10}{'median':>10}")
-    for name, row in table.items():
-        interval = "-" if row["interval"] is None else f"{row['interval']:.1f}"
-        print(f"{name:<24}{row['mean']:>10.1f}{interval:>10}{row['median']:>10.1f}")
+    rows = [["", "mean", "95 % +-", "median"], *([name, *report.cells(row, 1)] for name, row in table.items())]
+    print("\n".join(_terminal.table(rows, first=24, width=10)))
+    if skipped:
+        print(f"{skipped} updates were skipped: their data or gradients were not finite.")
     print(f"Results: {folder}")
     return results
+
+
+# Per update, what the job reports (None: nothing to report), and the number of updates that were skipped.
+Learned = tuple[list["float | None"], int]
+
+
+def numbers(values: list[float]) -> list[float | None]:
+    """NaN becomes None: JSON has no NaN."""
+    return [None if math.isnan(value) else value for value in values]
 
 
 def make_policy(settings: RLSettings, distribution: TaskDistribution[Any], device: torch.device) -> SSMMetaPolicy:
@@ -68,7 +78,7 @@ def make_policy(settings: RLSettings, distribution: TaskDistribution[Any], devic
 
 def rl2(
     settings: RL2Settings, distribution: TaskDistribution[Any], policy: SSMMetaPolicy
-) -> tuple[list[float | None], Tensor, list[str]]:
+) -> tuple[Learned, Tensor, list[str]]:
     """Mean return of each update (None: no episode finished), returns ``(tasks, episodes)``, and the columns' names."""
     trainer = RL2(
         policy,
@@ -88,15 +98,14 @@ def rl2(
             print(f"Epoch {update // UPDATES}, Return of finished episodes: {text}", flush=True)
 
     returned = trainer.train(settings.num_epochs * UPDATES, progress)
-    curve = [None if math.isnan(value) else value for value in returned]  # JSON knows no NaN
     returns = trainer.evaluate(distribution.sample(settings.test_tasks, "test", settings.seed), settings.episodes)
-    return curve, returns, [f"episode {i + 1}" for i in range(settings.episodes)]
+    return (numbers(returned), trainer.skipped_updates), returns, [f"episode {i + 1}" for i in range(settings.episodes)]
 
 
 def maml(
     settings: MAMLSettings, distribution: TaskDistribution[Any], policy: SSMMetaPolicy
-) -> tuple[list[float], Tensor, list[str]]:
-    """Mean reward after adaptation of each update, returns ``(tasks, inner_steps + 1)``, and the columns' names."""
+) -> tuple[Learned, Tensor, list[str]]:
+    """Mean adapted reward of each update (None: skipped), returns ``(tasks, inner_steps + 1)``, the columns' names."""
     trainer = MAMLRL(
         policy,
         distribution,
@@ -115,4 +124,5 @@ def maml(
         curve += trainer.train(UPDATES)
         print(f"Epoch {epoch}, Reward of a step after adaptation: {curve[-1]:.4f}", flush=True)
     returns = trainer.evaluate(distribution.sample(settings.test_tasks, "test", settings.seed))
-    return curve, returns, [f"after {i} steps" for i in range(settings.inner_steps + 1)]
+    columns = [f"after {i} steps" for i in range(settings.inner_steps + 1)]
+    return (numbers(curve), trainer.skipped_updates), returns, columns

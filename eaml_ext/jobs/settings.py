@@ -18,21 +18,25 @@ def check_fields(settings: Any, zero: Collection[str]) -> None:
     """Raises TypeError or ValueError, one sentence, for a field that is not what :func:`flag` said of it.
 
     Numbers are positive, or zero in the fields named by ``zero``, and finite; what has choices is one of them.
+    NumPy scalars become Python's, because settings are written as TOML and JSON.
     """
     where = type(settings).__name__
     for f in fields(settings):
         value, choices = getattr(settings, f.name), f.metadata.get("choices")
         if isinstance(f.default, bool):
             _check.flag(where, f.name, value)
+            value = bool(value)
         elif isinstance(f.default, str):
             if not isinstance(value, str):
                 raise TypeError(f"{where}: {f.name} must be a string, got {value!r}")
             if choices and value not in choices:
                 raise ValueError(f"{where}: {f.name} must be one of {choices}, got {value!r}")
+            value = str(value)
         else:
-            _check.positive(where, f.name, value, zero=f.name in zero, integer=isinstance(f.default, int))
+            value = _check.positive(where, f.name, value, zero=f.name in zero, integer=isinstance(f.default, int))
             if math.isinf(value):
                 raise ValueError(f"{where}: {f.name} must be finite, got {value!r}")
+        object.__setattr__(settings, f.name, value)  # the dataclass is frozen
 
 
 @dataclass(frozen=True)

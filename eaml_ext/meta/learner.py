@@ -7,11 +7,13 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.func import functional_call, vmap
 
 from eaml_ext import _check
 from eaml_ext.experience import Experiences
-from eaml_ext.meta.maml import LossFn, Params, _check_loss_fn, descend, finite
+from eaml_ext.meta._batching import Batching, Map
+from eaml_ext.meta._inner_loop import Params, descend
+from eaml_ext.meta.functional import check_parameters, functional_call, outside_inference_mode, recordable
+from eaml_ext.meta.maml import LossFn, _check_loss_fn, _check_rate, finite
 
 Pairs = tuple[Tensor, Tensor]
 
@@ -21,7 +23,8 @@ class MetaLearner(nn.Module):
 
     The network is input_dim → hidden_dim → hidden_dim → output_dim (ReLU). The context, averaged over time, shifts its
     initial parameters by a learned linear map that starts at zero; ``inner_steps`` of gradient descent follow. All of
-    it is differentiable to ``parameters()``, the meta-parameters: network, ``shift`` and ``log_temperature``.
+    it is differentiable to ``parameters()``, the meta-parameters: network, ``shift`` and ``log_temperature``. Frozen
+    ones are not learned; those of the network are neither shifted nor adapted.
 
     Args:
         input_dim: size of an input, and of the context (an encoder's hidden size).
@@ -45,6 +48,7 @@ class MetaLearner(nn.Module):
     torch.Size([5, 2])
     """
 
+    @outside_inference_mode()
     def __init__(
         self,
         input_dim: int,
@@ -58,16 +62,15 @@ class MetaLearner(nn.Module):
         temperature: float = 1.0,
     ):
         super().__init__()
-        sizes = {"input_dim": input_dim, "output_dim": output_dim, "hidden_dim": hidden_dim, "inner_steps": inner_steps}
-        for name, size in sizes.items():
-            _check.positive("MetaLearner", name, size, integer=True)
-        for name, rate in (("meta_lr", meta_lr), ("inner_lr", inner_lr), ("temperature", temperature)):
-            _check.positive("MetaLearner", name, rate)
-            if math.isinf(rate):
-                raise ValueError(f"MetaLearner: {name} must be finite, got {rate!r}")
-        _check_loss_fn("MetaLearner", loss_fn)
-        self.input_dim, self.output_dim = input_dim, output_dim
-        self.inner_lr, self.inner_steps, self.loss_fn = float(inner_lr), inner_steps, loss_fn
+        where = "MetaLearner"
+        self.input_dim = input_dim = _check.positive(where, "input_dim", input_dim, integer=True)
+        self.output_dim = output_dim = _check.positive(where, "output_dim", output_dim, integer=True)
+        hidden_dim = _check.positive(where, "hidden_dim", hidden_dim, integer=True)
+        self.inner_steps = _check.positive(where, "inner_steps", inner_steps, integer=True)
+        meta_lr, temperature = _check_rate(where, "meta_lr", meta_lr), _check_rate(where, "temperature", temperature)
+        self.inner_lr = _check_rate(where, "inner_lr", inner_lr)
+        _check_loss_fn(where, loss_fn)
+        self.loss_fn = loss_fn
         self.network = nn.Sequential(
             nn.Linear(input_dim, hidden_dim),
             nn.ReLU(),
@@ -80,6 +83,7 @@ class MetaLearner(nn.Module):
         self.log_temperature = nn.Parameter(torch.tensor(math.log(temperature)))
         self.optimizer = torch.optim.Adam(self.parameters(), lr=meta_lr)
         self.skipped_updates = 0
+        self._batching = Batching(where, "pair")
 
     def forward(self, query_set: Tensor, params: Params | None = None) -> Tensor:
         """Predictions ``(m, output_dim)`` for ``(m, input_dim)``, under ``params`` (absent: the initial ones)."""
@@ -94,6 +98,7 @@ class MetaLearner(nn.Module):
         predictions = functional_call(self.network, params, (query_set,))
         return predictions
 
+    @outside_inference_mode()
     def adapt(self, context: Tensor, support_set: Pairs) -> Params:
         """The parameters adapted to a task, by name, for :meth:`forward`.
 
@@ -104,10 +109,9 @@ class MetaLearner(nn.Module):
         Returns:
             Parameters that are connected to the meta-parameters, and to the context where it requires grad.
         """
-        where = "MetaLearner.adapt"
-        x, y = self._pairs(where, support_set)
-        return self._adapt(self._initial(where, context), x, y, torch.ones_like(x[:, 0]))
+        return self._batching.run(lambda batch: self._adapt(batch, context, support_set), self.log_temperature.device)
 
+    @outside_inference_mode()
     def adapt_with_experience(self, context: Tensor, support_set: Pairs, experiences: Experiences) -> Params:
         """:meth:`adapt`, on the support set and the (state, action) pairs of retrieved experiences together.
 
@@ -122,13 +126,12 @@ class MetaLearner(nn.Module):
                 output_dim)``; integer actions without the last dimension are taken one-hot. None found (k = 0): plain
                 adaptation.
         """
-        where = "MetaLearner.adapt_with_experience"
-        x, y = self._pairs(where, support_set)
-        initial = self._initial(where, context)
-        states, actions, weights = self._experience(where, experiences)
-        counts = torch.cat([torch.ones_like(x[:, 0]), weights])
-        return self._adapt(initial, torch.cat([x, states]), torch.cat([y, actions]), counts)
+        return self._batching.run(
+            lambda batch: self._adapt_with_experience(batch, context, support_set, experiences),
+            self.log_temperature.device,
+        )
 
+    @outside_inference_mode()
     def meta_update(self, tasks: Iterable[tuple[Any, ...]]) -> float:
         """One step of Adam on the mean query loss after adaptation; returns it (before the step).
 
@@ -136,51 +139,76 @@ class MetaLearner(nn.Module):
         ``(context, support_set, query_set, experiences)``. A step that is not finite is left out and counted.
         """
         where = "MetaLearner.meta_update"
-        losses = []
-        for i, task in enumerate(tasks):
-            if not isinstance(task, (tuple, list)) or len(task) not in (3, 4):
-                raise ValueError(f"{where}: tasks[{i}] must be (context, support_set, query_set[, experiences])")
-            x, y = self._pairs(where, task[2], "query_set")
-            context, support_set = task[:2]
-            if len(task) == 3:
-                params = self.adapt(context, support_set)
-            else:
-                params = self.adapt_with_experience(context, support_set, task[3])
-            losses.append(self._losses(params, x, y).mean())
-        if not losses:
+        tasks = list(tasks)
+        if not tasks:
             raise ValueError(f"{where}: tasks is empty")
-        loss = torch.stack(losses).mean()
-        grads = torch.autograd.grad(loss, list(self.parameters()), allow_unused=True)
+        check_parameters(where, "MetaLearner", self, self.optimizer.param_groups[0]["params"])
+        leaves = [p for p in self.parameters() if p.requires_grad]
+        if not leaves:
+            raise ValueError(f"{where}: the learner has no parameters that require grad")
+
+        def compute(batch: Map) -> tuple[Tensor, tuple[Tensor | None, ...]]:
+            losses = []
+            for i, task in enumerate(tasks):
+                if not isinstance(task, (tuple, list)) or len(task) not in (3, 4):
+                    raise ValueError(f"{where}: tasks[{i}] must be (context, support_set, query_set[, experiences])")
+                x, y = self._pairs(where, task[2], "query_set")
+                adapt = self._adapt if len(task) == 3 else self._adapt_with_experience
+                params = adapt(batch, *task[:2], *task[3:])
+                losses.append(self._losses(batch, params, x, y).mean())
+            loss = torch.stack(losses).mean()
+            return loss.detach(), torch.autograd.grad(loss, leaves, allow_unused=True)
+
+        with torch.enable_grad():
+            loss, grads = self._batching.run(compute, self.log_temperature.device)
         if not finite(loss, *grads):
             self.skipped_updates += 1
-            return float(loss.detach())
-        for p, g in zip(self.parameters(), grads, strict=True):
+            return float(loss)
+        self.optimizer.zero_grad()  # a frozen parameter may hold a gradient of its own
+        for p, g in zip(leaves, grads, strict=True):
             p.grad = g
         self.optimizer.step()
         self.optimizer.zero_grad()
-        return float(loss.detach())
+        return float(loss)
 
     # ------------------------------------------------------------------------------------------------- inside
 
-    def _losses(self, params: Params, x: Tensor, y: Tensor) -> Tensor:
+    def _losses(self, batch: Map, params: Params, x: Tensor, y: Tensor) -> Tensor:
         """The loss of each pair, ``(n,)``."""
-        losses = vmap(self.loss_fn)(functional_call(self.network, params, (x,)), y)
+        losses = batch(self.loss_fn)(functional_call(self.network, params, (x,)), y)
         if not isinstance(losses, Tensor) or losses.dim() != 1:
             raise ValueError("MetaLearner: loss_fn must return a scalar tensor")
         return losses
 
-    def _adapt(self, initial: Params, x: Tensor, y: Tensor, counts: Tensor) -> Params:
+    def _adapt(self, batch: Map, context: Any, support_set: Any) -> Params:
+        where = "MetaLearner.adapt"
+        x, y = self._pairs(where, support_set)
+        return self._descend(where, batch, self._initial(where, context), x, y, torch.ones_like(x[:, 0]))
+
+    def _adapt_with_experience(self, batch: Map, context: Any, support_set: Any, experiences: Any) -> Params:
+        where = "MetaLearner.adapt_with_experience"
+        x, y = self._pairs(where, support_set)
+        initial = self._initial(where, context)
+        states, actions, weights = self._experience(where, experiences)
+        counts = torch.cat([torch.ones_like(x[:, 0]), weights])
+        return self._descend(where, batch, initial, torch.cat([x, states]), torch.cat([y, actions]), counts)
+
+    def _descend(self, where: str, batch: Map, initial: Params, x: Tensor, y: Tensor, counts: Tensor) -> Params:
         weights = counts / counts.sum()
+        start = {name: initial[name] for name, p in self.network.named_parameters() if p.requires_grad}
+        if not start:
+            raise ValueError(f"{where}: the network has no parameters that require grad")
 
         def loss(params: Params) -> Tensor:
-            losses = self._losses(params, x, y)
+            losses = self._losses(batch, {**initial, **params}, x, y)
             return losses @ weights.to(losses)
 
-        return descend(loss, initial, self.inner_lr, self.inner_steps)
+        return {**initial, **descend(loss, start, self.inner_lr, self.inner_steps)}
 
     def _initial(self, where: str, context: Any) -> Params:
-        """The network's parameters, shifted by the context."""
+        """The network's parameters, those that require grad shifted by the context."""
         _check.tensor(where, "context", context)
+        context = recordable(context)
         if context.dim() not in (1, 2) or context.shape[-1] != self.input_dim or not context.numel():
             wanted = f"(time, {self.input_dim}) or ({self.input_dim},)"
             raise ValueError(f"{where}: context must have shape {wanted}, got {tuple(context.shape)}")
@@ -188,7 +216,7 @@ class MetaLearner(nn.Module):
         shift = self.shift(context.mean(dim=0) if context.dim() == 2 else context)
         parts = shift.split([p.numel() for p in self.network.parameters()])
         named = self.network.named_parameters()
-        return {name: p + part.view_as(p) for (name, p), part in zip(named, parts, strict=True)}
+        return {n: p + part.view_as(p) if p.requires_grad else p for (n, p), part in zip(named, parts, strict=True)}
 
     def _pairs(self, where: str, pairs: Any, name: str = "support_set") -> Pairs:
         if not isinstance(pairs, (tuple, list)) or len(pairs) != 2:
@@ -201,7 +229,7 @@ class MetaLearner(nn.Module):
         self._check_kind(where, f"{name}[1]", targets)
         if not len(inputs):
             raise ValueError(f"{where}: {name} is empty")
-        return inputs, targets
+        return recordable((inputs, targets))
 
     def _experience(self, where: str, experiences: Any) -> tuple[Tensor, Tensor, Tensor]:
         """States ``(pairs, input_dim)``, actions ``(pairs, output_dim)`` and their weights ``(pairs,)``."""
@@ -212,7 +240,7 @@ class MetaLearner(nn.Module):
             if name not in experiences.fields:
                 fields = ", ".join(experiences.fields)
                 raise ValueError(f"{where}: experiences have no field {name!r}, the stored fields are {fields}")
-        state, action, distances = experiences.state, experiences.action, experiences.distances
+        state, action, distances = recordable((experiences.state, experiences.action, experiences.distances))
         if experiences.indices.dim() != 1:
             raise ValueError(f"{where}: experiences must be those of one query, take experiences[i]")
         if state.dim() not in (2, 3) or state.shape[-1] != self.input_dim:

@@ -1,6 +1,5 @@
 """theta -= outer_lr d/dtheta mean_i L(theta_i; query_i),  theta_i = theta - inner_lr dL(theta; support_i)/dtheta."""
 
-import copy
 import math
 import warnings
 import zlib
@@ -10,24 +9,39 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.autograd import forward_ad
-from torch.func import functional_call, grad, vmap
+from torch.func import grad, vmap
 
 from eaml_ext import _check
 from eaml_ext.distributed import Group, check_group
+from eaml_ext.meta._batching import Batching, Map, vmapped
+from eaml_ext.meta._inner_loop import Params, descend, twice_differentiable_attention, uses_tape
+from eaml_ext.meta._optimizer import make_optimizer
+from eaml_ext.meta.functional import (
+    check_buffers_constant,
+    check_model,
+    check_parameters,
+    detached_copy,
+    functional_call,
+    outside_inference_mode,
+    recordable,
+)
 from eaml_ext.meta.shift import tilt
 
-Params = dict[str, Tensor]
 LossFn = Callable[[Tensor, Tensor], Tensor]
 Task = tuple[Tensor, Tensor, Tensor, Tensor]  # support_x, support_y, query_x, query_y
 
 
 class MetaMAML:
-    """Model-agnostic meta-learning (Finn, Abbeel & Levine 2017, algorithm 1) over any ``nn.Module`` that changes no
-    buffer in place (batch norm: put it in eval mode), and its relatives.
+    """Model-agnostic meta-learning (Finn, Abbeel & Levine 2017, algorithm 1) over any ``nn.Module``, and its relatives.
 
     Tasks of equal shapes run as one vmapped batch, so that every op sees them in one call; tasks of different shapes
-    are bucketed. Meta-gradients are exact second order, also through :func:`eaml_ext.ops.selective_scan`.
+    are bucketed. Meta-gradients are exact second order, also through :func:`eaml_ext.ops.selective_scan`. Tasks run one
+    at a time, after one RuntimeWarning, where ``vmap`` cannot run the model: recurrent layers of torch, control flow
+    that depends on data, ``torch.utils.checkpoint``.
+
+    The parameters that require grad at the time of a call are learned. Parameters may be frozen, and unfrozen again,
+    at any time; one that is unfrozen or replaced for the first time after construction needs a new MetaMAML. Changes of
+    buffers in ``forward`` are discarded, so batch norm must be in eval mode.
 
     *Several processes.* With a ``group`` (:class:`eaml_ext.distributed.Group`) each rank passes its own part of the
     meta-batch to :meth:`meta_update`, as many tasks as it likes, also none; losses are gathered, meta-gradients summed
@@ -40,7 +54,7 @@ class MetaMAML:
         outer_lr: learning rate of the outer optimizer.
         first_order: treat inner gradients as constants (FOMAML).
         inner_steps: inner steps in :meth:`meta_update`, and in :meth:`adapt` unless told otherwise.
-        optimizer: outer optimizer, built as ``optimizer(parameters, lr=outer_lr)``.
+        optimizer: outer optimizer, built as ``optimizer(parameters, lr=outer_lr)``; it must step without a closure.
         learn_inner_lr: learn a step size for each number in the adapted parameters, all starting at ``inner_lr``
             (Meta-SGD; Li, Zhou, Chen & Li 2017); they are in ``inner_lrs``.
         inner_parameters: what the inner loop adapts: a prefix of parameter names or several (``"head"`` means
@@ -60,9 +74,10 @@ class MetaMAML:
         inner_lrs: name to tensor of the parameter's shape, with ``learn_inner_lr``; else empty.
 
     Raises:
-        TypeError, ValueError: an argument of the wrong kind or size, a model without trainable parameters, or
-            ``reptile`` together with ``learn_inner_lr`` or ``inner_parameters``, to which it gives no gradient; the
-            model has other parameters than on rank 0.
+        TypeError, ValueError: an argument of the wrong kind or size, a model without trainable parameters or made
+            inside ``torch.inference_mode``, an optimizer that needs a closure (LBFGS, SAM), or ``reptile`` together
+            with ``learn_inner_lr`` or ``inner_parameters``, to which it gives no gradient; the model has other
+            parameters than on rank 0.
 
     >>> model = torch.nn.Linear(4, 1)
     >>> maml = MetaMAML(model, inner_lr=0.1, outer_lr=0.01)
@@ -79,6 +94,7 @@ class MetaMAML:
     (['2.weight', '2.bias'], torch.Size([8]))
     """
 
+    @outside_inference_mode()
     def __init__(
         self,
         model: nn.Module,
@@ -95,52 +111,58 @@ class MetaMAML:
         compile: bool = False,
         group: Group | None = None,
     ):
-        if not isinstance(model, nn.Module):
-            raise TypeError(f"MetaMAML: model must be a torch.nn.Module, got {type(model).__name__}")
-        for name, rate in (("inner_lr", inner_lr), ("outer_lr", outer_lr)):
-            _check.positive("MetaMAML", name, rate)
-            if math.isinf(rate):
-                raise ValueError(f"MetaMAML: {name} must be finite, got {rate!r}")
-        _check.positive("MetaMAML", "inner_steps", inner_steps, integer=True)
+        where = "MetaMAML"
+        check_model(where, model)
+        self.inner_lr = _check_rate(where, "inner_lr", inner_lr)
+        self.outer_lr = _check_rate(where, "outer_lr", outer_lr)
+        self.inner_steps = _check.positive(where, "inner_steps", inner_steps, integer=True)
+        self.micro_batch = micro_batch
         if micro_batch is not None:
-            _check.positive("MetaMAML", "micro_batch", micro_batch, integer=True)
+            self.micro_batch = _check.positive(where, "micro_batch", micro_batch, integer=True)
         flags = {"first_order": first_order, "learn_inner_lr": learn_inner_lr, "reptile": reptile, "compile": compile}
         for name, flag in flags.items():
-            _check.flag("MetaMAML", name, flag)
+            _check.flag(where, name, flag)
         if not callable(optimizer):
-            raise TypeError(f"MetaMAML: optimizer must be callable, got {type(optimizer).__name__}")
+            raise TypeError(f"{where}: optimizer must be callable, got {type(optimizer).__name__}")
         if reptile and (learn_inner_lr or inner_parameters is not None):
             other = "learn_inner_lr" if learn_inner_lr else "inner_parameters"
-            raise ValueError(f"MetaMAML: reptile learns nothing but what the inner loop moves, {other} needs MAML")
-        check_group("MetaMAML", group)
-        self.group = group
-        self.model, self.inner_lr, self.outer_lr = model, float(inner_lr), float(outer_lr)
-        self.first_order, self.inner_steps, self.reptile = first_order, inner_steps, reptile
-        self.micro_batch, self.compile = micro_batch, compile
-        if not self.parameters():
-            raise ValueError("MetaMAML: model has no parameters that require grad")
-        self.inner_names = _inner_names(list(self.parameters()), inner_parameters)
+            raise ValueError(f"{where}: reptile learns nothing but what the inner loop moves, {other} needs MAML")
+        check_group(where, group)
+        self.group, self.model = group, model
+        self.first_order, self.reptile, self.compile = bool(first_order), bool(reptile), bool(compile)
+        self._known = self.parameters()
+        if not self._known:
+            raise ValueError(f"{where}: model has no parameters that require grad")
+        self._inner_prefixes = _check_prefixes(model, inner_parameters)
         self.inner_lrs: Params = {}
+        names = self.inner_names
         if learn_inner_lr:
-            params = self.parameters()
-            rates = {name: torch.full_like(params[name], inner_lr, requires_grad=True) for name in self.inner_names}
+            rates = {n: torch.full_like(self._known[n], self.inner_lr, requires_grad=True) for n in names}
             self.inner_lrs = rates
         if group is not None:
             _start_alike(group, model)
-        self.optimizer = optimizer([*self.parameters().values(), *self.inner_lrs.values()], lr=self.outer_lr)
+        leaves = [*self._known.values(), *self.inner_lrs.values()]
+        self.optimizer = make_optimizer(where, optimizer, leaves, self.outer_lr)
         self.skipped_updates = 0
         self.last_losses: Tensor | None = None
-        self._compiled: dict[LossFn, Callable[..., Any]] = {}
+        self._compiled: dict[tuple[LossFn, tuple[str, ...]], Callable[..., Any]] = {}
+        self._batching = Batching(where, "task")
+
+    @property
+    def inner_names(self) -> list[str]:
+        """The names of the parameters that the inner loop adapts now."""
+        return _inner_names(self.model, self._inner_prefixes)
 
     def parameters(self) -> Params:
-        """The model's trainable parameters by name."""
+        """The model's parameters that require grad now, by name."""
         return {name: p for name, p in self.model.named_parameters() if p.requires_grad}
 
     def call(self, params: Params, x: Tensor) -> Tensor:
-        """``model(x)`` under other parameters."""
+        """``model(x)`` under other parameters; the model itself is left as it is."""
         out: Tensor = functional_call(self.model, params, (x,))
         return out
 
+    @outside_inference_mode()
     def adapt_params(
         self, params: Params, support_x: Tensor, support_y: Tensor, loss_fn: LossFn, num_steps: int | None = None
     ) -> Params:
@@ -149,19 +171,28 @@ class MetaMAML:
         A pure function, differentiable to every order the model is (twice, through the selective scan), and vmappable.
 
         Args:
-            params: parameters by name, as from :meth:`parameters`.
+            params: parameters by name, as from :meth:`parameters`. Frozen parameters among them are not adapted.
             support_x, support_y: what ``loss_fn(model(support_x), support_y)`` takes.
             loss_fn: returns a scalar.
             num_steps: ``inner_steps`` if absent; 0 returns ``params``.
 
         Returns:
             The adapted parameters by name, connected to ``params`` (and ``inner_lrs``) where gradients are recorded.
-        """
-        num_steps = self.inner_steps if num_steps is None else num_steps
-        _check.positive("MetaMAML.adapt_params", "num_steps", num_steps, zero=True, integer=True)
-        _check_loss_fn("MetaMAML.adapt_params", loss_fn)
-        return self._inner_loop(params, self.inner_lrs, support_x, support_y, loss_fn, num_steps)
 
+        Raises:
+            TypeError, ValueError: an argument of the wrong kind, no parameter is left to adapt, or one has no learned
+                step size because it was frozen or had another shape when ``inner_lrs`` were made.
+        """
+        where = "MetaMAML.adapt_params"
+        num_steps = self.inner_steps if num_steps is None else num_steps
+        num_steps = _check.positive(where, "num_steps", num_steps, zero=True, integer=True)
+        _check_loss_fn(where, loss_fn)
+        names = self._adapted(where, params)
+        x, y = recordable((support_x, support_y))
+        with twice_differentiable_attention(not self.first_order and torch.is_grad_enabled()):
+            return self._inner_loop(params, self.inner_lrs, x, y, loss_fn, num_steps, names)
+
+    @outside_inference_mode()
     def adapt(self, support_x: Tensor, support_y: Tensor, loss_fn: LossFn, num_steps: int | None = None) -> nn.Module:
         """A copy of the model adapted to one support set. **Detached**: no gradient reaches the meta-parameters.
 
@@ -169,34 +200,30 @@ class MetaMAML:
         """
         _check_pair("MetaMAML.adapt", "support", support_x, support_y)
         start = {name: p.detach() for name, p in self.parameters().items()}
-        adapted = self.adapt_params(start, support_x, support_y, loss_fn, num_steps)
-        module = copy.deepcopy(self.model)
         with torch.no_grad():
+            adapted = self.adapt_params(start, support_x, support_y, loss_fn, num_steps)
+            module = detached_copy(self.model)
             for name, p in module.named_parameters():
                 if name in adapted:
                     p.copy_(adapted[name])
         return module
 
+    @outside_inference_mode()
     def task_losses(self, params: Params, tasks: Sequence[Task], loss_fn: LossFn | Sequence[LossFn]) -> Tensor:
         """Query loss after adaptation of each task, ``(len(tasks),)``, in their order, differentiable in ``params``.
 
         ``loss_fn`` is one for all tasks or one for each; tasks that share shapes and loss run as one batch.
         """
-        loss_fns = _loss_fns("MetaMAML.task_losses", loss_fn, len(tasks))
-        losses: dict[int, Tensor] = {}
-        for bucket in _buckets(tasks, loss_fns):
-            one = self._task_loss(params, self.inner_lrs, loss_fns[bucket[0]])
-            if len(bucket) == 1:
-                losses[bucket[0]] = one(*tasks[bucket[0]])
-                continue
-            stacked = _stack(tasks, bucket)
-            if self._has_tape(params):
-                batched = self._taped(params, loss_fns[bucket[0]], *stacked)
-            else:
-                batched = vmap(one, randomness="different")(*stacked)
-            losses.update(zip(bucket, batched.unbind(0), strict=True))
-        return torch.stack([losses[i] for i in range(len(tasks))])
+        where = "MetaMAML.task_losses"
+        tasks = recordable(_check_tasks(where, tasks))
+        loss_fns = _loss_fns(where, loss_fn, len(tasks))
+        names = self._adapted(where, params)
+        with twice_differentiable_attention(not self.first_order and torch.is_grad_enabled()):
+            return self._batching.run(
+                lambda batch: self._task_losses(batch, params, names, tasks, loss_fns), tasks[0][0].device
+            )
 
+    @outside_inference_mode()
     def meta_update(
         self, tasks: Iterable[Task], loss_fn: LossFn | Sequence[LossFn], *, shift_level: float = 0.0
     ) -> float:
@@ -216,20 +243,23 @@ class MetaMAML:
             The mean query loss after adaptation, before the step.
 
         Raises:
-            TypeError, ValueError: an argument of the wrong kind or size, nothing modified.
+            TypeError, ValueError: an argument of the wrong kind or size, or a parameter requires grad that the
+                optimizer does not hold; nothing modified.
             RankError: another rank was given such an argument, failed in its tasks, or has died.
         """
         where = "MetaMAML.meta_update"
-        tasks, loss_fns, counts = self._admit(where, tasks, loss_fn, shift_level)
-        leaves = [*self.parameters().values(), *self.inner_lrs.values()]
-        if self.group is None:
-            losses, grads = self._meta_gradient(tasks, loss_fns, leaves, shift_level)
-        else:
-            losses, grads = self._summed(where, self.group, tasks, loss_fns, leaves, shift_level, counts)
+        tasks, loss_fns, shift_level, counts = self._admit(where, tasks, loss_fn, shift_level)
+        leaves = [*self.parameters().values(), *self._rates().values()]
+        with torch.enable_grad():
+            if self.group is None:
+                losses, grads = self._meta_gradient(tasks, loss_fns, leaves, shift_level)
+            else:
+                losses, grads = self._summed(where, self.group, tasks, loss_fns, leaves, shift_level, counts)
         loss, self.last_losses = losses.mean(), losses
         if not finite(loss, *grads):
             self.skipped_updates += 1
             return float(loss)
+        self.optimizer.zero_grad()  # a frozen parameter may hold a gradient of its own
         for p, g in zip(leaves, grads, strict=True):
             p.grad = g
         self.optimizer.step()
@@ -275,24 +305,26 @@ class MetaMAML:
     # ------------------------------------------------------------------------------------------------- the ranks
 
     def _admit(
-        self, where: str, tasks: Iterable[Task], loss_fn: Any, shift_level: float
-    ) -> tuple[list[Task], list[LossFn], list[int]]:
-        """The tasks and a loss for each, checked, and how many tasks each rank has."""
+        self, where: str, tasks: Iterable[Task], loss_fn: Any, shift_level: Any
+    ) -> tuple[list[Task], list[LossFn], float, list[int]]:
+        """The tasks, a loss for each and the level, checked, and how many tasks each rank has."""
 
-        def check() -> tuple[list[Task], list[LossFn]]:
-            _check.positive(where, "shift_level", shift_level, zero=True)
-            checked = _check_tasks(where, tasks, empty=self.group is not None)
-            return checked, _loss_fns(where, loss_fn, len(checked))
+        def check() -> tuple[list[Task], list[LossFn], float]:
+            level = _check.positive(where, "shift_level", shift_level, zero=True)
+            checked = recordable(_check_tasks(where, tasks, empty=self.group is not None))
+            check_parameters(where, "MetaMAML", self.model, self._known.values())
+            self._adapted(where, self.parameters())
+            return checked, _loss_fns(where, loss_fn, len(checked)), level
 
         if self.group is None:
-            mine, loss_fns = check()
-            return mine, loss_fns, [len(mine)]
+            mine, loss_fns, level = check()
+            return mine, loss_fns, level, [len(mine)]
         refused: Exception | None = None
         try:
-            mine, loss_fns = check()
+            mine, loss_fns, level = check()
         except (TypeError, ValueError) as error:
             refused = error
-            mine, loss_fns = [], []
+            mine, loss_fns, level = [], [], 0.0
         told = self.group.all_gather(torch.tensor([refused is not None, len(mine)], dtype=torch.int64))
         if refused is not None:
             raise refused
@@ -300,7 +332,7 @@ class MetaMAML:
         counts = told[:, 1].tolist()
         if not sum(counts):
             raise ValueError(f"{where}: tasks is empty on all ranks")
-        return mine, loss_fns, counts
+        return mine, loss_fns, level, counts
 
     def _summed(
         self,
@@ -350,52 +382,80 @@ class MetaMAML:
 
     # ---------------------------------------------------------------------------------------------- the gradient
 
-    def _inner_loop(self, params: Params, rates: Params, x: Tensor, y: Tensor, loss_fn: LossFn, steps: int) -> Params:
+    def _adapted(self, where: str, params: Params) -> list[str]:
+        """The names in ``params`` that the inner loop adapts; raises ValueError where it cannot adapt them."""
+        check_buffers_constant(where, self.model)
+        names = [name for name in self.inner_names if name in params]
+        if not names:
+            got = ", ".join(params) or "none"
+            raise ValueError(f"{where}: params must hold an inner parameter that requires grad, got {got}")
+        for name in names if self.inner_lrs else ():
+            if name not in self.inner_lrs or self.inner_lrs[name].shape != params[name].shape:
+                text = f"{name} was unfrozen or replaced after this MetaMAML was made and has no learned step size"
+                raise ValueError(f"{where}: {text}: make a new MetaMAML")
+        return names
+
+    def _rates(self) -> Params:
+        """The learned step sizes that are in use."""
+        return {name: self.inner_lrs[name] for name in self.inner_names if name in self.inner_lrs}
+
+    def _inner_loop(
+        self, params: Params, rates: Params, x: Tensor, y: Tensor, loss_fn: LossFn, steps: int, names: list[str]
+    ) -> Params:
         def loss(fast: Params) -> Tensor:
             return _scalar(loss_fn(self.call({**params, **fast}, x), y))
 
-        fast = {name: params[name] for name in self.inner_names}
+        fast = {name: params[name] for name in names}
         return {**params, **descend(loss, fast, rates or self.inner_lr, steps, self.first_order)}
 
-    def _task_loss(self, params: Params, rates: Params, loss_fn: LossFn) -> Callable[..., Tensor]:
+    def _task_loss(self, params: Params, rates: Params, loss_fn: LossFn, names: list[str]) -> Callable[..., Tensor]:
         def task_loss(support_x: Tensor, support_y: Tensor, query_x: Tensor, query_y: Tensor) -> Tensor:
-            adapted = self._inner_loop(params, rates, support_x, support_y, loss_fn, self.inner_steps)
+            adapted = self._inner_loop(params, rates, support_x, support_y, loss_fn, self.inner_steps, names)
             return _scalar(loss_fn(self.call(adapted, query_x), query_y))
 
         return task_loss
 
-    def _has_tape(self, params: Params) -> bool:
-        """Whether autograd's tape alone tells what the inner loop depends on: where no transform of torch.func and no
-        forward mode runs, and either the parameters are on it or nothing is to be recorded."""
-        if torch._C._functorch.peek_interpreter_stack() is not None or forward_ad._current_level >= 0:
-            return False
-        if torch.is_inference_mode_enabled():
-            return False
-        return not torch.is_grad_enabled() or any(p.requires_grad for p in [*params.values(), *self.inner_lrs.values()])
+    def _task_losses(
+        self, batch: Map, params: Params, names: list[str], tasks: Sequence[Task], loss_fns: Sequence[LossFn]
+    ) -> Tensor:
+        """The tasks' losses, ``(len(tasks),)``, bucket by bucket through ``batch``."""
+        losses: dict[int, Tensor] = {}
+        for bucket in _buckets(tasks, loss_fns):
+            loss_fn = loss_fns[bucket[0]]
+            one = self._task_loss(params, self.inner_lrs, loss_fn, names)
+            if len(bucket) == 1:
+                losses[bucket[0]] = one(*tasks[bucket[0]])
+                continue
+            stacked = _stack(tasks, bucket)
+            batched = self._taped(batch, params, names, loss_fn, *stacked) if uses_tape() else batch(one)(*stacked)
+            losses.update(zip(bucket, batched.unbind(0), strict=True))
+        return torch.stack([losses[i] for i in range(len(tasks))])
 
     def _taped(
-        self, params: Params, loss_fn: LossFn, support_x: Tensor, support_y: Tensor, query_x: Tensor, query_y: Tensor
+        self,
+        batch: Map,
+        params: Params,
+        names: list[str],
+        loss_fn: LossFn,
+        support_x: Tensor,
+        support_y: Tensor,
+        query_x: Tensor,
+        query_y: Tensor,
     ) -> Tensor:
-        """What vmap of :meth:`_task_loss` gives, faster: inner gradients come from autograd's tape below vmap, not
-        from a layer of torch.func above every op. Of a sum over tasks, a task's parameters have their own gradient.
+        """``batch`` of :meth:`_task_loss`, faster: inner gradients come from autograd's tape below vmap, not from a
+        layer of torch.func above every op. Of a sum over tasks, a task's parameters have their own gradient.
         """
 
         def loss(fast: Params, x: Tensor, y: Tensor) -> Tensor:
             return _scalar(loss_fn(self.call({**params, **fast}, x), y))
 
-        losses = vmap(loss, randomness="different")
-        recorded = torch.is_grad_enabled()
-        fast = {name: params[name].expand(len(support_x), *params[name].shape) for name in self.inner_names}
-        for _ in range(self.inner_steps):
-            with torch.enable_grad():
-                points = [p if recorded and p.requires_grad else p.detach().requires_grad_() for p in fast.values()]
-                total = losses(dict(zip(fast, points, strict=True)), support_x, support_y).sum()
-                options: Any = {"create_graph": recorded and not self.first_order, "materialize_grads": True}
-                used = total.requires_grad
-                grads = torch.autograd.grad(total, points, **options) if used else [torch.zeros_like(p) for p in points]
-            rates = (self.inner_lrs.get(name, self.inner_lr) for name in fast)
-            fast = {name: p - rate * g for (name, p), rate, g in zip(fast.items(), rates, grads, strict=True)}
-        return losses(fast, query_x, query_y)
+        losses = batch(loss)
+        fast = {name: params[name].expand(len(support_x), *params[name].shape) for name in names}
+        rates = self.inner_lrs or self.inner_lr
+        fast = descend(
+            lambda fast: losses(fast, support_x, support_y).sum(), fast, rates, self.inner_steps, self.first_order
+        )
+        return losses(fast, query_x, query_y)  # type: ignore[no-any-return]
 
     def _chunks(self, tasks: list[Task], loss_fns: list[LossFn]) -> list[list[int]]:
         """What runs at once."""
@@ -422,8 +482,7 @@ class MetaMAML:
         weights: Tensor | None = None,
     ) -> tuple[Tensor, list[Tensor | None]]:
         """The tasks' losses and the gradient of their weighted mean, as a part of ``count`` tasks, chunk by chunk."""
-        count, params = count or len(tasks), self.parameters()
-        pure, chunks = self.reptile or self.compile, self._chunks(tasks, loss_fns)
+        count, params, names = count or len(tasks), self.parameters(), self.inner_names
         if weights is None and shift_level:
             with torch.no_grad():
                 weights = tilt(self._measure(tasks, loss_fns), shift_level)
@@ -431,61 +490,53 @@ class MetaMAML:
         weights = plain if weights is None else weights.to(plain)
         losses = torch.empty_like(weights)
         total: list[Tensor | None] = [None] * len(leaves)
-        for chunk in chunks:
-            if pure:
-                values, grads = self._pure(loss_fns[chunk[0]])(
-                    {name: p.detach() for name, p in params.items()},
-                    {name: rate.detach() for name, rate in self.inner_lrs.items()},
-                    weights[chunk],
-                    *_stack(tasks, chunk),
-                )
-            else:
-                values = self.task_losses(params, *_take(chunk, tasks, loss_fns))
+        for chunk in self._chunks(tasks, loss_fns):
+
+            def compute(batch: Map, chunk: list[int] = chunk) -> tuple[Tensor, list[Tensor | None]]:
+                if self.reptile or (self.compile and batch is vmapped):
+                    start = {name: p.detach() for name, p in params.items()}
+                    rates = {name: rate.detach() for name, rate in self._rates().items()}
+                    pure = self._pure(loss_fns[chunk[0]], names, batch)
+                    with torch.set_grad_enabled(not self.reptile):
+                        return pure(start, rates, weights[chunk], *_stack(tasks, chunk))  # type: ignore[no-any-return]
+                values = self._task_losses(batch, params, names, *_take(chunk, tasks, loss_fns))
                 # The mean by its own name: rounded as a plain mean, where tasks weigh alike.
                 mean = values @ weights[chunk].to(values) if shift_level else values.mean() * (len(chunk) / count)
-                grads = list(torch.autograd.grad(mean, leaves, allow_unused=True))
+                return values, list(torch.autograd.grad(mean, leaves, allow_unused=True))
+
+            with twice_differentiable_attention(not self.first_order and not self.reptile):
+                values, grads = self._batching.run(compute, leaves[0].device)
             losses[chunk] = values.detach().to(losses)
             total = [g if t is None else t if g is None else t + g for t, g in zip(total, grads, strict=True)]
         return losses, total
 
-    def _pure(self, loss_fn: LossFn) -> Callable[..., tuple[Tensor, list[Tensor]]]:
+    def _pure(self, loss_fn: LossFn, names: list[str], batch: Map) -> Callable[..., Any]:
         """``(params, rates, weights, *stacked tasks) -> (losses, gradient of the weighted mean)``, no autograd tape."""
-        if loss_fn in self._compiled:
-            return self._compiled[loss_fn]
+        key = (loss_fn, tuple(names))
+        if batch is vmapped and key in self._compiled:
+            return self._compiled[key]
 
         def reptile(params: Params, rates: Params, weights: Tensor, *stacked: Tensor) -> tuple[Tensor, list[Tensor]]:
             def one(support_x: Tensor, support_y: Tensor, query_x: Tensor, query_y: Tensor) -> tuple[Params, Tensor]:
-                adapted = self._inner_loop(params, rates, support_x, support_y, loss_fn, self.inner_steps)
+                adapted = self._inner_loop(params, rates, support_x, support_y, loss_fn, self.inner_steps, names)
                 return adapted, _scalar(loss_fn(self.call(adapted, query_x), query_y))
 
-            adapted, losses = vmap(one, randomness="different")(*stacked)
+            adapted, losses = batch(one)(*stacked)
             moved = [torch.tensordot(weights, p - adapted[name], 1) for name, p in params.items()]
             return losses, [m / self.inner_lr for m in moved]
 
         def maml(params: Params, rates: Params, weights: Tensor, *stacked: Tensor) -> tuple[Tensor, list[Tensor]]:
             def mean(meta: tuple[Params, Params]) -> tuple[Tensor, Tensor]:
-                losses = vmap(self._task_loss(*meta, loss_fn), randomness="different")(*stacked)
+                losses = vmap(self._task_loss(*meta, loss_fn, names), randomness="different")(*stacked)
                 return losses @ weights.to(losses), losses
 
             grads, losses = grad(mean, has_aux=True)((params, rates))
             return losses, [*grads[0].values(), *grads[1].values()]
 
         function: Callable[..., Any] = reptile if self.reptile else maml
-        if self.compile:
-            function = self._compiled[loss_fn] = _compiled(function)
+        if self.compile and batch is vmapped:
+            function = self._compiled[key] = _compiled(function)
         return function
-
-
-def descend(
-    loss: Callable[[Params], Tensor], params: Params, lr: float | Params, steps: int, first_order: bool = False
-) -> Params:
-    """``steps`` of gradient descent on ``loss(params)``; ``lr`` is one number, or a tensor for each name."""
-    for _ in range(steps):
-        grads = grad(loss)(params)
-        if first_order:
-            grads = {name: g.detach() for name, g in grads.items()}
-        params = {n: p - (lr[n] if isinstance(lr, dict) else lr) * grads[n] for n, p in params.items()}
-    return params
 
 
 def finite(*tensors: Tensor | None) -> bool:
@@ -516,17 +567,25 @@ def _compiled(function: Callable[..., Any]) -> Callable[..., Any]:
     return call
 
 
-def _inner_names(names: list[str], prefixes: Any) -> list[str]:
+def _check_prefixes(model: nn.Module, prefixes: Any) -> list[str]:
+    """The prefixes of names that choose the inner parameters; raises unless each begins a trainable name."""
     if prefixes is None:
-        return names
+        return [""]
     prefixes = [prefixes] if isinstance(prefixes, str) else prefixes
     if not isinstance(prefixes, Sequence) or not all(isinstance(prefix, str) for prefix in prefixes):
         raise TypeError(f"MetaMAML: inner_parameters must be a prefix of names or several, got {prefixes!r}")
-    chosen = [name for name in names if any(name == p or name.startswith(p + ".") for p in prefixes)]
     for prefix in prefixes or [""]:
-        if not any(name == prefix or name.startswith(prefix + ".") for name in names):
-            raise ValueError(f"MetaMAML: inner_parameters {prefix!r} begins no trainable name of {', '.join(names)}")
-    return chosen
+        if not prefix or not _inner_names(model, [prefix]):
+            names = ", ".join(_inner_names(model, [""]))
+            raise ValueError(f"MetaMAML: inner_parameters {prefix!r} begins no trainable name of {names}")
+    return list(prefixes)
+
+
+def _inner_names(model: nn.Module, prefixes: list[str]) -> list[str]:
+    """The parameters that require grad, one of whose names has one of the prefixes; "" is a prefix of all."""
+    every_name = model.named_parameters(remove_duplicate=False)  # a shared parameter has several
+    chosen = {id(p) for name, p in every_name if any(not x or f"{name}.".startswith(f"{x}.") for x in prefixes)}
+    return [name for name, p in model.named_parameters() if p.requires_grad and id(p) in chosen]
 
 
 def _buckets(tasks: Sequence[Task], loss_fns: Sequence[LossFn]) -> list[list[int]]:
@@ -550,6 +609,14 @@ def _scalar(loss: Any) -> Tensor:
         came = tuple(loss.shape) if isinstance(loss, Tensor) else type(loss).__name__
         raise ValueError(f"MetaMAML: loss_fn must return a scalar tensor, got {came}")
     return loss
+
+
+def _check_rate(where: str, name: str, value: Any) -> float:
+    """Return ``value`` as a positive, finite float."""
+    rate = _check.positive(where, name, value)
+    if math.isinf(rate):
+        raise ValueError(f"{where}: {name} must be finite, got {rate!r}")
+    return float(rate)
 
 
 def _check_loss_fn(where: str, loss_fn: Any) -> None:

@@ -1,17 +1,20 @@
 """Models of past tasks: the meta-learned one adapted to each, to ask which of them explains new data."""
 
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.func import vmap
 
 from eaml_ext import _check
 from eaml_ext.experience import ExperienceBuffer
 from eaml_ext.experience.experiences import Selector
-from eaml_ext.meta.maml import LossFn, MetaMAML, Params
+from eaml_ext.meta._batching import Batching, Map
+from eaml_ext.meta._inner_loop import Params
+from eaml_ext.meta.functional import outside_inference_mode, recordable
+from eaml_ext.meta.maml import LossFn, MetaMAML
 
 
 class PastModels:
@@ -65,13 +68,15 @@ class PastModels:
         if not callable(loss_fn):
             raise TypeError(f"{where}: loss_fn must be callable, got {type(loss_fn).__name__}")
         if num_steps is not None:
-            _check.positive(where, "num_steps", num_steps, integer=True, zero=True)
-        for name, size in (("length", length), ("chunk_size", chunk_size)):
-            if size is not None:
-                _check.positive(where, name, size, integer=True)
+            num_steps = _check.positive(where, "num_steps", num_steps, integer=True, zero=True)
+        if length is not None:
+            length = _check.positive(where, "length", length, integer=True)
+        if chunk_size is not None:
+            chunk_size = _check.positive(where, "chunk_size", chunk_size, integer=True)
         self._maml, self._buffer, self._loss_fn, self._num_steps = maml, buffer, loss_fn, num_steps
         self._select: dict[str, Any] = {"states": states, "targets": targets}
         self._length, self._chunk_size = length, chunk_size
+        self._batching = Batching(where, "task")
         self.update()
 
     @property
@@ -79,18 +84,21 @@ class PastModels:
         """The ids of the tasks that have a model."""
         return list(self._row)
 
+    @outside_inference_mode()
     def update(self) -> None:
         """Make the models of all tasks in the buffer anew."""
         self._row: dict[int, int] = {}
         self._params: Params = {}
-        if len(self._buffer):
-            self._add(self._buffer.tasks().tolist())
+        with self._buffer._lock:  # a task that is listed must still be there when its items are read
+            if len(self._buffer):
+                self._add(self._buffer.tasks().tolist())
 
+    @outside_inference_mode()
     def score(self, buffer: ExperienceBuffer, tasks: Tensor, batch: Mapping[str, Any]) -> Tensor:
         """The loss on the batch of each task's model, ``(len(tasks),)``; inf where ``length`` left a task out."""
         if buffer is not self._buffer:
             raise ValueError("PastModels.score: buffer is another than the one these models were made from")
-        x, y = batch["states"], batch["targets"]
+        x, y = recordable((batch["states"], batch["targets"]))
         numbers = tasks.tolist()
         self._add([task for task in numbers if task not in self._row])
         if not self._params:
@@ -103,7 +111,8 @@ class PastModels:
                 raise ValueError(f"PastModels.score: loss_fn must return a scalar tensor, got {came}")
             return value
 
-        losses = vmap(loss, chunk_size=self._chunk_size)(self._params).detach()
+        with torch.no_grad():
+            losses = self._batching.run(partial(self._map, loss, [self._params]), x.device)
         rows = torch.tensor([self._row.get(task, -1) for task in numbers], device=losses.device)
         return torch.where(rows < 0, torch.inf, losses[rows])
 
@@ -119,6 +128,9 @@ class PastModels:
         rows = [self._row[task] for task in numbers]
         return {name: value[rows] for name, value in self._params.items()}
 
+    def _map(self, function: Callable[..., Any], args: Sequence[Any], batch: Map) -> Any:
+        return batch(function, chunk_size=self._chunk_size)(*args)
+
     def _add(self, tasks: list[int]) -> None:
         buckets: dict[Any, dict[int, dict[str, Tensor]]] = defaultdict(dict)
         for task in tasks:
@@ -130,10 +142,12 @@ class PastModels:
         def adapt(x: Tensor, y: Tensor) -> Params:
             return self._maml.adapt_params(start, x, y, self._loss_fn, self._num_steps)
 
+        if self._params and tasks and set(self._params) != set(start):
+            raise ValueError("PastModels: parameters were frozen or unfrozen after the last update: call update again")
         for bucket in buckets.values():
-            x, y = (torch.stack([batch[name] for batch in bucket.values()]) for name in ("states", "targets"))
-            adapted = vmap(adapt, chunk_size=self._chunk_size)(x, y)
+            data = [torch.stack([batch[name] for batch in bucket.values()]) for name in ("states", "targets")]
+            with torch.no_grad():
+                adapted = self._batching.run(partial(self._map, adapt, data), data[0].device)
             for name, new in adapted.items():
-                new = new.detach()
                 self._params[name] = torch.cat([self._params[name], new]) if name in self._params else new
             self._row.update({task: len(self._row) + i for i, task in enumerate(bucket)})

@@ -33,7 +33,7 @@ def tilt(losses: Tensor, level: float) -> Tensor:
     _check.tensor("tilt", "losses", losses)
     if losses.dim() != 1 or not len(losses):
         raise ValueError(f"tilt: losses must have shape (n,), n at least 1, got {tuple(losses.shape)}")
-    _check.positive("tilt", "level", level, zero=True)
+    level = _check.positive("tilt", "level", level, zero=True)
     losses, count = losses.detach().double(), len(losses)
     uniform = torch.full_like(losses, 1 / count)
     gap = losses - losses.max()

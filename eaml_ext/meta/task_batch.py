@@ -1,6 +1,7 @@
 """Meta-batches: which tasks the next meta-update sees, a pure function of (seed, iteration, how tasks fared)."""
 
 from collections.abc import Iterator, Sequence
+from numbers import Integral
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
@@ -8,6 +9,8 @@ import torch
 from torch import Tensor
 
 from eaml_ext import _check
+from eaml_ext._random import Purpose, derive_seed
+from eaml_ext.meta.functional import outside_inference_mode
 from eaml_ext.meta.maml import LossFn, Task, _check_tasks
 
 SAMPLINGS = ("uniform", "adaptive")
@@ -63,9 +66,10 @@ class TaskBatch:
     True
     """
 
+    @outside_inference_mode()
     def __init__(self, tasks: Any, batch_size: int = 16, *, sampling: str = "uniform", seed: int = 0):
-        _check.positive("TaskBatch", "batch_size", batch_size, integer=True)
-        _check.positive("TaskBatch", "seed", seed, zero=True, integer=True)
+        batch_size = _check.positive("TaskBatch", "batch_size", batch_size, integer=True)
+        seed = _check.positive("TaskBatch", "seed", seed, zero=True, integer=True)
         if seed >= 2**32:
             raise ValueError(f"TaskBatch: seed must be in [0, 2**32), got {seed}")
         if sampling not in SAMPLINGS:
@@ -106,7 +110,7 @@ class TaskBatch:
 
         Torch's global generator is left as it was.
         """
-        _check.positive("TaskBatch.batch", "iteration", iteration, zero=True, integer=True)
+        iteration = _check.positive("TaskBatch.batch", "iteration", iteration, zero=True, integer=True)
         indices = [-1] * self.batch_size if self.endless else self._choose(iteration)
         chosen: Any
         if self.endless:
@@ -115,7 +119,7 @@ class TaskBatch:
         else:
             chosen = [self.tasks[i] for i in indices]
         with torch.random.fork_rng(devices=[]):
-            torch.default_generator.manual_seed(self._seed(iteration, 1))
+            torch.default_generator.manual_seed(derive_seed(self.seed, Purpose.TASK_DATA, iteration))
             data: list[Any] = [task if isinstance(task, (tuple, list)) else task.sample() for task in chosen]
         loss_fns: list[Any] = [None if isinstance(task, (tuple, list)) else task.loss for task in chosen]
         return MetaBatch(_check_tasks("TaskBatch.batch", data), loss_fns, indices)
@@ -130,7 +134,7 @@ class TaskBatch:
             wanted = (len(indices),)
             raise ValueError(f"TaskBatch.update: losses must have shape {wanted}, got {tuple(losses.shape)}")
         for i in indices:
-            if isinstance(i, bool) or not isinstance(i, int) or not -1 <= i < max(1, len(self.scores)):
+            if isinstance(i, bool) or not isinstance(i, Integral) or not -1 <= i < max(1, len(self.scores)):
                 raise ValueError(f"TaskBatch.update: indices must be in [0, {len(self.scores)}), got {i!r}")
         for i, loss in zip(indices, losses.tolist(), strict=True):
             if i >= 0 and np.isfinite(loss) and len(self.scores):
@@ -165,9 +169,10 @@ class TaskBatch:
         generator = torch.Generator()
         if self.sampling == "uniform":
             turn, place = divmod(iteration, len(self))
-            order = torch.randperm(count, generator=generator.manual_seed(self._seed(turn, 0)))
+            generator.manual_seed(derive_seed(self.seed, Purpose.TASK_ORDER, turn))
+            order = torch.randperm(count, generator=generator)
             return order[place * self.batch_size : (place + 1) * self.batch_size].tolist()
-        generator.manual_seed(self._seed(iteration, 0))
+        generator.manual_seed(derive_seed(self.seed, Purpose.TASK_CHOICE, iteration))
         seen = torch.isfinite(self.scores)
         worst = self.scores[seen].max() if bool(seen.any()) else self.scores.new_ones(())
         share = torch.where(seen, self.scores, worst)
@@ -175,11 +180,6 @@ class TaskBatch:
         share = share / share.sum() if float(share.sum()) > 0 else torch.full_like(share, 1 / count)
         chances = _UNIFORM / count + (1 - _UNIFORM) * share
         return torch.multinomial(chances, self.batch_size, generator=generator).tolist()
-
-    def _seed(self, iteration: int, word: int) -> int:
-        """A seed of its own for each (seed, iteration, word)."""
-        sequence = np.random.SeedSequence(self.seed, spawn_key=(word, iteration))
-        return int(sequence.generate_state(1, np.uint64)[0] >> np.uint64(1))
 
 
 def _check_list(where: str, tasks: Any) -> None:

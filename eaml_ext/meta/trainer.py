@@ -10,12 +10,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import mse_loss
-from tqdm import tqdm
 
 from eaml_ext import _check
+from eaml_ext._random import Purpose, derive_seed
+from eaml_ext._terminal import progress_bar
 from eaml_ext.checkpoint import deferred_interrupt, load_state, save_state, sound
 from eaml_ext.distributed import Group, any_rank, at_first
-from eaml_ext.meta.maml import LossFn, MetaMAML, _check_loss_fn, _check_pair
+from eaml_ext.meta.functional import check_parameters, detached_copy, outside_inference_mode, recordable
+from eaml_ext.meta.maml import LossFn, MetaMAML, _check_loss_fn, _check_pair, _check_rate
 from eaml_ext.meta.task_batch import TaskBatch
 
 _KIND = "MetaMAMLTrainer"
@@ -27,11 +29,12 @@ class MetaMAMLTrainer:
 
     With several ``shift_levels`` it trains one policy for each (the first one in place, the others copies), all on the
     same meta-batches: the one of level e steps on the worst weighting of the batch's tasks within KL divergence e of
-    the plain mean. At test time, where how far the new task lies from the training tasks is not known,
-    :meth:`adapt_to_new_task` picks: each adapts on four fifths of the support set and is judged on the rest, five
-    times (leave-one-out below five rows; on the support set itself, before adaptation, where there is one row); the
-    lowest mean loss wins, the first level at a tie; the winner then adapts on all of the support set. Source: Ajay et
-    al., "Distributionally Adaptive Meta Reinforcement Learning", 2022, which picks by a bandit over episodes.
+    the plain mean. A parameter that is frozen in the first one is frozen in the copies at the next call. At test time,
+    where how far the new task lies from the training tasks is not known, :meth:`adapt_to_new_task` picks: each adapts
+    on four fifths of the support set and is judged on the rest, five times (leave-one-out below five rows; on the
+    support set itself, before adaptation, where there is one row); the lowest mean loss wins, the first level at a tie;
+    the winner then adapts on all of the support set. Source: Ajay et al., "Distributionally Adaptive Meta Reinforcement
+    Learning", 2022, which picks by a bandit over episodes.
 
     Args:
         policy: the model.
@@ -53,7 +56,7 @@ class MetaMAMLTrainer:
         losses: of all of them, the first level's.
 
     Raises:
-        TypeError, ValueError: an argument of the wrong kind or size.
+        TypeError, ValueError: an argument of the wrong kind or size, or one that :class:`MetaMAML` refuses.
         ImportError: ``log`` is a directory and TensorBoard is not installed.
 
     >>> from eaml_ext.meta import TaskBatch
@@ -82,24 +85,23 @@ class MetaMAMLTrainer:
         where = "MetaMAMLTrainer"
         if not isinstance(policy, nn.Module):
             raise TypeError(f"{where}: policy must be a torch.nn.Module, got {type(policy).__name__}")
-        for name, rate in (("meta_lr", meta_lr), ("inner_lr", inner_lr)):
-            _check.positive(where, name, rate)
+        meta_lr, inner_lr = _check_rate(where, "meta_lr", meta_lr), _check_rate(where, "inner_lr", inner_lr)
         _check_loss_fn(where, loss_fn)
         _check.flag(where, "progress", progress)
         if isinstance(shift_levels, str) or not isinstance(shift_levels, Sequence) or not shift_levels:
             raise TypeError(f"{where}: shift_levels must be a list of at least one number, got {shift_levels!r}")
-        for level in shift_levels:
-            _check.positive(where, "shift_levels", level, zero=True)
+        levels = [float(_check.positive(where, "shift_levels", level, zero=True)) for level in shift_levels]
         if not (log is None or isinstance(log, (str, os.PathLike)) or callable(getattr(log, "add_scalar", None))):
             kind = type(log).__name__
             raise TypeError(f"{where}: log must be a directory or have add_scalar, as a SummaryWriter, got {kind}")
         if isinstance(log, (str, os.PathLike)):
             _summary_writer()
-        policies = [policy, *(copy.deepcopy(policy) for _ in shift_levels[1:])]
+        with outside_inference_mode():
+            policies = [policy, *(detached_copy(policy) for _ in levels[1:])]
         self.mamls = [MetaMAML(p, inner_lr, meta_lr, group=group, **options) for p in policies]
         self.group = group
-        self.maml, self.shift_levels = self.mamls[0], [float(level) for level in shift_levels]
-        self.loss_fn, self.log, self.progress = loss_fn, log, progress
+        self.maml, self.shift_levels = self.mamls[0], levels
+        self.loss_fn, self.log, self.progress = loss_fn, log, bool(progress)
         self.losses: list[float] = []
 
     @property
@@ -143,8 +145,11 @@ class MetaMAMLTrainer:
         where = "MetaMAMLTrainer.meta_train"
         if not isinstance(task_batch, TaskBatch):
             raise TypeError(f"{where}: task_batch must be a TaskBatch, got {type(task_batch).__name__}")
-        _check.positive(where, "num_meta_iterations", num_meta_iterations, zero=True, integer=True)
-        _check.positive(where, "checkpoint_every", checkpoint_every, integer=True)
+        num_meta_iterations = _check.positive(
+            where, "num_meta_iterations", num_meta_iterations, zero=True, integer=True
+        )
+        checkpoint_every = _check.positive(where, "checkpoint_every", checkpoint_every, integer=True)
+        self._freeze_alike(where)
         if checkpoint is not None and not isinstance(checkpoint, (str, os.PathLike)):
             raise TypeError(f"{where}: checkpoint must be a path, got {type(checkpoint).__name__}")
         began = self.iteration
@@ -156,13 +161,12 @@ class MetaMAMLTrainer:
         skipped, saved = self.skipped_updates, None
         with (
             self._writer() as writer,
-            tqdm(
-                total=num_meta_iterations,
-                initial=min(self.iteration - began, num_meta_iterations),
+            progress_bar(
                 desc="meta-training",
                 unit="update",
-                leave=False,
-                disable=None if self.progress and self._first else True,
+                total=num_meta_iterations,
+                initial=min(self.iteration - began, num_meta_iterations),
+                hidden=not (self.progress and self._first),
             ) as bar,
             deferred_interrupt() as interrupted,
         ):
@@ -193,13 +197,18 @@ class MetaMAMLTrainer:
         Of several shift levels the one that predicts held-out rows of the support set best. ``num_steps``: as many as
         in meta-training if absent.
         """
-        x, y = _support("MetaMAMLTrainer.adapt_to_new_task", new_task_data)
+        where = "MetaMAMLTrainer.adapt_to_new_task"
+        x, y = _support(where, new_task_data)
+        self._freeze_alike(where)
         maml = self.mamls[self.pick_level((x, y), num_steps)] if len(self.mamls) > 1 else self.maml
         return maml.adapt(x, y, self.loss_fn, num_steps)
 
+    @outside_inference_mode()
     def pick_level(self, new_task_data: tuple[Tensor, Tensor], num_steps: int | None = None) -> int:
         """The index in ``shift_levels`` that :meth:`adapt_to_new_task` picks, by the rule in the class's docstring."""
-        x, y = _support("MetaMAMLTrainer.pick_level", new_task_data)
+        where = "MetaMAMLTrainer.pick_level"
+        x, y = recordable(_support(where, new_task_data))
+        self._freeze_alike(where)
         rows = torch.arange(len(x), device=x.device)
         folds = [rows % min(_FOLDS, len(x)) == f for f in range(min(_FOLDS, len(x)))]
 
@@ -218,13 +227,21 @@ class MetaMAMLTrainer:
         # NaN never wins, not even in first place.
         return min(range(len(scores)), key=lambda i: (scores[i] != scores[i], scores[i]))
 
+    def _freeze_alike(self, where: str) -> None:
+        """The policies of other levels are copies: freeze in them what is frozen in the first one now."""
+        trained = self.maml.parameters()
+        for maml in self.mamls[1:]:
+            check_parameters(where, "MetaMAMLTrainer", self.maml.model, self.maml._known.values())
+            for name, p in maml.model.named_parameters():
+                p.requires_grad_(name in trained)
+
     # ------------------------------------------------------------------------------------------------ one update
 
     def _update(self, task_batch: TaskBatch, writer: Any) -> None:
         number = self.iteration
         batch = task_batch.batch(number)
         loss_fns = [self.loss_fn if loss_fn is None else loss_fn for loss_fn in batch.loss_fns]
-        device = next(iter(self.maml.parameters().values())).device
+        device = next(self.maml.model.parameters()).device
         share, rank = range(len(batch.tasks)), 0
         if self.group is not None:
             share, rank = self.group.share(len(batch.tasks)), self.group.rank
@@ -233,7 +250,7 @@ class MetaMAMLTrainer:
         values = []
         for maml, level in zip(self.mamls, self.shift_levels, strict=True):
             with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
-                seed = task_batch._seed(number, 2 + rank)
+                seed = derive_seed(task_batch.seed, Purpose.META_UPDATE, number, rank)
                 torch.default_generator.manual_seed(seed)  # torch.manual_seed would seed every GPU
                 if device.type == "cuda":
                     with torch.cuda.device(device):

@@ -8,8 +8,10 @@ import torch
 from torch import Tensor, nn
 
 from eaml_ext import _check, checkpoint
-from eaml_ext.nn.cores import make_core
+from eaml_ext.nn.cores import Core, make_core
 from eaml_ext.nn.padding import check_lengths, check_reset, padded
+from eaml_ext.nn.submodule import has_hooks, reference_weight
+from eaml_ext.ops._sizes import check_size
 
 
 class SSM(nn.Module):
@@ -55,16 +57,18 @@ class SSM(nn.Module):
         dt_max: float | None = None,
     ):
         super().__init__()
-        options = {
+        sizes = {
             "state_dim": state_dim,
             "hidden_dim": hidden_dim,
             "output_dim": output_dim,
             "state_size": state_size,
             "num_layers": num_layers,
         }
-        for name, value in options.items():
-            _check.positive("SSM", name, value, integer=True)
-        self.options = {**options, "core": core, "dt_min": dt_min, "dt_max": dt_max}
+        sizes = {name: check_size("SSM", name, value) for name, value in sizes.items()}
+        state_dim, hidden_dim, output_dim, state_size, num_layers = sizes.values()
+        dt_min = None if dt_min is None else _check.number("SSM", "dt_min", dt_min)
+        dt_max = None if dt_max is None else _check.number("SSM", "dt_max", dt_max)
+        self.options = {**sizes, "core": core, "dt_min": dt_min, "dt_max": dt_max}
         self.state_dim, self.hidden_dim, self.output_dim = state_dim, hidden_dim, output_dim
         self.embed = nn.Linear(state_dim, hidden_dim)
         self.norms = nn.ModuleList(nn.RMSNorm(hidden_dim) for _ in range(num_layers))
@@ -86,9 +90,8 @@ class SSM(nn.Module):
 
     def init_hidden(self, batch: int) -> Tensor:
         """The zero state, ``(batch, num_layers, *core.state_shape)``."""
-        _check.positive("SSM.init_hidden", "batch", batch, zero=True, integer=True)
-        like = self.embed.weight
-        return like.new_zeros(batch, *self._state_shape)
+        batch = check_size("SSM.init_hidden", "batch", batch, zero=True)
+        return reference_weight(self.embed, self.norm).new_zeros(batch, *self._state_shape)
 
     def scan(
         self, x: Tensor, state: Tensor | None = None, reset: Tensor | None = None, lengths: Tensor | None = None
@@ -118,7 +121,7 @@ class SSM(nn.Module):
             x = x.masked_fill(padding, 0)  # it may hold anything, NaN too
         h, states = self.embed(x), []
         for i, (norm, core) in enumerate(zip(self.norms, self.cores, strict=True)):
-            y, last = core.scan(norm(h), None if state is None else state[:, i], reset, **options)  # type: ignore[operator]
+            y, last = _entry(core, "scan")(norm(h), None if state is None else state[:, i], reset, **options)
             h = h + y
             states.append(last)
         y = self.head(self.norm(h))
@@ -131,7 +134,7 @@ class SSM(nn.Module):
         state = self.init_hidden(x.shape[0]) if state is None else state
         h, states = self.embed(x), []
         for i, (norm, core) in enumerate(zip(self.norms, self.cores, strict=True)):
-            y, last = core.step(norm(h), state[:, i])  # type: ignore[operator]
+            y, last = _entry(core, "step")(norm(h), state[:, i])
             h = h + y
             states.append(last)
         return self.head(self.norm(h)), torch.stack(states, dim=1)
@@ -156,8 +159,9 @@ class SSM(nn.Module):
             shapes = {2: f"(batch, {self.state_dim})", 3: f"(batch, time, {self.state_dim})"}
             wanted = " or ".join(shapes[r] for r in ranks)
             raise ValueError(f"{where}: x must have shape {wanted}, got {tuple(x.shape)}")
-        _check.dtype(where, "x", x, (self.embed.weight.dtype,))
-        _check.device(where, "x", x, self.embed.weight.device, "the model")
+        like = reference_weight(self.embed, self.norm)
+        _check.dtype(where, "x", x, (like.dtype,))
+        _check.device(where, "x", x, like.device, "the model")
 
     def _check_state(self, where: str, x: Tensor, state: Any) -> None:
         if state is None:
@@ -165,6 +169,13 @@ class SSM(nn.Module):
         _check.tensor(where, "state", state)
         shape = (x.shape[0], *self._state_shape)
         _check.shape(where, "state", state, shape, str(shape))
+
+
+def _entry(core: nn.Module, method: str) -> Callable[..., tuple[Tensor, Tensor]]:
+    """The core's method, or the core itself where hooks are attached to it: only a call runs them."""
+    entry: Callable[..., tuple[Tensor, Tensor]]
+    entry = core if isinstance(core, Core) and has_hooks(core) else getattr(core, method)
+    return entry
 
 
 class SSMLayer(nn.Module):
@@ -196,9 +207,8 @@ class SSMLayer(nn.Module):
         dt_max: float | None = None,
     ):
         super().__init__()
-        for name, value in (("input_dim", input_dim), ("hidden_dim", hidden_dim)):
-            _check.positive("SSMLayer", name, value, integer=True)
-        self.input_dim, self.hidden_dim = input_dim, hidden_dim
+        self.input_dim = input_dim = check_size("SSMLayer", "input_dim", input_dim)
+        self.hidden_dim = hidden_dim = check_size("SSMLayer", "hidden_dim", hidden_dim)
         options: dict[str, Any] = {"state_size": state_size, "num_layers": num_layers, "core": core}
         self.model = SSM(input_dim, hidden_dim, hidden_dim, **options, dt_min=dt_min, dt_max=dt_max)
 

@@ -3,6 +3,8 @@
 Sequences are ``(..., time)``, a row per environment, real or padded at the end; ``mask`` marks what is real.
 """
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -55,8 +57,7 @@ def advantages(
         ("ends", ends, torch.bool),
     ):
         _same(where, name, value, rewards.shape, dtype)
-    for name, number in (("gamma", gamma), ("lam", lam)):
-        _unit(where, name, number)
+    gamma, lam = fraction(where, "gamma", gamma), fraction(where, "lam", lam)
     with torch.no_grad():
         deltas = rewards + gamma * next_values.masked_fill(terminations, 0.0) - values
         # An infinite or NaN advantage of the next episode must not reach this one through 0 * inf.
@@ -115,7 +116,7 @@ def a2c_loss(
     where = "a2c_loss"
     tensors = {"values": values, "entropy": entropy, "advantages": advantages, "targets": targets}
     _sequences(where, mask, log_probs=log_probs, **tensors)
-    _weights(where, value_weight, entropy_weight)
+    value_weight, entropy_weight = _weights(where, value_weight, entropy_weight)
     policy = -log_probs * advantages.detach()
     critic = (values - targets.detach()).square()
     return _mean(policy + value_weight * critic - entropy_weight * entropy, mask)
@@ -152,8 +153,8 @@ def ppo_loss(
     where = "ppo_loss"
     tensors = {"values": values, "entropy": entropy, "advantages": advantages, "targets": targets}
     _sequences(where, mask, log_probs=log_probs, old_log_probs=old_log_probs, **tensors)
-    _weights(where, value_weight, entropy_weight)
-    _check.positive(where, "clip", clip)
+    value_weight, entropy_weight = _weights(where, value_weight, entropy_weight)
+    clip = _check.positive(where, "clip", clip)
     advantages = advantages.detach()
     ratio = (log_probs - old_log_probs.detach()).exp()
     policy = -torch.minimum(ratio * advantages, ratio.clamp(1 - clip, 1 + clip) * advantages)
@@ -200,12 +201,14 @@ def _sequences(where: str, mask: Tensor | None, **tensors: Tensor) -> None:
         _same(where, "mask", mask, like.shape, torch.bool)
 
 
-def _weights(where: str, value_weight: float, entropy_weight: float) -> None:
-    _check.positive(where, "value_weight", value_weight, zero=True)
-    _check.positive(where, "entropy_weight", entropy_weight, zero=True)
+def _weights(where: str, value_weight: float, entropy_weight: float) -> tuple[float, float]:
+    value_weight = _check.positive(where, "value_weight", value_weight, zero=True)
+    return value_weight, _check.positive(where, "entropy_weight", entropy_weight, zero=True)
 
 
-def _unit(where: str, name: str, number: float) -> None:
-    _check.positive(where, name, number, zero=True)
+def fraction(where: str, name: str, value: Any) -> float:
+    """Return ``value`` as a number; raise TypeError or ValueError unless it is one in [0, 1]."""
+    number = _check.positive(where, name, value, zero=True)
     if number > 1:
         raise ValueError(f"{where}: {name} must be <= 1, got {number!r}")
+    return number

@@ -5,7 +5,6 @@ D_i is played with theta, D_i' with theta_i, L is the policy gradient's loss (Fi
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
@@ -13,20 +12,22 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.distributions import Distribution
-from torch.func import functional_call, vmap
-from tqdm import tqdm
+from torch.func import vmap
 
 from eaml_ext import _check
+from eaml_ext._random import Purpose, check_seed, derive_seed
 from eaml_ext.meta import MetaMAML
-from eaml_ext.rl.losses import a2c_loss, normalised
+from eaml_ext.meta.functional import detached_copy, functional_call, outside_inference_mode
+from eaml_ext.rl._learner import Learner
+from eaml_ext.rl.losses import a2c_loss, fraction, normalised
 from eaml_ext.rl.policy import SSMMetaPolicy
-from eaml_ext.rl.trials import Trials, check_learner, play
-from eaml_ext.tasks.base import Task, TaskDistribution, check_seed
+from eaml_ext.rl.trials import MAX_EPISODE_STEPS, Trials, play
+from eaml_ext.tasks.base import Task, TaskDistribution, check_tasks
 
 Params = dict[str, Tensor]
 
 
-class MAMLRL:
+class MAMLRL(Learner):
     """Learns initial parameters from which a step of policy gradient goes far, to exact second order.
 
     All tasks run as one batch: they act, each with the parameters of its own, by one vmapped step of the policy; the
@@ -36,7 +37,7 @@ class MAMLRL:
 
     Args:
         policy: of ``state_dim`` ``feature_dim(dist)``; its parameters are meta-learned in place. Its first trajectories
-            give it the units of its observations.
+            give it the units of its observations, unless it has units already, as a trained policy does.
         dist: of the tasks to learn.
         inner_lr: step size of the inner loop.
         outer_lr: learning rate of Adam.
@@ -50,6 +51,10 @@ class MAMLRL:
         reward_scale: rewards are multiplied by it for learning, so that values are of the order of 1.
         max_grad_norm: outer gradients are scaled down to this norm.
         seed: of tasks, starts and actions.
+
+    Attributes:
+        updates: meta-updates made so far, skipped ones included; each has tasks of its own.
+        skipped_updates: meta-updates skipped because a reward, an observation, a loss or a gradient was not finite.
 
     Raises:
         TypeError, ValueError: an argument of the wrong kind or out of its range.
@@ -86,63 +91,58 @@ class MAMLRL:
         seed: int = 0,
     ):
         where = "MAMLRL"
-        check_learner(where, policy, dist)
-        counts = {"inner_steps": inner_steps, "tasks_per_update": tasks_per_update, "rows": rows, "steps": steps}
-        for name, count in counts.items():
-            _check.positive(where, name, count, integer=True)
-        rates = {"inner_lr": inner_lr, "outer_lr": outer_lr}
-        for name, number in {**rates, "reward_scale": reward_scale, "max_grad_norm": max_grad_norm}.items():
-            _check.positive(where, name, number)
-        for name, number in (("value_weight", value_weight), ("entropy_weight", entropy_weight)):
-            _check.positive(where, name, number, zero=True)
-        for name, number in (("gamma", gamma), ("lam", lam)):
-            _check.positive(where, name, number, zero=True)
-            if number > 1:
-                raise ValueError(f"{where}: {name} must be <= 1, got {number!r}")
+        outer_lr = _check.positive(where, "outer_lr", outer_lr)
+        super().__init__(
+            policy,
+            dist,
+            {"lr": outer_lr},
+            tasks_per_update=tasks_per_update,
+            reward_scale=reward_scale,
+            max_grad_norm=max_grad_norm,
+            seed=seed,
+        )
+        inner_lr = _check.positive(where, "inner_lr", inner_lr)
+        inner_steps = _check.positive(where, "inner_steps", inner_steps, integer=True)
+        self.rows = _check.positive(where, "rows", rows, integer=True)
+        self.steps = _check.positive(where, "steps", steps, integer=True)
+        self._discount: dict[str, Any] = {
+            name: fraction(where, name, number) for name, number in (("gamma", gamma), ("lam", lam))
+        }
+        weights = {"value_weight": value_weight, "entropy_weight": entropy_weight}
+        self._weights: dict[str, Any] = {
+            name: _check.positive(where, name, weight, zero=True) for name, weight in weights.items()
+        }
         _check.flag(where, "first_order", first_order)
-        check_seed(where, "seed", seed)
-        self.policy, self.dist, self.seed = policy, dist, seed
-        self.tasks_per_update, self.rows, self.steps = tasks_per_update, rows, steps
-        self.reward_scale, self.max_grad_norm = reward_scale, max_grad_norm
-        self._discount: dict[str, Any] = {"gamma": gamma, "lam": lam}
-        self._weights: dict[str, Any] = {"value_weight": value_weight, "entropy_weight": entropy_weight}
         self.maml = MetaMAML(_Sequences(policy), inner_lr, outer_lr, first_order, inner_steps=inner_steps)
-        self.updates = 0  # made so far: each meets tasks of its own
-        self.skipped_updates = 0  # meta-updates left out because a loss or gradient was not finite
 
     def train(self, updates: int) -> list[float]:
-        """So many meta-updates. Returns, for each, the mean reward of a step after adaptation."""
-        _check.positive("MAMLRL.train", "updates", updates, integer=True)
-        return [self.update() for _ in tqdm(range(updates), desc="meta-training", leave=False, disable=None)]
+        """Make ``updates`` meta-updates.
 
-    def update(self) -> float:
-        """One meta-update on freshly drawn tasks. Returns the mean reward of a step after adaptation."""
-        tasks = self.dist.sample(self.tasks_per_update, "train", self.seed, self.updates)
-        start = self._spread(len(tasks))
-        if not self.updates:
-            trials = self._play(tasks, start, 0)
-            self.policy.normalise(trials.inputs[trials.mask])
-        adapted, inner = self._inner_loop(tasks, start)
+        Returns:
+            For each the mean reward of a step after adaptation, NaN if the update was skipped before that. A
+            RuntimeWarning at the end counts the skipped updates.
+
+        Raises:
+            TypeError, ValueError: ``updates`` is no positive integer, or as :meth:`update`.
+        """
+        updates = _check.positive("MAMLRL.train", "updates", updates, integer=True)
+        return [self.update() for _ in self._numbers("MAMLRL.train", updates)]
+
+    def _trials(self, tasks: Sequence[Task], seed: int) -> Trials:
+        return self._rollout(tasks, self._spread(len(tasks)), seed, steps=self.steps)
+
+    def _update(self, tasks: Sequence[Task]) -> float:
+        adapted, inner = self._inner_loop(tasks, self._spread(len(tasks)))
         after = self._play(tasks, adapted, self.maml.inner_steps)
-        self.updates += 1
-        loss = self.task_losses([*inner, self._batch(after, len(tasks))]).mean()
-        params = list(self.maml.parameters().values())
-        grads = torch.autograd.grad(loss, params)
-        reward = float(after.rewards.mean())
-        if not all(bool(torch.isfinite(t).all()) for t in (loss, *grads)):
-            self.skipped_updates += 1
-            return reward
-        for p, g in zip(params, grads, strict=True):
-            p.grad = g
-        torch.nn.utils.clip_grad_norm_(params, self.max_grad_norm)
-        self.maml.optimizer.step()
-        self.maml.optimizer.zero_grad()
-        return reward
+        if not self._step(self.task_losses([*inner, self._batch(after, len(tasks))]).mean()):
+            self._skip("MAMLRL.update: loss and gradients must be finite")
+        return float(after.rewards.mean())
 
     def task_losses(self, batches: Sequence[tuple[Tensor, Tensor]]) -> Tensor:
         """The loss of each task on the last batch, after one inner step on each batch before it, ``(tasks,)``.
 
-        Differentiable in the policy's parameters. ``batches`` as :meth:`task_batch` makes them.
+        Differentiable in the policy's parameters. A batch is the inputs and the targets of all trajectories of a step,
+        ``(tasks, rows, time, ...)``.
         """
 
         def task_loss(*batches: tuple[Tensor, Tensor]) -> Tensor:
@@ -154,24 +154,48 @@ class MAMLRL:
 
         return vmap(task_loss)(*batches)
 
+    @outside_inference_mode()
     def adapt(self, task: Task, seed: int = 0) -> SSMMetaPolicy:
-        """A copy of the policy after the inner loop on trajectories of one task. Detached."""
-        params, _ = self._inner_loop([task], self._spread(1), seed)
-        policy = copy.deepcopy(self.policy)
+        """A copy of the policy after the inner loop on trajectories of one task. Detached.
+
+        Raises:
+            TypeError, ValueError: an argument is of another type or out of its range, or as
+                :func:`eaml_ext.rl.play`.
+        """
+        if not isinstance(task, Task):
+            raise TypeError(f"MAMLRL.adapt: task must be a Task, got {type(task).__name__}")
+        params, _ = self._inner_loop([task], self._spread(1), check_seed("MAMLRL.adapt", "seed", seed))
+        policy = detached_copy(self.policy)
         with torch.no_grad():
             for name, p in policy.named_parameters():
-                p.copy_(params[f"policy.{name}"][0])
+                if f"policy.{name}" in params:
+                    p.copy_(params[f"policy.{name}"][0])
         return policy
 
-    def evaluate(self, tasks: Sequence[Task], seed: int = 0) -> Tensor:
+    @outside_inference_mode()
+    def evaluate(self, tasks: Sequence[Task], seed: int = 0, *, max_episode_steps: int = MAX_EPISODE_STEPS) -> Tensor:
         """Mean return of an episode, over ``rows`` of them, before the inner loop and after each of its steps.
 
-        Returns ``(len(tasks), inner_steps + 1)``.
+        The episodes have starts and actions of their own, the same after every step.
+
+        Args:
+            tasks: of the distribution.
+            seed: of adaptation and evaluation.
+            max_episode_steps: as in :func:`eaml_ext.rl.play`.
+
+        Returns:
+            ``(len(tasks), inner_steps + 1)``.
+
+        Raises:
+            TypeError, ValueError: an argument is of another type or out of its range, or as
+                :func:`eaml_ext.rl.play`.
         """
+        check_tasks("MAMLRL.evaluate", tasks, Task)
+        seed = check_seed("MAMLRL.evaluate", "seed", seed)
+        options: dict[str, Any] = {"episodes": 1, "max_episode_steps": max_episode_steps}
         params, returns = self._spread(len(tasks)), []
         for step in range(self.maml.inner_steps + 1):
-            repeated = [task for task in tasks for _ in range(self.rows)]
-            trials = play(self.dist, repeated, self._actor(params), seed + 1, episodes=1, keep_state=False)
+            trials = self._rollout(tasks, params, derive_seed(seed, Purpose.MAML_RL_EVALUATION, bits=32), **options)
             returns.append(trials.episode_returns(1).view(len(tasks), self.rows).mean(1))
             if step < self.maml.inner_steps:
                 params = self._inner_step(params, self._batch(self._play(tasks, params, step, seed), len(tasks)))
@@ -198,15 +222,16 @@ class MAMLRL:
         """The meta-parameters, once for each task."""
         return {name: p.detach().expand(tasks, *p.shape) for name, p in self.maml.parameters().items()}
 
-    def _actor(self, params: Params) -> _PerTask:
-        return _PerTask(self.policy, params, self.rows)
-
     def _play(self, tasks: Sequence[Task], params: Params, step: int, seed: int | None = None) -> Trials:
+        """Trajectories for inner step ``step``: of a meta-update, or with a ``seed`` of an adaptation."""
+        purpose = Purpose.MAML_RL_TRAINING if seed is None else Purpose.MAML_RL_ADAPTATION
+        stream = derive_seed(self.seed if seed is None else seed, purpose, step, bits=32)
+        return self._rollout(tasks, params, stream, steps=self.steps)
+
+    def _rollout(self, tasks: Sequence[Task], params: Params, stream: int, **options: Any) -> Trials:
         """Trajectories of all tasks, each played with its own parameters, task-major: rows of a task are neighbours."""
         repeated = [task for task in tasks for _ in range(self.rows)]
-        seed = self.seed if seed is None else seed
-        stream = (seed * (self.maml.inner_steps + 1) + step) % 2**32  # other starts and actions at every inner step
-        return play(self.dist, repeated, self._actor(params), stream, steps=self.steps, keep_state=False)
+        return play(self.dist, repeated, _PerTask(self.policy, params, self.rows), stream, keep_state=False, **options)
 
     def _batch(self, trials: Trials, tasks: int) -> tuple[Tensor, Tensor]:
         """What the model and the loss take, ``(tasks, rows, time, ...)``; all a loss needs is in one tensor."""

@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from eaml_ext import _check
+from eaml_ext.rl.losses import fraction
 from eaml_ext.rl.rollout import Policy, collect
 from eaml_ext.tasks.base import Task, TaskDistribution, action_width
 
@@ -95,21 +96,15 @@ class Planner:
             raise TypeError(f"Planner: action_space must be Discrete or Box, got {type(action_space).__name__}")
         if isinstance(action_space, Box) and not action_space.is_bounded():
             raise ValueError(f"Planner: action_space must be bounded, got {action_space}")
-        if elites is None:
-            elites = max(2, candidates // 10) if isinstance(candidates, int) else 2
-        counts = {"horizon": horizon, "candidates": candidates, "iterations": iterations, "elites": elites}
-        for name, count in counts.items():
-            _check.positive("Planner", name, count, integer=True)
-        if candidates < 2:
-            raise ValueError(f"Planner: candidates must be >= 2, got {candidates}")
-        if elites > candidates:
-            raise ValueError(f"Planner: elites must be <= candidates {candidates}, got {elites}")
-        _check.positive("Planner", "gamma", gamma, zero=True)
-        if gamma > 1:
-            raise ValueError(f"Planner: gamma must be <= 1, got {gamma!r}")
         self.model, self.outcomes, self.action_space = model, outcomes, action_space
-        self.horizon, self.candidates, self.iterations, self.gamma = horizon, candidates, iterations, gamma
-        self.elites: int = elites
+        self.horizon = _check.positive("Planner", "horizon", horizon, integer=True)
+        self.candidates = _check.integer("Planner", "candidates", candidates, 2)
+        self.iterations = _check.positive("Planner", "iterations", iterations, integer=True)
+        elites = max(2, self.candidates // 10) if elites is None else elites
+        self.elites = _check.positive("Planner", "elites", elites, integer=True)
+        if self.elites > self.candidates:
+            raise ValueError(f"Planner: elites must be <= candidates {self.candidates}, got {self.elites}")
+        self.gamma = fraction("Planner", "gamma", gamma)
         self._state: Tensor | None = None
         self._plan: Tensor | None = None  # (tasks, horizon, action_dim)
 

@@ -68,28 +68,30 @@ class SSMMetaPolicy(nn.Module):
         dt_max: float | None = None,
     ):
         super().__init__()
-        for name, value in (("state_dim", state_dim), ("action_dim", action_dim), ("hidden_dim", hidden_dim)):
-            _check.positive("SSMMetaPolicy", name, value, integer=True)
-        _check.flag("SSMMetaPolicy", "continuous", continuous)
+        where = "SSMMetaPolicy"
+        state_dim = _check.positive(where, "state_dim", state_dim, integer=True)
+        action_dim = _check.positive(where, "action_dim", action_dim, integer=True)
+        hidden_dim = _check.positive(where, "hidden_dim", hidden_dim, integer=True)
+        _check.flag(where, "continuous", continuous)
         if not callable(core) and core in TIMED:
             dt_min, dt_max = (
                 ours if given is None else given for given, ours in zip((dt_min, dt_max), STEP_SIZES, strict=True)
             )
         ssm: dict[str, Any] = {
-            "state_size": state_size,
-            "num_layers": num_layers,
+            "state_size": _check.positive(where, "state_size", state_size, integer=True),
+            "num_layers": _check.positive(where, "num_layers", num_layers, integer=True),
             "core": core,
-            "dt_min": dt_min,
-            "dt_max": dt_max,
+            "dt_min": None if dt_min is None else _check.number(where, "dt_min", dt_min),
+            "dt_max": None if dt_max is None else _check.number(where, "dt_max", dt_max),
         }
         self.options = {
             "state_dim": state_dim,
             "action_dim": action_dim,
             "hidden_dim": hidden_dim,
-            "continuous": continuous,
+            "continuous": bool(continuous),
             **ssm,
         }
-        self.state_dim, self.action_dim, self.continuous = state_dim, action_dim, continuous
+        self.state_dim, self.action_dim, self.continuous = state_dim, action_dim, bool(continuous)
         self.ssm = SSM(state_dim, hidden_dim, hidden_dim, device, **ssm)
         self.actor = nn.Linear(hidden_dim, action_dim)
         self.critic = nn.Linear(hidden_dim, 1)
@@ -106,16 +108,28 @@ class SSMMetaPolicy(nn.Module):
         """Takes the units of observations from data, ``(..., state_dim)``; entries that do not vary keep theirs.
 
         A pole's angle in radians is a hundredth of what the other inputs are: unscaled, it takes long to be noticed.
+
+        Raises:
+            TypeError, ValueError: ``obs`` is no tensor of that shape, or not finite; the units are as before.
         """
         _check.tensor("SSMMetaPolicy.normalise", "obs", obs)
         if obs.dim() == 0 or obs.shape[-1] != self.state_dim or obs.numel() == 0:
             wanted = f"(..., {self.state_dim}), not empty"
             raise ValueError(f"SSMMetaPolicy.normalise: obs must have shape {wanted}, got {tuple(obs.shape)}")
-        rows = obs.detach().reshape(-1, self.state_dim).to(self.mean)
+        rows = obs.detach().reshape(-1, self.state_dim).to(self.mean.device, torch.float64)
+        if not bool(rows.isfinite().all()):
+            got = float(rows[~rows.isfinite()][0])
+            raise ValueError(f"SSMMetaPolicy.normalise: obs must be finite, got {got}")
         std = rows.std(0, correction=0)
-        varies = std > 1e-6
+        # 1e-7 is the rounding of float32: a large entry that differs by no more than that is constant.
+        varies = std > torch.clamp(1e-7 * rows.abs().amax(0), min=1e-6)
         self.mean.copy_(torch.where(varies, rows.mean(0), 0.0))
         self.std.copy_(torch.where(varies, std, 1.0))
+
+    @property
+    def has_units(self) -> bool:
+        """True if :meth:`normalise` or a loaded state has set the units of observations."""
+        return bool((self.mean != 0).any() or (self.std != 1).any())
 
     def forward(self, obs: Tensor, hidden_state: Tensor | None = None) -> Tensor:
         """Logits, or means if continuous.

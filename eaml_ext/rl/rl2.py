@@ -8,16 +8,18 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from eaml_ext import _check
-from eaml_ext.rl.losses import a2c_loss, normalised, ppo_loss
+from eaml_ext._random import Purpose, check_seed, derive_seed
+from eaml_ext.meta.maml import finite
+from eaml_ext.rl._learner import Learner
+from eaml_ext.rl.losses import a2c_loss, fraction, normalised, ppo_loss
 from eaml_ext.rl.policy import SSMMetaPolicy
-from eaml_ext.rl.trials import Trials, check_learner, play
-from eaml_ext.tasks.base import Task, TaskDistribution, check_seed
+from eaml_ext.rl.trials import MAX_EPISODE_STEPS, Trials, check_length, play
+from eaml_ext.tasks.base import Task, TaskDistribution
 
 
-class RL2:
+class RL2(Learner):
     """Trains a policy whose memory outlives the episodes of a trial, by PPO or A2C on whole trials.
 
     A trial is several episodes of one task. Beside the observation the policy sees the last action, the last reward and
@@ -26,7 +28,7 @@ class RL2:
 
     Args:
         policy: of ``state_dim`` ``feature_dim(dist)``; learns in place. Its first trials give it the units of its
-            observations.
+            observations, unless it has units already, as a trained policy does.
         dist: of the tasks to learn.
         steps: length of a training trial in steps, whatever episodes they hold; or
         episodes: of a training trial in whole episodes. One of the two.
@@ -39,7 +41,14 @@ class RL2:
         reward_scale: rewards are multiplied by it for learning, so that values are of the order of 1. Else the critic's
             gradient is all that passes ``max_grad_norm``.
         max_grad_norm: gradients are scaled down to this norm.
+        max_episode_steps: as in :func:`eaml_ext.rl.play`, for training trials of whole ``episodes``.
         seed: of tasks, starts, actions and minibatches.
+
+    Attributes:
+        updates: updates made so far, skipped ones included; each has tasks of its own.
+        skipped_updates: updates skipped, or some of whose gradient steps were, because a reward, an observation, a loss
+            or a gradient was not finite.
+        steps: environment steps learned from so far.
 
     Raises:
         TypeError, ValueError: an argument of the wrong kind or out of its range.
@@ -52,7 +61,16 @@ class RL2:
     >>> returns = trainer.train(updates=2)
     >>> trainer.evaluate(dist.sample(4, "test"), episodes=3).shape
     torch.Size([4, 3])
+
+    Another trainer continues where this one is:
+
+    >>> again = RL2(policy, dist, steps=40, tasks_per_update=8)
+    >>> again.load_state_dict(trainer.state_dict())
+    >>> again.updates
+    2
     """
+
+    _counts = ("updates", "skipped_updates", "steps")
 
     def __init__(
         self,
@@ -75,84 +93,104 @@ class RL2:
         entropy_weight: float = 0.01,
         reward_scale: float = 0.1,
         max_grad_norm: float = 0.5,
+        max_episode_steps: int = MAX_EPISODE_STEPS,
         seed: int = 0,
     ):
-        check_learner("RL2", policy, dist)
-        if (episodes is None) == (steps is None):
-            raise ValueError(f"RL2: one of episodes and steps must be given, got {episodes} and {steps}")
-        length = {"steps": steps} if episodes is None else {"episodes": episodes}
-        counts = {**length, "tasks_per_update": tasks_per_update, "epochs": epochs, "minibatches": minibatches}
-        for name, count in counts.items():
-            _check.positive("RL2", name, count, integer=True)  # type: ignore[arg-type]
-        for name, number in (("lr", lr), ("clip", clip), ("reward_scale", reward_scale)):
-            _check.positive("RL2", name, number)
-        _check.positive("RL2", "max_grad_norm", max_grad_norm)
-        for name, number in (("value_weight", value_weight), ("entropy_weight", entropy_weight)):
-            _check.positive("RL2", name, number, zero=True)
-        for name, number in (("gamma", gamma), ("lam", lam)):
-            _check.positive("RL2", name, number, zero=True)
-            if number > 1:
-                raise ValueError(f"RL2: {name} must be <= 1, got {number!r}")
-        for name, flag in (("anneal", anneal), ("across_episodes", across_episodes)):
-            _check.flag("RL2", name, flag)
+        where = "RL2"
+        self.lr = _check.positive(where, "lr", lr)
+        super().__init__(
+            policy,
+            dist,
+            {"lr": self.lr, "eps": 1e-5},
+            tasks_per_update=tasks_per_update,
+            reward_scale=reward_scale,
+            max_grad_norm=max_grad_norm,
+            seed=seed,
+        )
+        limit = _check.positive(where, "max_episode_steps", max_episode_steps, integer=True)
+        self._length: dict[str, Any] = {**check_length(where, episodes, steps), "max_episode_steps": limit}
+        passes = {"epochs": epochs, "minibatches": minibatches}
+        epochs, minibatches = (_check.positive(where, name, n, integer=True) for name, n in passes.items())
+        if self.tasks_per_update < minibatches:
+            wanted = f"<= tasks_per_update {self.tasks_per_update}"
+            raise ValueError(f"{where}: minibatches must be {wanted}, got {minibatches}")
         if loss not in ("ppo", "a2c"):
-            raise ValueError(f"RL2: loss must be 'ppo' or 'a2c', got {loss!r}")
-        if tasks_per_update < minibatches:
-            raise ValueError(f"RL2: minibatches must be <= tasks_per_update {tasks_per_update}, got {minibatches}")
-        check_seed("RL2", "seed", seed)
-        self.policy, self.dist, self.seed, self.tasks_per_update = policy, dist, seed, tasks_per_update
-        self.reward_scale = reward_scale
-        self.lr, self.anneal, self.max_grad_norm = lr, anneal, max_grad_norm
-        self._length: dict[str, Any] = length
-        self._loss, self._clip = loss, clip
+            raise ValueError(f"{where}: loss must be 'ppo' or 'a2c', got {loss!r}")
+        for name, flag in (("anneal", anneal), ("across_episodes", across_episodes)):
+            _check.flag(where, name, flag)
+        self.anneal = bool(anneal)
+        self._loss, self._clip = loss, _check.positive(where, "clip", clip)
         self._passes = (epochs, minibatches) if loss == "ppo" else (1, 1)
-        self._weights: dict[str, Any] = {"value_weight": value_weight, "entropy_weight": entropy_weight}
-        self._discount: dict[str, Any] = {"gamma": gamma, "lam": lam, "across_episodes": across_episodes}
-        self.optimizer = torch.optim.Adam(policy.parameters(), lr=lr, eps=1e-5)
-        self.updates = 0  # made so far: each meets tasks of its own
-        self.steps = 0  # environment steps taken so far
+        weights = {"value_weight": value_weight, "entropy_weight": entropy_weight}
+        self._weights: dict[str, Any] = {
+            name: _check.positive(where, name, weight, zero=True) for name, weight in weights.items()
+        }
+        self._discount: dict[str, Any] = {
+            name: fraction(where, name, n) for name, n in (("gamma", gamma), ("lam", lam))
+        }
+        self._discount["across_episodes"] = bool(across_episodes)
+        self.steps = 0
 
-    def train(self, updates: int, report: Callable[[int, float], Any] | None = None) -> list[float]:
-        """So many updates; ``report(update, mean return)`` is called after each. Returns the mean return of each one's
-        finished episodes (NaN where none finished)."""
-        _check.positive("RL2.train", "updates", updates, integer=True)
+    def train(
+        self, updates: int, report: Callable[[int, float], Any] | None = None, *, total: int | None = None
+    ) -> list[float]:
+        """Make ``updates`` updates.
+
+        Args:
+            updates: how many.
+            report: ``report(update, mean return)`` is called after each, with numbers from 0.
+            total: number of updates, counted from the first of this trainer, after which the step size would be 0;
+                ``updates`` of this call if absent. With it, training in several calls, or continued by
+                :meth:`load_state_dict`, equals training in one call.
+
+        Returns:
+            For each update the mean return of its finished episodes, NaN if none finished or the update was skipped.
+            A RuntimeWarning at the end counts the skipped updates.
+
+        Raises:
+            TypeError, ValueError: an argument is of another type or out of its range, or as :meth:`update`.
+        """
+        where = "RL2.train"
+        updates = _check.positive(where, "updates", updates, integer=True)
+        before = 0 if total is None else self.updates
+        total = before + updates if total is None else _check.integer(where, "total", total, before + updates)
         returns = []
-        for i in tqdm(range(updates), desc="meta-training", unit="update", leave=False, disable=None):
+        for i in self._numbers(where, updates):
             for group in self.optimizer.param_groups:
-                group["lr"] = self.lr * (1 - i / updates) if self.anneal else self.lr
+                group["lr"] = self.lr * (1 - (before + i) / total) if self.anneal else self.lr
             returns.append(self.update())
             if report is not None:
                 report(i, returns[-1])
         return returns
 
-    def update(self) -> float:
-        """Plays trials of freshly drawn tasks and learns from them. Returns their finished episodes' mean return."""
-        tasks = self.dist.sample(self.tasks_per_update, "train", self.seed, self.updates)
-        trials = play(self.dist, tasks, self.policy, self.seed, **self._length)
-        if not self.updates:
-            self.policy.normalise(trials.inputs[trials.mask])
-            trials = play(self.dist, tasks, self.policy, self.seed, **self._length)
-        self.updates += 1
+    def _trials(self, tasks: Sequence[Task], seed: int) -> Trials:
+        return play(self.dist, tasks, self.policy, seed, **self._length)
+
+    def _update(self, tasks: Sequence[Task]) -> float:
+        trials = self._trials(tasks, derive_seed(self.seed, Purpose.RL2_TRIALS, self.updates, bits=32))
         self.steps += int(trials.mask.sum())
         self.learn(trials)
-        return _mean_return(trials)
+        return float(trials.finished_returns().mean())
 
     def learn(self, trials: Trials) -> None:
         """The gradient steps on trials that the policy, as it is, has just played."""
         trials = replace(trials, rewards=self.reward_scale * trials.rewards)
         advantages = trials.advantages(**self._discount)
         targets = advantages + trials.values
-        generator = torch.Generator().manual_seed(self.seed + self.updates)
+        if not finite(trials.inputs[trials.mask], targets[trials.mask]):
+            self._skip("RL2.learn: inputs, rewards and values must be finite")
+            return
+        generator = torch.Generator().manual_seed(derive_seed(self.seed, Purpose.RL2_MINIBATCHES, self.updates))
         epochs, minibatches = self._passes
+        taken = True
         for _ in range(epochs):
-            for rows in torch.randperm(len(advantages), generator=generator).chunk(minibatches):
+            for rows in torch.randperm(len(advantages), generator=generator).tensor_split(minibatches):
                 part = trials[rows.to(advantages.device)]
                 time = int(part.mask.sum(1).max())  # the padding of the longest trial of all need not be scanned
                 loss = self._objective(part[:, :time], advantages[rows, :time], targets[rows, :time])
-                self.optimizer.zero_grad()
-                loss.backward()
-                torch.nn.utils.clip_grad_norm_(self.policy.parameters(), self.max_grad_norm)
-                self.optimizer.step()
+                taken = self._step(loss) and taken
+        if not taken:
+            self._skip("RL2.learn: losses and gradients must be finite")
 
     def _objective(self, trials: Trials, advantages: Tensor, targets: Tensor) -> Tensor:
         distribution, values, _ = self.policy.scan(trials.inputs, None, trials.resets)
@@ -162,16 +200,20 @@ class RL2:
             return a2c_loss(*now, mask, **self._weights)
         return ppo_loss(*now, trials.log_probs, mask, clip=self._clip, **self._weights)
 
-    def evaluate(self, tasks: Sequence[Task], episodes: int, seed: int = 0, greedy: bool = True) -> Tensor:
-        """The return of each episode of one trial per task, ``(len(tasks), episodes)``."""
-        trials = play(self.dist, tasks, self.policy, seed, episodes=episodes, greedy=greedy)
+    def evaluate(
+        self,
+        tasks: Sequence[Task],
+        episodes: int,
+        seed: int = 0,
+        greedy: bool = True,
+        *,
+        max_episode_steps: int = MAX_EPISODE_STEPS,
+    ) -> Tensor:
+        """The return of each episode of one trial per task, ``(len(tasks), episodes)``.
+
+        Arguments and errors as of :func:`eaml_ext.rl.play`.
+        """
+        seed = derive_seed(check_seed("RL2.evaluate", "seed", seed), Purpose.RL2_EVALUATION, bits=32)
+        length: dict[str, Any] = {"episodes": episodes, "max_episode_steps": max_episode_steps}
+        trials = play(self.dist, tasks, self.policy, seed, **length, greedy=greedy)
         return trials.episode_returns(episodes)
-
-
-def _mean_return(trials: Trials) -> float:
-    """Of the episodes that were played to their end."""
-    starts, done = int(trials.starts.sum()), trials.starts.long().cumsum(1)
-    returns = trials.episode_returns(int(done.max())) if starts else trials.rewards.new_zeros(0, 0)
-    # The last episode of a trial may have been cut by the end of the recording.
-    whole = torch.where(torch.arange(returns.shape[1], device=returns.device) < done[:, -1:] - 1, returns, torch.nan)
-    return float(whole.nanmean())

@@ -11,10 +11,38 @@ import torch
 from torch import Tensor
 
 from eaml_ext import _check
-from eaml_ext.tasks.base import Task, TaskDistribution, check_seed, check_tasks, collection_stream, encode_action
+from eaml_ext._random import check_seed
+from eaml_ext.tasks.base import Task, TaskDistribution, check_tasks, collection_stream, encode_action
 
 if TYPE_CHECKING:
     from gymnasium.spaces import Space
+
+
+class NonFiniteError(ValueError):
+    """An environment returned a reward or observation that is not finite, or a policy an action distribution."""
+
+
+def check_finite(
+    where: str, dist: TaskDistribution[Any], tasks: Sequence[Task], steps: np.ndarray, **values: np.ndarray
+) -> None:
+    """Raise NonFiniteError, naming the environment, the task and its step, unless all ``values`` are finite.
+
+    Args:
+        where: the function that names itself in the message.
+        dist, tasks: whose environments returned the values.
+        steps: ``(tasks,)`` integers, the number of steps that each task has made; negative: its values are not checked.
+        values: ``(tasks, ...)`` floats by name.
+    """
+    for name, value in values.items():
+        if np.isfinite(value).all():
+            continue
+        rows = value.reshape(len(tasks), -1)
+        wrong = ~np.isfinite(rows).all(1) & (steps >= 0)
+        if wrong.any():
+            i = int(wrong.argmax())
+            got = rows[i][~np.isfinite(rows[i])][0]
+            place = f"step {steps[i]} of tasks[{i}] of {dist.name}, {tasks[i].id}"
+            raise NonFiniteError(f"{where}: {name} must be finite, got {got} at {place}")
 
 
 @dataclass(frozen=True)
@@ -78,11 +106,10 @@ class RandomPolicy:
 
         if not isinstance(action_space, Space):
             raise TypeError(f"RandomPolicy: action_space must be a Gymnasium space, got {type(action_space).__name__}")
-        _check.positive("RandomPolicy", "hold", hold, zero=True)
-        if hold >= 1:
-            raise ValueError(f"RandomPolicy: hold must be < 1, got {hold!r}")
+        self._hold = _check.positive("RandomPolicy", "hold", hold, zero=True)
+        if self._hold >= 1:
+            raise ValueError(f"RandomPolicy: hold must be < 1, got {self._hold!r}")
         self._space = action_space
-        self._hold = hold
         self._held: np.ndarray | None = None
 
     def __call__(self, observations: np.ndarray, resets: np.ndarray, generator: np.random.Generator) -> np.ndarray:
@@ -108,7 +135,8 @@ def collect(
     epoch. Episodes follow one another; the call at which Gymnasium starts the next one moves nothing and is left out.
 
     Raises TypeError or ValueError, naming the argument, before anything is simulated; ValueError when the policy
-    returns something that the action space does not hold.
+    returns something that the action space does not hold, or, naming environment, task and step, when a reward or an
+    observation is not finite.
 
     >>> from eaml_ext import tasks
     >>> distribution = tasks.make_tasks("CartPole-v1")
@@ -124,8 +152,8 @@ def collect(
     if isinstance(dist, type) or not isinstance(dist, TaskDistribution):
         raise TypeError(f"collect: dist must be a task distribution as of make_tasks, got {type(dist).__name__}")
     check_tasks("collect", tasks, Task)
-    _check.positive("collect", "steps", steps, integer=True)
-    check_seed("collect", "seed", seed)
+    steps = _check.positive("collect", "steps", steps, integer=True)
+    seed = check_seed("collect", "seed", seed)
     if policy is not None and not callable(policy):
         raise TypeError(f"collect: policy must be callable, got {type(policy).__name__}")
 
@@ -141,6 +169,7 @@ def collect(
         seeds: Any = dist.reset_seeds(tasks, env_seed)
         current = env.reset(seed=seeds)[0]
         observations = [np.array(current, np.float32)]
+        check_finite("collect", dist, tasks, np.zeros(len(tasks), int), observation=observations[0])
         actions, rewards, terminations, moved = [], [], [], []
         resets, done, counts = [np.ones(len(tasks), bool)], np.zeros(len(tasks), bool), np.zeros(len(tasks), int)
         while counts.min() < steps:
@@ -153,8 +182,10 @@ def collect(
             # After the end of an episode the environment resets instead of moving: no transition, a start follows.
             moved.append(~done)
             resets.append(done)
+            needed, counts = counts < steps, counts + moved[-1]
+            numbers = {"reward": np.where(moved[-1], rewards[-1], 0.0), "observation": observations[-1]}
+            check_finite("collect", dist, tasks, np.where(needed, counts, -1), **numbers)
             done = np.logical_or(terminated, truncated)
-            counts += moved[-1]
         single_action_space = env.single_action_space
     finally:
         env.close()

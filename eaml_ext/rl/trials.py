@@ -13,9 +13,13 @@ from torch import Tensor
 from torch.distributions import Categorical, Distribution
 
 from eaml_ext import _check
+from eaml_ext._random import check_seed
 from eaml_ext.rl.losses import advantages
 from eaml_ext.rl.policy import SSMMetaPolicy
-from eaml_ext.tasks.base import Task, TaskDistribution, check_seed, check_tasks, collection_stream
+from eaml_ext.rl.rollout import check_finite
+from eaml_ext.tasks.base import Task, TaskDistribution, check_tasks, collection_stream
+
+MAX_EPISODE_STEPS = 10_000
 
 
 class Recurrent(Protocol):
@@ -30,7 +34,7 @@ class Recurrent(Protocol):
 
 def feature_dim(dist: TaskDistribution[Any]) -> int:
     """The ``state_dim`` of a policy that :func:`play` lets act: observation, last action, last reward, start flag."""
-    return dist.obs_dim + dist.action_dim + 2
+    return int(dist.obs_dim) + int(dist.action_dim) + 2
 
 
 def check_learner(where: str, policy: SSMMetaPolicy, dist: TaskDistribution[Any]) -> None:
@@ -42,6 +46,14 @@ def check_learner(where: str, policy: SSMMetaPolicy, dist: TaskDistribution[Any]
     if policy.state_dim != feature_dim(dist) or policy.action_dim != dist.action_dim:
         wanted = f"state_dim {feature_dim(dist)} and action_dim {dist.action_dim}"
         raise ValueError(f"{where}: policy must have {wanted}, got {policy.state_dim} and {policy.action_dim}")
+
+
+def check_length(where: str, episodes: Any, steps: Any) -> dict[str, int]:
+    """Return name and value of the argument that is given; raise unless one is, a positive integer."""
+    if (episodes is None) == (steps is None):
+        raise ValueError(f"{where}: one of episodes and steps must be given, got {episodes} and {steps}")
+    name, value = ("steps", steps) if episodes is None else ("episodes", episodes)
+    return {name: _check.positive(where, name, value, integer=True)}
 
 
 @dataclass(frozen=True)
@@ -59,6 +71,7 @@ class Trials:
       ``ends``: bool, it ended here, or the recording did.
     - ``mask``: bool, what is no padding.
     - ``resets``: bool, where the policy's state was zeroed: at a trial's start, or at every episode's.
+    - ``truncations``: bool, the episode was ended here by a time limit; nowhere if absent.
     """
 
     inputs: Tensor
@@ -72,13 +85,21 @@ class Trials:
     ends: Tensor
     mask: Tensor
     resets: Tensor
+    truncations: Tensor = None  # type: ignore[assignment]
+
+    def __post_init__(self) -> None:
+        if self.truncations is None:
+            object.__setattr__(self, "truncations", torch.zeros_like(self.mask))
 
     def __getitem__(self, index: Any) -> Trials:
         return Trials(*(getattr(self, field.name)[index] for field in fields(self)))
 
     def episode_returns(self, episodes: int) -> Tensor:
-        """The sum of rewards in each task's first ``episodes`` episodes, ``(tasks, episodes)``; NaN: not played."""
-        _check.positive("Trials.episode_returns", "episodes", episodes, integer=True)
+        """The sum of rewards in each task's first ``episodes`` episodes, ``(tasks, episodes)``; NaN: not played.
+
+        The last episode may have been cut by the end of the recording; :meth:`finished_returns` leaves it out.
+        """
+        episodes = _check.positive("Trials.episode_returns", "episodes", episodes, integer=True)
         number = self.starts.long().cumsum(1) - 1
         rewards = self.rewards.masked_fill(~self.mask, 0.0)
         number = number.clamp(min=0)
@@ -86,6 +107,12 @@ class Trials:
         sums = rewards.new_zeros(len(rewards), width).scatter_add_(1, number, rewards)
         played = torch.arange(width, device=number.device) <= number.masked_fill(~self.mask, 0).amax(1, keepdim=True)
         return torch.where(played, sums, torch.nan)[:, :episodes]
+
+    def finished_returns(self) -> Tensor:
+        """Return the returns of all episodes that terminated or were truncated, ``(episodes,)``, task by task."""
+        finished = ((self.terminations | self.truncations) & self.mask).sum(1, keepdim=True)
+        returns = self.episode_returns(max(1, int(finished.max())))
+        return returns[torch.arange(returns.shape[1], device=returns.device) < finished]
 
     def advantages(self, gamma: float = 0.99, lam: float = 0.95, *, across_episodes: bool = False) -> Tensor:
         """:func:`eaml_ext.rl.losses.advantages`, of each episode for itself or of the whole trial.
@@ -112,6 +139,7 @@ def play(
     steps: int | None = None,
     keep_state: bool = True,
     greedy: bool = False,
+    max_episode_steps: int = MAX_EPISODE_STEPS,
 ) -> Trials:
     """Act in all ``tasks`` side by side, the policy stepped as one batch, for so many episodes or steps of each.
 
@@ -128,9 +156,14 @@ def play(
         steps: so many steps, whatever they hold. One of the two.
         keep_state: the policy remembers from episode to episode (RL²); else each starts from nothing.
         greedy: the likeliest action in place of a drawn one.
+        max_episode_steps: with ``episodes``, the number of steps within which every episode must end. It keeps an
+            environment without a time limit from being played forever.
 
     Raises:
         TypeError, ValueError: naming the argument, before anything is simulated.
+        ValueError: an episode has not ended within ``max_episode_steps``.
+        NonFiniteError: a reward, an observation or an action distribution is not finite. This ValueError names the
+            environment, the task and the step.
 
     >>> from eaml_ext import tasks
     >>> from eaml_ext.rl import SSMMetaPolicy
@@ -147,44 +180,46 @@ def play(
     if isinstance(dist, type) or not isinstance(dist, TaskDistribution):
         raise TypeError(f"{where}: dist must be a task distribution as of make_tasks, got {type(dist).__name__}")
     check_tasks(where, tasks, Task)
-    check_seed(where, "seed", seed)
+    seed = check_seed(where, "seed", seed)
     if not (hasattr(policy, "step") and hasattr(policy, "init_hidden")):
         raise TypeError(f"{where}: policy must have step and init_hidden, got {type(policy).__name__}")
-    if (episodes is None) == (steps is None):
-        raise ValueError(f"{where}: one of episodes and steps must be given, got {episodes} and {steps}")
-    _check.positive(where, *(("steps", steps) if episodes is None else ("episodes", episodes)), integer=True)  # type: ignore[arg-type]
+    ((unit, length),) = check_length(where, episodes, steps).items()
+    max_episode_steps = _check.positive(where, "max_episode_steps", max_episode_steps, integer=True)
     _check.flag(where, "keep_state", keep_state)
     _check.flag(where, "greedy", greedy)
 
     env_seed, action_seed = (int(word) for word in collection_stream(tasks, seed).generate_state(2))
-    n, space = len(tasks), dist.action_space
+    n, space, action_dim = len(tasks), dist.action_space, int(dist.action_dim)
     env = dist.make_env(tasks)
     record: dict[str, list[Any]] = {name: [] for name in ("input", "action", "log_prob", "value", "reset")}
-    happened: dict[str, list[np.ndarray]] = {name: [] for name in ("reward", "start", "termination", "done", "moved")}
+    names = ("reward", "start", "termination", "truncation", "moved")
+    happened: dict[str, list[np.ndarray]] = {name: [] for name in names}
     try:
         mode = env.metadata.get("autoreset_mode")
         if mode is not AutoresetMode.NEXT_STEP:
             raise ValueError(f"{where}: dist must make environments in autoreset mode NEXT_STEP, got {mode}")
         seeds: Any = dist.reset_seeds(tasks, env_seed)
-        observation = env.reset(seed=seeds)[0]
+        # Copies: vector environments may hand out the same array again.
+        observation = np.array(env.reset(seed=seeds)[0], np.float32).reshape(n, -1)
+        check_finite(where, dist, tasks, np.zeros(n, int), observation=observation)
         with torch.no_grad():
             state = policy.init_hidden(n)
             device = state.device
             generator = torch.Generator(device).manual_seed(action_seed)
-            last_action = torch.zeros(n, dist.action_dim, device=device)
+            last_action = torch.zeros(n, action_dim, device=device)
             last_reward, start, done = np.zeros(n, np.float32), np.ones(n, bool), np.zeros(n, bool)
-            ended, moves, first = np.zeros(n, int), np.zeros(n, int), True
+            ended, moves, since_start, first = np.zeros(n, int), np.zeros(n, int), np.zeros(n, int), True
             while True:
-                # A copy: vector environments may hand out the same array again.
-                seen = torch.from_numpy(np.array(observation, np.float32).reshape(n, -1)).to(device)
+                seen = torch.from_numpy(observation).to(device)
                 flags = torch.from_numpy(np.stack([last_reward, start.astype(np.float32)], axis=1)).to(device)
                 inputs = torch.cat([seen, last_action, flags], dim=1)
                 reset = torch.from_numpy(start & (first or not keep_state)).to(device)
                 distribution, value, following = policy.step(inputs, state, reset)
                 record["value"].append(value)
-                alive = ended < episodes if episodes is not None else moves < steps
+                alive = (ended if unit == "episodes" else moves) < length
                 if not alive.any():
                     break
+                check_finite(where, dist, tasks, moves, **{"policy's action distribution": _numbers(distribution)})
                 action = _choose(distribution, generator, greedy)
                 for name, tensor in (("input", inputs), ("action", action), ("reset", reset)):
                     record[name].append(tensor)
@@ -199,15 +234,26 @@ def play(
                 dead = done  # the environment reset instead of moving
                 moved = alive & ~dead
                 done = np.logical_or(terminated, truncated)
-                happened["reward"].append(np.array(reward, np.float32))
+                moves, ended = moves + moved, ended + (done & moved)
+                # Zeros for tasks that have played all they should: what they return is not recorded.
+                observation = np.where(alive[:, None], np.array(observation, np.float32).reshape(n, -1), 0.0)
+                reward = np.where(moved, np.array(reward, np.float32), 0.0)
+                check_finite(where, dist, tasks, moves, reward=reward, observation=observation)
+                happened["reward"].append(reward)
                 happened["start"].append(start)
                 happened["termination"].append(np.array(terminated, bool))
-                happened["done"].append(done)
+                happened["truncation"].append(np.array(truncated, bool))
                 happened["moved"].append(moved)
-                moves, ended = moves + moved, ended + (done & moved)
+                since_start = np.where(dead, 0, since_start + moved)
+                endless = moved & ~done & (since_start >= max_episode_steps)
+                if unit == "episodes" and endless.any():
+                    i = int(endless.argmax())
+                    place = f"tasks[{i}] of {dist.name}, {tasks[i].id}"
+                    text = f"episodes must end within max_episode_steps, got {max_episode_steps} steps without an end"
+                    raise ValueError(f"{where}: {text} in {place}")
                 frozen = torch.from_numpy(dead).to(device)
                 state = torch.where(frozen.view(-1, *[1] * (state.dim() - 1)), state, following)
-                encoded = F.one_hot(action, dist.action_dim).float() if isinstance(space, Discrete) else action
+                encoded = F.one_hot(action, action_dim).float() if isinstance(space, Discrete) else action
                 start, first = dead, False
                 if keep_state:
                     last_action = torch.where(frozen[:, None], last_action, encoded)
@@ -226,6 +272,7 @@ def play(
     stacked |= {name: torch.from_numpy(np.array(column)).to(device) for name, column in happened.items()}
     mask = torch.from_numpy(np.arange(order.shape[1]) < moves[:, None]).to(device)
     final = torch.from_numpy(np.arange(order.shape[1]) >= moves[:, None] - 1).to(device)
+    terminations, truncations = (stacked[name][calls, rows] & mask for name in ("termination", "truncation"))
     return Trials(
         inputs=stacked["input"][calls, rows],
         actions=stacked["action"][calls, rows],
@@ -234,11 +281,21 @@ def play(
         next_values=stacked["value"][calls + 1, rows],
         rewards=stacked["reward"][calls, rows].masked_fill(~mask, 0.0),
         starts=stacked["start"][calls, rows] & mask,
-        terminations=stacked["termination"][calls, rows] & mask,
-        ends=stacked["done"][calls, rows] | final,
+        terminations=terminations,
+        ends=terminations | truncations | final,
         mask=mask,
         resets=stacked["reset"][calls, rows] & mask,
+        truncations=truncations,
     )
+
+
+def _numbers(distribution: Distribution) -> np.ndarray:
+    """Probabilities, or sums of mean and standard deviation: finite where the parameters are."""
+    if isinstance(distribution, Categorical):
+        numbers: Tensor = distribution.probs
+    else:
+        numbers = distribution.mean + distribution.stddev
+    return np.asarray(numbers.float().cpu())
 
 
 def _choose(distribution: Distribution, generator: torch.Generator, greedy: bool) -> Tensor:

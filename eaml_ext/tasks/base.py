@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -11,6 +10,8 @@ from typing import TYPE_CHECKING, Any, Protocol, TypeVar, runtime_checkable
 import numpy as np
 import torch
 from torch import Tensor
+
+from eaml_ext._random import Purpose, check_seed, collection_sequence, seed_sequence
 
 if TYPE_CHECKING:
     from gymnasium.spaces import Space
@@ -61,25 +62,12 @@ class TaskDistribution(Protocol[T]):
         """What to pass as ``seed`` to the first ``reset`` of that environment, for the collection ``seed``."""
 
 
-def check_seed(where: str, name: str, value: Any) -> None:
-    """Raise TypeError or ValueError unless ``value`` is an int in [0, 2**32)."""
-    if isinstance(value, bool) or not isinstance(value, int):
-        raise TypeError(f"{where}: {name} must be an integer, got {value!r}")
-    # One 32-bit word each, at a fixed place of the seed sequence: different arguments cannot give the same stream.
-    if not 0 <= value < 2**32:
-        raise ValueError(f"{where}: {name} must be in [0, 2**32), got {value}")
-
-
-def check_sample(where: str, n: Any, split: Any, seed: Any, epoch: Any) -> None:
-    """Raise TypeError or ValueError unless these are arguments for ``TaskDistribution.sample``."""
-    if isinstance(n, bool) or not isinstance(n, int):
-        raise TypeError(f"{where}: n must be an integer, got {n!r}")
-    if not 0 <= n < 2**32:
-        raise ValueError(f"{where}: n must be in [0, 2**32), got {n}")
-    if split not in SPLITS:
+def check_sample(where: str, n: Any, split: Any, seed: Any, epoch: Any) -> tuple[int, str, int, int]:
+    """Return the arguments of ``TaskDistribution.sample`` as ints and a str. Raises TypeError or ValueError."""
+    n = check_seed(where, "n", n)  # the same range
+    if not isinstance(split, str) or split not in SPLITS:
         raise ValueError(f"{where}: split must be one of {', '.join(map(repr, SPLITS))}, got {split!r}")
-    check_seed(where, "seed", seed)
-    check_seed(where, "epoch", epoch)
+    return n, str(split), check_seed(where, "seed", seed), check_seed(where, "epoch", epoch)
 
 
 def check_tasks(where: str, tasks: Any, kind: type[Task]) -> None:
@@ -95,13 +83,12 @@ def check_tasks(where: str, tasks: Any, kind: type[Task]) -> None:
 
 def task_stream(split: str, seed: int, epoch: int, index: int) -> np.random.SeedSequence:
     """The seed sequence of task ``index``: the split is a word of its own, so no two splits share a stream."""
-    return np.random.SeedSequence(seed, spawn_key=(SPLITS.index(split), epoch, index))
+    return seed_sequence(seed, Purpose(SPLITS.index(split)), epoch, index)
 
 
 def collection_stream(tasks: Sequence[Task], seed: int) -> np.random.SeedSequence:
     """The seed sequence of one collection from ``tasks``: other tasks meet other starts and actions."""
-    digest = hashlib.blake2b("\n".join(task.id for task in tasks).encode(), digest_size=8).digest()
-    return np.random.SeedSequence(seed, spawn_key=(int.from_bytes(digest, "little"),))
+    return collection_sequence(seed, [task.id for task in tasks])
 
 
 def action_width(space: Space[Any]) -> int:
@@ -114,7 +101,7 @@ def action_width(space: Space[Any]) -> int:
     if isinstance(space, spaces.Discrete):
         return int(space.n)
     if isinstance(space, spaces.Box):
-        return math.prod(space.shape)
+        return int(math.prod(space.shape))
     raise TypeError(f"encode_action: space must be Discrete or Box, got {space}")
 
 

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from eaml_ext import _check
+from eaml_ext._random import Purpose, derive_seed
 
 Predictor = Callable[[Tensor], Tensor]
 
@@ -30,7 +31,7 @@ def fit_linear(x: Tensor, frames: int = 4) -> Predictor:
     >>> round(float(predict(torch.tensor([[[4.0], [0.0]]]))), 4)
     2.0
     """
-    _check_sequences("bounds.fit_linear", x, frames)
+    frames = _check_sequences("bounds.fit_linear", x, frames)
     inputs = _windows(x, frames).flatten(0, -2).double()
     wanted = x[..., frames:, :].flatten(0, -2).double()
     # On the CPU: only there is a driver that takes a rank below full.
@@ -59,14 +60,16 @@ def fit_mlp(x: Tensor, frames: int = 4, *, hidden: int = 64, steps: int = 500, s
     torch.Size([8, 48, 1])
     """
     where = "bounds.fit_mlp"
-    _check_sequences(where, x, frames)
-    for name, value in (("hidden", hidden), ("steps", steps)):
-        _check.positive(where, name, value, integer=True)
-    _check.positive(where, "seed", seed, integer=True, zero=True)
+    frames = _check_sequences(where, x, frames)
+    hidden, steps = (
+        _check.positive(where, name, value, integer=True) for name, value in (("hidden", hidden), ("steps", steps))
+    )
+    seed = _check.integer(where, "seed", seed, 0)
     linear, dim = fit_linear(x, frames), x.shape[-1]
     inputs = _windows(x, frames).flatten(0, -2).float()
     wanted = (x[..., frames:, :] - linear(x)).flatten(0, -2).float()
     with torch.random.fork_rng(devices=[]), torch.enable_grad():
+        seed = derive_seed(seed, Purpose.MLP_FIT)
         torch.default_generator.manual_seed(seed)  # torch.manual_seed would seed every GPU
         body = (nn.Linear(frames * dim, hidden), nn.SiLU(), nn.Linear(hidden, hidden), nn.SiLU())
         head = nn.Linear(hidden, dim)
@@ -155,11 +158,13 @@ def _affine(inputs: Tensor) -> Tensor:
     return torch.cat([inputs, torch.ones_like(inputs[..., :1])], -1)
 
 
-def _check_sequences(where: str, x: Tensor, frames: int) -> None:
-    _check.positive(where, "frames", frames, integer=True)
+def _check_sequences(where: str, x: Tensor, frames: int) -> int:
+    """Return ``frames`` as an int; raise TypeError or ValueError unless ``x`` holds longer sequences."""
+    frames = _check.positive(where, "frames", frames, integer=True)
     _check.tensor(where, "x", x)
     if not x.is_floating_point():
         raise TypeError(f"{where}: x must be floating, got {str(x.dtype).removeprefix('torch.')}")
     if x.dim() < 2 or x.shape[-2] <= frames or not x.numel():
         got = tuple(x.shape)
         raise ValueError(f"{where}: x must have shape (*, length, dim), length > frames = {frames}, got {got}")
+    return frames

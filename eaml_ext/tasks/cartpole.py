@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 
 from eaml_ext import _check
-from eaml_ext.tasks.base import Task, check_sample, check_seed, check_tasks, task_stream
+from eaml_ext._random import check_seed
+from eaml_ext.tasks.base import Task, check_sample, check_tasks, task_stream
 
 if TYPE_CHECKING:
     from gymnasium.spaces import Space
@@ -92,9 +93,10 @@ class CartPoleTasks:
     ) -> None:
         for option, value in (("physics", physics), ("flip", flip), ("hide_velocity", hide_velocity)):
             _check.flag("CartPoleTasks", option, value)
+        physics, flip, hide_velocity = bool(physics), bool(flip), bool(hide_velocity)
         seen = 2 if hide_velocity else 4
         if projection is not None:
-            _check.positive("CartPoleTasks", "projection", projection, integer=True)
+            projection = _check.positive("CartPoleTasks", "projection", projection, integer=True)
             if projection < seen:
                 raise ValueError(
                     f"CartPoleTasks: projection must be >= {seen}, got {projection}: it would lose entries"
@@ -119,7 +121,7 @@ class CartPoleTasks:
         ``split`` is "train", "valid" or "test"; ``seed`` and ``epoch`` are integers in [0, 2**32). Task i is the same
         whatever ``n``. Raises TypeError or ValueError naming the argument.
         """
-        check_sample("CartPoleTasks.sample", n, split, seed, epoch)
+        n, split, seed, epoch = check_sample("CartPoleTasks.sample", n, split, seed, epoch)
         low, high = np.array(list(RANGES.values())).T
         tasks = []
         for index in range(n):
@@ -154,6 +156,11 @@ class CartPoleTasks:
         matrices = self._matrices(tasks, "CartPoleTasks.make_env")
         environment = gymnasium.make_vec("CartPole-v1", len(tasks), vectorization_mode="vector_entry_point")
         physics: Any = environment.unwrapped
+        unknown = [name for name in (*RANGES, "total_mass", "polemass_length") if not hasattr(physics, name)]
+        if unknown:  # setting it would have no effect
+            environment.close()
+            text = f"the CartPole-v1 of gymnasium {gymnasium.__version__} has no attribute {unknown[0]}"
+            raise ValueError(f"CartPoleTasks.make_env: {text}: install a version that eaml_ext supports")
         for parameter in RANGES:
             setattr(physics, parameter, np.array([getattr(task, parameter) for task in tasks]))
         # The simulator reads these two products, not their factors.
@@ -225,5 +232,4 @@ class CartPoleTasks:
         >>> distribution.reset_seeds(distribution.sample(2), seed=3)
         3
         """
-        check_seed("CartPoleTasks.reset_seeds", "seed", seed)
-        return seed
+        return check_seed("CartPoleTasks.reset_seeds", "seed", seed)

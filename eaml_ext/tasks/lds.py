@@ -10,8 +10,9 @@ import torch
 from torch import Tensor
 
 from eaml_ext import _check
+from eaml_ext._random import check_seed
 from eaml_ext.tasks import bounds
-from eaml_ext.tasks.base import Task, check_sample, check_seed, check_tasks, collection_stream, task_stream
+from eaml_ext.tasks.base import Task, check_sample, check_tasks, collection_stream, task_stream
 
 ANGLES = (0.1, 1.5)
 """The log-uniform range of a rotation, in radians per step: periods of 63 to 4 steps."""
@@ -87,8 +88,10 @@ class LDSTasks:
         decay: float = 0.99,
         noise: float = 0.1,
     ) -> None:
-        for name, value in (("obs_dim", obs_dim), ("planes", planes), ("modes", modes)):
+        obs_dim, planes, modes = (
             _check.positive("LDSTasks", name, value, integer=True)
+            for name, value in (("obs_dim", obs_dim), ("planes", planes), ("modes", modes))
+        )
         if obs_dim >= 2 * planes:
             raise ValueError(f"LDSTasks: obs_dim must be < 2 * planes = {2 * planes}, got {obs_dim}")
         for name, number, wanted in (("stay", stay, "[0, 1]"), ("decay", decay, "(0, 1)"), ("noise", noise, "[0, 1)")):
@@ -109,7 +112,7 @@ class LDSTasks:
         >>> LDSTasks().sample(2, "test") == LDSTasks().sample(3, "test")[:2]
         True
         """
-        check_sample("LDSTasks.sample", n, split, seed, epoch)
+        n, split, seed, epoch = check_sample("LDSTasks.sample", n, split, seed, epoch)
         low, high = ANGLES
         tasks = []
         for index in range(n):
@@ -167,9 +170,11 @@ class LDSTasks:
         """
         where = "LDSTasks.simulate"
         self._check_tasks(where, tasks)
-        for name, value in (("sequences", sequences), ("length", length)):
+        sequences, length = (
             _check.positive(where, name, value, integer=True)
-        check_seed(where, "seed", seed)
+            for name, value in (("sequences", sequences), ("length", length))
+        )
+        seed = check_seed(where, "seed", seed)
         dtype = torch.get_default_dtype() if dtype is None else dtype
         if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
             raise TypeError(f"{where}: dtype must be a floating torch.dtype, got {dtype!r}")
@@ -251,11 +256,13 @@ class LDSTasks:
         """
         where = "LDSTasks.bounds"
         self._check_tasks(where, tasks)
-        for name, value in (("sequences", sequences), ("length", length), ("frames", frames)):
+        sequences, length, frames = (
             _check.positive(where, name, value, integer=True)
+            for name, value in (("sequences", sequences), ("length", length), ("frames", frames))
+        )
         if length <= frames:
             raise ValueError(f"{where}: length must exceed frames = {frames}, got {length}")
-        check_seed(where, "seed", seed)
+        seed = check_seed(where, "seed", seed)
         x, modes = self.simulate(tasks, 2 * sequences, length, seed, dtype=torch.float64)
         fit, judge, modes = x[:, :sequences], x[:, sequences:], modes[:, sequences:]
         wanted = judge[:, :, frames:]

@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from eaml_ext.tasks.base import Task, check_sample, check_seed, check_tasks, task_stream
+from eaml_ext._random import check_seed
+from eaml_ext.tasks.base import Task, check_sample, check_tasks, task_stream
 
 if TYPE_CHECKING:
     from gymnasium.spaces import Space
@@ -85,7 +86,7 @@ class MetaWorldTasks:
         ``split`` is "train", "valid" or "test"; ``seed`` and ``epoch`` are integers in [0, 2**32). Task i is the same
         whatever ``n``. Raises TypeError or ValueError naming the argument.
         """
-        check_sample("MetaWorldTasks.sample", n, split, seed, epoch)
+        n, split, seed, epoch = check_sample("MetaWorldTasks.sample", n, split, seed, epoch)
         names = list(self._goals[_set(split)])
         tasks = []
         for index in range(n):
@@ -121,8 +122,7 @@ class MetaWorldTasks:
 
     def reset_seeds(self, tasks: Sequence[MetaWorldTask], seed: int) -> int:
         """The collection's seed itself; the goals are the tasks' own."""
-        check_seed("MetaWorldTasks.reset_seeds", "seed", seed)
-        return seed
+        return check_seed("MetaWorldTasks.reset_seeds", "seed", seed)
 
 
 def _set(split: str) -> str:

@@ -15,7 +15,8 @@ import torch
 from torch import Tensor
 
 from eaml_ext import _check
-from eaml_ext.tasks.base import Task, check_sample, check_seed, check_tasks, task_stream
+from eaml_ext._random import check_seed
+from eaml_ext.tasks.base import Task, check_sample, check_tasks, task_stream
 
 if TYPE_CHECKING:
     from gymnasium.spaces import Space
@@ -70,7 +71,7 @@ class _MuJoCoTasks(ABC):
         ``split`` is "train", "valid" or "test"; ``seed`` and ``epoch`` are integers in [0, 2**32). Task i is the same
         whatever ``n``. Raises TypeError or ValueError naming the argument.
         """
-        check_sample(f"{type(self).__name__}.sample", n, split, seed, epoch)
+        n, split, seed, epoch = check_sample(f"{type(self).__name__}.sample", n, split, seed, epoch)
         return [self._task(f"{self.name}/{split}/{seed}/{epoch}/{i}", split, seed, epoch, i) for i in range(n)]
 
     def make_env(self, tasks: Sequence[Any]) -> VectorEnv[Any, Any, Any]:
@@ -90,8 +91,7 @@ class _MuJoCoTasks(ABC):
 
     def reset_seeds(self, tasks: Sequence[Any], seed: int) -> int:
         """The collection's seed itself: all the starting states come from it, the tasks differ in the reward only."""
-        check_seed(f"{type(self).__name__}.reset_seeds", "seed", seed)
-        return seed
+        return check_seed(f"{type(self).__name__}.reset_seeds", "seed", seed)
 
     def outcomes(self, tasks: Sequence[Any], obs: Tensor, action: Tensor, next_obs: Tensor) -> tuple[Tensor, Tensor]:
         """What a step is worth, and whether it ends the episode, as far as observations tell. For a planner.
@@ -142,18 +142,24 @@ class _MuJoCoTasks(ABC):
 
 def _goal_reward(environment: Any, dist: _MuJoCoTasks, tasks: Sequence[Any]) -> Any:
     """The vector environment with rewards of the tasks' goals."""
+    import gymnasium
     from gymnasium.vector import VectorWrapper
 
     class GoalReward(VectorWrapper):
         goals = np.array(dist._goals(tasks))
+        ended = np.zeros(len(tasks), bool)  # at the step before
 
         def step(self, actions: Any) -> Any:
             observation, reward, terminated, truncated, info = self.env.step(actions)
-            moved = info.get("_reward_forward")
-            if moved is not None:  # nothing did at the call that starts the next episode
+            moved = info.get("_reward_forward", np.zeros(len(reward), bool))
+            if not (moved | self.ended).all():  # an environment moves unless this call starts its next episode
+                text = f"gymnasium {gymnasium.__version__} does not report reward_forward, which the goal replaces"
+                raise ValueError(f"{dist.name}: {text}: install a version that eaml_ext supports")
+            if moved.any():
                 x, y = info["x_velocity"], info.get("y_velocity", np.zeros(len(reward)))
                 goal = dist._reward(np.stack([x, y], -1), self.goals)
                 reward = np.where(moved, reward - info["reward_forward"] + goal, reward)
+            self.ended = terminated | truncated
             return observation, reward, terminated, truncated, info
 
     return GoalReward(environment)

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from eaml_ext._random import check_seed
 from eaml_ext.tasks.base import SPLITS, Task, action_width, check_sample, check_tasks, task_stream
 
 if TYPE_CHECKING:
@@ -55,7 +56,7 @@ class SeedTasks:
             raise ValueError(f"make_tasks: env_name {env_name!r} must have Discrete or Box actions, got {actions}")
         self.env_name = env_name if spec is None else spec.id
         self.name = f"{self.env_name}-seeds-v1"
-        self.obs_dim = math.prod(observations.shape)
+        self.obs_dim = int(math.prod(observations.shape))
         self.action_dim = action_width(actions)
         self.action_space: Space[Any] = actions
         self._spec: Any = env_name if spec is None else spec
@@ -66,7 +67,7 @@ class SeedTasks:
         ``split`` is "train", "valid" or "test"; ``seed`` and ``epoch`` are integers in [0, 2**32). Task i is the same
         whatever ``n``. Raises TypeError or ValueError naming the argument.
         """
-        check_sample("SeedTasks.sample", n, split, seed, epoch)
+        n, split, seed, epoch = check_sample("SeedTasks.sample", n, split, seed, epoch)
         tasks = []
         for index in range(n):
             word = int(task_stream(split, seed, epoch, index).generate_state(1)[0])
@@ -88,4 +89,4 @@ class SeedTasks:
     def reset_seeds(self, tasks: Sequence[SeedTask], seed: int) -> list[int]:
         """The tasks' own seeds, whatever the collection's ``seed``: that one decides the actions only."""
         check_tasks("SeedTasks.reset_seeds", tasks, SeedTask)
-        return [task.seed for task in tasks]
+        return [check_seed("SeedTasks.reset_seeds", f"tasks[{i}].seed", task.seed) for i, task in enumerate(tasks)]

@@ -11,7 +11,8 @@ from torch import Tensor
 from torch.nn.functional import mse_loss
 
 from eaml_ext import _check
-from eaml_ext.tasks.base import SPLITS, Task, check_sample, check_seed
+from eaml_ext._random import check_seed
+from eaml_ext.tasks.base import Task, check_sample, task_stream
 
 AMPLITUDES = (0.1, 5.0)
 PHASES = (0.0, math.pi)
@@ -71,10 +72,9 @@ class SinusoidTasks:
         *,
         amplitudes: tuple[float, float] = AMPLITUDES,
     ):
-        queries = shots if queries is None else queries
-        for name, value in (("shots", shots), ("queries", queries)):
-            _check.positive("SinusoidTasks", name, value, integer=True)
-        _check.positive("SinusoidTasks", "noise", noise, zero=True)
+        shots = _check.positive("SinusoidTasks", "shots", shots, integer=True)
+        queries = shots if queries is None else _check.positive("SinusoidTasks", "queries", queries, integer=True)
+        noise = _check.positive("SinusoidTasks", "noise", noise, zero=True)
         if math.isinf(noise):
             raise ValueError(f"SinusoidTasks: noise must be finite, got {noise!r}")
         if not isinstance(amplitudes, tuple) or len(amplitudes) != 2:
@@ -98,7 +98,7 @@ class SinusoidTasks:
         ``split`` is "train", "valid" or "test"; ``seed`` and ``epoch`` are integers in [0, 2**32). Task i is the same
         whatever ``n``. Raises TypeError or ValueError naming the argument.
         """
-        check_sample("SinusoidTasks.sample", n, split, seed, epoch)
+        n, split, seed, epoch = check_sample("SinusoidTasks.sample", n, split, seed, epoch)
         return [
             SinusoidTask(
                 f"{self.name}/{split}/{seed}/{epoch}/{i}", split, amplitude, phase, self.noise, self.shots, self.queries
@@ -113,7 +113,7 @@ class SinusoidTasks:
 
         Each is float32 ``(n, points, 1)``; the data of task i are the same whatever ``n``.
         """
-        check_sample("SinusoidTasks.draw", n, split, seed, epoch)
+        n, split, seed, epoch = check_sample("SinusoidTasks.draw", n, split, seed, epoch)
         amplitude, phase = self._parameters(n, split, seed, epoch).T[..., None]
         points, low = self.shots + self.queries, INPUTS[0]
         x = low + (INPUTS[1] - low) * _generator(split, seed, epoch, 1).random((n, points))
@@ -138,8 +138,8 @@ class SinusoidTasks:
         >>> bounds["bayes"] < bounds["mean"] < bounds["zero"]
         True
         """
-        _check.positive("SinusoidTasks.bounds", "n", n, integer=True)
-        check_seed("SinusoidTasks.bounds", "seed", seed)
+        n = _check.positive("SinusoidTasks.bounds", "n", n, integer=True)
+        seed = check_seed("SinusoidTasks.bounds", "seed", seed)
         if not self.noise and self.shots < 2:
             raise ValueError("SinusoidTasks.bounds: shots must be at least 2 where noise is 0, got 1")
         support_x, support_y, query_x, query_y = (t.squeeze(-1).double() for t in self.draw(n, "test", seed))
@@ -181,4 +181,4 @@ def _sine_of_mean_phase(x: Tensor) -> Tensor:
 
 def _generator(split: str, seed: int, epoch: int, word: int) -> np.random.Generator:
     """Numbers of one stream, task after task: the split is a word of its own, so no two splits share a stream."""
-    return np.random.default_rng(np.random.SeedSequence(seed, spawn_key=(SPLITS.index(split), epoch, word)))
+    return np.random.default_rng(task_stream(split, seed, epoch, word))

@@ -1,9 +1,13 @@
+import copy
+import pickle
 import re
+import weakref
 
 import pytest
 import torch
 
 from eaml_ext.experience import ExperienceBuffer, retrieval
+from eaml_ext.experience.cells import Cells
 
 
 def memory():
@@ -149,7 +153,8 @@ def test_hierarchical_looks_at_a_fraction_and_finds_what_nearest_finds():
     assert sum(looked_at) / 100 < 0.05 * len(world.buffer)  # and 400 centroids, 0.02 of it
     found = world.errors(nearest=retrieval.nearest(80), hierarchical=retriever)
     assert found["hierarchical"] < 1.5 * found["nearest"]
-    assert retrieval.hierarchical(80, probes=1).recall(world.buffer, queries) < retriever.recall(world.buffer, queries)
+    few, many = (retrieval.hierarchical(10, probes=probes, cells=400) for probes in (1, 8))
+    assert few.recall(world.buffer, queries) < 0.95 < many.recall(world.buffer, queries)
 
 
 # ------------------------------------------------------------------------------------------------- attention
@@ -266,6 +271,76 @@ def test_hierarchical_is_exact_when_asked_and_when_the_cells_run_dry():
     half = ExperienceBuffer(1000)
     half.add(state=x, context_embedding=x.bfloat16())
     assert retrieval.hierarchical(7).recall(half, x[:20].bfloat16()) > 0.8
+
+
+@pytest.fixture
+def trained(monkeypatch):
+    """The buffers for which centroids were made, in order."""
+    buffers, train = [], Cells._train
+
+    def counted(self, buffer, keys):
+        buffers.append(weakref.ref(buffer))
+        return train(self, buffer, keys)
+
+    monkeypatch.setattr(Cells, "_train", counted)
+    return lambda: [reference() for reference in buffers]
+
+
+def blobs(seed, capacity=600):
+    x = clustered(600, clusters=20) + 100 * seed
+    buffer = ExperienceBuffer(capacity)
+    buffer.add(state=x, context_embedding=x)
+    return buffer, x
+
+
+@pytest.mark.parametrize("way", ["itself", "deepcopy", "pickle", "pickled after a search"])
+def test_hierarchical_on_several_buffers_trains_once_for_each(way, trained):
+    retriever = retrieval.hierarchical(5, probes=3)
+    (first, x), (second, y) = blobs(0), blobs(1)
+    if way == "pickled after a search":
+        retriever.search(first, x[0])
+        retriever.search(second, y[0])
+    if way != "itself":
+        retriever = copy.deepcopy(retriever) if way == "deepcopy" else pickle.loads(pickle.dumps(retriever))
+    before = len(trained())
+    for i in range(6):
+        for buffer, keys in ((first, x), (second, y)):
+            found = retriever.search(buffer, keys[i])
+            assert found.indices[0] == i and torch.equal(found.state, keys[found.indices])
+    assert trained()[before:] == [first, second]
+    other = copy.deepcopy(first)  # a buffer of its own
+    other.add(state=x[:60] - 50, context_embedding=x[:60] - 50)
+    assert retriever.search(other, x[0] - 50).indices[0] == 0 and retriever.search(first, x[0]).indices[0] == 0
+    assert trained()[before:] == [first, second, other]
+
+
+def test_hierarchical_keeps_no_buffer_alive_and_finds_nothing_of_one_that_is_gone(trained):
+    retriever, addresses, seen = retrieval.hierarchical(5, probes=3), set(), []
+    for seed in range(8):
+        buffer, x = blobs(seed)
+        addresses.add(id(buffer))
+        seen.append((weakref.ref(buffer), weakref.ref(buffer._store["context_embedding"])))
+        found = retriever.search(buffer, x[7])
+        assert found.indices[0] == 7 and torch.equal(found.state, x[found.indices])
+        assert retriever.recall(buffer, x[:30]) > 0.8
+        del buffer, found
+        assert seen[-1][0]() is None and seen[-1][1]() is None
+    assert len(trained()) == 8 and len(addresses) < 8, "an address must be reused"
+
+
+@pytest.mark.parametrize("change", ["load_state_dict", "clear"])
+def test_hierarchical_after_the_content_is_replaced_trains_again(change, trained):
+    retriever = retrieval.hierarchical(5, probes=3)
+    (buffer, x), (other, y) = blobs(0), blobs(1)
+    retriever.search(buffer, x[0])
+    if change == "load_state_dict":
+        buffer.load_state_dict(other.state_dict())
+    else:
+        buffer.clear()
+        buffer.add(state=y, context_embedding=y)
+    found = retriever.search(buffer, y[3])
+    assert found.indices[0] == 3 and torch.equal(found.state, y[found.indices])
+    assert trained() == [buffer, buffer]
 
 
 def test_a_search_among_slots():

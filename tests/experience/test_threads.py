@@ -1,13 +1,17 @@
 """Reads during writes: no item that a reader sees is half of one and half of another."""
 
+import shutil
 import sys
 import threading
 import time
+from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 
-from eaml_ext.experience import ExperienceBuffer
+from eaml_ext.distributed import launched
+from eaml_ext.experience import ExperienceBuffer, Experiences, ShardedExperienceBuffer, retrieval
 
 WIDTH = 512
 
@@ -112,3 +116,166 @@ def test_a_torn_item_would_be_seen():
     assert not torn(buffer.get_batch(8))
     buffer._store["state"][5, WIDTH // 2 :] += 1
     assert torn(buffer.get(torch.tensor([5])))
+
+
+class Raced(ExperienceBuffer):
+    """A buffer in which another thread's write begins in the middle of a read, whenever ``race`` is set."""
+
+    race = None
+
+    @property
+    def _first(self):
+        race, self.race = self.race, None
+        if race is not None:
+            race()
+        return super()._first
+
+
+READS = {
+    "len": len,
+    "repr": repr,
+    "get_batch": lambda b: b.get_batch(5),
+    "get_batch weighted": lambda b: b.get_batch(5, weighted=True),
+    "get": lambda b: b.get(torch.arange(8)),
+    "is_current": lambda b: b.is_current(torch.arange(8), torch.zeros(8, dtype=torch.int64)),
+    "retrieve": lambda b: b.retrieve(torch.zeros(4), 5),
+    "tasks": lambda b: b.tasks(),
+    "of_task": lambda b: b.of_task(3),
+    "task_embeddings": lambda b: b.task_embeddings(),
+    "state_dict": lambda b: b.state_dict(),
+    "pickle": lambda b: b.__getstate__(),
+    "uniform": lambda b: retrieval.uniform(5, targets="action")(b, {}),
+    "hierarchical": lambda b: retrieval.hierarchical(2, 1, cells=4).search(b, torch.zeros(4)),
+}
+
+
+def plain(value):
+    """Nested lists of what a read returned."""
+    if isinstance(value, (torch.Tensor, np.ndarray)):
+        return value.tolist()
+    if isinstance(value, Experiences):
+        return plain([value.fields, value.indices, value.generations])
+    if isinstance(value, dict):
+        return {name: plain(item) for name, item in value.items()}
+    return [plain(item) for item in value] if isinstance(value, (list, tuple)) else value
+
+
+@pytest.mark.parametrize("read", READS)
+@pytest.mark.parametrize("place", ["memory", "disk"])
+def test_read_beside_a_writer_sees_one_state(read, place, tmp_path):
+    found = []
+    for raced in (False, True):
+        options = {} if place == "memory" else {"directory": tmp_path / "buffer"}
+        buffer = Raced(8, seed=0, **options)
+        buffer.add(**items(torch.arange(8)))
+        thread = threading.Thread(target=buffer.add, kwargs=items(torch.arange(8, 13)))
+
+        def race(thread=thread):
+            thread.start()
+            thread.join(0.05)
+
+        if raced:
+            buffer.race = race
+        found.append(plain(READS[read](buffer)))
+        if raced:
+            thread.join()  # an error if the read has not started it
+            assert buffer._written == 13
+        buffer.close()
+        shutil.rmtree(tmp_path / "buffer", ignore_errors=True)
+    assert found[0] == found[1]
+
+
+class Interleaved:
+    """A lock before whose n-th acquisition another thread writes."""
+
+    def __init__(self, lock, turn, write):
+        self.lock, self.turn, self.write = lock, turn, write
+        self.depth = self.count = 0
+
+    def __enter__(self):
+        if not self.depth:
+            self.count += 1
+            if self.count == self.turn:
+                self.write()
+        self.lock.acquire()
+        self.depth += 1
+
+    def __exit__(self, *_):
+        self.depth -= 1
+        self.lock.release()
+
+
+def score(buffer, tasks, batch):
+    return torch.stack([buffer.of_task(task).state.mean() for task in tasks.tolist()])
+
+
+@pytest.mark.parametrize("turn", [1, 2, 3])
+@pytest.mark.parametrize(
+    "retriever",
+    [
+        retrieval.uniform(4, targets="action"),
+        retrieval.nearest(4, targets="action"),
+        retrieval.attention(4, targets="action"),
+        retrieval.hierarchical(4, targets="action"),
+        retrieval.best_fit(score, 2, targets="action"),
+    ],
+    ids=["uniform", "nearest", "attention", "hierarchical", "best_fit"],
+)
+def test_retriever_beside_clear_finds_all_or_nothing(retriever, turn):
+    batch = {"context_embedding": torch.zeros(4)}
+    buffer = ExperienceBuffer(8, seed=0)
+    buffer.add(**items(torch.arange(8)))
+    wanted = retriever(buffer, batch)
+    buffer = ExperienceBuffer(8, seed=0)
+    buffer.add(**items(torch.arange(8)))
+    lock = buffer._lock
+
+    def write():
+        buffer._lock = lock
+        buffer.clear()
+        buffer._lock = interleaved
+
+    buffer._lock = interleaved = Interleaved(lock, turn, write)
+    found = retriever(buffer, batch)
+    assert interleaved.count == 1, "a retriever that locks twice sees two states"
+    if turn == 1:
+        assert found is None
+    else:
+        assert all(torch.equal(found[name], value) for name, value in wanted.items())
+
+
+@pytest.mark.parametrize("turn", [1, 2])
+def test_sharded_retrieve_beside_clear_finds_nothing_or_says_so(turn):
+    with launched(alone=True) as group:
+        sharded = ShardedExperienceBuffer(8, group=group)
+        sharded.add(**items(torch.arange(8)))
+        lock = sharded.local._lock
+
+        def write():
+            sharded.local._lock = lock
+            sharded.local.clear()
+
+        sharded.local._lock = Interleaved(lock, turn, write)
+        if turn == 1:
+            with pytest.raises(ValueError, match=r"^ShardedExperienceBuffer.retrieve: the buffer is empty$"):
+                sharded.retrieve(torch.zeros(4), 3)
+        else:
+            assert len(sharded.retrieve(torch.zeros(4), 3)) == 0
+
+
+def test_shard_learning_a_schema_keeps_what_a_thread_adds_meanwhile():
+    with launched(alone=True) as group:
+        sharded = ShardedExperienceBuffer(8, group=group)
+        sharded.add(**items(torch.arange(3)))
+        schema = sharded._schema()
+        sharded = ShardedExperienceBuffer(8, group=group)
+        lock = sharded.local._lock
+
+        def write():
+            sharded.local._lock = lock
+            sharded.add(**items(torch.arange(3)))
+
+        sharded.local._lock = Interleaved(lock, 1, write)
+        sharded.group = SimpleNamespace(of_rank=lambda rank, text: schema)
+        assert sharded._agree_on_schema("where", torch.tensor([-1, 5]))
+        assert sharded.local.get(torch.arange(3)).action[:, 0].tolist() == [0, 1, 2]

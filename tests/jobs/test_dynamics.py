@@ -2,13 +2,17 @@
 
 import json
 import random
+import re
 import signal
 import subprocess
 import sys
 import time
 
+import gymnasium
+import numpy as np
 import pytest
 import torch
+from gymnasium.wrappers.vector import TransformReward
 
 from eaml_ext import checkpoint, cli
 from eaml_ext.experience import ExperienceBuffer
@@ -16,6 +20,8 @@ from eaml_ext.jobs import dynamics
 from eaml_ext.jobs.dynamics import DynamicsModel, features, fingerprint, run
 from eaml_ext.jobs.report import table
 from eaml_ext.jobs.settings import DynamicsSettings
+from eaml_ext.rl import Trajectories
+from eaml_ext.tasks import SPLITS, CartPoleTasks, registry
 
 SMALL = {
     "num_epochs": 12,
@@ -214,12 +220,193 @@ def test_any_environment_with_box_observations_works(tmp_path):
     assert all(torch.isfinite(torch.tensor(arm["mean"])) for arm in results["arms"].values())
 
 
+EXTRA_OBSERVATIONS = {
+    "clock": lambda t, noise: t,
+    "clock in seconds": lambda t, noise: 0.02 * t,
+    "constant": lambda t, noise: 5.0,
+    "zero": lambda t, noise: 0.0,
+    "rounding": lambda t, noise: 1 + 1e-7 * noise,
+    "rounding of zero": lambda t, noise: 1e-16 * noise,
+    "large clock": lambda t, noise: 1e6 + t,
+    "large constant": lambda t, noise: 1e9,
+    "large rounding": lambda t, noise: 1e6 + 0.05 * noise,
+}
+
+
+class ClockCartPole(gymnasium.Wrapper):
+    """CartPole with observations appended that move by a constant, by rounding errors, or not at all."""
+
+    def __init__(self, extra):
+        super().__init__(gymnasium.make("CartPole-v1").unwrapped)
+        self.extra, self.generator, self.t = extra, np.random.default_rng(0), 0
+        self.observation_space = gymnasium.spaces.Box(-np.inf, np.inf, (4 + len(extra),), np.float32)
+
+    def observe(self, observation):
+        noise = self.generator.normal()
+        return np.array([*observation, *(EXTRA_OBSERVATIONS[name](self.t, noise) for name in self.extra)], np.float32)
+
+    def reset(self, *, seed=None, options=None):
+        observation, info = self.env.reset(seed=seed, options=options)
+        self.t = 0
+        return self.observe(observation), info
+
+    def step(self, action):
+        observation, *rest = self.env.step(action)
+        self.t += 1
+        return (self.observe(observation), *rest)
+
+
+def clock_tasks(*extra):
+    """The registered name of a :class:`ClockCartPole`."""
+    name = f"EamlClock{len(extra)}-v0"
+    gymnasium.register(name, lambda: ClockCartPole(extra), max_episode_steps=500)
+    return name
+
+
+def transitions(column):
+    """Trajectories of one task with a single observation, ``(time,)``."""
+    column = torch.as_tensor(column, dtype=torch.float32).view(1, -1, 1)
+    flags = torch.zeros(1, column.shape[1] - 1, dtype=torch.bool)
+    return Trajectories(column[:, :-1], torch.zeros(*flags.shape, 1), column[:, 1:], flags.float(), flags, flags)
+
+
+@pytest.mark.parametrize("name", EXTRA_OBSERVATIONS)
+def test_normalise_observation_that_hardly_moves_has_inputs_and_steps_of_order_one(name):
+    noise = torch.randn(400).tolist()
+    data = transitions([EXTRA_OBSERVATIONS[name](t, noise[t]) for t in range(400)])
+    model = DynamicsModel(1, 1, hidden_dim=4)
+    model.normalise(data)
+    steps = (data.next_observations - data.observations) / model.scale
+    inputs = model.in_units(features(data.observations, data.actions, data.resets))[..., 0]
+    assert steps.abs().max() <= 1.001 and inputs.abs().max() < 2
+    if "clock" in name and "large" not in name:
+        torch.testing.assert_close(steps, torch.ones_like(steps), rtol=1e-3, atol=0)
+    if "rounding" in name:  # an error that no model can predict must not count
+        assert steps.abs().max() < 1e-3 and inputs.abs().max() < 1e-3
+    if "constant" in name or name == "zero":
+        assert model.scale.item() >= 1 and model.std.item() >= 1  # also where it moves later
+
+
+def test_normalise_moving_observation_has_unit_variance_and_unit_mean_square_steps():
+    observations = 3 + 2 * torch.randn(1000)
+    data = transitions(observations)
+    model = DynamicsModel(1, 1, hidden_dim=4)
+    model.normalise(data)
+    steps = (data.next_observations - data.observations) / model.scale
+    assert steps.square().mean().item() == pytest.approx(1, rel=1e-5)
+    assert model.mean.item() == pytest.approx(float(observations[:-1].mean()), rel=1e-5)
+    assert model.std.item() == pytest.approx(float(observations[:-1].std()), rel=1e-5)
+
+
+def test_run_observations_that_hardly_move_leave_errors_of_the_same_order(tmp_path, monkeypatch):
+    monkeypatch.setattr(dynamics.report, "plot", lambda *_: None)
+    small = {**SMALL, "num_epochs": 1, "test_tasks": 8, "adaptation_calls": 1, "query": 20, "tasks_per_update": 4}
+    plain, extra = (
+        run(DynamicsSettings(env_name=clock_tasks(*names), out=str(tmp_path / str(len(names))), **small))["arms"]
+        for names in ((), tuple(EXTRA_OBSERVATIONS))
+    )
+    for name, arm in plain.items():
+        assert 0.1 * arm["mean"] < extra[name]["mean"] < 2 * arm["mean"], name
+
+
+class FaultyCartPole(ClockCartPole):
+    """CartPole whose third step returns what is not finite, in the tasks of one split."""
+
+    def __init__(self, split, reward, observation):
+        super().__init__(())
+        self.split, self.fault = split, {"reward": reward, "observation": observation}
+        self.faulty = False
+
+    def reset(self, *, seed=None, options=None):
+        if seed is not None:
+            self.faulty = seed % 4 == SPLITS.index(self.split)  # the last two bits of a SeedTask's seed
+        return super().reset(seed=seed, options=options)
+
+    def step(self, action):
+        observation, reward, *rest = super().step(action)
+        if self.faulty and self.t == 3:
+            observation[1] += self.fault["observation"]
+            reward += self.fault["reward"]
+        return (observation, reward, *rest)
+
+
+@pytest.mark.parametrize("split", SPLITS)
+@pytest.mark.parametrize(
+    ("reward", "observation", "text"),
+    [
+        (float("nan"), 0.0, "reward must be finite, got nan"),
+        (0.0, float("nan"), "observation must be finite, got nan"),
+        (0.0, float("-inf"), "observation must be finite, got -inf"),
+    ],
+)
+def test_run_one_value_that_is_not_finite_is_named_with_task_and_step(
+    split, reward, observation, text, tmp_path, capsys
+):
+    name = f"EamlFaulty-{split}-{text.split()[0]}{observation}".replace(".", "") + "-v0"
+    gymnasium.register(name, lambda: FaultyCartPole(split, reward, observation), max_episode_steps=500)
+    small = {**SMALL, "num_epochs": 1, "updates_per_epoch": 1, "test_tasks": 3, "adaptation_calls": 1}
+    flags = [f"--{key}={value}" for key, value in small.items()]
+    assert cli.main(["--env_name", name, *flags, "--out", str(tmp_path)]) == 2
+    error = capsys.readouterr().err
+    where = rf"step 3 of tasks\[0\] of {name}-seeds-v1, {name}-seeds-v1/{split}/0/0/0"
+    assert re.fullmatch(f"eaml-ext: collect: {text} at {where}", error.splitlines()[-1]), error
+    assert not (tmp_path / "report.json").exists()
+
+
+def test_run_reward_of_a_planned_episode_that_is_not_finite_is_named(tmp_path, monkeypatch):
+    class Faulty(CartPoleTasks):
+        """CartPole without rewards where a planner acts, which is with the tasks of all arms at once."""
+
+        def make_env(self, tasks):
+            env = super().make_env(tasks)
+            return env if len(tasks) != 2 * 5 else TransformReward(env, lambda rewards: rewards * np.nan)
+
+    monkeypatch.setattr(registry, "_FACTORIES", {"EamlFaultyPlans-v0": Faulty})
+    small = {**SMALL, "num_epochs": 1, "updates_per_epoch": 1, "test_tasks": 3, "adaptation_calls": 1}
+    planning = {"plan_tasks": 2, "plan_steps": 3, "plan_candidates": 2, "plan_horizon": 2}
+    with pytest.raises(ValueError, match=r"^collect: reward must be finite, got nan at step 1 of tasks\[0\] of "):
+        run(DynamicsSettings(env_name="EamlFaultyPlans-v0", out=str(tmp_path), **{**small, **planning}))
+
+
+WITHOUT_EXTRAS = """
+import pkgutil, sys
+sys.modules["matplotlib"] = sys.modules["tqdm"] = None  # `import` then raises ImportError
+import eaml_ext
+for module in pkgutil.walk_packages(eaml_ext.__path__, "eaml_ext."):
+    if module.name not in ("eaml_ext._C", "eaml_ext.__main__") and "integrations" not in module.name:
+        __import__(module.name)
+sys.exit(eaml_ext.cli.main(sys.argv[1:]))
+"""
+
+
+def test_run_without_matplotlib_and_tqdm_leaves_out_plot_and_bars_only(tmp_path):
+    small = {**SMALL, "num_epochs": 1, "updates_per_epoch": 1, "test_tasks": 3, "adaptation_calls": 1}
+    flags = [f"--{key}={value}" for key, value in small.items()]
+    command = [sys.executable, "-c", WITHOUT_EXTRAS, *flags, "--out", str(tmp_path)]
+    child = subprocess.run(command, capture_output=True, text=True)
+    assert child.returncode == 0, child.stderr
+    lines = [line.split(":")[0] for line in child.stdout.splitlines()]
+    assert {"Epoch 0, Meta Loss", "Adaptation step 0, Hybrid Loss", "Plot left out"} <= set(lines)
+    assert child.stdout.count("pip install 'eaml_ext[plot]'") == 1
+    assert (tmp_path / "report.json").exists() and not (tmp_path / "report.png").exists()
+
+
 def test_fingerprint_tells_flipped_actions_apart():
     x = torch.randn(2, 40, 7)
     x[1] = x[0]
     y = torch.stack([x[0, :, 4:5] - x[0, :, 5:6], x[0, :, 5:6] - x[0, :, 4:5]])
     a, b = fingerprint(x, y)
     assert torch.allclose(a, -b, atol=1e-5) and a.abs().max() > 0.5
+
+
+def test_fingerprint_nearly_constant_inputs_leave_weights_of_the_others_unchanged():
+    x = torch.randn(2, 40, 4)
+    x[1] = x[0]
+    x[1, :, 1] = 50 + 1e-3 * torch.arange(40.0)  # a clock long after the data of the units
+    y = (x[..., :1] - 0.5 * x[..., 2:3]).clone()
+    weights = fingerprint(x, y).view(2, 4, 1)[:, [0, 2]]
+    torch.testing.assert_close(weights[1], torch.tensor([[1.0], [-0.5]]), rtol=0.01, atol=0.01)
+    torch.testing.assert_close(weights[0], weights[1], rtol=0.01, atol=0.01)
 
 
 @pytest.mark.parametrize(
@@ -267,6 +454,30 @@ def test_settings_refuse_wrong_types():
         DynamicsSettings(resume="yes")
     with pytest.raises(TypeError, match="env_name must be a string"):
         DynamicsSettings(env_name=3)
+
+
+def test_settings_numpy_scalars_become_pythons_and_are_written():
+    given = DynamicsSettings(
+        num_epochs=np.int64(3),
+        seed=np.uint32(7),
+        inner_lr=np.float32(0.5),
+        outer_lr=np.int32(1),
+        env_name=np.str_("Pendulum-v1"),
+    )
+    assert given == DynamicsSettings(num_epochs=3, seed=7, inner_lr=0.5, outer_lr=1, env_name="Pendulum-v1")
+    assert {type(value) for value in vars(given).values()} == {int, float, str, bool}
+    assert json.loads(json.dumps(vars(given))) == vars(given) and given.folder == "runs/Pendulum-v1-seed7"
+    with pytest.raises(TypeError, match=r"^DynamicsSettings: num_epochs must be an integer, got np.float64\(3.0\)$"):
+        DynamicsSettings(num_epochs=np.float64(3))
+    with pytest.raises(ValueError, match=r"^DynamicsSettings: inner_lr must be finite, got inf$"):
+        DynamicsSettings(inner_lr=np.float64("inf"))
+
+
+def test_model_numpy_sizes_become_ints():
+    model = DynamicsModel(np.int64(4), np.int32(2), hidden_dim=8)
+    assert model.sizes == (4, 2, 1) and {type(size) for size in model.sizes} == {int}
+    with pytest.raises(ValueError, match=r"^DynamicsModel: action_dim must be > 0, got 0$"):
+        DynamicsModel(4, 0)
 
 
 def test_a_folder_that_cannot_be_made_is_refused_before_the_work(tmp_path, capsys):

@@ -1,12 +1,14 @@
 """The jobs of meta-RL in small: what they print and leave, and that their policies can be read back."""
 
 import json
+import re
 
+import numpy as np
 import pytest
 import torch
 
 from eaml_ext import checkpoint, cli
-from eaml_ext.jobs import rl_settings
+from eaml_ext.jobs import rl, rl_settings
 from eaml_ext.jobs.rl import make_policy, run
 from eaml_ext.jobs.rl_settings import MAMLSettings, RL2Settings
 from eaml_ext.nn.cores import CORES
@@ -88,6 +90,28 @@ def test_settings_refuse_wrong_types():
         MAMLSettings(env_name=3)
     with pytest.raises(ValueError, match=r"^RL2Settings: core must be one of .*, got 'gru'$"):
         RL2Settings(core="gru")
+
+
+def test_settings_numpy_scalars_become_pythons():
+    given = MAMLSettings(steps=np.int64(20), gamma=np.float64(1), inner_lr=np.float32(0.5), seed=np.uint8(3))
+    assert given == MAMLSettings(steps=20, gamma=1.0, inner_lr=0.5, seed=3)
+    assert {type(value) for value in vars(given).values()} == {int, float, str}
+    assert json.loads(json.dumps(vars(given))) == vars(given)
+    with pytest.raises(ValueError, match=r"^RL2Settings: gamma must be <= 1, got 1.5$"):
+        RL2Settings(gamma=np.float32(1.5))
+
+
+def test_run_returns_of_any_size_stay_in_their_columns(tmp_path, monkeypatch, capsys):
+    returns = torch.tensor([[-612345678.0, 1.0, float("nan")], [-1e38, 2.0, 3.0]])
+    monkeypatch.setattr(rl, "rl2", lambda *_: (([0.0], 2), returns, ["episode 1", "a column with a long name", "nan"]))
+    run(RL2Settings(out=str(tmp_path), **SMALL))
+    head, *rows, skipped = capsys.readouterr().out.splitlines()[1:-1]
+    assert skipped.startswith("2 updates were skipped")
+    assert json.loads((tmp_path / "report.json").read_text())["skipped_updates"] == 2
+    assert head.replace("95 % +-", "interval").split() == ["mean", "interval", "median"]
+    assert [re.split("  +", row)[0] for row in rows] == ["episode 1", "a column with a long name", "nan"]
+    assert [len(re.split("  +", row)) for row in rows] == [4] * 3 and len({len(line) for line in [head, *rows]}) == 1
+    assert float(re.split("  +", rows[0])[1]) == pytest.approx(-5e37, rel=0.01)
 
 
 def test_the_flag_knows_all_cores():

@@ -1,9 +1,12 @@
 """MetaLearner: adaptation by hand, experience as weighted pairs, gradients to every meta-parameter."""
 
+import copy
 import math
 
+import numpy as np
 import pytest
 import torch
+from torch import nn
 from torch.func import functional_call
 from torch.nn.functional import l1_loss, mse_loss, one_hot
 
@@ -257,3 +260,80 @@ def test_bad_input_gets_one_sentence(call, error, text):
     with pytest.raises(error) as info:
         call()
     assert text in str(info.value) and "\n" not in str(info.value)
+
+
+# --------------------------------------------------------------------------------- frozen, inference mode, numbers
+
+
+def test_meta_learner_frozen_parameters_stay_and_others_learn():
+    torch.manual_seed(0)
+    model = MetaLearner(4, 2, 6, 0.1).double()
+    nn.init.normal_(model.shift.weight, std=0.1)
+    context = torch.randn(5, 4).double()
+    model.meta_update([(context, data(), data())])
+    model.network[2].requires_grad_(False)
+    model.network[2].weight.grad = torch.ones_like(model.network[2].weight)
+    before = copy.deepcopy(model.network)
+    params = model.adapt(context, data())
+    assert list(params) == [name for name, _ in model.network.named_parameters()]
+    for name, p in model.network.named_parameters():
+        assert torch.equal(params[name], p) == name.startswith("2.")
+    model.meta_update([(context, data(), data())] * 2)
+    for (name, p), old in zip(model.network.named_parameters(), before.parameters(), strict=True):
+        assert torch.equal(p, old) == name.startswith("2.")
+    model.network[2].requires_grad_(True)
+    model.meta_update([(context, data(), data())])
+    assert not torch.equal(model.network[2].weight, before[2].weight)
+
+
+def test_meta_learner_replaced_or_all_frozen_parameters_are_refused():
+    model = MetaLearner(4, 2, 6, 0.1).double()
+    task = torch.randn(5, 4).double(), data(), data()
+    model.network.requires_grad_(False)
+    for call in (lambda: model.meta_update([task]), lambda: model.adapt(*task[:2])):
+        with pytest.raises(ValueError, match=r"^MetaLearner.adapt: the network has no parameters that require grad$"):
+            call()
+    model.network[0] = nn.Linear(4, 6).double()
+    text = "network.0.weight was unfrozen or replaced after this MetaLearner was made: make a new MetaLearner"
+    with pytest.raises(ValueError, match=f"^MetaLearner.meta_update: {text}$"):
+        model.meta_update([task])
+
+
+def test_meta_learner_inference_mode_and_tensors_give_the_steps_outside():
+    torch.manual_seed(0)
+    one = MetaLearner(4, 2, 6, 0.1).double()
+    nn.init.normal_(one.shift.weight, std=0.1)
+    other = copy.deepcopy(one)
+    context, support, query = torch.randn(5, 4).double(), data(), data()
+    found = experiences(distances=torch.rand(3).double())
+    with torch.inference_mode():
+        inside = context.clone(), tuple(t.clone() for t in support), tuple(t.clone() for t in query)
+        fields = {n: t.clone() for n, t in found.fields.items()}
+        same = Experiences(fields, found.indices.clone(), found.indices.clone(), found.distances.clone())
+        params = one.adapt(*inside[:2]), one.adapt_with_experience(*inside[:2], same)
+    for got, wanted in zip(
+        params, (other.adapt(context, support), other.adapt_with_experience(context, support, found)), strict=True
+    ):
+        assert_same(got, {n: p.detach() for n, p in wanted.items()})
+        assert not torch.equal(got["0.weight"], one.network[0].weight)
+    task, wanted = (*inside, same), [other.meta_update([(context, support, query, found)]) for _ in range(2)]
+    got = [one.meta_update([task])]
+    with torch.inference_mode():
+        got.append(one.meta_update([task]))
+        made = MetaLearner(4, 2, 6, 0.1).double()
+    assert got == wanted
+    made.meta_update([(context, support, query)])
+
+
+def test_meta_learner_numpy_numbers_are_those_of_python():
+    torch.manual_seed(0)
+    one = MetaLearner(
+        np.int64(4), np.int32(2), np.int64(6), np.float32(0.5), inner_lr=np.float32(0.25), inner_steps=np.int8(3)
+    )
+    torch.manual_seed(0)
+    other = MetaLearner(4, 2, 6, 0.5, inner_lr=0.25, inner_steps=3)
+    for name in ("input_dim", "output_dim", "inner_lr", "inner_steps"):
+        assert type(getattr(one, name)) is type(getattr(other, name))
+    context, support = torch.randn(5, 4), (torch.randn(3, 4), torch.randn(3, 2))
+    assert one.meta_update([(context, support, support)]) == other.meta_update([(context, support, support)])
+    assert all(torch.equal(p, q) for p, q in zip(one.parameters(), other.parameters(), strict=True))

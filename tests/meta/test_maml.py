@@ -3,12 +3,14 @@
 import copy
 import warnings
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
 from torch.autograd import forward_ad
 from torch.func import functional_call, jvp, vmap
 from torch.nn.functional import l1_loss, mse_loss
+from user_models import Shared
 
 from eaml_ext.meta import MetaMAML
 from eaml_ext.meta.shift import tilt
@@ -474,3 +476,216 @@ def test_a_loss_may_be_of_another_dtype_than_the_parameters():
     x, y = torch.randn(5, 2), torch.randn(5, 1)
     maml = MetaMAML(nn.Linear(2, 1), 0.1, 0.01)
     assert maml.meta_update([(x, y, x, y)] * 3, loss, shift_level=0.1) > 0
+
+
+# ------------------------------------------------------------------------- parameters that change after construction
+
+
+def assert_moved(model, before, moved):
+    for name, p in model.named_parameters():
+        assert torch.equal(p, before[name]) != (name in moved), name
+
+
+@pytest.mark.parametrize("options", [{}, {"learn_inner_lr": True}, {"reptile": True}, {"first_order": True}], ids=str)
+def test_meta_update_parameter_frozen_later_stays_and_unfrozen_again_is_learned(options):
+    model, tasks = mlp(), [task(), task()]
+    maml = MetaMAML(model, 0.1, 0.1, **options)
+    maml.meta_update(tasks, mse_loss)  # the optimizer has momentum of all parameters
+    model[0].requires_grad_(False)
+    model[0].weight.grad = torch.ones_like(model[0].weight)
+    rates = {n: r.detach().clone() for n, r in maml.inner_lrs.items()}
+    for _ in range(2):
+        before = {n: p.detach().clone() for n, p in model.named_parameters()}
+        maml.meta_update(tasks, mse_loss)
+        assert_moved(model, before, {"2.weight", "2.bias"})
+    for name, rate in maml.inner_lrs.items():
+        assert torch.equal(rate, rates[name]) == name.startswith("0")
+    adapted = maml.adapt(*tasks[0][:2], mse_loss)
+    assert_moved(adapted, dict(model.named_parameters()), {"2.weight", "2.bias"})
+    params = maml.adapt_params(dict(model.named_parameters()), *tasks[0][:2], mse_loss)
+    assert params["0.weight"] is model[0].weight and params["2.weight"] is not model[2].weight
+    model[0].requires_grad_(True)
+    before = {n: p.detach().clone() for n, p in model.named_parameters()}
+    maml.meta_update(tasks, mse_loss)
+    assert_moved(model, before, set(before))
+
+
+def test_meta_update_compiled_parameter_frozen_later_stays(monkeypatch):
+    monkeypatch.setattr("eaml_ext.meta.maml._compiled", lambda function: function)
+    model, tasks = mlp(), [task(), task()]
+    maml = MetaMAML(model, 0.1, 0.1, compile=True)
+    maml.meta_update(tasks, mse_loss)
+    model[2].requires_grad_(False)
+    before = {n: p.detach().clone() for n, p in model.named_parameters()}
+    maml.meta_update(tasks, mse_loss)
+    assert_moved(model, before, {"0.weight", "0.bias"})
+
+
+def test_meta_update_inner_parameters_frozen_later_are_not_adapted():
+    model, (sx, sy, qx, qy) = mlp(), task()
+    maml = MetaMAML(model, 0.1, 0.1, inner_parameters=["0", "2"])
+    model[0].requires_grad_(False)
+    assert maml.inner_names == ["2.weight", "2.bias"]
+    maml.meta_update([(sx, sy, qx, qy)], mse_loss)
+    model[0].requires_grad_(True)
+    assert maml.inner_names == ["0.weight", "0.bias", "2.weight", "2.bias"]
+    maml = MetaMAML(model, 0.1, 0.1, inner_parameters="2")
+    model[2].requires_grad_(False)
+    with pytest.raises(ValueError, match=r"^MetaMAML.meta_update: params must hold an inner parameter that"):
+        maml.meta_update([(sx, sy, qx, qy)], mse_loss)
+
+
+@pytest.mark.parametrize("change", ["unfreeze", "replace", "assign"])
+def test_meta_update_parameter_the_optimizer_does_not_hold_is_refused(change):
+    model, tasks = mlp(), [task(), task()]
+    model[0].requires_grad_(change != "unfreeze")
+    maml = MetaMAML(model, 0.1, 0.1)
+    if change == "unfreeze":
+        model[0].requires_grad_(True)
+    elif change == "replace":
+        model[0] = nn.Linear(4, 8).double()
+    else:
+        model.load_state_dict({n: t.clone() for n, t in model.state_dict().items()}, assign=True)
+    before = copy.deepcopy(maml.state_dict())
+    text = "0.weight was unfrozen or replaced after this MetaMAML was made: make a new MetaMAML"
+    with pytest.raises(ValueError, match=f"^MetaMAML.meta_update: {text}$"):
+        maml.meta_update(tasks, mse_loss)
+    assert all(torch.equal(t, before["model"][n]) for n, t in model.state_dict().items())
+    assert not maml.optimizer.state_dict()["state"]
+    adapted = maml.adapt(*tasks[0][:2], mse_loss)  # needs no optimizer: what requires grad now is adapted
+    assert_moved(adapted, dict(model.named_parameters()), set(maml.parameters()))
+
+
+def test_adapt_learned_rates_of_a_replaced_parameter_are_refused():
+    model, (sx, sy, *_) = mlp(), task()
+    maml = MetaMAML(model, 0.1, 0.1, learn_inner_lr=True)
+    model[0], model[2] = nn.Linear(4, 5).double(), nn.Linear(5, 1).double()
+    with pytest.raises(ValueError, match=r"^MetaMAML.adapt_params: .*0.weight was unfrozen or replaced .* make a new"):
+        maml.adapt(sx, sy, mse_loss)
+
+
+def test_calls_of_a_model_all_frozen_are_refused():
+    model, tasks = mlp(), [task()]
+    maml = MetaMAML(model, 0.1, 0.1)
+    model.requires_grad_(False)
+    for call in (
+        lambda: maml.meta_update(tasks, mse_loss),
+        lambda: maml.adapt(*tasks[0][:2], mse_loss),
+        lambda: maml.task_losses(maml.parameters(), tasks, mse_loss),
+    ):
+        with pytest.raises(ValueError, match="params must hold an inner parameter that requires grad, got none"):
+            call()
+
+
+# --------------------------------------------------------------------------------------------------- inference mode
+
+
+@pytest.mark.parametrize("inside", [False, True])
+def test_calls_with_inference_tensors_and_in_inference_mode_are_those_outside(inside):
+    mode = torch.inference_mode if inside else torch.enable_grad
+    model, tasks = mlp(), [task() for _ in range(2)]
+    one, other = (MetaMAML(m, 0.1, 0.1, learn_inner_lr=True) for m in (model, copy.deepcopy(model)))
+    with torch.inference_mode():
+        inference = [tuple(t.clone() for t in data) for data in tasks]
+    assert inference[0][0].is_inference()
+    with mode():
+        adapted = one.adapt(*inference[0][:2], mse_loss, 3)
+        params = one.adapt_params(one.parameters(), *inference[0][:2], mse_loss, 3)
+        losses = one.task_losses(one.parameters(), inference, mse_loss)
+        updates = [one.meta_update(inference, mse_loss) for _ in range(2)]
+    for name, p in other.adapt(*tasks[0][:2], mse_loss, 3).named_parameters():
+        assert torch.equal(dict(adapted.named_parameters())[name], p) and torch.equal(params[name], p)
+        assert not torch.equal(p, dict(other.model.named_parameters())[name]) and params[name].requires_grad != inside
+    assert torch.equal(losses, other.task_losses(other.parameters(), tasks, mse_loss))
+    assert updates == [other.meta_update(tasks, mse_loss) for _ in range(2)]
+
+
+def test_meta_update_without_grad_mode_is_that_with_it():
+    model, tasks = mlp(), [task() for _ in range(2)]
+    one, other = MetaMAML(model, 0.1, 0.1), MetaMAML(copy.deepcopy(model), 0.1, 0.1)
+    with torch.no_grad():
+        got = [one.meta_update(tasks, mse_loss, shift_level=0.1) for _ in range(2)]
+    assert got == [other.meta_update(tasks, mse_loss, shift_level=0.1) for _ in range(2)]
+
+
+def test_constructor_in_inference_mode_trains_outside_and_refuses_a_model_made_there():
+    model, tasks = mlp(), [task()]
+    with torch.inference_mode():
+        maml, made = MetaMAML(model, 0.1, 0.1, learn_inner_lr=True), nn.Linear(4, 1)
+        with pytest.raises(ValueError, match=r"^MetaMAML: model must be made outside torch.inference_mode, got weight"):
+            MetaMAML(made, 0.1, 0.1)
+    other = MetaMAML(copy.deepcopy(model), 0.1, 0.1, learn_inner_lr=True)
+    for _ in range(2):
+        assert maml.meta_update(tasks, mse_loss) == other.meta_update(tasks, mse_loss)
+
+
+# ------------------------------------------------------------------------------------- numbers, buffers, shared names
+
+
+def test_numpy_numbers_are_those_of_python():
+    model, tasks = mlp(), [task() for _ in range(3)]
+    given = {"inner_steps": np.int64(2), "micro_batch": np.int32(2), "first_order": False}
+    one = MetaMAML(model, np.float64(0.1), np.float64(0.01), **given)
+    other = MetaMAML(copy.deepcopy(model), 0.1, 0.01, inner_steps=2, micro_batch=2)
+    for name in ("inner_lr", "outer_lr", "inner_steps", "micro_batch"):
+        assert type(getattr(one, name)) is type(getattr(other, name)), name
+    assert one.meta_update(tasks, mse_loss, shift_level=np.float32(0.25)) == other.meta_update(
+        tasks, mse_loss, shift_level=0.25
+    )
+    sx, sy, *_ = tasks[0]
+    for p, q in zip(
+        one.adapt(sx, sy, mse_loss, np.uint8(3)).parameters(),
+        other.adapt(sx, sy, mse_loss, 3).parameters(),
+        strict=True,
+    ):
+        assert torch.equal(p, q)
+    for bad in (np.float64(2), np.bool_(True), np.array([1, 2])):
+        with pytest.raises(TypeError, match="inner_steps must be an integer"):
+            MetaMAML(model, 0.1, 0.1, inner_steps=bad)
+
+
+class Rescaled(nn.Module):
+    """Counts its calls in a buffer, in place, and scales by the buffer."""
+
+    def __init__(self):
+        super().__init__()
+        self.inner = mlp()
+        self.register_buffer("scale", torch.ones(1, dtype=torch.float64))
+
+    def forward(self, x):
+        self.scale.mul_(2)
+        return self.inner(x) * self.scale
+
+
+def test_calls_of_a_model_that_changes_a_buffer_leave_it():
+    maml, (sx, sy, qx, qy) = MetaMAML(Rescaled(), 0.01, 0.1), task()
+    adapted = maml.adapt(sx, sy, mse_loss, 3)
+    for count in (1, 3):
+        maml.meta_update([(sx, sy, qx, qy)] * count, mse_loss)
+    maml.call(maml.parameters(), sx)
+    assert float(maml.model.scale) == 1 and float(adapted.scale) == 1
+
+
+@pytest.mark.parametrize("call", ["adapt", "adapt_params", "task_losses", "meta_update"])
+def test_calls_of_batch_norm_in_training_mode_are_refused_and_run_in_eval_mode(call):
+    model = nn.Sequential(nn.Linear(4, 8), nn.BatchNorm1d(8), nn.Linear(8, 1)).double()
+    maml, data = MetaMAML(model, 0.1, 0.1), task()
+    arguments = {
+        "adapt": (*data[:2], mse_loss),
+        "adapt_params": (maml.parameters(), *data[:2], mse_loss),
+        "task_losses": (maml.parameters(), [data, data], mse_loss),
+        "meta_update": ([data, data], mse_loss),
+    }[call]
+    before = copy.deepcopy(model.state_dict())
+    with pytest.raises(ValueError, match=r"1 \(BatchNorm1d\) must be in eval mode, got training mode"):
+        getattr(maml, call)(*arguments)
+    assert all(torch.equal(t, before[n]) for n, t in model.state_dict().items())
+    model.eval()
+    getattr(maml, call)(*arguments)
+
+
+def test_inner_parameters_any_name_of_a_shared_submodule_selects_it():
+    model = Shared().double()
+    for name in ("a", "b", "layers.0", "b.weight"):
+        maml = MetaMAML(model, 0.1, 0.1, inner_parameters=name)
+        assert maml.inner_names == (["a.weight"] if name == "b.weight" else ["a.weight", "a.bias"])

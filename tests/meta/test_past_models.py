@@ -1,5 +1,6 @@
 import re
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -118,3 +119,32 @@ def test_score_refuses():
     models._loss_fn = lambda p, t: (p - t).square().mean(1)
     with pytest.raises(ValueError, match=r"^PastModels.score: loss_fn must return a scalar tensor, got \(4,\)$"):
         models.score(buffer, torch.tensor([10]), now(1.0))
+
+
+def test_past_models_layer_frozen_later_needs_an_update():
+    maml, buffer, models = world()
+    maml.model[0].requires_grad_(False)
+    known = torch.tensor([10, 11])
+    models.score(buffer, known, now(1))
+    buffer.add(torch.randn(4, 3), torch.randn(4, 1), task=30)
+    with pytest.raises(ValueError, match="parameters were frozen or unfrozen after the last update: call update again"):
+        models.score(buffer, torch.tensor([30]), now(1))
+    models.update()
+    assert list(models.params(known)) == ["2.weight", "2.bias"]
+    batch = now(1)
+    part = buffer.of_task(30)
+    wanted = maml.adapt(part.observation, part.target, F.mse_loss, 7)
+    assert torch.equal(wanted[0].weight, maml.model[0].weight)
+    score = models.score(buffer, torch.tensor([30]), batch)
+    torch.testing.assert_close(score[0], F.mse_loss(wanted(batch["states"]), batch["targets"]).detach())
+
+
+def test_past_models_inference_mode_gives_the_scores_outside():
+    maml, buffer, models = world()
+    batch, tasks = now(1), torch.arange(10, 15)
+    with torch.inference_mode():
+        inside = PastModels(maml, buffer, F.mse_loss, np.int64(7), chunk_size=np.int64(2))
+        scores = inside.score(buffer, tasks, {n: t.clone() for n, t in batch.items()})
+    torch.testing.assert_close(scores, models.score(buffer, tasks, batch))
+    inside.update()
+    torch.testing.assert_close(inside.score(buffer, tasks, batch), scores)

@@ -9,6 +9,7 @@ import sys
 import threading
 import time
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -448,3 +449,63 @@ def test_bad_input_gets_one_sentence(call, error, text):
     with pytest.raises(error) as info:
         call()
     assert text in str(info.value) and "\n" not in str(info.value)
+
+
+def pairs():
+    x = torch.randn(12, 3)
+    y = x.sum(1, keepdim=True).sin()
+    return x[:6], y[:6], x[6:], y[6:]
+
+
+@pytest.mark.parametrize("levels", [(0.0,), (0.0, 0.5)], ids=str)
+def test_trainer_layer_frozen_later_stays_in_all_levels(levels):
+    policy, tasks = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 1)), TaskBatch([pairs()] * 4, 2)
+    trainer = MetaMAMLTrainer(policy, 0.1, 0.1, shift_levels=levels, progress=False)
+    trainer.meta_train(tasks, 1)
+    policy[0].requires_grad_(False)
+    before = [copy.deepcopy(maml.model) for maml in trainer.mamls]
+    trainer.meta_train(tasks, 2)
+    adapted = trainer.adapt_to_new_task(pairs()[:2])
+    for old, maml in zip(before, trainer.mamls, strict=True):
+        assert torch.equal(old[0].weight, maml.model[0].weight) and not torch.equal(old[2].weight, maml.model[2].weight)
+    assert any(torch.equal(adapted[0].weight, maml.model[0].weight) for maml in trainer.mamls)
+    policy[0].requires_grad_(True)
+    trainer.meta_train(tasks, 1)
+    assert all(not torch.equal(o[0].weight, m.model[0].weight) for o, m in zip(before, trainer.mamls, strict=True))
+    policy[2] = nn.Linear(4, 1)
+    with pytest.raises(ValueError, match=r"2.weight was unfrozen or replaced after this MetaMAML\w* was made"):
+        trainer.meta_train(tasks, 1)
+
+
+def test_trainer_in_inference_mode_trains_and_adapts_as_outside():
+    policy, data = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 1)), [pairs() for _ in range(4)]
+    results = []
+    for mode in (torch.enable_grad, torch.inference_mode):
+        model = copy.deepcopy(policy)
+        with mode():
+            tasks = TaskBatch([tuple(t.clone() for t in task) for task in data], 2, sampling="adaptive")
+            trainer = MetaMAMLTrainer(model, 0.1, 0.1, shift_levels=(0.0, 0.5), progress=False)
+            losses = trainer.meta_train(tasks, 3)
+            adapted = trainer.adapt_to_new_task(tasks.tasks[0][:2])
+        trainer.meta_train(tasks, 1)  # what was made inside goes on outside
+        results.append((losses, trainer.losses, [p.tolist() for p in adapted.parameters()]))
+    assert results[0] == results[1]
+
+
+def test_trainer_numpy_numbers_are_those_of_python(tmp_path):
+    policy, data = nn.Linear(3, 1), [pairs() for _ in range(4)]
+    results = []
+    for number, whole in ((float, int), (np.float64, np.int64)):
+        tasks = TaskBatch(data, whole(2), seed=whole(7))
+        trainer = MetaMAMLTrainer(
+            copy.deepcopy(policy), number(0.1), number(0.1), shift_levels=[number(0), number(0.5)], progress=False
+        )
+        path = tmp_path / f"{whole.__name__}.pt"
+        losses = trainer.meta_train(tasks, whole(3), checkpoint=path, checkpoint_every=whole(2))
+        tasks.update([whole(1)], torch.ones(1))
+        adapted = trainer.adapt_to_new_task(data[0][:2], whole(2))
+        assert {type(v) for v in tasks.describe().values()} <= {int, str}
+        assert tasks.batch(whole(1)).indices == TaskBatch(data, 2, seed=7).batch(1).indices
+        settings = checkpoint.load_state(path, kind="MetaMAMLTrainer")["settings"]
+        results.append((losses, [p.tolist() for p in adapted.parameters()], settings))
+    assert results[0] == results[1]

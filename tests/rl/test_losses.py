@@ -1,5 +1,6 @@
 import math
 
+import numpy as np
 import pytest
 import torch
 
@@ -176,3 +177,17 @@ def test_reinforce_and_normalised_refuse():
         reinforce_loss(torch.ones(3), torch.ones(2))
     with pytest.raises(TypeError, match=r"^normalised: advantages must be a torch.Tensor, got int$"):
         normalised(1)
+
+
+def test_numpy_scalars_are_as_python_numbers():
+    values = torch.rand(4, 3, requires_grad=True)
+    rest = {"advantages": torch.rand(3), "targets": torch.rand(3)}
+    weights = {"value_weight": 0.5, "entropy_weight": 0.25}
+    for loss, options in ((a2c_loss, weights), (ppo_loss, {**weights, "clip": 0.125})):
+        old = {"old_log_probs": values[3].detach()} if loss is ppo_loss else {}
+        plain = loss(*values[:3], **rest, **old, **options)
+        for kind in (np.float32, np.float64):
+            assert torch.equal(loss(*values[:3], **rest, **old, **{n: kind(v) for n, v in options.items()}), plain)
+    no = torch.zeros(3, dtype=torch.bool)
+    a, b = (advantages(*values[:3].detach(), no, no, *numbers) for numbers in ((0.5, 0.25), np.float64([0.5, 0.25])))
+    assert torch.equal(a, b) and a.dtype == torch.float32

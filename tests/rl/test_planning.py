@@ -172,3 +172,14 @@ class Nothing:
 def test_refuses(kwargs, error, text):
     with pytest.raises(error, match=f"^Planner: {text}$"):
         Planner(**{"model": Counter(), "outcomes": towards, "action_space": Discrete(2), **kwargs})
+
+
+def test_numpy_scalars_are_as_python_numbers():
+    counts = {"horizon": np.int64(3), "candidates": np.int32(40), "iterations": np.int8(2)}
+    planner = Planner(Counter(), towards(torch.zeros(1, 2)), Box(-1, 1, (2,)), **counts, gamma=np.float32(0.5))
+    numbers = (planner.horizon, planner.candidates, planner.iterations, planner.elites, planner.gamma)
+    assert numbers == (3, 40, 2, 4, 0.5) and [type(n) for n in numbers] == [int, int, int, int, float]
+    planner(np.zeros((1, 2), np.float32), np.array([True]), np.random.default_rng(0))
+    data = collect(DIST, tasks := DIST.sample(2, "test"), 12, 3)
+    returns = planned_returns(DIST, tasks, None, np.int64(12), np.int64(3))
+    assert torch.equal(returns, data.rewards.masked_fill(data.resets.cumsum(1) != 1, 0.0).sum(1))

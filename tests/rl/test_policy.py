@@ -1,3 +1,4 @@
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -189,3 +190,46 @@ def test_it_is_a_model_like_any_other_for_maml(continuous):
     assert losses[-1] < losses[0] and maml.skipped_updates == 0
     adapted = maml.adapt(x, y, mse_loss, num_steps=3)
     assert mse_loss(adapted(x), y) < mse_loss(net(x), y)
+
+
+def test_numpy_scalars_leave_python_numbers_that_are_saved(tmp_path):
+    sizes = {"hidden_dim": np.int32(8), "state_size": np.int16(4), "num_layers": np.uint8(2)}
+    net = SSMMetaPolicy(np.int64(5), np.int64(3), **sizes, dt_min=np.float32(0.125), dt_max=np.float64(0.5))
+    kinds = {name: type(value) for name, value in net.options.items()}
+    assert set(kinds.values()) == {int, bool, str, float} and type(net.action_dim) is int
+    net.save(tmp_path / "policy")
+    assert SSMMetaPolicy.load(tmp_path / "policy").options == net.options
+    assert net.init_hidden(np.int64(3)).shape[0] == 3
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+def test_normalise_non_finite_observation_is_refused_and_units_stay(value):
+    net = policy()
+    net.normalise(torch.randn(20, 5))
+    mean, std = net.mean.clone(), net.std.clone()
+    bad = torch.randn(20, 5)
+    bad[3, 2] = value
+    with pytest.raises(ValueError, match=rf"^SSMMetaPolicy.normalise: obs must be finite, got {value}$"):
+        net.normalise(bad)
+    assert torch.equal(net.mean, mean) and torch.equal(net.std, std)
+
+
+def test_normalise_large_constants_keep_their_units_and_large_entries_that_vary_do_not():
+    net = SSMMetaPolicy(3, 2, 8)
+    obs = torch.full((1001, 3), 1e6 + 0.3125)
+    obs[::2, 1] += 0.0625  # one unit in the last place of float32
+    obs[:, 2] += torch.linspace(-10, 10, 1001)
+    net.normalise(obs)
+    assert net.mean[:2].tolist() == [0, 0] and net.std[:2].tolist() == [1, 1]
+    assert abs(net.mean[2] - 1e6) < 1 and abs(net.std[2] - 10 / 3**0.5) < 0.02
+
+
+def test_has_units_is_true_after_normalise_and_in_copies():
+    net = policy()
+    assert not net.has_units
+    net.normalise(torch.ones(4, 5))
+    assert not net.has_units  # nothing varies
+    net.normalise(torch.randn(4, 5))
+    again = policy()
+    again.load_state_dict(net.state_dict())
+    assert net.has_units and again.has_units

@@ -4,6 +4,7 @@ import pytest
 import torch
 from gymnasium import spaces
 from gymnasium.vector import AutoresetMode
+from scripted import Script
 
 from eaml_ext.rl import RandomPolicy, Trajectories, collect
 from eaml_ext.tasks import CartPoleTasks, SeedTasks, make_tasks
@@ -248,3 +249,47 @@ def test_collect_refuses_another_autoreset_mode():
     distribution = SameStep("Pendulum-v1")
     with pytest.raises(ValueError, match=r"^collect: dist must make environments in autoreset mode NEXT_STEP, got "):
         collect(distribution, distribution.sample(1), 5, 0)
+
+
+@pytest.mark.parametrize(("kind", "value"), [("reward", np.nan), ("observation", np.inf)])
+@pytest.mark.parametrize("move", [1, 5, 7])
+def test_collect_non_finite_number_names_environment_task_and_step(kind, value, move):
+    distribution = Script(length=3, fault=(kind, 1, move, value))
+    text = (
+        rf"^collect: {kind} must be finite, got {value} at step {move} of tasks\[1\] of script-v1, script/train/0/0/1$"
+    )
+    with pytest.raises(ValueError, match=text):
+        collect(distribution, distribution.sample(3), 7, seed=0)
+
+
+def test_collect_non_finite_first_observation_is_at_step_0():
+    distribution = Script(fault=("observation", 0, 0, np.nan))
+    with pytest.raises(ValueError, match=r"^collect: observation must be finite, got nan at step 0 of tasks\[0\]"):
+        collect(distribution, distribution.sample(2), 3, seed=0)
+
+
+@pytest.mark.parametrize("kind", ["reward", "observation"])
+def test_collect_non_finite_number_after_a_tasks_last_step_does_not_count(kind):
+    class Uneven(Script):  # the episodes of task 1 have one step, and the call after each moves nothing
+        def make_env(self, tasks):
+            env = super().make_env(tasks)
+            env.step = lambda action, step=env.step: self.shorten(env, *step(action))
+            return env
+
+        def shorten(self, env, observation, reward, terminated, truncated, info):
+            env.done[1] = terminated[1] = not self.before
+            self.before = terminated[1]
+            return observation, reward, terminated, truncated, info
+
+    distribution = Uneven(length=np.inf, fault=(kind, 0, 5, np.nan))
+    distribution.before = False
+    trajectories = collect(distribution, distribution.sample(2), 4, seed=0)
+    assert trajectories.resets.sum(1).tolist() == [1, 4]
+    assert trajectories.rewards.isfinite().all() and trajectories.next_observations.isfinite().all()
+
+
+def test_collect_numpy_scalars_are_as_python_numbers():
+    tasks = CARTPOLE.sample(2)
+    first, again = collect(CARTPOLE, tasks, np.int64(9), np.uint32(1)), collect(CARTPOLE, tasks, 9, 1)
+    assert all(torch.equal(value, getattr(again, name)) for name, value in names(first).items())
+    assert type(RandomPolicy(spaces.Discrete(2), np.float32(0.5))._hold) is float

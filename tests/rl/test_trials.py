@@ -1,10 +1,13 @@
+import inspect
+
 import numpy as np
 import pytest
 import torch
 from gymnasium.wrappers.vector import TransformObservation
+from scripted import Script
 from torch.distributions import Categorical, Independent, Normal
 
-from eaml_ext.rl import SSMMetaPolicy, Trials, feature_dim, play
+from eaml_ext.rl import MAMLRL, RL2, SSMMetaPolicy, Trials, feature_dim, play
 from eaml_ext.tasks import CartPoleTasks, SeedTasks
 
 HIDDEN = CartPoleTasks(hide_velocity=True)
@@ -212,3 +215,121 @@ def test_projected_observations_reach_the_policy():
     for i in range(3):  # observations lie in the plane that the task's matrix spans
         seen = trials.inputs[i, :, :5].numpy()
         assert np.abs(seen - seen @ spans[i] @ spans[i].T).max() < 1e-6 < np.abs(seen).max()
+
+
+@pytest.mark.parametrize("truncates", [False, True])
+@pytest.mark.parametrize("returns", [(3.0,), (3.0, 6.0), (3.0, 6.0, 9.0)])
+def test_finished_returns_whole_episodes_include_the_last(returns, truncates):
+    dist = Script(returns, length=2, truncates=truncates)
+    trials = play(dist, dist.sample(2), policy(dist), 0, episodes=len(returns))
+    assert trials.finished_returns().tolist() == [*returns, *returns]
+    trainer = RL2(policy(dist), dist, episodes=len(returns), tasks_per_update=2, minibatches=1, epochs=1)
+    assert trainer.update() == sum(returns) / len(returns)
+
+
+@pytest.mark.parametrize("truncates", [False, True])
+@pytest.mark.parametrize(("steps", "finished"), [(1, []), (2, [3.0]), (3, [3.0]), (4, [3.0, 6.0]), (5, [3.0, 6.0])])
+def test_finished_returns_episode_cut_by_the_recording_is_left_out(steps, finished, truncates):
+    dist = Script((3.0, 6.0, 9.0), length=2, truncates=truncates)
+    trials = play(dist, dist.sample(2), policy(dist), 0, steps=steps)
+    assert trials.finished_returns().tolist() == 2 * finished
+    assert trials.truncations.sum() == truncates * 2 * len(finished) and trials.truncations.dtype == torch.bool
+    trainer = RL2(policy(dist), dist, steps=steps, tasks_per_update=2, minibatches=1, epochs=1)
+    np.testing.assert_equal(trainer.update(), np.mean(finished) if finished else np.nan)
+
+
+def test_finished_returns_trials_of_other_numbers_of_episodes_by_hand():
+    starts = torch.tensor([[1, 1, 1], [1, 0, 0], [1, 0, 0]]).bool()
+    terminations = torch.tensor([[1, 1, 0], [0, 0, 1], [0, 0, 0]]).bool()
+    rewards, mask = torch.tensor([[1.0, 2, 4], [8, 16, 32], [64, 128, 0]]), torch.ones(3, 3, dtype=torch.bool)
+    mask[2, 2] = False
+    trials = Trials(
+        *[rewards] * 5, rewards=rewards, starts=starts, terminations=terminations, ends=mask, mask=mask, resets=starts
+    )
+    assert trials.finished_returns().tolist() == [1, 2, 56]
+
+
+@pytest.mark.parametrize("continuous", [False, True])
+@pytest.mark.parametrize("length", [{"episodes": 4}, {"steps": 12}])
+@pytest.mark.parametrize(("kind", "move", "value"), [("reward", 5, np.nan), ("observation", 5, -np.inf)])
+def test_play_non_finite_number_names_environment_task_and_step(kind, move, value, length, continuous):
+    dist = Script(length=3, continuous=continuous, fault=(kind, 1, move, value))
+    text = rf"^play: {kind} must be finite, got {value} at step 5 of tasks\[1\] of script-v1, script/train/0/0/1$"
+    with pytest.raises(ValueError, match=text):
+        play(dist, dist.sample(3), policy(dist, continuous=continuous), 0, **length)
+
+
+def test_play_non_finite_first_observation_is_at_step_0():
+    dist = Script(fault=("observation", 0, 0, np.nan))
+    text = r"^play: observation must be finite, got nan at step 0 of tasks\[0\] of script-v1, script/train/0/0/0$"
+    with pytest.raises(ValueError, match=text):
+        play(dist, dist.sample(1), policy(dist), 0, steps=1)
+
+
+@pytest.mark.parametrize("kind", ["reward", "observation"])
+def test_play_non_finite_number_after_a_tasks_last_step_does_not_count(kind):
+    class Uneven(Script):
+        def make_env(self, tasks):
+            env = super().make_env(tasks)
+            env.step = lambda action, step=env.step: self.slow(*step(action))
+            return env
+
+        def slow(self, observation, reward, terminated, truncated, info):
+            self.calls += 1
+            if self.calls == 3:
+                (observation if kind == "observation" else reward)[0] = np.nan
+            terminated[1] = self.calls == 8
+            return observation, reward, terminated, truncated, info
+
+    dist = Uneven(length=1)
+    dist.calls = 0
+    trials = play(dist, dist.sample(2), policy(dist), 0, episodes=1)
+    assert trials.mask.sum(1).tolist() == [1, 8] and all(value.isfinite().all() for value in vars(trials).values())
+
+
+@pytest.mark.parametrize("continuous", [False, True])
+def test_play_policy_that_is_not_finite_is_named(continuous):
+    dist = Script(length=3, continuous=continuous)
+    net = policy(dist, continuous=continuous)
+    with torch.no_grad():
+        net.actor.bias.fill_(torch.nan)
+    text = r"^play: policy's action distribution must be finite, got nan at step 0 of tasks\[0\] of script-v1, "
+    with pytest.raises(ValueError, match=text):
+        play(dist, dist.sample(2), net, 0, steps=1)
+
+
+def test_play_episode_without_an_end_stops_at_the_limit():
+    dist = Script(length=np.inf)
+    text = (
+        r"^play: episodes must end within max_episode_steps, got 7 steps without an end in tasks\[0\] of script-v1, "
+        "script/train/0/0/0$"
+    )
+    with pytest.raises(ValueError, match=text):
+        play(dist, dist.sample(1), Witness(dist), 0, episodes=1, max_episode_steps=7)
+    for function in (play, RL2, RL2.evaluate, MAMLRL.evaluate):
+        assert inspect.signature(function).parameters["max_episode_steps"].default == 10_000
+
+
+def test_play_limit_is_for_each_episode_and_for_whole_episodes_only():
+    dist = Script(length=5)
+    tasks, net = dist.sample(2), policy(dist)
+    trials = play(dist, tasks, net, 0, episodes=3, max_episode_steps=5)
+    assert trials.mask.sum(1).tolist() == [15, 15]
+    with pytest.raises(ValueError, match="got 4 steps without an end"):
+        play(dist, tasks, net, 0, episodes=3, max_episode_steps=4)
+    assert play(Script(length=np.inf), tasks, net, 0, steps=20, max_episode_steps=4).mask.all()
+    with pytest.raises(TypeError, match=r"^play: max_episode_steps must be an integer, got 4.5$"):
+        play(dist, tasks, net, 0, episodes=3, max_episode_steps=4.5)
+
+
+@pytest.mark.parametrize("length", [{"episodes": np.int64(2)}, {"steps": np.int32(6)}])
+def test_play_numpy_scalars_are_as_python_numbers(length):
+    dist = Script(length=3)
+    tasks, net = dist.sample(2), policy(dist)
+    trials = play(dist, tasks, net, np.uint32(1), **length, max_episode_steps=np.int16(9))
+    plain = play(dist, tasks, net, 1, **{name: int(value) for name, value in length.items()})
+    assert all(torch.equal(value, getattr(plain, name)) for name, value in vars(trials).items())
+    assert trials.episode_returns(np.int64(2)).tolist() == [[1.0, 1.0]] * 2
+    assert type(feature_dim(dist)) is int
+    advantages = trials.advantages(np.float32(0.5), np.float64(0.25))
+    assert torch.equal(advantages, trials.advantages(0.5, 0.25)) and advantages.dtype == torch.float32

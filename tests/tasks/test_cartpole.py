@@ -1,3 +1,6 @@
+import copy
+
+import gymnasium
 import numpy as np
 import pytest
 import torch
@@ -243,3 +246,17 @@ def test_outcomes_refuse():
         DIST.outcomes([], obs, obs, obs)
     with pytest.raises(ValueError, match=r"^CartPoleTasks.outcomes: tasks\[0\] must have a projection of shape"):
         CartPoleTasks(projection=4).outcomes(tasks, obs, obs, obs)
+
+
+def test_make_env_simulator_without_the_parameters_is_refused(monkeypatch):
+    class Renamed(gymnasium.envs.classic_control.cartpole.CartPoleVectorEnv):
+        def __init__(self, *args, **kwargs):
+            super().__init__(*args, **kwargs)
+            self.gravitation = vars(self).pop("gravity")
+
+    spec = copy.deepcopy(gymnasium.spec("CartPole-v1"))
+    spec.vector_entry_point = Renamed
+    monkeypatch.setitem(gymnasium.registry, "CartPole-v1", spec)
+    text = r"the CartPole-v1 of gymnasium \S+ has no attribute gravity: install a version that eaml_ext supports"
+    with pytest.raises(ValueError, match=f"^CartPoleTasks.make_env: {text}$"):
+        DIST.make_env(DIST.sample(2))

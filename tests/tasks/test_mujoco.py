@@ -177,3 +177,19 @@ def test_jobs_run_on_them(algo, tmp_path, capsys):
     common = ["--num_epochs=1", "--tasks_per_update=2", "--test_tasks=2", "--hidden_dim=8", f"--out={tmp_path}"]
     assert cli.main([f"--algo={algo}", "--env_name=HalfCheetah-Vel", *common, *flags]) == 0
     assert (tmp_path / "report.json").exists() and "Results" in capsys.readouterr().out
+
+
+def test_step_simulator_that_reports_no_forward_reward_is_refused(simulated, monkeypatch):
+    env = simulated.make_env(simulated.sample(2))
+    step = env.env.step
+
+    def renamed(actions):
+        *values, info = step(actions)
+        return (*values, {name.replace("reward_forward", "forward_reward"): value for name, value in info.items()})
+
+    monkeypatch.setattr(env.env, "step", renamed)
+    env.reset(seed=0)
+    text = r"gymnasium \S+ does not report reward_forward, which the goal replaces: install a version that"
+    with pytest.raises(ValueError, match=f"^{simulated.name}: {text} eaml_ext supports$"):
+        env.step(np.zeros((2, simulated.action_dim), np.float32))
+    env.close()

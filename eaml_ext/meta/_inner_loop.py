@@ -1,0 +1,66 @@
+"""theta <- theta - lr dL(theta)/dtheta, repeated: the inner loop of every meta-learner."""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor
+from torch.autograd import forward_ad
+from torch.func import grad
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+Params = dict[str, Tensor]
+
+
+def descend(
+    loss: Callable[[Params], Tensor], params: Params, lr: float | Params, steps: int, first_order: bool = False
+) -> Params:
+    """``steps`` of gradient descent on ``loss(params)``; ``lr`` is one number, or a tensor for each name."""
+    for _ in range(steps):
+        grads = gradient(loss, params, first_order)
+        params = {n: p - (lr[n] if isinstance(lr, dict) else lr) * grads[n] for n, p in params.items()}
+    return params
+
+
+def gradient(loss: Callable[[Params], Tensor], params: Params, first_order: bool = False) -> Params:
+    """dL/dparams by name, zeros where L does not depend on a parameter.
+
+    Connected to all that L depends on where gradients are recorded, unless ``first_order``. Under a transform of
+    torch.func it is ``torch.func.grad``. Elsewhere it comes from autograd's tape, which runs every model that autograd
+    runs (hooks of saved tensors, in-place updates) and costs less.
+    """
+    if not uses_tape():
+        grads = grad(loss)(params)
+        return {name: g.detach() for name, g in grads.items()} if first_order else grads
+    # Detached parameters may meet a loss that depends on something else that requires grad.
+    recorded = torch.is_grad_enabled() and (any(p.requires_grad for p in params.values()) or loss(params).requires_grad)
+    with torch.enable_grad():
+        points = {n: p if recorded and p.requires_grad else p.detach().requires_grad_() for n, p in params.items()}
+        value = loss(points)
+        if not value.requires_grad:
+            return {name: torch.zeros_like(p) for name, p in points.items()}
+        leaves, keep = list(points.values()), recorded and not first_order
+        tape_grads = torch.autograd.grad(value, leaves, create_graph=keep, materialize_grads=True)
+    return dict(zip(points, tape_grads, strict=True))
+
+
+def uses_tape() -> bool:
+    """Whether autograd's tape alone records: no transform of torch.func runs, no forward mode, no compilation."""
+    if torch.compiler.is_compiling() or torch.is_inference_mode_enabled():
+        return False
+    return torch._C._functorch.peek_interpreter_stack() is None and forward_ad._current_level < 0
+
+
+@contextmanager
+def twice_differentiable_attention(needed: bool = True) -> Iterator[None]:
+    """Compute attention by its formula: torch's fused kernels have no second derivative, its fast path has none."""
+    if not needed or torch.compiler.is_compiling():
+        yield
+        return
+    fast_path = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        with sdpa_kernel(SDPBackend.MATH):
+            yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(fast_path)

@@ -1,0 +1,43 @@
+"""Tables of any numbers, and a plot that is left out without matplotlib."""
+
+import sys
+
+import pytest
+
+from eaml_ext.jobs import report
+
+HUGE = {"mean": 612345678.12345, "interval": 1e38, "median": 612345678.0}
+ROWS = {
+    "tiny": {"mean": 1e-9, "interval": 0.0, "median": 0.0},
+    "huge": HUGE,
+    "negative": {"mean": -1e300, "interval": None, "median": -123456.7},
+    "diverged": {"mean": float("nan"), "interval": float("nan"), "median": float("inf")},
+    "an arm with quite a long name": HUGE,
+}
+
+
+@pytest.mark.parametrize("returns", [{}, ROWS, {"random actions": HUGE}])
+def test_table_numbers_of_any_size_stay_in_their_columns(returns):
+    lines = report.table(ROWS, returns, 10**12).splitlines()[1:]
+    columns = lines[0].replace("95 % +-", "interval").split()
+    names = [*(name for name in returns if name not in ROWS), *ROWS]
+    assert len(lines) == 1 + len(names)
+    for name, line in zip(names, lines[1:], strict=True):
+        assert line.startswith(f"{name}  ")
+        cells = line[len(name) :].split()
+        assert len(cells) == len(columns) - 1
+        for column, cell in zip(columns[1:4], cells, strict=False):
+            value = ROWS.get(name, dict.fromkeys(columns))[column]
+            assert (
+                cell == "-" if value is None else float(cell) == pytest.approx(value, rel=1e-4, abs=1e-4, nan_ok=True)
+            )
+    assert len({len(line) for line in lines}) == 1
+
+
+def test_plot_without_matplotlib_prints_the_extra_and_leaves_no_earlier_plot(tmp_path, monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "matplotlib.backends.backend_agg", None)
+    (tmp_path / "report.png").write_text("of an earlier run")
+    report.plot(tmp_path / "report.png", {})
+    report.plot(tmp_path / "report.png", {})
+    out = capsys.readouterr().out.splitlines()
+    assert len(set(out)) == 1 and "pip install 'eaml_ext[plot]'" in out[0] and not list(tmp_path.iterdir())
