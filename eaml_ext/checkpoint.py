@@ -189,13 +189,18 @@ def save_module(
 ) -> None:
     """The module's tensors, and the options that made it, for :func:`load_module`.
 
-    Raises: as :func:`save`; ValueError for an option that is a callable.
+    Raises: as :func:`save`; ValueError for an option that is a callable, and for quantised layers.
     """
     for name, value in options.items():
         if callable(value):
             text = f"{name} is a custom callable, which a file cannot hold; save state_dict() instead"
             raise ValueError(f"{where}: {text}")
-    save(path, module.state_dict(), options, kind=kind)
+    tensors = module.state_dict()
+    packed = next((name for name, value in tensors.items() if not isinstance(value, torch.Tensor)), None)
+    if packed is not None:
+        text = f"{packed} is no tensor, so its layer is quantised; save the model before it is quantised"
+        raise ValueError(f"{where}: {text}")
+    save(path, tensors, options, kind=kind)
 
 
 def load_module(

@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from eaml_ext import _check
 from eaml_ext.ops import knn
+from eaml_ext.ops._sizes import check_size
 
 
 class EpisodicRead(nn.Module):
@@ -37,11 +38,11 @@ class EpisodicRead(nn.Module):
     def __init__(self, slots: int, key_dim: int, value_dim: int, k: int = 32, *, delta: float = 1e-3):
         super().__init__()
         where = "EpisodicRead"
-        _check_sizes(where, slots=slots, key_dim=key_dim, value_dim=value_dim, k=k)
-        _check.positive(where, "delta", delta)
-        if math.isinf(delta):
+        key_dim, value_dim = check_size(where, "key_dim", key_dim), check_size(where, "value_dim", value_dim)
+        slots, self.k = _slots(where, slots, k)
+        self.delta = float(_check.positive(where, "delta", delta))
+        if math.isinf(self.delta):
             raise ValueError(f"{where}: delta must be finite, got {delta!r}")
-        self.k, self.delta = k, float(delta)
         self.keys = nn.Parameter(torch.randn(slots, key_dim))
         self.values = nn.Parameter(torch.zeros(slots, value_dim))
 
@@ -93,11 +94,11 @@ class KNNAttention(nn.Module):
     def __init__(self, embed_dim: int, slots: int, num_heads: int = 1, k: int = 32):
         super().__init__()
         where = "KNNAttention"
-        _check_sizes(where, embed_dim=embed_dim, slots=slots, num_heads=num_heads, k=k)
+        embed_dim, num_heads = check_size(where, "embed_dim", embed_dim), check_size(where, "num_heads", num_heads)
+        slots, self.k = _slots(where, slots, k)
         if embed_dim % num_heads:
             raise ValueError(f"{where}: num_heads must divide embed_dim {embed_dim}, got {num_heads}")
         head_dim = embed_dim // num_heads
-        self.k = k
         self.query = nn.Linear(embed_dim, embed_dim)
         self.keys = nn.Parameter(torch.randn(num_heads, slots, head_dim))
         self.values = nn.Parameter(torch.randn(num_heads, slots, head_dim) / math.sqrt(head_dim))
@@ -127,18 +128,19 @@ class KNNAttention(nn.Module):
         return f"{heads * head_dim}, {slots}, num_heads={heads}, k={self.k}"
 
 
-def _check_sizes(where: str, **sizes: int) -> None:
-    for name, size in sizes.items():
-        _check.positive(where, name, size, integer=True)
-    if sizes["k"] > sizes["slots"]:
-        raise ValueError(f"{where}: k must be at most slots, {sizes['slots']}, got {sizes['k']}")
+def _slots(where: str, slots: int, k: int) -> tuple[int, int]:
+    """Both as ints, checked."""
+    slots, k = check_size(where, "slots", slots), check_size(where, "k", k)
+    if k > slots:
+        raise ValueError(f"{where}: k must be at most slots, {slots}, got {k}")
+    return slots, k
 
 
-def _input(where: str, name: str, value: Tensor, size: int, like: Tensor) -> Tensor:
+def _input(where: str, name: str, value: Tensor, width: int, like: Tensor) -> Tensor:
     """The value, checked; under autocast a layer before may have made it a half."""
     _check.tensor(where, name, value)
-    if value.dim() == 0 or value.shape[-1] != size:
-        raise ValueError(f"{where}: {name} must have shape (*, {size}), got {tuple(value.shape)}")
+    if value.dim() == 0 or value.shape[-1] != width:
+        raise ValueError(f"{where}: {name} must have shape (*, {width}), got {tuple(value.shape)}")
     _check.device(where, name, value, like.device, "the layer")
     if value.is_floating_point() and torch.is_autocast_enabled(like.device.type):
         return value.to(like.dtype)

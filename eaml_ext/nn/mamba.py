@@ -1,10 +1,11 @@
 """x, z = in_proj(x);  x = silu(conv(x));  dt, B, C = x_proj(x);  out_proj(selective_scan(x, dt_proj(dt), A, B, C, z)).
 
 The Mamba block of Gu & Dao 2023 ("Mamba", figure 3), in mamba_ssm's names. ``mixer_scan`` and ``mixer_step`` compute it
-for any module that holds its parameters under those names, as the one of transformers does.
+for any module that holds its submodules and parameters, ``act`` and ``d_conv`` under those names.
 """
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -14,7 +15,9 @@ from torch import Tensor, nn
 from eaml_ext import _check
 from eaml_ext.nn.padding import check_lengths, check_reset, padded, stop
 from eaml_ext.nn.precision import wide
+from eaml_ext.nn.submodule import is_plain, reference_weight
 from eaml_ext.ops import selective_scan, selective_scan_step
+from eaml_ext.ops._sizes import SIZE_LIMIT, check_size
 
 
 def causal_conv(
@@ -38,7 +41,15 @@ def causal_conv(
     Returns:
         y like ``x``, and the window after the last step.
     """
-    length, width = x.shape[1], weight.shape[-1]
+    inputs, last, keep = _conv_inputs(x, window, weight.shape[-1], reset, lengths)
+    return _convolve(inputs, weight, bias, keep).to(x.dtype), last
+
+
+def _conv_inputs(
+    x: Tensor, window: Tensor | None, width: int, reset: Tensor | None, lengths: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """The inputs ``(batch, width - 1 + length, dim)`` of the convolution, the window after, and the mask of _kept."""
+    length = x.shape[1]
     before = x.new_zeros(x.shape[0], width, x.shape[2]) if window is None else window.mT.to(x.dtype)
     inputs = torch.cat([before, x], dim=1)
     keep = None if reset is None else _kept(reset, width)
@@ -53,8 +64,7 @@ def causal_conv(
             kept = F.pad(keep, (0, 0, 1, 0), value=True).take_along_dim(lengths.view(-1, 1, 1).long(), dim=1)[:, 0]
     if kept is not None:
         last = last.masked_fill(~kept.flip(-1).unsqueeze(-1), 0)
-    y = _convolve(inputs[:, 1:], weight, bias, keep).to(x.dtype)
-    return y, last.mT.contiguous()
+    return inputs[:, 1:], last.mT.contiguous(), keep
 
 
 def _kept(reset: Tensor, width: int) -> Tensor:
@@ -86,6 +96,61 @@ def _convolve(inputs: Tensor, weight: Tensor, bias: Tensor | None, keep: Tensor 
     return y
 
 
+def _call_conv(conv: nn.Module, inputs: Tensor, width: int, keep: Tensor | None) -> Tensor:
+    """:func:`_convolve` by ``conv``'s own forward, which pads by ``width - 1`` on both sides."""
+    x = inputs.mT
+    if keep is not None:  # each step has a window of its own
+        x = x.unfold(2, width, 1).masked_fill(~keep.flip(-1).unsqueeze(1), 0).permute(0, 2, 1, 3).flatten(0, 1)
+    rows, dim, size = x.shape
+    if size < width:
+        return inputs[:, :0]
+    y: Tensor = conv(x)
+    if y.shape != (rows, dim, size + width - 1):
+        wanted = (rows, dim, size + width - 1)
+        raise ValueError(f"Mamba: conv1d must map {(rows, dim, size)} to {wanted}, got {tuple(y.shape)}")
+    y = y[..., width - 1 : size]
+    return y.mT if keep is None else y.reshape(*keep.shape[:2], dim)
+
+
+def _is_plain_conv(layer: Any) -> bool:
+    """Whether ``conv1d`` does no more than :func:`_convolve` with its weight and bias."""
+    conv = layer.conv1d
+    if not is_plain(conv, nn.Conv1d):
+        return False
+    return conv.weight.shape[1:] == (1, layer.d_conv) and conv.stride == conv.dilation == (1,)
+
+
+def _conv(
+    layer: Any, x: Tensor, window: Tensor | None, reset: Tensor | None, lengths: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """:func:`causal_conv` by ``layer.conv1d``."""
+    if _is_plain_conv(layer):
+        return causal_conv(x, window, layer.conv1d.weight, layer.conv1d.bias, reset, lengths)
+    inputs, last, keep = _conv_inputs(x, window, layer.d_conv, reset, lengths)
+    return _call_conv(layer.conv1d, inputs, layer.d_conv, keep).to(x.dtype), last
+
+
+def _conv_step(layer: Any, window: Tensor) -> Tensor:
+    """The newest output of :func:`_conv`, ``(batch, dim)``, from the window that ends with its input."""
+    conv = layer.conv1d
+    if not _is_plain_conv(layer):
+        y = _call_conv(conv, window.mT, layer.d_conv, None)[:, 0]
+    else:
+        y = (wide(window) * wide(conv.weight).squeeze(1)).sum(-1)
+        y = y if conv.bias is None else y + wide(conv.bias)
+    return y.to(window.dtype)
+
+
+def _project_delta(layer: Any, x: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+    """The step size, B and C of ``x``, and the bias that is still to be added to the step size, in full precision."""
+    state, proj = layer.A_log.shape[1], layer.dt_proj
+    x = layer.x_proj(x)
+    delta, B, C = x.split((x.shape[-1] - 2 * state, state, state), dim=-1)
+    if is_plain(proj, nn.Linear):
+        return F.linear(delta, proj.weight), B, C, None if proj.bias is None else wide(proj.bias)
+    return proj(delta), B, C, None
+
+
 def mixer_scan(
     layer: Any,
     x: Tensor,
@@ -99,21 +164,20 @@ def mixer_scan(
 
     ``mask`` ``(batch, length)`` zeroes what enters the scan where it is 0.
     """
-    rank, state = layer.dt_proj.weight.shape[1], layer.A_log.shape[1]
     x, z = layer.in_proj(x).chunk(2, dim=-1)
-    x, conv_state = causal_conv(x, conv_state, layer.conv1d.weight, layer.conv1d.bias, reset, lengths)
+    x, conv_state = _conv(layer, x, conv_state, reset, lengths)
     x = layer.act(x)
     x = x if mask is None else x * mask.unsqueeze(-1).to(x.dtype)
-    delta, B, C = layer.x_proj(x).split((rank, state, state), dim=-1)
+    delta, B, C, bias = _project_delta(layer, x)
     y, last = selective_scan(
         x.mT,
-        stop(F.linear(delta, layer.dt_proj.weight).mT, lengths),
+        stop(delta.mT, lengths),
         -torch.exp(wide(layer.A_log)),
         B.mT,
         C.mT,
         wide(layer.D),
         z.mT,
-        wide(layer.dt_proj.bias),
+        bias,
         True,
         True,
         initial_state=ssm_state,
@@ -124,24 +188,20 @@ def mixer_scan(
 
 def mixer_step(layer: Any, x: Tensor, conv_state: Tensor, ssm_state: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """One step of :func:`mixer_scan`, ``x`` ``(batch, d_model)``."""
-    rank, state = layer.dt_proj.weight.shape[1], layer.A_log.shape[1]
     x, z = layer.in_proj(x).chunk(2, dim=-1)
     conv_state = torch.cat([conv_state[..., 1:].to(x.dtype), x.unsqueeze(-1)], dim=-1)
-    mixed = (wide(conv_state) * wide(layer.conv1d.weight).squeeze(1)).sum(-1)
-    if layer.conv1d.bias is not None:
-        mixed = mixed + wide(layer.conv1d.bias)
-    x = layer.act(mixed.to(x.dtype))
-    delta, B, C = layer.x_proj(x).split((rank, state, state), dim=-1)
+    x = layer.act(_conv_step(layer, conv_state))
+    delta, B, C, bias = _project_delta(layer, x)
     y, last = selective_scan_step(
         ssm_state,
         x,
-        F.linear(delta, layer.dt_proj.weight),
+        delta,
         -torch.exp(wide(layer.A_log)),
         B,
         C,
         wide(layer.D),
         z,
-        wide(layer.dt_proj.bias),
+        bias,
         True,
     )
     return layer.out_proj(y), conv_state, last
@@ -202,16 +262,11 @@ class Mamba(nn.Module):
         dtype: torch.dtype | None = None,
     ):
         super().__init__()
-        for name, size in (("d_model", d_model), ("d_state", d_state), ("d_conv", d_conv)):
-            _check.positive("Mamba", name, size, integer=True)
-        for name, value in (
-            ("expand", expand),
-            ("dt_min", dt_min),
-            ("dt_max", dt_max),
-            ("dt_scale", dt_scale),
-            ("dt_init_floor", dt_init_floor),
-        ):
-            _check.positive("Mamba", name, value)
+        d_model, d_state = check_size("Mamba", "d_model", d_model), check_size("Mamba", "d_state", d_state)
+        d_conv, expand = check_size("Mamba", "d_conv", d_conv), _check.positive("Mamba", "expand", expand)
+        dt_min, dt_max = _check.positive("Mamba", "dt_min", dt_min), _check.positive("Mamba", "dt_max", dt_max)
+        dt_scale = _check.positive("Mamba", "dt_scale", dt_scale)
+        dt_init_floor = _check.positive("Mamba", "dt_init_floor", dt_init_floor)
         for name, flag in (("conv_bias", conv_bias), ("bias", bias), ("use_fast_path", use_fast_path)):
             _check.flag("Mamba", name, flag)
         if not dt_min <= dt_max < math.inf:
@@ -220,14 +275,17 @@ class Mamba(nn.Module):
             raise ValueError(f"Mamba: dt_init must be 'random' or 'constant', got {dt_init!r}")
         if isinstance(dt_rank, str) and dt_rank != "auto":
             raise ValueError(f"Mamba: dt_rank must be 'auto' or an integer, got {dt_rank!r}")
-        rank = math.ceil(d_model / 16) if isinstance(dt_rank, str) else dt_rank
-        _check.positive("Mamba", "dt_rank", rank, integer=True)
+        rank = math.ceil(d_model / 16) if isinstance(dt_rank, str) else check_size("Mamba", "dt_rank", dt_rank)
+        if not 1 <= expand * d_model < SIZE_LIMIT:
+            raise ValueError(
+                f"Mamba: expand must make d_model {d_model} at least 1 channel and less than {SIZE_LIMIT} channels "
+                f"wide, got {expand}"
+            )
         inner = int(expand * d_model)
-        if inner < 1:
-            raise ValueError(f"Mamba: expand must make d_model {d_model} at least 1 channel wide, got {expand}")
 
         self.d_model, self.d_state, self.d_conv, self.expand = d_model, d_state, d_conv, expand
-        self.d_inner, self.dt_rank, self.layer_idx, self.use_fast_path = inner, rank, layer_idx, use_fast_path
+        self.d_inner, self.dt_rank, self.layer_idx, self.use_fast_path = inner, rank, layer_idx, bool(use_fast_path)
+        conv_bias, bias = bool(conv_bias), bool(bias)
         kind: dict[str, Any] = {"device": device, "dtype": dtype}
         self.in_proj = nn.Linear(d_model, 2 * inner, bias=bias, **kind)
         self.conv1d = nn.Conv1d(inner, inner, d_conv, padding=d_conv - 1, groups=inner, bias=conv_bias, **kind)
@@ -252,18 +310,42 @@ class Mamba(nn.Module):
         self.dt_proj.bias._no_reinit = True  # type: ignore[attr-defined]
         self.A_log._no_weight_decay = self.D._no_weight_decay = True  # type: ignore[attr-defined]
 
-    def forward(self, x: Tensor, inference_params: Any = None) -> Tensor:
+    def forward(
+        self, x: Tensor, inference_params: Any = None, *, _entry: Callable[[Tensor], Any] | None = None
+    ) -> Tensor:
         """``(batch, length, d_model)`` -> the same shape.
 
-        ``inference_params`` is mamba_ssm's: ``key_value_memory_dict[layer_idx]`` holds both states between calls, and
-        ``seqlen_offset`` 0 starts anew. Here a later call may be of any length.
+        ``inference_params`` is mamba_ssm's ``InferenceParams``: ``key_value_memory_dict[layer_idx]`` holds both states
+        between calls, and a call with ``seqlen_offset`` 0 starts from zero states. A later call may be of any length.
+
+        Raises:
+            TypeError: ``inference_params`` lacks an attribute.
+            ValueError: the layer has no ``layer_idx``, ``seqlen_offset`` is not 0 and there are no states to continue
+                from, or ``batch_size_offset`` is not 0.
         """
+        if _entry is not None:  # another method of this layer, called so that hooks run
+            y: Tensor = _entry(x)
+            return y
         if inference_params is None:
             return self.scan(x)[0]
         if self.layer_idx is None:
             raise ValueError("Mamba: inference_params needs a layer_idx, got a layer without one")
-        memory = inference_params.key_value_memory_dict
-        y, memory[self.layer_idx] = self.scan(x, memory[self.layer_idx] if inference_params.seqlen_offset else None)
+        for name in ("key_value_memory_dict", "seqlen_offset"):
+            if not hasattr(inference_params, name):
+                kind = type(inference_params).__name__
+                raise TypeError(f"Mamba: inference_params must have the attribute {name}, got {kind} without it")
+        if getattr(inference_params, "batch_size_offset", 0):
+            offset = inference_params.batch_size_offset
+            raise ValueError(f"Mamba: inference_params.batch_size_offset must be 0, got {offset}")
+        memory, state = inference_params.key_value_memory_dict, None
+        if inference_params.seqlen_offset:
+            state = memory.get(self.layer_idx)
+            if state is None:
+                raise ValueError(
+                    f"Mamba: inference_params.key_value_memory_dict must hold the states of layer {self.layer_idx} "
+                    f"where seqlen_offset is {inference_params.seqlen_offset}, got none: begin with seqlen_offset 0"
+                )
+        y, memory[self.layer_idx] = self.scan(x, state)
         return y
 
     def scan(
@@ -321,8 +403,8 @@ class Mamba(nn.Module):
         self, batch_size: int, max_seqlen: int | None = None, dtype: torch.dtype | None = None
     ) -> tuple[Tensor, Tensor]:
         """Both states before the first step, zeros; ``max_seqlen`` does not matter, ``dtype`` is the convolution's."""
-        _check.positive("Mamba.allocate_inference_cache", "batch_size", batch_size, zero=True, integer=True)
-        weight = self.conv1d.weight
+        batch_size = check_size("Mamba.allocate_inference_cache", "batch_size", batch_size, zero=True)
+        weight = reference_weight(self.conv1d, self.in_proj)
         conv_state = weight.new_zeros(batch_size, self.d_inner, self.d_conv, dtype=dtype)
         return conv_state, wide(weight).new_zeros(batch_size, self.d_inner, self.d_state)
 
@@ -335,9 +417,10 @@ class Mamba(nn.Module):
             wanted = f"(batch, {self.d_model}) or (batch, 1, {self.d_model})"
             wanted = wanted if 2 in ranks else f"(batch, length, {self.d_model})"
             raise ValueError(f"{where}: x must have shape {wanted}, got {tuple(x.shape)}")
-        _check.device(where, "x", x, self.in_proj.weight.device, "the layer")
+        like = reference_weight(self.in_proj, self.conv1d)
+        _check.device(where, "x", x, like.device, "the layer")
         if not (x.is_floating_point() and torch.is_autocast_enabled(x.device.type)):
-            _check.dtype(where, "x", x, (self.in_proj.weight.dtype,))
+            _check.dtype(where, "x", x, (like.dtype,))
 
     def _check_states(self, where: str, x: Tensor, conv_state: Any, ssm_state: Any) -> None:
         for name, value, width in (("conv_state", conv_state, self.d_conv), ("ssm_state", ssm_state, self.d_state)):

@@ -173,8 +173,8 @@ class SSM(nn.Module):
 
 def _entry(core: nn.Module, method: str) -> Callable[..., tuple[Tensor, Tensor]]:
     """The core's method, or the core itself where hooks are attached to it: only a call runs them."""
-    entry: Callable[..., tuple[Tensor, Tensor]]
-    entry = core if isinstance(core, Core) and has_hooks(core) else getattr(core, method)
+    called = has_hooks(core) and getattr(type(core), "forward", None) is Core.forward
+    entry: Callable[..., tuple[Tensor, Tensor]] = core if called else getattr(core, method)
     return entry
 
 

@@ -17,6 +17,7 @@ from torch.autograd import forward_ad
 from torch.utils.flop_counter import register_flop_formula
 
 from eaml_ext import _check
+from eaml_ext.ops._sizes import check_size
 from eaml_ext.ops._typed import Function, allow_in_graph, register_fake
 from eaml_ext.ops.fallback import reference_of, tell
 
@@ -131,7 +132,12 @@ def _raw(queries: Tensor, keys: Tensor, k: int, *others: Any) -> tuple[Tensor, T
     if queries.is_cuda and min(k, keys.shape[-2]) > MOST:
         tell(f"knn of more than {MOST} neighbours", queries.device)
         return _reference(queries, keys, k, *others)
-    found: tuple[Tensor, Tensor] = torch.ops.eaml_ext.knn.default(queries, keys, k, *others)
+    try:
+        found: tuple[Tensor, Tensor] = torch.ops.eaml_ext.knn.default(queries, keys, k, *others)
+    except RuntimeError:
+        # A failed allocation in a kernel has no message of its own; the same allocation here raises torch's.
+        queries.new_empty((*queries.shape[:-1], k), dtype=torch.int64)
+        raise
     return found
 
 
@@ -332,7 +338,8 @@ def _search(
 # ---- public -----------------------------------------------------------------------------------------------------
 
 
-def _check_arguments(queries: Any, keys: Any, k: Any, metric: Any, valid: Any, bias: Any) -> int:
+def _check_arguments(queries: Any, keys: Any, k: Any, metric: Any, valid: Any, bias: Any) -> tuple[int, int]:
+    """Raises on bad input; returns ``k`` and the metric's number."""
     _check.tensor("knn", "queries", queries)
     _check.tensor("knn", "keys", keys)
     for name, x in (("queries", queries), ("keys", keys)):
@@ -357,10 +364,10 @@ def _check_arguments(queries: Any, keys: Any, k: Any, metric: Any, valid: Any, b
         if x.dim() == 0 or x.shape[-1] != size or (x.dim() > 1 and x.shape[:-1] != batch):
             wanted = f"{(size,)} or {(*batch, size)}" if batch else f"{(size,)}"
             raise ValueError(f"knn: {name} must have shape {wanted}, got {tuple(x.shape)}")
-    _check.positive("knn", "k", k, integer=True)
+    k = check_size("knn", "k", k)
     if metric not in METRICS:
         raise ValueError(f"knn: metric must be one of {', '.join(METRICS)}, got {metric!r}")
-    return METRICS.index(metric)
+    return k, METRICS.index(metric)
 
 
 def knn(
@@ -389,15 +396,16 @@ def knn(
         ``Neighbors(values, indices)``, both ``(*, Q, k)``, best first; equal values are ordered by index, NaN comes
         last. Where fewer than ``k`` slots are valid: index -1, value +inf (sqeuclidean) or -inf, gradient 0.
 
-        Values are summed in float64, rounded to the dtype of ``keys`` (half types: ordered by their float32 value), and
-        twice differentiable with respect to ``queries``, ``keys`` and ``bias``; the selection is not.
+        Values are summed in float64, rounded to the dtype of ``keys`` (half types: to float32 for the order), and twice
+        differentiable with respect to ``queries``, ``keys`` and ``bias``; the selection is not. Neighbours are ordered
+        by the rounded value, then by index: cosines of a narrow cluster far from the origin may all round to one value.
 
     Raises:
         TypeError: an argument has the wrong type or dtype.
-        ValueError: shapes or devices do not fit, ``k`` is not positive, ``metric`` is unknown.
+        ValueError: shapes or devices do not fit, ``k`` is not in [1, 2^31), ``metric`` is unknown.
 
-    Source: the exact nearest-neighbour search of Fix and Hodges (1951); differentiable episodic memories read through
-    it: Pritzel et al., *Neural Episodic Control* (2017).
+    Source: exhaustive k-nearest-neighbour search, as in Johnson, Douze and Jégou, *Billion-scale similarity search with
+    GPUs* (2017), §2; as the read of a differentiable memory: Pritzel et al., *Neural Episodic Control* (2017), §3.
 
     >>> keys = torch.tensor([[0.0, 0.0], [3.0, 4.0], [1.0, 0.0]])
     >>> found = knn(torch.zeros(1, 2), keys, k=2)
@@ -406,7 +414,7 @@ def knn(
     >>> knn(torch.zeros(1, 2), keys, k=2, valid=torch.tensor([False, True, False])).indices.tolist()
     [[1, -1]]
     """
-    code = _check_arguments(queries, keys, k, metric, valid, bias)
+    k, code = _check_arguments(queries, keys, k, metric, valid, bias)
     return _search(queries, keys, k, code, valid, bias)
 
 
@@ -420,5 +428,5 @@ def knn_reference(
     bias: Tensor | None = None,
 ) -> Neighbors:
     """:func:`knn` by the pure PyTorch reference, whatever kernels are installed: the specification, and slow."""
-    code = _check_arguments(queries, keys, k, metric, valid, bias)
+    k, code = _check_arguments(queries, keys, k, metric, valid, bias)
     return Neighbors(*_differentiable(queries, keys, k, code, valid, bias, None, None, True))

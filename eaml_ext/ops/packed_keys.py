@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from eaml_ext import _check
+from eaml_ext.ops._sizes import SIZE_LIMIT, check_size
 from eaml_ext.ops._typed import register_fake
 from eaml_ext.ops.knn import DTYPES, METRICS, Neighbors, _search
 
@@ -104,6 +105,18 @@ def _zeros(size: int, device: torch.device) -> Tensor:
 # ---- public -----------------------------------------------------------------------------------------------------
 
 
+def _to_bytes(x: Tensor) -> Any:
+    return x.cpu().reshape(-1).view(torch.uint8).numpy()
+
+
+def _from_pickle(value: Any) -> Tensor:
+    """The tensor of ``(dtype, shape, bytes)``; version 0.1 pickled the tensor itself."""
+    if isinstance(value, Tensor):
+        return value
+    dtype, shape, data = value
+    return torch.from_numpy(data).view(dtype).view(shape)
+
+
 class PackedKeys:
     """A memory of ``capacity`` slots, or many of them, searched exactly and packed when written.
 
@@ -123,7 +136,7 @@ class PackedKeys:
 
     Raises:
         TypeError: an argument has the wrong type or dtype.
-        ValueError: ``capacity``, ``dim`` or ``memories`` is not positive, or ``metric`` is unknown.
+        ValueError: ``capacity``, ``dim`` or ``memories`` is not in [1, 2^31), or ``metric`` is unknown.
 
     >>> memory = PackedKeys(capacity=4, dim=2)
     >>> memory.write(torch.tensor([0, 2]), torch.tensor([[0.0, 0.0], [3.0, 4.0]]))
@@ -144,9 +157,8 @@ class PackedKeys:
         dtype: torch.dtype = torch.float32,
         device: torch.device | str = "cpu",
     ) -> None:
-        for name, number in (("capacity", capacity), ("dim", dim), ("memories", memories)):
-            if number is not None or name != "memories":
-                _check.positive("PackedKeys", name, number, integer=True)  # type: ignore[arg-type]
+        capacity, dim = check_size("PackedKeys", "capacity", capacity), check_size("PackedKeys", "dim", dim)
+        memories = None if memories is None else check_size("PackedKeys", "memories", memories)
         if metric not in METRICS:
             raise ValueError(f"PackedKeys: metric must be one of {', '.join(METRICS)}, got {metric!r}")
         self.capacity, self.dim, self.memories, self.metric = capacity, dim, memories, metric
@@ -245,7 +257,7 @@ class PackedKeys:
 
         Raises:
             TypeError: an argument has the wrong type or dtype.
-            ValueError: an argument has the wrong shape or device, or ``k`` is not positive.
+            ValueError: an argument has the wrong shape or device, or ``k`` is not in [1, 2^31).
         """
         shape = queries.shape if isinstance(queries, Tensor) else ()
         if not (
@@ -257,8 +269,8 @@ class PackedKeys:
             and queries.layout is torch.strided
         ):
             self._refuse(queries)
-        if type(k) is not int or k <= 0:
-            _check.positive("PackedKeys.search", "k", k, integer=True)
+        if type(k) is not int or not 0 < k < SIZE_LIMIT:
+            k = check_size("PackedKeys.search", "k", k)
         if valid is not None:
             self._check_valid(valid, shape[:-2])
         live: Tensor | None = self._live
@@ -347,12 +359,14 @@ class PackedKeys:
 
     def __getstate__(self) -> dict[str, Any]:
         names = ("capacity", "dim", "memories", "metric", "dtype", "device")
-        return {**{name: getattr(self, name) for name in names}, "contents": self.state_dict()}
+        # Bytes instead of tensors: a spawned process cannot receive tensors that end with this call.
+        contents = {name: (x.dtype, x.shape, _to_bytes(x)) for name, x in self.state_dict().items()}
+        return {**{name: getattr(self, name) for name in names}, "contents": contents}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         contents = state.pop("contents")
         self.__init__(**state)  # type: ignore[misc]
-        self.load_state_dict(contents)
+        self.load_state_dict({name: _from_pickle(value).to(self.device) for name, value in contents.items()})
 
     @property
     def _lead(self) -> tuple[int, ...]:

@@ -235,11 +235,33 @@ def _with_time(
     return u.unsqueeze(-1), delta.unsqueeze(-1), A, B.unsqueeze(-1), C.unsqueeze(-1), D, gate, bias, state
 
 
+def _step_arguments(
+    state: Any, u: Any, delta: Any, A: Any, B: Any, C: Any, D: Any, z: Any, delta_bias: Any, delta_softplus: Any
+) -> tuple[Any, Any, torch.dtype]:
+    """The inputs and options of a scan over the one step, and the dtype of y. Raises on bad input."""
+    where = "selective_scan_step"
+    for name, value, ranks, text in (
+        ("u", u, (2,), "(batch, dim)"),
+        ("delta", delta, (2,), "(batch, dim)"),
+        ("B", B, (2, 3), "(batch, state) or (batch, groups, state)"),
+        ("C", C, (2, 3), "(batch, state) or (batch, groups, state)"),
+        ("z", z, (2,), "(batch, dim)"),
+    ):
+        if value is None and name == "z":
+            continue
+        _check.tensor(where, name, value)
+        if value.dim() not in ranks:
+            raise ValueError(f"{where}: {name} must have shape {text}, got {tuple(value.shape)}")
+    _check.tensor(where, "state", state)
+    x = _autocast(_with_time(state, u, delta, A, B, C, D, z, delta_bias))
+    dtype, x = x[0].dtype, _widest(x)
+    return x, (None, bool(delta_softplus), *_check_arguments(where, x, delta_softplus, None, "state")), dtype
+
+
 @torch.library.impl("eaml_ext::selective_scan_step", "CompositeExplicitAutograd")
 @reference_of("selective_scan")
 def _step_reference(*args: Any) -> tuple[Tensor, Tensor]:
-    x: Any = _with_time(*args[:-1])
-    options: Any = (None, args[-1], *_check_arguments("selective_scan_step", x, args[-1], None, "state"))
+    x, options, _ = _step_arguments(*args)
     y, last, _ = _reference(*x, *options)
     return y.squeeze(-1).contiguous(), last.contiguous()
 
@@ -711,13 +733,17 @@ def _autocast(x: tuple[Any, ...]) -> tuple[Any, ...]:
     """Under autocast, real sequences of mixed dtypes become the widest of them, as in torch's own ops."""
     if not torch._C._is_any_autocast_enabled() or not isinstance(x[0], Tensor):
         return x
+    device = x[0].device.type
+    return _widest(x) if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device) else x
+
+
+def _widest(x: tuple[Any, ...]) -> tuple[Any, ...]:
+    """Real sequences of mixed dtypes, none of them float64, in the widest of them."""
     names = ("u", "delta", "B", "C", "z")
     sequences = [i for i, v in enumerate(x) if ARGUMENTS[i] in names and isinstance(v, Tensor) and v.dim() > 2]
     found = [i for i in sequences if not x[i].is_complex()]
     dtypes = {x[i].dtype for i in found}
-    device = x[0].device.type
-    on = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
-    if not on or not dtypes <= {torch.float32, *_HALF}:
+    if len(dtypes) < 2 or not dtypes <= {torch.float32, *_HALF}:
         return x
     return tuple(v.to(functools.reduce(torch.promote_types, dtypes)) if i in found else v for i, v in enumerate(x))
 
@@ -871,7 +897,7 @@ def selective_scan(
     x = _autocast((u, delta, A, B, C, D, z, delta_bias, initial_state))
     invariant = _check_arguments("selective_scan", x, delta_softplus, reset)
     _check.flag("selective_scan", "return_last_state", return_last_state)
-    y, last = _scan(x, (reset, delta_softplus, *invariant))
+    y, last = _scan(x, (reset, bool(delta_softplus), *invariant))
     return (y, last) if return_last_state else y
 
 
@@ -900,7 +926,7 @@ def selective_scan_reference(
     x = _autocast((u, delta, A, B, C, D, z, delta_bias, initial_state))
     invariant = _check_arguments("selective_scan_reference", x, delta_softplus, reset)
     _check.flag("selective_scan_reference", "return_last_state", return_last_state)
-    y, last = _scan(x, (reset, delta_softplus, *invariant), _reference)
+    y, last = _scan(x, (reset, bool(delta_softplus), *invariant), _reference)
     return (y, last) if return_last_state else y
 
 
@@ -924,6 +950,8 @@ def selective_scan_step(
         u, delta, z: ``(batch, dim)``.
         B, C: ``(batch, state)`` or ``(batch, groups, state)``; one that is the same for all rows is expanded by the
             caller: ``B.expand(batch, dim, state)`` for ``(dim, state)``. Complex with a complex ``A``, never packed.
+            float32, bfloat16 and float16 may be mixed among ``u``, ``delta``, ``B``, ``C`` and ``z``, as in mamba_ssm's
+            ``selective_state_update``: the step is then computed in float32.
         A, D, delta_bias, delta_softplus: as in :func:`selective_scan`.
 
     Returns:
@@ -937,28 +965,36 @@ def selective_scan_step(
     >>> y
     tensor([[3., 3.]])
     """
-    x = (state, u, delta, A, B, C, D, z, delta_bias)
-    with contextlib.suppress(Exception):  # what the op does not take is widened, or explained, below
-        device, dtypes = state.device, _FULL[u.dtype]
-        alike = all(v is None or (v.layout is torch.strided and v.device == device and v.dtype in dtypes) for v in x)
-        if alike and type(delta_softplus) is bool and _plain(x):
-            pair: tuple[Tensor, Tensor] = _ops.selective_scan_step(*x, delta_softplus)
+    arguments = (state, u, delta, A, B, C, D, z, delta_bias, delta_softplus)
+    refusal = None
+    if _raw_step_takes(arguments):
+        try:
+            pair: tuple[Tensor, Tensor] = _ops.selective_scan_step(*arguments)
             return pair
-    where = "selective_scan_step"
-    for name, value, ranks, text in (
-        ("u", u, (2,), "(batch, dim)"),
-        ("delta", delta, (2,), "(batch, dim)"),
-        ("B", B, (2, 3), "(batch, state) or (batch, groups, state)"),
-        ("C", C, (2, 3), "(batch, state) or (batch, groups, state)"),
-        ("z", z, (2,), "(batch, dim)"),
-    ):
-        if value is None and name == "z":
-            continue
-        _check.tensor(where, name, value)
-        if value.dim() not in ranks:  # type: ignore[union-attr]
-            raise ValueError(f"{where}: {name} must have shape {text}, got {tuple(value.shape)}")  # type: ignore[union-attr]
-    _check.tensor(where, "state", state)
-    x = _autocast(_with_time(state, u, delta, A, B, C, D, z, delta_bias))
-    invariant = _check_arguments(where, x, delta_softplus, None, "state")
-    y, last = _scan(x, (None, delta_softplus, *invariant))
-    return y.squeeze(-1), last
+        except ValueError as error:  # its check of the shapes
+            refusal = error
+    x, options, dtype = _step_arguments(*arguments)  # raises, naming the argument, where a shape is wrong
+    if refusal is not None:
+        raise refusal
+    y, last = _scan(x, options)
+    return y.squeeze(-1).to(dtype), last
+
+
+def _raw_step_takes(arguments: Sequence[Any]) -> bool:
+    """Whether the raw step runs on the arguments, but for their shapes, which it checks itself."""
+    *x, delta_softplus = arguments
+    if type(delta_softplus) is not bool or not isinstance(x[0], Tensor) or not isinstance(x[1], Tensor):
+        return False
+    state, device, dtypes, dense = x[0], x[0].device, _FULL.get(x[1].dtype, ()), torch.strided
+    for i, v in enumerate(x):
+        if not isinstance(v, Tensor):
+            if v is None and i > 5:  # D, z and delta_bias are optional
+                continue
+            return False
+        if v.dtype not in dtypes or v.device != device or v.layout is not dense:
+            return False
+    return (
+        state.dim() == 3
+        and not (state.is_cuda and state.shape[-1] * (2 if state.is_complex() else 1) > MOST)
+        and _plain(x)
+    )

@@ -1,20 +1,29 @@
 """accelerate(): transformers' Mamba on the fused scan gives what its own slow path gives."""
 
 import copy
+import functools
 import importlib
+import inspect
 import pickle
 import sys
 
 import pytest
 import torch
 from torch import nn
+from torch.nn.utils import prune
 
 pytest.importorskip("transformers", reason="transformers is not installed: pip install 'eaml_ext[transformers]'")
 
 from transformers import DynamicCache, MambaConfig, MambaForCausalLM, MambaModel
+from transformers.cache_utils import Cache
+from transformers.models.mamba.modeling_mamba import MambaMixer
 
+import eaml_ext.integrations.transformers as integration
 from eaml_ext.integrations.transformers import FusedMambaMixer, accelerate
 from eaml_ext.nn import Mamba
+
+# transformers 5.24 renamed the argument and the output.
+CACHE = "cache" if "cache" in inspect.signature(MambaForCausalLM.forward).parameters else "cache_params"
 
 
 def models(cls=MambaForCausalLM, **options):
@@ -81,12 +90,12 @@ def test_one_token_at_a_time_and_prompts_in_parts_equal_the_whole():
     for parts in ([12], [1] * 12, [2, 5, 1, 4]):
         cache, logits = None, []
         for part in x.split(parts, dim=1):
-            out = ours(part, cache_params=cache, use_cache=True)
-            cache = out.cache_params
+            out = ours(part, **{CACHE: cache}, use_cache=True)
+            cache = out[CACHE]
             logits.append(out.logits)
         torch.testing.assert_close(torch.cat(logits, dim=1), whole, rtol=0, atol=1e-4)
     cache.reset()
-    torch.testing.assert_close(ours(x, cache_params=cache, use_cache=True).logits, whole, rtol=0, atol=1e-4)
+    torch.testing.assert_close(ours(x, **{CACHE: cache}, use_cache=True).logits, whole, rtol=0, atol=1e-4)
 
 
 def test_a_cache_that_keeps_its_past_is_left_to_transformers():
@@ -96,9 +105,200 @@ def test_a_cache_that_keeps_its_past_is_left_to_transformers():
         cache = DynamicCache(config=m.config)
         for layer in cache.layers:
             layer.activate_past_recording()
-        m(x[:, :5], cache_params=cache, use_cache=True)
-        logits.append(m(x[:, 5:6], cache_params=cache, use_cache=True).logits)
+        m(x[:, :5], **{CACHE: cache}, use_cache=True)
+        logits.append(m(x[:, 5:6], **{CACHE: cache}, use_cache=True).logits)
     torch.testing.assert_close(*logits)
+
+
+# --- the mixer's own arguments ---------------------------------------------------------------------------------------
+
+
+def mixers():
+    """The first layers of :func:`models`, and their input."""
+    return *(m.backbone.layers[0].mixer for m in models()), torch.randn(2, 6, 32)
+
+
+def last_step(mixer, x, *args, **kwargs):
+    """The output of the last step; the earlier ones reach it only through the cache."""
+    cache = DynamicCache(config=mixer.config)
+    mixer(x[:, :-1], *(cache if value is CACHE else value for value in args), **dict.fromkeys(kwargs, cache))
+    return mixer(x[:, -1:], *(cache if value is CACHE else value for value in args), **dict.fromkeys(kwargs, cache))
+
+
+@torch.no_grad()
+def test_mixer_cache_positional_or_named_continues_the_sequence():
+    theirs, ours, x = mixers()
+    want = theirs(x)[:, -1:]
+    torch.testing.assert_close(last_step(ours, x, CACHE), want, rtol=0, atol=1e-5)
+    torch.testing.assert_close(last_step(ours, x, **{CACHE: None}), want, rtol=0, atol=1e-5)
+
+
+@torch.no_grad()
+@pytest.mark.filterwarnings("ignore:`cache_params` is deprecated:FutureWarning")
+@pytest.mark.skipif(CACHE != "cache", reason="this transformers knows one name")
+def test_mixer_deprecated_cache_name_continues_the_sequence():
+    _, ours, x = mixers()
+    torch.testing.assert_close(last_step(ours, x, cache_params=None), ours(x)[:, -1:], rtol=0, atol=1e-5)
+
+
+@torch.no_grad()
+def test_mixer_unknown_argument_runs_transformers_forward(monkeypatch):
+    theirs, ours, x = mixers()
+    want, original = theirs(x), MambaMixer.forward
+
+    def forward(self, hidden_states, *args, scale=1.0, **kwargs):
+        return scale * original(self, hidden_states, *args, **kwargs)
+
+    monkeypatch.setattr(MambaMixer, "forward", forward)
+    torch.testing.assert_close(ours(x, scale=3.0), 3 * want)
+    torch.testing.assert_close(ours(hidden_states=x, scale=3.0), 3 * want)
+
+
+@torch.no_grad()
+def test_mixer_unknown_argument_none_runs_the_fused_scan(monkeypatch):
+    theirs, ours, x = mixers()
+    want = theirs(x)
+    monkeypatch.setattr(MambaMixer, "forward", None)
+    torch.testing.assert_close(ours(x, seq_idx=None), want, rtol=0, atol=1e-5)
+
+
+def test_mixer_wrong_arguments_raise_type_error():
+    _, ours, x = mixers()
+    for args, kwargs in (((x, None, None, None), {}), ((x,), {"hidden_states": x}), ((), {})):
+        with pytest.raises(TypeError):
+            ours(*args, **kwargs)
+
+
+@pytest.fixture
+def own_forward_calls(monkeypatch):
+    """Records the caches with which transformers' own forward runs."""
+    caches, original = [], MambaMixer.forward
+
+    @functools.wraps(original)
+    def forward(self, hidden_states, *args, **kwargs):
+        caches.append(kwargs.get(CACHE))
+        return original(self, hidden_states, *args, **kwargs)
+
+    monkeypatch.setattr(MambaMixer, "forward", forward)
+    return caches
+
+
+@torch.no_grad()
+def test_mixer_cache_of_another_class_runs_transformers_forward(own_forward_calls):
+    class Wrapped:
+        def __init__(self, cache):
+            self.cache = cache
+
+        def __getattr__(self, name):
+            return getattr(self.cache, name)
+
+    theirs, ours, x = mixers()
+    want = theirs(x)[:, -1:]
+    cache = Wrapped(DynamicCache(config=ours.config))
+    got = [ours(part, **{CACHE: cache}) for part in x.split((5, 1), dim=1)]
+    torch.testing.assert_close(got[-1], want, rtol=0, atol=1e-5)
+    assert own_forward_calls[1:] == [cache, cache]
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("method", ["get_conv_state", "update_recurrent_state", "is_recording_past"])
+def test_mixer_cache_with_other_methods_runs_transformers_forward(method, monkeypatch, own_forward_calls):
+    assert integration._cache_is_supported()
+    original = getattr(Cache, method)
+
+    def renamed(self, *args, layer=None, **kwargs):
+        return original(self, *args, **kwargs)
+
+    monkeypatch.setattr(Cache, method, renamed)
+    assert integration._cache_is_supported()  # it still takes the calls
+    monkeypatch.setattr(Cache, method, lambda self, *, layer: original(self, layer))
+    assert not integration._cache_is_supported()
+    monkeypatch.setattr(Cache, method, original)
+    monkeypatch.setattr(integration, "_CACHE_IS_SUPPORTED", False)
+    _, ours, x = mixers()
+    last_step(ours, x, **{CACHE: None})
+    assert len(own_forward_calls) == 2
+
+
+@torch.no_grad()
+def test_mixer_renamed_cache_argument_continues_the_sequence(monkeypatch):
+    theirs, _, x = mixers()
+    want, original = theirs(x)[:, -1:], MambaMixer.forward
+
+    def forward(self, hidden_states, memory=None, attention_mask=None):
+        return original(self, hidden_states, memory, attention_mask)
+
+    monkeypatch.setattr(MambaMixer, "forward", forward)
+    monkeypatch.delitem(sys.modules, "eaml_ext.integrations.transformers")
+    ours = importlib.import_module("eaml_ext.integrations.transformers").accelerate(copy.deepcopy(theirs))
+    torch.testing.assert_close(last_step(ours, x, memory=None), want, rtol=0, atol=1e-5)
+
+
+# --- what is attached to a mixer's layers ----------------------------------------------------------------------------
+
+
+class Scaled(nn.Module):
+    """An adapter of a base layer, without a ``weight``."""
+
+    def __init__(self, base):
+        super().__init__()
+        self.base, self.factor = base, nn.Parameter(torch.tensor(1.5))
+
+    def forward(self, x):
+        return self.factor * self.base(x)
+
+
+@pytest.mark.parametrize("name", ["conv1d", "dt_proj"])
+def test_mixer_adapter_around_a_layer_takes_effect_in_sequences_and_steps(name):
+    """The slow path of transformers reads ``weight`` itself, so the expected numbers are of folded weights."""
+    theirs, ours, x = mixers()
+    setattr(ours, name, Scaled(getattr(ours, name)))
+    with torch.no_grad():
+        for p in getattr(theirs, name).parameters():
+            p.mul_(1.5)
+        want = theirs(x)
+        torch.testing.assert_close(ours(x), want, rtol=0, atol=1e-5)
+        torch.testing.assert_close(last_step(ours, x, **{CACHE: None}), want[:, -1:], rtol=0, atol=1e-5)
+    (g,) = torch.autograd.grad(ours(x).square().sum(), getattr(ours, name).factor)
+    assert g.abs() > 1e-6
+
+
+@pytest.mark.parametrize("name", ["conv1d", "dt_proj"])
+def test_mixer_pruned_layer_trains_with_its_mask(name):
+    _, ours, x = mixers()
+    prune.random_unstructured(getattr(ours, name), "weight", 0.5)
+    for _ in range(2):
+        ours(x).square().sum().backward()
+    layer = getattr(ours, name)
+    assert ((layer.weight_orig.grad == 0) == (layer.weight_mask == 0)).all()
+
+
+@pytest.mark.parametrize("name", ["dt_proj", "x_proj", "in_proj"])
+def test_mixer_lora_of_peft_trains(name):
+    peft = pytest.importorskip("peft", reason="peft is not installed")
+    _, ours = models()
+    lora = peft.get_peft_model(ours, peft.LoraConfig(target_modules=[name], r=2, init_lora_weights=False))
+    x = tokens()
+    with lora.disable_adapter():
+        plain = lora(x).logits
+    changed = lora(x, labels=x)
+    assert not torch.allclose(changed.logits, plain, atol=1e-5)
+    changed.loss.backward()
+    assert all(p.grad.abs().max() > 0 for n, p in lora.named_parameters() if "lora" in n)
+    merged = lora.merge_and_unload()
+    torch.testing.assert_close(merged(x).logits, changed.logits, rtol=0, atol=1e-3)
+
+
+@torch.no_grad()
+@pytest.mark.filterwarnings("ignore:torch.ao.quantization is deprecated")
+@pytest.mark.filterwarnings("ignore::UserWarning")
+def test_model_quantised_outputs_are_close_to_float():
+    theirs, ours = models(MambaModel)
+    small = torch.ao.quantization.quantize_dynamic(ours, {nn.Linear})
+    assert not isinstance(small.layers[0].mixer.dt_proj, nn.Linear)
+    x = tokens()
+    want = theirs(x).last_hidden_state
+    assert 0 < (small(x).last_hidden_state - want).std() < 0.1 * want.std()
 
 
 def test_bfloat16_and_the_model_without_head():

@@ -218,6 +218,54 @@ def test_inference_params_keep_the_states_of_a_layer():
     torch.testing.assert_close(m(x[:, :3], inference_params=memory), m(x[:, :3]))
 
 
+def test_inference_params_preallocated_states_are_continued():
+    """mamba_ssm's generation allocates the cache before the first call."""
+    m, x = block(layer_idx=0), sequence()
+    _, states = m.scan(x[:, :5])
+    memory = SimpleNamespace(seqlen_offset=5, key_value_memory_dict={0: states}, batch_size_offset=0)
+    torch.testing.assert_close(m(x[:, 5:], inference_params=memory), m(x)[:, 5:])
+
+
+@pytest.mark.parametrize(
+    ("attributes", "error", "text"),
+    [
+        (
+            {"seqlen_offset": 3, "key_value_memory_dict": {}},
+            ValueError,
+            "Mamba: inference_params.key_value_memory_dict must hold the states of layer 4 where seqlen_offset is 3, "
+            "got none: begin with seqlen_offset 0",
+        ),
+        (
+            {"seqlen_offset": 3, "key_value_memory_dict": {1: None}},
+            ValueError,
+            "Mamba: inference_params.key_value_memory_dict must hold the states of layer 4 where seqlen_offset is 3, "
+            "got none: begin with seqlen_offset 0",
+        ),
+        (
+            {"seqlen_offset": 0},
+            TypeError,
+            "Mamba: inference_params must have the attribute key_value_memory_dict, got SimpleNamespace without it",
+        ),
+        (
+            {"key_value_memory_dict": {}},
+            TypeError,
+            "Mamba: inference_params must have the attribute seqlen_offset, got SimpleNamespace without it",
+        ),
+        (
+            {"seqlen_offset": 0, "key_value_memory_dict": {}, "batch_size_offset": 2},
+            ValueError,
+            "Mamba: inference_params.batch_size_offset must be 0, got 2",
+        ),
+    ],
+)
+def test_inference_params_without_states_or_attributes_are_refused(attributes, error, text):
+    m, memory = block(layer_idx=4), SimpleNamespace(**attributes)
+    with pytest.raises(error) as caught:
+        m(sequence(), inference_params=memory)
+    assert str(caught.value) == text
+    assert getattr(memory, "key_value_memory_dict", {}) in ({}, {1: None})  # nothing is written
+
+
 def bad_calls():
     m, x = Mamba(6), torch.randn(2, 4, 6)
     conv, ssm = m.allocate_inference_cache(2)

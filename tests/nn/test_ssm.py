@@ -129,6 +129,13 @@ def test_save_and_load_keep_weights_and_options(tmp_path):
         SSM(5, 8, 3, core=lambda dim, n: S6(dim, n)).save(tmp_path / "c")
 
 
+def test_save_quantised_layers_is_refused(tmp_path):
+    model = torch.ao.quantization.quantize_dynamic(SSM(3, 8, 2), {torch.nn.Linear})
+    with pytest.raises(ValueError, match="its layer is quantised"):
+        model.save(tmp_path / "model")
+    assert not list(tmp_path.iterdir())
+
+
 @pytest.mark.parametrize("copied", [copy.deepcopy, lambda net: pickle.loads(pickle.dumps(net))], ids=["copy", "pickle"])
 def test_a_copy_is_equal_and_independent(copied):
     net, x = Stateful(model(num_layers=2)), torch.randn(2, 4, 5, dtype=torch.float64)

@@ -6,6 +6,7 @@ import sys
 from collections.abc import Iterator
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -166,6 +167,7 @@ def test_ties_go_to_the_lowest_index(metric):
     assert_same(knn(queries, keys, 20, metric=metric), knn_reference(queries, keys, 20, metric=metric))
 
 
+@pytest.mark.kernels
 @pytest.mark.parametrize("metric", METRICS)
 def test_same_bits_however_the_call_is_cut(metric):
     torch.manual_seed(0)
@@ -245,6 +247,7 @@ def values_of(args: tuple, options: dict[str, Any]) -> tuple[Any, tuple[Tensor, 
     return lambda q, x, b: finite(knn(q, x, k, bias=b, **rest).values), (queries, keys, options["bias"])
 
 
+@pytest.mark.kernels
 @pytest.mark.parametrize("args, options", CASES)
 def test_gradients_of_every_order_and_mode(args, options):
     f, inputs = values_of(args, options)
@@ -267,6 +270,7 @@ def test_gradients_are_those_of_brute_force(args, options):
     torch.testing.assert_close(got, want, rtol=1e-10, atol=1e-12)
 
 
+@pytest.mark.kernels
 @pytest.mark.parametrize("args, options", [c for c in CASES if "memories" in c.id or "shared" in c.id])
 def test_function_transforms(args, options):
     f, inputs = values_of(args, options)
@@ -331,6 +335,7 @@ def test_gradients_are_deterministic():
     assert all(torch.equal(first, other) for other in others)
 
 
+@pytest.mark.kernels
 @pytest.mark.parametrize("metric", METRICS)
 def test_compiles(metric):
     torch.manual_seed(0)
@@ -348,6 +353,7 @@ def test_compiles(metric):
     torch.testing.assert_close(torch.compile(mapped, fullgraph=True, backend="aot_eager")(many), mapped(many))
 
 
+@pytest.mark.kernels
 def test_opcheck():
     for _, (queries, keys, k), options in sample_inputs(torch.float32):
         metric = METRICS.index(options["metric"])
@@ -375,7 +381,16 @@ Q, K, V, B = torch.zeros(2, 3, 4), torch.zeros(2, 5, 4), torch.ones(2, 5, dtype=
         ({"keys": K.double()}, TypeError, "knn: keys must be float32 as queries, got float64"),
         ({"keys": K.to("meta")}, ValueError, "knn: keys is on meta, queries is on cpu"),
         ({"k": 0}, ValueError, "knn: k must be > 0, got 0"),
+        ({"k": -(2**40)}, ValueError, f"knn: k must be > 0, got -{2**40}"),
+        ({"k": 2**31}, ValueError, f"knn: k must be < {2**31}, got {2**31}"),
+        ({"k": 2**40}, ValueError, f"knn: k must be < {2**31}, got {2**40}"),
+        ({"k": np.int64(2**40)}, ValueError, f"knn: k must be < {2**31}, got {2**40}"),
+        ({"k": 2**63}, ValueError, f"knn: k must be < {2**31}, got {2**63}"),
+        ({"k": 2**70}, ValueError, f"knn: k must be < {2**31}, got {2**70}"),
+        ({"k": True}, TypeError, "knn: k must be an integer, got True"),
+        ({"k": np.bool_(True)}, TypeError, r"knn: k must be an integer, got (np\.)?True_?"),
         ({"k": 1.0}, TypeError, "knn: k must be an integer, got 1.0"),
+        ({"k": np.float64(1)}, TypeError, r"knn: k must be an integer, got (np\.float64\()?1\.0\)?"),
         ({"metric": "l1"}, ValueError, "knn: metric must be one of sqeuclidean, cosine, inner_product, got 'l1'"),
         ({"valid": [True]}, TypeError, "knn: valid must be a torch.Tensor, got list"),
         ({"valid": V[:, :4]}, ValueError, r"knn: valid must have shape \(5,\) or \(2, 5\), got \(2, 4\)"),
@@ -392,6 +407,23 @@ def test_refuses_in_one_sentence(function, changes, error, message):
     arguments = {"queries": Q, "keys": K, "k": 2, "metric": "cosine", "valid": V, "bias": B} | changes
     with pytest.raises(error, match=f"^{message}$"):
         function(**arguments)
+
+
+@pytest.mark.parametrize("function", [knn, knn_reference])
+@pytest.mark.parametrize("k", [np.int64(2), np.uint8(2), torch.tensor(2)], ids=repr)
+def test_knn_integral_k_equals_python_k(function, k):
+    queries, keys = torch.randn(3, 4).requires_grad_(), torch.randn(5, 4)
+    assert_same(function(queries, keys, k), function(queries, keys, 2))
+    with torch.no_grad():
+        assert_same(function(queries, keys, k), function(queries, keys, 2))
+
+
+def test_knn_result_that_cannot_be_allocated_raises_torch_s_message(reference_only):
+    if reference_only:
+        pytest.skip("torch allocates the reference's result itself")
+    with pytest.raises(RuntimeError) as caught:
+        knn(torch.zeros(1 << 15, 1), torch.zeros(3, 1), 2**31 - 1)  # half a pebibyte of indices
+    assert "allocate" in str(caught.value) and "torch_call_dispatcher" not in str(caught.value)
 
 
 def test_examples():

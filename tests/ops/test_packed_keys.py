@@ -5,6 +5,7 @@ import math
 import pickle
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -70,6 +71,7 @@ def filled(keys: Tensor, **options: Any) -> Model:
 @pytest.mark.parametrize("metric", METRICS)
 @pytest.mark.parametrize("dtype", FLOATS, ids=str)
 @pytest.mark.parametrize("memories", [None, 3])
+@pytest.mark.kernels
 def test_finds_what_the_reference_finds(dtype, metric, memories):
     lead = () if memories is None else (memories,)
     for capacity, dim in ((1, 1), (31, 3), (32, 8), (100, 17), (333, 64)):
@@ -119,6 +121,7 @@ def test_the_last_of_those_to_one_slot_stays():
     assert found.indices.tolist() == [[3, 1, -1, -1]] and found.values[0, 1] == 36 + 49 - 3
 
 
+@pytest.mark.kernels
 @pytest.mark.parametrize("metric", METRICS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 @pytest.mark.parametrize("norm", [0, 10, 118, 346])
@@ -177,6 +180,7 @@ def test_near_duplicates_are_told_apart():
     assert torch.equal(found.indices, exact.topk(8, largest=False).indices)
 
 
+@pytest.mark.kernels
 @pytest.mark.parametrize("metric", METRICS)
 @pytest.mark.parametrize("features", [64, 65])
 def test_rounding_to_bfloat16_at_its_worst(metric, features):
@@ -202,6 +206,7 @@ def test_more_ties_than_a_short_list_holds():
     model.check(torch.full((7, 4), -1.0), 3)
 
 
+@pytest.mark.kernels
 @pytest.mark.parametrize("metric", METRICS)
 def test_same_bits_however_the_call_is_cut(metric):
     keys, queries, bias = torch.randn(2, 5000, 19), torch.randn(2, 40, 19), torch.randn(2, 5000)
@@ -433,6 +438,11 @@ def test_opcheck(dtype):
     [
         ({"capacity": 0}, ValueError, "PackedKeys: capacity must be > 0, got 0"),
         ({"capacity": 2.0}, TypeError, "PackedKeys: capacity must be an integer, got 2.0"),
+        ({"capacity": True}, TypeError, "PackedKeys: capacity must be an integer, got True"),
+        ({"capacity": None}, TypeError, "PackedKeys: capacity must be an integer, got None"),
+        ({"capacity": 2**40}, ValueError, f"PackedKeys: capacity must be < {2**31}, got {2**40}"),
+        ({"dim": 2**70}, ValueError, f"PackedKeys: dim must be < {2**31}, got {2**70}"),
+        ({"memories": np.int64(2**62)}, ValueError, f"PackedKeys: memories must be < {2**31}, got {2**62}"),
         ({"dim": -1}, ValueError, "PackedKeys: dim must be > 0, got -1"),
         ({"memories": 0}, ValueError, "PackedKeys: memories must be > 0, got 0"),
         (
@@ -488,6 +498,10 @@ I, X, B = torch.tensor([[0, 3], [1, 2]]), torch.zeros(2, 2, 3), torch.zeros(2, 2
             "search: queries must be a dense tensor, got layout torch.sparse_coo",
         ),
         ("search", (X, 0), ValueError, "search: k must be > 0, got 0"),
+        ("search", (X, 2**40), ValueError, f"search: k must be < {2**31}, got {2**40}"),
+        ("search", (X, 2**70), ValueError, f"search: k must be < {2**31}, got {2**70}"),
+        ("search", (X, np.int64(-1)), ValueError, "search: k must be > 0, got -1"),
+        ("search", (X, 2.0), TypeError, "search: k must be an integer, got 2.0"),
         ("search", (X, True), TypeError, "search: k must be an integer, got True"),
         ("search", (X, 1, [True]), TypeError, "search: valid must be a torch.Tensor, got list"),
         ("search", (X, 1, B), TypeError, "search: valid must be bool, got float32"),
@@ -525,6 +539,16 @@ def test_refuses_in_one_sentence_and_changes_nothing(method, arguments, error, m
     assert_same(model.memory.search(queries, 4), before)
 
 
+def test_packed_keys_numpy_sizes_equal_python_sizes():
+    memory = PackedKeys(np.int64(4), np.uint8(3), memories=np.int32(2))
+    memory.write(torch.arange(4).expand(2, 4), torch.randn(2, 4, 3))
+    queries = torch.randn(2, 5, 3)
+    assert_same(memory.search(queries, np.int64(2)), memory.search(queries, 2))
+    assert [type(size) for size in (memory.capacity, memory.dim, memory.memories)] == [int] * 3
+    assert repr(memory).startswith("PackedKeys(4, 3, memories=2,")
+    assert_same(pickle.loads(pickle.dumps(memory)).search(queries, 2), memory.search(queries, 2))
+
+
 def test_raw_ops_refuse_what_does_not_fit(reference_only, on_stand_in):
     if reference_only and not on_stand_in:
         pytest.skip("the reference reads nothing beyond an end: it fails where torch does")
@@ -542,3 +566,21 @@ def test_raw_ops_refuse_what_does_not_fit(reference_only, on_stand_in):
     with pytest.raises(ValueError, match="knn: arguments do not fit each other"):
         rest = None, None, memory._panels[:-1], memory._state
         torch.ops.eaml_ext.knn.default(keys, memory._keys, 1, 0, *rest)
+
+
+def search_in_process(memory, queries, answers):
+    found = memory.search(queries, 2)
+    answers.put((found.values.tolist(), found.indices.tolist()))
+
+
+def test_packed_keys_in_a_spawned_process_finds_the_same():
+    memory, queries = PackedKeys(64, 8), torch.randn(3, 8)
+    memory.write(torch.arange(40), torch.randn(40, 8))
+    context = torch.multiprocessing.get_context("spawn")
+    answers = context.SimpleQueue()
+    process = context.Process(target=search_in_process, args=(memory, queries, answers))
+    process.start()
+    values, indices = answers.get()
+    process.join()
+    expected = memory.search(queries, 2)
+    assert values == expected.values.tolist() and indices == expected.indices.tolist()

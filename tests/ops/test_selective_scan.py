@@ -88,6 +88,7 @@ CASES = {
     "step": build(*OPTIONAL, length=1, invariant=("C",)),
     "all": build(*OPTIONAL, softplus=True, dim=2, length=4, state=2),
 }
+REPRESENTATIVE = ("per_task", "groups", "invariant", "step")  # of every optional argument and layout
 SHAPES = {
     "batch0": build(*OPTIONAL, batch=0),
     "batch0_tasks": build(*OPTIONAL, batch=0, tasks=("A", "D"), invariant=("B",)),
@@ -163,6 +164,7 @@ class TestScan(Battery):
         raw=raw_calls,
         factor=FACTOR,
         compiled=("plain", "per_task", "all"),
+        representative=REPRESENTATIVE,
     )
 
 
@@ -439,6 +441,69 @@ def test_half_types_are_widened_in_a_step(dtype, device):
         assert got[0].dtype == dtype and torch.equal(got[0], y.to(dtype)) and torch.equal(got[1], state)
 
 
+MIXABLE = ("u", "delta", "B", "C", "z")
+
+
+@pytest.mark.parametrize("no_grad", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, *HALVES], ids=str)
+@pytest.mark.parametrize("names", [("B", "C"), ("delta",), ("z", "C"), ("u",)], ids=str)
+def test_step_mixed_dtypes_equal_the_float32_step(names, dtype, no_grad, device):
+    """``names`` are in another dtype than the rest, as in calls of mamba_ssm's selective_state_update."""
+    call = as_step(build("initial_state", "D", "z", "delta_bias", length=1, softplus=True))(torch.float32, device)
+    for other in {torch.float32, *HALVES} - {dtype}:
+        mixed = {n: x.to(other if n in names else dtype) if n in MIXABLE else x for n, x in call.tensors.items()}
+        with torch.set_grad_enabled(not no_grad):
+            mixed = {n: x.clone().requires_grad_(not no_grad) for n, x in mixed.items()}
+            wide = {n: x.detach().float().requires_grad_(not no_grad) for n, x in mixed.items()}
+            got = outputs(selective_scan_step, Call(mixed, call.options))
+            want = outputs(selective_scan_step, Call(wide, call.options))
+            assert got[0].dtype == mixed["u"].dtype and got[1].dtype == torch.float32
+            assert torch.equal(got[0], want[0].to(got[0].dtype)) and torch.equal(got[1], want[1])
+        if not no_grad:
+            grads, wanted = (
+                torch.autograd.grad(y.float().sum() + state.sum(), list(x.values()))
+                for (y, state), x in ((got, mixed), (want, wide))
+            )
+            for x, g, w in zip(mixed.values(), grads, wanted, strict=True):
+                assert g.dtype == x.dtype and torch.equal(g, w.to(x.dtype))
+
+
+def test_step_float64_beside_float32_is_refused(device):
+    for name in MIXABLE:
+        with pytest.raises(
+            TypeError, match=r"^selective_scan_step: [a-zA-Z]+ must be float(32|64) for u of float(32|64)"
+        ):
+            selective_scan_step(**GOOD_STEP | {name: GOOD_STEP[name].double()})
+
+
+def test_step_takes_the_call_of_selective_state_update_with_heads():
+    """mamba_ssm's selective_state_update on half inputs, float32 B and C, heads and groups, by its formula."""
+    batch, heads, dim, states, groups = 2, 4, 3, 5, 2
+    state, A = torch.randn(batch, heads, dim, states), -torch.rand(heads, dim, states)
+    x, dt, z = (torch.randn(batch, heads, dim).bfloat16() for _ in range(3))
+    B, C = torch.randn(batch, groups, states), torch.randn(batch, groups, states)
+    D, dt_bias = torch.randn(heads, dim), torch.randn(heads, dim)
+    step = torch.nn.functional.softplus(dt.float() + dt_bias).unsqueeze(-1)
+    B_head, C_head = (m.repeat_interleave(heads // groups, dim=1).unsqueeze(2) for m in (B, C))
+    last = torch.exp(step * A) * state + step * B_head * x.float().unsqueeze(-1)
+    want = ((last * C_head).sum(-1) + D * x.float()) * torch.nn.functional.silu(z.float())
+    y, got = selective_scan_step(
+        state.flatten(1, 2),
+        x.flatten(1),
+        dt.flatten(1),
+        A.flatten(0, 1),
+        B,
+        C,
+        D.flatten(),
+        z.flatten(1),
+        dt_bias.flatten(),
+        True,
+    )
+    assert y.dtype == torch.bfloat16
+    torch.testing.assert_close(got, last.flatten(1, 2), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(y, want.bfloat16().flatten(1), rtol=1e-2, atol=1e-2)
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("scale", [1e2, 1e6, 1e30])
 def test_underflow_is_zero_and_never_nan(scale, dtype, device):
@@ -540,6 +605,35 @@ def test_bad_input_gives_one_sentence_that_names_it(function, arguments, name, e
     assert name in words, message
     assert "\n" not in message and "/" not in message and ".py" not in message, message
     assert ". " not in message and not message.endswith("."), message
+
+
+@pytest.mark.parametrize(
+    "fault", [RuntimeError("CUDA error: an illegal memory access"), MemoryError("host"), OSError()]
+)
+def test_step_fault_of_a_kernel_is_raised_and_not_computed_again(fault, monkeypatch):
+    def fails(*_: Any) -> None:
+        raise fault
+
+    def never(*_: Any) -> None:
+        raise AssertionError("computed again")
+
+    with torch.no_grad():
+        selective_scan_step(**GOOD_STEP)  # the raw op takes these arguments
+        kernels = type("Ops", (), {"selective_scan_step": staticmethod(fails), "selective_scan": staticmethod(never)})
+        monkeypatch.setattr(module, "_ops", kernels)
+        monkeypatch.setattr(module, "_reference", never)
+        with pytest.raises(type(fault)) as caught:
+            selective_scan_step(**GOOD_STEP)
+    assert caught.value is fault
+
+
+def test_step_refusal_of_the_raw_op_alone_is_raised(monkeypatch):
+    def refuses(*_: Any) -> None:
+        raise ValueError("selective_scan: u has a wrong dtype")
+
+    monkeypatch.setattr(module, "_ops", type("Ops", (), {"selective_scan_step": staticmethod(refuses)}))
+    with pytest.raises(ValueError, match=r"^selective_scan: u has a wrong dtype$"):
+        selective_scan_step(**GOOD_STEP)
 
 
 def test_examples():

@@ -1,41 +1,49 @@
 """What cores share: one step as a scan over it, states that do not change in time, heads."""
 
 import math
-from abc import ABC, abstractmethod
 
 import torch
 from torch import Tensor, nn
 
 from eaml_ext import _check
+from eaml_ext.ops._sizes import check_size
 
 
-class Core(nn.Module, ABC):
+class Core(nn.Module):  # not an ABC: libraries that derive classes from a module's type need the metaclass ``type``
     """A sequence mixer of one width; see :mod:`eaml_ext.nn.cores` for the contract."""
 
     state_shape: tuple[int, ...]
 
     def __init__(self, dim: int, state_size: int):
         super().__init__()
-        _check.positive(type(self).__name__, "dim", dim, integer=True)
-        _check.positive(type(self).__name__, "state_size", state_size, integer=True)
-        self.dim, self.state_size = dim, state_size
+        where = type(self).__name__
+        self.dim, self.state_size = check_size(where, "dim", dim), check_size(where, "state_size", state_size)
 
-    @abstractmethod
     def scan(
         self, x: Tensor, state: Tensor | None = None, reset: Tensor | None = None, lengths: Tensor | None = None
     ) -> tuple[Tensor, Tensor]:
         """``x`` (batch, time, dim), ``state`` (batch, *state_shape), ``reset`` (batch, time) bool -> (y, state)."""
+        raise NotImplementedError(f"{type(self).__name__}: scan is not defined")
 
     def step(self, x: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
         """``x`` (batch, dim), ``state`` (batch, *state_shape) -> (y, state): one step of :meth:`scan`."""
         y, state = self.scan(x.unsqueeze(1), state)
         return y.squeeze(1), state
 
+    def forward(
+        self, x: Tensor, state: Tensor | None = None, reset: Tensor | None = None, lengths: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """:meth:`step` of 2-D ``x``, which needs a state, and :meth:`scan` of 3-D ``x``."""
+        if x.dim() != 2:
+            return self.scan(x, state, reset, lengths)
+        _check.tensor(type(self).__name__, "state", state)
+        assert state is not None
+        return self.step(x, state)
+
     def _step_sizes(self, size: int, dt_min: float, dt_max: float) -> Tensor:
         """Initial step sizes, log-uniform in [dt_min, dt_max]."""
         where = type(self).__name__
-        _check.positive(where, "dt_min", dt_min)
-        _check.positive(where, "dt_max", dt_max)
+        dt_min, dt_max = _check.positive(where, "dt_min", dt_min), _check.positive(where, "dt_max", dt_max)
         if not dt_min <= dt_max < math.inf:
             raise ValueError(f"{where}: dt_max must be finite and at least dt_min, {dt_min}, got {dt_max}")
         return torch.exp(torch.empty(size).uniform_(math.log(dt_min), math.log(dt_max)))
@@ -45,7 +53,7 @@ class Core(nn.Module, ABC):
         where = type(self).__name__
         if num_heads is None:
             num_heads = math.gcd(self.dim, max(1, self.dim // 16))
-        _check.positive(where, "num_heads", num_heads, integer=True)
+        num_heads = check_size(where, "num_heads", num_heads)
         if self.dim % num_heads or self.dim // num_heads < smallest:
             wanted = f"divide dim {self.dim}" + f" into heads of {smallest} channels or more" * (smallest > 1)
             raise ValueError(f"{where}: num_heads must {wanted}, got {num_heads}")

@@ -1,7 +1,6 @@
 """h_t = lambda h_{t-1} + B x_t;  y_t = Re(C h_t) + D x_t: one complex diagonal state for all channels (S5, LRU)."""
 
 import math
-from abc import abstractmethod
 
 import torch
 import torch.nn.functional as F
@@ -22,13 +21,14 @@ class _Diagonal(Core):
 
     def __init__(self, dim: int, state_size: int):
         super().__init__(dim, state_size)
+        dim, state_size = self.dim, self.state_size
         self.state_shape = (state_size, 2)
         self.D = nn.Parameter(torch.randn(dim))
         self.mix = nn.Linear(dim, 2 * dim)
 
-    @abstractmethod
     def discrete(self) -> tuple[Tensor, Tensor]:
         """Complex: the logarithm of lambda, ``(state_size,)``, and the map of x to the state, ``(state_size, dim)``."""
+        raise NotImplementedError(f"{type(self).__name__}: discrete is not defined")
 
     def scan(
         self, x: Tensor, state: Tensor | None = None, reset: Tensor | None = None, lengths: Tensor | None = None
@@ -90,9 +90,9 @@ class LRU(_Diagonal):
         max_phase: float = 2 * math.pi,
     ):
         super().__init__(dim, state_size)
-        _check.positive("LRU", "r_min", r_min, zero=True)
-        _check.positive("LRU", "r_max", r_max)
-        _check.positive("LRU", "max_phase", max_phase)
+        dim, state_size = self.dim, self.state_size
+        r_min = _check.positive("LRU", "r_min", r_min, zero=True)
+        r_max, max_phase = _check.positive("LRU", "r_max", r_max), _check.positive("LRU", "max_phase", max_phase)
         if not r_min <= r_max < 1:
             raise ValueError(f"LRU: r_max must be at least r_min, {r_min}, and below 1, got {r_max}")
         squared = (r_min**2 + torch.rand(state_size) * (r_max**2 - r_min**2)).clamp(min=1e-12)
@@ -130,6 +130,7 @@ class S5(_Diagonal):
 
     def __init__(self, dim: int, state_size: int = 16, *, dt_min: float = 1e-3, dt_max: float = 0.1):
         super().__init__(dim, state_size)
+        dim, state_size = self.dim, self.state_size
         frequencies, vectors = _hippo_normal(state_size)
         self.A_log = nn.Parameter(torch.full((state_size,), math.log(0.5)))  # of minus the real part
         self.A_imag = nn.Parameter(frequencies)

@@ -36,6 +36,7 @@ class Retention(Core):
 
     def __init__(self, dim: int, state_size: int = 16, *, num_heads: int | None = None):
         super().__init__(dim, state_size)
+        dim, state_size = self.dim, self.state_size
         if state_size % 2:
             raise ValueError(f"Retention: state_size must be even, got {state_size}")
         self.num_heads, self.head_dim = self._heads(num_heads, smallest=2)

@@ -31,6 +31,7 @@ class RWKV(Core):
 
     def __init__(self, dim: int, state_size: int = 16, *, num_heads: int | None = None):
         super().__init__(dim, state_size)
+        dim, state_size = self.dim, self.state_size
         self.num_heads, self.head_dim = self._heads(num_heads, smallest=2)
         self.state_shape = (dim, state_size + 1)
         keys = self.num_heads * state_size

@@ -33,6 +33,7 @@ class S4D(Core):
 
     def __init__(self, dim: int, state_size: int = 16, *, dt_min: float = 1e-3, dt_max: float = 0.1):
         super().__init__(dim, state_size)
+        dim, state_size = self.dim, self.state_size
         self.state_shape = (dim, state_size, 2)
         self.log_dt = nn.Parameter(self._step_sizes(dim, dt_min, dt_max).log())
         self.A_log = nn.Parameter(torch.full((dim, state_size), math.log(0.5)))  # of minus the real part

@@ -28,6 +28,7 @@ class S6(Core):
 
     def __init__(self, dim: int, state_size: int = 16, *, dt_min: float = 1e-3, dt_max: float = 0.1):
         super().__init__(dim, state_size)
+        dim, state_size = self.dim, self.state_size
         self.state_shape = (dim, state_size)
         rank = math.ceil(dim / 16)
         self.split = (rank, state_size, state_size)

@@ -38,6 +38,7 @@ class SSD(Core):
         dt_max: float = 0.1,
     ):
         super().__init__(dim, state_size)
+        dim, state_size = self.dim, self.state_size
         self.state_shape = (dim, state_size)
         self.num_heads, self.head_dim = self._heads(num_heads)
         self.split = (dim, state_size, state_size, self.num_heads)
