@@ -2,23 +2,69 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
-SOURCES := $(shell find csrc tests/cuda_on_cpu -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
+TORCH_RELEASE := torch==2.13.0
+KERNELS := $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
+SOURCES := $(KERNELS) $(wildcard tests/cuda_on_cpu/*.cpp tests/cuda_on_cpu/*.h)
 
-.PHONY: demo test sanitize cuda-on-cpu sanitize-cuda cuda-check lint format bench experiments experiments-full docs release-check clean
+.PHONY: demo test test-all test-latest lock sanitize cuda-on-cpu sanitize-cuda cuda-check lint format bench experiments \
+	experiments-full docs release-check clean
 
-$(VENV)/installed: pyproject.toml setup.py $(SOURCES)
+# Packages have the versions of requirements/*.txt (`make lock`). torch has none there: an installed one stays.
+$(VENV)/demo: requirements/demo.txt setup.py pyproject.toml $(KERNELS)
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/python -c 'import torch' 2>/dev/null || $(BIN)/pip install --quiet torch==2.13.0
-	$(BIN)/pip install --quiet --editable '.[dev]'
+	$(BIN)/python -c 'import torch' 2>/dev/null || $(BIN)/pip install --quiet $(TORCH_RELEASE) --constraint $<
+	$(BIN)/pip install --quiet --requirement $<
+	$(BIN)/pip install --quiet --no-deps --no-build-isolation --editable .
+	touch $@
+$(VENV)/%: requirements/%.txt | $(VENV)/demo
+	$(BIN)/pip install --quiet --requirement $<
 	touch $@
 
-demo: $(VENV)/installed  ## the main job: meta-train on CartPole dynamics, adapt to unseen physics
+demo: $(VENV)/demo  ## the main job: meta-train on CartPole dynamics, adapt to unseen physics
 	$(BIN)/eaml-ext --env_name CartPole-v1 --num_epochs 50
 
-test: $(VENV)/installed  ## the whole suite, the ops once more on their references, the CUDA kernels on a stand-in
+test: $(VENV)/test  ## the suite, the ops once more on their references, the CUDA kernels on the emulator
 	$(BIN)/pytest -n 2
 	$(BIN)/pytest -n 2 --reference tests/ops
 	[ $$(uname) != Linux ] || $(MAKE) -j2 cuda-on-cpu
+
+test-all: export PYTEST_ADDOPTS := -m ''
+test-all: test  ## the tests marked exhaustive, too
+
+# requirements/*.txt hold for Python 3.10 to 3.14 on every system. torch and its CUDA packages are no part of them.
+UV := build/lock/bin/uv
+LOCK = echo $(TORCH_RELEASE) | $(UV) pip compile --quiet --universal --python-version 3.10 --no-python-downloads \
+	--no-annotate --custom-compile-command 'make lock' --constraint -
+WITHOUT_TORCH := grep -vE '^(torch|triton|cuda-.*|nvidia-.*)=='
+$(UV):
+	$(PYTHON) -m venv build/lock
+	build/lock/bin/pip install --quiet uv
+lock: $(UV)  ## requirements/*.txt from the newest releases that pyproject.toml allows
+	$(LOCK) pyproject.toml --extra dev > build/lock/test.txt
+	$(LOCK) pyproject.toml --group build --extra plot --extra progress -c build/lock/test.txt > build/lock/demo.txt
+	$(LOCK) pyproject.toml --extra docs -c build/lock/test.txt > build/lock/docs.txt
+	$(LOCK) pyproject.toml --extra release -c build/lock/test.txt > build/lock/release.txt
+	mkdir -p requirements
+	for use in test demo docs release; do \
+		$(WITHOUT_TORCH) build/lock/$$use.txt > requirements/$$use.txt || exit 1; done
+
+# In an environment of its own that imports this folder, kernels included: it has the Python and the torch of $(VENV).
+LATEST := $(VENV)-latest
+LATEST_INSTALL := $(LATEST)/bin/pip install --quiet $(TORCH_RELEASE) --requirement
+LATEST_CHECK := PYTHONPATH=$(CURDIR) $(LATEST)/bin/python tests/latest_check.py
+REQUIREMENTS := $(BIN)/python tests/release_check.py --requirements
+test-latest: $(VENV)/demo $(UV)  ## tests with the newest releases that pyproject.toml allows; names those that moved
+	rm -rf $(LATEST)
+	$(PYTHON) -m venv $(LATEST)
+	$(LOCK) pyproject.toml --extra dev | $(WITHOUT_TORCH) > build/lock/latest.txt
+	sed 's/,<[0-9.]*//g' pyproject.toml > build/lock/pyproject.toml
+	@echo 'releases beyond the bounds of pyproject.toml:'
+	-@$(LOCK) build/lock/pyproject.toml --extra dev | $(WITHOUT_TORCH) | diff build/lock/latest.txt - | grep '^>'
+	$(LATEST_INSTALL) build/lock/latest.txt
+	$(REQUIREMENTS) bench | grep -E '^(higher|torchopt)' | $(LATEST_INSTALL) /dev/stdin
+	$(LATEST_CHECK) --ignore=tests/ops --ignore=tests/cuda_on_cpu
+	$(REQUIREMENTS) metaworld | $(LATEST_INSTALL) /dev/stdin
+	$(LATEST_CHECK) tests/tasks/test_metaworld.py tests/tasks/test_mujoco.py
 
 # A package of its own in build/sanitize; gcc's runtime has to be loaded before Python's own allocations.
 SANITIZE := -fsanitize=address,undefined -fno-sanitize-recover=all
@@ -29,12 +75,12 @@ SANITIZED = cd build/sanitize && rm -f report.* && LD_PRELOAD=$(RUNTIME) ASAN_OP
 EVERY_KERNEL := float64 or strides or threads or few_channels or drawn or any_shape or extreme or non_finite or (vmap and not gradients)
 
 # For this machine's instruction set alone, of the three that a build has: sanitized, each takes minutes.
-sanitize: $(VENV)/installed  ## the tests that reach every kernel, on kernels that stop at the first stray access
+sanitize: $(VENV)/test  ## the tests that reach every kernel, on kernels that stop at the first stray access
 	PATH=$(abspath $(BIN)):$$PATH CXX=g++ CXXFLAGS="$(SANITIZE) -O1 -g1 -march=native -DEAML_NO_CLONES" LDFLAGS="$(SANITIZE)" \
 		$(BIN)/python setup.py -q build_ext --build-lib build/sanitize --build-temp build/sanitize/objects
 	find eaml_ext -name '*.py' -exec cp --parents {} build/sanitize ';'
 	$(SANITIZED) -c 'from eaml_ext import ops; assert "/build/sanitize/" in ops._C.__file__'
-	$(SANITIZED) -m pytest -x -n 2 --hypothesis-profile=few --ignore=../../tests/ops/test_build.py \
+	$(SANITIZED) -m pytest -x -n 2 -m '' --hypothesis-profile=few --ignore=../../tests/ops/test_build.py \
 		-k '$(EVERY_KERNEL)' ../../tests/ops || { cat report.*; exit 1; }
 
 # The CUDA kernels, by the host compiler and on a stand-in for CUDA: what a machine without a GPU can run of them.
@@ -48,9 +94,10 @@ ON_CPU_TESTS := close_to or numerical or half or strides or equals or extreme or
 ON_CPU_SCAN := tests/cuda_on_cpu/test_stand_in.py tests/ops/test_selective_scan.py tests/ops/test_complex_scan.py
 ON_CPU_KNN := exact_ or slots_that or more_neighbors or close_to or strides or equals_ or dead or history
 
-$(ON_CPU)/%.o: % $(SOURCES) | $(VENV)/installed
+$(ON_CPU)/%.o: % | $(VENV)/test
 	mkdir -p $(@D)
-	g++ $(ON_CPU_FLAGS) $(EXTRA_FLAGS) -x c++ -c $< -o $@
+	g++ $(ON_CPU_FLAGS) $(EXTRA_FLAGS) -MMD -MP -x c++ -c $< -o $@
+-include $(CUDA_SOURCES:%=$(ON_CPU)/%.d)
 $(ON_CPU)/kernels.so: $(CUDA_SOURCES:%=$(ON_CPU)/%.o)
 	g++ -shared $(EXTRA_FLAGS) $^ -o $@ -L$(TORCH)/lib -ltorch_cpu
 
@@ -65,53 +112,49 @@ sanitize-cuda: export EXTRA_FLAGS := $(SANITIZE)
 sanitize-cuda:  ## the same under AddressSanitizer and UndefinedBehaviorSanitizer
 	$(MAKE) ON_CPU=build/cuda_on_cpu_sanitized build/cuda_on_cpu_sanitized/kernels.so
 	LD_PRELOAD=$(RUNTIME) ASAN_OPTIONS=detect_leaks=0:detect_stack_use_after_return=0 UBSAN_OPTIONS=print_stacktrace=1 \
-		$(BIN)/python -m pytest -x -n 2 --cuda-on-cpu build/cuda_on_cpu_sanitized/kernels.so \
+		$(BIN)/python -m pytest -x -n 2 -m '' --cuda-on-cpu build/cuda_on_cpu_sanitized/kernels.so \
 		-k 'close_to or half or strides or long or exact_ or slots_that' $(ON_CPU_SCAN) $(KNN_TESTS)
 
 # A minute or two an architecture and core: TORCH_CUDA_ARCH_LIST=9.0 is enough between commits.
-cuda-check: $(VENV)/installed  ## compiles the CUDA kernels, loads them without a GPU, looks at registers and spills
+cuda-check: $(VENV)/demo  ## compiles the CUDA kernels, loads them without a GPU, looks at registers and spills
 	PATH=$(abspath $(BIN)):$$PATH FORCE_CUDA=1 $(BIN)/python tests/cuda_check.py build/cuda-check \
 		|| { tail -n 40 build/cuda-check/log; exit 1; }
 
-lint: $(VENV)/installed
+lint: $(VENV)/test
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/clang-format --dry-run --Werror $(SOURCES)
 
-format: $(VENV)/installed
+format: $(VENV)/test
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 	$(BIN)/clang-format -i $(SOURCES)
 
-bench: $(VENV)/installed  ## the kernel benchmarks in brief
+bench: $(VENV)/demo  ## the kernel benchmarks in brief
 	$(BIN)/python -m benchmarks.run --quick
 
 # Files and plots in benchmarks/results, and docs/results.md made from them.
 EXPERIMENTS := sinusoid noisy_sinusoid hidden_rotation switching_lds cartpole_rl
-experiments: $(VENV)/installed  ## every experiment on a small budget, one seed; minutes, writes no file
+experiments: $(VENV)/demo  ## every experiment on a small budget, one seed; minutes, writes no file
 	OMP_NUM_THREADS=1 $(MAKE) -j2 $(EXPERIMENTS:%=brief-%)
-brief-%: $(VENV)/installed
+brief-%: $(VENV)/demo
 	$(BIN)/python -m benchmarks.experiments.$* --quick
 
-experiments-full: $(VENV)/installed  ## every experiment in full: hours
+experiments-full: $(VENV)/demo  ## every experiment in full: hours
 	for name in $(EXPERIMENTS); do $(BIN)/python -m benchmarks.experiments.$$name || exit 1; done
 	for name in main_job adaptation adaptation_step endurance meta; do $(BIN)/python -m benchmarks.$$name || exit 1; done
 	$(BIN)/python -m benchmarks.results_page
 
-$(VENV)/extra-%: pyproject.toml | $(VENV)/installed
-	$(BIN)/python tests/release_check.py --requirements $* | $(BIN)/pip install --quiet -r /dev/stdin
-	touch $@
-
-docs: $(VENV)/extra-docs  ## the site, in build/docs; a link that leads nowhere is an error
+docs: $(VENV)/docs  ## the site, in build/docs; a link that leads nowhere is an error
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build  # not --quiet: it would not count warnings
 
 # Without isolation: in an environment of its own, where no torch is, a wheel would be built without kernels.
-release-check: $(VENV)/extra-release docs  ## sdist and wheel in dist, looked into
+release-check: $(VENV)/release docs  ## sdist and wheel in dist, looked into
 	rm -rf dist
 	$(BIN)/python -m build --no-isolation --sdist --wheel > build/release.log 2>&1 || { tail -n 40 build/release.log; exit 1; }
 	$(BIN)/twine check --strict dist/*
 	$(BIN)/python tests/release_check.py dist
 
 clean:
-	rm -rf build dist *.egg-info eaml_ext/*.so runs $(VENV)/installed $(VENV)/extra-*
+	rm -rf build dist *.egg-info eaml_ext/*.so runs

@@ -13,8 +13,8 @@ THREADS = min(4, os.cpu_count() or 1)
 DEVICES = ["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"]
 
 # Drawn examples are the same in every run; the references are slow and get fewer.
-settings.register_profile("kernels", max_examples=200, deadline=None, derandomize=True)
-settings.register_profile("few", max_examples=25, deadline=None, derandomize=True)
+for name, examples in {"exhaustive": 200, "kernels": 60, "few": 25}.items():
+    settings.register_profile(name, max_examples=examples, deadline=None, derandomize=True)
 
 pytest.register_assert_rewrite("battery")
 
@@ -27,7 +27,7 @@ def pytest_addoption(parser):
 def pytest_configure(config):
     library = config.getoption("--cuda-on-cpu")
     hidden = config.getoption("--reference") or library
-    settings.load_profile("few" if hidden else "kernels")
+    settings.load_profile("few" if hidden else "kernels" if config.option.markexpr else "exhaustive")
     if hidden:
         assert "eaml_ext.ops" not in sys.modules
         sys.modules["eaml_ext._C"] = None  # type: ignore[assignment]  # `import` then raises ImportError
@@ -37,6 +37,26 @@ def pytest_configure(config):
         # What a kernel forgets to write is NaN.
         torch.use_deterministic_algorithms(True)
         torch.utils.deterministic.fill_uninitialized_memory = True  # type: ignore[attr-defined]
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(config, items):
+    """Without the compiled kernels, tests marked ``kernels`` are exhaustive.
+
+    With ``--reference`` a test is, too, each of whose parameters had its value in a test before: one implementation of
+    all dtypes and layouts needs every value once, the kernels need every combination.
+    """
+    reference = config.getoption("--reference")
+    if not (reference or config.getoption("--cuda-on-cpu")):
+        return
+    before = set()
+    for item in items:
+        values = item.callspec.params.items() if hasattr(item, "callspec") else []
+        used = {(item.parent.nodeid, item.originalname, name, id(value)) for name, value in values}
+        if item.get_closest_marker("kernels") or (reference and used and used <= before):
+            item.add_marker("exhaustive")
+        else:
+            before |= used
 
 
 def pytest_report_header(config):

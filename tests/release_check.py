@@ -12,13 +12,14 @@ import sys
 import tarfile
 import zipfile
 from pathlib import Path
+from typing import Any
 
 ROOT = Path(__file__).parents[1]
 WANTED = [
     *("pyproject.toml", "setup.py", "MANIFEST.in", "Makefile", "README.md", "LICENSE", "CHANGELOG.md", "mkdocs.yml"),
     *("csrc/module.cpp", "csrc/common/simd.h", "csrc/selective_scan/cuda_kernel.cuh", "csrc/knn/cpu_vector_inl.h"),
     *("eaml_ext/__init__.py", "eaml_ext/py.typed", "tests/conftest.py", "tests/ops/battery.py", "docs/ops.md"),
-    *("benchmarks/run.py", "benchmarks/results/gradient_figure.png"),
+    *("benchmarks/run.py", "benchmarks/results/gradient_figure.png", "requirements/demo.txt", "requirements/test.txt"),
 ]
 UNWANTED = re.compile(r"\.(so|pyc|o|part)$|__pycache__|\.git/|\.venv|(^|/)(build|runs)/")
 
@@ -72,12 +73,12 @@ def check(folder: Path) -> list[str]:
     return [*faults, *(f"{wheel.name}: {fault}" for fault in paths_named(texts, str(ROOT)))]
 
 
-def requirements(extra: str) -> list[str]:
+def pyproject() -> dict[str, Any]:
     if sys.version_info >= (3, 11):
         import tomllib
     else:
         import tomli as tomllib
-    return tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"][extra]
+    return tomllib.loads((ROOT / "pyproject.toml").read_text())
 
 
 def main() -> int:
@@ -86,7 +87,7 @@ def main() -> int:
     parser.add_argument("--requirements", metavar="EXTRA")
     arguments = parser.parse_args()
     if arguments.requirements:
-        print(*requirements(arguments.requirements), sep=os.linesep)
+        print(*pyproject()["project"]["optional-dependencies"][arguments.requirements], sep=os.linesep)
         return 0
     faults = check(arguments.folder)
     print("\n".join(faults) or f"{', '.join(sorted(p.name for p in arguments.folder.iterdir()))}: nothing is missing")

@@ -6,6 +6,7 @@ import importlib
 import io
 import pkgutil
 import re
+from decimal import Decimal
 from pathlib import Path
 
 import pytest
@@ -42,22 +43,37 @@ def test_documentation_blocks_run(code, tmp_path, monkeypatch):
     exec(compile(code, "README.md", "exec"), {"__name__": "__readme__"})
 
 
+FIGURE = re.compile(r"-?\d+\.\d+(?:e[-+]\d+)?|-?\d+e[-+]\d+")
+
+
+def alike(printed: str, promised: str, relative: str, units: int = 1) -> bool:
+    """Equal text and whole numbers; other figures differ by at most ``relative`` of the promised one, and ``units``.
+
+    A unit is that of the last printed digit: numbers that differ by x differ by up to x and one unit once rounded.
+    """
+    if FIGURE.split(printed) != FIGURE.split(promised):
+        return False
+    pairs = [(Decimal(a), Decimal(b)) for a, b in zip(FIGURE.findall(printed), FIGURE.findall(promised), strict=True)]
+    lasts = [Decimal(units).scaleb(min(x.as_tuple().exponent for x in pair)) for pair in pairs]
+    return all(abs(a - b) <= Decimal(relative) * abs(b) + last for (a, b), last in zip(pairs, lasts, strict=True))
+
+
+class Checker(doctest.OutputChecker):
+    """Examples in docstrings train nothing: instructions and thread counts change the last digits of float32 alone."""
+
+    def check_output(self, want: str, got: str, optionflags: int) -> bool:
+        return super().check_output(want, got, optionflags) or alike(got, want, relative="1e-4", units=0)
+
+
 @pytest.mark.parametrize("name", ["eaml_ext", *MODULES])
 def test_docstring_examples_run(name):
     if name == "eaml_ext.integrations.transformers":
         pytest.importorskip("transformers", reason="transformers is not installed")
     torch.manual_seed(0)
-    results = doctest.testmod(importlib.import_module(name))
-    assert results.failed == 0
-
-
-def alike(printed: str, promised: str) -> bool:
-    """Equal text and whole numbers; other numbers to a tenth, as training ends elsewhere on another machine."""
-    number = r"-?\d+\.\d+(?:e[-+]\d+)?"
-    if re.split(number, printed) != re.split(number, promised):
-        return False
-    pairs = zip(re.findall(number, printed), re.findall(number, promised), strict=True)
-    return all(float(a) == pytest.approx(float(b), rel=0.1) for a, b in pairs)
+    runner = doctest.DocTestRunner(Checker())
+    for example in doctest.DocTestFinder().find(importlib.import_module(name)):
+        runner.run(example)
+    assert runner.failures == 0
 
 
 @pytest.mark.parametrize("path", TUTORIALS, ids=lambda p: p.stem)
@@ -72,13 +88,40 @@ def test_tutorials_print_what_they_say(path, tmp_path, monkeypatch):
         with contextlib.redirect_stdout(out):
             exec(compile(code, path.name, "exec"), space)
         if promised:
-            assert alike(out.getvalue(), promised), f"{path.name} printed\n{out.getvalue()}instead of\n{promised}"
+            # training on other instructions, or another torch, ends a few hundredths of an error elsewhere
+            same = alike(out.getvalue(), promised, relative="0.1")
+            assert same, f"{path.name} printed\n{out.getvalue()}instead of\n{promised}"
 
 
-def test_numbers_in_tutorials_are_compared():
-    assert alike("error 0.51 of 12\n", "error 0.50 of 12\n") and alike("1.0e-07", "1.05e-07")
-    assert not alike("error 0.6 of 12\n", "error 0.50 of 12\n") and not alike("0.5 of 13", "0.5 of 12")
-    assert not alike("-0.5", "0.5") and not alike("a 0.5", "b 0.5") and not alike("1.0e-07", "1.0e-06")
+@pytest.mark.parametrize(
+    "printed, promised, relative, same",
+    [
+        ("error 0.51 of 12", "error 0.50 of 12", "0.1", True),
+        ("0.006", "0.007", "0.1", True),  # 0.0064 and 0.0066, say
+        ("0.0064", "0.0066", "0.01", False),
+        ("0.005", "0.007", "0.1", False),
+        ("49.3%, 1.18", "48.9%, 1.25", "0.1", True),
+        ("0.00", "-0.00", "0.1", True),
+        ("1.05e-07", "1.0e-07", "0.1", True),
+        ("6e-08", "5e-08", "0.1", True),
+        ("8e-08", "5e-08", "0.1", False),
+        ("1.0e-06", "1.0e-07", "0.1", False),
+        ("0.6 of 12", "0.50 of 12", "0.1", False),
+        ("0.5 of 13", "0.5 of 12", "0.1", False),
+        ("-0.5", "0.5", "0.1", False),
+        ("a 0.5", "b 0.5", "0.1", False),
+        ("0.5", "0.5 0.5", "0.1", False),
+        ("nan", "0.5", "0.1", False),
+    ],
+)
+def test_alike_figures_within_tolerance_and_rounding_are_accepted(printed, promised, relative, same):
+    assert alike(printed, promised, relative) is same
+
+
+@pytest.mark.parametrize("printed, same", [("2.0", True), ("1.9999998", True), ("1.9", False), ("1.999", False)])
+def test_checker_last_digits_of_float32_are_accepted(printed, same):
+    assert Checker().check_output("(2.0, 3)\n", f"({printed}, 3)\n", 0) is same
+    assert not Checker().check_output("(2.0, 3)\n", f"({printed}, 4)\n", 0)
 
 
 def test_docs_have_an_example_per_layer():

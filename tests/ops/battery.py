@@ -62,6 +62,7 @@ class Op:
     factor: float
     highest_order: int | None = 2
     compiled: Sequence[str] = field(default=())  # the cases that torch.compile is tried on; none: the first
+    representative: Sequence[str] = field(default=())  # cases that have every option between them; none: all
 
     def names(self, call: Call) -> list[str]:
         """The differentiable arguments that are present."""
@@ -199,6 +200,12 @@ def mapped(
     return tensors, dims
 
 
+def parameters(choices: Mapping[str, Any], representative: Sequence[str], mark: Any = pytest.mark.kernels) -> list[Any]:
+    """A test parameter per choice; ``mark`` is on all but the representative ones, if any are named."""
+    rest = choices.keys() - (representative or choices)
+    return [pytest.param(x, id=name, marks=[mark] * (name in rest)) for name, x in choices.items()]
+
+
 def drawn_subsets(names: Sequence[str], count: int, draw: random.Random) -> list[list[str]]:
     """All of them, then random non-empty choices."""
     return [list(names), *(draw.sample(names, draw.randint(1, len(names))) for _ in range(count - 1))]
@@ -242,13 +249,16 @@ class Battery:
         chosen = self.op.compiled or list(self.op.cases)[:1]
         values = {
             "small": self.op.cases,
+            "few": self.op.cases,
             "case": everything,
             "compiled": {name: everything[name] for name in chosen},
             "dtype": {str(dtype).removeprefix("torch."): dtype for dtype in DTYPES},
         }
         for name, choices in values.items():
             if name in metafunc.fixturenames:
-                metafunc.parametrize(name, list(choices.values()), ids=list(choices))
+                representative = self.op.representative if name in ("small", "few") else ()
+                mark = pytest.mark.exhaustive if name == "few" else pytest.mark.kernels
+                metafunc.parametrize(name, parameters(choices, representative, mark))
 
     def test_close_to_float64(self, case: Build, dtype: torch.dtype, device: str) -> None:
         call, op = case(dtype, device), self.op
@@ -269,6 +279,7 @@ class Battery:
         assert gradcheck(function, x, check_forward_ad=True, check_batched_forward_grad=True, **modes)
         assert gradgradcheck(function, x, check_fwd_over_rev=True, check_rev_over_rev=True, **modes)
 
+    @pytest.mark.kernels
     def test_slow_numerical_check_of_every_entry(self, device: str) -> None:
         """Without gradcheck's random projections, for the last case."""
         call = [*self.op.cases.values()][-1](torch.float64, device)
@@ -421,8 +432,8 @@ class Battery:
                 with pytest.raises(RuntimeError, match="not implemented"):
                     nested(op.function, modes)
 
-    def test_opcheck(self, small: Build, device: str) -> None:
-        for op, args in self.op.raw(small(torch.float32, device)):
+    def test_opcheck(self, few: Build, device: str) -> None:
+        for op, args in self.op.raw(few(torch.float32, device)):
             torch.library.opcheck(op, args)
             given = {x.untyped_storage().data_ptr() for x in args if isinstance(x, Tensor) and x.numel()}
             outs = op(*args)

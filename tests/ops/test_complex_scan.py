@@ -13,7 +13,21 @@ import pytest
 import test_scan_numerics as numerics
 import test_selective_scan as real
 import torch
-from battery import DTYPES, LAYOUTS, Battery, Build, Call, Op, close, derivatives, leaves, noise, outputs, to_float64
+from battery import (
+    DTYPES,
+    LAYOUTS,
+    Battery,
+    Build,
+    Call,
+    Op,
+    close,
+    derivatives,
+    leaves,
+    noise,
+    outputs,
+    parameters,
+    to_float64,
+)
 from torch import Tensor
 from torch.autograd import gradcheck, gradgradcheck
 
@@ -69,6 +83,7 @@ def complex_call(*present: str, **sizes: Any) -> Call:
 
 # The CUDA kernels take half as many states as of the real scan.
 WIDEST = {"state128": build(*OPTIONAL, state=128, dim=5, length=6)}
+REPRESENTATIVE = ("per_task", "invariant", "step")
 SHAPES = {name: in_parts(shape) for name, shape in (real.SHAPES | WIDEST).items() if name != "state256"}
 
 
@@ -84,6 +99,7 @@ class TestComplexScan(Battery):
         raw=lambda call: real.raw_calls(call._replace(tensors=joined(call.tensors))),
         factor=real.FACTOR,
         compiled=("per_task", "all"),
+        representative=REPRESENTATIVE,
     )
 
 
@@ -174,7 +190,7 @@ def test_strides_of_complex_tensors(name, layout):
 # ---- gradients in PyTorch's convention ---------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", real.CASES)
+@pytest.mark.parametrize("name", parameters({name: name for name in real.CASES}, REPRESENTATIVE))
 def test_gradients_are_numerical_ones(name):
     call = in_parts(real.CASES[name])(torch.float64, "cpu")
     call = call._replace(tensors=joined(call.tensors))
@@ -204,7 +220,7 @@ def spinning(length: int) -> Build:
     return make
 
 
-@pytest.mark.parametrize("length", [64, 1024])
+@pytest.mark.parametrize("length", [64, pytest.param(1024, marks=pytest.mark.kernels)])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_rounding(dtype, length):
     """Within twice the real scan's bounds: a part of a complex product is two products."""

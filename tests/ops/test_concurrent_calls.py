@@ -2,6 +2,7 @@
 
 import threading
 
+import pytest
 import torch
 
 from eaml_ext.ops import PackedKeys, knn, selective_scan
@@ -30,6 +31,7 @@ def calls():
     }
 
 
+@pytest.mark.kernels
 def test_the_bits_of_one_thread():
     todo = calls()
     wanted = {name: call() for name, call in todo.items()}

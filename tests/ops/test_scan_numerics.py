@@ -117,7 +117,7 @@ BOUNDS = {
 HALF = 0.51
 
 
-@pytest.mark.parametrize("length", [64, 1024])
+@pytest.mark.parametrize("length", [64, pytest.param(1024, marks=pytest.mark.kernels)])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 def test_rounding(dtype, length, device):
     want = truth(torch.float32, length)

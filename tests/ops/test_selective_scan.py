@@ -656,8 +656,16 @@ def test_few_channels_are_summed_in_parts(state, invariant, present, device, ref
     check_few_channels(single, invariant, threads=(2,), factor=4 * FACTOR)
 
 
-@pytest.mark.parametrize("number", ["real", "complex"])
-@pytest.mark.parametrize("invariant", [(), ("B",)], ids=str)
+@pytest.mark.parametrize(
+    "number, invariant",
+    [
+        ("real", ()),
+        ("complex", ("B",)),
+        pytest.param("real", ("B",), marks=pytest.mark.exhaustive),
+        pytest.param("complex", (), marks=pytest.mark.exhaustive),
+    ],
+    ids=str,
+)
 @pytest.mark.parametrize(
     "case", ["fast", "slow", "fast where stretches meet", "large at the ends", "infinite", "resets"]
 )
