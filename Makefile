@@ -88,7 +88,7 @@ ON_CPU := build/cuda_on_cpu
 ON_CPU_FLAGS = -O1 -g1 -std=c++20 -fPIC -fno-math-errno -Wall -Wno-unknown-pragmas -Wno-psabi -U_FORTIFY_SOURCE \
 	-DEAML_CUDA_ON_CPU -DTORCH_TARGET_VERSION=0x020b000000000000 -Icsrc -Itests/cuda_on_cpu -isystem $(TORCH)/include
 TORCH = $(shell $(BIN)/python -c 'import torch; print(torch.__path__[0])')
-CUDA_SOURCES := $(wildcard tests/cuda_on_cpu/*.cpp csrc/*/cuda_op.cpp csrc/*/cuda_kernel*.cu)
+CUDA_SOURCES := $(wildcard tests/cuda_on_cpu/*.cpp csrc/*/cuda/*.cpp csrc/*/cuda/*.cu)
 ON_CPU_TESTS := close_to or numerical or half or strides or equals or extreme or drawn or exact or long or fault or \
 	states or tiling
 ON_CPU_SCAN := tests/cuda_on_cpu/test_stand_in.py tests/ops/test_selective_scan.py tests/ops/test_complex_scan.py

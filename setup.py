@@ -19,7 +19,7 @@ from setuptools import setup
 sys.path.append(sysconfig.get_paths()["purelib"])  # the user's own torch, also under pip's build isolation
 
 TORCH_TARGET = "0x020b000000000000"  # LibTorch stable ABI of torch 2.11: one build serves every later release
-CUDA_SOURCES = "csrc/*/cuda_*.cpp"  # and every .cu
+CUDA_SOURCES = "csrc/*/cuda/*.cpp"  # and every .cu
 CUDA_ARCHS = "8.0;9.0+PTX;12.0"  # A100 to RTX 40, H100 and H200, RTX 50; others compile the PTX when they load it
 # No -ffp-contract: both compilers fuse by default, and clang's `fast` would override pragmas that forbid it.
 FLAGS = ["-O3", "-g0", "-std=c++20", "-fno-math-errno", "-fno-trapping-math", "-fvisibility=hidden"]
@@ -49,7 +49,7 @@ def add_cuda(module) -> None:
     archs = sorted(here) or [a for a in CUDA_ARCHS.split(";") if "compute_" + re.sub(r"\D", "", a) in known.split()]
     archs = os.environ.setdefault("TORCH_CUDA_ARCH_LIST", ";".join(archs))
     cpp_extension.CUDA_HOME = home  # which a torch without CUDA leaves None
-    module.sources += sorted(glob(CUDA_SOURCES) + glob("csrc/*/*.cu"))
+    module.sources += sorted(glob(CUDA_SOURCES) + glob("csrc/*/cuda/*.cu"))
     names = re.sub(r"[; ]+", "/", archs)  # nvcc takes a comma for the next macro
     module.define_macros += [("EAML_CUDA_VERSION", version), ("EAML_CUDA_ARCHS", names)]
     module.library_dirs.append(f"{home}/lib64")
@@ -125,7 +125,7 @@ def extension() -> dict:
     taken += os.environ.get("CXXFLAGS", "").split()  # the user's have the last word
     module = CppExtension(
         name="eaml_ext._C",
-        sources=sorted(set(glob("csrc/*/*.cpp") + glob("csrc/*.cpp")) - set(glob(CUDA_SOURCES))),
+        sources=sorted(set(glob("csrc/**/*.cpp", recursive=True)) - set(glob(CUDA_SOURCES) + glob("csrc/bench/*"))),
         include_dirs=[os.path.abspath("csrc"), *bindings],
         define_macros=[("TORCH_TARGET_VERSION", TORCH_TARGET)],
         extra_compile_args={"cxx": taken},

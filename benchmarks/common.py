@@ -3,6 +3,7 @@
 import argparse
 import concurrent.futures
 import ctypes
+import functools
 import gc
 import json
 import math
@@ -11,6 +12,7 @@ import os
 import platform
 import re
 import statistics
+import subprocess
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -152,12 +154,34 @@ def fastest(function: Callable[[], Any], seconds: float = 0.5) -> float:
     return min(once(function) for _ in range(repeats))
 
 
+@functools.cache
+def rates() -> ctypes.CDLL | None:
+    """csrc/bench/rates.cpp, compiled into build/bench: rates of one thread. None without a C++ compiler.
+
+    ``exp_rate()`` and ``fma_rate()``: float32 operations per second in registers. ``read_rate(size)``: bytes/s.
+    """
+    root = Path(__file__).parents[1]
+    source, library = root / "csrc" / "bench" / "rates.cpp", root / "build" / "bench" / "rates.so"
+    library.parent.mkdir(parents=True, exist_ok=True)
+    flags = ["-O3", "-std=c++20", "-fno-math-errno", "-fno-trapping-math", "-fvisibility=hidden", "-shared", "-fPIC", "-Wno-psabi"]
+    command = [*os.environ.get("CXX", "c++").split(), *flags, f"-I{root / 'csrc'}", str(source), "-o", str(library)]
+    try:
+        subprocess.run(command, check=True, capture_output=True)
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    found = ctypes.CDLL(str(library))
+    for name in ("exp_rate", "fma_rate", "read_rate"):
+        getattr(found, name).restype = ctypes.c_double
+    found.read_rate.argtypes = [ctypes.c_int64]
+    return found
+
+
 def exp_rates() -> dict[str, float]:
-    """float32 exponentials per second of one thread: torch.exp in L1, and the kernels' own where they report it."""
+    """float32 exponentials per second of one thread: torch.exp in L1, and the kernels' exponential in registers."""
     x, out, calls = torch.randn(4096), torch.empty(4096), 100
-    rates = {"torch.exp": calls * x.numel() / fastest(lambda: [torch.exp(x, out=out) for _ in range(calls)])}
-    own = getattr(getattr(eaml_ext, "_C", None), "exp_rate", None)
-    return rates if own is None else {**rates, "kernel": max(own() for _ in range(5))}
+    found = {"torch.exp": calls * x.numel() / fastest(lambda: [torch.exp(x, out=out) for _ in range(calls)])}
+    own = rates()
+    return found if own is None else {**found, "kernel": max(own.exp_rate() for _ in range(5))}
 
 
 def l2_bytes() -> int:

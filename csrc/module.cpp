@@ -1,10 +1,8 @@
 // The pybind11 module eaml_ext._C. The ops themselves register with torch's dispatcher when this library is loaded.
 #include <pybind11/pybind11.h>
 
-#include "common/exp_rate.h"
-#include "common/fma_rate.h"
 #include "common/simd.h"
-#include "knn/cpu_kernel.h"
+#include "knn/cpu/kernel.h"
 
 #define EAML_STRING_(x) #x
 #define EAML_STRING(x) EAML_STRING_(x)
@@ -36,8 +34,5 @@ pybind11::dict build_info() {
 PYBIND11_MODULE(_C, m) {
   m.doc() = "Compiled kernels of eaml_ext; loading it registers them with torch's dispatcher.";
   m.def("build_info", &build_info, "What was compiled: compiler, SIMD level in use, CUDA version, torch ABI target.");
-  m.def("exp_rate", &eaml::exp_rate, "float32 exponentials a second, one thread, in registers: the limit of the scan.");
-  m.def("fma_rate", &eaml::fma_rate, "float32 multiply-adds a second, one thread, in registers: the limit of knn.");
   m.def("knn_panel_rows", &eaml::knn::panel_rows, "Rows of 32 numbers in a panel of keys; is_float: they are float32.");
-  m.def("read_rate", &eaml::read_rate, "Bytes a second that one thread reads of an array of so many bytes.");
 }

@@ -17,8 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-import eaml_ext
-from benchmarks.common import brief_path, cpus, fastest, flags, medians, result_path, write
+from benchmarks.common import brief_path, cpus, fastest, flags, medians, rates, result_path, write
 from benchmarks.ops.knn_peers import (
     OURS,
     PACKAGES,
@@ -86,7 +85,7 @@ class Bench:
 
 def limits(threads: int) -> dict[str, Any]:
     """Multiply-adds per second in registers, and bytes per second that are read, by the size of what is read."""
-    own = getattr(eaml_ext.ops, "_C", None)
+    own = rates()
     sizes = (2**18, 2**22, 25_600_000, 2**26, 2**29)
     if own is None:
         wide = torch.ones(2**26)

@@ -15,7 +15,6 @@ from typing import Any
 
 import torch
 
-import eaml_ext
 from benchmarks.common import (
     brief_path,
     copy_rate,
@@ -28,6 +27,7 @@ from benchmarks.common import (
     medians,
     once,
     peak_bytes,
+    rates,
     result_path,
     write,
 )
@@ -163,18 +163,18 @@ def left_out(bench: Bench, name: str) -> list[str]:
 
 def limits(threads: int) -> dict[str, float]:
     """Exponentials and multiply-adds per second, and bytes per second of copies within L2 and through memory."""
-    rates = exp_rates()
+    found_rates = exp_rates()
     half = l2_bytes() // 2  # source and target fill the cache
-    found = {"exp": threads * max(rates.values()), "copy L2": copy_rate(half), "copy 64 MiB": copy_rate(2**26)}
-    each = ", ".join(f"{name} {rate / 1e9:.2f}e9/s" for name, rate in rates.items())
+    found = {"exp": threads * max(found_rates.values()), "copy L2": copy_rate(half), "copy 64 MiB": copy_rate(2**26)}
+    each = ", ".join(f"{name} {rate / 1e9:.2f}e9/s" for name, rate in found_rates.items())
     print(f"\nlimits: {each} (one thread); copy {found['copy L2'] / 1e9:.0f} GB/s in L2, ", end="")
     print(f"{found['copy 64 MiB'] / 1e9:.0f} GB/s of 64 MiB")
-    if "kernel" in rates:
-        found["multiply"] = threads * eaml_ext._C.fma_rate()
+    if own := rates():
+        found["multiply"] = threads * own.fma_rate()
         print(f"{found['multiply'] / 1e9:.1f}e9 multiply-adds/s")
     else:
         print("absent: exp in registers; torch.exp alone is below what the kernels' own reaches, shares may pass 100 %")
-    return {**found, **{f"exp, {name}, one thread": rate for name, rate in rates.items()}}
+    return {**found, **{f"exp, {name}, one thread": rate for name, rate in found_rates.items()}}
 
 
 def times(bench: Bench, shape: Shape, limit: dict[str, float]) -> Row:

@@ -4,18 +4,20 @@
 // Complex; gradients are then dL/dRe + i dL/dIm, and of C h_t the real part counts.
 #pragma once
 
-#include "common/math.h"
+#include "common/complex.h"
+#include "common/exp2.h"
+#include "common/trig.h"
 
 namespace eaml::selective_scan {
 
-// What a sum over states is: a complex state stands for itself and its conjugate.
+// A complex state represents itself and its conjugate, so sums over states count twice.
 template <class Z>
-EAML_INLINE real_t<Z> both(real_t<Z> sum) {
-  if constexpr (kComponents<Z> == 2) return sum + sum;
+EAML_INLINE real_t<Z> conjugate_pair_sum(real_t<Z> sum) {
+  if constexpr (kNumComponents<Z> == 2) return sum + sum;
   return sum;
 }
 
-// What exp(dt A) takes of A: A log2(e), so that values need no further factor; of a complex A, also its angle.
+// A as exp(dt A) uses it: A log2(e), so that 2^t needs no further factor; of a complex A also its angle.
 template <class Z>
 struct Rate {
   vector_t<Z> log2;
@@ -26,8 +28,8 @@ struct Rate<Complex<S>> {
   HalfTurns<vector_t<S>> angle;
 };
 
-// a = exp(dt A) for K states. The tangent of a Dual a is that of its logarithm: a product with it then needs one
-// multiplication less.
+// a = exp(dt A) for K states. A Dual a holds the tangent of its logarithm: products with it need one multiplication
+// less.
 template <int K, class V>
 EAML_INLINE void decay(V dt, const V (&)[K], const Rate<V> (&rate)[K], V (&a)[K]) {
   V t[K];
@@ -70,7 +72,7 @@ EAML_INLINE void decay(Dual<V> dt, const Complex<Dual<V>> (&A)[K], const Rate<Co
   }
 }
 
-// a h
+// a h, where a Dual a holds the tangent of its logarithm
 template <class V>
 EAML_INLINE V decayed(const V& a, const V& h) {
   return a * h;
@@ -87,22 +89,22 @@ EAML_INLINE Complex<Dual<V>> decayed(const Complex<Dual<V>>& a, const Complex<Du
   return {{value.re, tangent.re}, {value.im, tangent.im}};
 }
 
-// B and C may be one number for all lanes.
+// h_t. B may be one number for all lanes.
 template <class Z, class S, class M>
 EAML_INLINE Z advance(Z a, Z h_prev, S x, M B) {
   return decayed(a, h_prev) + x * B;
 }
 
-// What one step sends back for one state; gradients of shared factors are summed by the caller.
+// Gradients of one step for one state. The caller sums those of shared factors.
 template <class Z, class S>
 struct StepGradient {
   Z h_prev;  // dL/dh_{t-1}
   Z B;       // dL/dB_t; dL/dC_t is grad_y times the conjugate of h_t
-  S x;       // dL/dx_t, one state's share
-  Z dt_A;    // dL/d(dt A), one state's share: times A it goes to dt, times dt to A
+  S x;       // term of dL/dx_t
+  Z dt_A;    // term of dL/d(dt A): times A it is one of dL/dt, times dt one of dL/dA
 };
 
-// `rest` is a h_{t-1}.
+// Adjoint of one step; `rest` is a h_{t-1}.
 template <class Z, class S, class M>
 EAML_INLINE StepGradient<Z, S> step_backward(Z grad_h, S grad_y, Z a, Z rest, S x, M B, M C) {
   const Z g = grad_h + times_conjugate(grad_y, C);

@@ -124,7 +124,7 @@ def _reference(
 
 torch.library.impl("eaml_ext::knn", "CompositeExplicitAutograd", reference_of("knn")(_reference))
 
-MOST = 1024  # neighbours that the CUDA kernels find: csrc/knn/cuda_kernel.h
+MOST = 1024  # neighbours that the CUDA kernels find: csrc/knn/cuda/launch.h
 
 
 def _raw(queries: Tensor, keys: Tensor, k: int, *others: Any) -> tuple[Tensor, Tensor]:

@@ -25,7 +25,7 @@ try:
 except ImportError:
     _C = None
 
-PANEL = 32  # keys of a panel: csrc/knn/cpu_kernel.h
+PANEL = 32  # keys of a panel: csrc/knn/cpu/kernel.h
 HUGE = 1 << 22  # bytes from which huge pages are asked for
 
 # ---- schema -----------------------------------------------------------------------------------------------------
@@ -89,7 +89,7 @@ def _panel_rows(dim: int, dtype: torch.dtype, device: torch.device) -> int | Non
         return None
     if not torch._C._dispatch_has_kernel_for_dispatch_key("eaml_ext::knn_write", key):
         return None
-    return -(-(dim + 2) // 16) * 8 + 4  # csrc/knn/cuda_kernel.h
+    return -(-(dim + 2) // 16) * 8 + 4  # csrc/knn/cuda/launch.h
 
 
 def _zeros(size: int, device: torch.device) -> Tensor:

@@ -25,7 +25,7 @@ from eaml_ext import _check
 from eaml_ext.ops._typed import Function, allow_in_graph, register_fake
 from eaml_ext.ops.fallback import reference_of, tell
 
-CHUNK = 32  # steps between two saved states; kChunk in csrc/selective_scan/problem.h
+CHUNK = 32  # steps between two saved states; kChunk in csrc/selective_scan/params.h
 MOST = 256  # states of a channel that the CUDA kernels take, a complex one counting twice
 
 _HALF = (torch.bfloat16, torch.float16)

@@ -1,5 +1,5 @@
 // Kernels with the faults that the stand-in is to find; its own test.
-#include "common/cuda.h"
+#include "common/cuda_compat.h"
 
 namespace {
 

@@ -1,5 +1,5 @@
 // What the results of knn do not show: how many keys its screen leaves, and which queries it gives up.
-#include "knn/cuda_kernel.cuh"
+#include "knn/cuda/launch.cuh"
 
 #include <vector>
 

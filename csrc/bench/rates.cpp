@@ -1,0 +1,117 @@
+// Rates of one thread that benchmarks compare kernels with. benchmarks/common.py compiles and loads this file; it is
+// not part of the package.
+#include <algorithm>
+#include <chrono>
+#include <cstdint>
+#include <vector>
+
+#include "common/exp2.h"
+#include "common/simd.h"
+
+namespace eaml::rates {
+
+constexpr int kExpRounds = 4096, kExpVectors = 8;
+
+// The numbers overflow within a few rounds; the instructions take as long.
+template <class V>
+EAML_INLINE float exponentials_() {
+  V x[kExpVectors];
+  for (int k = 0; k < kExpVectors; ++k) x[k] = splat<V>(-0.1f) * float(k);
+  for (int i = 0; i < kExpRounds; ++i) {
+    V y[kExpVectors];
+    exp2_(x, y);
+    EAML_UNROLL
+    for (int k = 0; k < kExpVectors; ++k) x[k] = y[k];
+  }
+  float sum = 0;
+  for (int k = 0; k < kExpVectors; ++k) sum += x[k][0];
+  return sum;
+}
+
+constexpr int kRounds = 1 << 14, kVectors = 12;  // sums; every instruction set has registers for this many
+
+template <class V>
+EAML_INLINE float multiply_adds_(float number) {
+  V x[kVectors];
+  EAML_UNROLL
+  for (int k = 0; k < kVectors; ++k) x[k] = number - V{};
+  const V factor = number - V{}, summand = 2 * number - V{};
+  for (int i = 0; i < kRounds; ++i) {
+    EAML_UNROLL
+    for (int k = 0; k < kVectors; ++k) x[k] = x[k] * factor + summand;
+  }
+  V sum{};
+  for (int k = 0; k < kVectors; ++k) sum += x[k];
+  return sum[0];
+}
+
+template <class V>
+EAML_INLINE float read_(const float* from, std::int64_t count) {
+  constexpr int kWide = 4, kStep = kWide * Lanes<V>::count;
+  V sum[kWide] = {};
+  for (std::int64_t i = 0; i + kStep <= count; i += kStep) {
+    EAML_UNROLL
+    for (int k = 0; k < kWide; ++k) sum[k] += load<V>(from + i + k * Lanes<V>::count);
+  }
+  return (sum[0] + sum[1] + sum[2] + sum[3])[0];
+}
+
+#define EAML_DEFINE(TARGET, BYTES)                                    \
+  TARGET float exponentials() {                                       \
+    return exponentials_<Vec<float, BYTES / sizeof(float)>>();        \
+  }                                                                   \
+  TARGET int vector_lanes() {                                         \
+    return BYTES / sizeof(float);                                     \
+  }                                                                   \
+  TARGET float multiply_adds(float number) {                          \
+    return multiply_adds_<Vec<float, BYTES / sizeof(float)>>(number); \
+  }                                                                   \
+  TARGET float read(const float* from, std::int64_t count) {          \
+    return read_<Vec<float, BYTES / sizeof(float)>>(from, count);     \
+  }
+EAML_VERSIONS(EAML_DEFINE)
+#undef EAML_DEFINE
+
+// Seconds of the fastest of `tries` calls.
+template <class Function>
+double fastest(int tries, Function function) {
+  using Clock = std::chrono::steady_clock;
+  double best = 1e9;
+  for (int i = 0; i < tries; ++i) {
+    const auto start = Clock::now();
+    const volatile float keep = function();
+    (void)keep;
+    best = std::min(best, std::chrono::duration<double>(Clock::now() - start).count());
+  }
+  return best;
+}
+
+double best_exp_rate() {
+  return double(kExpRounds) * kExpVectors * vector_lanes() / fastest(50, [] { return exponentials(); });
+}
+double best_fma_rate() {
+  volatile float number = 0.5f;
+  return double(kRounds) * kVectors * vector_lanes() / fastest(50, [&] { return multiply_adds(number); });
+}
+double best_read_rate(std::int64_t bytes) {
+  const std::vector<float> x(std::max<std::int64_t>(bytes, 4096) / 4, 1.0f);
+  const double size = 4.0 * double(x.size());
+  return size / fastest(5 + int(1e9 / size), [&] { return read(x.data(), std::int64_t(x.size())); });
+}
+
+}  // namespace eaml::rates
+
+#define EAML_EXPORT extern "C" __attribute__((visibility("default")))
+
+// float32 exponentials per second, in registers.
+EAML_EXPORT double exp_rate() {
+  return eaml::rates::best_exp_rate();
+}
+// float32 multiply-adds per second, in registers.
+EAML_EXPORT double fma_rate() {
+  return eaml::rates::best_fma_rate();
+}
+// Bytes per second of reading an array of `bytes` repeatedly.
+EAML_EXPORT double read_rate(std::int64_t bytes) {
+  return eaml::rates::best_read_rate(bytes);
+}

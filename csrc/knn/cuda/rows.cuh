@@ -1,0 +1,207 @@
+// Queries that are searched directly: every key's value in double.
+#pragma once
+
+#include "knn/cuda/exact.cuh"
+
+namespace eaml::knn {
+namespace {
+
+// Queries that are searched directly: all, or those of a list of rows that an earlier kernel has written.
+template <class T>
+struct RowsTask {
+  Problem<T> problem;
+  Found<T> found;
+  Entry<T>* partial;  // (query or place in the list, k, part), where there are several parts
+  const int64_t* list;
+  const uint32_t* list_count;
+  int64_t parts, part, groups, blocks;
+  int k, kept;
+};
+
+template <class T, int kQueries, bool kPlain>
+EAML_KERNEL(kThreads, kQueries == 1 ? 2 : 1)
+rows_kernel(EAML_CONSTANT RowsTask<T> p) {
+  using E = Entry<T>;
+  constexpr bool kStaged = kPlain;
+  const Problem<T>& problem = p.problem;
+  const int64_t features = problem.features, padded = (features + 7) / 8 * 8;
+  char* memory_at = cuda::shared_memory();
+  const Shared<double> staged{reinterpret_cast<double*>(memory_at)};
+  if constexpr (kStaged) memory_at += kQueries * padded * sizeof(double);
+  Places places{{reinterpret_cast<uint32_t*>(memory_at)}};
+  memory_at += Places::size(kQueries) * sizeof(uint32_t);
+  const int64_t units = p.parts * (p.list == nullptr ? problem.memories * p.groups : int64_t(*p.list_count));
+  for (int64_t unit = cuda::block(); unit < units; unit += p.blocks) {
+    cuda::sync_block();  // what the unit before has left is still read
+    const int64_t part = unit % p.parts, index = unit / p.parts;
+    const int64_t group = p.list == nullptr ? index % p.groups : 0;
+    const int64_t first =
+        p.list == nullptr ? index / p.groups * problem.queries_each + group * kQueries : p.list[index];
+    const int64_t left = problem.queries_each - group * kQueries;
+    const int count = static_cast<int>(p.list == nullptr ? (left < kQueries ? left : kQueries) : 1);
+    const Memory<T> memory(problem, first / problem.queries_each);
+    std::conditional_t<kStaged, StagedQuery, Query<T>> queries[kQueries];
+    Best<E> lists[kQueries];
+    double norms[kQueries];
+    EAML_UNROLL
+    for (int q = 0; q < kQueries; ++q) {
+      const T* row = problem.queries + (first + (q < count ? q : 0)) * features;
+      lists[q].start(memory_at + q * (p.kept + kFresh) * sizeof(E), p.k, p.kept);
+      norms[q] = memory.metric == Metric::kCosine ? norm_of(row, features) : 0;
+      if constexpr (kStaged) {
+        queries[q].row = staged.at(static_cast<int>(q * padded));
+        for (int64_t i = cuda::thread(); i < padded; i += kThreads)
+          queries[q].row.set(static_cast<int>(i), i < features ? double(cuda::load(row + i)) : 0);
+      } else {
+        queries[q] = {row, features};
+      }
+    }
+    cuda::sync_block();
+    const int64_t begin = part * p.part, end = begin + p.part < problem.size ? begin + p.part : problem.size;
+    // Two threads take two keys, at once where that leaves registers, and each of them keeps one.
+    constexpr int kKeys = kPlain && kQueries == 1 ? 2 : 1;
+    for (int64_t slot = begin; slot < end; slot += kThreads) {
+      const int64_t mine = slot + cuda::thread(), pair = mine / 2 * 2;
+      T score[kQueries];
+      for (int k = 0; k < 2; k += kKeys) {
+        T found[kKeys][kQueries];
+        int64_t slots[kKeys];
+        EAML_UNROLL
+        for (int i = 0; i < kKeys; ++i) slots[i] = pair + k + i < end ? pair + k + i : end - 1;
+        scores<kPlain>(found, memory, slots, queries, norms);
+        EAML_UNROLL
+        for (int i = 0; i < kKeys; ++i)
+          for (int q = 0; q < kQueries; ++q) score[q] = k + i == 0 || cuda::thread() % 2 == 1 ? found[i][q] : score[q];
+      }
+      const bool live = mine < end && memory.live(mine);
+      E entries[kQueries];
+      EAML_UNROLL
+      for (int q = 0; q < kQueries; ++q)
+        entries[q] = live && q < count ? entry_of(score[q], static_cast<uint32_t>(mine)) : kNone<E>;
+      push(lists, entries, places);
+    }
+    EAML_UNROLL
+    for (int q = 0; q < kQueries; ++q) {
+      if (q >= count) continue;
+      lists[q].flush();
+      if (p.partial == nullptr) {
+        write_best(lists[q], problem, p.found, first + q);
+        continue;
+      }
+      const int64_t row = p.list == nullptr ? first + q : index;
+      cuda::sync_block();
+      for (int j = cuda::thread(); j < p.k; j += kThreads)
+        p.partial[(row * p.k + j) * p.parts + part] = lists[q].best.get(j);
+    }
+  }
+}
+
+// The best of what the parts have found.
+template <class T>
+EAML_KERNEL(kThreads)
+merge_kernel(EAML_CONSTANT RowsTask<T> p) {
+  using E = Entry<T>;
+  const Problem<T>& problem = p.problem;
+  Places places{{reinterpret_cast<uint32_t*>(cuda::shared_memory())}};
+  const int64_t rows = p.list == nullptr ? problem.memories * problem.queries_each : int64_t(*p.list_count);
+  for (int64_t row = cuda::block(); row < rows; row += p.blocks) {
+    cuda::sync_block();
+    Best<E> lists[1];
+    lists[0].start(cuda::shared_memory() + Places::size(1) * sizeof(uint32_t), p.k, p.kept);
+    cuda::sync_block();
+    // Each part's best come first: where no part's next is good enough, none behind it is.
+    const int64_t count = p.parts * p.k;
+    for (int64_t i = 0; i < count; i += kThreads) {
+      const int64_t at = i + cuda::thread();
+      const E entries[1] = {at < count ? p.partial[row * count + at] : kNone<E>};
+      if (push(lists, entries, places) == 0 && p.parts <= kThreads) break;
+    }
+    lists[0].flush();
+    cuda::sync_block();
+    write_best(lists[0], problem, p.found, p.list == nullptr ? row : p.list[row]);
+  }
+}
+
+// ---- what runs on the host ----
+
+constexpr std::size_t kMostShared = 96 << 10;  // as much as a block has on the smaller GPUs
+constexpr int64_t kMostStagedFeatures = 512;
+
+template <class T, int kQueries, bool kPlain>
+std::size_t rows_bytes(const RowsTask<T>& p) {
+  const std::size_t staged = kPlain ? (p.problem.features + 7) / 8 * 8 * sizeof(double) : 0;
+  return kQueries * (staged + Best<Entry<T>>::bytes(p.k)) + Places::size(kQueries) * sizeof(uint32_t);
+}
+
+template <class T>
+bool is_plain(const Problem<T>& p) {
+  return p.half == Half::kNone && p.features % 4 == 0 && p.features <= kMostStagedFeatures &&
+         reinterpret_cast<std::uintptr_t>(p.keys) % 16 == 0;
+}
+
+// Calls f(number of queries of a block, whether keys are plain), both as constants.
+template <class T, class F>
+const char* with_rows(const RowsTask<T>& p, F f) {
+  constexpr int kGroup = 4;
+  const bool plain = is_plain(p.problem);
+  if (p.list == nullptr && p.problem.queries_each > 1) {
+    if (plain && rows_bytes<T, kGroup, true>(p) <= kMostShared)
+      return f(std::integral_constant<int, kGroup>(), std::true_type());
+    if (!plain && rows_bytes<T, kGroup, false>(p) <= kMostShared)
+      return f(std::integral_constant<int, kGroup>(), std::false_type());
+  }
+  if (plain) return f(std::integral_constant<int, 1>(), std::true_type());
+  return f(std::integral_constant<int, 1>(), std::false_type());
+}
+
+template <class T>
+RowsTask<T> rows_task(const Problem<T>& problem, Found<T> found) {
+  RowsTask<T> p{};
+  p.problem = problem, p.found = found;
+  p.k = static_cast<int>(problem.k < problem.size ? problem.k : problem.size);
+  if (p.k == 0) p.k = 1;  // no keys: a list that stays empty
+  p.kept = Best<Entry<T>>::kept_for(p.k);
+  return p;
+}
+
+// Parts of the keys, none so small that its best are most of it.
+template <class T>
+void cut_keys(RowsTask<T>& p, int64_t wanted) {
+  const int64_t least = p.k * 4 > kThreads ? p.k * 4 : kThreads, size = p.problem.size > 0 ? p.problem.size : 1;
+  p.parts = between<int64_t>(1, wanted, ceil_div(size, least));
+  p.part = ceil_div(ceil_div(size, p.parts), kThreads) * kThreads;
+  p.parts = ceil_div(size, p.part);
+}
+
+template <class T>
+const char* launch_rows(const RowsTask<T>& p, void* stream) {
+  const char* error = with_rows(p, [&](auto queries, auto plain) {
+    constexpr int kQueries = decltype(queries)::value;
+    constexpr bool kPlain = decltype(plain)::value;
+    return cuda::launch(rows_kernel<T, kQueries, kPlain>, p.blocks, kThreads, rows_bytes<T, kQueries, kPlain>(p),
+                        stream, p);
+  });
+  if (error != nullptr || p.partial == nullptr) return error;
+  const int64_t rows = p.problem.memories * p.problem.queries_each;
+  RowsTask<T> merge = p;
+  merge.blocks = p.list == nullptr ? rows : between<int64_t>(1, rows, kManyBlocks);
+  return cuda::launch(merge_kernel<T>, merge.blocks, kThreads,
+                      Places::size(1) * sizeof(uint32_t) + Best<Entry<T>>::bytes(p.k), stream, merge);
+}
+
+template <class T>
+RowsTask<T> plan_rows(const Problem<T>& problem, Found<T> found, Pieces& pieces) {
+  RowsTask<T> p = rows_task(problem, found);
+  with_rows(p, [&](auto queries, auto) {
+    p.groups = ceil_div(problem.queries_each, decltype(queries)::value);
+    return nullptr;
+  });
+  const int64_t units = problem.memories * p.groups;
+  cut_keys(p, units >= kFewBlocks ? 1 : kManyBlocks / units);
+  p.blocks = units * p.parts;
+  if (p.parts > 1) pieces.take(p.partial, problem.memories * problem.queries_each * p.k * p.parts);
+  return p;
+}
+
+}  // namespace
+}  // namespace eaml::knn

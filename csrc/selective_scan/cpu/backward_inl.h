@@ -1,0 +1,307 @@
+// The backward pass of one unit. A part of kernel_inl.h.
+
+// Sums of gradients over time or lanes. They are plain numbers, in a Dual run the tangents.
+template <class Z>
+struct Sums {
+  Span<output_t<Z>> A, B, C;  // of one group: [state][lane]; [step][kFolded], or (kLane) [step][state][lane]
+  int64_t B_step, C_step;     // 0 where B or C is invariant in time: all steps add to one row
+};
+
+// Gradients of the sequences, of one chunk and block.
+template <class S>
+struct ChunkGradients {
+  View<S> y;          // input
+  StepTile<S> x, dt;  // sums over states of dL/dx, and of dL/d(dt A) A
+};
+
+// Adds the terms of a group of states to a step's sums over lanes.
+template <class Z, bool kLane>
+EAML_INLINE void add_terms(Span<output_t<Z>> sums, const output_t<Z> (&terms)[kStates<Z>]) {
+  if constexpr (!kLane) return add_folded(sums.value, terms);
+  each_state<Z>([&](auto n) EAML_LAMBDA { sums.set(n * kLanes<Z>, sums.get(n * kLanes<Z>) + terms[n]); });
+}
+
+// Backward pass of a group of states through a chunk. `start` holds the states before the chunk, from which it
+// recomputes them, and y too where there is a gate.
+template <bool kGated, class Z, bool kLane>
+EAML_INLINE void backward_states(const ResetRuns& runs, Streams upcoming, Rates<Z> rates, Span<Z> start,
+                                 StepTile<real_t<Z>> dt, StepTile<real_t<Z>> x, Operand<Z, kLane> B,
+                                 Operand<Z, kLane> C, StepTile<real_t<Z>> y, Span<Z> grad_state,
+                                 ChunkGradients<real_t<Z>> grad, GroupTile<Z> decays, GroupTile<Z> kept, Sums<Z> sums) {
+  using S = real_t<Z>;
+  constexpr int64_t W = kLanes<Z>, size = kGroup<Z>;
+  const auto cotangent = [&](int64_t t) EAML_LAMBDA { return conjugate_pair_sum<Z>(grad.y.get(t)); };
+
+  Z h[kStates<Z>];
+  read(h, start);
+  for (int64_t run = 0; run < runs.count; ++run) {
+    if (runs.reset(run)) reset_states(h);
+    for (int64_t t = runs.begin[run]; t < runs.begin[run + 1]; ++t) {
+      const S step = dt.get(t * W), input = x.get(t * W), gy = cotangent(t);
+      Z a[kStates<Z>];
+      output_t<Z> terms[kStates<Z>];
+      upcoming.prefetch(t);
+      decay(step, rates.A, rates.rate, a);
+      each_state<Z>([&](auto n) EAML_LAMBDA {
+        const Z rest = decayed(a[n], h[n]);
+        decays.set(t * size + n * W, a[n]);
+        kept.set(t * size + n * W, rest);
+        h[n] = rest + input * B.get(t, n);
+        terms[n] = output(times_conjugate(gy, h[n]));
+      });
+      add_terms<Z, kLane>(sums.C.at(t * sums.C_step), terms);
+      if constexpr (kGated) y.set(t * W, add_outputs<Z>(y.get(t * W), h, C, t));
+    }
+  }
+
+  Z grad_h[kStates<Z>];
+  output_t<Z> sum_A[kStates<Z>];
+  read(grad_h, grad_state);
+  read(sum_A, sums.A);
+  for (int64_t run = runs.count - 1; run >= 0; --run) {
+    for (int64_t t = runs.begin[run + 1] - 1; t >= runs.begin[run]; --t) {
+      const S gy = cotangent(t), step = dt.get(t * W), input = x.get(t * W);
+      S gx = grad.x.get(t * W), gdt = grad.dt.get(t * W);
+      output_t<Z> terms[kStates<Z>];
+      each_state<Z>([&](auto n) EAML_LAMBDA {
+        const int64_t i = t * size + n * W;
+        const StepGradient<Z, S> g =
+            step_backward(grad_h[n], gy, decays.get(i), kept.get(i), input, B.get(t, n), C.get(t, n));
+        grad_h[n] = g.h_prev;
+        terms[n] = output(g.B);
+        gx = gx + g.x;
+        gdt = gdt + real(times_conjugate(g.dt_A, rates.A[n]));
+        sum_A[n] = sum_A[n] + output(g.dt_A * step);
+      });
+      add_terms<Z, kLane>(sums.B.at(t * sums.B_step), terms);
+      grad.x.set(t * W, gx);
+      grad.dt.set(t * W, gdt);
+    }
+    if (runs.reset(run)) reset_states(grad_h);
+  }
+  write(grad_state, grad_h);
+  write(sums.A, sum_A);
+}
+
+// Destinations of the sequences' gradients, of one chunk and block.
+template <class V>
+struct SequenceTargets {
+  Target<V> u, delta, z;
+};
+
+// Computes the gradients of u, delta and z from those of x and dt. The first partial sum over states writes them, the
+// others add to them. sum_D and sum_bias receive the chunk's terms of the gradients of D and delta_bias.
+template <class Z>
+EAML_SHARED void write_gradients(const Unit<Z>& unit, int64_t block, int64_t steps, bool first_part,
+                                 const ChunkGradients<real_t<Z>>& grad, View<real_t<Z>> gy, StepTile<real_t<Z>> slope,
+                                 StepTile<real_t<Z>> gate, const SequenceTargets<vector_t<Z>>& to, number_t<Z>* sum_D,
+                                 number_t<Z>* sum_bias) {
+  using S = real_t<Z>;
+  using V = vector_t<Z>;
+  constexpr int64_t W = kLanes<Z>;
+  const auto each = [&](auto put, auto first) EAML_LAMBDA {
+    const S d = first ? unit.D.get(block * W) : S{};
+    V block_D = load<V>(sum_D), block_bias = load<V>(sum_bias);
+    for (int64_t t = 0; t < steps; ++t) {
+      const int64_t j = t * W;
+      const S gx = grad.x.get(j), input = unit.u.get(t);
+      const V grad_delta = output((grad.dt.get(j) + input * gx) * slope.get(j));
+      put(to.u, t, output(unit.dt.get(j) * gx + d * grad.y.get(t)));
+      put(to.delta, t, grad_delta);
+      block_bias += grad_delta;
+      if (first) block_D += output(grad.y.get(t) * input);
+      if (unit.params.gated) {
+        const S s = gate.get(j);
+        put(to.z, t, output(gy.get(t) * unit.y.get(j) * (s + unit.z.get(t) * (s * (one<S>() - s)))));
+      }
+    }
+    store(sum_D, block_D), store(sum_bias, block_bias);
+  };
+  if (first_part)
+    each([](Target<V> at, int64_t t, V x) EAML_LAMBDA { at.set(t, x); }, std::true_type());
+  else
+    each([](Target<V> at, int64_t t, V x) EAML_LAMBDA { at.set(t, at.get(t) + rounded(x)); }, std::false_type());
+}
+
+// Operands and sums of backward_part.
+template <class Z>
+struct PartGradients {
+  Span<Z> start, grad_state;  // of the block
+  ChunkGradients<real_t<Z>> grad;
+  GroupTile<Z> decays, kept;
+  Span<output_t<Z>> sum_A;         // of the block
+  Span<output_t<Z>> sum_B, sum_C;  // of the block, or of the chunk
+};
+
+// Numbers per step in the terms of B or C of one group, before they are summed over lanes.
+template <class Z>
+constexpr int64_t row_size(bool lane) {
+  return lane ? kGroup<Z> : kFolded<vector_t<Z>> / kNumComponents<Z>;
+}
+
+template <bool kGated, bool kLane, class Z>
+EAML_SHARED void backward_part(const Unit<Z>& unit, int64_t part, int64_t offset, const PartGradients<Z>& with) {
+  constexpr int64_t W = kLanes<Z>, row = row_size<Z>(kLane);
+  const ScanParams& params = unit.params;
+  for (int64_t n = partial_sum_begin(params, part); n < partial_sum_begin(params, part + 1); n += kStates<Z>) {
+    const int64_t j = n * W, k = n / kStates<Z> * kChunk * row;
+    const Sums<Z> sums{with.sum_A.at(j), with.sum_B.at(params.B_invariant ? j : k),
+                       with.sum_C.at(params.C_invariant ? j : k), params.B_invariant ? 0 : row,
+                       params.C_invariant ? 0 : row};
+    backward_states<kGated, Z, kLane>(unit.runs, unit.streams_from(n), unit.rates(offset + j), with.start.at(j),
+                                      unit.dt, unit.x, {unit.B, n}, {unit.C, n}, unit.y, with.grad_state.at(j),
+                                      with.grad, with.decays, with.kept, sums);
+  }
+}
+
+// Sums a chunk's terms of B or C, [group of states][step][row_size], over lanes and stores them in `to`, (state,
+// length).
+template <class Z, bool kLane>
+EAML_SHARED void reduce_lanes(number_t<Z>* to, Span<output_t<Z>> sums, const ScanParams& params, int64_t steps) {
+  using V = vector_t<Z>;
+  constexpr int64_t row = row_size<Z>(kLane);
+  number_t<Z> line[kChunk * kVectors];
+  for (int64_t n = 0; n < params.dstate; n += kStates<Z>) {
+    const Span<output_t<Z>> rows = sums.at(n / kStates<Z> * kChunk * row);
+    if constexpr (kLane) {
+      sum_lanes<V>(line, rows.value);
+    } else {
+      for (int64_t t = 0; t < kChunk; ++t) unfold<V>(line + t * kVectors, rows.at(t * row).value);
+    }
+    number_t<Z>* const first = to + n * params.length * kNumComponents<Z>;
+    const int64_t count = std::min<int64_t>(kStates<Z>, params.dstate - n);
+    if constexpr (kNumComponents<Z> == 2)
+      scatter_steps(first, params.length, line, steps, count);
+    else
+      transpose(first, params.length, line, kVectors, steps, count);
+  }
+}
+
+template <class Z>
+EAML_SHARED void backward_unit(Arena& arena, const ScanParams& params, const Source<real_t<Z>>& source,
+                               const Gradients<number_t<Z>>& out, int64_t index) {
+  using S = real_t<Z>;
+  using V = vector_t<Z>;
+  using T = number_t<Z>;
+  constexpr int64_t W = kLanes<Z>, tile = kChunk * W, num_components = kNumComponents<Z>;
+  Unit<Z> unit(arena, params, source, index);
+  const int64_t row = unit.at.row, size = unit.padded * W, blocks = unit.blocks(), chunks = unit.chunks();
+
+  const Span<Z> grad_h = take<Z>(arena, blocks * size), h0 = take<Z>(arena, size);
+  const GroupTile<Z> decays = group_tile<Z>(arena), kept = group_tile<Z>(arena);
+  const StepTile<S> slope = step_tile<S>(arena), memory_gy = step_tile<S>(arena);
+  const StepTile<S> gate = step_tile<S>(arena);  // sigmoid(z)
+  const StepTile<S> gated_gy = step_tile<S>(arena), grad_x = step_tile<S>(arena), grad_dt = step_tile<S>(arena);
+  const auto zeroed = [&](int64_t count) {
+    T* const sum = arena.take<T>(count);
+    std::fill_n(sum, count, T(0));
+    return sum;
+  };
+  const auto zeroed_states = [&](int64_t count) { return Span<output_t<Z>>{zeroed(count * num_components)}; };
+  const Span<output_t<Z>> sum_A = zeroed_states(blocks * size);
+  const int64_t sums_size = unit.padded / kStates<Z> * kChunk * row_size<Z>(unit.lane);  // [group][step][..]
+  const Span<output_t<Z>> sum_B = zeroed_states(params.B_invariant ? blocks * size : sums_size);
+  const Span<output_t<Z>> sum_C = zeroed_states(params.C_invariant ? blocks * size : sums_size);
+  T* const sum_D = zeroed(blocks * W);
+  T* const sum_bias = zeroed(params.num_partial_sums * blocks * W);  // [partial sum][block][lane]
+  T* const tile_u = arena.take<T>(tile);
+  T* const tile_delta = arena.take<T>(tile);
+  T* const tile_z = arena.take<T>(tile);
+  for (int64_t block = 0; block < blocks; ++block)
+    unit.stage_first(&Inputs<T>::grad_state, grad_h.at(block * size), block);
+
+  for (int64_t chunk = unit.end_chunk() - 1; chunk >= params.first_chunk; --chunk) {
+    const int64_t start = chunk * kChunk, steps = std::min(kChunk, params.length - start);
+    unit.stage_chunk(start, steps);
+    if (!params.B_invariant) clear(sum_B, sums_size);
+    if (!params.C_invariant) clear(sum_C, sums_size);
+
+    for (int64_t block = 0; block < blocks; ++block) {
+      const int64_t channel = unit.channel(block), lanes = unit.lanes(block);
+      unit.template stage_block<true>(block, start, steps, slope);
+      const View<S> z = unit.z, gy = unit.view(&Inputs<T>::grad_y, memory_gy, block, start, steps, -kChunk);
+      const StepTile<S> y = unit.y;
+      const SequenceTargets<V> to{unit.target(out.u, tile_u, block, start, -kChunk),
+                                  unit.target(out.delta, tile_delta, block, start, -kChunk),
+                                  unit.target(out.z, tile_z, block, start, -kChunk)};
+      ChunkGradients<S> grad{gy, grad_x, grad_dt};
+      if (params.gated) {
+        for (int64_t t = 0; t < steps; ++t) {
+          const S s = sigmoid(z.get(t));
+          gate.set(t * W, s), gated_gy.set(t * W, gy.get(t) * (z.get(t) * s));
+        }
+        grad.y = view_of<S>(gated_gy);
+      }
+      const auto stage_start = [&](T* to, const T* all) EAML_LAMBDA {
+        const int64_t index = row * (chunks - 1) + chunk - 1;
+        unit.stage_saved(to, all, index, block);
+        // Prefetches the states of the next block, or of the first block of the chunk before: the previous entry.
+        const bool last = block + 1 == blocks;
+        const T* const next = saved_state(all, params, index - last).data + (last ? unit.at.first : channel + W);
+        for (int64_t n = 0; n < params.dstate * num_components; ++n) EAML_PREFETCH(next + n * params.dim);
+      };
+      if (chunk == 0) {
+        source.each(&Inputs<T>::initial_state, h0, [&](T* to, const In<T>& in) {
+          stage_matrix<V, num_components>(to, in, row, channel, lanes, params.dstate, unit.padded);
+        });
+      } else {
+        stage_start(h0.value, out.checkpoints);
+        if constexpr (kIsDual<S>) stage_start(h0.tangent, out.checkpoint_tangents);
+      }
+      for (int64_t part = 0; part < params.num_partial_sums; ++part) {
+        if (part > 0) clear<S>(y, steps * W);
+        clear<S>(grad.x, steps * W);
+        clear<S>(grad.dt, steps * W);
+
+        const PartGradients<Z> with{h0,
+                                    grad_h.at(block * size),
+                                    grad,
+                                    decays,
+                                    kept,
+                                    sum_A.at(block * size),
+                                    sum_B.at(params.B_invariant ? block * size : 0),
+                                    sum_C.at(params.C_invariant ? block * size : 0)};
+        if (unit.lane)
+          params.gated ? backward_part<true, true>(unit, part, block * size, with)
+                       : backward_part<false, true>(unit, part, block * size, with);
+        else
+          params.gated ? backward_part<true, false>(unit, part, block * size, with)
+                       : backward_part<false, false>(unit, part, block * size, with);
+        write_gradients<Z>(unit, block, steps, part == 0, grad, gy, slope, gate, to, sum_D + block * W,
+                           sum_bias + (part * blocks + block) * W);
+      }
+      store_tile<V>(out.u, tile_u, row, channel, lanes, start, steps);
+      store_tile<V>(out.delta, tile_delta, row, channel, lanes, start, steps);
+      if (params.gated) store_tile<V>(out.z, tile_z, row, channel, lanes, start, steps);
+    }
+
+    const int64_t unit_row = row * units_per_group<T>(params) * params.groups + unit.at.unit;
+    const int64_t first = (unit_row * params.all_dstate * params.length + start) * num_components;
+    const auto reduce = [&](T* to, Span<output_t<Z>> sums) {
+      unit.lane ? reduce_lanes<Z, true>(to, sums, params, steps) : reduce_lanes<Z, false>(to, sums, params, steps);
+    };
+    if (!params.B_invariant && out.B) reduce(out.B + first, sum_B);
+    if (!params.C_invariant && out.C) reduce(out.C + first, sum_C);
+  }
+
+  for (int64_t block = 0; block < blocks; ++block) {
+    const int64_t channel = row * params.dim + unit.channel(block), lanes = unit.lanes(block);
+    const auto store = [&](T* to, const T* matrix) {
+      if (to == nullptr) return;
+      const int64_t stride = params.all_dstate * num_components;
+      store_matrix<V, num_components>(to + channel * stride, stride, num_components, matrix, lanes, params.dstate);
+    };
+    store(out.A, sum_A.at(block * size).value);
+    if (params.B_invariant) store(out.B, sum_B.at(block * size).value);
+    if (params.C_invariant) store(out.C, sum_C.at(block * size).value);
+    const Span<Z> state = grad_h.at(block * size);
+    if (params.first_chunk == 0) store(out.initial_state, state.written());
+    unit.save(out.carry, row, state.value, block);
+    if constexpr (kIsDual<S>) unit.save(out.carry_tangent, row, state.tangent, block);
+    if (out.D) std::copy_n(sum_D + block * W, lanes, out.D + channel);
+    if (out.delta_bias == nullptr) continue;
+    for (int64_t part = 1; part < params.num_partial_sums; ++part)
+      for (int64_t i = 0; i < lanes; ++i) sum_bias[block * W + i] += sum_bias[(part * blocks + block) * W + i];
+    std::copy_n(sum_bias + block * W, lanes, out.delta_bias + channel);
+  }
+}

@@ -1,0 +1,327 @@
+// The CPU selective scan on tensors: shapes, strides, allocation and threads. The only arithmetic is the second stage
+// of the reductions.
+#include <algorithm>
+#include <tuple>
+
+#include "selective_scan/cpu/kernel.h"
+#include "selective_scan/cpu/time_parallel.h"
+#include "selective_scan/op_common.h"
+
+namespace eaml::selective_scan {
+namespace {
+
+int64_t num_partial_sums(const ScanParams& s, ScalarType dtype) {
+  if (half(dtype) != Half::kNone) return 1;
+  return dtype == ScalarType::Float ? num_partial_sums<float>(s) : num_partial_sums<double>(s);
+}
+
+const char* const kDevice = "the CPU";
+
+bool on_device(const Tensor& t) {
+  return t.is_cpu();
+}
+
+// Whether the partial sums over states are separate calls, which costs an addition of their outputs.
+bool splits_states(const ScanParams& s) {
+  return s.num_partial_sums > 1 && torch::stable::get_num_threads() > 1;
+}
+
+// The states of one partial sum: their number, and their offset in the arrays.
+struct StateRange {
+  ScanParams params;
+  int64_t first;
+
+  StateRange(const ScanParams& s, bool splits_states, int64_t index) : params(s), first(0) {
+    if (!splits_states) return;
+    first = partial_sum_begin(s, index), params.dstate = partial_sum_begin(s, index + 1) - first,
+    params.num_partial_sums = 1;
+  }
+
+  template <class T>
+  Inputs<T> of(Inputs<T> in) const {
+    const auto shift = [&](In<T>& x, int64_t step) { x.data = x.data ? x.data + first * step : nullptr; };
+    shift(in.A, in.A.inner), shift(in.initial_state, in.initial_state.inner);
+    shift(in.B, params.B_invariant ? in.B.inner : in.B.channel);
+    shift(in.C, params.C_invariant ? in.C.inner : in.C.channel);
+    shift(in.grad_state, in.grad_state.inner);
+    if (in.carry) in.carry += first * params.num_components * params.dim;
+    if (first > 0) in.D = {};
+    return in;
+  }
+
+  template <class T>
+  Outputs<T> of(Outputs<T> out) const {
+    for (T** states : {&out.checkpoints, &out.checkpoint_tangents, &out.carry, &out.carry_tangent})
+      if (*states) *states += first * params.num_components * params.dim;
+    if (out.last_state.data) out.last_state.data += first * out.last_state.inner;
+    return out;
+  }
+
+  template <class T>
+  Gradients<T> of(Gradients<T> out) const {
+    const int64_t matrix = first * params.num_components, sequence = matrix * params.length;
+    for (const T** states : {&out.checkpoints, &out.checkpoint_tangents})
+      if (*states) *states += first * params.num_components * params.dim;
+    for (T** states : {&out.carry, &out.carry_tangent})
+      if (*states) *states += first * params.num_components * params.dim;
+    out.A += matrix, out.initial_state += matrix;
+    out.B += params.B_invariant ? matrix : sequence, out.C += params.C_invariant ? matrix : sequence;
+    return out;
+  }
+};
+
+// to[i] += from[i]
+template <class T>
+void add(T* to, const T* from, int64_t count) {
+  constexpr int64_t kBlock = int64_t{1} << 14;
+  parallel((count + kBlock - 1) / kBlock, kBlock, [=](int64_t begin, int64_t end) {
+    for (int64_t i = begin * kBlock; i < std::min(end * kBlock, count); ++i) to[i] += from[i];
+  });
+}
+
+// to[i][k] = sum over j of from[i][j][k], in order of j.
+template <class T>
+void sum_middle(T* to, const T* from, int64_t outer, int64_t middle, int64_t inner) {
+  parallel(outer, middle * inner, [=](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) {
+      T* sum = to + i * inner;
+      std::copy_n(from + i * middle * inner, inner, sum);
+      for (int64_t j = 1; j < middle; ++j) {
+        const T* term = from + (i * middle + j) * inner;
+        for (int64_t k = 0; k < inner; ++k) sum[k] += term[k];
+      }
+    }
+  });
+}
+
+// A gradient (outer, inner real numbers) that a kernel leaves as partial sums (partitions, outer, middle, inner).
+template <class T>
+struct Partial {
+  Tensor result;
+  T* data;  // the result itself where there is nothing to add up
+  int64_t partitions, outer, middle, inner;
+
+  Partial(Scratch& scratch, const Tensor& wide, const Maybe& like, int64_t p, int64_t o, int64_t m, int64_t i)
+      : result(like ? empty(*like, sizes_of(*like)) : empty(wide, {0})),
+        partitions(p),
+        outer(like ? o : 0),
+        middle(m),
+        inner(i) {
+    data = like && p * m == 1 ? mutable_data<T>(result) : scratch.take<T>(p * o * m * i);
+  }
+
+  Tensor reduced() {
+    const int64_t count = outer * middle * inner;
+    for (int64_t p = 1; p < partitions; ++p) add(data, data + p * count, count);
+    if (outer > 0 && middle == 0) torch::stable::zero_(result);
+    if (outer > 0 && middle * partitions > 1) sum_middle(mutable_data<T>(result), data, outer, middle, inner);
+    return result;
+  }
+};
+
+// All gradients of a call, shaped like its inputs.
+template <class T>
+struct GradientTensors {
+  Tensor u, delta, z;
+  Partial<T> A, B, C, D, delta_bias, initial_state;
+
+  GradientTensors(Scratch& scratch, const ScanParams& s, const Arguments& x)
+      : u(torch::stable::empty_like(*x.u)),
+        delta(torch::stable::empty_like(*x.delta)),
+        z(x.z ? torch::stable::empty_like(*x.z) : empty(*x.u, {0})),
+        A(over_rows(scratch, s, x, x.A, 2)),
+        B(over_channels(scratch, s, x, x.B, s.B_invariant)),
+        C(over_channels(scratch, s, x, x.C, s.C_invariant)),
+        D(over_rows(scratch, s, x, x.D, 1)),
+        delta_bias(over_rows(scratch, s, x, x.delta_bias, 1)),
+        initial_state(scratch, *x.A, x.initial_state, 1, s.batch, 1, s.dim * s.dstate * s.num_components) {}
+
+  // Summed over the batch rows that share a parameter.
+  static Partial<T> over_rows(Scratch& scratch, const ScanParams& s, const Arguments& x, const Maybe& like,
+                              int64_t rank) {
+    const int64_t tasks = like && like->dim() > rank ? like->size(0) : 1;
+    const int64_t inner = rank == 2 ? s.dim * s.dstate * s.num_components : s.dim;
+    return {scratch, *x.A, like, num_time_partitions<T>(s), tasks, s.batch / tasks, inner};
+  }
+
+  // Summed over the channels of a group.
+  static Partial<T> over_channels(Scratch& scratch, const ScanParams& s, const Arguments& x, const Maybe& like,
+                                  bool invariant) {
+    if (invariant) return over_rows(scratch, s, x, like, 2);
+    return {scratch, *x.A, like, 1, s.batch * s.groups, units<T>(s) / s.groups, s.dstate * s.length * s.num_components};
+  }
+
+  Gradients<T> pointers(const Arguments& x) const {
+    Gradients<T> g;
+    g.u = out<T>(u), g.delta = out<T>(delta);
+    if (x.z) g.z = out<T>(z);
+    g.initial_state = initial_state.data, g.A = A.data, g.B = B.data, g.C = C.data, g.D = D.data;
+    g.delta_bias = delta_bias.data;
+    return g;
+  }
+
+  GradientTuple reduced() {
+    return {
+        u, delta, A.reduced(), B.reduced(), C.reduced(), D.reduced(), z, delta_bias.reduced(), initial_state.reduced()};
+  }
+};
+
+template <class T>
+void run_forward(Scratch& scratch, const ScanParams& s, const Inputs<T>& in, const Inputs<T>* tangents,
+                 const Outputs<T>& out) {
+  const auto call = [&](const ScanParams& part, Carry<T> from, Carry<T> to, Outputs<T> outputs, int64_t unit) {
+    Inputs<T> x = in, along = tangents ? *tangents : Inputs<T>{};
+    x.carry = from.value, along.carry = from.tangent;
+    outputs.carry = to.value, outputs.carry_tangent = to.tangent;
+    forward<T>(part, x, tangents ? &along : nullptr, outputs, unit);
+  };
+  const auto warm_up = [&](const ScanParams& part, Carry<T> carry, int64_t unit) {
+    call(part, carry, carry, {}, unit);
+  };
+  const auto run = [&](int64_t begin, int64_t end, Carry<T> from, Carry<T> to, int64_t unit) {
+    ScanParams part = s;
+    part.first_chunk = partition_begin<T>(s, begin), part.end_chunk = partition_begin<T>(s, end);
+    call(part, from, part.end_chunk < chunks(s) ? to : Carry<T>{}, out, unit);
+  };
+  if (run_time_segments<T>(scratch, s, in, tangents != nullptr, false, warm_up, run)) return;
+
+  const int64_t count = s.batch * s.dim * s.length;
+  const bool split = splits_states(s), sum = split && out.y.data;
+  Outputs<T> second = out;
+  if (sum) second.y.data = scratch.take<T>(count);
+  for_each_unit<T>(s, split ? s.num_partial_sums : 1, [&](int64_t index, int64_t unit) {
+    const StateRange part(s, split, index);
+    const Inputs<T> along = tangents ? part.of(*tangents) : Inputs<T>{};
+    forward<T>(part.params, part.of(in), tangents ? &along : nullptr, part.of(index ? second : out), unit);
+  });
+  if (sum) add(out.y.data, second.y.data, count);
+}
+
+template <class T>
+void run_backward(Scratch& scratch, const ScanParams& s, const Inputs<T>& in, const Inputs<T>* tangents,
+                  const Gradients<T>& out) {
+  const int64_t count = s.batch * s.dim * s.length, channels = s.batch * s.dim, partitions = num_time_partitions<T>(s);
+  const auto call = [&](const StateRange& part, Carry<T> from, Carry<T> to, Gradients<T> gradients, int64_t unit) {
+    Inputs<T> x = in, along = tangents ? *tangents : Inputs<T>{};
+    x.carry = from.value, along.carry = from.tangent;
+    gradients.carry = to.value, gradients.carry_tangent = to.tangent;
+    along = part.of(along);
+    backward<T>(part.params, part.of(x), tangents ? &along : nullptr, part.of(gradients), unit);
+  };
+  const auto run_partitions = [&](StateRange part, int64_t begin, int64_t end, Carry<T> from, Carry<T> to,
+                                  const Gradients<T>& gradients, int64_t unit) {
+    for (int64_t partition = end - 1; partition >= begin; --partition, from = to) {
+      Gradients<T> of_partition = gradients;
+      const int64_t states = partition * channels * s.all_dstate * s.num_components;
+      of_partition.A += states, of_partition.D += partition * channels, of_partition.delta_bias += partition * channels;
+      if (s.B_invariant) of_partition.B += states;
+      if (s.C_invariant) of_partition.C += states;
+      part.params.first_chunk = partition_begin<T>(s, partition),
+      part.params.end_chunk = partition_begin<T>(s, partition + 1);
+      call(part, from, to, of_partition, unit);
+    }
+  };
+  const auto warm_up = [&](const ScanParams& part, Carry<T> carry, int64_t unit) {
+    Gradients<T> none;
+    none.checkpoints = out.checkpoints, none.checkpoint_tangents = out.checkpoint_tangents;
+    call(StateRange(part, false, 0), carry, carry, none, unit);
+  };
+  const auto run = [&](int64_t begin, int64_t end, Carry<T> from, Carry<T> to, int64_t unit) {
+    run_partitions(StateRange(s, false, 0), begin, end, from, to, out, unit);
+  };
+  if (run_time_segments<T>(scratch, s, in, tangents != nullptr, true, warm_up, run)) return;
+
+  const bool split = splits_states(s);
+  Gradients<T> second = out;
+  if (split) {
+    for (Out<T>* sequence : {&second.u, &second.delta, &second.z})
+      if (sequence->data) sequence->data = scratch.take<T>(count);
+    second.delta_bias = scratch.take<T>(partitions * channels);
+    second.D = scratch.take<T>(partitions * channels);
+  }
+  const Carry<T> carry = partitions > 1 ? Carry<T>(scratch, s, tangents != nullptr) : Carry<T>{};
+  for_each_unit<T>(s, split ? s.num_partial_sums : 1, [&](int64_t index, int64_t unit) {
+    run_partitions(StateRange(s, split, index), 0, partitions, {}, carry, index ? second : out, unit);
+  });
+  if (!split) return;
+  add(out.u.data, second.u.data, count), add(out.delta.data, second.delta.data, count);
+  if (out.z.data) add(out.z.data, second.z.data, count);
+  add(out.delta_bias, second.delta_bias, partitions * channels);
+}
+
+template <class T>
+std::tuple<Tensor, Tensor, Tensor> run(const ScanParams& s, const Arguments& x, bool save) {
+  Scratch scratch;
+  Tensor y = torch::stable::empty_like(*x.u), last = empty(*x.A, {s.batch, s.dim, s.dstate});
+  Tensor saved = empty(*x.A, save ? Sizes{s.batch, saved_size(s)} : Sizes{0});
+  if (save && saved_chunks(s) == 0) torch::stable::zero_(saved);
+  const Outputs<T> to{out<T>(y), out<T>(last, s.num_components), save ? mutable_data<T>(saved) : nullptr};
+  run_forward<T>(scratch, s, inputs<T>(s, x), nullptr, to);
+  return {y, last, saved};
+}
+
+template <class T>
+GradientTuple run_vjp(const ScanParams& s, const Arguments& x, const Tensor& grad_y, const Maybe& grad_state,
+                      const Maybe& saved) {
+  Scratch scratch;
+  Inputs<T> in = inputs<T>(s, x);
+  in.grad_y = sequence<T>(grad_y), in.grad_state = sequence<T>(grad_state, s.num_components);
+  GradientTensors<T> gradients(scratch, s, x);
+  Gradients<T> to = gradients.pointers(x);
+  if (saved) {
+    to.checkpoints = data<T>(*saved);
+  } else {
+    T* const states = scratch.take<T>(s.batch * saved_size(s) * s.num_components);
+    if (saved_chunks(s) > 0) run_forward<T>(scratch, s, in, nullptr, {{}, {}, states});
+    to.checkpoints = states;
+  }
+  run_backward<T>(scratch, s, in, nullptr, to);
+  return gradients.reduced();
+}
+
+template <class T>
+std::tuple<Tensor, Tensor> run_jvp(const ScanParams& s, const Arguments& x, const Arguments& tangents) {
+  Scratch scratch;
+  const Inputs<T> along = inputs<T>(s, tangents);
+  Tensor y = torch::stable::empty_like(*x.u), last = empty(*x.A, {s.batch, s.dim, s.dstate});
+  run_forward<T>(scratch, s, inputs<T>(s, x), &along, {out<T>(y), out<T>(last, s.num_components)});
+  return {y, last};
+}
+
+template <class T>
+JvpTuple run_vjp_jvp(const ScanParams& s, const Arguments& x, const Tensor& grad_y, const Maybe& grad_state,
+                     const Arguments& tangents, const Maybe& grad_y_tangent, const Maybe& grad_state_tangent,
+                     bool outputs) {
+  Inputs<T> in = inputs<T>(s, x), along = inputs<T>(s, tangents);
+  in.grad_y = sequence<T>(grad_y), in.grad_state = sequence<T>(grad_state, s.num_components);
+  along.grad_y = sequence<T>(grad_y_tangent), along.grad_state = sequence<T>(grad_state_tangent, s.num_components);
+  Tensor y = outputs ? torch::stable::empty_like(*x.u) : empty(*x.u, {0});
+  Tensor last = empty(*x.A, outputs ? Sizes{s.batch, s.dim, s.dstate} : Sizes{0});
+  Scratch scratch;
+  const int64_t count = s.batch * saved_size(s) * s.num_components;
+  Outputs<T> first{{}, {}, scratch.take<T>(count), scratch.take<T>(count)};
+  if (outputs) first.y = out<T>(y), first.last_state = out<T>(last, s.num_components);
+  if (outputs || saved_chunks(s) > 0) run_forward<T>(scratch, s, in, &along, first);
+  GradientTensors<T> gradients(scratch, s, x);
+  Gradients<T> to = gradients.pointers(x);
+  to.checkpoints = first.checkpoints, to.checkpoint_tangents = first.checkpoint_tangents;
+  run_backward<T>(scratch, s, in, &along, to);
+  return std::tuple_cat(std::make_tuple(y, last), gradients.reduced());
+}
+
+template <class T>
+std::tuple<Tensor, Tensor> run_step(const ScanParams& s, const Tensor& state, const Arguments& x) {
+  Tensor y = empty(*x.u, {s.batch, s.dim}), next = empty(state, {s.batch, s.dim, s.dstate});
+  const Outputs<T> to{{mutable_data<T>(y), s.dim, 1, 0}, out<T>(next, s.num_components)};
+  Scratch scratch;
+  run_forward<T>(scratch, s, step_inputs<T>(s, state, x), nullptr, to);
+  return {y, next};
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_IMPL(eaml_ext, CPU, m) {
+  register_ops(m);
+}
+
+}  // namespace eaml::selective_scan

@@ -1,4 +1,0 @@
-// The kernels of complex states in single precision; a file of their own, so that all compile side by side.
-#define EAML_NUMBER float
-#define EAML_COMPLEX
-#include "selective_scan/cpu_kernel_versions.h"

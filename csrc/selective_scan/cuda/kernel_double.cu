@@ -1,0 +1,11 @@
+// The kernels in double precision.
+#include "selective_scan/cuda/kernel.cuh"
+
+namespace eaml::selective_scan {
+namespace real_states {
+EAML_DEFINE(double, Real)
+}
+const char* sum(const Sum<double>& p, void* stream) {
+  return launch_sum(p, stream);
+}
+}  // namespace eaml::selective_scan

@@ -1,0 +1,214 @@
+// Tensors in, tensors out: shapes, strides and allocation of the CUDA selective scan. Nothing here waits for the GPU,
+// and all memory is torch's, so that calls can be captured in a CUDA graph.
+#include <string>
+
+#include "common/device_guard.h"
+#include "selective_scan/cuda/launch.h"
+#include "selective_scan/op_common.h"
+
+namespace eaml::selective_scan {
+namespace {
+
+const char* const kDevice = "a CUDA device";
+
+bool on_device(const Tensor& t) {
+  return cuda::on_device(t);
+}
+
+int64_t num_partial_sums(const ScanParams&, ScalarType) {
+  return 1;
+}
+
+void check_states(const ScanParams& s) {
+  const int64_t most = kMostNumbers / s.num_components;
+  EAML_CHECK(s.dstate <= most, "selective_scan: A has ", s.dstate, s.num_components == 2 ? " complex" : "",
+             " states, the CUDA kernels take up to ", most);
+}
+
+template <class T>
+Cut cut(const ScanParams& s) {
+  return s.num_components == 1 ? real_states::cut<T>(s) : complex_states::cut<T>(s);
+}
+
+// Memory of one call. What is let go here, torch gives to later work of the same stream alone.
+class Scratch {
+ public:
+  explicit Scratch(const Tensor& like) : like_(like) {}
+  template <class T>
+  T* take(int64_t count) {
+    constexpr ScalarType kType = sizeof(T) == 4 ? ScalarType::Float : ScalarType::Double;
+    tensors_.push_back(torch::stable::new_empty(like_, {count}, kType));
+    return mutable_data<T>(tensors_.back());
+  }
+
+ private:
+  const Tensor& like_;
+  std::vector<Tensor> tensors_;
+};
+
+template <class T>
+TimeSegments<T> segments(Scratch& scratch, const ScanParams& s, bool dual) {
+  TimeSegments<T> out;
+  out.count = cut<T>(s).segments;
+  if (out.count == 1) return out;
+  const int64_t steps = s.batch * out.count * s.dim, states = steps * s.dstate * s.num_components;
+  out.states = scratch.take<T>(states), out.steps = scratch.take<T>(steps), out.has_reset = scratch.take<T>(steps);
+  if (dual) out.state_tangents = scratch.take<T>(states), out.step_tangents = scratch.take<T>(steps);
+  return out;
+}
+
+// The forward kernel; with tangents, on Duals.
+template <class T>
+void run_forward(Scratch& scratch, const cuda::DeviceStreamGuard& guard, const ScanParams& s, const Inputs<T>& in,
+                 const Inputs<T>* tangents, const Outputs<T>& out) {
+  const bool dual = tangents != nullptr;
+  Forward<T> p{s, {in, dual ? *tangents : Inputs<T>{}}, segments<T>(scratch, s, dual), out};
+  cuda::check_launch(s.num_components == 1 ? real_states::forward(p, dual, guard.stream())
+                                           : complex_states::forward(p, dual, guard.stream()));
+}
+
+// A gradient (outer, inner real numbers) that a kernel leaves as partial sums (outer, middle, inner); see Sum about
+// `rows` and `num_components`.
+template <class T>
+struct Partial {
+  Tensor result;
+  Sum<T> sum{};
+
+  Partial(Scratch& scratch, const Tensor& wide, const Maybe& like, int64_t outer, int64_t middle, int64_t inner,
+          int64_t rows = 0, int64_t num_components = 1)
+      : result(like ? empty(*like, sizes_of(*like)) : empty(wide, {0})) {
+    if (!like) return;
+    T* const to = mutable_data<T>(result);
+    const bool done = middle == 1 && rows == 0;
+    sum = {to, done ? to : scratch.take<T>(outer * middle * inner), outer, middle, inner, rows, num_components};
+  }
+
+  T* data() const { return const_cast<T*>(sum.from); }
+
+  Tensor reduced(const cuda::DeviceStreamGuard& guard) {
+    if (sum.from != sum.to) cuda::check_launch(eaml::selective_scan::sum(sum, guard.stream()));
+    return result;
+  }
+};
+
+template <class T>
+GradientTuple run_backward(Scratch& scratch, const cuda::DeviceStreamGuard& guard, const ScanParams& s,
+                           const Arguments& x, const Inputs<T>& in, const Inputs<T>* tangents, const T* checkpoints,
+                           const T* checkpoint_tangents) {
+  const bool dual = tangents != nullptr;
+  Backward<T> p{s, {in, dual ? *tangents : Inputs<T>{}}, segments<T>(scratch, s, dual)};
+  const int64_t pieces = p.segments.count, states = s.dstate * s.num_components;
+  // Summed over the batch rows that share a parameter, and over segments.
+  const auto over_rows = [&](const Maybe& like, int64_t rank) {
+    const int64_t tasks = like && like->dim() > rank ? like->size(0) : 1;
+    return Partial<T>(scratch, *x.A, like, tasks, s.batch / tasks * pieces, rank == 2 ? s.dim * states : s.dim);
+  };
+  // Summed over the blocks of channels of a group.
+  const auto over_channels = [&](const Maybe& like, bool invariant) {
+    if (invariant) return over_rows(like, 2);
+    return Partial<T>(scratch, *x.A, like, s.batch * s.groups, cut<T>(s).blocks, s.length * states, s.dstate,
+                      s.num_components);
+  };
+  Partial<T> A = over_rows(x.A, 2), B = over_channels(x.B, s.B_invariant), C = over_channels(x.C, s.C_invariant);
+  Partial<T> D = over_rows(x.D, 1), delta_bias = over_rows(x.delta_bias, 1);
+  const Tensor u = torch::stable::empty_like(*x.u), delta = torch::stable::empty_like(*x.delta);
+  const Tensor z = x.z ? torch::stable::empty_like(*x.z) : empty(*x.u, {0});
+  const Tensor initial_state = empty(*x.A, x.initial_state ? sizes_of(*x.initial_state) : Sizes{0});
+  CudaGradients<T>& to = p.out;
+  to.u = out<T>(u), to.delta = out<T>(delta);
+  if (x.z) to.z = out<T>(z);
+  if (x.initial_state) to.initial_state = mutable_data<T>(initial_state);
+  to.A = A.data(), to.B = B.data(), to.C = C.data(), to.D = D.data(), to.delta_bias = delta_bias.data();
+  to.checkpoints = checkpoints, to.checkpoint_tangents = checkpoint_tangents;
+  cuda::check_launch(s.num_components == 1 ? real_states::backward(p, dual, guard.stream())
+                                           : complex_states::backward(p, dual, guard.stream()));
+  return {u,
+          delta,
+          A.reduced(guard),
+          B.reduced(guard),
+          C.reduced(guard),
+          D.reduced(guard),
+          z,
+          delta_bias.reduced(guard),
+          initial_state};
+}
+
+template <class T>
+std::tuple<Tensor, Tensor, Tensor> run(const ScanParams& s, const Arguments& x, bool save) {
+  check_states(s);
+  const cuda::DeviceStreamGuard guard(*x.u);
+  Scratch scratch(*x.A);
+  Tensor y = torch::stable::empty_like(*x.u), last = empty(*x.A, {s.batch, s.dim, s.dstate});
+  Tensor saved = empty(*x.A, save ? Sizes{s.batch, saved_size(s)} : Sizes{0});
+  if (save && saved_chunks(s) == 0) torch::stable::zero_(saved);
+  const Outputs<T> to{out<T>(y), out<T>(last, s.num_components), save ? mutable_data<T>(saved) : nullptr};
+  run_forward<T>(scratch, guard, s, inputs<T>(s, x), nullptr, to);
+  return {y, last, saved};
+}
+
+template <class T>
+GradientTuple run_vjp(const ScanParams& s, const Arguments& x, const Tensor& grad_y, const Maybe& grad_state,
+                      const Maybe& saved) {
+  check_states(s);
+  const cuda::DeviceStreamGuard guard(*x.u);
+  Scratch scratch(*x.A);
+  Inputs<T> in = inputs<T>(s, x);
+  in.grad_y = sequence<T>(grad_y), in.grad_state = sequence<T>(grad_state, s.num_components);
+  const T* states = saved ? data<T>(*saved) : nullptr;
+  if (!saved) {
+    T* const found = scratch.take<T>(s.batch * saved_size(s) * s.num_components);
+    if (saved_chunks(s) > 0) run_forward<T>(scratch, guard, s, in, nullptr, {{}, {}, found});
+    states = found;
+  }
+  return run_backward<T>(scratch, guard, s, x, in, nullptr, states, nullptr);
+}
+
+template <class T>
+std::tuple<Tensor, Tensor> run_jvp(const ScanParams& s, const Arguments& x, const Arguments& tangents) {
+  check_states(s);
+  const cuda::DeviceStreamGuard guard(*x.u);
+  Scratch scratch(*x.A);
+  const Inputs<T> along = inputs<T>(s, tangents);
+  Tensor y = torch::stable::empty_like(*x.u), last = empty(*x.A, {s.batch, s.dim, s.dstate});
+  run_forward<T>(scratch, guard, s, inputs<T>(s, x), &along, {out<T>(y), out<T>(last, s.num_components)});
+  return {y, last};
+}
+
+template <class T>
+JvpTuple run_vjp_jvp(const ScanParams& s, const Arguments& x, const Tensor& grad_y, const Maybe& grad_state,
+                     const Arguments& tangents, const Maybe& grad_y_tangent, const Maybe& grad_state_tangent,
+                     bool outputs) {
+  check_states(s);
+  const cuda::DeviceStreamGuard guard(*x.u);
+  Scratch scratch(*x.A);
+  Inputs<T> in = inputs<T>(s, x), along = inputs<T>(s, tangents);
+  in.grad_y = sequence<T>(grad_y), in.grad_state = sequence<T>(grad_state, s.num_components);
+  along.grad_y = sequence<T>(grad_y_tangent), along.grad_state = sequence<T>(grad_state_tangent, s.num_components);
+  Tensor y = outputs ? torch::stable::empty_like(*x.u) : empty(*x.u, {0});
+  Tensor last = empty(*x.A, outputs ? Sizes{s.batch, s.dim, s.dstate} : Sizes{0});
+  const int64_t count = s.batch * saved_size(s) * s.num_components;
+  Outputs<T> first{{}, {}, scratch.take<T>(count), scratch.take<T>(count)};
+  if (outputs) first.y = out<T>(y), first.last_state = out<T>(last, s.num_components);
+  if (outputs || saved_chunks(s) > 0) run_forward<T>(scratch, guard, s, in, &along, first);
+  return std::tuple_cat(std::make_tuple(y, last), run_backward<T>(scratch, guard, s, x, in, &along, first.checkpoints,
+                                                                  first.checkpoint_tangents));
+}
+
+template <class T>
+std::tuple<Tensor, Tensor> run_step(const ScanParams& s, const Tensor& state, const Arguments& x) {
+  const cuda::DeviceStreamGuard guard(state);
+  Tensor y = empty(*x.u, {s.batch, s.dim}), next = empty(state, {s.batch, s.dim, s.dstate});
+  Forward<T> p{
+      s, {step_inputs<T>(s, state, x), {}}, {}, {{mutable_data<T>(y), s.dim, 1, 0}, out<T>(next, s.num_components)}};
+  cuda::check_launch(s.num_components == 1 ? real_states::step(p, guard.stream())
+                                           : complex_states::step(p, guard.stream()));
+  return {y, next};
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_IMPL(eaml_ext, EAML_CUDA_KEY, m) {
+  register_ops(m);
+}
+
+}  // namespace eaml::selective_scan

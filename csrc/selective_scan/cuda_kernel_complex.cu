@@ -1,6 +1,0 @@
-// The kernels of complex states in single precision.
-#include "selective_scan/cuda_kernel.cuh"
-
-namespace eaml::selective_scan::complex_states {
-EAML_DEFINE(float, Complex)
-}
