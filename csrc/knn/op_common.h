@@ -1,5 +1,5 @@
-// What the ops of knn share on every device: checks, views of tensors, and the ops themselves, which call the functions
-// of the file that includes this. Python checks the arguments in full; what is checked here keeps memory safe.
+// The ops of knn that every device shares: checks, views of tensors, and the ops, which call functions that the
+// including file defines. Python checks the arguments in full; the checks here keep memory safe.
 #pragma once
 
 #include <torch/csrc/stable/library.h>
@@ -21,24 +21,23 @@ using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 using Maybe = std::optional<Tensor>;
 
-// Keys and bias, the slots that they go to, and how many of these each memory has; `anew`: none of that, but everything
-// derived is made anew.
-struct Change {
-  bool anew;
+// A change of PackedKeys: keys and bias for `count` slots of each memory or, with `rebuild`, only new panels and state.
+struct Update {
+  bool rebuild;
   const std::int64_t* slots;
   std::int64_t count;
   const void *keys, *bias;
 };
 
-// What a device defines.
+// Functions that each device defines.
 bool on_device(const Tensor& t);
 std::int64_t panels_size(std::int64_t size, std::int64_t features, ScalarType wide);
 bool all_exist(const Tensor& slots, std::int64_t capacity);
 template <class T>
-void run(const Problem<T>& problem, Tensor& values, Tensor& indices);
+void run(const KnnParams<T>& problem, Tensor& values, Tensor& indices);
 // `first` is the first of `memories` stores, one behind the other.
 template <class T>
-void change(const Store<T>& first, std::int64_t memories, const Change& change, const Tensor& keys);
+void change(const PackedKeysView<T>& first, std::int64_t memories, const Update& change, const Tensor& keys);
 
 // The product of all sizes but the last `tail`.
 std::int64_t leading(const Tensor& x, std::int64_t tail) {
@@ -51,7 +50,7 @@ Half half_of(ScalarType type) {
   return type == ScalarType::BFloat16 ? Half::kBfloat16 : type == ScalarType::Half ? Half::kFloat16 : Half::kNone;
 }
 
-// The type that half numbers are computed in.
+// The type that reduced precision is computed in.
 ScalarType wide_type(ScalarType type) {
   return half_of(type) == Half::kNone ? type : ScalarType::Float;
 }
@@ -71,8 +70,8 @@ bool packed(const Tensor& keys, const Tensor& panels, const Tensor& state) {
 }
 
 template <class T>
-Problem<T> problem(const Tensor& queries, const Tensor& keys, std::int64_t k, Metric metric, const Maybe& valid,
-                   const Maybe& bias, const Maybe& panels, const Maybe& state) {
+KnnParams<T> problem(const Tensor& queries, const Tensor& keys, std::int64_t k, Metric metric, const Maybe& valid,
+                     const Maybe& bias, const Maybe& panels, const Maybe& state) {
   const std::int64_t keys_blocks = leading(keys, 2), valid_blocks = valid ? leading(*valid, 1) : 1,
                      bias_blocks = bias ? leading(*bias, 1) : 1;
   const std::int64_t memories = std::lcm(std::lcm(keys_blocks, valid_blocks), bias_blocks);
@@ -152,10 +151,10 @@ void knn_write(Tensor keys, Tensor bias, Tensor live, Tensor panels, Tensor stat
   if (new_keys) new_keys = dense(*new_keys);
   if (new_bias) new_bias = dense(*new_bias);
   const auto given = [](const Maybe& x) { return x ? x->const_data_ptr() : nullptr; };
-  const Change what{!slots, static_cast<const std::int64_t*>(given(slots)), slots ? slots->size(-1) : 0,
+  const Update what{!slots, static_cast<const std::int64_t*>(given(slots)), slots ? slots->size(-1) : 0,
                     given(new_keys), given(new_bias)};
   const auto with = [&]<class T>(T*) {
-    const Store<T> first{
+    const PackedKeysView<T> first{
         .keys = keys.mutable_data_ptr(),
         .bias = bias.mutable_data_ptr(),
         .live = static_cast<bool*>(live.mutable_data_ptr()),

@@ -1,4 +1,4 @@
-// A call of knn, on every device, on raw pointers.
+// Parameters of the knn kernels on every device: pointers and sizes.
 #pragma once
 
 #include <cstdint>
@@ -9,23 +9,23 @@ namespace eaml::knn {
 
 enum class Metric { kSqeuclidean, kCosine, kInnerProduct };
 
-// What panels depend on and what is known of a store's keys: their centre, and over live keys the sums of (key -
-// centre) and |key - centre|², their number, and how many slots have changed since the centre was chosen.
+// Numbers in the state of a memory: the centre; over live keys the sums of (key - centre) and |key - centre|² and their
+// count; and the number of slots changed since the centre was chosen.
 EAML_INLINE std::int64_t state_size(std::int64_t features) {
   return 2 * features + 3;
 }
 
-// Keys are packed in panels.
+// Keys of a panel.
 constexpr int kPanel = 32;
 EAML_INLINE std::int64_t panel_count(std::int64_t size) {
   return (size + kPanel - 1) / kPanel;
 }
 
-// Memory m: `size` keys (size, features) with optional valid and bias (size,); `share` consecutive memories use one
-// block. Queries (memories, queries, features), row-major like everything here. Keys are of T, or of a half type
-// beside T = float. Panels (with the state that they were made with) are optional.
+// A search. Each memory has keys (size, features) and optional valid and bias (size,); `*_share` consecutive memories
+// use the same ones. Queries are (memories, queries_each, features); all arrays are row-major. Keys are of T, or of
+// reduced precision beside T = float. Panels, with their state, are optional.
 template <class T>
-struct Problem {
+struct KnnParams {
   const T* queries;
   const void* keys;
   const bool* valid;
@@ -38,17 +38,17 @@ struct Problem {
   Half half;
 };
 
-// (memories, queries, k) results; with several key blocks one such array per block, blocks outermost.
+// Results (memories, queries_each, k); with several key blocks (key_blocks, memories, queries_each, k).
 template <class T>
-struct Found {
+struct KnnOutput {
   T* values;
   std::int64_t* indices;
 };
 
-// One memory that keeps its panels: keys (capacity, features) and bias (capacity,) of T or of a half type, live
-// (capacity,); panels and state follow from them.
+// One memory of PackedKeys: keys (capacity, features) and bias (capacity,) of T or of reduced precision, live
+// (capacity,), and the panels and state derived from them.
 template <class T>
-struct Store {
+struct PackedKeysView {
   void *keys, *bias;
   bool* live;
   T* panels;

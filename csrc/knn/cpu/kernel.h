@@ -1,5 +1,5 @@
-// The CPU half of knn on raw pointers. Exact search in two stages: a fast score in the keys' own precision, with a
-// proven error bound, leaves a short list per query; its members are evaluated in double and ordered by (value, index).
+// Interface of the CPU kernels of knn. The search has two stages: fast scores in the keys' precision, with a proven
+// error bound, leave a list of candidates per query; these are evaluated in double and ordered by (value, index).
 #pragma once
 
 #include <cstdint>
@@ -8,10 +8,10 @@
 
 namespace eaml::knn {
 
-// What the fast scores read: keys in panels of rows [kPanel]. First the start and the width of their bounds, then the
-// centred keys, a row per feature, last their norms. In the order in which they are read: it counts where a search is
-// as fast as memory. Where the machine multiplies bfloat16 numbers, T = float keeps pairs of these instead: a row per
-// two features, and the last one the norms beside the norms of what rounding took.
+// A panel of keys for the fast scores, in rows of kPanel numbers: start and width of the bounds, one row per feature of
+// the centred keys, and the norms. Rows are in the order in which they are read, which matters where memory is the
+// limit. Where the machine multiplies bfloat16 numbers, a panel of floats has pairs of these: a row per two features,
+// and in the last row the norms beside the norms of the rounding errors.
 bool has_pairs(bool is_float);
 inline std::int64_t key_rows(std::int64_t features, bool pairs) {
   return pairs ? (features + 1) / 2 : features;
@@ -33,29 +33,30 @@ std::int64_t panel_size(std::int64_t features) {
   return panel_rows(features, sizeof(T) == 4) * kPanel;
 }
 
-// A call is cut into units, memory × query block × key block, each searched alone.
+// The units of a search: memory × query block × key block, each searched independently.
 struct Plan {
   std::int64_t query_block, query_blocks, key_block, key_blocks, units, grain;
 };
 
 template <class T>
-Plan plan(const Problem<T>& problem, std::int64_t threads);
+Plan plan(const KnnParams<T>& problem, std::int64_t threads);
 
 template <class T>
-void search(const Problem<T>& problem, const Plan& plan, std::int64_t first_unit, std::int64_t last_unit,
-            Found<T> found);
+void search(const KnnParams<T>& problem, const Plan& plan, std::int64_t first_unit, std::int64_t last_unit,
+            KnnOutput<T> found);
 
-// The best k of the results of several key blocks.
+// Merges the results of several key blocks into the best k.
 template <class T>
-void merge(const Problem<T>& problem, const Plan& plan, Found<T> blocks, Found<T> found);
+void merge(const KnnParams<T>& problem, const Plan& plan, KnnOutput<T> blocks, KnnOutput<T> found);
 
-// Writes `count` keys (count, features) and their bias (none: 0) to slots, one after the other; without keys the slots
-// become dead. Takes time proportional to count, over many calls.
+// Writes `count` keys (count, features) and their bias (null: 0) to slots, in order; without keys the slots are erased.
+// The amortised time is proportional to count.
 template <class T>
-void write(const Store<T>& store, const std::int64_t* slots, std::int64_t count, const void* keys, const void* bias);
+void write(const PackedKeysView<T>& store, const std::int64_t* slots, std::int64_t count, const void* keys,
+           const void* bias);
 
-// Derives panels and state anew.
+// Computes panels and state from the keys.
 template <class T>
-void repack(const Store<T>& store);
+void repack(const PackedKeysView<T>& store);
 
 }  // namespace eaml::knn

@@ -63,7 +63,7 @@ struct Memory {
   const T* bias;
   Metric metric;
 
-  EAML_MEMBER Memory(const Problem<T>& p, int64_t memory)
+  EAML_MEMBER Memory(const KnnParams<T>& p, int64_t memory)
       : keys(static_cast<const char*>(p.keys)),
         features(p.features),
         row_bytes(p.features * (p.half == Half::kNone ? sizeof(T) : 2)),
@@ -320,7 +320,7 @@ EAML_DEVICE int push(Best<E> (&lists)[kLists], const E (&entries)[kLists], Place
 
 // The results of a query; behind a flush.
 template <class T>
-EAML_DEVICE void write_best(const Best<Entry<T>>& list, const Problem<T>& p, const Found<T>& found, int64_t row) {
+EAML_DEVICE void write_best(const Best<Entry<T>>& list, const KnnParams<T>& p, const KnnOutput<T>& found, int64_t row) {
   const T sign = p.metric == Metric::kSqeuclidean ? T(1) : T(-1);
   for (int64_t j = cuda::thread(); j < p.k; j += kThreads) {
     const Entry<T> e = j < list.k ? list.best.get(static_cast<int>(j)) : kNone<Entry<T>>;

@@ -20,10 +20,10 @@ namespace eaml::knn {
 namespace {
 
 template <class T>
-const char* search_by(const Problem<T>& problem, Found<T> found, Pieces& pieces, void* stream) {
+const char* search_by(const KnnParams<T>& problem, KnnOutput<T> found, Pieces& pieces, void* stream) {
   if constexpr (sizeof(T) == 4) {
     if (!is_direct(problem)) {
-      const Screen p = plan_screen(problem, found, pieces);
+      const CandidateFilter p = plan_screen(problem, found, pieces);
       return pieces.at == nullptr ? nullptr : launch_screen(p, stream);
     }
   }
@@ -33,17 +33,17 @@ const char* search_by(const Problem<T>& problem, Found<T> found, Pieces& pieces,
 
 }  // namespace
 
-#define EAML_DEFINE(T)                                                                            \
-  template <>                                                                                     \
-  std::int64_t search_bytes<T>(const Problem<T>& problem) {                                       \
-    Pieces pieces{nullptr};                                                                       \
-    search_by<T>(problem, {}, pieces, nullptr);                                                   \
-    return pieces.used + 1;                                                                       \
-  }                                                                                               \
-  template <>                                                                                     \
-  const char* search<T>(const Problem<T>& problem, Found<T> found, void* scratch, void* stream) { \
-    Pieces pieces{static_cast<char*>(scratch)};                                                   \
-    return search_by<T>(problem, found, pieces, stream);                                          \
+#define EAML_DEFINE(T)                                                                                  \
+  template <>                                                                                           \
+  std::int64_t search_bytes<T>(const KnnParams<T>& problem) {                                           \
+    Pieces pieces{nullptr};                                                                             \
+    search_by<T>(problem, {}, pieces, nullptr);                                                         \
+    return pieces.used + 1;                                                                             \
+  }                                                                                                     \
+  template <>                                                                                           \
+  const char* search<T>(const KnnParams<T>& problem, KnnOutput<T> found, void* scratch, void* stream) { \
+    Pieces pieces{static_cast<char*>(scratch)};                                                         \
+    return search_by<T>(problem, found, pieces, stream);                                                \
   }
 
 }  // namespace eaml::knn

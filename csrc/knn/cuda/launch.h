@@ -22,15 +22,15 @@ EAML_INLINE std::int64_t panel_words(std::int64_t features) {
 
 // Bytes of memory that a search needs for itself.
 template <class T>
-std::int64_t search_bytes(const Problem<T>& problem);
+std::int64_t search_bytes(const KnnParams<T>& problem);
 template <class T>
-const char* search(const Problem<T>& problem, Found<T> found, void* scratch, void* stream);
+const char* search(const KnnParams<T>& problem, KnnOutput<T> found, void* scratch, void* stream);
 
 // Writes keys (memories, count, features) and their bias (none: 0) to slots (memories, count) of memories that lie one
 // behind the other; the last of those to one slot stays, slots that do not exist are left out. Without keys the slots
-// become dead. `anew`: derives panels and state of what is there.
-std::int64_t write_bytes(const Store<float>& first, std::int64_t memories, bool anew, std::int64_t count);
-const char* write(const Store<float>& first, std::int64_t memories, bool anew, const std::int64_t* slots,
+// become dead. `rebuild`: derives panels and state of what is there.
+std::int64_t write_bytes(const PackedKeysView<float>& first, std::int64_t memories, bool rebuild, std::int64_t count);
+const char* write(const PackedKeysView<float>& first, std::int64_t memories, bool rebuild, const std::int64_t* slots,
                   std::int64_t count, const void* keys, const void* bias, void* scratch, void* stream);
 
 }  // namespace eaml::knn

@@ -25,27 +25,27 @@ Tensor scratch(const Tensor& like, std::int64_t bytes) {
 }
 
 template <class T>
-void run(const Problem<T>& problem, Tensor& values, Tensor& indices) {
+void run(const KnnParams<T>& problem, Tensor& values, Tensor& indices) {
   EAML_CHECK(problem.k <= kMostNeighbors || problem.size <= kMostNeighbors, "knn: k is ", problem.k,
              ", the CUDA kernels find up to ", kMostNeighbors);
   EAML_CHECK(problem.size <= kMostKeys, "knn: keys has ", problem.size,
              " keys in a memory, the CUDA kernels take up to ", kMostKeys);
   const cuda::DeviceStreamGuard guard(values);
   const Tensor memory = scratch(values, search_bytes(problem));
-  const Found<T> found{static_cast<T*>(values.mutable_data_ptr()),
-                       static_cast<std::int64_t*>(indices.mutable_data_ptr())};
+  const KnnOutput<T> found{static_cast<T*>(values.mutable_data_ptr()),
+                           static_cast<std::int64_t*>(indices.mutable_data_ptr())};
   cuda::check_launch(search(problem, found, memory.mutable_data_ptr(), guard.stream()));
 }
 
 template <class T>
-void change(const Store<T>& first, std::int64_t memories, const Change& what, const Tensor& keys) {
+void change(const PackedKeysView<T>& first, std::int64_t memories, const Update& what, const Tensor& keys) {
   if constexpr (sizeof(T) == 8) {
     EAML_CHECK(false, "knn_write: there are no CUDA panels of float64 keys");
   } else {
-    if (memories == 0 || (!what.anew && what.count == 0)) return;
+    if (memories == 0 || (!what.rebuild && what.count == 0)) return;
     const cuda::DeviceStreamGuard guard(keys);
-    const Tensor memory = scratch(keys, write_bytes(first, memories, what.anew, what.count));
-    cuda::check_launch(write(first, memories, what.anew, what.slots, what.count, what.keys, what.bias,
+    const Tensor memory = scratch(keys, write_bytes(first, memories, what.rebuild, what.count));
+    cuda::check_launch(write(first, memories, what.rebuild, what.slots, what.count, what.keys, what.bias,
                              memory.mutable_data_ptr(), guard.stream()));
   }
 }

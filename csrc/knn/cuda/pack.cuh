@@ -6,10 +6,10 @@
 namespace eaml::knn {
 namespace {
 
-// The bounds are those of csrc/knn/cpu/kernel.cpp for pairs of bfloat16 numbers, where they are derived; but for the
-// products, whose sums tensor cores take in steps of 16, 8 or 4. A step of n aligns its n + 1 terms to the largest and
-// may cut each at 24 bits, and the sum too: an error of up to (n + 2) 2^-23 times the sum of their magnitudes, which
-// makes no more than 3 u a product, instead of u. kRounding u covers it.
+// The bounds are those of csrc/knn/cpu/error_bounds.h for pairs of bfloat16 numbers, where they are derived; but for
+// the products, whose sums tensor cores take in steps of 16, 8 or 4. A step of n aligns its n + 1 terms to the largest
+// and may cut each at 24 bits, and the sum too: an error of up to (n + 2) 2^-23 times the sum of their magnitudes,
+// which makes no more than 3 u a product, instead of u. kRounding u covers it.
 constexpr double kRounding = 4, kU = 0x1p-24, kV = 0x1p-53;
 constexpr float kTiny = 0x1p-126f, kMax = 0x1.fffffep127f, kMostNorm = 0x1p60f, kMostBias = kMax / 16;
 

@@ -9,8 +9,8 @@ namespace {
 // Queries that are searched directly: all, or those of a list of rows that an earlier kernel has written.
 template <class T>
 struct RowsTask {
-  Problem<T> problem;
-  Found<T> found;
+  KnnParams<T> problem;
+  KnnOutput<T> found;
   Entry<T>* partial;  // (query or place in the list, k, part), where there are several parts
   const int64_t* list;
   const uint32_t* list_count;
@@ -23,7 +23,7 @@ EAML_KERNEL(kThreads, kQueries == 1 ? 2 : 1)
 rows_kernel(EAML_CONSTANT RowsTask<T> p) {
   using E = Entry<T>;
   constexpr bool kStaged = kPlain;
-  const Problem<T>& problem = p.problem;
+  const KnnParams<T>& problem = p.problem;
   const int64_t features = problem.features, padded = (features + 7) / 8 * 8;
   char* memory_at = cuda::shared_memory();
   const Shared<double> staged{reinterpret_cast<double*>(memory_at)};
@@ -101,7 +101,7 @@ template <class T>
 EAML_KERNEL(kThreads)
 merge_kernel(EAML_CONSTANT RowsTask<T> p) {
   using E = Entry<T>;
-  const Problem<T>& problem = p.problem;
+  const KnnParams<T>& problem = p.problem;
   Places places{{reinterpret_cast<uint32_t*>(cuda::shared_memory())}};
   const int64_t rows = p.list == nullptr ? problem.memories * problem.queries_each : int64_t(*p.list_count);
   for (int64_t row = cuda::block(); row < rows; row += p.blocks) {
@@ -134,7 +134,7 @@ std::size_t rows_bytes(const RowsTask<T>& p) {
 }
 
 template <class T>
-bool is_plain(const Problem<T>& p) {
+bool is_plain(const KnnParams<T>& p) {
   return p.half == Half::kNone && p.features % 4 == 0 && p.features <= kMostStagedFeatures &&
          reinterpret_cast<std::uintptr_t>(p.keys) % 16 == 0;
 }
@@ -155,7 +155,7 @@ const char* with_rows(const RowsTask<T>& p, F f) {
 }
 
 template <class T>
-RowsTask<T> rows_task(const Problem<T>& problem, Found<T> found) {
+RowsTask<T> rows_task(const KnnParams<T>& problem, KnnOutput<T> found) {
   RowsTask<T> p{};
   p.problem = problem, p.found = found;
   p.k = static_cast<int>(problem.k < problem.size ? problem.k : problem.size);
@@ -190,7 +190,7 @@ const char* launch_rows(const RowsTask<T>& p, void* stream) {
 }
 
 template <class T>
-RowsTask<T> plan_rows(const Problem<T>& problem, Found<T> found, Pieces& pieces) {
+RowsTask<T> plan_rows(const KnnParams<T>& problem, KnnOutput<T> found, Pieces& pieces) {
   RowsTask<T> p = rows_task(problem, found);
   with_rows(p, [&](auto queries, auto) {
     p.groups = ceil_div(problem.queries_each, decltype(queries)::value);

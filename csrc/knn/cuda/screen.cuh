@@ -12,9 +12,9 @@ namespace {
 // ---- packing inside a call ----
 
 // A screened call, or as many queries of it as its memory has room for, in tiles of the rows of one memory.
-struct Screen {
-  Problem<float> problem;
-  Found<float> found;
+struct CandidateFilter {
+  KnnParams<float> problem;
+  KnnOutput<float> found;
   Packed packed;
   float* centres;  // (blocks of keys, features)
   int64_t keys_blocks, sets, sets_share, depth;
@@ -47,7 +47,7 @@ struct Screen {
 };
 
 EAML_KERNEL(kThreads)
-centre_kernel(EAML_CONSTANT Screen p) {
+centre_kernel(EAML_CONSTANT CandidateFilter p) {
   const int64_t block = cuda::block(), memory = block * p.problem.keys_share;
   const bool* valid = p.problem.valid;
   if (valid != nullptr) valid += memory / p.problem.valid_share * p.problem.size;
@@ -57,8 +57,8 @@ centre_kernel(EAML_CONSTANT Screen p) {
 
 // A block packs a panel; each key may have bounds of several memories.
 EAML_KERNEL(kThreads, 2)
-pack_kernel(EAML_CONSTANT Screen p) {
-  const Problem<float>& problem = p.problem;
+pack_kernel(EAML_CONSTANT CandidateFilter p) {
+  const KnnParams<float>& problem = p.problem;
   const int64_t panels = panel_count(problem.size), block = cuda::block() / panels;
   const int64_t first = cuda::block() % panels * kPanel;
   const KeyRows keys = p.keys(block);
@@ -90,8 +90,8 @@ pack_kernel(EAML_CONSTANT Screen p) {
 
 // A warp packs a query. All rows of the tiles get one, those that do not exist too.
 EAML_KERNEL(kThreads)
-queries_kernel(EAML_CONSTANT Screen p) {
-  const Problem<float>& problem = p.problem;
+queries_kernel(EAML_CONSTANT CandidateFilter p) {
+  const KnnParams<float>& problem = p.problem;
   if (cuda::block() == 0 && cuda::thread() == 0) *p.failed_count = 0;
   const int lane = cuda::thread() % cuda::kWarp;
   const int64_t row = cuda::block() * kWarps + cuda::thread() / cuda::kWarp, features = problem.features;
@@ -159,7 +159,7 @@ std::size_t screen_bytes(int64_t depth) {
 
 // The slot of key `i` of a sample, or of all: each of the sample is any of its own stretch of slots.
 template <bool kSample>
-EAML_DEVICE int64_t slot_of(const Screen& p, int64_t i) {
+EAML_DEVICE int64_t slot_of(const CandidateFilter& p, int64_t i) {
   if constexpr (!kSample) return i;
   uint32_t mixed = static_cast<uint32_t>(i) * 2654435761u;
   mixed ^= mixed >> 15;
@@ -170,9 +170,9 @@ EAML_DEVICE int64_t slot_of(const Screen& p, int64_t i) {
 // upper bounds are written; otherwise of all keys, of which those within the threshold go on the lists.
 template <int kM, bool kSample>
 EAML_KERNEL(kScreenThreads)
-screen_kernel(EAML_CONSTANT Screen p) {
+screen_kernel(EAML_CONSTANT CandidateFilter p) {
   constexpr int kRows = 16 * kM, kN = kPanel / 8;
-  const Problem<float>& problem = p.problem;
+  const KnnParams<float>& problem = p.problem;
   const int64_t splits = kSample ? p.sample_splits : p.splits;
   const int64_t tile = cuda::block() % p.tiles, split = cuda::block() / p.tiles, first_row = tile * kRows;
   const int64_t memory = p.memory(first_row), block = memory / problem.keys_share, set = memory / p.sets_share;
@@ -323,7 +323,7 @@ EAML_DEVICE float threshold_of(const Best<uint64_t>& uppers, float margin) {
 
 // A block finds the threshold of a query from its sample.
 EAML_KERNEL(kThreads)
-threshold_kernel(EAML_CONSTANT Screen p) {
+threshold_kernel(EAML_CONSTANT CandidateFilter p) {
   const int64_t row = cuda::block();
   if (!p.exists(row) || !(p.threshold[row] > 0)) return;
   Places places{{reinterpret_cast<uint32_t*>(cuda::shared_memory())}};
@@ -342,8 +342,8 @@ threshold_kernel(EAML_CONSTANT Screen p) {
 
 // A block finds the results of a query from its list, or puts it on the list of those that have failed.
 EAML_KERNEL(kThreads, 2)
-select_kernel(EAML_CONSTANT Screen p) {
-  const Problem<float>& problem = p.problem;
+select_kernel(EAML_CONSTANT CandidateFilter p) {
+  const KnnParams<float>& problem = p.problem;
   const int64_t row = cuda::block();
   if (!p.exists(row)) return;
   const int64_t from = p.memory(row) * problem.queries_each + p.query(row);
@@ -358,7 +358,7 @@ select_kernel(EAML_CONSTANT Screen p) {
   const Shared<uint32_t> waiting{reinterpret_cast<uint32_t*>(memory_at)};  // [kFresh], slots
   memory_at += kFresh * sizeof(uint32_t);
   Best<uint64_t> lists[1];
-  const Screen::Candidate* const list = p.list + row * p.capacity;
+  const CandidateFilter::Candidate* const list = p.list + row * p.capacity;
   float threshold = kMax;
   if (count > p.k) {
     lists[0].start(memory_at, p.k, p.kept);
@@ -418,7 +418,7 @@ select_kernel(EAML_CONSTANT Screen p) {
 // ---- what runs on the host ----
 
 // Whether values in double, of all keys, take less time than packing and screening them.
-inline bool is_direct(const Problem<float>& p) {
+inline bool is_direct(const KnnParams<float>& p) {
   if (p.queries_each == 1 || p.size <= kTileKeys || !cuda::multiplies_bfloat16()) return true;
   const int64_t ratio = cuda::singles_to_a_double();
   const int64_t few = p.panels == nullptr ? between<int64_t>(1, 8 / ratio, 4) : 1;
@@ -428,8 +428,8 @@ inline bool is_direct(const Problem<float>& p) {
 
 constexpr int64_t kScreenMemory = 256 << 20;  // of queries that are searched at a time
 
-inline Screen plan_screen(const Problem<float>& problem, Found<float> found, Pieces& pieces) {
-  Screen p{};
+inline CandidateFilter plan_screen(const KnnParams<float>& problem, KnnOutput<float> found, Pieces& pieces) {
+  CandidateFilter p{};
   const int64_t size = problem.size, panels = panel_count(size);
   p.problem = problem, p.found = found, p.depth = depth_of(problem.features);
   p.keys_blocks = problem.memories / problem.keys_share;
@@ -468,7 +468,7 @@ inline Screen plan_screen(const Problem<float>& problem, Found<float> found, Pie
   cut_keys(failed, between<int64_t>(1, size / 4096, kThreads));
   p.failed_parts = failed.parts, p.failed_part = failed.part;
   const int64_t all = problem.memories * p.tiles_each;
-  const int64_t row_bytes = p.capacity * sizeof(Screen::Candidate) + p.sample * 4 + p.depth * 2 +
+  const int64_t row_bytes = p.capacity * sizeof(CandidateFilter::Candidate) + p.sample * 4 + p.depth * 2 +
                             p.failed_parts * p.k * sizeof(Entry<float>) + 32;
   p.tiles = between<int64_t>(1, kScreenMemory / (row_bytes * p.tile_rows), all);
   p.tiles = ceil_div(all, ceil_div(all, p.tiles));
@@ -488,7 +488,7 @@ inline Screen plan_screen(const Problem<float>& problem, Found<float> found, Pie
 }
 
 template <int kM>
-const char* launch_tiles(const Screen& p, void* stream) {
+const char* launch_tiles(const CandidateFilter& p, void* stream) {
   const std::size_t bytes = screen_bytes<kM>(p.depth);
   const std::size_t list_bytes = Places::size(1) * sizeof(uint32_t);
   const int64_t rows = p.tiles * p.tile_rows;
@@ -506,7 +506,7 @@ const char* launch_tiles(const Screen& p, void* stream) {
   return error;
 }
 
-inline const char* launch_screen(Screen p, void* stream) {
+inline const char* launch_screen(CandidateFilter p, void* stream) {
   const char* error = nullptr;
   if (p.problem.panels == nullptr) {
     error = cuda::launch(centre_kernel, p.keys_blocks, kThreads, kSampled * sizeof(float), stream, p);

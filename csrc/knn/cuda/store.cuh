@@ -6,10 +6,10 @@
 namespace eaml::knn {
 namespace {
 
-// Keys and bias that go to slots, of several memories; `anew`: what is derived of them all is made anew.
+// Keys and bias that go to slots, of several memories; `rebuild`: what is derived of them all is made rebuild.
 struct Writing {
-  Store<float> store;  // of the first memory
-  bool anew;
+  PackedKeysView<float> store;  // of the first memory
+  bool rebuild;
   int64_t memories, count;  // slots of each
   const int64_t* slots;
   const void *keys, *bias;
@@ -25,15 +25,15 @@ struct Writing {
   }
   EAML_MEMBER KeyRows stored(int64_t memory) const { return rows(store.keys, memory * store.capacity); }
   EAML_MEMBER KeyRows given(int64_t memory) const {
-    return anew ? stored(memory) : rows(keys, keys == nullptr ? 0 : memory * count);
+    return rebuild ? stored(memory) : rows(keys, keys == nullptr ? 0 : memory * count);
   }
   // Who has claimed a slot last, less the claims of those before: 0 between two calls.
   EAML_MEMBER uint32_t* claim(int64_t memory, int64_t slot) const { return packed.norm(memory, slot) + 3 * kPanel; }
-  EAML_MEMBER int64_t slot(int64_t memory, int64_t i) const { return anew ? i : slots[memory * count + i]; }
+  EAML_MEMBER int64_t slot(int64_t memory, int64_t i) const { return rebuild ? i : slots[memory * count + i]; }
   // Whether entry i is the last one to its slot, which exists.
   EAML_MEMBER bool counts(int64_t memory, int64_t i) const {
     const int64_t s = slot(memory, i);
-    return s >= 0 && s < store.capacity && (anew || *claim(memory, s) == uint32_t(i + 1));
+    return s >= 0 && s < store.capacity && (rebuild || *claim(memory, s) == uint32_t(i + 1));
   }
   EAML_MEMBER bool live(int64_t memory, int64_t slot) const { return store.live[memory * store.capacity + slot]; }
   EAML_MEMBER double* state(int64_t memory) const { return store.state + memory * state_size(store.features); }
@@ -62,10 +62,10 @@ begin_kernel(EAML_CONSTANT Writing p) {
   double* const state = p.state(memory);
   const bool empty = state[2 * features + 1] == 0;
   cuda::sync_block();
-  if (!p.anew && (!empty || p.keys == nullptr)) return;
+  if (!p.rebuild && (!empty || p.keys == nullptr)) return;
   for (int64_t i = cuda::thread(); i < state_size(features); i += kThreads) state[i] = 0;
   cuda::sync_block();
-  if (p.anew) return;
+  if (p.rebuild) return;
   find_centre(p.given(memory), p.count, nullptr, p.store.metric, {reinterpret_cast<float*>(cuda::shared_memory())},
               state);
 }
@@ -90,7 +90,8 @@ tally_kernel(EAML_CONSTANT Writing p) {
       const int64_t at = first + i / 2;
       bool used = at < end && p.counts(memory, at);
       const int64_t slot = used ? p.slot(memory, at) : 0;
-      if (used) used = i % 2 == 0 ? !p.anew && p.live(memory, slot) : p.anew ? p.live(memory, slot) : p.keys != nullptr;
+      if (used)
+        used = i % 2 == 0 ? !p.rebuild && p.live(memory, slot) : p.rebuild ? p.live(memory, slot) : p.keys != nullptr;
       float scale = kNaN<float>, square = 0;
       if (used) {
         const int64_t row = i % 2 == 0 ? slot : at;
@@ -153,7 +154,7 @@ put_kernel(EAML_CONSTANT Writing p) {
 }
 
 // A block brings a memory's state up to date. Where the mean is farther from the centre than keys are from the mean, or
-// everything is made anew, the mean becomes the centre.
+// everything is made rebuild, the mean becomes the centre.
 EAML_KERNEL(kThreads)
 finish_kernel(EAML_CONSTANT Writing p) {
   const int64_t memory = cuda::block(), features = p.store.features;
@@ -179,7 +180,7 @@ finish_kernel(EAML_CONSTANT Writing p) {
   cuda::sync_block();
   offset = change = 0;
   for (int i = 0; i < kThreads; ++i) offset += totals.get(i), change += totals.get(kThreads + i);
-  const bool moves = p.anew || (8 * about[2] >= about[1] && about[1] > 0 && 2 * offset > about[0] * about[1]);
+  const bool moves = p.rebuild || (8 * about[2] >= about[1] && about[1] > 0 && 2 * offset > about[0] * about[1]);
   if (moves) {
     for (int64_t f = cuda::thread(); f < features; f += kThreads) {
       const float mean = float(centre[f] + sum[f] / count);
@@ -215,9 +216,10 @@ repack_kernel(EAML_CONSTANT Writing p) {
 
 // ---- what runs on the host ----
 
-inline Writing plan_write(const Store<float>& first, int64_t memories, bool anew, int64_t count, Pieces& pieces) {
+inline Writing plan_write(const PackedKeysView<float>& first, int64_t memories, bool rebuild, int64_t count,
+                          Pieces& pieces) {
   Writing p{};
-  p.store = first, p.memories = memories, p.anew = anew, p.count = anew ? first.capacity : count;
+  p.store = first, p.memories = memories, p.rebuild = rebuild, p.count = rebuild ? first.capacity : count;
   p.packed = panels_at(first.panels, first.capacity, first.features), p.depth = depth_of(first.features);
   p.parts = between<int64_t>(1, p.count / (2 * kTallied), between<int64_t>(1, kManyBlocks / memories, 64));
   p.blocks = between<int64_t>(1, memories * panel_count(first.capacity), 4 * kManyBlocks);
@@ -232,12 +234,12 @@ inline const char* launch_write(const Writing& p, void* stream) {
   const auto then = [&](auto kernel, int64_t blocks, std::size_t bytes) {
     if (error == nullptr) error = cuda::launch(kernel, blocks, kThreads, bytes, stream, p);
   };
-  if (!p.anew) then(claim_kernel<true>, blocks, 0);
+  if (!p.rebuild) then(claim_kernel<true>, blocks, 0);
   then(begin_kernel, p.memories, kSampled * sizeof(float));
   then(tally_kernel, p.memories * p.parts, 4 * kTallied * sizeof(float));
-  if (!p.anew) then(put_kernel, ceil_div(entries, kWarps), 0);
+  if (!p.rebuild) then(put_kernel, ceil_div(entries, kWarps), 0);
   then(finish_kernel, p.memories, 2 * kThreads * sizeof(double));
-  if (!p.anew) then(claim_kernel<false>, blocks, 0);
+  if (!p.rebuild) then(claim_kernel<false>, blocks, 0);
   then(repack_kernel, p.blocks, 0);
   return error;
 }
