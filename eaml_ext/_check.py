@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import numbers
 import operator
 from collections.abc import Sequence
@@ -68,8 +69,12 @@ def integer(where: str, name: str, value: Any, low: int | None = None, high: int
 def number(where: str, name: str, value: Any) -> float:
     """Return ``value`` as a Python number: an int stays an int, every other ``numbers.Real`` becomes a float.
 
-    Raises TypeError for everything else, booleans and strings included.
+    Arrays and tensors without dimensions count as their number. Raises TypeError for everything else, booleans and
+    strings included.
     """
+    if not isinstance(value, numbers.Real) and getattr(value, "shape", None) == () and not _is_boolean(value):
+        with contextlib.suppress(AttributeError, RuntimeError):  # no item(), or none without data or under vmap
+            value = value.item()
     if _is_boolean(value) or not isinstance(value, numbers.Real):
         raise TypeError(f"{where}: {name} must be a number, got {value!r}")
     return int(value) if isinstance(value, numbers.Integral) else float(value)

@@ -281,7 +281,9 @@ def _key(key: Any, name: str) -> str | int:
 
 def _number(value: Any) -> Any:
     """A NumPy scalar as Python's, for ``json.dumps``."""
-    if isinstance(value, np.generic):
+    if isinstance(value, np.floating):
+        return float(value)  # item() of a longdouble is a longdouble again
+    if isinstance(value, np.generic) and not isinstance(value, np.clongdouble):
         return value.item()
     raise TypeError(f"Object of type {type(value).__name__} is not JSON serializable")
 

@@ -202,9 +202,11 @@ def test_save_state_numpy_keys_and_values_come_back_as_pythons(integer, path):
 
 
 def test_save_numpy_metadata_come_back_as_pythons(path):
-    checkpoint.save(path, {}, {"epoch": np.int64(4), "loss": np.float32(0.25), "best": [np.bool_(False)]})
-    assert checkpoint.load(path)[1] == {"epoch": 4, "loss": 0.25, "best": [False]}
-    for value in (np.complex64(1j), np.datetime64("2020-01-01"), np.zeros(3)):
+    checkpoint.save(
+        path, {}, {"epoch": np.int64(4), "loss": np.longdouble(0.25), "lr": np.float32(0.5), "best": [np.bool_(False)]}
+    )
+    assert checkpoint.load(path)[1] == {"epoch": 4, "loss": 0.25, "lr": 0.5, "best": [False]}
+    for value in (np.complex64(1j), np.clongdouble(1j), np.datetime64("2020-01-01"), np.zeros(3)):
         with pytest.raises(TypeError, match=r"^checkpoint.save: metadata must be JSON-able"):
             checkpoint.save(path, {}, {"a": value})
     for key in (np.float32(1), np.bool_(True)):

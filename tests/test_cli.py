@@ -160,3 +160,12 @@ def test_settings_that_cannot_be_written_leave_nothing_behind(tmp_path):
     with pytest.raises(OSError):
         settings_file.write(tmp_path, DynamicsSettings())
     assert [path.name for path in tmp_path.iterdir()] == ["settings.toml"]
+
+
+@pytest.mark.parametrize("algo", ["dynamics", "rl2", "maml"])
+def test_main_seed_beyond_64_bits_is_one_sentence(algo, tmp_path, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        cli.main(["--algo", algo, "--seed", "99999999999999999999999", "--out", str(tmp_path / "run")])
+    error = capsys.readouterr().err
+    assert stopped.value.code == 2 and not (tmp_path / "run").exists()
+    assert "seed must be in [0, 18446744073709551616), got 99999999999999999999999" in error.splitlines()[-1]

@@ -122,6 +122,7 @@ class ExperienceBuffer:
             action_dim = _check.positive(where, "action_dim", action_dim, integer=True)
         if seed is not None:
             seed = _check.positive(where, "seed", seed, integer=True, zero=True)
+            seed = _check.integer(where, "seed", seed, 0, 2**128)
         if metric not in _METRICS:
             raise ValueError(f"{where}: metric must be {' or '.join(_METRICS)}, got {metric!r}")
         if age_half_life is not None:
@@ -195,11 +196,15 @@ class ExperienceBuffer:
         3. Scalars and vectors alone mean one item.
         4. Arrays of one leading size mean many items, if no scalar except ``task`` and ``priority`` is beside them. A
            single image alone is therefore added as ``image[None]``.
-        5. Arrays beside another scalar (``action=2, reward=0.5``) mean one item, if they have one shape or different
-           leading sizes; a vector of integer actions as long as all arrays means many items.
+        5. Matrices of one leading size, with vectors of that size or without, mean many items, and a scalar
+           (``reward=0.0``) holds for all of them. The exception is a scalar ``action``: one step has one action, so
+           matrices of one shape beside it mean one item.
+        6. Arrays of three dimensions and one shape beside a scalar mean one item, such as an image; so do arrays of
+           different leading sizes, unless two of them are matrices. A vector of integer actions as long as all arrays
+           means many items.
 
-        Other shapes, for instance a vector of rewards beside a scalar, are ambiguous and refused. A leading dimension
-        in every array, 1 for one item, avoids that.
+        Other shapes, for instance four dimensions beside a scalar, are ambiguous and refused. A leading dimension in
+        every array, 1 for one item, avoids that.
 
         Values are tensors of exactly the stored dtype, on the buffer's device; or numbers, lists and arrays, which are
         converted (floating ones to torch's default dtype at the first add, rewards and priorities always; integers of
@@ -426,7 +431,8 @@ class ExperienceBuffer:
                 wanted = torch.get_default_dtype()
             elif stored is None and name == "task" and value.dtype != torch.bool:
                 wanted = torch.int64
-            if wanted is not None and torch.can_cast(value.dtype, wanted):
+            boolean_task = name == "task" and value.dtype == torch.bool
+            if wanted is not None and torch.can_cast(value.dtype, wanted) and not boolean_task:
                 value = value.to(wanted)
         if stored is not None and value.dtype != stored:
             raise TypeError(f"{where}: {name} has dtype {_short(value.dtype)}, wanted {_short(stored)}")
@@ -483,14 +489,16 @@ class ExperienceBuffer:
         flat, equal = len(vectors) == len(arrays), len({len(value) for value in arrays.values()}) == 1
         one, many = self._fits(where, values, False), equal and self._fits(where, values, True)
         if not (one and many):
-            return many or not (flat or (one and (equal or scalars)))
+            matrices = sum(value.dim() == 2 for value in arrays.values())
+            return many or not (flat or (one and (equal or (scalars and matrices < 2))))
         if flat and "reward" not in vectors:
             return False
         if not flat:
             indices = "action" in vectors and not vectors["action"].is_floating_point()
-            if not scalars or (indices and "reward" not in vectors):
+            dims = max(value.dim() for value in arrays.values())
+            if not scalars or (indices and "reward" not in vectors) or (dims == 2 and "action" not in scalars):
                 return True
-            if len({value.shape for value in arrays.values()}) == 1 and self.state_dim is None:
+            if len({value.shape for value in arrays.values()}) == 1 and self.state_dim is None and dims <= 3:
                 return False
         shapes = ", ".join(f"{name} {tuple(value.shape)}" for name, value in arrays.items())
         text = f"{shapes} can be one item or {len(next(iter(arrays.values())))}"
@@ -928,6 +936,7 @@ class ExperienceBuffer:
                 "written": self._written,
                 "cleared": self._cleared,
                 "generator": self._generator.get_state(),
+                "stream": self._stream,
                 "fields": {name: store[slots].clone() for name, store in self._store.items()},
             }
 
@@ -941,7 +950,7 @@ class ExperienceBuffer:
         """
         where = "ExperienceBuffer.load_state_dict"
         wanted = {"capacity", "written", "cleared", "generator", "fields"}
-        if not isinstance(state, dict) or set(state) != wanted:
+        if not isinstance(state, dict) or set(state) - {"stream"} != wanted:  # files of 0.1 have no stream
             raise ValueError(f"{where}: state must be a dict with the entries {', '.join(sorted(wanted))}")
         if state["capacity"] != self.capacity:
             raise ValueError(f"{where}: the state is of capacity {state['capacity']}, the buffer of {self.capacity}")
@@ -949,6 +958,9 @@ class ExperienceBuffer:
         if cleared > written or cleared % self.capacity:
             raise ValueError(f"{where}: cleared must be a multiple of {self.capacity} up to {written}, got {cleared}")
         count = min(written - cleared, self.capacity)
+        stream = state.get("stream")
+        if stream is not None:
+            stream = _check.integer(where, "stream", stream)
         fields: dict[str, Tensor] = state["fields"]
         for name, value in fields.items():
             _check.tensor(where, name, value)
@@ -973,7 +985,7 @@ class ExperienceBuffer:
             for name, value in fields.items():
                 store[name][slots] = value.detach().to(self.device)
             self._take(store, written, cleared)
-            self._generator, self._stream = generator, None
+            self._generator, self._stream = generator, stream
             if self._directory is not None:
                 self.flush()  # only now the new files take the place of the old ones
 
@@ -1005,19 +1017,18 @@ class ExperienceBuffer:
 
     def __getstate__(self) -> dict[str, Any]:  # a copy of a buffer on disk lives in memory
         with self._lock:
-            state, stream = self.state_dict(), self._stream
+            state = self.state_dict()
         fields = {name: (value.dtype, value.shape, _to_array(value)) for name, value in state.pop("fields").items()}
         state["generator"] = state["generator"].numpy()
         options = {**self._options(), "device": str(self.device)}
-        return {"options": options, "state": state, "fields": fields, "stream": stream}
+        return {"options": options, "state": state, "fields": fields}
 
     def __setstate__(self, pickled: dict[str, Any]) -> None:
         self.__init__(**pickled["options"], seed=0)  # type: ignore[misc]
         specs = pickled["fields"].items()
-        fields = {name: torch.from_numpy(data).view(dtype).view(shape) for name, (dtype, shape, data) in specs}
+        fields = {name: _from_array(*spec) for name, spec in specs}
         generator = torch.from_numpy(pickled["state"]["generator"])
         self.load_state_dict({**pickled["state"], "generator": generator, "fields": fields})
-        self._stream = pickled["stream"]
 
 
 # A fork copies a lock that another thread holds as held for ever: the forking thread takes all locks first.
@@ -1044,6 +1055,12 @@ if hasattr(os, "register_at_fork"):
 def _to_array(value: Tensor) -> Any:
     """The bytes of a tensor. Pickled for a spawned process, a temporary tensor would be freed before its start."""
     return value.cpu().reshape(-1).view(torch.uint8).numpy()
+
+
+def _from_array(dtype: torch.dtype, shape: torch.Size, data: Any) -> Tensor:
+    if not data.size:  # torch cannot view an empty array as another dtype
+        return torch.empty(shape, dtype=dtype)
+    return torch.from_numpy(data).view(dtype).view(shape)
 
 
 def _item_shapes(values: dict[str, Tensor], many: bool) -> dict[str, tuple[int, ...]]:

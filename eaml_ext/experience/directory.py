@@ -122,6 +122,8 @@ class Directory:
     def close(self) -> None:
         """Let go of the files; another buffer may hold the directory then."""
         self._maps = {}
+        if fcntl is not None and self.owned and not self.closed:
+            fcntl.flock(self._lock, fcntl.LOCK_UN)  # forked processes keep the lock's file open
         self._lock.close()
 
     def _names(self) -> list[str]:

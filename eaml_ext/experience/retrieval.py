@@ -3,7 +3,7 @@
 A retriever looks at the buffer and at the batch that the Adapter was given and returns ``{"states", "targets"}``, or
 None when it has nothing to offer; with ``"weights"`` ``(n,)`` too, the items count in that proportion. ``states`` and
 ``targets`` of the makers go to ``Experiences.batch``. Experiences of ``batch["task"]``, where it is given, are left out
-by all but ``uniform``. A retriever reads one state of the buffer, whatever other threads write meanwhile. It can be
+by all but ``uniform``. A retriever returns one state of the buffer, whatever other threads write meanwhile. It can be
 pickled if its selectors can.
 
 =================  ==================================================================================================
@@ -17,6 +17,7 @@ pickled if its selectors can.
 
 from collections.abc import Callable, Mapping
 from functools import partial
+from itertools import islice
 from typing import Any
 
 import torch
@@ -178,6 +179,7 @@ class hierarchical:
         if cells is not None:
             cells = _check.positive(where, "cells", cells, integer=True)
         seed = _check.positive(where, "seed", seed, integer=True, zero=True)
+        seed = _check.integer(where, "seed", seed, 0, 2**128)
         self._cells = None if probes is None else Cells(probes, cells, seed)
 
     def __call__(self, buffer: ExperienceBuffer, batch: Mapping[str, Any]) -> dict[str, Tensor] | None:
@@ -232,7 +234,8 @@ def best_fit(
     Args:
         score_fn: ``(buffer, tasks, batch) -> (len(tasks),)``, the loss on the batch of a model adapted to each of
             the tasks (int64 ids); the smallest win, non-finite ones never do. ``eaml_ext.meta.PastModels`` is one.
-            Writes of other threads wait until it returns, so that the tasks it scores stay stored.
+            Other threads may overwrite tasks while it runs: those are left out, and a ValueError that it raises
+            because of them is followed by a call with the remaining tasks.
         num_tasks: how many tasks to take.
 
     Helps when few noisy data say little by themselves but enough to recognise a task met before, and no embedding
@@ -268,23 +271,37 @@ def _best_fit(
 ) -> dict[str, Tensor] | None:
     where = "retrieval.best_fit"
     with buffer._lock:
-        if not len(buffer):
-            return None
-        tasks, own = buffer.tasks(), batch.get("task")
-        if own is not None:
+        tasks, own = _stored_tasks(buffer), batch.get("task")
+        if own is not None and len(tasks):
             own = own.to(tasks.device) if isinstance(own, Tensor) else own
             tasks = tasks[~torch.isin(tasks, buffer._task_ids(where, own, "the task of the batch"))]
+    while True:  # each round has fewer tasks
         if not len(tasks):
             return None
-        scores = score_fn(buffer, tasks, batch)
-        _check.tensor(where, "what score_fn returns", scores)
-        _check.shape(where, "what score_fn returns", scores, tasks.shape, f"({len(tasks)},)")
-        scores = scores.detach()
-        order = scores.argsort(stable=True)
-        best = tasks[order[torch.isfinite(scores[order])]][:num_tasks]
-        parts = [buffer.of_task(task) for task in best.tolist()]
+        try:  # without the lock, because score_fn may start threads that read buffers, or wait for a fork
+            scores = score_fn(buffer, tasks, batch)
+            break
+        except ValueError:
+            kept = tasks[torch.isin(tasks, _stored_tasks(buffer))]
+            if len(kept) == len(tasks):
+                raise
+            tasks = kept
+    _check.tensor(where, "what score_fn returns", scores)
+    _check.shape(where, "what score_fn returns", scores, tasks.shape, f"({len(tasks)},)")
+    scores = scores.detach()
+    order = scores.argsort(stable=True)
+    ranked = tasks[order[torch.isfinite(scores[order])]].tolist()
+    with buffer._lock:
+        stored = set(_stored_tasks(buffer).tolist())
+        parts = [buffer.of_task(task) for task in islice((task for task in ranked if task in stored), num_tasks)]
     batches = [part.batch(states, targets) for part in parts]
     return {name: torch.cat([part[name] for part in batches]) for name in ("states", "targets")} if batches else None
+
+
+def _stored_tasks(buffer: ExperienceBuffer) -> Tensor:
+    """As :meth:`ExperienceBuffer.tasks`, and none where the buffer is empty."""
+    with buffer._lock:
+        return buffer.tasks() if len(buffer) else torch.empty(0, dtype=torch.int64, device=buffer.device)
 
 
 def _query(where: str, batch: Mapping[str, Any]) -> Tensor:

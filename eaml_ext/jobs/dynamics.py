@@ -37,7 +37,7 @@ from eaml_ext.tasks import Task, TaskDistribution, make_tasks
 SIMILAR_TASKS = 5  # past tasks whose experience is taken
 MEMORY_STEPS = 20  # gradient steps by which the models of past tasks are adapted, for best_fit
 RIDGE = 0.1  # of fingerprints, chosen on the split "valid" of CartPole-v1
-ROUNDING = 1e-6  # relative to an observation's size, or 1: smaller moves are rounding errors of float32
+FORMAT = 2  # of a run's checkpoint; version 0.1 wrote none and had other units of steps and embeddings
 
 
 class DynamicsModel(nn.Module):
@@ -76,16 +76,20 @@ class DynamicsModel(nn.Module):
         """Set the units from data: standard deviations of observations, root mean squares of steps.
 
         An observation that moves by a constant, such as a clock, thus has steps of size 1. Where all steps are rounding
-        errors, their unit is the standard deviation of the observation. The units of a constant are its size, at
-        least 1.
+        errors of the observation's dtype, their unit is the standard deviation of the observation. The units of a
+        constant are its size, at least 1.
         """
         observations, following = (t.flatten(0, -2).double() for t in (data.observations, data.next_observations))
-        size = observations.abs().amax(0).clamp(min=1)
-        std, step = observations.std(0), (following - observations).square().mean(0).sqrt()
-        std = torch.where(std > ROUNDING * size, std, size)
+        size, steps = observations.abs().amax(0), following - observations
+        # Absolute part: rounding errors of a simulator that computes zeros from numbers of order one in float64.
+        ulp = (torch.finfo(data.observations.dtype).eps * size).clamp(min=2 * torch.finfo(torch.float64).eps)
+        std, step = observations.std(0), steps.square().mean(0).sqrt()
+        std = torch.where(std > 2 * ulp, std, size.clamp(min=1))
         self.mean.copy_(observations.mean(0))
         self.std.copy_(std)
-        self.scale.copy_(torch.where(step > ROUNDING * size, step, std))
+        # A clock may step by one ulp, more than eps * size / 2. Rounding errors of that size have a mean near 0.
+        moves = (step > 2 * ulp) | (steps.mean(0).abs() > ulp / 2)
+        self.scale.copy_(torch.where(moves, step, std))
 
     def forward(self, x: Tensor) -> Tensor:
         """``(time, features)`` or ``(batch, time, features)`` -> steps of the same leading shape."""
@@ -286,6 +290,7 @@ class Run:
     def save(self) -> None:
         """Writes the checkpoint, whole or not at all; on rank 0, who alone holds the buffer."""
         state = {
+            "format": FORMAT,
             "settings": self.settings,
             "losses": self.losses,
             "maml": self.maml.state_dict(),
@@ -318,7 +323,11 @@ class Run:
             return len(self.losses)
 
     def check(self, state: dict[str, Any]) -> None:
-        """Raises ValueError where the state is of a run with other settings."""
+        """Raises ValueError where the state is of a run with other settings, or of another version's format."""
+        if state.get("format") != FORMAT:
+            begun = "version 0.1" if "format" not in state else "another version"
+            text = f"{self.path} was begun by {begun}, whose units differ; start a new run in another folder"
+            raise ValueError(f"DynamicsSettings: resume: {text}")
         for name, mine in self.settings.items():
             if (came := state["settings"].get(name)) != mine:
                 text = f"{self.path} is of a run with {name}={came!r}, this one has {mine!r}"

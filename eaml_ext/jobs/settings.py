@@ -36,6 +36,8 @@ def check_fields(settings: Any, zero: Collection[str]) -> None:
             value = _check.positive(where, f.name, value, zero=f.name in zero, integer=isinstance(f.default, int))
             if math.isinf(value):
                 raise ValueError(f"{where}: {f.name} must be finite, got {value!r}")
+            if isinstance(f.default, int):
+                value = _check.integer(where, f.name, value, 0, 2**64)  # what torch takes as a seed
         object.__setattr__(settings, f.name, value)  # the dataclass is frozen
 
 

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from eaml_ext import _check
 from eaml_ext.experience import ExperienceBuffer
-from eaml_ext.experience.experiences import Selector
+from eaml_ext.experience.experiences import Experiences, Selector
 from eaml_ext.meta._batching import Batching, Map
 from eaml_ext.meta._inner_loop import Params
 from eaml_ext.meta.functional import outside_inference_mode, recordable
@@ -82,26 +82,28 @@ class PastModels:
     @property
     def tasks(self) -> list[int]:
         """The ids of the tasks that have a model."""
-        return list(self._row)
+        return list(self._models[0])
 
     @outside_inference_mode()
     def update(self) -> None:
         """Make the models of all tasks in the buffer anew."""
-        self._row: dict[int, int] = {}
-        self._params: Params = {}
         with self._buffer._lock:  # a task that is listed must still be there when its items are read
-            if len(self._buffer):
-                self._add(self._buffer.tasks().tolist())
+            parts = self._parts(self._buffer.tasks().tolist() if len(self._buffer) else [])
+        self._models: tuple[dict[int, int], Params] = self._extended(({}, {}), parts)  # replaced whole, never modified
 
     @outside_inference_mode()
     def score(self, buffer: ExperienceBuffer, tasks: Tensor, batch: Mapping[str, Any]) -> Tensor:
-        """The loss on the batch of each task's model, ``(len(tasks),)``; inf where ``length`` left a task out."""
+        """The loss on the batch of each task's model, ``(len(tasks),)``; inf for a task without a model."""
         if buffer is not self._buffer:
             raise ValueError("PastModels.score: buffer is another than the one these models were made from")
         x, y = recordable((batch["states"], batch["targets"]))
         numbers = tasks.tolist()
-        self._add([task for task in numbers if task not in self._row])
-        if not self._params:
+        before = self._models
+        models = self._extended(before, self._parts([task for task in numbers if task not in before[0]]))
+        if self._models is before:  # else another thread has updated or extended them
+            self._models = models
+        row, past = models
+        if not past:
             return torch.full((len(numbers),), torch.inf, device=tasks.device)
 
         def loss(params: Params) -> Tensor:
@@ -112,8 +114,8 @@ class PastModels:
             return value
 
         with torch.no_grad():
-            losses = self._batching.run(partial(self._map, loss, [self._params]), x.device)
-        rows = torch.tensor([self._row.get(task, -1) for task in numbers], device=losses.device)
+            losses = self._batching.run(partial(self._map, loss, [past]), x.device)
+        rows = torch.tensor([row.get(task, -1) for task in numbers], device=losses.device)
         return torch.where(rows < 0, torch.inf, losses[rows])
 
     def params(self, tasks: Tensor) -> Params:
@@ -121,33 +123,43 @@ class PastModels:
 
         Raises ValueError for a task without a model.
         """
-        numbers = tasks.tolist()
-        missing = [task for task in numbers if task not in self._row]
+        numbers, (row, params) = tasks.tolist(), self._models
+        missing = [task for task in numbers if task not in row]
         if missing:
             raise ValueError(f"PastModels.params: tasks has {missing[0]}, of which there is no model")
-        rows = [self._row[task] for task in numbers]
-        return {name: value[rows] for name, value in self._params.items()}
+        rows = [row[task] for task in numbers]
+        return {name: value[rows] for name, value in params.items()}
 
     def _map(self, function: Callable[..., Any], args: Sequence[Any], batch: Map) -> Any:
         return batch(function, chunk_size=self._chunk_size)(*args)
 
-    def _add(self, tasks: list[int]) -> None:
-        buckets: dict[Any, dict[int, dict[str, Tensor]]] = defaultdict(dict)
-        for task in tasks:
-            part = self._buffer.of_task(task)
-            if self._length is None or len(part) == self._length:
-                buckets[len(part)][task] = part.batch(**self._select)
+    def _parts(self, tasks: list[int]) -> dict[int, Experiences]:
+        """The items of each task, without tasks that ``length`` leaves out or the buffer no longer stores."""
+        with self._buffer._lock:
+            stored = set(self._buffer.tasks().tolist()) if tasks and len(self._buffer) else set()
+            parts = {task: self._buffer.of_task(task) for task in tasks if task in stored}
+        return {task: part for task, part in parts.items() if self._length in (None, len(part))}
+
+    def _extended(
+        self, models: tuple[dict[int, int], Params], parts: dict[int, Experiences]
+    ) -> tuple[dict[int, int], Params]:
+        """New dicts of the given models and of those adapted to ``parts``: ``(row of each task, parameters)``."""
+        row, params = dict(models[0]), dict(models[1])
+        buckets: dict[int, dict[int, dict[str, Tensor]]] = defaultdict(dict)
+        for task, part in parts.items():
+            buckets[len(part)][task] = part.batch(**self._select)
         start = {name: p.detach() for name, p in self._maml.parameters().items()}
 
         def adapt(x: Tensor, y: Tensor) -> Params:
             return self._maml.adapt_params(start, x, y, self._loss_fn, self._num_steps)
 
-        if self._params and tasks and set(self._params) != set(start):
+        if params and parts and set(params) != set(start):
             raise ValueError("PastModels: parameters were frozen or unfrozen after the last update: call update again")
         for bucket in buckets.values():
             data = [torch.stack([batch[name] for batch in bucket.values()]) for name in ("states", "targets")]
             with torch.no_grad():
                 adapted = self._batching.run(partial(self._map, adapt, data), data[0].device)
             for name, new in adapted.items():
-                self._params[name] = torch.cat([self._params[name], new]) if name in self._params else new
-            self._row.update({task: len(self._row) + i for i, task in enumerate(bucket)})
+                params[name] = torch.cat([params[name], new]) if name in params else new
+            row.update({task: len(row) + i for i, task in enumerate(bucket)})
+        return row, params

@@ -290,3 +290,25 @@ def test_an_empty_buffer_is_kept_too(tmp_path):
     disk.add(state=torch.zeros(3, 0), task=1)  # nothing in a field is no reason to fail
     disk.close()
     assert ExperienceBuffer.open(tmp_path / "b").of_task(1).state.shape == (3, 0)
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="processes are not forked here")
+def test_open_after_close_while_a_forked_process_lives_holds_the_directory(tmp_path):
+    buffer = ExperienceBuffer(10, directory=tmp_path, seed=0)
+    buffer.add(state=torch.ones(3, 2))
+    (ask, tell), child = os.pipe(), os.fork()
+    if child == 0:
+        os.close(tell)
+        os.read(ask, 1)  # until the parent closes the pipe
+        buffer.close()  # must not unlock what the parent holds then
+        os._exit(0)
+    try:
+        buffer.close()
+        again = ExperienceBuffer.open(tmp_path)
+        assert len(again) == 3
+    finally:
+        os.close(tell)
+        os.waitpid(child, 0)
+    with pytest.raises(BlockingIOError):
+        ExperienceBuffer.open(tmp_path)
+    again.close()

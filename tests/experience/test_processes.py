@@ -202,3 +202,46 @@ def test_forked_process_cannot_write_to_the_directory_of_its_parent(tmp_path, mo
     written = (tmp_path / "b" / "buffer.safetensors").stat().st_mtime_ns
     buffer.close()  # what a worker does at its end
     assert (tmp_path / "b" / "buffer.safetensors").stat().st_mtime_ns == written
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda b: pickle.loads(pickle.dumps(b))], ids=["deepcopy", "pickle"])
+def test_copy_of_cleared_buffer_or_field_without_numbers_keeps_the_schema(copied):
+    for item, clear in (
+        ({"state": torch.ones(3, 4)}, True),
+        ({"state": torch.ones(3, 4), "none": torch.ones(3, 0)}, False),
+    ):
+        buffer = ExperienceBuffer(10)
+        buffer.add(**item)
+        if clear:
+            buffer.clear()
+        other = copied(buffer)
+        assert len(other) == len(buffer)
+        with pytest.raises(ValueError, match="state"):
+            other.add(state=torch.ones(3, 5), **{name: item[name] for name in item if name != "state"})
+        other.add(**item)
+        assert len(other) == len(buffer) + 3 and torch.equal(other.get_batch(2).state, torch.ones(2, 4))
+
+
+class Restored(torch.utils.data.Dataset):
+    """Draws after ``state_dict`` and again after ``load_state_dict``, into the same buffer or into another."""
+
+    def __init__(self):
+        self.buffer = ExperienceBuffer(1000, seed=0)
+        self.buffer.add(state=torch.arange(1000.0)[:, None])
+
+    def __len__(self):
+        return 2
+
+    def __getitem__(self, i):
+        self.buffer.get_batch(3)
+        state, other = self.buffer.state_dict(), ExperienceBuffer(1000)
+        wanted = self.buffer.get_batch(5).state
+        target = (self.buffer, other)[i]
+        target.load_state_dict(state)
+        return wanted, target.get_batch(5).state
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_load_state_dict_in_a_worker_continues_the_stream(workers):
+    for wanted, got in torch.utils.data.DataLoader(Restored(), batch_size=None, num_workers=workers):
+        assert torch.equal(wanted, got)

@@ -49,6 +49,12 @@ MANY = {
     "rollout": {"state": z(5, 4), "action": z(5, 2), "reward": z(5), "done": z(5) > 0},
     "rollout of discrete actions, shared scalars": {"state": z(5, 4), "action": ints(5), "reward": 1.0, "done": False},
     "sequences": {"state": z(5, 6, 4), "action": z(5, 6, 2), "reward": z(5, 6), "context_embedding": z(5, 3)},
+    "matrix, shared scalar": {"state": z(32, 4), "reward": 0.0},
+    "matrices, shared scalar": {"state": z(32, 4), "next_state": z(32, 4), "done": False},
+    "matrices, shared reward": {"state": z(10, 4), "action": z(10, 2), "reward": 1.0},
+    "matrices, vector, shared scalar": {"state": z(32, 4), "action": z(32, 2), "reward": z(32), "done": False},
+    "matrix, shared target": {"observation": z(32, 4), "target": 1.0},
+    "square matrix, vector, shared scalar": {"state": z(4, 4), "action": z(4), "reward": 0.5},
     "shared scalars, embeddings": {"state": z(5, 4), "reward": 0.0, "context_embedding": z(5, 3)},
     "scalars, tasks": {"state": z(5), "action": ints(5), "reward": z(5), "task": ints(5)},
     "vectors, priorities": {"state": z(5), "priority": torch.ones(5)},
@@ -91,11 +97,11 @@ def test_first_add_of_many_items_stores_many(case):
 @pytest.mark.parametrize(
     "fields",
     [
-        {"state": z(10, 4), "action": z(10, 2), "reward": 1.0},
         {"state": z(84, 84, 3), "depth": z(84, 84), "action": 2},
-        {"state": z(6, 4), "action": z(6, 2), "reward": z(6), "done": True},
+        {"state": z(5, 6, 4), "action": z(5, 6, 2), "reward": z(5, 6), "done": True},
+        {"state": z(5, 84, 84, 3), "reward": 0.0},
+        {"state": z(6, 4), "reward": z(6), "action": 1},
         {"state": ints(5), "action": ints(5), "reward": z(5)},
-        {"state": z(4, 4), "action": z(4), "reward": 0.5},
     ],
 )
 def test_first_add_of_ambiguous_shapes_is_refused(fields):
@@ -116,6 +122,8 @@ def test_first_add_of_unequal_sizes_names_the_field_and_the_way_out():
         buffer.add(state=z(32, 4), action=z(31, 2))
     with pytest.raises(ValueError, match=r"target has shape \(5, 1\), wanted \(6, 1\)"):
         buffer.add(z(6, 4), z(5, 1))
+    with pytest.raises(ValueError, match=r"action has shape \(31, 2\), wanted \(32, 2\)"):
+        buffer.add(state=z(32, 4), action=z(31, 2), done=False)
     buffer.add(state=z(1, 32, 4), action=z(1, 31, 2))
     assert len(buffer) == 1
 
@@ -123,6 +131,7 @@ def test_first_add_of_unequal_sizes_names_the_field_and_the_way_out():
 @pytest.mark.parametrize(
     ("fields", "count"),
     [
+        ({"state": z(32, 4), "action": z(32, 2), "reward": z(32), "done": False}, 32),
         ({"state": z(10, 4), "action": z(10, 2), "reward": 1.0}, 10),  # of a sequence, each step has a reward
         ({"state": z(10, 4), "reward": 1.0}, 10),
         ({"state": z(4), "action": z(2), "reward": z(4)}, 1),
@@ -263,6 +272,9 @@ def test_buffer_accepts_any_real_number(real, tmp_path):
     if real is Fraction:
         buffer = ExperienceBuffer(10, age_half_life=Fraction(1, 2))
         assert buffer.age_half_life == 0.5 and type(buffer.age_half_life) is float
+        assert ExperienceBuffer(10, age_half_life=np.array(0.5)).age_half_life == 0.5
+        with pytest.raises(TypeError, match="age_half_life must be a number"):
+            ExperienceBuffer(10, age_half_life=np.array([0.5]))
         return
     plain, buffer = filled(), filled(real=real)
     assert repr(plain) == repr(buffer)
@@ -331,3 +343,21 @@ def test_a_task_beyond_int64_is_refused():
     for call in (lambda: filled().of_task(2**63), lambda: filled().retrieve(torch.zeros(3), 1, -(2**63) - 1)):
         with pytest.raises(ValueError, match=r"task must be in \[-9223372036854775808, 9223372036854775808\), got "):
             call()
+
+
+@pytest.mark.parametrize("task", [True, np.True_, torch.tensor(True), [True, False]])
+def test_add_boolean_task_is_refused_at_every_add(task):
+    buffer = ExperienceBuffer(10)
+    with pytest.raises(TypeError, match=r"^ExperienceBuffer.add: task must be int64, got bool"):
+        buffer.add(state=z(2, 4), task=task)
+    buffer.add(state=z(2, 4), task=1)
+    with pytest.raises(TypeError, match=r"^ExperienceBuffer.add: task has dtype bool, wanted int64"):
+        buffer.add(state=z(2, 4), task=task)
+    assert len(buffer) == 2
+
+
+@pytest.mark.parametrize("make", [lambda s: ExperienceBuffer(9, seed=s), lambda s: retrieval.hierarchical(3, seed=s)])
+def test_seed_beyond_128_bits_is_refused_by_the_class_that_was_called(make):
+    make(2**128 - 1)
+    with pytest.raises(ValueError, match=r"^(ExperienceBuffer|retrieval.hierarchical): seed must be in \[0, 3402823"):
+        make(2**128)

@@ -4,6 +4,7 @@ import shutil
 import sys
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
 
 import numpy as np
@@ -217,9 +218,8 @@ def score(buffer, tasks, batch):
         retrieval.nearest(4, targets="action"),
         retrieval.attention(4, targets="action"),
         retrieval.hierarchical(4, targets="action"),
-        retrieval.best_fit(score, 2, targets="action"),
     ],
-    ids=["uniform", "nearest", "attention", "hierarchical", "best_fit"],
+    ids=["uniform", "nearest", "attention", "hierarchical"],
 )
 def test_retriever_beside_clear_finds_all_or_nothing(retriever, turn):
     batch = {"context_embedding": torch.zeros(4)}
@@ -242,6 +242,63 @@ def test_retriever_beside_clear_finds_all_or_nothing(retriever, turn):
         assert found is None
     else:
         assert all(torch.equal(found[name], value) for name, value in wanted.items())
+
+
+@pytest.mark.parametrize("gone", [{0}, {1}, {0, 1, 2, 3}])
+@pytest.mark.parametrize("when", ["before reading", "after reading"])
+def test_best_fit_task_overwritten_while_scored_is_left_out(gone, when):
+    buffer = ExperienceBuffer(8, seed=0)
+    buffer.add(state=torch.arange(8.0)[:, None], action=torch.zeros(8, 1), task=torch.arange(8) % 4)
+    calls = []
+
+    def overwrite():
+        if not calls:
+            kept = [task for task in range(4) if task not in gone]
+            buffer.clear()
+            for task in kept:
+                buffer.add(state=torch.full((2, 1), float(task)), action=torch.zeros(2, 1), task=task)
+        calls.append(1)
+
+    def score_now(buffer, tasks, batch):
+        if when == "before reading":
+            overwrite()
+        scores = score(buffer, tasks, batch)
+        if when == "after reading":
+            overwrite()
+        return scores
+
+    found = retrieval.best_fit(score_now, 2, targets="action")(buffer, {})
+    kept = [task for task in range(4) if task not in gone][:2]
+    if kept:
+        assert found["states"].flatten().tolist() == [float(task) for task in kept for _ in range(2)]
+    else:
+        assert found is None
+
+
+def test_best_fit_error_of_score_fn_is_raised_once():
+    buffer = ExperienceBuffer(8)
+    buffer.add(**items(torch.arange(8)))
+    calls = []
+
+    def broken(*_):
+        calls.append(1)
+        raise ValueError("bad score")
+
+    with pytest.raises(ValueError, match=r"^bad score$"):
+        retrieval.best_fit(broken, 2)(buffer, {})
+    assert len(calls) == 1
+
+
+def test_best_fit_score_fn_may_read_the_buffer_from_other_threads():
+    buffer = ExperienceBuffer(8)
+    buffer.add(**items(torch.arange(8)))
+
+    def in_threads(buffer, tasks, batch):
+        with ThreadPoolExecutor(2) as pool:
+            read = [pool.submit(lambda task: buffer.of_task(task).state.mean(), task) for task in tasks.tolist()]
+            return torch.stack([result.result(timeout=5) for result in read])
+
+    assert retrieval.best_fit(in_threads, 1, targets="action")(buffer, {}) is not None
 
 
 @pytest.mark.parametrize("turn", [1, 2])

@@ -148,3 +148,29 @@ def test_past_models_inference_mode_gives_the_scores_outside():
     torch.testing.assert_close(scores, models.score(buffer, tasks, batch))
     inside.update()
     torch.testing.assert_close(inside.score(buffer, tasks, batch), scores)
+
+
+def test_update_beside_readers_shows_old_or_new_models_only():
+    torch.manual_seed(0)
+    _, buffer, models = world()
+    batch, tasks = now(1.0), buffer.tasks()
+    wanted, adapt, seen = models.score(buffer, tasks, batch), models._maml.adapt_params, []
+
+    def reading(*args):  # as another thread would read, between two steps of the update
+        if not seen:
+            seen.append((sorted(models.tasks), models.params(tasks), models.score(buffer, tasks, batch)))
+        return adapt(*args)
+
+    before = models.params(tasks)
+    models._maml.adapt_params = reading
+    models.update()
+    numbers, params, scores = seen[0]
+    assert numbers == tasks.tolist() and torch.equal(scores, wanted)
+    assert all(torch.equal(params[name], before[name]) for name in before)
+
+
+def test_score_of_a_task_that_is_no_longer_stored_is_infinite():
+    _, buffer, models = world()
+    before = models.score(buffer, torch.tensor([10]), now(1.0))
+    scores = models.score(buffer, torch.tensor([10, 99]), now(1.0))
+    assert torch.isfinite(before).all() and scores.isinf().tolist() == [False, True]
