@@ -39,7 +39,7 @@ class Purpose(IntEnum):
     RL2_TRIALS = 41  # update
     RL2_MINIBATCHES = 42  # update
     RL2_EVALUATION = 43
-    MAML_RL_TRAINING = 45  # inner step
+    MAML_RL_TRAINING = 45  # update, inner step
     MAML_RL_ADAPTATION = 46  # inner step
     MAML_RL_EVALUATION = 47
 
@@ -87,5 +87,7 @@ def collection_sequence(seed: int, ids: Sequence[str]) -> np.random.SeedSequence
 
     The key is a 64-bit digest of the ids. It equals a key of :func:`seed_sequence` with a probability below 2**-50.
     """
-    digest = blake2b("\n".join(ids).encode(), digest_size=8).digest()
+    # Ids with a newline get digests of their own, because joined by newlines they would equal other lists.
+    text, person = ("\n".join(ids), b"") if not any("\n" in name for name in ids) else (repr(list(ids)), b"newline")
+    digest = blake2b(text.encode(), digest_size=8, person=person).digest()
     return np.random.SeedSequence(seed, spawn_key=(int.from_bytes(digest, "little"),))

@@ -116,3 +116,11 @@ def test_seed_sequence_any_integral_type_is_taken(make):
 def test_seeds_and_indices_out_of_range_are_named(call, error, text):
     with pytest.raises(error, match=f"^{text}$"):
         call()
+
+
+def test_collection_sequence_ids_with_newlines_equal_no_other_ids():
+    lists = [["a", "b"], ["a\nb"], ["a\n", "b"], ["a", "\nb"], [repr(["a\nb"])], ["a", "", "b"], ["a\n\nb"]]
+    states = {tuple(collection_sequence(0, ids).generate_state(4)) for ids in lists}
+    assert len(states) == len(lists)
+    digest = int.from_bytes(blake2b(b"a\nb", digest_size=8).digest(), "little")
+    assert collection_sequence(0, ["a", "b"]).spawn_key == (digest,)

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map
@@ -19,8 +20,10 @@ from eaml_ext.adaptation.objective import LossFn
 from eaml_ext.adaptation.selection import ParameterFilter, select
 from eaml_ext.experience import ExperienceBuffer, retrieval
 from eaml_ext.meta._batching import Batching, Map
-from eaml_ext.meta._optimizer import make_optimizer
+from eaml_ext.meta._inner_loop import twice_differentiable_attention
+from eaml_ext.meta._optimizer import check_state, load_state, make_optimizer, take_step
 from eaml_ext.meta.functional import (
+    SUBSTITUTION_LOCK,
     check_buffers_constant,
     check_model,
     detached_copy,
@@ -153,6 +156,10 @@ class Adapter:
         vars(copied).update(detached_copy(vars(self), memo))
         return copied
 
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state)
+        self._views = guards.unflatten(self._theta, self._params)  # pickle stores a view as a tensor of its own
+
     # ------------------------------------------------------------------------------------------------ one model
 
     @outside_inference_mode()
@@ -283,7 +290,7 @@ class Adapter:
                         self._statistics.update(value)
                     # Only parameters whose loss has been seen to be sound are averaged: a rollback can trust them.
                     self._average.lerp_(self._theta, 1 - (self.cfg.ema_decay or 0.0))
-                    sound = self._step(grads, radius)
+                    sound = self._step(where, grads, radius)
                 if not sound:
                     self.rollbacks += 1
                     self._put(self._average)
@@ -292,7 +299,7 @@ class Adapter:
             self.last_steps += 1
         return value
 
-    def _step(self, grads: list[Tensor], radius: float) -> bool:
+    def _step(self, where: str, grads: list[Tensor], radius: float) -> bool:
         """One clipped and projected step; False when the gradient or the new parameters are not finite."""
         g = torch.cat([grad.reshape(-1) for grad in grads])
         norm = float(guards.norm(g))
@@ -307,7 +314,7 @@ class Adapter:
             for p, grad in zip(self._params, grads, strict=True):
                 p.grad = grad * scale if p.requires_grad else None
             try:
-                self._optimizer.step()
+                take_step(where, self._optimizer)
             finally:
                 for p, old in zip(self._params, kept, strict=True):
                     p.grad = old
@@ -332,7 +339,7 @@ class Adapter:
         params: Mapping[str, Tensor] | None = None,
         history: guards.UserHistory | None = None,
         *,
-        per_user: Sequence[str] = (),
+        per_user: str | Sequence[str] = (),
     ) -> tuple[dict[str, Tensor], Tensor]:
         """Adapt a batch of independent users at once, each a copy of the model; the model itself does not change.
 
@@ -347,12 +354,13 @@ class Adapter:
             loss_fn: as in :meth:`adapt`, for one user; runs under ``torch.func.vmap``.
             batch_dict: as in :meth:`adapt`. ``states``, ``targets``, ``hidden_state``, ``mask`` and
                 ``context_embedding`` have one more leading dimension, ``users``; ``task`` is one id for all users, or a
-                tensor or list of ``users`` entries. The retriever gets each user's part of these, and every other
-                entry whole, whatever its shape. With ``mask``, all users must have equally many True. Retrieval is by
-                user, and must find equally many for all of them.
+                tensor, array or sequence of ``users`` entries. The retriever gets each user's part of these, and every
+                other entry whole, whatever its shape. With ``mask``, all users must have equally many True. Retrieval
+                is by user, and must find equally many for all of them.
             params: what an earlier call returned, to go on from there; default: every user starts at the model.
             history: from :meth:`history`, the same object in every call; it is brought up to date in place.
-            per_user: names of further entries whose tensors have the leading dimension ``users``, for the retriever.
+            per_user: names of further entries, one or several, for the retriever: sequences of ``users`` values, or
+                tensors and arrays ``(users, ...)``, also in nests.
 
         Returns:
             ``(params, losses)``: name to ``(users, *shape)`` for the adapted parameters, to be used with
@@ -419,7 +427,7 @@ class Adapter:
         values = torch.zeros_like(norm)
         theta = anchor
         for step in range(self.cfg.max_steps_per_call):
-            with torch.enable_grad():
+            with torch.enable_grad(), twice_differentiable_attention():  # vmap runs attention by its formula alone
                 total, g = self._users.run(partial(evaluate, theta=theta), anchor.device)
             with torch.no_grad():
                 g = torch.where(moving, g, 0.0)
@@ -494,7 +502,7 @@ class Adapter:
         return objective.check_experience(where, found, self._params[0])
 
     def _experience_of_users(
-        self, where: str, batch: Mapping[str, Any], users: int, per_user: Sequence[str]
+        self, where: str, batch: Mapping[str, Any], users: int, per_user: str | Sequence[str]
     ) -> dict[str, Tensor] | None:
         if not self._uses_experience:
             return None
@@ -511,6 +519,7 @@ class Adapter:
     @outside_inference_mode()
     def ema_model(self) -> nn.Module:
         """A copy of the model with the averaged parameters: steadier than the model itself on a noisy stream."""
+        self._check_replaced("Adapter.ema_model")
         model = detached_copy(self.model)
         chosen = dict(model.named_parameters())
         with torch.no_grad():
@@ -522,6 +531,7 @@ class Adapter:
     @outside_inference_mode()
     def snapshot(self) -> None:
         """Remember the adapted parameters and the model's buffers as they are, for :meth:`reset`; done on creation."""
+        self._check_replaced("Adapter.snapshot")
         with torch.no_grad():
             self._home = self._vector()
         self._home_buffers = self._copy_buffers()
@@ -529,6 +539,7 @@ class Adapter:
     @outside_inference_mode()
     def reset(self) -> None:
         """Return to the snapshot; average, statistics, counters and optimiser start anew from there."""
+        self._check_replaced("Adapter.reset")
         with torch.no_grad():
             self._put(self._home)
             self._put_buffers(self._home_buffers)
@@ -536,15 +547,20 @@ class Adapter:
         self._statistics = guards.LossStatistics(self.cfg.ema_decay or 0.0)
         self.last_steps = self.rollbacks = 0
 
-    def _check_parameters(self, where: str) -> None:
+    def _check_replaced(self, where: str) -> None:
         """Raise ValueError unless the selected parameters are those of the beginning, some of them frozen perhaps."""
-        present, known = set(map(id, self.model.parameters())), set(map(id, self._known))
-        changed = [n for n, p in zip(self._names, self._params, strict=True) if id(p) not in present]
-        if any(p.requires_grad and id(p) not in known for p in self.model.parameters()):
-            changed += [name for name, p in select(self.model, self._choice).items() if id(p) not in known]
+        with SUBSTITUTION_LOCK:
+            present, known = set(map(id, self.model.parameters())), set(map(id, self._known))
+            changed = [n for n, p in zip(self._names, self._params, strict=True) if id(p) not in present]
+            if any(p.requires_grad and id(p) not in known for p in self.model.parameters()):
+                changed += [name for name, p in select(self.model, self._choice).items() if id(p) not in known]
         if changed:
             text = f"{changed[0]} was unfrozen or replaced after this Adapter was made: make a new Adapter"
             raise ValueError(f"{where}: {text}")
+
+    def _check_parameters(self, where: str) -> None:
+        """Raise ValueError where parameters were replaced, or none of those selected requires a gradient."""
+        self._check_replaced(where)
         if not any(p.requires_grad for p in self._params):
             raise ValueError(f"{where}: all adapted parameters are frozen, {', '.join(self._names)}")
 
@@ -569,7 +585,11 @@ class Adapter:
 
     def _put_buffers(self, buffers: list[Tensor]) -> None:
         for (module, name), value in zip(self._buffers, buffers, strict=True):
-            module._buffers[name].copy_(value)  # type: ignore[union-attr]
+            own = module._buffers.get(name)
+            if own is None or own.shape != value.shape or own.is_inference():
+                module._buffers[name] = value.clone()
+            else:
+                own.copy_(value)
 
     def _copy_buffers(self) -> list[Tensor]:
         return [module._buffers[name].detach().clone() for module, name in self._buffers]  # type: ignore[union-attr]
@@ -605,6 +625,8 @@ class Adapter:
                 _check.shape(where, f"{entry} of {name}", state[entry][name], p.shape, str(tuple(p.shape)))
         if (state["optimizer"] is None) != (self._optimizer is None):
             raise ValueError(f"{where}: one of the state and the adapter has an optimizer, the other has none")
+        if self._optimizer is not None:
+            check_state(where, state["optimizer"], self._optimizer)
         got, wanted = ([tuple(b.shape) for b in bs] for bs in (state["snapshot_buffers"], self._home_buffers))
         if got != wanted:
             raise ValueError(f"{where}: snapshot_buffers has the shapes {got}, the model's buffers {wanted}")
@@ -612,7 +634,7 @@ class Adapter:
             names = ", ".join(sorted(self._statistics.state_dict()))
             raise ValueError(f"{where}: statistics must be a dict with the entries {names}")
         if self._optimizer is not None:
-            self._optimizer.load_state_dict(state["optimizer"])
+            load_state(self._optimizer, state["optimizer"])
         for entry, vector in (("average", self._average), ("snapshot", self._home)):
             vector.copy_(torch.cat([state[entry][name].detach().reshape(-1) for name in self._names]))
         for own, value in zip(self._home_buffers, state["snapshot_buffers"], strict=True):
@@ -626,24 +648,44 @@ def _retrieve(buffer: ExperienceBuffer, batch: Mapping[str, Any]) -> dict[str, T
     return make(len(batch["states"]))(buffer, batch)
 
 
-def _by_user(where: str, batch: Mapping[str, Any], users: int, per_user: Sequence[str]) -> list[dict[str, Any]]:
+def _by_user(where: str, batch: Mapping[str, Any], users: int, per_user: str | Sequence[str]) -> list[dict[str, Any]]:
     """Each user's part of the entries that are one per user, with all other entries whole."""
-    for name in per_user:
+    names = [per_user] if isinstance(per_user, str) else per_user
+    if not isinstance(names, Sequence) or not all(isinstance(name, str) for name in names):
+        raise TypeError(f"{where}: per_user must be names of entries, got {per_user!r}")
+    for name in names:
         if name not in batch:
             raise ValueError(f"{where}: per_user has {name}, batch_dict has only {', '.join(map(str, batch))}")
-    own = {name: batch[name] for name in (*_PER_USER, *per_user) if batch.get(name) is not None}
-    task = own.get("task")
-    if isinstance(task, (list, tuple)):
-        own["task"] = task = torch.as_tensor(task)
-    if not isinstance(task, Tensor) or not task.dim():
+    own = {name: batch[name] for name in (*_PER_USER, *names) if batch.get(name) is not None}
+    if "task" not in names and not _has_length(own.get("task")):
         own.pop("task", None)
-    for name, value in own.items():
-        for leaf in tree_leaves(value):
-            if isinstance(leaf, Tensor) and leaf.shape[:1] != (users,):
-                raise ValueError(
-                    f"{where}: {name} must have shape (users, ...), users = {users}, got {tuple(leaf.shape)}"
-                )
-    return [
-        {**batch, **tree_map(lambda leaf: leaf[i] if isinstance(leaf, Tensor) else leaf, own)}  # noqa: B023
-        for i in range(users)
-    ]
+    if "hidden_state" not in names and not _arrays(own.get("hidden_state")):
+        own.pop("hidden_state", None)
+    parts = {name: _parts(where, name, value, users) for name, value in own.items()}
+    return [{**batch, **{name: part[i] for name, part in parts.items()}} for i in range(users)]
+
+
+def _has_length(value: Any) -> bool:
+    if isinstance(value, (Tensor, np.ndarray)):
+        return bool(value.ndim)
+    return isinstance(value, Iterable) and not isinstance(value, (str, bytes))
+
+
+def _arrays(value: Any) -> list[Tensor | np.ndarray]:
+    return [leaf for leaf in tree_leaves(value) if isinstance(leaf, (Tensor, np.ndarray))]
+
+
+def _parts(where: str, name: str, value: Any, users: int) -> list[Any]:
+    """Each user's part: an item of a sequence of values, or a nest with an item of each of its tensors."""
+    arrays = _arrays(value)
+    if not arrays and (not isinstance(value, Sequence) or isinstance(value, (str, bytes))):
+        raise TypeError(f"{where}: {name} must be a tensor, an array or a sequence, got {type(value).__name__}")
+    for shape in [tuple(leaf.shape) for leaf in arrays] or [(len(value),)]:
+        if shape[:1] != (users,):
+            raise ValueError(f"{where}: {name} must have shape (users, ...), users = {users}, got {shape}")
+    if arrays:
+        return [
+            tree_map(lambda leaf: leaf[i] if isinstance(leaf, (Tensor, np.ndarray)) else leaf, value)  # noqa: B023
+            for i in range(users)
+        ]
+    return list(value)

@@ -1,7 +1,8 @@
 """theta <- theta - lr dL(theta)/dtheta, repeated: the inner loop of every meta-learner."""
 
+import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 
 import torch
 from torch import Tensor
@@ -10,6 +11,10 @@ from torch.func import grad
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 Params = dict[str, Tensor]
+
+_attention_lock = threading.Lock()
+_attention_users = 0  # blocks of all threads that are open
+_attention_settings = ExitStack()  # restores the settings from before the first of them
 
 
 def descend(
@@ -53,14 +58,25 @@ def uses_tape() -> bool:
 
 @contextmanager
 def twice_differentiable_attention(needed: bool = True) -> Iterator[None]:
-    """Compute attention by its formula: torch's fused kernels have no second derivative, its fast path has none."""
+    """Compute attention by its formula: torch's fused kernels have no second derivative, its fast path has none.
+
+    The settings are those of the process: the first block of all threads changes them, the last one restores them.
+    """
+    global _attention_users
     if not needed or torch.compiler.is_compiling():
         yield
         return
-    fast_path = torch.backends.mha.get_fastpath_enabled()
-    torch.backends.mha.set_fastpath_enabled(False)
+    with _attention_lock:
+        if not _attention_users:
+            mha = torch.backends.mha
+            _attention_settings.callback(mha.set_fastpath_enabled, mha.get_fastpath_enabled())
+            _attention_settings.enter_context(sdpa_kernel(SDPBackend.MATH))
+            mha.set_fastpath_enabled(False)
+        _attention_users += 1
     try:
-        with sdpa_kernel(SDPBackend.MATH):
-            yield
+        yield
     finally:
-        torch.backends.mha.set_fastpath_enabled(fast_path)
+        with _attention_lock:
+            _attention_users -= 1
+            if not _attention_users:
+                _attention_settings.close()

@@ -1,46 +1,83 @@
-"""The optimizers that take a step from gradients alone."""
+"""The optimizers that take a step from gradients alone, and their states."""
 
 import copy
-from collections.abc import Callable, Iterable
+import inspect
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
+
+from eaml_ext.meta.functional import recordable
 
 
 def make_optimizer(where: str, factory: Callable[..., Any], params: Iterable[Tensor], lr: float) -> Any:
     """``factory(params, lr=lr)``; ValueError where its ``step`` requires a closure that computes the loss again."""
-    params = list(params)
-    optimizer = factory(params, lr=lr)
-    if _needs_closure(optimizer, params):
-        kind = type(optimizer).__name__
-        raise ValueError(f"{where}: optimizer must step from gradients alone, got {kind}, whose step needs a closure")
+    optimizer = factory(list(params), lr=lr)
+    if _needs_closure(optimizer):
+        raise ValueError(f"{_wanted(where, optimizer)}, whose step needs a closure")
     return optimizer
 
 
-def _needs_closure(optimizer: Any, params: list[Tensor]) -> bool:
-    """Try ``step`` without and with a closure, on a copy that holds one number in place of each parameter."""
-    small = [nn.Parameter(p.new_zeros((1,) * p.dim())) for p in params]
-    memo = {id(p): s for p, s in zip(params, small, strict=True)}
+def take_step(where: str, optimizer: Any) -> None:
+    """``optimizer.step()``; ValueError where it fails for want of a closure."""
     try:
-        # By hand, because deepcopy of a torch optimizer loses the attributes of its subclass.
-        trial = object.__new__(type(optimizer))
-        vars(trial).update(copy.deepcopy(vars(optimizer), memo))
-    except Exception:  # an optimizer that cannot be copied is accepted
+        optimizer.step()
+    except Exception as error:
+        of_closure = any(text in str(error).lower() for text in ("closure", "'nonetype' object is not callable"))
+        if not of_closure and not isinstance(error, (AssertionError, NotImplementedError)):
+            raise
+        raise ValueError(f"{_wanted(where, optimizer)}, whose step raised {error!r}") from error
+
+
+def check_state(
+    where: str, state: Any, optimizer: torch.optim.Optimizer, params: Sequence[Tensor] = (), moments: Sequence[str] = ()
+) -> None:
+    """Raise unless ``state`` has the groups of ``optimizer``, and finite ``moments`` of the shapes of ``params``."""
+    if not isinstance(state, Mapping) or set(state) != {"state", "param_groups"}:
+        raise TypeError(f"{where}: optimizer must be the state_dict of an optimizer, got {type(state).__name__}")
+    entries, groups = state["state"], state["param_groups"]
+    if not isinstance(entries, Mapping) or not isinstance(groups, (list, tuple)):
+        kinds = f"{type(entries).__name__} and {type(groups).__name__}"
+        raise TypeError(f"{where}: optimizer must have a dict of states and a list of param_groups, got {kinds}")
+    own = optimizer.state_dict()["param_groups"]
+    wanted = [len(group["params"]) for group in own]
+    sizes = [isinstance(group, Mapping) and len(group.get("params", ())) for group in groups]
+    if sizes != wanted:
+        raise ValueError(f"{where}: optimizer has parameter groups of {sizes}, wanted {wanted}")
+    for group, mine in zip(groups, own, strict=True):
+        for name in ("lr", "momentum", "betas", "eps", "weight_decay"):  # torch has defaults for later additions
+            if name in mine and name not in group:
+                raise ValueError(f"{where}: optimizer has a parameter group without {name}")
+    for index, entry in entries.items():
+        if index not in range(sum(wanted)) or not isinstance(entry, Mapping):
+            raise ValueError(f"{where}: optimizer has a state of {index!r}, which is no parameter")
+        for name in moments:
+            value, shape = entry.get(name), tuple(params[index].shape)
+            if not isinstance(value, Tensor) or value.shape != shape:
+                got = tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
+                raise ValueError(f"{where}: optimizer has {name} of shape {got}, wanted {shape}")
+            if not torch.isfinite(value).all():
+                raise ValueError(f"{where}: optimizer must be finite, got {name} of parameter {index} that is not")
+
+
+def load_state(optimizer: Any, state: Any) -> None:
+    """``optimizer.load_state_dict(state)`` with copies, because torch keeps the tensors; not in inference mode."""
+    optimizer.load_state_dict(copy.deepcopy(recordable(state)))
+
+
+def _wanted(where: str, optimizer: Any) -> str:
+    return f"{where}: optimizer must step from gradients alone, got {type(optimizer).__name__}"
+
+
+def _needs_closure(optimizer: Any) -> bool:
+    """Whether this is LBFGS, has the two steps of SAM, or has a ``step`` with a required argument."""
+    if isinstance(optimizer, torch.optim.LBFGS) or (
+        hasattr(optimizer, "first_step") and hasattr(optimizer, "second_step")
+    ):
+        return True
+    try:  # of the class: a learning rate scheduler replaces the method of the instance
+        _, *arguments = inspect.signature(type(optimizer).step).parameters.values()
+    except (AttributeError, TypeError, ValueError):
         return False
-
-    def closure() -> Tensor:
-        for p in small:
-            p.grad = torch.zeros_like(p)
-        return torch.zeros((), device=small[0].device)
-
-    closure()
-    return not _runs(trial.step) and _runs(trial.step, closure)
-
-
-def _runs(function: Callable[..., Any], *args: Any) -> bool:
-    try:
-        function(*args)
-    except Exception:
-        return False
-    return True
+    return any(a.default is a.empty and a.kind not in (a.VAR_POSITIONAL, a.VAR_KEYWORD) for a in arguments)

@@ -1,18 +1,24 @@
 """model(*args) under other parameters and buffers, copies of models, and tensors that autograd accepts."""
 
 import copy
+import threading
+from collections import deque
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
+from dataclasses import is_dataclass
+from types import SimpleNamespace
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
-from torch.utils._pytree import tree_leaves, tree_map
+from torch.utils._pytree import tree_map
 
 from eaml_ext.meta._inner_loop import uses_tape
 
 T = TypeVar("T")
+# Held while a model has substituted tensors, and by other threads while they read parameters.
+SUBSTITUTION_LOCK = threading.RLock()
 HOOKS_ERROR = "hooks of saved tensors (torch.utils.checkpoint) call the model again in the backward pass"
 
 _NORMS = (nn.modules.batchnorm._BatchNorm, nn.modules.instancenorm._InstanceNorm)
@@ -27,7 +33,8 @@ def functional_call(
     ``torch.func.functional_call`` substitutes by name, so a submodule under two names keeps the substituted value.
     Here every tensor is substituted once, under whichever of its names it is given. The model is left as it was: what
     ``forward`` does to buffers in place is discarded, and so are tensors that it stores in plain attributes (attention
-    maps, caches, the weights list of ``nn.GRU``).
+    maps, caches, the weights list of ``nn.GRU``) or in containers there, at any depth: lists, dicts, sets, deques,
+    namespaces, dataclasses. Calls of other threads wait meanwhile.
 
     Args:
         model: any module whose ``forward`` is Python.
@@ -50,6 +57,15 @@ def functional_call(
     """
     if isinstance(model, (torch.jit.ScriptModule, nn.DataParallel)):
         raise TypeError(f"functional_call: model must be a module of Python, got {type(model).__name__}")
+    if torch.compiler.is_compiling():  # Dynamo cannot trace a lock
+        return _functional_call(model, params_and_buffers, args, kwargs)
+    with SUBSTITUTION_LOCK:
+        return _functional_call(model, params_and_buffers, args, kwargs)
+
+
+def _functional_call(
+    model: nn.Module, params_and_buffers: Mapping[str, Tensor], args: Any, kwargs: dict[str, Any] | None
+) -> Any:
     modules = dict(model.named_modules())
     stores = [
         (prefix, store, dict(store))
@@ -70,12 +86,16 @@ def functional_call(
             raise ValueError(f"functional_call: params_and_buffers has two values for the tied tensor {name}")
     # In-place updates of buffers by forward go to copies.
     given = {b: b.clone() for module in modules.values() for b in module._buffers.values() if b is not None} | given
+    values = {name: given[tensor] for name, tensor in named.items() if tensor in given}
     if torch.compiler.is_compiling():  # Dynamo can trace torch's own substitution
-        values = {name: given[tensor] for name, tensor in named.items() if tensor in given}
         return torch.func.functional_call(model, values, args, kwargs, tie_weights=False)
     args, kwargs = args if isinstance(args, tuple) else (args,), kwargs or {}
-    attributes = [(module, _plain_attributes(module)) for module in modules.values()]
+    python = [module for module in modules.values() if not isinstance(module, torch.jit.ScriptModule)]
+    attributes = [_Attributes(module) for module in python]
     try:
+        if len(python) < len(modules):  # the tensors of a ScriptModule are in no dict
+            stores = []
+            return torch.func.functional_call(model, values, args, kwargs, tie_weights=False)
         for _, store, content in stores:
             store.update({name: given[tensor] for name, tensor in content.items() if tensor in given})
         with without_saved_tensor_hooks() if uses_tape() and torch.is_grad_enabled() else nullcontext():
@@ -87,8 +107,8 @@ def functional_call(
         for _, store, content in stores:
             store.clear()
             store.update(content)
-        for module, before in attributes:
-            _restore(module, before)
+        for before in attributes:
+            before.restore()
     # Activation checkpointing calls submodules again in the backward pass, so the values must stay in a copy.
     kept = {id(t): given.get(t, t) for t in named.values() if t is not None}
     return detached_copy(model, kept)(*args, **kwargs)
@@ -117,7 +137,7 @@ def detached_copy(value: T, memo: dict[int, Any] | None = None) -> T:
     >>> detached_copy(layer).last.requires_grad
     False
     """
-    with _CopyWithoutHistory():
+    with SUBSTITUTION_LOCK, _CopyWithoutHistory():
         return copy.deepcopy(value, memo)
 
 
@@ -168,11 +188,25 @@ def check_buffers_constant(where: str, model: nn.Module) -> None:
 def check_parameters(where: str, owner: str, model: nn.Module, known: Iterable[Tensor]) -> None:
     """Raise ValueError if a parameter that requires grad is not among those with which ``owner`` was made."""
     known_ids = set(map(id, known))
-    for name, p in model.named_parameters():
+    with SUBSTITUTION_LOCK:
+        named = list(model.named_parameters())
+    for name, p in named:
         if p.requires_grad and id(p) not in known_ids:
             raise ValueError(
                 f"{where}: {name} was unfrozen or replaced after this {owner} was made: make a new {owner}"
             )
+
+
+def check_tensors(where: str, part: str, given: Any, own: Mapping[str, Tensor]) -> None:
+    """Raise unless ``given``, the part of a state with this name, has the names and shapes of ``own``."""
+    if not isinstance(given, Mapping):
+        raise TypeError(f"{where}: {part} must be a dict of tensors, got {type(given).__name__}")
+    wanted = {name: tuple(t.shape) for name, t in own.items()}
+    got = {name: tuple(t.shape) if isinstance(t, Tensor) else type(t).__name__ for name, t in given.items()}
+    for name in [*wanted, *got]:
+        if got.get(name) != wanted.get(name):
+            text = f"{name} of shape {got.get(name, 'none')}, wanted {wanted.get(name, 'none')}"
+            raise ValueError(f"{where}: {part} has {text}")
 
 
 def _aliases(model: nn.Module) -> dict[str, Tensor]:
@@ -180,37 +214,72 @@ def _aliases(model: nn.Module) -> dict[str, Tensor]:
     return dict([*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)])
 
 
-def _plain_attributes(module: nn.Module) -> dict[str, tuple[Any, Any]]:
-    """Attributes beside those of every module: name to the value and, for a list or dict, a copy of it."""
-    return {
-        name: (value, value.copy() if type(value) in (list, dict) else None)
-        for name, value in vars(module).items()
-        if name not in _MODULE_ATTRIBUTES
-    }
+class _Attributes:
+    """The plain attributes of a module and all containers that they hold, as they were before ``forward``."""
 
+    def __init__(self, module: nn.Module):
+        self.module, self.before = module, self._now(module)
+        walked = _walk(self.before.values())
+        self.containers = [(value, content) for value, content in walked if isinstance(content, (list, dict))]
 
-def _restore(module: nn.Module, before: dict[str, tuple[Any, Any]]) -> None:
-    """Restore all plain attributes if one that holds tensors has changed: a cache and its key belong together."""
-    attributes = vars(module)
-    changed: list[Any] = []
-    for name in {**before, **attributes}:
-        if name not in _MODULE_ATTRIBUTES:
-            now, (value, content) = attributes.get(name), before.get(name, (None, None))
-            if now is not value or (content is not None and not _same_items(value, content)):
-                changed += [now, value, content]
-    if not changed or not any(isinstance(leaf, Tensor) for leaf in tree_leaves(changed)):
-        return
-    for name in [name for name in attributes if name not in before and name not in _MODULE_ATTRIBUTES]:
-        del attributes[name]
-    for name, (value, content) in before.items():
-        attributes[name] = value
-        if content is not None:
+    @staticmethod
+    def _now(module: nn.Module) -> dict[str, Any]:
+        return {name: value for name, value in vars(module).items() if name not in _MODULE_ATTRIBUTES}
+
+    def restore(self) -> None:
+        """Restore all of them if one that holds tensors has changed: a cache and its key belong together."""
+        attributes = self._now(self.module)
+        changed: list[Any] = []
+        if not _same_items(attributes, self.before):
+            pairs = [(attributes.get(name), self.before.get(name)) for name in {**self.before, **attributes}]
+            changed = [part for now, before in pairs if now is not before for part in (now, before)]
+        for value, content in self.containers:
+            now = _content(value)
+            if not _same_items(now, content):
+                changed += [now, content]
+        if not changed or not any(isinstance(value, Tensor) for value, _ in _walk(changed)):
+            return
+        for name in attributes:
+            del vars(self.module)[name]
+        vars(self.module).update(self.before)
+        for value, content in self.containers:
+            if not isinstance(value, (list, dict, set, deque)):
+                value = vars(value)
             value.clear()
-            value.extend(content) if isinstance(value, list) else value.update(content)
+            value.extend(content) if isinstance(value, (list, deque)) else value.update(content)
+
+
+def _content(value: Any) -> list[Any] | dict[Any, Any] | tuple[Any, ...] | None:
+    """A copy of what a container holds directly; None for other values, among them modules and tensors."""
+    if value is None or isinstance(value, (bool, int, float, str, Tensor)):
+        return None
+    if isinstance(value, dict):
+        return dict(value)
+    if isinstance(value, tuple):
+        return value
+    if isinstance(value, (list, set, deque)):
+        return list(value)
+    if hasattr(value, "__dict__") and (type(value) is SimpleNamespace or is_dataclass(type(value))):
+        return dict(vars(value))
+    return None
+
+
+def _walk(values: Iterable[Any]) -> Iterator[tuple[Any, Any]]:
+    """Every value, the values inside containers included, each container once, with its content."""
+    pending, seen = list(values), set()
+    while pending:
+        value = pending.pop()
+        content = _content(value)
+        if content is not None:
+            if id(value) in seen:
+                continue
+            seen.add(id(value))
+            pending += content.values() if isinstance(content, dict) else content
+        yield value, content
 
 
 def _same_items(a: Any, b: Any) -> bool:
     """Whether two lists, or two dicts, hold the same objects."""
     if isinstance(a, dict):
-        return list(a) == list(b) and _same_items([*a.values()], [*b.values()])
+        return _same_items([*a, *a.values()], [*b, *b.values()])
     return len(a) == len(b) and all(x is y for x, y in zip(a, b, strict=True))

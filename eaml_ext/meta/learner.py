@@ -88,6 +88,8 @@ class MetaLearner(nn.Module):
     def forward(self, query_set: Tensor, params: Params | None = None) -> Tensor:
         """Predictions ``(m, output_dim)`` for ``(m, input_dim)``, under ``params`` (absent: the initial ones)."""
         self._check_inputs("MetaLearner.forward", "query_set", query_set)
+        if not torch.is_inference_mode_enabled():
+            query_set, params = recordable((query_set, params))
         predictions: Tensor
         if params is None:
             predictions = self.network(query_set)
@@ -214,7 +216,11 @@ class MetaLearner(nn.Module):
             raise ValueError(f"{where}: context must have shape {wanted}, got {tuple(context.shape)}")
         self._check_kind(where, "context", context)
         shift = self.shift(context.mean(dim=0) if context.dim() == 2 else context)
-        parts = shift.split([p.numel() for p in self.network.parameters()])
+        sizes = [p.numel() for p in self.network.parameters()]
+        if sum(sizes) != len(shift):
+            check_parameters(where, "MetaLearner", self, self.optimizer.param_groups[0]["params"])
+            raise ValueError(f"{where}: network was replaced after this MetaLearner was made: make a new MetaLearner")
+        parts = shift.split(sizes)
         named = self.network.named_parameters()
         return {n: p + part.view_as(p) if p.requires_grad else p for (n, p), part in zip(named, parts, strict=True)}
 

@@ -15,11 +15,13 @@ from eaml_ext import _check
 from eaml_ext.distributed import Group, check_group
 from eaml_ext.meta._batching import Batching, Map, vmapped
 from eaml_ext.meta._inner_loop import Params, descend, twice_differentiable_attention, uses_tape
-from eaml_ext.meta._optimizer import make_optimizer
+from eaml_ext.meta._optimizer import check_state, load_state, make_optimizer, take_step
 from eaml_ext.meta.functional import (
+    SUBSTITUTION_LOCK,
     check_buffers_constant,
     check_model,
     check_parameters,
+    check_tensors,
     detached_copy,
     functional_call,
     outside_inference_mode,
@@ -155,10 +157,13 @@ class MetaMAML:
 
     def parameters(self) -> Params:
         """The model's parameters that require grad now, by name."""
-        return {name: p for name, p in self.model.named_parameters() if p.requires_grad}
+        with SUBSTITUTION_LOCK:
+            return {name: p for name, p in self.model.named_parameters() if p.requires_grad}
 
     def call(self, params: Params, x: Tensor) -> Tensor:
         """``model(x)`` under other parameters; the model itself is left as it is."""
+        if not torch.is_inference_mode_enabled():
+            params, x = recordable((params, x))
         out: Tensor = functional_call(self.model, params, (x,))
         return out
 
@@ -188,7 +193,7 @@ class MetaMAML:
         num_steps = _check.positive(where, "num_steps", num_steps, zero=True, integer=True)
         _check_loss_fn(where, loss_fn)
         names = self._adapted(where, params)
-        x, y = recordable((support_x, support_y))
+        params, x, y = recordable((params, support_x, support_y))
         with twice_differentiable_attention(not self.first_order and torch.is_grad_enabled()):
             return self._inner_loop(params, self.inner_lrs, x, y, loss_fn, num_steps, names)
 
@@ -215,7 +220,7 @@ class MetaMAML:
         ``loss_fn`` is one for all tasks or one for each; tasks that share shapes and loss run as one batch.
         """
         where = "MetaMAML.task_losses"
-        tasks = recordable(_check_tasks(where, tasks))
+        params, tasks = recordable((params, _check_tasks(where, tasks)))
         loss_fns = _loss_fns(where, loss_fn, len(tasks))
         names = self._adapted(where, params)
         with twice_differentiable_attention(not self.first_order and torch.is_grad_enabled()):
@@ -243,8 +248,8 @@ class MetaMAML:
             The mean query loss after adaptation, before the step.
 
         Raises:
-            TypeError, ValueError: an argument of the wrong kind or size, or a parameter requires grad that the
-                optimizer does not hold; nothing modified.
+            TypeError, ValueError: an argument of the wrong kind or size, a parameter requires grad that the optimizer
+                does not hold, or the optimizer's step needs a closure; nothing modified.
             RankError: another rank was given such an argument, failed in its tasks, or has died.
         """
         where = "MetaMAML.meta_update"
@@ -262,8 +267,10 @@ class MetaMAML:
         self.optimizer.zero_grad()  # a frozen parameter may hold a gradient of its own
         for p, g in zip(leaves, grads, strict=True):
             p.grad = g
-        self.optimizer.step()
-        self.optimizer.zero_grad()
+        try:
+            take_step(where, self.optimizer)
+        finally:
+            self.optimizer.zero_grad()
         return float(loss)
 
     def state_dict(self) -> dict[str, Any]:
@@ -275,31 +282,21 @@ class MetaMAML:
             "skipped_updates": self.skipped_updates,
         }
 
+    @outside_inference_mode()
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Take over what :meth:`state_dict` gave; raises ValueError, nothing modified, when it is of another model."""
+        where = "MetaMAML.load_state_dict"
         if not isinstance(state, dict) or set(state) != set(self.state_dict()):
             wanted_keys = ", ".join(self.state_dict())
-            raise ValueError(f"MetaMAML.load_state_dict: state must be a dict with the entries {wanted_keys}")
-        for part, mine in (("model", self.model.state_dict()), ("inner_lrs", self.inner_lrs)):
-            wanted = {name: tuple(t.shape) for name, t in mine.items()}
-            came = {name: tuple(t.shape) for name, t in state[part].items()}
-            if came != wanted:
-                name = next(n for n in [*wanted, *came] if came.get(n) != wanted.get(n))
-                text = f"{name} of shape {came.get(name, 'none')}, wanted {wanted.get(name, 'none')}"
-                raise ValueError(f"MetaMAML.load_state_dict: {part} has {text}")
-        groups = [len(group["params"]) for group in self.optimizer.state_dict()["param_groups"]]
-        came_groups = [len(group["params"]) for group in state["optimizer"]["param_groups"]]
-        if came_groups != groups:
-            text = f"optimizer has parameter groups of {came_groups}, wanted {groups}"
-            raise ValueError(f"MetaMAML.load_state_dict: {text}")
-        for index, entry in state["optimizer"]["state"].items():
-            if index not in range(sum(groups)) or not isinstance(entry, dict):
-                raise ValueError(f"MetaMAML.load_state_dict: optimizer has a state of {index!r}, which is no parameter")
+            raise ValueError(f"{where}: state must be a dict with the entries {wanted_keys}")
+        check_tensors(where, "model", state["model"], self.model.state_dict())
+        check_tensors(where, "inner_lrs", state["inner_lrs"], self.inner_lrs)
+        check_state(where, state["optimizer"], self.optimizer)
         self.model.load_state_dict(state["model"])
         with torch.no_grad():
             for name, rate in self.inner_lrs.items():
                 rate.copy_(state["inner_lrs"][name])
-        self.optimizer.load_state_dict(state["optimizer"])
+        load_state(self.optimizer, state["optimizer"])
         self.skipped_updates = state["skipped_updates"]
 
     # ------------------------------------------------------------------------------------------------- the ranks
@@ -583,9 +580,11 @@ def _check_prefixes(model: nn.Module, prefixes: Any) -> list[str]:
 
 def _inner_names(model: nn.Module, prefixes: list[str]) -> list[str]:
     """The parameters that require grad, one of whose names has one of the prefixes; "" is a prefix of all."""
-    every_name = model.named_parameters(remove_duplicate=False)  # a shared parameter has several
+    with SUBSTITUTION_LOCK:
+        every_name = list(model.named_parameters(remove_duplicate=False))  # a shared parameter has several
+        trainable = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
     chosen = {id(p) for name, p in every_name if any(not x or f"{name}.".startswith(f"{x}.") for x in prefixes)}
-    return [name for name, p in model.named_parameters() if p.requires_grad and id(p) in chosen]
+    return [name for name, p in trainable if id(p) in chosen]
 
 
 def _buckets(tasks: Sequence[Task], loss_fns: Sequence[LossFn]) -> list[list[int]]:

@@ -14,7 +14,8 @@ from torch import Tensor
 from eaml_ext import _check
 from eaml_ext._random import Purpose, check_seed, derive_seed
 from eaml_ext._terminal import progress_bar
-from eaml_ext.meta.functional import check_parameters, outside_inference_mode
+from eaml_ext.meta._optimizer import check_state, load_state
+from eaml_ext.meta.functional import check_parameters, check_tensors, outside_inference_mode
 from eaml_ext.meta.maml import finite
 from eaml_ext.rl.policy import SSMMetaPolicy
 from eaml_ext.rl.rollout import NonFiniteError
@@ -97,6 +98,7 @@ class Learner(ABC):
         state = {"policy": dict(self.policy.state_dict()), "optimizer": self.optimizer.state_dict(), **counts}
         return copy.deepcopy(state)
 
+    @outside_inference_mode()
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue where :meth:`state_dict` was called, with the bits of an uninterrupted training.
 
@@ -110,10 +112,11 @@ class Learner(ABC):
         if not isinstance(state, dict) or set(state) != set(mine):
             raise ValueError(f"{where}: state must be a dict with the entries {', '.join(mine)}")
         counts = {n: _check.positive(where, n, state[n], zero=True, integer=True) for n in self._counts}
-        _check_tensors(where, state["policy"], mine["policy"])
-        _check_optimizer(where, state["optimizer"], self.optimizer)
+        check_tensors(where, "policy", state["policy"], mine["policy"])
+        _check_finite(where, state["policy"])
+        check_state(where, state["optimizer"], self.optimizer, [*self.policy.parameters()], ("exp_avg", "exp_avg_sq"))
         self.policy.load_state_dict(state["policy"])
-        self.optimizer.load_state_dict(copy.deepcopy(state["optimizer"]))  # which keeps the tensors it is given
+        load_state(self.optimizer, state["optimizer"])
         for name, count in counts.items():
             setattr(self, name, count)
 
@@ -149,37 +152,13 @@ class Learner(ABC):
         if not learned:
             raise ValueError(f"{where}: policy has no parameters that require grad")
         check_parameters(where, self._name, self.policy, self.optimizer.param_groups[0]["params"])
-        for name, value in {**learned, "mean": self.policy.mean, "std": self.policy.std}.items():
-            if not finite(value):
-                got = value.detach()[~value.isfinite()][0].item()
-                raise ValueError(f"{where}: policy must be finite, got {got} in {name}")
+        _check_finite(where, {**learned, "mean": self.policy.mean, "std": self.policy.std})
 
 
-def _check_tensors(where: str, came: Any, mine: dict[str, Tensor]) -> None:
-    """Raise ValueError unless ``came`` has the names and shapes of ``mine``."""
-    if not isinstance(came, Mapping):
-        raise TypeError(f"{where}: policy must be a dict of tensors, got {type(came).__name__}")
-    wanted = {name: tuple(t.shape) for name, t in mine.items()}
-    got = {name: tuple(t.shape) if isinstance(t, Tensor) else type(t).__name__ for name, t in came.items()}
-    for name in [*wanted, *got]:
-        if got.get(name) != wanted.get(name):
-            text = f"{name} of shape {got.get(name, 'none')}, wanted {wanted.get(name, 'none')}"
-            raise ValueError(f"{where}: policy has {text}")
-
-
-def _check_optimizer(where: str, came: Any, optimizer: torch.optim.Optimizer) -> None:
-    """Raise ValueError unless ``came`` has the groups of ``optimizer``, and moments of its parameters' shapes."""
-    if not isinstance(came, Mapping) or set(came) != {"state", "param_groups"}:
-        raise TypeError(f"{where}: optimizer must be the state_dict of an optimizer, got {type(came).__name__}")
-    groups = [len(group["params"]) for group in optimizer.param_groups]
-    got = [len(group["params"]) for group in came["param_groups"]]
-    if got != groups:
-        raise ValueError(f"{where}: optimizer has parameter groups of {got}, wanted {groups}")
-    params = [p for group in optimizer.param_groups for p in group["params"]]
-    for index, entry in came["state"].items():
-        if index not in range(len(params)) or not isinstance(entry, dict):
-            raise ValueError(f"{where}: optimizer has a state of {index!r}, which is no parameter")
-        for name, value in entry.items():
-            if isinstance(value, Tensor) and value.dim() and value.shape != params[index].shape:
-                wanted = tuple(params[index].shape)
-                raise ValueError(f"{where}: optimizer has {name} of shape {tuple(value.shape)}, wanted {wanted}")
+def _check_finite(where: str, tensors: Mapping[str, Tensor]) -> None:
+    for name, value in tensors.items():
+        if not finite(value):
+            got = value.detach()[~value.isfinite()][0].item()
+            raise ValueError(f"{where}: policy must be finite, got {got} in {name}")
+    if not (tensors["std"] > 0).all():
+        raise ValueError(f"{where}: policy must have std > 0, got {tensors['std'].min().item()}")

@@ -225,7 +225,8 @@ class MAMLRL(Learner):
     def _play(self, tasks: Sequence[Task], params: Params, step: int, seed: int | None = None) -> Trials:
         """Trajectories for inner step ``step``: of a meta-update, or with a ``seed`` of an adaptation."""
         purpose = Purpose.MAML_RL_TRAINING if seed is None else Purpose.MAML_RL_ADAPTATION
-        stream = derive_seed(self.seed if seed is None else seed, purpose, step, bits=32)
+        indices = (self.updates, step) if seed is None else (step,)
+        stream = derive_seed(self.seed if seed is None else seed, purpose, *indices, bits=32)
         return self._rollout(tasks, params, stream, steps=self.steps)
 
     def _rollout(self, tasks: Sequence[Task], params: Params, stream: int, **options: Any) -> Trials:

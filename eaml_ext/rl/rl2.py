@@ -11,6 +11,7 @@ from torch import Tensor
 
 from eaml_ext import _check
 from eaml_ext._random import Purpose, check_seed, derive_seed
+from eaml_ext.meta.functional import outside_inference_mode, recordable
 from eaml_ext.meta.maml import finite
 from eaml_ext.rl._learner import Learner
 from eaml_ext.rl.losses import a2c_loss, fraction, normalised, ppo_loss
@@ -172,8 +173,11 @@ class RL2(Learner):
         self.learn(trials)
         return float(trials.finished_returns().mean())
 
+    @outside_inference_mode()
+    @torch.enable_grad()
     def learn(self, trials: Trials) -> None:
         """The gradient steps on trials that the policy, as it is, has just played."""
+        trials = replace(trials, **recordable(vars(trials)))
         trials = replace(trials, rewards=self.reward_scale * trials.rewards)
         advantages = trials.advantages(**self._discount)
         targets = advantages + trials.values

@@ -1,5 +1,7 @@
 import copy
+import io
 import math
+import pickle
 import re
 
 import pytest
@@ -928,3 +930,75 @@ def test_a_loss_that_fails_at_a_later_step_leaves_the_model_as_it_was():
     with pytest.raises(ValueError, match="scalar"):
         adapter.adapt(loss, {"states": torch.randn(8, 4), "targets": torch.randn(8, 4)})
     assert calls == 3 and all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
+# ------------------------------------------------------------------------------------------ copies, replaced tensors
+
+
+def _saved(adapter):
+    file = io.BytesIO()
+    torch.save(adapter, file)
+    file.seek(0)
+    return torch.load(file, weights_only=False)
+
+
+@pytest.mark.parametrize("copied", [lambda a: pickle.loads(pickle.dumps(a)), copy.deepcopy, _saved])
+@pytest.mark.parametrize("optimizer", [None, torch.optim.Adam])
+def test_adapt_copied_adapter_takes_the_same_steps(copied, optimizer):
+    adapter, data = Adapter(mlp(), AdaptationConfig(lr=0.1), optimizer=optimizer), batch()
+    adapter.adapt(F.mse_loss, data)
+    twin = copied(adapter)
+    values = [adapter.adapt(F.mse_loss, data) for _ in range(3)]
+    assert [twin.adapt(F.mse_loss, data) for _ in range(3)] == values and len(set(values)) == 3
+    assert torch.equal(vector(twin.model), vector(adapter.model)) and twin.model is not adapter.model
+
+
+@pytest.mark.parametrize("use", ["ema_model", "reset", "snapshot"])
+@pytest.mark.parametrize("width", [1, 3])
+def test_adapter_replaced_layer_is_refused(use, width):
+    model = mlp()
+    adapter = Adapter(model)
+    model[2] = nn.Linear(16, width)
+    before = vector(model)
+    text = "2.weight was unfrozen or replaced after this Adapter was made: make a new Adapter"
+    with pytest.raises(ValueError, match=f"^Adapter.{use}: {text}$"):
+        getattr(adapter, use)()
+    assert torch.equal(vector(model), before)
+
+
+@pytest.mark.parametrize("use", ["ema_model", "reset", "snapshot"])
+def test_adapter_frozen_parameters_are_accepted(use):
+    model = mlp()
+    adapter = Adapter(model)
+    model.requires_grad_(False)
+    getattr(adapter, use)()
+
+
+class Following(nn.Module):
+    """A buffer whose shape follows the batch, in the manner of stateful recurrent layers."""
+
+    def __init__(self):
+        super().__init__()
+        self.inner, self.out = nn.Linear(4, 4), nn.Linear(4, 1)
+        self.register_buffer("h", torch.zeros(1, 4))
+
+    def forward(self, x):
+        self.h = self.inner(x).tanh() + self.h.detach().mean(0, keepdim=True)
+        return self.out(self.h)
+
+
+def test_adapter_buffer_that_follows_the_batch_is_restored():
+    adapter = Adapter(Following(), AdaptationConfig(lr=0.1))
+    adapter.adapt(F.mse_loss, batch(6))
+    kept = adapter.model.h.detach().clone()
+    assert kept.shape == (6, 4)
+    bad = batch(3)
+    assert math.isnan(adapter.adapt(F.mse_loss, {**bad, "targets": bad["targets"] * math.nan}))
+    assert adapter.rollbacks == 1 and torch.equal(adapter.model.h, kept)
+    with pytest.raises(KeyError):
+        adapter.adapt(lambda y, t: {}["no"], batch(2))
+    assert torch.equal(adapter.model.h, kept)
+    with torch.inference_mode():
+        adapter.model(bad["states"])
+    adapter.reset()
+    assert torch.equal(adapter.model.h, torch.zeros(1, 4))

@@ -42,10 +42,9 @@ def assert_users_equal_adapters(model, cfg, batch, params, losses):
             assert not torch.equal(params[name][i], dict(model.named_parameters())[name]), name
 
 
-@pytest.mark.parametrize("kind", [*UNBATCHABLE, "transformer"])
+@pytest.mark.parametrize("kind", UNBATCHABLE)
 def test_adapt_many_vmap_fails_users_equal_adapters_after_one_warning(kind):
-    model = UNBATCHABLE[kind]() if kind in UNBATCHABLE else Transformer(training=False)
-    model = model.double()
+    model = UNBATCHABLE[kind]().double()
     cfg, batch = AdaptationConfig(lr=0.1, max_steps_per_call=3), users(dtype=torch.float64)
     adapter = Adapter(model, cfg)
     before = copy.deepcopy(model.state_dict())
@@ -59,6 +58,15 @@ def test_adapt_many_vmap_fails_users_equal_adapters_after_one_warning(kind):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         adapter.adapt_many(F.mse_loss, batch, params)
+
+
+def test_adapt_many_attention_in_eval_mode_users_equal_adapters_without_a_warning():
+    model, cfg = Transformer(training=False).double(), AdaptationConfig(lr=0.1, max_steps_per_call=3)
+    batch = users(dtype=torch.float64)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", RuntimeWarning)
+        params, losses = Adapter(model, cfg).adapt_many(F.mse_loss, batch)
+    assert_users_equal_adapters(model, cfg, batch, params, losses)
 
 
 @pytest.mark.parametrize("kind", [Shared, Tied, TiedParametrized])
@@ -354,6 +362,9 @@ def test_adapt_many_per_user_names_further_entries():
         ),
         ({"task": torch.tensor([1, 2])}, (), "task must have shape (users, ...), users = 3, got (2,)"),
         ({"task": [1, 2]}, (), "task must have shape (users, ...), users = 3, got (2,)"),
+        ({"task": range(4)}, (), "task must have shape (users, ...), users = 3, got (4,)"),
+        ({"task": np.arange(4)}, (), "task must have shape (users, ...), users = 3, got (4,)"),
+        ({"goal": ["a", "b"]}, "goal", "goal must have shape (users, ...), users = 3, got (2,)"),
         ({"goal": torch.randn(2)}, ["goal"], "goal must have shape (users, ...), users = 3, got (2,)"),
         ({}, ["goal"], "per_user has goal, batch_dict has only states, targets"),
         (
@@ -367,6 +378,37 @@ def test_adapt_many_entry_of_each_user_with_another_size_is_refused(change, per_
     with pytest.raises(ValueError) as info:
         Adapter(mlp(), retriever=spy([])).adapt_many(F.mse_loss, {**users(3), **change}, per_user=per_user)
     assert str(info.value).startswith(f"Adapter.adapt_many: {text}")
+
+
+@pytest.mark.parametrize(
+    ("change", "per_user", "text"),
+    [
+        ({"task": {1, 2, 3}}, (), "task must be a tensor, an array or a sequence, got set"),
+        ({"goal": "abc"}, ["goal"], "goal must be a tensor, an array or a sequence, got str"),
+        ({"goal": 3}, "goal", "goal must be a tensor, an array or a sequence, got int"),
+        ({}, 3, "per_user must be names of entries, got 3"),
+    ],
+)
+def test_adapt_many_entry_of_each_user_of_another_type_is_refused(change, per_user, text):
+    with pytest.raises(TypeError) as info:
+        Adapter(mlp(), retriever=spy([])).adapt_many(F.mse_loss, {**users(3), **change}, per_user=per_user)
+    assert str(info.value) == f"Adapter.adapt_many: {text}"
+
+
+@pytest.mark.parametrize("make", [list, tuple, np.array, torch.tensor, lambda ids: range(7, 10)])
+@pytest.mark.parametrize("entry", ["task", "tag"])
+def test_adapt_many_sequence_of_values_gives_each_user_its_own(make, entry):
+    seen = []
+    batch = {**users(3), entry: make([7, 8, 9])}
+    Adapter(mlp(), retriever=spy(seen)).adapt_many(F.mse_loss, batch, per_user="tag" if entry == "tag" else ())
+    assert [int(part[entry]) for part in seen] == [7, 8, 9]
+
+
+@pytest.mark.parametrize("task", [2, np.int64(2), np.array(2), torch.tensor(2), "two"])
+def test_adapt_many_single_task_goes_whole_to_every_user(task):
+    seen = []
+    Adapter(mlp(), retriever=spy(seen)).adapt_many(F.mse_loss, {**users(3), "task": task})
+    assert len(seen) == 3 and all(part["task"] is task for part in seen)
 
 
 # -------------------------------------------------------------------------------------------------------------- numbers

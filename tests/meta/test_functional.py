@@ -1,6 +1,11 @@
 """functional_call substitutes every tensor once and restores the model; copies and clones that autograd accepts."""
 
 import copy
+import time
+from collections import OrderedDict, defaultdict, deque
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -8,6 +13,8 @@ from torch import nn
 from torch.func import grad, vmap
 from user_models import Attention, Checkpointed, Recurrent, Shared, Tied, TiedParametrized
 
+from eaml_ext.meta import MetaMAML
+from eaml_ext.meta._inner_loop import twice_differentiable_attention
 from eaml_ext.meta.functional import detached_copy, functional_call, outside_inference_mode, recordable
 
 
@@ -191,3 +198,151 @@ def test_recordable_clones_inference_tensors_only():
     outside = torch.ones(2)
     first, (second, number) = recordable((inside, [outside, 3]))
     assert not first.is_inference() and torch.equal(first, inside) and second is outside and number == 3
+
+
+# ------------------------------------------------------------------------------------------------------ threads
+
+
+def _in_thread(function):
+    with ThreadPoolExecutor(1) as pool:
+        return pool.submit(function).result(timeout=20)
+
+
+def _settings():
+    cuda = torch.backends.cuda
+    return torch.backends.mha.get_fastpath_enabled(), cuda.flash_sdp_enabled(), cuda.mem_efficient_sdp_enabled()
+
+
+def test_twice_differentiable_attention_overlapping_threads_last_one_restores_settings():
+    assert _settings() == (True, True, True)
+    first, second = twice_differentiable_attention(), twice_differentiable_attention()
+    first.__enter__()
+    _in_thread(second.__enter__)
+    first.__exit__(None, None, None)
+    assert _settings() == (False, False, False)
+    _in_thread(lambda: second.__exit__(None, None, None))
+    assert _settings() == (True, True, True)
+
+
+def test_twice_differentiable_attention_error_restores_settings():
+    with pytest.raises(KeyError), twice_differentiable_attention(), twice_differentiable_attention():
+        raise KeyError
+    assert _settings() == (True, True, True)
+
+
+class Slow(nn.Module):
+    """Reads its parameter before and after another thread had time to run."""
+
+    def __init__(self):
+        super().__init__()
+        self.w = nn.Parameter(torch.zeros(()))
+
+    def forward(self, x):
+        before = x * self.w
+        time.sleep(0.02)
+        return before + x * self.w
+
+
+@pytest.mark.parametrize("transform", [False, True], ids=["plain", "vmap"])
+def test_functional_call_concurrent_calls_keep_their_values_and_the_model(transform):
+    model = Slow()
+    own = model.w
+
+    def call(value):
+        if transform:
+            weights = torch.full((2,), value)
+            return vmap(lambda w: functional_call(model, {"w": w}, torch.ones(())))(weights).tolist()
+        return [float(functional_call(model, {"w": torch.tensor(value)}, torch.ones(())))] * 2
+
+    with ThreadPoolExecutor(3) as pool:
+        results = list(pool.map(call, [1.0, 2.0, 3.0, 4.0]))
+    assert results == [[2 * v] * 2 for v in (1.0, 2.0, 3.0, 4.0)]
+    assert model.w is own and float(own.detach()) == 0
+
+
+def test_meta_maml_reads_the_models_own_tensors_while_another_thread_calls_it():
+    model = Slow()
+    maml = MetaMAML(model, 0.1, 0.1)
+    with ThreadPoolExecutor(1) as pool:
+        running = pool.submit(maml.call, {"w": torch.ones(())}, torch.ones(()))
+        time.sleep(0.005)
+        found, names = maml.parameters()["w"], maml.inner_names
+        twin = detached_copy(model)
+        running.result()
+    assert found is model.w and names == ["w"] and float(twin.w.detach()) == 0
+
+
+# ---------------------------------------------------------------------------------------------------- containers
+
+
+@dataclass
+class Cache:
+    last: object = None
+
+
+class Named(list):
+    pass
+
+
+STORES = {
+    "dict of lists": (lambda: {"maps": []}, lambda store, h: store["maps"].append(h)),
+    "dict of dicts": (lambda: {"m": {}}, lambda store, h: store["m"].update(h=h)),
+    "list in a tuple": (lambda: (1, []), lambda store, h: store[1].append(h)),
+    "list subclass": (Named, lambda store, h: store.append(h)),
+    "deque": (lambda: deque([0], maxlen=3), lambda store, h: store.append(h)),
+    "defaultdict": (lambda: defaultdict(list), lambda store, h: store["maps"].append(h)),
+    "OrderedDict": (OrderedDict, lambda store, h: store.update(h=h)),
+    "set": (set, lambda store, h: store.add(h)),
+    "namespace": (lambda: SimpleNamespace(h=None), lambda store, h: setattr(store, "h", h)),
+    "dataclass": (Cache, lambda store, h: setattr(store, "last", h)),
+    "dataclass in a list": (lambda: [Cache()], lambda store, h: setattr(store[0], "last", {"deep": (h,)})),
+}
+
+
+class Storing(nn.Linear):
+    def __init__(self, kind):
+        super().__init__(3, 1)
+        make, self.put = STORES[kind]
+        self.store = self.same = make()
+
+    def forward(self, x):
+        y = super().forward(x)
+        self.put(self.store, y)
+        return y
+
+
+@pytest.mark.parametrize("kind", STORES)
+@pytest.mark.parametrize("batched", [False, True])
+def test_functional_call_tensors_kept_in_containers_are_removed(kind, batched):
+    model, fresh = Storing(kind), STORES[kind][0]()
+    store, x = model.store, torch.randn(2, 4, 3)
+    params = {n: p.detach() for n, p in model.named_parameters()}
+    for _ in range(2):
+        if batched:
+            vmap(lambda x: functional_call(model, params, x))(x)
+        else:
+            functional_call(model, params, x)
+    assert model.store is store and model.same is store and store == fresh and type(store) is type(fresh)
+    if isinstance(store, deque):
+        assert store.maxlen == 3
+
+
+def test_functional_call_container_that_holds_itself_is_restored():
+    model = Storing("dict of lists")
+    model.store["self"] = model.store
+    functional_call(model, {}, torch.ones(1, 3))
+    assert model.store["maps"] == [] and model.store["self"] is model.store
+
+
+@pytest.mark.parametrize("compile", [torch.jit.script, lambda m: torch.jit.trace(m, torch.ones(2, 3))])
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_functional_call_scripted_submodule_uses_the_given_values(compile):
+    model, x = nn.Sequential(compile(nn.Linear(3, 3)), nn.Linear(3, 1)), torch.randn(2, 3)
+    params = {n: torch.randn_like(p) for n, p in model.named_parameters()}
+    before = {n: p.detach().clone() for n, p in model.named_parameters()}
+    wanted = x @ params["0.weight"].T + params["0.bias"]
+    wanted = wanted @ params["1.weight"].T + params["1.bias"]
+    torch.testing.assert_close(functional_call(model, params, x), wanted)
+    many = {n: torch.stack([p, 2 * p]) for n, p in params.items()}
+    torch.testing.assert_close(vmap(lambda p: functional_call(model, p, x))(many)[0], wanted)
+    assert all(torch.equal(p, before[n]) for n, p in model.named_parameters())

@@ -337,3 +337,23 @@ def test_meta_learner_numpy_numbers_are_those_of_python():
     context, support = torch.randn(5, 4), (torch.randn(3, 4), torch.randn(3, 2))
     assert one.meta_update([(context, support, support)]) == other.meta_update([(context, support, support)])
     assert all(torch.equal(p, q) for p, q in zip(one.parameters(), other.parameters(), strict=True))
+
+
+@pytest.mark.parametrize("frozen", [False, True])
+def test_adapt_resized_layer_is_refused(frozen):
+    made = learner()
+    made.network[4] = nn.Linear(6, 3).double().requires_grad_(not frozen)
+    name = "network" if frozen else "network.4.weight was unfrozen or"
+    text = f"{name}{' was' if frozen else ''} replaced after this MetaLearner was made: make a new MetaLearner"
+    with pytest.raises(ValueError, match=f"^MetaLearner.adapt: {text}$"):
+        made.adapt(torch.randn(4).double(), data())
+
+
+def test_forward_inference_tensors_outside_give_gradients():
+    made = learner()
+    with torch.inference_mode():
+        x = torch.randn(5, 4).double()
+        params = {name: p.clone() for name, p in made.network.named_parameters()}
+    made(x).sum().backward()
+    assert made.network[0].weight.grad.any()
+    torch.testing.assert_close(made(x, params=params), made(x))

@@ -689,3 +689,24 @@ def test_inner_parameters_any_name_of_a_shared_submodule_selects_it():
     for name in ("a", "b", "layers.0", "b.weight"):
         maml = MetaMAML(model, 0.1, 0.1, inner_parameters=name)
         assert maml.inner_names == (["a.weight"] if name == "b.weight" else ["a.weight", "a.bias"])
+
+
+# ------------------------------------------------------------------------------------------------- inference tensors
+
+
+def test_pure_functions_inference_tensors_outside_are_as_others():
+    model, tasks = mlp(), [task(), task()]
+    maml = MetaMAML(model, 0.1, 0.1)
+    with torch.inference_mode():
+        params = {name: p.clone() for name, p in maml.parameters().items()}
+        x = tasks[0][0].clone()
+    torch.testing.assert_close(maml.call(maml.parameters(), x), model(tasks[0][0]))
+    assert maml.call(maml.parameters(), x).requires_grad
+    wanted, got = (maml.adapt_params(p, *tasks[0][:2], mse_loss) for p in (maml.parameters(), params))
+    for name, p in wanted.items():
+        torch.testing.assert_close(got[name], p)
+    torch.testing.assert_close(
+        maml.task_losses(params, tasks, mse_loss), maml.task_losses(maml.parameters(), tasks, mse_loss)
+    )
+    with torch.inference_mode():
+        torch.testing.assert_close(maml.adapt_params(params, *tasks[0][:2], mse_loss), {**wanted})

@@ -1,5 +1,6 @@
 """Optimizers that need a closure are refused when they are made."""
 
+import copy
 import threading
 
 import pytest
@@ -12,6 +13,8 @@ from eaml_ext.meta import MetaMAML, MetaMAMLTrainer
 
 class Sam(torch.optim.Optimizer):
     """Sharpness-aware minimisation: two evaluations a step; ``step`` takes a closure by default None."""
+
+    first_step = second_step = torch.optim.SGD.step
 
     def __init__(self, params, lr, base=torch.optim.SGD):
         super().__init__(params, {"lr": lr})
@@ -89,6 +92,110 @@ def test_constructor_other_optimizers_are_accepted_and_untouched(make, optimizer
     assert torch.equal(model.weight, before) and model.weight.grad is None
     assert all(p.grad is None for group in inner.param_groups for p in group["params"])
     assert inner.param_groups[0]["params"][0] is model.weight
+
+
+class Scheduled(torch.optim.SGD):
+    """A scheduler in the constructor makes ``step`` an attribute of the instance, bound to this optimizer."""
+
+    steps = 0
+
+    def __init__(self, params, lr):
+        super().__init__(params, lr, momentum=0.9, weight_decay=0.5)
+        self.schedule = torch.optim.lr_scheduler.StepLR(self, 1)
+
+    def step(self, closure=None):
+        type(self).steps += 1
+        return super().step(closure)
+
+
+@pytest.mark.parametrize("make", MAKERS.values(), ids=MAKERS)
+def test_constructor_optimizer_with_scheduler_takes_no_step(make):
+    model = nn.Linear(3, 1)
+    before = model.weight.detach().clone()
+    Scheduled.steps = 0
+    make(model, Scheduled)
+    assert not Scheduled.steps and torch.equal(model.weight, before)
+
+
+def _needs_closure_in_step(error):
+    class Unmarked(torch.optim.SGD):
+        def step(self, closure=None):
+            raise error
+
+    return Unmarked
+
+
+@pytest.mark.parametrize("make", ["MetaMAML", "Adapter"])
+@pytest.mark.parametrize(
+    "error",
+    [
+        AssertionError("two evaluations"),
+        NotImplementedError(),
+        TypeError("closure is None"),
+        TypeError("'NoneType' object is not callable"),
+        RuntimeError("x"),
+    ],
+)
+def test_step_that_fails_for_want_of_a_closure_gets_one_sentence(make, error):
+    model, x, y = nn.Linear(3, 1), torch.randn(5, 3), torch.randn(5, 1)
+    made = MAKERS[make](model, _needs_closure_in_step(error))
+    before = copy.deepcopy(model.state_dict())
+    with pytest.raises(Exception) as info:
+        if make == "Adapter":
+            made.adapt(nn.functional.mse_loss, {"states": x, "targets": y})
+        else:
+            made.meta_update([(x, y, x, y)], nn.functional.mse_loss)
+    if isinstance(error, RuntimeError) and not isinstance(error, NotImplementedError):
+        assert info.value is error
+    else:
+        wanted = f"{make}.{'adapt' if make == 'Adapter' else 'meta_update'}: optimizer must step from gradients alone"
+        assert str(info.value) == f"{wanted}, got Unmarked, whose step raised {error!r}"
+        assert type(info.value) is ValueError
+    assert all(torch.equal(t, before[name]) for name, t in model.state_dict().items())
+    assert all(p.grad is None for p in model.parameters())
+
+
+@pytest.mark.parametrize("optimizer", [torch.optim.Adam, lambda params, lr: torch.optim.SGD(params, lr, momentum=0.9)])
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+@pytest.mark.parametrize("make", ["MetaMAML", "Adapter"])
+def test_load_state_dict_twice_from_one_state_gives_the_same_steps(make, optimizer, mode):
+    model, x, y = nn.Linear(3, 1), torch.randn(5, 3), torch.randn(5, 1)
+    made = MAKERS[make](model, optimizer)
+
+    def steps(count):
+        if make == "Adapter":
+            return [made.adapt(nn.functional.mse_loss, {"states": x, "targets": y}) for _ in range(count)]
+        return [made.meta_update([(x, y, x, y)], nn.functional.mse_loss) for _ in range(count)]
+
+    steps(2)
+    with mode():
+        weights, state = copy.deepcopy(model.state_dict()), copy.deepcopy(made.state_dict())
+    results = []
+    for _ in range(3):
+        with mode():
+            model.load_state_dict(weights)
+            made.load_state_dict(state)
+        results.append(steps(3))
+    assert results[0] == results[1] == results[2]
+
+
+@pytest.mark.parametrize("make", ["MetaMAML", "Adapter"])
+@pytest.mark.parametrize(
+    ("spoil", "text"),
+    [
+        (lambda o: o.update(param_groups=3), "optimizer must have a dict of states and a list of param_groups, got"),
+        (lambda o: o.update(param_groups=[{}]), r"optimizer has parameter groups of \[0\], wanted \[2\]"),
+        (lambda o: o["param_groups"][0].pop("lr"), "optimizer has a parameter group without lr"),
+        (lambda o: o["state"].update({9: {}}), "optimizer has a state of 9, which is no parameter"),
+        (lambda o: o.clear(), "optimizer must be the state_dict of an optimizer, got dict"),
+    ],
+)
+def test_load_state_dict_malformed_optimizer_gets_one_sentence(make, spoil, text):
+    made = MAKERS[make](nn.Linear(3, 1), torch.optim.Adam)
+    state = copy.deepcopy(made.state_dict())
+    spoil(state["optimizer"])
+    with pytest.raises((TypeError, ValueError), match=f"^{make}.load_state_dict: {text}"):
+        made.load_state_dict(state)
 
 
 def test_constructor_optimizer_that_cannot_be_copied_is_accepted():

@@ -509,3 +509,18 @@ def test_trainer_numpy_numbers_are_those_of_python(tmp_path):
         settings = checkpoint.load_state(path, kind="MetaMAMLTrainer")["settings"]
         results.append((losses, [p.tolist() for p in adapted.parameters()], settings))
     assert results[0] == results[1]
+
+
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+def test_meta_train_continues_from_checkpoint_in_every_gradient_mode(mode, tmp_path):
+    x, y = torch.randn(6, 4), torch.randn(6, 1)
+    batches, start = TaskBatch([(x, y, x, y)] * 4, 2), nn.Linear(4, 1)
+
+    def trainer():
+        return MetaMAMLTrainer(copy.deepcopy(start), progress=False)
+
+    wanted = trainer().meta_train(batches, 4)
+    trainer().meta_train(batches, 2, checkpoint=tmp_path / "state")
+    again = trainer()
+    with mode():
+        assert again.meta_train(batches, 4, checkpoint=tmp_path / "state") == wanted

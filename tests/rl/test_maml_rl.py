@@ -96,7 +96,7 @@ def test_it_learns_parameters_from_which_one_step_finds_the_arm(continuous):
     maml = MAMLRL(net, dist, inner_lr=1.0, outer_lr=3e-2, tasks_per_update=32, rows=8, steps=3, reward_scale=1.0)
     tasks = dist.sample(100, "test")
     untrained = maml.evaluate(tasks).mean(0)
-    maml.train(25)
+    maml.train(35)
     before, after = maml.evaluate(tasks).mean(0)
     assert after > before + 0.1 and after > untrained.max() + 0.05, (untrained, before, after)
     assert maml.skipped_updates == 0

@@ -97,6 +97,17 @@ def test_load_state_dict_continues_with_the_bits_of_an_uninterrupted_training(ma
         assert again.steps == whole.steps == 3 * 4 * 12
 
 
+@LEARNERS
+def test_load_state_dict_in_inference_mode_is_as_outside(make):
+    first = learner(make, policy(CARTPOLE), CARTPOLE)
+    first.update()
+    again = learner(make, policy(CARTPOLE), CARTPOLE)
+    with torch.inference_mode():
+        again.load_state_dict(first.state_dict())
+    np.testing.assert_array_equal(again.update(), first.update())
+    assert same(numbers(again.policy), numbers(first.policy))
+
+
 def test_train_total_in_two_calls_equals_one_call():
     net = policy(CARTPOLE)
     twin = copy.deepcopy(net)
@@ -137,6 +148,19 @@ def _wrong_group(state):
         (_wrong_moment, r"optimizer has exp_avg of shape \(3,\), wanted \(.*\)"),
         (_wrong_group, r"optimizer has parameter groups of \[\d+\], wanted \[\d+\]"),
         (lambda state: state.update(updates=-1), "updates must be >= 0, got -1"),
+        (lambda state: state["policy"]["mean"].fill_(torch.nan), "policy must be finite, got nan in mean"),
+        (lambda state: state["policy"]["std"].zero_(), r"policy must have std > 0, got 0\.0"),
+        (lambda state: state["optimizer"].update(param_groups=3), "optimizer must have .*, got dict and int"),
+        (lambda state: state["optimizer"].update(param_groups=[{}]), r"optimizer has parameter groups of \[0\], .*"),
+        (lambda state: state["optimizer"]["param_groups"][0].pop("lr"), "optimizer has a parameter group without lr"),
+        (
+            lambda state: state["optimizer"]["state"][0].pop("exp_avg"),
+            r"optimizer has exp_avg of shape NoneType, wanted \(.*\)",
+        ),
+        (
+            lambda state: state["optimizer"]["state"][0]["exp_avg"].fill_(torch.inf),
+            "optimizer must be finite, got exp_avg of parameter 0 that is not",
+        ),
         (lambda state: state.update(policy=3), "policy must be a dict of tensors, got int"),
         (lambda state: state["policy"].update(mean=3), r"policy has mean of shape int, wanted \(8,\)"),
         (lambda state: state.update(optimizer={}), "optimizer must be the state_dict of an optimizer, got dict"),
@@ -213,6 +237,21 @@ def test_learn_loss_beyond_float32_leaves_policy_finite_and_is_counted(loss):
     trainer.learn(trials)
     assert trainer.skipped_updates == 1 and all(p.isfinite().all() for p in net.state_dict().values())
     assert same(numbers(net), before) == (loss == "a2c")  # PPO's other minibatch is learned from
+
+
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+def test_learn_without_gradient_mode_is_as_with_it(mode):
+    found = []
+    for context in (torch.enable_grad, mode):
+        torch.manual_seed(0)
+        net = policy(CARTPOLE)
+        trainer = learner(RL2, net, CARTPOLE)
+        with context():
+            trials = play(CARTPOLE, CARTPOLE.sample(4), net, 0, steps=12)
+            trainer.learn(trials)
+        found.append(numbers(net))
+        trainer.learn(trials)  # trials of the mode outside it
+    assert same(*found) and trainer.skipped_updates == 0
 
 
 def test_learn_non_finite_trials_change_nothing():
@@ -349,6 +388,20 @@ def test_maml_rl_evaluation_shares_no_seed_with_adaptation_or_training(monkeypat
             trainer.evaluate(dist.sample(1, "test"), seed=number)
     assert all(len(uses) == 1 for uses in seen.values()), seen
     assert len(seen) == 3 * (4 + 3 + 1)  # seeds times (training steps and query, adaptation steps, evaluation)
+
+
+def test_maml_rl_updates_play_with_seeds_of_their_own(monkeypatch):
+    seeds = []
+
+    def record(dist, tasks, policy, seed, **options):
+        seeds.append(seed)
+        return play(dist, tasks, policy, seed, **options)
+
+    monkeypatch.setattr(maml_rl_module, "play", record)
+    net = policy(CARTPOLE)
+    net.normalise(torch.randn(20, net.state_dim))
+    learner(MAMLRL, net, CARTPOLE, inner_steps=2, steps=4).train(3)
+    assert len(seeds) == len(set(seeds)) == 3 * (2 + 1)
 
 
 @pytest.mark.parametrize(("inner_steps", "seed"), [(1, 0), (1, 1), (2, 0), (2, 1)])
