@@ -68,10 +68,10 @@ def filled(keys: Tensor, **options: Any) -> Model:
 # ---- values ------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.kernels
 @pytest.mark.parametrize("metric", METRICS)
 @pytest.mark.parametrize("dtype", FLOATS, ids=str)
-@pytest.mark.parametrize("memories", [None, 3])
-@pytest.mark.kernels
+@pytest.mark.parametrize("memories", [pytest.param(None, marks=pytest.mark.exhaustive), 3])
 def test_finds_what_the_reference_finds(dtype, metric, memories):
     lead = () if memories is None else (memories,)
     for capacity, dim in ((1, 1), (31, 3), (32, 8), (100, 17), (333, 64)):
@@ -124,7 +124,7 @@ def test_the_last_of_those_to_one_slot_stays():
 @pytest.mark.kernels
 @pytest.mark.parametrize("metric", METRICS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
-@pytest.mark.parametrize("norm", [0, 10, 118, 346])
+@pytest.mark.parametrize("norm", [0, *(pytest.param(x, marks=pytest.mark.exhaustive) for x in (10, 118)), 346])
 def test_offset_clusters_are_exact(metric, dtype, norm):
     centre = torch.nn.functional.normalize(torch.randn(64), dim=0) * norm
     keys, queries = ((centre + 0.05 * torch.randn(n, 64)).to(dtype) for n in (1500, 14))
