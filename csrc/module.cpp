@@ -1,4 +1,4 @@
-// The pybind11 module eaml_ext._C. The ops themselves register with torch's dispatcher when this library is loaded.
+// The pybind11 module eaml_ext._C. Loading it registers the ops with torch's dispatcher.
 #include <pybind11/pybind11.h>
 
 #include "common/simd.h"

@@ -12,7 +12,7 @@ namespace eaml::rates {
 
 constexpr int kExpRounds = 4096, kExpVectors = 8;
 
-// The numbers overflow within a few rounds; the instructions take as long.
+// The numbers overflow within a few rounds, which does not change the time of the instructions.
 template <class V>
 EAML_INLINE float exponentials_() {
   V x[kExpVectors];
@@ -28,7 +28,7 @@ EAML_INLINE float exponentials_() {
   return sum;
 }
 
-constexpr int kRounds = 1 << 14, kVectors = 12;  // sums; every instruction set has registers for this many
+constexpr int kRounds = 1 << 14, kVectors = 12;  // sums: every instruction set has registers for them
 
 template <class V>
 EAML_INLINE float multiply_adds_(float number) {

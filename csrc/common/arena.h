@@ -13,7 +13,7 @@ namespace eaml {
 
 class Arena {
  public:
-  // Forgets what was handed out; keeps the memory unless it is a great deal.
+  // Ends the lifetime of all arrays; keeps the memory unless it exceeds kKeep.
   void reset() {
     current_ = 0, used_ = 0;
     if (size_ > kKeep) blocks_.clear(), size_ = 0;
@@ -27,7 +27,7 @@ class Arena {
 
  private:
   static constexpr std::size_t kAlign = 64;
-#ifdef __SANITIZE_ADDRESS__  // every array an allocation of its own, so that a step beyond its end is seen
+#ifdef __SANITIZE_ADDRESS__  // one allocation per array, so that accesses beyond its end are reported
   static constexpr std::size_t kBlock = 0, kKeep = 0;
 #else
   static constexpr std::size_t kBlock = std::size_t{1} << 18, kKeep = std::size_t{1} << 26;

@@ -1,4 +1,4 @@
-// Argument checks of the C++ side: one sentence, the same as Python's, without file and line.
+// Argument checks in C++: one sentence in the form of Python's checks, without file and line.
 #pragma once
 
 #include <sstream>

@@ -17,7 +17,7 @@ struct Complex {
 template <class S>
 struct VectorOf<Complex<S>> : VectorOf<S> {};
 
-// Of Z, a number or a Complex: its parts, and what it is made of.
+// The number of components of Z, a scalar or a Complex, and their type.
 template <class Z>
 struct Components {
   using Real = Z;
@@ -39,7 +39,7 @@ template <class S>
 EAML_INLINE Complex<S> operator+(const Complex<S>& a, const Complex<S>& b) {
   return {a.re + b.re, a.im + b.im};
 }
-// Here too, what comes second may hold one number for all lanes.
+// b may hold one number for all lanes of a.
 template <class S, class M>
 EAML_INLINE Complex<S> operator*(const Complex<S>& a, const Complex<M>& b) {
   return {a.re * b.re - a.im * b.im, a.re * b.im + a.im * b.re};
@@ -59,7 +59,7 @@ EAML_INLINE Complex<vector_t<S>> output(const Complex<S>& x) {
 template <class Z>
 using output_t = decltype(output(std::declval<Z>()));
 
-// a times the conjugate of b, the conjugate, and the real part, of real numbers too.
+// a times the conjugate of b, the conjugate, and the real part; also defined for real numbers.
 template <class S, class M>
 EAML_INLINE S times_conjugate(const S& a, const M& b) {
   return a * b;

@@ -1,4 +1,4 @@
-// Where an op on CUDA tensors runs: on their device, on the stream that torch has made current there.
+// Makes the device of a tensor current and returns torch's current stream on it.
 #pragma once
 
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>
@@ -13,8 +13,8 @@
 #define EAML_CUDA_KEY CPU
 #else
 #define EAML_CUDA_KEY CUDA
-// Of torch's C functions, which its headers declare for CUDA builds of torch alone. Weak: a CPU build has none, and is
-// to load this library none the less.
+// torch declares this C function in CUDA builds alone. The symbol is weak, so that a CPU build of torch can load this
+// library.
 extern "C" AOTI_TORCH_EXPORT __attribute__((weak)) AOTITorchError
 aoti_torch_get_current_cuda_stream(std::int32_t device_index, void** stream);
 #endif
@@ -49,7 +49,7 @@ class DeviceStreamGuard {
   void* stream_ = nullptr;
 };
 
-// What a launcher returned.
+// Raises the error that a launcher returned.
 inline void check_launch(const char* error) {
   if (error != nullptr) throw std::runtime_error(std::string("eaml_ext: a CUDA kernel did not start: ") + error);
 }

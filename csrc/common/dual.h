@@ -10,7 +10,7 @@ struct Dual {
   V value, tangent;
   Dual() = default;
   EAML_INLINE Dual(V v, V t = V{}) : value(v), tangent(t) {}
-  // Not the default, which copies memory: gcc then keeps in memory what could be two registers.
+  // Not defaulted: gcc copies a defaulted one as memory and keeps it out of registers.
   EAML_INLINE Dual(const Dual& other) : value(other.value), tangent(other.tangent) {}
   EAML_INLINE Dual& operator=(const Dual& other) {
     value = other.value, tangent = other.tangent;
@@ -36,7 +36,7 @@ EAML_INLINE Dual<V> operator*(const Dual<V>& a, const Dual<W>& b) {
   return {a.value * b.value, a.value * b.tangent + a.tangent * b.value};
 }
 
-// The vector inside a scalar of the kernels.
+// The vector type V of a scalar: V itself, a Dual<V>, or a Complex of either.
 template <class S>
 struct VectorOf {
   using type = S;
@@ -48,7 +48,7 @@ struct VectorOf<Dual<V>> {
 template <class S>
 using vector_t = typename VectorOf<S>::type;
 
-// What a kernel writes out: the value, or, run on duals, the tangent alone.
+// The number that a kernel outputs: the value, or in a run on duals the tangent.
 template <class V>
 EAML_INLINE V output(V x) {
   return x;

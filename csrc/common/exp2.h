@@ -14,15 +14,15 @@ constexpr double kLog2e = 1.4426950408889634074;
 constexpr double kLn2 = 0.69314718055994530942;
 
 #if defined(__CUDACC__) || defined(EAML_CUDA_ON_CPU)
-// Threads of a GPU have one number each, and an instruction for this.
+// A GPU thread has one number, and an instruction for 2^t.
 template <int K, class V>
 EAML_INLINE void exp2_(const V (&t)[K], V (&out)[K]) {
   EAML_UNROLL
   for (int k = 0; k < K; ++k) out[k] = cuda::exp2(t[k]);
 }
 #else
-// Polynomials and bit layouts of 2^t. `polynomial` serves |r| <= 1/2; AVX-512 looks 2^(j / table size) up, and `fine`
-// or the square serves what remains (minimax, exactly 1 at 0).
+// Polynomials and bit layouts of 2^t. `polynomial` approximates 2^r for |r| <= 1/2. AVX-512 reads 2^(j / table size)
+// from `table`; `fine` or the square approximates the remaining factor (minimax, exactly 1 at 0).
 template <class T>
 struct Exp2;
 template <>
@@ -33,7 +33,7 @@ struct Exp2<float> {
   static constexpr int mantissa = 23, terms = 6, bits = 5;
   static constexpr float polynomial[terms] = {1.3264715e-3f, 9.671513e-3f,  5.5507340e-2f,
                                               2.4022242e-1f, 6.9314700e-1f, 1.0f};
-  // 2^r = ((r + shift)^2 + offset) / (shift^2 + offset): one fused operation and a sum. The table has the quotient.
+  // 2^r = ((r + shift)^2 + offset) / (shift^2 + offset): one fused operation and a sum. `table` includes the divisor.
   static constexpr float shift = 1.442147970f, offset = 2.081305265f;
   alignas(kAlignment) static constexpr float table[1 << bits] = {
       0.240321293f, 0.245583639f, 0.250961214f, 0.256456554f, 0.262072235f, 0.267810851f, 0.273675174f, 0.279667854f,
@@ -83,7 +83,7 @@ EAML_INLINE Vec<double, 8> remainder(Vec<double, 8> t) {
   EAML_AVX512_ASM("vreducepd %2, %1, %0" : "=v"(r) : "v"(t), "i"(Exp2<double>::bits << 4));
   return r;
 }
-// low and high, one after the other, at the number in the lowest bits of each lane of index (see Exp2::grid).
+// Entry of the table (low, high) at the number in the lowest bits of each lane of index (see Exp2::grid).
 EAML_INLINE Vec<float, 16> lookup(Vec<float, 16> low, Vec<float, 16> high, Vec<float, 16> index) {
   EAML_AVX512_ASM("vpermi2ps %2, %1, %0" : "+v"(index) : "v"(low), "vm"(high));
   return index;
@@ -111,8 +111,8 @@ constexpr bool kTableExp2 = false;
 #endif
 
 // 2^t within 2.5 ulp (2.2 on AVX-512), exactly 1 at 0, NaN for NaN. Below 2^-126 it is 0, or on AVX-512 a denormal
-// number; above 2^127.5 it may be infinite, of either sign, or NaN. K numbers go side by side: as one chain after the
-// other they would fill the processor's queues with waiting work.
+// number; above 2^127.5 it may be infinite, of either sign, or NaN. K numbers are computed together, because K separate
+// dependency chains one after the other would fill the processor's queues.
 template <int K, class V>
 EAML_INLINE void exp2_(const V (&t)[K], V (&out)[K]) {
   using T = element_t<V>;

@@ -9,7 +9,7 @@ namespace eaml {
 
 enum class Half : std::uint8_t { kNone, kBfloat16, kFloat16 };
 
-// What follows works on vectors and on single numbers alike; U is the same number of 32-bit integers.
+// The functions below accept vectors and single numbers; U is the same number of 32-bit integers.
 template <class V>
 struct Unsigned {
   using type = Vec<std::uint32_t, Lanes<V>::count>;
@@ -49,7 +49,7 @@ EAML_INLINE U narrow(V x) {
   return (magnitude >= 0x47800000u ? large : finite) | ((bits >> 16) & 0x8000u);
 }
 
-// AVX-512 converts 16 numbers at once; gcc would take eight by eight.
+// AVX-512 converts 16 numbers at once; gcc would convert them eight at a time.
 template <class V>
 #if defined(__x86_64__)
 constexpr bool kWideHalf = sizeof(V) == 64 && Lanes<V>::count == 16;

@@ -1,5 +1,5 @@
-// How one source becomes SIMD: kernels are templates on a vector type, compiled once per instruction set with the
-// vectors that set has, and picked at load time.
+// Vectors and instruction sets. Kernels are templates on a vector type; they are compiled once per instruction set,
+// with vectors of its width, and the set of the machine is chosen when they are called.
 #pragma once
 
 #include <cstdint>
@@ -18,7 +18,7 @@
 #endif
 
 #if defined(__CUDACC__)
-#define EAML_INLINE __host__ __device__ __forceinline__  // what CPU and CUDA kernels share
+#define EAML_INLINE __host__ __device__ __forceinline__  // shared by CPU and CUDA kernels
 #else
 #define EAML_INLINE inline __attribute__((always_inline))
 #endif
@@ -26,7 +26,7 @@
 #define EAML_PREFETCH(address) __builtin_prefetch(address)
 #define EAML_LAMBDA __attribute__((always_inline))  // a lambda that is not inlined misses its caller's instruction set
 
-// The instruction sets that kernels are compiled for, by the psABI's names; clang's versions know only single features.
+// The instruction sets that kernels are compiled for. gcc takes the psABI's names, clang a list of features.
 #if defined(__clang__)
 #define EAML_AVX2 "avx2,fma,bmi,bmi2"
 #define EAML_AVX512 EAML_AVX2 ",avx512f,avx512bw,avx512cd,avx512dq,avx512vl"
@@ -53,9 +53,9 @@
 #endif
 
 #if defined(__x86_64__) && !defined(__CUDACC__)
-// AVX-512's own instructions. As assembler, because gcc refuses an intrinsic inside a function that is inlined into
-// several instruction sets. clang refuses such operands too: there each is a function of AVX-512's own, which takes no
-// vector by value and is inlined after its callers have been.
+// One instruction of AVX-512, in assembler: gcc refuses an intrinsic in a function that is inlined into several
+// instruction sets. clang refuses such operands too; there each one is in a lambda compiled for AVX-512, which takes no
+// vector by value.
 #if defined(__clang__)
 #define EAML_AVX512_ASM(...) [&]() __attribute__((target(EAML_AVX512))) { asm(__VA_ARGS__); }()
 #else
@@ -72,7 +72,7 @@ constexpr int kAlignment = 64;  // the widest vector
 template <class T, int N>
 using Vec __attribute__((vector_size(N * sizeof(T)))) = T;
 
-// What follows works on vectors and on single numbers alike.
+// Lanes of a vector, or of a single number. The functions below accept both.
 template <class V>
 struct Lanes {
   using Element = std::remove_cvref_t<decltype(std::declval<V&>()[0])>;
@@ -102,15 +102,15 @@ template <class V>
 EAML_INLINE void store(element_t<V>* to, V v) {
   std::memcpy(to, &v, sizeof(V));
 }
-// Of constants: gcc builds a vector of a variable lane by lane where it inlines a function that returns it. A variable
-// is to stay a number until an operation with a vector makes it one.
+// A vector of a constant. A variable must stay a number until an operation with a vector broadcasts it: gcc builds a
+// vector of a variable lane by lane where it inlines a function that returns it.
 template <class V>
 EAML_INLINE V splat(element_t<V> constant) {
   return constant - V{};
 }
 
-// x, rounded: a product that is not fused into the sum it goes to, for sums that one thread does or two. clang fuses
-// only inside an expression.
+// x, rounded: a product that is not fused into the following sum, so that one thread and two compute the same bits.
+// clang fuses only within an expression.
 template <class V>
 EAML_INLINE V rounded(V x) {
 #if defined(__clang__)
@@ -123,7 +123,7 @@ EAML_INLINE V rounded(V x) {
 }
 
 // to[column][row] = from[row][column]; both have adjacent elements in their last dimension. Shuffles of four elements
-// are fast on every machine, so it needs no clones.
+// are fast on every machine, so one version suffices.
 template <class T>
 EAML_NOINLINE void transpose(T* to, std::int64_t to_step, const T* from, std::int64_t from_step, std::int64_t rows,
                              std::int64_t columns) {
@@ -172,7 +172,7 @@ inline SimdLevel simd_level() {
 #endif
 }
 
-// By the names of the x86-64 psABI.
+// The name of simd_level() in the x86-64 psABI.
 inline const char* simd_name() {
   switch (simd_level()) {
     case SimdLevel::kAvx512:

@@ -28,7 +28,7 @@ EAML_INLINE void log1p_unit(const V (&v)[K], V (&out)[K]) {
     EAML_UNROLL
     for (int k = 0; k < K; ++k) s[k] = v[k] / (2.0 + v[k]), q[k] = s[k] * s[k], p[k] = splat<V>(2.0 / 37);
     EAML_UNROLL
-    for (int i = 1; i < 19; ++i) {  // as 2 artanh(s)
+    for (int i = 1; i < 19; ++i) {  // the series of 2 artanh(s)
       EAML_UNROLL
       for (int k = 0; k < K; ++k) p[k] = p[k] * q[k] + 2.0 / (37 - 2 * i);
     }
@@ -48,7 +48,7 @@ struct Softplus {
   S value, slope;
 };
 
-// Softplus and its derivative share one exponential; what is not used costs nothing.
+// Softplus and its derivative share one exponential. The compiler removes the one that is not used.
 template <int K, class V>
 EAML_INLINE void softplus(const V (&x)[K], Softplus<V> (&out)[K]) {
   using T = element_t<V>;
@@ -60,7 +60,7 @@ EAML_INLINE void softplus(const V (&x)[K], Softplus<V> (&out)[K]) {
   EAML_UNROLL
   for (int k = 0; k < K; ++k) {
     const V part = T(1) / (T(1) + e[k]);
-    out[k].value = (x[k] > V{} ? x[k] : V{}) + log[k];  // of NaN, log is NaN
+    out[k].value = (x[k] > V{} ? x[k] : V{}) + log[k];  // log is NaN if x is
     out[k].slope = x[k] > V{} ? part : e[k] * part;
   }
 }

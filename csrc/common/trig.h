@@ -44,12 +44,12 @@ EAML_INLINE HalfTurns<T> half_turns(T radians) {
 }
 
 // modulus * e^(i x angle), each part within two roundings of the modulus where multiply-adds are fused; elsewhere the
-// rounding of x * angle comes on top. Beyond 2^18 half turns (2^47 in double precision) the angle is any, but one; of
-// an infinite one it is NaN.
+// rounding of x * angle comes on top. Beyond 2^18 half turns (2^47 in double precision) the angle is arbitrary but
+// finite; an infinite angle gives NaN.
 template <int K, class V>
 EAML_INLINE void polar(const V (&modulus)[K], V x, const HalfTurns<V> (&angle)[K], Complex<V> (&out)[K]) {
   using E = Turn<element_t<V>>;
-  constexpr E turn{};  // a GPU has no static arrays
+  constexpr E turn{};  // static arrays do not exist on a GPU
   using Bits = bits_t<V>;
   V shifted[K], r[K], square[K], sine[K], cosine[K];
   EAML_UNROLL
