@@ -743,9 +743,10 @@ class ExperienceBuffer:
         with self._lock:
             embeddings = self._live(where, "context_embedding")
             ids, rows, counts = torch.unique(self._live(where, "task"), return_inverse=True, return_counts=True)
-            sums = embeddings.new_zeros((len(ids), embeddings.shape[1])).index_add_(0, rows, embeddings)
-            means: Tensor = sums / counts.unsqueeze(1)
-            return means
+            wide = torch.promote_types(embeddings.dtype, torch.float32)  # sums of float16 overflow
+            sums = embeddings.new_zeros((len(ids), embeddings.shape[1]), dtype=wide)
+            means: Tensor = sums.index_add_(0, rows, embeddings.to(wide)) / counts.unsqueeze(1)
+            return means.to(embeddings.dtype)
 
     def __len__(self) -> int:
         with self._lock:

@@ -254,13 +254,17 @@ class _Attach(Function):
         return _Attach.apply(*fronted), 0
 
 
-def _gather(memory: Tensor, rows: int, indices: Tensor) -> Tensor:
-    """``memory (memories, M, *)`` at ``indices (rows, Q, k)``; by index_select, whose backward is deterministic."""
+def _gather(memory: Tensor, rows: int, indices: Tensor, dtype: torch.dtype) -> Tensor:
+    """``memory (memories, M, *)`` at ``indices (rows, Q, k)`` in ``dtype``; its backward is deterministic."""
     each = max(1, rows // max(1, memory.shape[0]))  # len() would be a constant to the compiler
     first = torch.arange(rows, device=memory.device) // each * memory.shape[1]
     flat = (first[:, None, None] + indices).reshape(indices.numel())
     slots = memory.reshape(memory.shape[0] * memory.shape[1], *memory.shape[2:])
-    return slots.index_select(0, flat).reshape(*indices.shape, *memory.shape[2:])
+    if (
+        slots.requires_grad and slots.element_size() < 4
+    ):  # the gradient is a sum over queries, which must not be rounded
+        slots = slots.to(dtype)
+    return slots.index_select(0, flat).reshape(*indices.shape, *memory.shape[2:]).to(dtype)
 
 
 def _recompute(queries: Tensor, keys: Tensor, metric: int, bias: Tensor | None, indices: Tensor) -> Tensor:
@@ -269,7 +273,7 @@ def _recompute(queries: Tensor, keys: Tensor, metric: int, bias: Tensor | None, 
     if keys.shape[1] == 0:  # a slot to gather from keeps every argument connected
         keys, bias = F.pad(keys, (0, 0, 0, 1)), None if bias is None else F.pad(bias, (0, 1))
     dtype = torch.float64 if metric == COSINE else torch.promote_types(keys.dtype, torch.float32)  # norms may overflow
-    query, near = queries[:, :, None].to(dtype), _gather(keys, rows, indices).to(dtype)
+    query, near = queries[:, :, None].to(dtype), _gather(keys, rows, indices, dtype)
     if metric == SQEUCLIDEAN:
         value = torch.where(live[..., None], query - near, 0).square().sum(-1)
     else:
@@ -281,7 +285,7 @@ def _recompute(queries: Tensor, keys: Tensor, metric: int, bias: Tensor | None, 
         scale = torch.where(nonzero, q_square, 1).rsqrt() * torch.where(nonzero, square, 1).rsqrt()
         value = torch.where(nonzero, value * scale, 0)
     if bias is not None:
-        weight = torch.where(live, _gather(bias, rows, indices).to(dtype), 0)
+        weight = torch.where(live, _gather(bias, rows, indices, dtype), 0)
         value = value - weight if metric == SQEUCLIDEAN else value + weight
     return value.to(keys.dtype)
 

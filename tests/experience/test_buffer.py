@@ -563,3 +563,10 @@ def test_packed_keys_find_what_stored_keys_find(metric, weighted, monkeypatch):
         assert torch.equal(got.indices, want.indices) and torch.equal(got.generations, want.generations)
         assert torch.equal(got.distances, want.distances)
     assert stored._index is not None and stored._index._packed is None
+
+
+def test_task_embeddings_float16_mean_does_not_overflow():
+    buffer = ExperienceBuffer(1000, state_dim=1, action_dim=1)
+    embeddings = torch.full((1000, 4), 100.0, dtype=torch.float16)
+    buffer.add(state=torch.zeros(1000, 1), action=torch.zeros(1000, 1), context_embedding=embeddings, task=3)
+    assert torch.equal(buffer.task_embeddings(), torch.full((1, 4), 100.0, dtype=torch.float16))
