@@ -163,8 +163,17 @@ def rates() -> ctypes.CDLL | None:
     root = Path(__file__).parents[1]
     source, library = root / "csrc" / "bench" / "rates.cpp", root / "build" / "bench" / "rates.so"
     library.parent.mkdir(parents=True, exist_ok=True)
-    flags = ["-O3", "-std=c++20", "-fno-math-errno", "-fno-trapping-math", "-fvisibility=hidden", "-shared", "-fPIC", "-Wno-psabi"]
-    command = [*os.environ.get("CXX", "c++").split(), *flags, f"-I{root / 'csrc'}", str(source), "-o", str(library)]
+    flags = ["-O3", "-std=c++20", "-fno-math-errno", "-fno-trapping-math", "-fvisibility=hidden", "-Wno-psabi"]
+    command = [
+        *os.environ.get("CXX", "c++").split(),
+        *flags,
+        "-shared",
+        "-fPIC",
+        f"-I{root / 'csrc'}",
+        str(source),
+        "-o",
+        str(library),
+    ]
     try:
         subprocess.run(command, check=True, capture_output=True)
     except (OSError, subprocess.CalledProcessError):
