@@ -163,6 +163,8 @@ def outside_inference_mode() -> Iterator[None]:
 
 def recordable(value: T) -> T:
     """A nest with its inference tensors cloned, so that autograd can save them; call it outside inference mode."""
+    if torch.compiler.is_compiling():  # Dynamo cannot trace Tensor.is_inference
+        return value
     return tree_map(  # type: ignore[no-any-return]
         lambda leaf: leaf.clone() if isinstance(leaf, Tensor) and leaf.is_inference() else leaf, value
     )

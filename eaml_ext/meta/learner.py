@@ -88,7 +88,7 @@ class MetaLearner(nn.Module):
     def forward(self, query_set: Tensor, params: Params | None = None) -> Tensor:
         """Predictions ``(m, output_dim)`` for ``(m, input_dim)``, under ``params`` (absent: the initial ones)."""
         self._check_inputs("MetaLearner.forward", "query_set", query_set)
-        if not torch.is_inference_mode_enabled():
+        if not (torch.compiler.is_compiling() or torch.is_inference_mode_enabled()):
             query_set, params = recordable((query_set, params))
         predictions: Tensor
         if params is None:

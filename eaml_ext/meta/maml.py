@@ -1,5 +1,7 @@
 """theta -= outer_lr d/dtheta mean_i L(theta_i; query_i),  theta_i = theta - inner_lr dL(theta; support_i)/dtheta."""
 
+from __future__ import annotations  # Dynamo cannot evaluate annotations of functions that it traces
+
 import math
 import warnings
 import zlib
@@ -162,7 +164,7 @@ class MetaMAML:
 
     def call(self, params: Params, x: Tensor) -> Tensor:
         """``model(x)`` under other parameters; the model itself is left as it is."""
-        if not torch.is_inference_mode_enabled():
+        if not (torch.compiler.is_compiling() or torch.is_inference_mode_enabled()):
             params, x = recordable((params, x))
         out: Tensor = functional_call(self.model, params, (x,))
         return out

@@ -293,6 +293,17 @@ def test_compiled_meta_updates_are_the_uncompiled_ones(kind):
         torch.testing.assert_close(p, q, rtol=1e-7, atol=1e-9)
 
 
+def test_meta_update_compiled_has_no_graph_breaks():
+    from torch._dynamo.utils import counters
+
+    torch._dynamo.reset()
+    counters.clear()
+    maml = MetaMAML(nn.Sequential(nn.Linear(2, 4), nn.Tanh(), nn.Linear(4, 1)), 0.1, 0.1, compile=True)
+    x = torch.randn(4, 5, 2)
+    maml.meta_update([(a, a[:, :1], a, a[:, :1]) for a in x], mse_loss)
+    assert not counters["graph_break"], counters["graph_break"]
+
+
 def test_what_cannot_be_compiled_runs_uncompiled_and_says_so(monkeypatch):
     model, tasks = mlp(), [task() for _ in range(3)]
     wanted = MetaMAML(copy.deepcopy(model), 0.1, 1e-3).meta_update(tasks, mse_loss)

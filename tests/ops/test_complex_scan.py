@@ -103,6 +103,15 @@ class TestComplexScan(Battery):
     )
 
 
+@pytest.mark.parametrize("chosen", [REPRESENTATIVE, real.REPRESENTATIVE], ids=["complex", "real"])
+def test_representative_cases_together_have_every_argument_and_layout(chosen):
+    calls = [real.CASES[name](torch.float32, "cpu") for name in chosen]
+    assert {name for call in calls for name in call.tensors} == {*real.ARGUMENTS, "reset"}
+    assert {call.options["delta_softplus"] for call in calls} == {True, False}
+    for name in ("A", "B"):  # shared and per task; invariant and variable
+        assert {2, 3} <= {call.tensors[name].dim() for call in calls}
+
+
 # ---- values ------------------------------------------------------------------------------------------------------
 
 
