@@ -11,7 +11,6 @@ import re
 import subprocess
 import sys
 import warnings
-from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
@@ -46,7 +45,7 @@ def build(folder: Path) -> tuple[Path, list[str]]:
     """The library, and the architectures it is for; the compiler's words are appended to ``log``."""
     distribution = run_setup("setup.py", stop_after="init")
     (module,) = distribution.ext_modules
-    module.sources = [s for s in module.sources if fnmatch(Path(s).name, "cuda_*")]
+    module.sources = [source for source in module.sources if Path(source).parent.name == "cuda"]
     module.extra_compile_args["nvcc"] = [*module.extra_compile_args["nvcc"], "-Xptxas", "-v"]
     command = distribution.get_command_obj("build_ext")
     command.build_lib, command.build_temp = str(folder), str(folder / "objects")
