@@ -14,7 +14,7 @@ $(VENV)/demo: requirements/demo.txt setup.py pyproject.toml $(KERNELS)
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -c 'import torch' 2>/dev/null || $(BIN)/pip install --quiet $(TORCH_RELEASE) --constraint $<
 	$(BIN)/pip install --quiet --requirement $<
-	@echo 'compiling the kernels: a minute of CPU time, three without AVX-512'
+	@echo 'compiling the kernels: about a minute of CPU time'
 	$(BIN)/pip install --quiet --no-deps --no-build-isolation --editable .
 	touch $@
 $(VENV)/%: requirements/%.txt | $(VENV)/demo

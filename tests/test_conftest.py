@@ -1,4 +1,4 @@
-"""Which tests a pass leaves to `make test-all`."""
+"""The selection of tests: each pass leaves the exhaustive ones to `make test-all`."""
 
 import itertools
 from types import SimpleNamespace

@@ -17,7 +17,7 @@ PROJECT = runpy.run_path(str(ROOT / "tests" / "release_check.py"), run_name="rel
 LATEST = runpy.run_path(str(ROOT / "tests" / "latest_check.py"), run_name="latest_check")
 ALWAYS, EXTRAS = PROJECT["project"]["dependencies"], PROJECT["project"]["optional-dependencies"]
 BUILD = PROJECT["build-system"]["requires"]
-# What each lock is made from (`make lock`).
+# The sources of each lock (`make lock`).
 SOURCES = {
     "demo": [*ALWAYS, *BUILD, *EXTRAS["plot"], *EXTRAS["progress"]],
     "test": [*ALWAYS, *BUILD, *EXTRAS["dev"]],

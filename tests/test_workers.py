@@ -21,7 +21,7 @@ ENV = {**os.environ, "PYTHONPATH": os.pathsep.join(path for path in sys.path if 
 
 
 class Answers(Dataset):
-    """What the ops answer: the same, wherever they are asked."""
+    """Results of the ops, which must be the same in every process."""
 
     def __init__(self, folder):
         self.keys = torch.randn(40, 8, generator=torch.Generator().manual_seed(0)).repeat_interleave(50, 0)
@@ -51,7 +51,7 @@ class Answers(Dataset):
 
 
 class Draws(Answers):
-    """What buffers draw: another thing at each call."""
+    """Draws of the buffers; each call draws other items."""
 
     def __getitem__(self, index):
         draws = {
@@ -64,7 +64,7 @@ class Draws(Answers):
 
 
 def draws_of(loader, answers):
-    """What one epoch draws, item by item; its answers are those of the parent."""
+    """The draws of one epoch, item by item. Answers must equal those of the parent process."""
     draws = []
     for index, item in enumerate(loader):
         assert item["worker"] == index % 2

@@ -395,7 +395,7 @@ class ExperienceBuffer:
         return self._written - self._written % self.capacity
 
     def _reweigh(self) -> None:
-        """Tell the index all weights anew."""
+        """Write all weights to the index."""
         self._origin = self._age_origin
         slots = torch.arange(self._first, self._written, device=self.device) % self._slots
         self._weigh(slots, self._numbers(slots))

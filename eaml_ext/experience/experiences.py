@@ -80,7 +80,7 @@ class Experiences:
                 first (a field with one dimension fewer, a discrete action, counts as one column); or a function of the
                 experiences that returns a tensor. Default: ``state``, or ``observation`` where items were added as
                 ``(observation, target)``.
-            targets: likewise. Default: ``next_state``, or ``target``.
+            targets: a field or several, as ``states``. Default: ``next_state``, or ``target``.
 
         Raises:
             ValueError: a field is not stored, or a function returned another number of items.

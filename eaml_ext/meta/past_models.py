@@ -22,7 +22,7 @@ class PastModels:
 
     Tasks with equally many items are adapted as one vmapped batch, and all models are scored in one call. A task's
     model is made when the task is first met (at once for those in the buffer) and kept, also while the ring overwrites
-    the task's items; :meth:`update` makes all of them anew, after a meta-update or when tasks have grown.
+    the task's items; :meth:`update` recomputes all of them, after a meta-update or when tasks have grown.
 
     Args:
         maml: whose model and inner loop are used, as they are at that time.
@@ -86,7 +86,7 @@ class PastModels:
 
     @outside_inference_mode()
     def update(self) -> None:
-        """Make the models of all tasks in the buffer anew."""
+        """Recompute the models of all tasks in the buffer."""
         with self._buffer._lock:  # a task that is listed must still be there when its items are read
             parts = self._parts(self._buffer.tasks().tolist() if len(self._buffer) else [])
         self._models: tuple[dict[int, int], Params] = self._extended(({}, {}), parts)  # replaced whole, never modified

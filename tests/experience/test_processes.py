@@ -147,7 +147,7 @@ def test_retriever_pickled_answers_as_the_original(retriever):
     assert all(torch.equal(got[name], value) for name, value in wanted.items())
 
 
-@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="os.fork does not exist on this system")
 def test_fork_during_a_write_waits_and_leaves_the_child_a_free_lock():
     buffer = ExperienceBuffer(8, seed=0)
     buffer.add(state=torch.zeros(3, 2))

@@ -44,7 +44,7 @@ def by_hand(model, tasks, inner_lr, steps, first_order=False, prefix=""):
 
 
 def meta_gradient(maml, tasks):
-    """What plain gradient descent of step size 1 moves."""
+    """The change of the parameters by plain gradient descent of step size 1."""
     before = [p.detach().clone() for p in maml.model.parameters()]
     loss = maml.meta_update(tasks, mse_loss)
     return loss, [b - p.detach() for b, p in zip(before, maml.model.parameters(), strict=True)]

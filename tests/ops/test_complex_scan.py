@@ -410,7 +410,7 @@ def test_bad_input_gives_one_sentence_that_names_it(function, arguments, name, e
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_good_input_is_taken(dtype):
-    """What the mistakes above start from."""
+    """Valid arguments, from which the cases above deviate."""
 
     def cast(x: Tensor) -> Tensor:
         return x if x.dtype == torch.bool else x.to(dtype.to_complex() if x.is_complex() else dtype)

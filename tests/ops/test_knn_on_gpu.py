@@ -92,7 +92,7 @@ def test_non_finite_numbers(bad):
 
 @pytest.mark.parametrize("features", [14, 62, 510, 4094])
 def test_sums_of_the_tensor_cores_are_within_the_bounds(features):
-    """What csrc/knn/cuda/pack.cuh takes for granted: a product costs a sum no more than four roundings."""
+    """csrc/knn/cuda/pack.cuh assumes that each product adds at most four roundings to a sum."""
     a, b = (torch.randn(64, features).exp() * torch.randn(64, features).sign() for _ in range(2))
     a, b = a.bfloat16().cuda(), b.bfloat16().cuda()
     exact, most = a.double() @ b.double().mT, a.abs().double() @ b.abs().double().mT

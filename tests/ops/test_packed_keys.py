@@ -20,7 +20,7 @@ FLOATS = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
 
 
 class Model:
-    """What a memory should hold, kept in plain tensors beside it."""
+    """The expected contents of a memory, in plain tensors."""
 
     def __init__(self, capacity: int, dim: int, memories: int | None = None, **options: Any):
         self.memory = PackedKeys(capacity, dim, memories=memories, **options)

@@ -17,7 +17,7 @@ namespace {
 // and by an error. With u, v the unit roundoffs of T and double, n features, g' = (n + 1) u / (1 - (n + 1) u) and
 // g = (n + 16)(u + v) 5/4:
 //   the sum of n + 1 products onto the start, any order           <=  g' (|q||x| + |start|)
-//   |x|² likewise, halving and subtracting the bias               <=  g' (|x|² + |b|) / 2
+//   computing |x|², halving and subtracting the bias              <=  g' (|x|² + |b|) / 2
 //   centring, (1 + u) on each component of q - c and x - c        <=  u (|q| + |x|)²  (sqeuclidean),  u |q||x|
 //   normalising q and x                                           <=  4u |q| (|x| + 1)                (cosine)
 //   the exact sum in double and its rounding to T                 <=  (u + (n + 16) v) |value|,

@@ -344,11 +344,11 @@ struct Block {
   EAML_MEMBER bool has_channel() const { return channel < channels; }
   EAML_MEMBER bool has_state(int k) const { return has_channel() && lane * kStates + k < params.dstate; }
   EAML_MEMBER int64_t state(int k) const { return lane * kStates + k; }
-  // Of (batch, states, components, dim), of which `rows` is batch, or more.
+  // Offset of a state in (rows, states, components, dim); `rows` are batch rows, or batch rows times segments.
   EAML_MEMBER int64_t saved_at(int64_t rows, int k) const {
     return (rows * params.dstate + state(k)) * kNumComponents<Z> * params.dim + first + channel;
   }
-  // Of (batch, segments, dim, states, components); here `rows` is (batch, segments).
+  // Offset of a state in (rows, dim, states, components); `rows` are batch rows times segments.
   EAML_MEMBER int64_t partial_at(int64_t rows, int k) const {
     return ((rows * params.dim + first + channel) * params.dstate + state(k)) * kNumComponents<Z>;
   }

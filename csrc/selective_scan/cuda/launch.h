@@ -23,7 +23,7 @@ struct TimeSegments {
   // (batch, count, state, part, dim): first that, then the state each segment starts from (the gradient it ends with).
   T *states = nullptr, *state_tangents = nullptr;
   T *steps = nullptr, *step_tangents = nullptr;  // (batch, count, dim): sum of dt
-  T* has_reset = nullptr;                        // likewise: 1 where a reset lets nothing through
+  T* has_reset = nullptr;                        // (batch, count, dim): 1 where a reset stops the carry
 };
 
 template <class T>
@@ -41,9 +41,9 @@ struct CudaGradients {
   T* initial_state = nullptr;      // (batch, dim, state, part)
   T* A = nullptr;                  // (batch, segments, dim, state, part)
   T* B = nullptr;                  // (batch, groups, blocks, length, state, part) or, invariant, as A
-  T* C = nullptr;                  // likewise
+  T* C = nullptr;                  // as B
   T* D = nullptr;                  // (batch, segments, dim)
-  T* delta_bias = nullptr;         // likewise
+  T* delta_bias = nullptr;         // as D
   const T* checkpoints = nullptr;  // what the forward pass saved
   const T* checkpoint_tangents = nullptr;
 };
