@@ -4,9 +4,9 @@ VENV := .venv
 BIN := $(VENV)/bin
 TORCH_RELEASE := torch==2.13.0
 KERNELS := $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
-SOURCES := $(KERNELS) $(wildcard tests/cuda_on_cpu/*.cpp tests/cuda_on_cpu/*.h)
+SOURCES := $(KERNELS) $(wildcard tests/cuda_emulator/*.cpp tests/cuda_emulator/*.h)
 
-.PHONY: demo test test-all test-latest lock sanitize cuda-on-cpu sanitize-cuda cuda-check lint format bench experiments \
+.PHONY: demo test test-all test-latest lock sanitize cuda-emulator sanitize-cuda cuda-check lint format bench experiments \
 	experiments-full docs release-check clean
 
 # Packages have the versions of requirements/*.txt (`make lock`). torch has none there: an installed one stays.
@@ -27,7 +27,7 @@ demo: $(VENV)/demo  ## the main job: meta-train on CartPole dynamics, adapt to u
 test: $(VENV)/test  ## the suite, the ops once more on their references, the CUDA kernels on the emulator
 	$(BIN)/pytest -n 2
 	$(BIN)/pytest -n 2 --reference tests/ops
-	[ $$(uname) != Linux ] || $(MAKE) -j2 cuda-on-cpu
+	[ $$(uname) != Linux ] || $(MAKE) -j2 cuda-emulator
 
 test-all: export PYTEST_ADDOPTS := -m ''
 test-all: test  ## the tests marked exhaustive, too
@@ -63,7 +63,7 @@ test-latest: $(VENV)/demo $(UV)  ## tests with the newest releases that pyprojec
 	@$(LOCK) build/lock/pyproject.toml --extra dev | $(WITHOUT_TORCH) | diff build/lock/latest.txt - | grep '^>' || echo none
 	$(LATEST_INSTALL) build/lock/latest.txt
 	$(REQUIREMENTS) bench | grep -E '^(higher|torchopt)' | $(LATEST_INSTALL) /dev/stdin
-	$(LATEST_CHECK) --ignore=tests/ops --ignore=tests/cuda_on_cpu
+	$(LATEST_CHECK) --ignore=tests/ops --ignore=tests/cuda_emulator
 	$(LATEST)/bin/pip uninstall --quiet --yes mujoco mujoco-core mujoco-studio  # metaworld needs MuJoCo 3, files of 4 break it
 	$(REQUIREMENTS) metaworld | $(LATEST_INSTALL) /dev/stdin
 	$(LATEST_CHECK) tests/tasks/test_metaworld.py tests/tasks/test_mujoco.py
@@ -86,36 +86,36 @@ sanitize: $(VENV)/test  ## the tests that reach every kernel, on kernels that st
 		-k '$(EVERY_KERNEL)' ../../tests/ops || { cat report.*; exit 1; }
 
 # The CUDA kernels, by the host compiler and on a stand-in for CUDA: what a machine without a GPU can run of them.
-ON_CPU := build/cuda_on_cpu
-ON_CPU_FLAGS = -O1 -g1 -std=c++20 -fPIC -fno-math-errno -Wall -Wno-unknown-pragmas -Wno-psabi -U_FORTIFY_SOURCE \
-	-DEAML_CUDA_ON_CPU -DTORCH_TARGET_VERSION=0x020b000000000000 -Icsrc -Itests/cuda_on_cpu -isystem $(TORCH)/include
+EMULATOR := build/cuda_emulator
+EMULATOR_FLAGS = -O1 -g1 -std=c++20 -fPIC -fno-math-errno -Wall -Wno-unknown-pragmas -Wno-psabi -U_FORTIFY_SOURCE \
+	-DEAML_CUDA_ON_CPU -DTORCH_TARGET_VERSION=0x020b000000000000 -Icsrc -Itests/cuda_emulator -isystem $(TORCH)/include
 TORCH = $(shell $(BIN)/python -c 'import torch; print(torch.__path__[0])')
-CUDA_SOURCES := $(wildcard tests/cuda_on_cpu/*.cpp csrc/*/cuda/*.cpp csrc/*/cuda/*.cu)
-ON_CPU_TESTS := close_to or numerical or half or strides or equals or extreme or drawn or exact or long or fault or \
+CUDA_SOURCES := $(wildcard tests/cuda_emulator/*.cpp csrc/*/cuda/*.cpp csrc/*/cuda/*.cu)
+EMULATOR_TESTS := close_to or numerical or half or strides or equals or extreme or drawn or exact or long or fault or \
 	states or tiling
-ON_CPU_SCAN := tests/cuda_on_cpu/test_stand_in.py tests/ops/test_selective_scan.py tests/ops/test_complex_scan.py
-ON_CPU_KNN := exact_ or slots_that or more_neighbors or close_to or strides or equals_ or dead or history
+EMULATOR_SCAN := tests/cuda_emulator/test_emulator.py tests/ops/test_selective_scan.py tests/ops/test_complex_scan.py
+EMULATOR_KNN := exact_ or slots_that or more_neighbors or close_to or strides or equals_ or dead or history
 
-$(ON_CPU)/%.o: % | $(VENV)/test
+$(EMULATOR)/%.o: % | $(VENV)/test
 	mkdir -p $(@D)
-	g++ $(ON_CPU_FLAGS) $(EXTRA_FLAGS) -MMD -MP -x c++ -c $< -o $@
--include $(CUDA_SOURCES:%=$(ON_CPU)/%.d)
-$(ON_CPU)/kernels.so: $(CUDA_SOURCES:%=$(ON_CPU)/%.o)
+	g++ $(EMULATOR_FLAGS) $(EXTRA_FLAGS) -MMD -MP -x c++ -c $< -o $@
+-include $(CUDA_SOURCES:%=$(EMULATOR)/%.d)
+$(EMULATOR)/kernels.so: $(CUDA_SOURCES:%=$(EMULATOR)/%.o)
 	g++ -shared $(EXTRA_FLAGS) $^ -o $@ -L$(TORCH)/lib -ltorch_cpu
 
-KNN_TESTS := tests/cuda_on_cpu/test_knn_kernels.py tests/ops/test_battery_knn.py
+KNN_TESTS := tests/cuda_emulator/test_knn_kernels.py tests/ops/test_knn_conformance.py
 
-cuda-on-cpu: $(ON_CPU)/kernels.so  ## the ops' tests on their CUDA kernels, on a stand-in for CUDA
-	$(BIN)/pytest -n 2 --cuda-on-cpu $< -k '$(ON_CPU_TESTS)' $(ON_CPU_SCAN)
-	$(BIN)/pytest -n 2 --cuda-on-cpu $< -k '$(ON_CPU_KNN)' $(KNN_TESTS) tests/ops/test_knn.py \
+cuda-emulator: $(EMULATOR)/kernels.so  ## the ops' tests on their CUDA kernels, on a stand-in for CUDA
+	$(BIN)/pytest -n 2 --cuda-emulator $< -k '$(EMULATOR_TESTS)' $(EMULATOR_SCAN)
+	$(BIN)/pytest -n 2 --cuda-emulator $< -k '$(EMULATOR_KNN)' $(KNN_TESTS) tests/ops/test_knn.py \
 		tests/ops/test_packed_keys.py
 
 sanitize-cuda: export EXTRA_FLAGS := $(SANITIZE)
 sanitize-cuda:  ## the same under AddressSanitizer and UndefinedBehaviorSanitizer
-	$(MAKE) ON_CPU=build/cuda_on_cpu_sanitized build/cuda_on_cpu_sanitized/kernels.so
+	$(MAKE) EMULATOR=build/cuda_emulator_sanitized build/cuda_emulator_sanitized/kernels.so
 	LD_PRELOAD=$(RUNTIME) ASAN_OPTIONS=detect_leaks=0:detect_stack_use_after_return=0 UBSAN_OPTIONS=print_stacktrace=1 \
-		$(BIN)/python -m pytest -x -n 2 -m '' --cuda-on-cpu build/cuda_on_cpu_sanitized/kernels.so \
-		-k 'close_to or half or strides or long or exact_ or slots_that' $(ON_CPU_SCAN) $(KNN_TESTS)
+		$(BIN)/python -m pytest -x -n 2 -m '' --cuda-emulator build/cuda_emulator_sanitized/kernels.so \
+		-k 'close_to or half or strides or long or exact_ or slots_that' $(EMULATOR_SCAN) $(KNN_TESTS)
 
 # A minute or two an architecture and core: TORCH_CUDA_ARCH_LIST=9.0 is enough between commits.
 cuda-check: $(VENV)/demo  ## compiles the CUDA kernels, loads them without a GPU, looks at registers and spills
@@ -145,7 +145,7 @@ brief-%: $(VENV)/demo
 
 experiments-full: $(VENV)/demo  ## every experiment in full: hours
 	for name in $(EXPERIMENTS); do $(BIN)/python -m benchmarks.experiments.$$name || exit 1; done
-	for name in main_job adaptation adaptation_step endurance meta; do $(BIN)/python -m benchmarks.$$name || exit 1; done
+	for name in main_job adaptation adaptation_step soak meta; do $(BIN)/python -m benchmarks.$$name || exit 1; done
 	$(BIN)/python -m benchmarks.results_page
 
 docs: $(VENV)/docs  ## the site, in build/docs; a link that leads nowhere is an error

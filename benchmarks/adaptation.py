@@ -100,14 +100,14 @@ def streams(seeds: int, steps: int) -> list[dict[str, Any]]:
         run = stream(model, seed, steps, GUARDED)
         model.load_state_dict(before)
         bare = stream(model, seed, min(steps, 1000), UNGUARDED)
-        bounds = {
-            k: float(v) for k, v in TASKS.bounds(TASKS.sample(1, "test", seed), length=128, frames=FRAMES).items()
+        baselines = {
+            k: float(v) for k, v in TASKS.baselines(TASKS.sample(1, "test", seed), length=128, frames=FRAMES).items()
         }
-        results.append({"seed": seed, **run, "without guards": bare, "bounds": bounds})
+        results.append({"seed": seed, **run, "without guards": bare, "baselines": baselines})
         errors, ruined = run["errors"], torch.tensor(bare["errors"]).max()  # NaN is the largest
         print(
             f"| {seed} | {errors[0]:.4f} | {max(errors[1:]):.4f} | {errors[-1]:.4f} | {run['rollbacks']} of "
-            f"{run['corrupted']} | {float(ruined):.3g} | {bounds['linear']:.4f} | {bounds['kalman']:.4f} |",
+            f"{run['corrupted']} | {float(ruined):.3g} | {baselines['linear']:.4f} | {baselines['kalman']:.4f} |",
             flush=True,
         )
         held = run["finite"] and max(errors[1:]) <= 1.1 * errors[0] and errors[-1] < errors[0]

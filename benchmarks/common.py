@@ -68,7 +68,7 @@ def flags(text: str | None, shape: Sequence[str] = (), peers: Sequence[str] = ()
 # --- time ------------------------------------------------------------------------------------------------------------
 
 
-def once(function: Callable[[], Any]) -> float:
+def wall_time(function: Callable[[], Any]) -> float:
     """Seconds of one call."""
     start = time.perf_counter()
     function()
@@ -91,25 +91,25 @@ def medians(
     for name, function in functions.items():
         before(name)
         function()
-        cost[name] = min(once(function), once(function))
+        cost[name] = min(wall_time(function), wall_time(function))
     repeats = {name: max(2, min(at_most, int(seconds / c))) for name, c in cost.items()}
     rounds = min([10, *repeats.values()])
     samples: dict[str, list[float]] = {name: [] for name in functions}
     for _ in range(rounds):
         for name, function in functions.items():
             before(name)
-            samples[name] += [once(function) for _ in range(max(1, repeats[name] // rounds))]
+            samples[name] += [wall_time(function) for _ in range(max(1, repeats[name] // rounds))]
     return {name: sorted(s)[len(s) // 2] for name, s in samples.items()}
 
 
 def cores(function: Callable[[], Any], seconds: float = 0.2) -> float:
     """CPU seconds of all threads per second, at its highest over a few tries: how many cores a function keeps busy."""
     function()
-    calls = 1 + int(seconds / once(function))
+    calls = 1 + int(seconds / wall_time(function))
     busy = []
     for _ in range(3):
         start = time.process_time()
-        wall = once(lambda: [function() for _ in range(calls)])
+        wall = wall_time(lambda: [function() for _ in range(calls)])
         busy.append((time.process_time() - start) / wall)
     return max(busy)
 
@@ -150,8 +150,8 @@ def peak_bytes(function: Callable[[], Any]) -> int:
 def fastest(function: Callable[[], Any], seconds: float = 0.5) -> float:
     """Seconds of the fastest call."""
     function()
-    repeats = max(5, int(seconds / once(function)))
-    return min(once(function) for _ in range(repeats))
+    repeats = max(5, int(seconds / wall_time(function)))
+    return min(wall_time(function) for _ in range(repeats))
 
 
 @functools.cache

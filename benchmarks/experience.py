@@ -4,7 +4,7 @@
 
 Adds: a transition of CartPole with an embedding of 16 numbers, six fields. Beside them the bare copies, the same six
 slices written without a check or a count: what no buffer of tensors can go below. Searches: embeddings of 64 numbers in
-clusters, beside addmm + topk + gather, and with cells (retrieval.hierarchical) at their recall.
+clusters, beside addmm + topk + gather, and with cells (retrieval.ivf) at their recall.
 """
 
 import itertools
@@ -17,10 +17,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from benchmarks.common import flags, medians, once, write
+from benchmarks.common import flags, medians, wall_time, write
 from eaml_ext import ExperienceBuffer, MetaMAML
 from eaml_ext.experience import retrieval
-from eaml_ext.meta import PastModels
+from eaml_ext.meta import AdaptedTaskModels
 
 SIZES = [1_000, 10_000, 100_000, 1_000_000]
 DIM, K = 64, 8
@@ -110,10 +110,10 @@ def searches(sizes: list[int], seconds: float) -> list[dict[str, Any]]:
             buffer, disk = filled(n), filled(n, folder)
             fields = dict(buffer._store)
             keys, norms = fields["context_embedding"], fields["context_embedding"].square().sum(1)
-            cells = retrieval.hierarchical(K)
+            cells = retrieval.ivf(K)
             queries = keys[torch.randint(n, (64,))] + 0.1 * torch.randn(64, DIM)
             buffer.retrieve(queries[0], K)  # imports the ops
-            build = once(lambda: cells.search(buffer, queries[0]))  # noqa: B023 (called at once)
+            build = wall_time(lambda: cells.search(buffer, queries[0]))  # noqa: B023 (called at once)
             for count in (1, 64):
                 query = queries[:count]
 
@@ -144,7 +144,7 @@ def strategies(tasks: int, seconds: float) -> dict[str, Any]:
     maml = MetaMAML(nn.Sequential(nn.Linear(8, 32), nn.Tanh(), nn.Linear(32, 8)), inner_lr=0.05, outer_lr=1e-3)
     ids = torch.arange(40 * tasks) // 40
     buffer._store["task"].copy_(ids)
-    models = PastModels(maml, buffer, F.mse_loss, 5)
+    models = AdaptedTaskModels(maml, buffer, F.mse_loss, 5)
     query = buffer.get_batch(1).context_embedding[0]
     batch = {"states": torch.randn(10, 8), "targets": torch.randn(10, 8), "context_embedding": query}
     retrievers = {
@@ -152,7 +152,7 @@ def strategies(tasks: int, seconds: float) -> dict[str, Any]:
         "uniform, weighted": retrieval.uniform(200, weighted=True),
         "nearest": retrieval.nearest(200),
         "attention": retrieval.attention(200),
-        "hierarchical": retrieval.hierarchical(200),
+        "ivf": retrieval.ivf(200),
         "best_fit": retrieval.best_fit(models.score, 5),
     }
     functions = {name: lambda r=r: r(buffer, batch) for name, r in retrievers.items()}

@@ -1,4 +1,4 @@
-"""The main job over several seeds: error of each arm on held-out tasks, and return of a planner that acts on its model.
+"""The main job over several seeds: each variant's error on held-out tasks, and the return of a planner with its model.
 
 +- is a 95 % interval over seeds (Student's).
 
@@ -15,40 +15,40 @@ from typing import Any
 
 from benchmarks.common import RESULTS, machine, student
 from eaml_ext.jobs import report
+from eaml_ext.jobs.config import DynamicsConfig
 from eaml_ext.jobs.dynamics import run
-from eaml_ext.jobs.settings import DynamicsSettings
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", type=int, default=5)
     seeds = range(parser.parse_args().seeds)
-    arms: dict[str, list[dict[str, float]]] = {}
+    variants: dict[str, list[dict[str, float]]] = {}
     returns: dict[str, list[float]] = {}
     seconds = []
     for seed in seeds:
         with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(io.StringIO()):
             start = time.perf_counter()
-            results = run(DynamicsSettings(seed=seed, out=folder))
+            results = run(DynamicsConfig(seed=seed, out=folder))
             seconds.append(time.perf_counter() - start)
-        for name, arm in results["arms"].items():
-            arms.setdefault(name, []).append(arm)
+        for name, variant in results["variants"].items():
+            variants.setdefault(name, []).append(variant)
         for name, row in results["returns"].items():
             returns.setdefault(name, []).append(row["mean"])
     table: dict[str, Any] = {
         name: {**student([a["mean"] for a in runs]), "median": statistics.mean(a["median"] for a in runs)}
-        for name, runs in arms.items()
+        for name, runs in variants.items()
     }
     acted = {name: student(means) for name, means in returns.items()}
     print(f"{len(seeds)} seeds, {statistics.median(seconds):.0f} s each")
-    print(f"| {'arm':<14} | mean error | mean of medians over tasks | return of the planner |")
+    print(f"| {'variant':<14} | mean error | mean of medians over tasks | return of the planner |")
     for name in dict.fromkeys([*acted, *table]):
         error = f"{_cell(table[name], 4)} | {table[name]['median']:.4f}" if name in table else "- | -"
         print(f"| {name:<14} | {error} | {_cell(acted[name], 1) if name in acted else '-'} |")
     RESULTS.mkdir(exist_ok=True)
     report.write_json(
         RESULTS / "main_job.json",
-        {"machine": machine(), "seconds": seconds, "arms": table, "returns": acted, "runs": arms},
+        {"machine": machine(), "seconds": seconds, "variants": table, "returns": acted, "runs": variants},
     )
 
 

@@ -70,16 +70,16 @@ def scans(batch: int, length: int, gradients: bool) -> dict[str, Callable[[], An
 def measure(functions: dict[str, Callable[[], Any]]) -> dict[str, float]:
     """Medians of interleaved calls after one that warms up; the faster of two where they take ten seconds."""
 
-    def once(function: Callable[[], Any]) -> float:
+    def wall_time(function: Callable[[], Any]) -> float:
         start = time.process_time()
         function()
         return time.process_time() - start
 
-    times = {name: [once(function)] for name, function in functions.items()}
+    times = {name: [wall_time(function)] for name, function in functions.items()}
     slowest = max(t[0] for t in times.values())
     for _ in range(1 if slowest > 10 else 4 if slowest > 1 else 20):
         for name, function in functions.items():
-            times[name].append(once(function))
+            times[name].append(wall_time(function))
     return {name: min(t) if slowest > 10 else statistics.median(t[1:]) for name, t in times.items()}
 
 

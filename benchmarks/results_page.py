@@ -18,8 +18,8 @@ PAGE = RESULTS.parents[1] / "docs" / "results.md"
 HEAD = """# What the experiments show
 
 Made by `python -m benchmarks.results_page` from the files in `benchmarks/results`; every file names the command's
-settings and the machine. All arms of an experiment are shown, those that hurt us too. "±" is half the width of a 95 %
-interval unless a line says otherwise; errors are mean squared errors. `make experiments` runs every experiment on a
+settings and the machine. All variants of an experiment are shown, those that hurt us too. "±" is half the width of a
+95 % interval unless a line says otherwise; errors are mean squared. `make experiments` runs every experiment on a
 small budget and one seed, in minutes; `make experiments-full` makes the files.
 """
 
@@ -49,14 +49,14 @@ def pm(mean: float, half: float, digits: int = 3) -> str:
 def main_job(found: Any) -> Section:
     """Held-out CartPoles: error of the dynamics model, return of a planner."""
     rows: list[Sequence[str]] = []
-    for name in dict.fromkeys([*found["returns"], *found["arms"]]):
-        error, acted = found["arms"].get(name), found["returns"].get(name)
+    for name in dict.fromkeys([*found["returns"], *found["variants"]]):
+        error, acted = found["variants"].get(name), found["returns"].get(name)
         cells = [pm(error["mean"], error["half"], 4), f"{error['median']:.4f}"] if error else ["", ""]
         rows.append([name, *cells, pm(acted["mean"], acted["half"], 1) if acted else ""])
     text = f"""Dynamics of held-out CartPoles (physics per task, action sign flipped in half of them) after a few
-        shots: error, and return of a planner that acts with the model of each arm;
+        shots: error, and return of a planner that acts with the model of each variant;
         {len(found["seconds"])} seeds, {statistics.median(found["seconds"]):.0f} s each."""
-    return text, ["arm", "error", "median over tasks", "return"], rows, ""
+    return text, ["variant", "error", "median over tasks", "return"], rows, ""
 
 
 def sinusoid(found: Any) -> Section:
@@ -74,17 +74,17 @@ def sinusoid(found: Any) -> Section:
 
 def noisy_sinusoid(found: Any) -> Section:
     """Noisy sinusoids: does experience help?"""
-    settings = {name: one for name, one in found["settings"].items() if one.get("arms")}
-    arms = list(next(iter(settings.values()))["arms"])
+    settings = {name: one for name, one in found["settings"].items() if one.get("variants")}
+    variants = list(next(iter(settings.values()))["variants"])
     rows: list[Sequence[str]] = []
     for name, one in settings.items():
-        cells = [pm(one["arms"][arm]["mean"], one["arms"][arm]["interval"]) for arm in arms]
+        cells = [pm(one["variants"][variant]["mean"], one["variants"][variant]["interval"]) for variant in variants]
         rows.append([name, str(len(one["runs"])), *cells])
-    text = """A meta-trained MLP meets K noisy points of a new task and a memory of past tasks; every arm starts
+    text = """A meta-trained MLP meets K noisy points of a new task and a memory of past tasks; every variant starts
         from the same parameters, with its own number of steps and weight chosen on other tasks. Retrieved:
         also on the points of the five past tasks whose adapted models fit the K points best; lookup only:
         the mean of those models, no step; oracle: 100 points of the very task."""
-    return text, ["setting", "seeds", *arms], rows, "error over points of the new task, per arm"
+    return text, ["setting", "seeds", *variants], rows, "error over points of the new task, per variant"
 
 
 def hidden_rotation(found: Any) -> Section:
@@ -111,9 +111,9 @@ def switching_lds(found: Any) -> Section:
         cells = [pm(row[p]["mean"], row[p]["half"], 4) for p in parts]
         rows.append([name, *cells, pm(paired["mean"], paired["half"], 4)])
     text = """A system switches between three hidden rotations; an SSM predicts along one long run and adapts as
-        it goes. Shock: the 64 steps after a switch, steady: later ones. The last column is the arm's error
+        it goes. Shock: the 64 steps after a switch, steady: later ones. The last column is the variant's error
         in the shock minus that of retrieval, paired by system."""
-    return text, ["arm", *parts, "shock, minus retrieved"], rows, "error over steps since the regime switched"
+    return text, ["variant", *parts, "shock, minus retrieved"], rows, "error over steps since the regime switched"
 
 
 def cartpole_rl(found: Any) -> Section:
@@ -159,7 +159,7 @@ def adaptation_step(found: Any) -> Section:
     return text, ["states", "forward", "loss and gradient", "`Adapter.adapt`"], rows, ""
 
 
-def endurance(found: Any) -> Section:
+def soak(found: Any) -> Section:
     """Memory along a million steps."""
     text = f"""{found["gradient steps"]:,} gradient steps, a memory that is written and searched all the time,
         {found["rollbacks"]:,} rollbacks of corrupted batches: resident memory after warming up, and after each tenth of
@@ -203,7 +203,7 @@ SECTIONS: dict[str, tuple[str, str, Callable[[Any], Section]]] = {  # title: mod
     "Meta-RL on CartPole": ("benchmarks.experiments.cartpole_rl", "cartpole_rl-flip-position-v1", cartpole_rl),
     "A corrupted stream": ("benchmarks.adaptation", "adaptation", adaptation),
     "What adaptation takes": ("benchmarks.adaptation_step", "adaptation-step-1-thread", adaptation_step),
-    "A million steps": ("benchmarks.endurance", "endurance", endurance),
+    "A million steps": ("benchmarks.soak", "soak", soak),
     "Speed of meta-updates": ("benchmarks.meta", "meta-1-thread", meta),
 }
 

@@ -85,7 +85,7 @@ def fastest(group: Group, function: Callable[[], Any], seconds: float) -> float:
         function()
     start = time.perf_counter()
     function()
-    calls = group.of_rank(0, max(10, min(500, int(seconds / (time.perf_counter() - start)))))
+    calls = group.broadcast_object(0, max(10, min(500, int(seconds / (time.perf_counter() - start)))))
     samples = []
     for _ in range(calls):
         start = time.perf_counter()
@@ -123,7 +123,7 @@ def on_a_rank(seconds: float, keys: int) -> dict[str, Any]:
     pair = torch.randn(1, 100, 4), torch.randn(1, 100, 1)
     tasks = [(*pair, *pair)] * 64
     share, alone = MetaMAML(SSM(4, 64, 1), 0.05, 1e-3, group=group), MetaMAML(SSM(4, 64, 1), 0.05, 1e-3)
-    mine = [tasks[i] for i in group.share(len(tasks))]
+    mine = [tasks[i] for i in group.shard(len(tasks))]
     update = {
         "64 tasks on 2 ranks, CPU seconds of each": median(lambda: share.meta_update(mine, F.mse_loss), 10),
         "32 tasks, no group, CPU seconds": median(lambda: alone.meta_update(mine, F.mse_loss), 10),

@@ -71,8 +71,8 @@ def table(rows: Sequence[Sequence[str]], first: int, width: int, align: str = ">
         align: ``">"`` or ``"<"``, alignment of all columns but the first.
         gap: least number of spaces between two cells.
 
-    >>> print(*table([["arm", "mean"], ["plain", "0.5"], ["uniform", "612345678.0"]], first=8, width=6), sep="\\n")
-    arm               mean
+    >>> print(*table([["variant", "mean"], ["plain", "0.5"], ["uniform", "612345678.0"]], first=8, width=6), sep="\\n")
+    variant           mean
     plain              0.5
     uniform    612345678.0
     """

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from eaml_ext import _check
+from eaml_ext._renamed import FORMAT, core_parameters
 
 _KEY = "eaml_ext"
 _Module = TypeVar("_Module", bound=torch.nn.Module)
@@ -66,7 +67,7 @@ def save(
         storages.add(value.untyped_storage().data_ptr())
         ready[name] = value
     try:
-        text = json.dumps({"kind": kind, "metadata": metadata}, default=_number)
+        text = json.dumps({"format": FORMAT, "kind": kind, "metadata": metadata}, default=_number)
     except (TypeError, ValueError) as error:
         raise TypeError(f"checkpoint.save: metadata must be JSON-able ({error})") from None
     folder = os.path.dirname(path)
@@ -108,6 +109,14 @@ def load(
         FileNotFoundError: there is no such file.
         ValueError: the file is damaged, is not a checkpoint, or holds something of another kind.
     """
+    tensors, content = _read(path, kind)
+    if "format" not in content:
+        tensors = _with_new_names(tensors)
+    return {name: value.to(device) for name, value in tensors.items()}, content["metadata"]
+
+
+def _read(path: str | os.PathLike[str], kind: str | None) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """The tensors of a file, and its header: format, kind and metadata."""
     from safetensors import SafetensorError, safe_open
 
     path = os.fspath(path)
@@ -127,10 +136,10 @@ def load(
         raise ValueError(f"checkpoint.load: {path} is damaged (its checksum does not match)")
     with sound("checkpoint.load", path):
         content = json.loads(header[_KEY])
-        came, metadata = content["kind"], content["metadata"]
+        came, _ = content["kind"], content["metadata"]
     if kind is not None and came != kind:
         raise ValueError(f"checkpoint.load: {path} holds {came or 'tensors of no kind'}, wanted {kind}")
-    return {name: value.to(device) for name, value in tensors.items()}, metadata
+    return tensors, content
 
 
 def save_state(path: str | os.PathLike[str], state: Any, *, kind: str | None = None) -> None:
@@ -156,9 +165,9 @@ def save_state(path: str | os.PathLike[str], state: Any, *, kind: str | None = N
 
 def load_state(path: str | os.PathLike[str], device: torch.device | str = "cpu", *, kind: str | None = None) -> Any:
     """What :func:`save_state` wrote. Arguments and errors are those of :func:`load`."""
-    tensors, metadata = load(path, device, kind=kind)
+    tensors, content = _read(path, kind)
     with sound("checkpoint.load_state", path):
-        return _unpack(metadata, tensors)
+        return _unpack(content["metadata"], tensors, device, renamed="format" not in content)
 
 
 @contextlib.contextmanager
@@ -288,17 +297,24 @@ def _number(value: Any) -> Any:
     raise TypeError(f"Object of type {type(value).__name__} is not JSON serializable")
 
 
-def _unpack(tree: Any, tensors: Mapping[str, Tensor]) -> Any:
+def _unpack(tree: Any, tensors: Mapping[str, Tensor], device: torch.device | str, *, renamed: bool) -> Any:
+    """The inverse of :func:`_pack`; ``renamed``: keys are those of version 0.1."""
     if not isinstance(tree, dict):
         return tree
     (kind,) = tree if len(tree) == 1 else ("",)
     value = tree[kind]
     if kind == "tensor":
-        return tensors[value]
+        return tensors[value].to(device)
     if kind == "dict":
-        return {key: _unpack(item, tensors) for key, item in _pairs(value)}
-    items = [_unpack(item, tensors) for item in value]
-    return {"tuple": tuple, "list": list}[kind](items)
+        items = {key: _unpack(item, tensors, device, renamed=renamed) for key, item in _pairs(value)}
+        return _with_new_names(items) if renamed else items
+    return {"tuple": tuple, "list": list}[kind](_unpack(item, tensors, device, renamed=renamed) for item in value)
+
+
+def _with_new_names(items: dict[Any, Any]) -> dict[Any, Any]:
+    """The dict with the keys of version 0.1 replaced."""
+    names = core_parameters(key for key in items if isinstance(key, str))
+    return {names.get(key, key): value for key, value in items.items()}
 
 
 def _pairs(value: Any) -> Any:

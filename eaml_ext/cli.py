@@ -10,11 +10,11 @@ from importlib import import_module
 from typing import Any
 
 from eaml_ext import __version__
-from eaml_ext.jobs import settings_file
-from eaml_ext.jobs.rl_settings import MAMLSettings, RL2Settings
-from eaml_ext.jobs.settings import DynamicsSettings
+from eaml_ext.jobs import config_file
+from eaml_ext.jobs.config import DynamicsConfig
+from eaml_ext.jobs.rl_config import MAMLConfig, RL2Config
 
-SETTINGS: dict[str, Any] = {"dynamics": DynamicsSettings, "rl2": RL2Settings, "maml": MAMLSettings}
+SETTINGS: dict[str, Any] = {"dynamics": DynamicsConfig, "rl2": RL2Config, "maml": MAMLConfig}
 ABOUT = {
     "dynamics": "Meta-train an SSM on the dynamics of many tasks, then adapt it to unseen ones with experience.",
     "rl2": "Meta-train a policy on an SSM that learns unseen tasks in context, over the episodes of a trial (RL^2).",
@@ -56,19 +56,19 @@ def parse(argv: Sequence[str]) -> tuple[str, argparse.ArgumentParser, dict[str, 
     first.add_argument("--config")
     given = first.parse_known_args(argv)[0]
     helps = not {"-h", "--help", "--version"}.isdisjoint(argv)
-    config = {} if given.config is None or helps else settings_file.read(given.config)
+    config = {} if given.config is None or helps else config_file.read(given.config)
     algo = config.pop("algo", "dynamics")
     if algo not in list(SETTINGS):  # a list, because TOML's arrays have no hash
         raise ValueError(f"config: algo must be one of {', '.join(SETTINGS)}, got {algo!r}")
     algo = given.algo or algo
     p = parser(algo if algo in SETTINGS else "dynamics")
     if algo in SETTINGS and config:
-        settings_file.check_keys(given.config, config, [f.name for f in fields(SETTINGS[algo])], algo)
+        config_file.check_keys(given.config, config, [f.name for f in fields(SETTINGS[algo])], algo)
     p.set_defaults(algo=algo, **config)
     arguments, unknown = p.parse_known_args(argv)
     if unknown:
         flags = [option for action in p._actions for option in action.option_strings]
-        p.error(f"unrecognized arguments: {' '.join(unknown)}{settings_file.closest(unknown[0].split('=')[0], flags)}")
+        p.error(f"unrecognized arguments: {' '.join(unknown)}{config_file.closest(unknown[0].split('=')[0], flags)}")
     return algo, p, {name: value for name, value in vars(arguments).items() if name not in ("algo", "config")}
 
 

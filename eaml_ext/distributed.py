@@ -9,6 +9,7 @@ from __future__ import annotations
 import functools
 import math
 import os
+import weakref
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
@@ -32,7 +33,7 @@ class Group:
 
     Args:
         group: a ``torch.distributed`` process group, of the gloo or nccl backend; None: the default one, which
-            ``init_process_group`` (or :func:`launched`) has made.
+            ``init_process_group`` (or :func:`torchrun_group`) has made.
 
     Attributes:
         rank, size: this process's number, and how many there are.
@@ -43,33 +44,41 @@ class Group:
 
     A group of one process, for which nothing is sent:
 
-    >>> with launched(alone=True) as group:
-    ...     group.rank, group.size, group.all_gather(torch.tensor([3])).tolist(), list(group.share(5))
+    >>> with torchrun_group(alone=True) as group:
+    ...     group.rank, group.size, group.all_gather(torch.tensor([3])).tolist(), list(group.shard(5))
     (0, 1, [[3]], [0, 1, 2, 3, 4])
     """
 
     def __init__(self, group: Any = None):
         if not (dist.is_available() and dist.is_initialized()):
-            raise ValueError("Group: torch.distributed is not initialised: run under torchrun, inside launched()")
+            raise ValueError("Group: torch.distributed is not initialised: run under torchrun, inside torchrun_group()")
         if group is not None and not isinstance(group, dist.ProcessGroup):
             if group is dist.GroupMember.NON_GROUP_MEMBER:
                 raise ValueError("Group: this process is not a member of group")
             raise TypeError(f"Group: group must be a torch.distributed.ProcessGroup, got {type(group).__name__}")
-        self._group = dist.group.WORLD if group is None else group
+        # Not owned: a process group that outlives destroy_process_group() has threads that can abort Python's exit.
+        self._group_ref = weakref.ref(dist.group.WORLD if group is None else group)
         self.rank: int = dist.get_rank(self._group)
         self.size: int = dist.get_world_size(self._group)
         # What is sent lives where the backend takes it from.
         self._device = torch.device("cuda" if dist.get_backend(self._group) == "nccl" else "cpu")
         self._broken: str | None = None
 
+    @property
+    def _group(self) -> Any:
+        group = self._group_ref()
+        if group is None:
+            raise RankError("Group: its process group has been destroyed")
+        return group
+
     def __repr__(self) -> str:
         return f"Group(rank {self.rank} of {self.size})"
 
-    def share(self, count: int, rank: int | None = None) -> range:
+    def shard(self, count: int, rank: int | None = None) -> range:
         """Which of ``count`` items belong to a rank (None: this one): consecutive ones, as many as to others or one
         fewer; none for some ranks where there are fewer items than ranks."""
-        count = _check.integer("Group.share", "count", count, 0)
-        rank = self.rank if rank is None else _check.integer("Group.share", "rank", rank, 0, self.size)
+        count = _check.integer("Group.shard", "count", count, 0)
+        rank = self.rank if rank is None else _check.integer("Group.shard", "rank", rank, 0, self.size)
         return range(count * rank // self.size, count * (rank + 1) // self.size)
 
     def all_gather(self, tensor: Tensor) -> Tensor:
@@ -101,7 +110,7 @@ class Group:
         """Whether the flag is set on any rank."""
         return bool(self.all_gather(torch.tensor(flag)).any())
 
-    def from_first(self, function: Callable[[], Any]) -> Any:
+    def broadcast_from_rank_zero(self, function: Callable[[], Any]) -> Any:
         """What ``function()`` returns on rank 0, where alone it is called; what it raises is raised on all ranks."""
         message: list[Any] = [None]
         if self.rank == 0:
@@ -109,21 +118,21 @@ class Group:
                 message = [(function(), None)]
             except Exception as error:
                 message = [(None, error)]
-        value, failure = self.of_rank(0, message[0])
+        value, failure = self.broadcast_object(0, message[0])
         if failure is not None:
             raise failure
         return value
 
-    def of_rank(self, rank: int, value: Any) -> Any:
+    def broadcast_object(self, rank: int, value: Any) -> Any:
         """The value that ``rank`` has, any object that pickle knows; the other ranks' values are ignored."""
-        rank = _check.integer("Group.of_rank", "rank", rank, 0, self.size)
+        rank = _check.integer("Group.broadcast_object", "rank", rank, 0, self.size)
         message = [value]
         args: Any = {"group_src": rank, "group": self._group, "device": self._device}
         self._call("broadcast_object_list", lambda: dist.broadcast_object_list(message, **args))
         return message[0]
 
     @contextmanager
-    def together(self, where: str) -> Iterator[None]:
+    def errors_on_all_ranks(self, where: str) -> Iterator[None]:
         """A block without collectives that must succeed on all ranks: its error is raised where it happens, and
         RankError on the others, so that none goes on alone."""
         failed: Exception | None = None
@@ -134,9 +143,9 @@ class Group:
         flags = self.all_gather(torch.tensor(failed is not None))
         if failed is not None:
             raise failed
-        self.refuse(where, flags)
+        self.raise_on_any_rank(where, flags)
 
-    def refuse(self, where: str, failed: Tensor) -> None:
+    def raise_on_any_rank(self, where: str, failed: Tensor) -> None:
         """Raise RankError if a rank has failed: ``(size,)``, nonzero where."""
         ranks = failed.nonzero().flatten().tolist()
         if ranks:
@@ -165,13 +174,13 @@ class Group:
             raise RankError(self._broken) from None
 
 
-def started() -> int:
+def world_size() -> int:
     """How many processes ``torchrun`` has started, this one among them; 1 without it."""
     return int(os.environ.get("WORLD_SIZE", "1")) if "RANK" in os.environ else 1
 
 
 @contextmanager
-def launched(timeout: float = TIMEOUT, *, alone: bool = False) -> Iterator[Group | None]:
+def torchrun_group(timeout: float = TIMEOUT, *, alone: bool = False) -> Iterator[Group | None]:
     """The group of the processes that ``torchrun`` has started, or None where there is but this one.
 
     Initialises torch.distributed (gloo) where nobody has, and then destroys it at the end of the block.
@@ -184,18 +193,18 @@ def launched(timeout: float = TIMEOUT, *, alone: bool = False) -> Iterator[Group
         TypeError, ValueError: an argument of the wrong kind.
         RankError: not all ranks have come within the timeout.
 
-    >>> with launched() as group:
+    >>> with torchrun_group() as group:
     ...     print(group)
     None
     """
-    timeout = _check.positive("launched", "timeout", timeout)
+    timeout = _check.positive("torchrun_group", "timeout", timeout)
     if math.isinf(timeout):
-        raise ValueError(f"launched: timeout must be finite, got {timeout!r}")
-    _check.flag("launched", "alone", alone)
+        raise ValueError(f"torchrun_group: timeout must be finite, got {timeout!r}")
+    _check.flag("torchrun_group", "alone", alone)
     if dist.is_available() and dist.is_initialized():
         yield Group()
         return
-    count = started()
+    count = world_size()
     if count == 1 and not alone:
         yield None
         return
@@ -207,16 +216,16 @@ def launched(timeout: float = TIMEOUT, *, alone: bool = False) -> Iterator[Group
         dist.init_process_group("gloo", **options)
     except RuntimeError as error:
         reason = str(error).partition("\n")[0]
-        raise RankError(f"launched: not all of {count} ranks have come within {timeout} s ({reason})") from None
+        raise RankError(f"torchrun_group: not all of {count} ranks have come within {timeout} s ({reason})") from None
     try:
         yield Group()
     finally:
         dist.destroy_process_group()
 
 
-def at_first(group: Group | None, function: Callable[[], Any]) -> Any:
+def run_on_rank_zero(group: Group | None, function: Callable[[], Any]) -> Any:
     """What the function returns or raises on rank 0, on all ranks; without a group, here."""
-    return function() if group is None else group.from_first(function)
+    return function() if group is None else group.broadcast_from_rank_zero(function)
 
 
 def any_rank(group: Group | None, flag: bool) -> bool:

@@ -16,16 +16,18 @@ DEVICES = ["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"]
 for name, examples in {"exhaustive": 200, "kernels": 60, "few": 25}.items():
     settings.register_profile(name, max_examples=examples, deadline=None, derandomize=True)
 
-pytest.register_assert_rewrite("battery")
+pytest.register_assert_rewrite("op_conformance")
 
 
 def pytest_addoption(parser):
     parser.addoption("--reference", action="store_true", help="hide the compiled kernels: test the references")
-    parser.addoption("--cuda-on-cpu", metavar="LIBRARY", help="the CUDA kernels, run on the CPU by a stand-in for CUDA")
+    parser.addoption(
+        "--cuda-emulator", metavar="LIBRARY", help="the CUDA kernels, run on the CPU by a stand-in for CUDA"
+    )
 
 
 def pytest_configure(config):
-    library = config.getoption("--cuda-on-cpu")
+    library = config.getoption("--cuda-emulator")
     hidden = config.getoption("--reference") or library
     settings.load_profile("few" if hidden else "kernels" if config.option.markexpr else "exhaustive")
     if hidden:
@@ -47,7 +49,7 @@ def pytest_collection_modifyitems(config, items):
     all dtypes and layouts needs every value once, the kernels need every combination.
     """
     reference = config.getoption("--reference")
-    if not (reference or config.getoption("--cuda-on-cpu")):
+    if not (reference or config.getoption("--cuda-emulator")):
         return
     before = set()
     for item in items:
@@ -60,21 +62,21 @@ def pytest_collection_modifyitems(config, items):
 
 
 def pytest_report_header(config):
-    if config.getoption("--cuda-on-cpu"):
+    if config.getoption("--cuda-emulator"):
         return "eaml_ext: the CUDA kernels, on a stand-in for CUDA"
     return "eaml_ext: references alone" if config.getoption("--reference") else None
 
 
 @pytest.fixture(scope="session")
 def reference_only(request) -> bool:
-    """Whether the compiled kernels are hidden (``--reference``), or replaced (``--cuda-on-cpu``)."""
-    return request.config.getoption("--reference") or bool(request.config.getoption("--cuda-on-cpu"))
+    """Whether the compiled kernels are hidden (``--reference``), or replaced (``--cuda-emulator``)."""
+    return request.config.getoption("--reference") or bool(request.config.getoption("--cuda-emulator"))
 
 
 @pytest.fixture(scope="session")
 def on_stand_in(request) -> bool:
-    """Whether CUDA kernels stand for the CPU's (``--cuda-on-cpu``)."""
-    return bool(request.config.getoption("--cuda-on-cpu"))
+    """Whether CUDA kernels stand for the CPU's (``--cuda-emulator``)."""
+    return bool(request.config.getoption("--cuda-emulator"))
 
 
 @pytest.fixture(scope="session", params=DEVICES)

@@ -41,6 +41,13 @@ def main(module: str, folder: str, names: str, size: str, rank: str) -> None:
     store = dist.FileStore(os.path.join(folder, "store"), int(size))
     options = {"store": store, "rank": int(rank), "world_size": int(size), "timeout": timedelta(seconds=TIMEOUT)}
     dist.init_process_group("gloo", **options)
+    try:
+        run(module, folder, names, rank, Group())
+    finally:
+        dist.destroy_process_group()
+
+
+def run(module: str, folder: str, names: str, rank: str, group) -> None:
     sys.path.insert(0, os.path.dirname(module))
     spec = importlib.util.spec_from_file_location("on_ranks", module)
     loaded = importlib.util.module_from_spec(spec)
@@ -48,13 +55,12 @@ def main(module: str, folder: str, names: str, size: str, rank: str) -> None:
     outcome = {}
     for name in names.split(","):
         try:
-            getattr(loaded, name)(Group(), Path(folder))
+            getattr(loaded, name)(group, Path(folder))
             outcome[name] = None
         except BaseException:
             outcome[name] = traceback.format_exc()
             break  # the ranks are out of step
     (Path(folder) / f"outcome-{rank}.json").write_text(json.dumps(outcome))
-    dist.destroy_process_group()
 
 
 if __name__ == "__main__":

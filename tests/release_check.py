@@ -18,7 +18,7 @@ ROOT = Path(__file__).parents[1]
 WANTED = [
     *("pyproject.toml", "setup.py", "MANIFEST.in", "Makefile", "README.md", "LICENSE", "CHANGELOG.md", "mkdocs.yml"),
     *("csrc/module.cpp", "csrc/common/simd.h", "csrc/selective_scan/cuda/kernel.cuh", "csrc/knn/cpu/vector_inl.h"),
-    *("eaml_ext/__init__.py", "eaml_ext/py.typed", "tests/conftest.py", "tests/ops/battery.py", "docs/ops.md"),
+    *("eaml_ext/__init__.py", "eaml_ext/py.typed", "tests/conftest.py", "tests/ops/op_conformance.py", "docs/ops.md"),
     *("benchmarks/run.py", "benchmarks/results/gradient_figure.png", "requirements/demo.txt", "requirements/test.txt"),
 ]
 UNWANTED = re.compile(r"\.(so|pyc|o|part)$|__pycache__|\.git/|\.venv|(^|/)(build|runs)/")

@@ -8,8 +8,8 @@ from dataclasses import fields
 import pytest
 
 from eaml_ext import cli
-from eaml_ext.jobs import settings_file
-from eaml_ext.jobs.settings import DynamicsSettings
+from eaml_ext.jobs import config_file
+from eaml_ext.jobs.config import DynamicsConfig
 
 HELP = [["--help"], ["info", "--help"], *(["--algo", algo, "--help"] for algo in cli.SETTINGS)]
 
@@ -57,7 +57,7 @@ def test_flags_win_over_the_file_which_wins_over_the_defaults(tmp_path):
     path = tmp_path / "my.toml"
     path.write_text('num_epochs = 7\ninner_lr = 1\nresume = true\nout = "a \\"b\\""\n')
     got = settings("--config", str(path), "--num_epochs=9", "--no-resume")
-    assert got == DynamicsSettings(num_epochs=9, inner_lr=1, out='a "b"')
+    assert got == DynamicsConfig(num_epochs=9, inner_lr=1, out='a "b"')
     assert settings("--config", str(path)).resume is True
 
 
@@ -139,26 +139,26 @@ def test_unknown_flags_name_the_closest(argv, message, capsys):
 def test_what_is_written_reads_as_the_same_settings(kind, tmp_path):
     odd = 'a\\b"c\n\té\x7f\x01'
     given = kind(env_name=odd, seed=12345678901234567890, out=str(tmp_path), num_epochs=3)
-    path = settings_file.write(tmp_path, given)
+    path = config_file.write(tmp_path, given)
     assert path == tmp_path / "settings.toml" and [p.name for p in tmp_path.iterdir()] == ["settings.toml"]
     assert settings("--config", str(path)) == given
 
 
 def test_a_file_of_tiny_and_whole_numbers_keeps_their_bits(tmp_path):
     for value in (1e-07, 1e22, 0.1 + 0.2, 3.0, 5e-324):
-        path = settings_file.write(tmp_path, DynamicsSettings(inner_lr=value))
+        path = config_file.write(tmp_path, DynamicsConfig(inner_lr=value))
         assert settings("--config", str(path)).inner_lr == value
-        assert "resume" not in settings_file.read(path)
+        assert "resume" not in config_file.read(path)
 
 
 def test_settings_that_cannot_be_written_leave_nothing_behind(tmp_path):
     with pytest.raises(FileNotFoundError):
-        settings_file.write(tmp_path / "none", DynamicsSettings())
+        config_file.write(tmp_path / "none", DynamicsConfig())
     with pytest.raises(UnicodeEncodeError):
-        settings_file.write(tmp_path, DynamicsSettings(env_name="\udc80"))
+        config_file.write(tmp_path, DynamicsConfig(env_name="\udc80"))
     (tmp_path / "settings.toml").mkdir()
     with pytest.raises(OSError):
-        settings_file.write(tmp_path, DynamicsSettings())
+        config_file.write(tmp_path, DynamicsConfig())
     assert [path.name for path in tmp_path.iterdir()] == ["settings.toml"]
 
 

@@ -45,7 +45,7 @@ def test_selection_reference_every_value_of_every_parameter_is_kept():
     ]
 
 
-@pytest.mark.parametrize("option, kept", [("--reference", 4), ("--cuda-on-cpu", 5)])
+@pytest.mark.parametrize("option, kept", [("--reference", 4), ("--cuda-emulator", 5)])
 def test_selection_without_kernels_their_tests_are_left_out(option, kept):
     exhaustive = collected(option, ("a", "c"))
     assert [name[0] for name, left in exhaustive.items() if not left] == ["b"] * (kept - 1) + ["d"]

@@ -2,6 +2,7 @@
 
 import os
 import time
+import weakref
 from datetime import timedelta
 
 import numpy as np
@@ -9,7 +10,7 @@ import pytest
 import ranks
 import torch
 
-from eaml_ext.distributed import Group, RankError, launched
+from eaml_ext.distributed import Group, RankError, torchrun_group
 from eaml_ext.experience import ShardedExperienceBuffer
 
 
@@ -30,8 +31,8 @@ def on_ranks_collectives(group, folder):
     got = group.all_to_all(torch.arange(sum(send), dtype=torch.uint8) + 10 * group.rank, send, receive)
     assert got.tolist() == ([0] if group.rank == 0 else [1, 2, 10])
     assert group.any(group.rank == 1) and not group.any(False)
-    assert group.of_rank(1, {"is": group.rank}) == {"is": 1}
-    assert group.from_first(lambda: group.rank) == 0
+    assert group.broadcast_object(1, {"is": group.rank}) == {"is": 1}
+    assert group.broadcast_from_rank_zero(lambda: group.rank) == 0
 
 
 def on_ranks_one_failure_ends_all(group, folder):
@@ -39,12 +40,12 @@ def on_ranks_one_failure_ends_all(group, folder):
         raise ValueError("no such thing")
 
     with pytest.raises(ValueError, match="no such thing"):
-        group.from_first(fails)
+        group.broadcast_from_rank_zero(fails)
     kind, text = (KeyError, "lost") if group.rank else (RankError, "here: rank 1 of 2 failed")
-    with pytest.raises(kind, match=text), group.together("here"):
+    with pytest.raises(kind, match=text), group.errors_on_all_ranks("here"):
         if group.rank == 1:
             raise KeyError("lost")
-    with group.together("here"):
+    with group.errors_on_all_ranks("here"):
         pass
 
 
@@ -88,45 +89,60 @@ def test_on_two_processes(tmp_path):
 
 
 def test_shares_are_consecutive_and_complete():
-    with launched(alone=True) as group:
+    with torchrun_group(alone=True) as group:
         for size in (1, 2, 3, 5):
             group.size = size
             for count in range(12):
-                shares = [group.share(count, rank) for rank in range(size)]
+                shares = [group.shard(count, rank) for rank in range(size)]
                 assert [i for share in shares for i in share] == list(range(count))
                 assert max(map(len, shares)) - min(map(len, shares)) <= 1
 
 
 def test_group_numpy_integers_count_as_ints():
-    with launched(np.float32(30), alone=True) as group:
-        assert group.of_rank(np.int64(0), "value") == "value" and group.any(np.bool_(True))
+    with torchrun_group(np.float32(30), alone=True) as group:
+        assert group.broadcast_object(np.int64(0), "value") == "value" and group.any(np.bool_(True))
         group.size = 3
-        share = group.share(np.uint8(200), np.int64(1))  # in uint8 the products would overflow
+        share = group.shard(np.uint8(200), np.int64(1))  # in uint8 the products would overflow
         assert share == range(66, 133) and type(share.stop) is int
         for rank in (-1, 3, 1.0):
-            with pytest.raises((TypeError, ValueError), match=r"^Group.share: rank must be "):
-                group.share(5, rank)
-        with pytest.raises(ValueError, match=r"^Group.share: count must be >= 0, got -1$"):
-            group.share(-1)
-        with pytest.raises(ValueError, match=r"^Group.of_rank: rank must be in \[0, 3\), got 3$"):
-            group.of_rank(3, None)
+            with pytest.raises((TypeError, ValueError), match=r"^Group.shard: rank must be "):
+                group.shard(5, rank)
+        with pytest.raises(ValueError, match=r"^Group.shard: count must be >= 0, got -1$"):
+            group.shard(-1)
+        with pytest.raises(ValueError, match=r"^Group.broadcast_object: rank must be in \[0, 3\), got 3$"):
+            group.broadcast_object(3, None)
 
 
 def test_refusals(monkeypatch):
     with pytest.raises(ValueError, match=r"^Group: torch.distributed is not initialised: run under torchrun"):
         Group()
     for timeout, error in ((0, ValueError), ("x", TypeError), (float("inf"), ValueError)):
-        with pytest.raises(error, match=r"^launched: timeout must be "), launched(timeout):
+        with pytest.raises(error, match=r"^torchrun_group: timeout must be "), torchrun_group(timeout):
             pass
-    with pytest.raises(TypeError, match=r"^launched: alone must be True or False, got int"), launched(alone=1):
+    with (
+        pytest.raises(TypeError, match=r"^torchrun_group: alone must be True or False, got int"),
+        torchrun_group(alone=1),
+    ):
         pass
-    with launched(alone=True) as group:
+    with torchrun_group(alone=True) as group:
         with pytest.raises(TypeError, match=r"^Group: group must be a torch.distributed.ProcessGroup, got int"):
             Group(3)
-        with launched() as inner:  # what is initialised is used, and stays
+        with torchrun_group() as inner:  # what is initialised is used, and stays
             assert inner.size == 1
         assert group.any(True)
     for name, value in {"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}.items():
         monkeypatch.setenv(name, value)
-    with pytest.raises(RankError, match=r"^launched: not all of 2 ranks have come within 0.5 s \("), launched(0.5):
+    with (
+        pytest.raises(RankError, match=r"^torchrun_group: not all of 2 ranks have come within 0.5 s \("),
+        torchrun_group(0.5),
+    ):
         pass
+
+
+def test_group_after_its_process_group_is_destroyed_raises_and_keeps_no_threads():
+    """A process group that a Group kept alive beyond its destruction aborted one exit of Python in thirty."""
+    with torchrun_group(alone=True) as group:
+        alive = weakref.ref(torch.distributed.group.WORLD)
+    assert alive() is None
+    with pytest.raises(RankError, match=r"^Group: its process group has been destroyed$"):
+        group.any(True)

@@ -27,7 +27,7 @@ class Answers(Dataset):
         self.keys = torch.randn(40, 8, generator=torch.Generator().manual_seed(0)).repeat_interleave(50, 0)
         self.memory = ExperienceBuffer(2000, seed=0, age_half_life=1000)
         self.disk = ExperienceBuffer(2000, seed=0, directory=folder)
-        self.uniform, self.hierarchical = retrieval.uniform(8, targets="state"), retrieval.hierarchical(10, probes=2)
+        self.uniform, self.ivf = retrieval.uniform(8, targets="state"), retrieval.ivf(10, nprobe=2)
         for buffer in (self.memory, self.disk):
             buffer.add(state=torch.arange(2000.0).unsqueeze(1), context_embedding=self.keys)
 
@@ -46,7 +46,7 @@ class Answers(Dataset):
             "packed": memory.search(keys[:40], 8).values,
             "scan": selective_scan(u, u.abs(), A, B, B),
             "grad": torch.autograd.grad(selective_scan(u, u.abs(), A.requires_grad_(), B, B).square().sum(), A)[0],
-            "hierarchical": self.hierarchical.search(self.memory, self.keys[index]).indices,
+            "ivf": self.ivf.search(self.memory, self.keys[index]).indices,
         }
 
 

@@ -10,7 +10,7 @@ from torch.func import functional_call, vmap
 from torch.nn.utils.rnn import pad_sequence
 
 from eaml_ext.adaptation import AdaptationConfig, Adapter
-from eaml_ext.rl import SSMMetaPolicy, Trials, play
+from eaml_ext.rl import SSMMetaPolicy, Trials, rollout
 
 REWARD_SCALE = 0.1  # that of the training of the critic, whose values the advantages are made of
 
@@ -95,7 +95,7 @@ def adapted_returns(
         with torch.no_grad():
             actor = _Continued(policy, params, past, last)
             # Another seed, another start, as within one trial.
-            trials = play(dist, tasks, actor, seed + 1000 * episode, episodes=1, greedy=True)  # type: ignore[arg-type]
+            trials = rollout(dist, tasks, actor, seed + 1000 * episode, episodes=1, greedy=True)  # type: ignore[arg-type]
         returns.append(trials.episode_returns(1))
         if episode == episodes - 1:
             break

@@ -37,7 +37,7 @@ TUNING_SEED = 1000
 
 
 def run(
-    arm: str,
+    variant: str,
     rate: float,
     seed: int,
     updates: int,
@@ -50,7 +50,7 @@ def run(
     torch.set_num_threads(1)
     torch.manual_seed(seed)
     dist = CartPoleTasks(hide_velocity=True, **tasks)
-    policy = SSMMetaPolicy(feature_dim(dist), dist.action_dim, HIDDEN, state_size=STATE, core=CORES[arm])
+    policy = SSMMetaPolicy(feature_dim(dist), dist.action_dim, HIDDEN, state_size=STATE, core=CORES[variant])
     trainer = RL2(policy, dist, **length, lr=rate, seed=seed)
     start, unseen = time.process_time(), dist.sample(64, split, seed)
     curve = []
@@ -65,7 +65,7 @@ def run(
     returns = trainer.evaluate(unseen, EPISODES, seed)
     flip = torch.tensor([task.flip for task in unseen])
     return {
-        "arm": arm,
+        "variant": variant,
         "learning_rate": rate,
         "seed": seed,
         "parameters": sum(p.numel() for p in policy.parameters()),
@@ -78,7 +78,7 @@ def run(
         "adapted": {
             str(lr): adapted_returns(policy, dist, unseen, EPISODES, seed, lr).mean(0).tolist() for lr in adapter_rates
         },
-        "asked": asked(arm, rate, seed, updates, length, split, adapter_rates),
+        "asked": asked(variant, rate, seed, updates, length, split, adapter_rates),
     }
 
 
@@ -115,10 +115,10 @@ def main() -> None:
 
     with concurrent.futures.ProcessPoolExecutor(flags.workers, multiprocessing.get_context("spawn")) as pool:
 
-        def submit(arm: str, rate: float, seed: int, split: str, adapter_rates: Sequence[float]) -> Any:
-            ready = done.get(asked(arm, rate, seed, flags.updates, length, split, adapter_rates))
+        def submit(variant: str, rate: float, seed: int, split: str, adapter_rates: Sequence[float]) -> Any:
+            ready = done.get(asked(variant, rate, seed, flags.updates, length, split, adapter_rates))
             if ready is None and not flags.report:
-                return pool.submit(run, arm, rate, seed, flags.updates, tasks, length, split, adapter_rates)
+                return pool.submit(run, variant, rate, seed, flags.updates, tasks, length, split, adapter_rates)
             future: Any = concurrent.futures.Future()
             future.set_result(ready)
             return future
@@ -136,9 +136,9 @@ def main() -> None:
                 path.write_text(json.dumps(results, indent=1) + "\n")
 
         tries = [submit(a, r, TUNING_SEED, "valid", ADAPTER_RATES if a == "ssm" else ()) for a in CORES for r in RATES]
-        columns = ("arm", "seed", "learning_rate", "returns", "adapted", "cpu_seconds")
+        columns = ("variant", "seed", "learning_rate", "returns", "adapted", "cpu_seconds")
         tuning = [keep(job.result(), *columns) for job in tries]
-        best = {a: max((t for t in tuning if t["arm"] == a), key=lambda t: t["returns"][-1]) for a in CORES}
+        best = {a: max((t for t in tuning if t["variant"] == a), key=lambda t: t["returns"][-1]) for a in CORES}
         rates = {a: t["learning_rate"] for a, t in best.items()}
         adapter_rate = float(max(best["ssm"]["adapted"].items(), key=lambda item: item[1][-1])[0])
         print("learning rates:", rates, "of the adapter:", adapter_rate, flush=True)
@@ -151,27 +151,27 @@ def main() -> None:
         runs = [r for r in found if r is not None]
 
     table = {}
-    for arm in (*CORES, ADAPTED):
-        mine = [r for r in runs if r["arm"] == ("ssm" if arm == ADAPTED else arm)]
-        returns = [r["adapted"][str(adapter_rate)] if arm == ADAPTED else r["returns"] for r in mine]
+    for variant in (*CORES, ADAPTED):
+        mine = [r for r in runs if r["variant"] == ("ssm" if variant == ADAPTED else variant)]
+        returns = [r["adapted"][str(adapter_rate)] if variant == ADAPTED else r["returns"] for r in mine]
         if not mine:
             continue
         episodes = [student(column) for column in zip(*returns, strict=True)]
-        table[arm] = {
+        table[variant] = {
             "mean": [column["mean"] for column in episodes],
             "half": [column["half"] for column in episodes],
             "seeds": len(mine),
             "parameters": mine[0]["parameters"],
             "cpu_seconds": statistics.median(r["cpu_seconds"] for r in mine),
         }
-        if arm != ADAPTED:
+        if variant != ADAPTED:
             drawn = zip(*(r["returns_drawn"] for r in mine), strict=True)
-            table[arm]["drawn"] = [statistics.mean(column) for column in drawn]
+            table[variant]["drawn"] = [statistics.mean(column) for column in drawn]
     print(f"| memory | parameters | seeds | {' | '.join(f'episode {i + 1}' for i in range(EPISODES))} | CPU s |")
-    for arm, row in table.items():
+    for variant, row in table.items():
         spread = [f" +- {half:.0f}" if row["seeds"] > 1 else "" for half in row["half"]]
         cells = " | ".join(f"{m:.0f}{s}" for m, s in zip(row["mean"], spread, strict=True))
-        print(f"| {arm} | {row['parameters']} | {row['seeds']} | {cells} | {row['cpu_seconds']:.0f} |")
+        print(f"| {variant} | {row['parameters']} | {row['seeds']} | {cells} | {row['cpu_seconds']:.0f} |")
     memoryless = max(table["mlp"]["mean"][-1], table["mlp"]["drawn"][-1])
     print(f"ssm / memoryless, last episode: {table['ssm']['mean'][-1] / memoryless:.1f}")
     save(tuning, runs, table=table, adapter_rate=adapter_rate)
@@ -187,10 +187,10 @@ def plot(path: Any, table: dict[str, Any], runs: list[dict[str, Any]], title: st
     figure = Figure(figsize=(10, 4), layout="constrained")
     FigureCanvasAgg(figure)
     left, right = figure.subplots(1, 2, sharey=True)
-    for i, (arm, row) in enumerate(table.items()):
+    for i, (variant, row) in enumerate(table.items()):
         x = [e + 0.04 * (i - 2.5) for e in range(1, EPISODES + 1)]
-        left.errorbar(x, row["mean"], row["half"], marker="o", capsize=3, label=arm)
-        curves = [r["curve"] for r in runs if r["arm"] == arm]
+        left.errorbar(x, row["mean"], row["half"], marker="o", capsize=3, label=variant)
+        curves = [r["curve"] for r in runs if r["variant"] == variant]
         if not curves:  # the adapter's policy is trained without it
             continue
         means = [statistics.mean(returns) for returns in zip(*([v for _, v in c] for c in curves), strict=True)]

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from benchmarks.common import RESULTS, flags, interval, write
 from eaml_ext import SSM
 from eaml_ext.tasks import LDSTasks
-from eaml_ext.tasks.bounds import fit_linear
+from eaml_ext.tasks.baselines import fit_linear
 
 TASKS = LDSTasks()
 DIM = TASKS.obs_dim

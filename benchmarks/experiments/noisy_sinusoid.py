@@ -4,8 +4,9 @@
 
 An MLP 1-40-40-1 is meta-trained as in benchmarks.experiments.sinusoid, with K and with 10 noisy support points (10
 noisy query points, 5 inner steps); the one of the two that adapts better to K points alone, on the split "valid", then
-meets unseen tasks with K noisy points in every arm. The memory holds 20 noisy points of each of many training tasks.
-Six arms, all from the same meta-trained parameters:
+meets unseen tasks with K noisy points in every variant. The memory
+holds 20 noisy points of each of many training tasks.
+Six variants, all from the same meta-trained parameters:
 
 no adaptation   the meta-trained network as it is
 plain           gradient steps on the K points
@@ -14,11 +15,11 @@ retrieved       on the K points and the points of the 5 past tasks whose adapted
 lookup only     no gradient step: the mean prediction of those 5 models
 oracle          on the K points and 100 noisy points of the very same task
 
-Number of steps (up to 50) and weight of the experience of each arm are those with the least error on 100 tasks of the
-split "valid"; reported is the error, against the noiseless sinusoid, on tasks of the split "test", with the half width
-of its 95 % interval over all tasks. Where new tasks have larger amplitudes than any trained on or remembered, so have
-those that settings are chosen by, and gradients are clipped in all arms. One thread. What the file has of a seed
-and setting is not run again; --quick makes 3,000 meta-updates, one seed, one setting, no file.
+Number of steps (up to 50) and weight of the experience of each variant are those with the least error on 100 tasks of
+the split "valid"; reported is the error, against the noiseless sinusoid, on tasks of the split "test", with the half
+width of its 95 % interval over all tasks. Where new tasks have larger amplitudes than any trained on or remembered, so
+have those that settings are chosen by, and gradients are clipped in all variants. One thread. What the file has of a
+seed and setting is not run again; --quick makes 3,000 meta-updates, one seed, one setting, no file.
 """
 
 import argparse
@@ -37,7 +38,7 @@ from benchmarks.experiments.sinusoid import ITERATIONS, train
 from eaml_ext import AdaptationConfig, Adapter, ExperienceBuffer, MetaMAML
 from eaml_ext.experience import retrieval
 from eaml_ext.jobs import report
-from eaml_ext.meta import PastModels
+from eaml_ext.meta import AdaptedTaskModels
 from eaml_ext.tasks import SinusoidTasks
 
 SHOTS = (2, 3, 5, 10)
@@ -85,13 +86,13 @@ def same_task(setting: Setting, n: int, split: str, seed: int) -> list[dict[str,
 
 def errors(
     maml: MetaMAML,
-    models: PastModels,
+    models: AdaptedTaskModels,
     buffer: ExperienceBuffer,
     data: Split,
     own: list[dict[str, Tensor]],
     clip: float | None,
 ) -> dict[str, dict[str, Tensor]]:
-    """Error of each task ``(tasks,)`` in every arm, for every number of steps and weight."""
+    """Error of each task ``(tasks,)`` in every variant, for every number of steps and weight."""
     support_x, support_y, query_x, query_y = data
     count, tasks = len(support_x), buffer.tasks()
 
@@ -134,14 +135,14 @@ def errors(
     with torch.no_grad():
         each = vmap(lambda p, x: functional_call(maml.model, p, (x,)))
         predicted = torch.stack([each(models.params(best[:, i]), query_x) for i in range(SIMILAR)]).mean(dim=0)
-    arms = {
+    variants = {
         "no adaptation": {"": error(start)},
         "plain": adapted(None, 0.0),
         "lookup only": {"": (predicted - query_y).square().mean(dim=(1, 2))},
     }
     for name, retriever in retrievers.items():
-        arms[name] = {key: e for weight in WEIGHTS for key, e in adapted(retriever, weight).items()}
-    return arms
+        variants[name] = {key: e for weight in WEIGHTS for key, e in adapted(retriever, weight).items()}
+    return variants
 
 
 def plain_error(maml: MetaMAML, data: Split) -> float:
@@ -155,32 +156,32 @@ def plain_error(maml: MetaMAML, data: Split) -> float:
 
 
 def run(setting: Setting, maml: MetaMAML, seed: int, iterations: int, tasks: int) -> dict[str, Any]:
-    """The arms of one setting and seed on the test tasks, at what was best on the valid ones."""
+    """The variants of one setting and seed on the test tasks, at what was best on the valid ones."""
     noise, past, _, amplitudes = setting
     clip = None if amplitudes == KNOWN else CLIP
     buffer = fill(noise, past, seed, iterations)
-    models = PastModels(maml, buffer, F.mse_loss, MEMORY_STEPS, chunk_size=None)
+    models = AdaptedTaskModels(maml, buffer, F.mse_loss, MEMORY_STEPS, chunk_size=None)
     found = {}
     for split, n in (("valid", VALID_TASKS), ("test", tasks)):
         data, own = (make(setting, n, split, seed) for make in (draw, same_task))
         found[split] = errors(maml, models, buffer, data, own, clip)
     out = {}
-    for arm, valid in found["valid"].items():
+    for variant, valid in found["valid"].items():
         chosen = min(valid, key=lambda key: float(valid[key].mean()))
-        error = found["test"][arm][chosen].double()
-        out[arm] = {"chosen": chosen, "mean": float(error.mean()), "variance": float(error.var())}
+        error = found["test"][variant][chosen].double()
+        out[variant] = {"chosen": chosen, "mean": float(error.mean()), "variance": float(error.var())}
     return out
 
 
 def summary(runs: dict[str, Any]) -> dict[str, dict[str, float]]:
-    """Mean, half width of its 95 % interval and variance of each arm over the tasks of all seeds."""
+    """Mean, half width of its 95 % interval and variance of each variant over the tasks of all seeds."""
     table = {}
-    for arm in ARMS:
-        means = torch.tensor([run[arm]["mean"] for run in runs.values()], dtype=torch.float64)
-        within = torch.tensor([run[arm]["variance"] for run in runs.values()], dtype=torch.float64)
+    for variant in ARMS:
+        means = torch.tensor([run[variant]["mean"] for run in runs.values()], dtype=torch.float64)
+        within = torch.tensor([run[variant]["variance"] for run in runs.values()], dtype=torch.float64)
         variance = float(within.mean() + means.var(correction=0))
         half = 1.96 * math.sqrt(variance / (TEST_TASKS * len(runs)))
-        table[arm] = {"mean": float(means.mean()), "interval": half, "variance": variance}
+        table[variant] = {"mean": float(means.mean()), "interval": half, "variance": variance}
     return table
 
 
@@ -191,10 +192,10 @@ def plot(settings: dict[str, Any]) -> None:
     figure = Figure(figsize=(7, 4), layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.subplots()
-    rows = [settings[key((0.3, 1000, k, KNOWN))]["arms"] for k in SHOTS]
-    for arm in ARMS:
-        mean, half = ([row[arm][part] for row in rows] for part in ("mean", "interval"))
-        axes.errorbar(SHOTS, mean, half, marker="o", capsize=3, label=arm)
+    rows = [settings[key((0.3, 1000, k, KNOWN))]["variants"] for k in SHOTS]
+    for variant in ARMS:
+        mean, half = ([row[variant][part] for row in rows] for part in ("mean", "interval"))
+        axes.errorbar(SHOTS, mean, half, marker="o", capsize=3, label=variant)
     title = "Noisy sinusoids, noise 0.3, memory of 1000 tasks"
     axes.set(xlabel="points of the new task", ylabel="mean squared error", xscale="log", yscale="log", title=title)
     axes.minorticks_off()
@@ -234,12 +235,12 @@ def main() -> None:
             maml = min((mamls[noise, support] for support in {shots, 10}), key=lambda m: plain_error(m, valid))
             runs = results.setdefault(key(setting), {}).setdefault("runs", {})
             runs[str(seed)] = run(setting, maml, seed, iterations, tasks)
-            results[key(setting)]["arms"] = summary(runs)
+            results[key(setting)]["variants"] = summary(runs)
             print(f"{key(setting)} ({len(runs)} seeds)")
-            for arm, row in results[key(setting)]["arms"].items():
-                chosen = runs[str(seed)][arm]["chosen"]
+            for variant, row in results[key(setting)]["variants"].items():
+                chosen = runs[str(seed)][variant]["chosen"]
                 print(
-                    f"  {arm:<14}{row['mean']:>9.4f} +- {row['interval']:.4f}{row['variance']:>10.4f}  {chosen}",
+                    f"  {variant:<14}{row['mean']:>9.4f} +- {row['interval']:.4f}{row['variance']:>10.4f}  {chosen}",
                     flush=True,
                 )
             if not arguments.quick:

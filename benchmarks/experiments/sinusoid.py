@@ -90,7 +90,7 @@ def plot(settings: dict[str, Any]) -> None:
         axes.fill_between(STEPS, mean - spread, mean + spread, alpha=0.3)
     axes.plot(list(PAPER), list(PAPER.values()), "k*", label="Finn et al. 2017, 5 shots, 1 step")
     axes.axhline(
-        next(iter(settings.values()))["bounds"]["mean"],
+        next(iter(settings.values()))["baselines"]["mean"],
         color="0.4",
         linestyle="--",
         label="the best without adaptation",
@@ -112,14 +112,14 @@ def main() -> None:
         shots, inner_steps = SETTINGS[name]
         setting: dict[str, Any] = {} if arguments.quick else results().get(name, {})
         runs = setting.get("runs", {})
-        bounds = SinusoidTasks(shots, queries=100).bounds(TEST_TASKS)
+        baselines = SinusoidTasks(shots, queries=100).baselines(TEST_TASKS)
         for seed in arguments.seeds[:1] if arguments.quick else arguments.seeds:
             start = time.process_time()
             iterations = 3000 if arguments.quick else ITERATIONS
             maml = train(SinusoidTasks(shots, queries=10), inner_steps, seed, iterations)
             seconds = time.process_time() - start
             runs[str(seed)] = {"error": test(maml, shots, seed), "seconds": seconds, "skipped": maml.skipped_updates}
-            setting = {**summary(runs), "bounds": bounds, "runs": dict(sorted(runs.items()))}
+            setting = {**summary(runs), "baselines": baselines, "runs": dict(sorted(runs.items()))}
             if not arguments.quick:
                 settings = {**results(), name: setting}
                 report.write_json(PATH, {"machine": machine(), "test_tasks": TEST_TASKS, "settings": settings})
@@ -127,7 +127,7 @@ def main() -> None:
         row = "".join(f"{f'{mean[s]:.3f} +- {spread[s]:.3f}':>18}" for s in SHOWN)
         seconds = statistics.median(run["seconds"] for run in runs.values())
         print(f"{name:<20}{row}{seconds:>10.0f}   ({len(runs)} seeds)", flush=True)
-    print(f"the best without adaptation {bounds['mean']:.2f}, predicting zero {bounds['zero']:.2f}")
+    print(f"the best without adaptation {baselines['mean']:.2f}, predicting zero {baselines['zero']:.2f}")
     if not arguments.quick:
         plot(results())
 

@@ -6,17 +6,19 @@ systems, and then meta-trained (MetaMAML, second order) to do so after a few gra
 regime. It goes along one long run, 4 steps at a time: first it predicts, then it adapts, from the meta-trained
 parameters. What it has met goes to an ExperienceBuffer in chunks of 32 steps, with the parameters at the end of each;
 nobody tells it the regime. Errors are squared, in variances of an observation, in the 64 steps after a switch ("shock")
-and later ("steady"): means over unseen systems with 95 % intervals. Each arm has the settings that did best on other
-systems (split valid), of equally many tried for each.
+and later ("steady"): means over unseen systems with 95 % intervals. Each variant has the settings that did best on
+other systems (split valid), of equally many tried for each.
 
 An adapted model is not asked alone: what is said is the mean of its prediction and that of the model before it was
-meta-trained, by the odds of their last errors, forgotten within some batches. So all arms fall back on no adaptation.
+meta-trained, by the odds of their last errors, forgotten within some batches. So all variants fall back on no
+adaptation.
 
-Arms: no adaptation (the model before it is meta-trained, whose state adapts: in-context only); plain adaptation, to the
-last batch or, going on from the last parameters, to all; with experience: recent (the last four chunks), uniform (any
-four), retrieved (the four whose parameters predict the last batch best), oracle (the latest four of the true regime);
-lookup-only (the parameters of the best chunk of the arm retrieved, as they are). Beside them: persistence, an MLP on
-four frames, the Kalman filter that is told the regime. The spike rule is off: here a loss that jumps is a switch.
+Variants: no adaptation (the model before it is meta-trained, whose state adapts: in-context only); plain adaptation, to
+the last batch or, going on from the last parameters, to all; with experience: recent (the last four chunks), uniform
+(any four), retrieved (the four whose parameters predict the last batch best), oracle (the latest four of the true
+regime);
+lookup-only (the parameters of the best chunk of the variant retrieved, as they are). Beside them: persistence, an MLP
+on four frames, the Kalman filter that is told the regime. The spike rule is off: here a loss that jumps is a switch.
 """
 
 import copy
@@ -33,7 +35,7 @@ from torch.func import functional_call, vmap
 from benchmarks.common import RESULTS, flags, interval, write
 from eaml_ext import SSM, AdaptationConfig, Adapter, ExperienceBuffer, MetaMAML
 from eaml_ext.experience import retrieval
-from eaml_ext.tasks import LDSTasks, bounds
+from eaml_ext.tasks import LDSTasks, baselines
 
 TASKS = LDSTasks(modes=3, stay=1 - 1 / 128)
 FRAMES = 4  # that model and MLP see
@@ -50,7 +52,7 @@ FORGET = 0.7  # what counts of the batch before, in odds and in scores of chunks
 
 @dataclasses.dataclass(frozen=True)
 class Settings:
-    """Of one arm."""
+    """Of one variant."""
 
     lr: float
     anew: bool = True  # each batch is adapted to from the trained parameters, not from the last ones
@@ -190,7 +192,7 @@ class Memory:
         return torch.where(mine, row[chunk.clamp(max=len(row) - 1)] if len(row) else torch.inf, torch.inf)
 
 
-def predictions(models: Models, runs: Runs, arm: str, settings: Settings) -> Tensor:
+def predictions(models: Models, runs: Runs, variant: str, settings: Settings) -> Tensor:
     """Of all runs side by side, ``(tasks, steps, obs_dim)``, each batch predicted before it is learned from."""
     model = models.adaptable
     inputs, targets, users = runs.inputs, runs.targets, len(runs.x)
@@ -204,7 +206,7 @@ def predictions(models: Models, runs: Runs, arm: str, settings: Settings) -> Ten
         return found and {name: v[torch.arange(TAKEN) % len(v)] for name, v in found.items()}
 
     cfg = AdaptationConfig(settings.lr, 10.0, trust_region_eps=None, ema_decay=None, max_steps_per_call=STEPS)
-    helped = arm in EXPERIENCED or arm == "lookup-only"
+    helped = variant in EXPERIENCED or variant == "lookup-only"
     adapter = Adapter(model, cfg, memory.buffer, WEIGHT if helped else 0.0, retriever=retriever)
     history = adapter.history(users)
     params = served = {name: p.detach().expand(users, *p.shape) for name, p in model.named_parameters()}
@@ -224,13 +226,13 @@ def predictions(models: Models, runs: Runs, arm: str, settings: Settings) -> Ten
         errors = [(x - targets[:, here]).square().sum((1, 2)) for x in (plain[:, here], y[:, 0])]
         trust = FORGET * trust + (errors[0] - errors[1]) / (2 * models.error)
         mode = runs.modes[:, FRAMES + here.stop - 1]
-        if arm == "uniform":
+        if variant == "uniform":
             memory.scores = torch.rand(users, len(memory.params), generator=generator)
-        elif arm == "recent":
+        elif variant == "recent":
             memory.scores = torch.arange(len(memory.params), 0, -1.0).repeat(users, 1)
-        elif arm == "oracle":
+        elif variant == "oracle":
             memory.score_modes(mode)
-        elif arm != "plain":
+        elif variant != "plain":
             memory.score_params(model, batch)
         start = None if settings.anew else params
         params, _ = adapter.adapt_many(F.mse_loss, {**batch, "hidden_state": hidden}, start, history)
@@ -239,7 +241,7 @@ def predictions(models: Models, runs: Runs, arm: str, settings: Settings) -> Ten
             past = slice(here.stop - CHUNK * LENGTH, here.stop)
             chunk = {"states": inputs[:, None, past], "targets": targets[:, None, past]}
             memory.add(chunk, params, runs.modes[:, FRAMES + past.start : FRAMES + past.stop])
-        if arm == "lookup-only" and memory.scores.shape[1]:
+        if variant == "lookup-only" and memory.scores.shape[1]:
             best = memory.scores.argmin(1)
             served = {name: torch.stack([p[name] for p in memory.params], 1)[everyone, best] for name in params}
     return torch.cat(said, 1)
@@ -269,10 +271,10 @@ def after_a_switch(runs: Runs, y: Tensor, until: int = 128) -> list[float]:
     return [float(errors[met & (since // LENGTH == b)].mean()) for b in range(until // LENGTH)]
 
 
-def tune(models: Models, runs: Runs, arm: str) -> Settings:
+def tune(models: Models, runs: Runs, variant: str) -> Settings:
     """The settings with the least error over whole runs."""
     grid = [Settings(lr, anew) for lr in LRS for anew in (True, False)]
-    found = [float((predictions(models, runs, arm, one) - runs.targets).square().mean()) for one in grid]
+    found = [float((predictions(models, runs, variant, one) - runs.targets).square().mean()) for one in grid]
     return grid[found.index(min(found))]
 
 
@@ -283,7 +285,7 @@ def references(runs: Runs, model: SSM) -> dict[str, Tensor]:
         kalman = TASKS.kalman(runs.tasks, runs.x.unsqueeze(1), runs.modes.unsqueeze(1))[0][:, 0]
         return {
             "persistence": runs.x[:, FRAMES - 1 : -1],
-            "MLP on 4 frames": bounds.fit_mlp(train, FRAMES)(runs.x),
+            "MLP on 4 frames": baselines.fit_mlp(train, FRAMES)(runs.x),
             "no adaptation (in-context only)": model(runs.inputs),
             "Kalman, told the regime": kalman[:, FRAMES - 1 :].to(runs.x),
         }
@@ -317,17 +319,17 @@ def main() -> None:
         error = float((model(valid.inputs) - valid.targets).square().mean())
     models = Models(model, meta_trained(model, 0, 100 if quick else 300), error)
     print(f"trained: {time.perf_counter() - start:.0f} s", flush=True)
-    for arm in ("plain", "recent", "uniform", "retrieved", "lookup-only", "oracle"):
-        settings = Settings(LRS[0]) if quick else tune(models, valid, arm)
-        chosen[arm] = dataclasses.asdict(settings)
-        said[arm] = predictions(models, test, arm, settings)
-        print(f"{arm}: {chosen[arm]}, {time.perf_counter() - start:.0f} s", flush=True)
+    for variant in ("plain", "recent", "uniform", "retrieved", "lookup-only", "oracle"):
+        settings = Settings(LRS[0]) if quick else tune(models, valid, variant)
+        chosen[variant] = dataclasses.asdict(settings)
+        said[variant] = predictions(models, test, variant, settings)
+        print(f"{variant}: {chosen[variant]}, {time.perf_counter() - start:.0f} s", flush=True)
     parts = {name: windows(test, y) for name, y in said.items()}
     table = {name: {part: interval(v) for part, v in row.items()} for name, row in parts.items()}
     paired = {  # by system, what retrieval takes off the other's error
         name: {part: interval(row[part] - parts["retrieved"][part]) for part in row} for name, row in parts.items()
     }
-    print("| arm | shock | of a regime met before | steady | whole run | shock: arm - retrieved, paired |")
+    print("| variant | shock | of a regime met before | steady | whole run | shock: variant - retrieved, paired |")
     for name, row in table.items():
         cells = [*(row[part] for part in ("shock", "back", "steady", "whole")), paired[name]["shock"]]
         print(f"| {name} | " + " | ".join(f"{c['mean']:.4f} +- {c['half']:.4f}" for c in cells) + " |")

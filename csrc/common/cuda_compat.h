@@ -1,5 +1,5 @@
 // All of CUDA that kernels and their launchers use, each thing under one name. Compiled by nvcc it is CUDA; compiled
-// with EAML_CUDA_ON_CPU, by a host compiler, it is the stand-in of tests/cuda_on_cpu/machine.h, which runs the same
+// with EAML_CUDA_EMULATOR, by a host compiler, it is the stand-in of tests/cuda_emulator/cuda_emulator.h, which runs the same
 // kernels on a CPU, a fiber a thread.
 #pragma once
 
@@ -10,8 +10,8 @@
 
 #include "common/simd.h"
 
-#if defined(EAML_CUDA_ON_CPU)
-#include "machine.h"
+#if defined(EAML_CUDA_EMULATOR)
+#include "cuda_emulator.h"
 #define EAML_KERNEL(...) void
 #define EAML_CONSTANT
 #define EAML_UNROLL_BY(times)
@@ -35,7 +35,7 @@ const char* launch(void (*kernel)(Parameters...), std::int64_t blocks, int threa
                    void* stream, const Arguments&... arguments) {
   if (blocks == 0) return nullptr;
   if (blocks > 0x7fffffff) return "too many blocks for one launch";
-#if defined(EAML_CUDA_ON_CPU)
+#if defined(EAML_CUDA_EMULATOR)
   return machine::run(blocks, threads, shared_bytes, [&] { kernel(arguments...); });
 #else
   constexpr std::size_t kWithoutAsking = 48 << 10;
@@ -52,7 +52,7 @@ const char* launch(void (*kernel)(Parameters...), std::int64_t blocks, int threa
 #endif
 }
 
-#if !defined(EAML_CUDA_ON_CPU)
+#if !defined(EAML_CUDA_EMULATOR)
 // Of the current device; 0 where there is none.
 inline int device_attribute(cudaDeviceAttr attribute) {
   int device = 0, value = 0;
@@ -64,7 +64,7 @@ inline int device_attribute(cudaDeviceAttr attribute) {
 // How many times as many multiply-adds a second the current device does in single precision as in double. On the
 // stand-in without end, so that tests reach the kernels that avoid double precision.
 inline int singles_to_a_double() {
-#if defined(EAML_CUDA_ON_CPU)
+#if defined(EAML_CUDA_EMULATOR)
   return 1 << 20;
 #else
   const int ratio = device_attribute(cudaDevAttrSingleToDoublePrecisionPerfRatio);
@@ -73,7 +73,7 @@ inline int singles_to_a_double() {
 }
 // Whether the current device has what multiply_add and copy_async are.
 inline bool multiplies_bfloat16() {
-#if defined(EAML_CUDA_ON_CPU)
+#if defined(EAML_CUDA_EMULATOR)
   return true;
 #else
   return device_attribute(cudaDevAttrComputeCapabilityMajor) >= 8;
@@ -82,7 +82,7 @@ inline bool multiplies_bfloat16() {
 
 // What runs on the device. The host's pass of nvcc sees it too, and never calls it.
 
-#if defined(EAML_CUDA_ON_CPU)
+#if defined(EAML_CUDA_EMULATOR)
 #define EAML_DEVICE inline
 #define EAML_MEMBER
 #define EAML_DEVICE_CODE(cuda, host) host
@@ -121,7 +121,7 @@ EAML_DEVICE T load(const T* from) {
 // K numbers side by side, 8 bytes or a multiple of 16, which they are aligned to.
 template <int K, class T>
 EAML_DEVICE void load_row(T (&to)[K], const T* from) {
-#if defined(EAML_CUDA_ON_CPU)
+#if defined(EAML_CUDA_EMULATOR)
   std::memcpy(to, from, sizeof to);
 #else
   if constexpr (sizeof to == 8) {
@@ -145,7 +145,7 @@ EAML_DEVICE double multiply(double a, double b) {
 }
 // Adds to a number that other threads of the grid add to; what it was before, in no particular order.
 EAML_DEVICE std::uint32_t add_for_all(std::uint32_t* to, std::uint32_t x) {
-#if defined(EAML_CUDA_ON_CPU)
+#if defined(EAML_CUDA_EMULATOR)
   const std::uint32_t before = *to;
   *to += x;
   return before;
@@ -154,7 +154,7 @@ EAML_DEVICE std::uint32_t add_for_all(std::uint32_t* to, std::uint32_t x) {
 #endif
 }
 EAML_DEVICE void max_for_all(std::uint32_t* to, std::uint32_t x) {
-#if defined(EAML_CUDA_ON_CPU)
+#if defined(EAML_CUDA_EMULATOR)
   *to = *to < x ? x : *to;
 #else
   atomicMax(to, x);
@@ -165,7 +165,7 @@ EAML_DEVICE void max_for_all(std::uint32_t* to, std::uint32_t x) {
 // threads of a warp as PTX says of mma.m16n8k16. Products are exact; sums are taken with single precision at least, in
 // any order and with any rounding.
 EAML_DEVICE void multiply_add(float (&c)[4], const std::uint32_t (&a)[4], const std::uint32_t (&b)[2]) {
-#if defined(EAML_CUDA_ON_CPU)
+#if defined(EAML_CUDA_EMULATOR)
   machine::multiply_add(c, a, b);
 #elif defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 800
   asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
@@ -232,7 +232,7 @@ struct Shared {
 
   // 16 bytes from global memory, aligned to that; there after wait_for_copies. All threads end a group of copies.
   EAML_MEMBER void copy_async(int i, const void* from) const {
-#if defined(EAML_CUDA_ON_CPU)
+#if defined(EAML_CUDA_EMULATOR)
     machine::touch(data + i, 16, true);
     std::memcpy(data + i, from, 16);
 #elif defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 800
@@ -257,7 +257,7 @@ EAML_DEVICE void wait_for_copies() {
 
 // The shared memory that the launch asked for, aligned to 16 bytes.
 EAML_DEVICE char* shared_memory() {
-#if defined(EAML_CUDA_ON_CPU)
+#if defined(EAML_CUDA_EMULATOR)
   return machine::shared_memory();
 #else
   extern __shared__ __align__(16) char memory[];

@@ -9,7 +9,7 @@
 #include <stdexcept>
 #include <string>
 
-#if defined(EAML_CUDA_ON_CPU)
+#if defined(EAML_CUDA_EMULATOR)
 #define EAML_CUDA_KEY CPU
 #else
 #define EAML_CUDA_KEY CUDA
@@ -22,7 +22,7 @@ aoti_torch_get_current_cuda_stream(std::int32_t device_index, void** stream);
 namespace eaml::cuda {
 
 inline bool on_device(const torch::stable::Tensor& t) {
-#if defined(EAML_CUDA_ON_CPU)
+#if defined(EAML_CUDA_EMULATOR)
   return t.is_cpu();
 #else
   return t.is_cuda();
@@ -31,7 +31,7 @@ inline bool on_device(const torch::stable::Tensor& t) {
 
 class DeviceStreamGuard {
  public:
-#if defined(EAML_CUDA_ON_CPU)
+#if defined(EAML_CUDA_EMULATOR)
   explicit DeviceStreamGuard(const torch::stable::Tensor&) {}
 #else
   explicit DeviceStreamGuard(const torch::stable::Tensor& t) : guard_(t.get_device_index()) {
@@ -43,7 +43,7 @@ class DeviceStreamGuard {
   void* stream() const { return stream_; }
 
  private:
-#if !defined(EAML_CUDA_ON_CPU)
+#if !defined(EAML_CUDA_EMULATOR)
   torch::stable::accelerator::DeviceGuard guard_;
 #endif
   void* stream_ = nullptr;

@@ -4,7 +4,7 @@
 #include <cstdint>
 
 #include "common/simd.h"
-#if defined(__CUDACC__) || defined(EAML_CUDA_ON_CPU)
+#if defined(__CUDACC__) || defined(EAML_CUDA_EMULATOR)
 #include "common/cuda_compat.h"
 #endif
 
@@ -13,7 +13,7 @@ namespace eaml {
 constexpr double kLog2e = 1.4426950408889634074;
 constexpr double kLn2 = 0.69314718055994530942;
 
-#if defined(__CUDACC__) || defined(EAML_CUDA_ON_CPU)
+#if defined(__CUDACC__) || defined(EAML_CUDA_EMULATOR)
 // A GPU thread has one number, and an instruction for 2^t.
 template <int K, class V>
 EAML_INLINE void exp2_(const V (&t)[K], V (&out)[K]) {

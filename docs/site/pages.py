@@ -18,7 +18,7 @@ TEXTS = {"README.md": "index.md", "CONTRIBUTING.md": "contributing.md", "CHANGEL
 # Pages of more than one room: the modules whose public names they list.
 MODULES = {
     "integrations": ["integrations.transformers"],
-    "package": ["checkpoint", "distributed", "info", "jobs.settings", "jobs.rl_settings", "jobs.settings_file"],
+    "package": ["checkpoint", "distributed", "info", "jobs.config", "jobs.rl_config", "jobs.config_file"],
 }
 
 

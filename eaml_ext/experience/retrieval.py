@@ -7,10 +7,10 @@ by all but ``uniform``. A retriever returns one state of the buffer, whatever ot
 pickled if its selectors can.
 
 =================  ==================================================================================================
-``uniform``        all experience is of one kind, or as the control arm
+``uniform``        all experience is of one kind, or as the control variant
 ``nearest``        the context embedding tells tasks apart
 ``attention``      it does, but how many stored items are relevant differs from query to query
-``hierarchical``   it does, and the memory is so large that comparing with all of it takes too long
+``ivf``   it does, and the memory is so large that comparing with all of it takes too long
 ``best_fit``       it does not, but a model adapted to a past task recognises the data
 =================  ==================================================================================================
 """
@@ -25,8 +25,8 @@ from torch import Tensor
 
 from eaml_ext import _check
 from eaml_ext.experience.buffer import ExperienceBuffer
-from eaml_ext.experience.cells import Cells
 from eaml_ext.experience.experiences import Experiences, Selector, _check_temperature
+from eaml_ext.experience.ivf import InvertedLists
 
 Retriever = Callable[[ExperienceBuffer, Mapping[str, Any]], "dict[str, Tensor] | None"]
 
@@ -37,7 +37,7 @@ def uniform(
     """``n`` experiences at random, ``weighted`` by priority and age where asked.
 
     Helps when what was met before is what is met now: one task, few data at a time. Where tasks differ it tends to
-    hurt, which makes it the control arm.
+    hurt, which makes it the control variant.
 
     >>> import torch
     >>> buffer = ExperienceBuffer(100)
@@ -125,25 +125,25 @@ def attention(
     return partial(_nearest, where=where, k=k, temperature=temperature, states=states, targets=targets)
 
 
-class hierarchical:
-    """The ``k`` nearest experiences, sought in the ``probes`` cells nearest to the query only.
+class ivf:
+    """The ``k`` nearest experiences, sought in the ``nprobe`` lists nearest to the query only.
 
-    The embeddings are parted into cells around centroids found by k-means; a search compares the query with the
-    centroids, then exactly with what stands in the nearest cells. Helps when the memory is large: with the default
-    number of cells one search looks at about ``2 · sqrt(probes · n)`` of n embeddings. What it misses is what stands
-    beyond a border of cells; :meth:`recall` says how much that is. Where the probed cells hold fewer than ``k``
+    The embeddings are parted into lists around centroids found by k-means; a search compares the query with the
+    centroids, then exactly with what stands in the nearest lists. Helps when the memory is large: with the default
+    number of lists one search looks at about ``2 · sqrt(nprobe · n)`` of n embeddings. What it misses is what stands
+    beyond a border of lists; :meth:`recall` says how much that is. Where the probed lists hold fewer than ``k``
     candidates, or most of the memory, all of it is searched.
 
-    Items added since the cells were made are searched one and all, until they are a tenth of the memory and are put
-    into cells too; when all have been replaced, the cells are made anew. That search then takes long (k-means).
+    Items added since the lists were made are searched one and all, until they are a tenth of the memory and are put
+    into lists too; when all have been replaced, the lists are made anew. That search then takes long (k-means).
 
-    Each buffer that is searched has its own cells, which live as long as the buffer. They depend on ``seed`` and the
-    stored items alone, also in a DataLoader worker. A copied or pickled retriever makes new cells at its first search.
+    Each buffer that is searched has its own lists, which live as long as the buffer. They depend on ``seed`` and the
+    stored items alone, also in a DataLoader worker. A copied or pickled retriever makes new lists at its first search.
 
     Args:
         k: how many experiences.
-        probes: how many cells are searched; None: all, which is exact (and plain ``nearest``).
-        cells: how many there are; None: ``sqrt(probes · n)``, which balances the two comparisons.
+        nprobe: how many lists are searched; None: all, which is exact (and plain ``nearest``).
+        nlist: how many there are; None: ``sqrt(nprobe · n)``, which balances the two comparisons.
         seed: of k-means' first centroids.
         states, targets: go to ``Experiences.batch``.
 
@@ -154,7 +154,7 @@ class hierarchical:
     >>> places = torch.randn(50, 8).repeat(200, 1)  # embeddings come in clusters, as those of tasks do
     >>> x = places + 0.05 * torch.randn(10_000, 8)
     >>> buffer.add(x, x, context_embedding=x)
-    >>> retriever = hierarchical(10, probes=4)
+    >>> retriever = ivf(10, nprobe=4)
     >>> retriever(buffer, {"context_embedding": x[0]})["states"].shape
     torch.Size([10, 8])
     >>> retriever.recall(buffer, x[:100]) > 0.9
@@ -164,39 +164,39 @@ class hierarchical:
     def __init__(
         self,
         k: int,
-        probes: int | None = 8,
+        nprobe: int | None = 8,
         *,
-        cells: int | None = None,
+        nlist: int | None = None,
         seed: int = 0,
         states: Selector | None = None,
         targets: Selector | None = None,
     ):
-        where = "retrieval.hierarchical"
+        where = "retrieval.ivf"
         self.k = _check.positive(where, "k", k, integer=True)
         self.states, self.targets = states, targets
-        if probes is not None:
-            probes = _check.positive(where, "probes", probes, integer=True)
-        if cells is not None:
-            cells = _check.positive(where, "cells", cells, integer=True)
+        if nprobe is not None:
+            nprobe = _check.positive(where, "nprobe", nprobe, integer=True)
+        if nlist is not None:
+            nlist = _check.positive(where, "nlist", nlist, integer=True)
         seed = _check.positive(where, "seed", seed, integer=True, zero=True)
         seed = _check.integer(where, "seed", seed, 0, 2**128)
-        self._cells = None if probes is None else Cells(probes, cells, seed)
+        self._lists = None if nprobe is None else InvertedLists(nprobe, nlist, seed)
 
     def __call__(self, buffer: ExperienceBuffer, batch: Mapping[str, Any]) -> dict[str, Tensor] | None:
-        query = _query("retrieval.hierarchical", batch)
+        query = _query("retrieval.ivf", batch)
         with buffer._lock:
             found = self.search(buffer, query, batch.get("task")) if len(buffer) else None
         return found.batch(self.states, self.targets) if found else None
 
     def search(self, buffer: ExperienceBuffer, query_embedding: Tensor, exclude_task: Any = None) -> Experiences:
-        """As :meth:`ExperienceBuffer.retrieve`; several queries share the cells that any of them probes.
+        """As :meth:`ExperienceBuffer.retrieve`; several queries share the lists that any of them probes.
 
         Where these make up more than a quarter of the memory all of it is searched, which is faster then.
         """
-        if self._cells is None:
+        if self._lists is None:
             return buffer.retrieve(query_embedding, self.k, exclude_task)
         with buffer._lock:
-            among = self._cells.candidates(buffer, query_embedding)
+            among = self._lists.candidates(buffer, query_embedding)
             if 4 * len(among) <= len(buffer):
                 found = buffer.retrieve(query_embedding, self.k, exclude_task, among=among)
                 if found.indices.shape[-1] == self.k:
@@ -211,10 +211,10 @@ class hierarchical:
         Raises:
             ValueError, TypeError: as :meth:`ExperienceBuffer.retrieve`, or there are no queries.
         """
-        _check.tensor("retrieval.hierarchical.recall", "queries", queries)
+        _check.tensor("retrieval.ivf.recall", "queries", queries)
         if queries.dim() != 2 or not len(queries):
             got = tuple(queries.shape)
-            raise ValueError(f"retrieval.hierarchical.recall: queries must have shape (n, dim) with n > 0, got {got}")
+            raise ValueError(f"retrieval.ivf.recall: queries must have shape (n, dim) with n > 0, got {got}")
         with buffer._lock:
             exact = buffer.retrieve(queries, self.k).indices
             found = [self.search(buffer, query).indices for query in queries]
@@ -233,7 +233,7 @@ def best_fit(
 
     Args:
         score_fn: ``(buffer, tasks, batch) -> (len(tasks),)``, the loss on the batch of a model adapted to each of
-            the tasks (int64 ids); the smallest win, non-finite ones never do. ``eaml_ext.meta.PastModels`` is one.
+            the tasks (int64 ids); the smallest finite ones win. One is ``eaml_ext.meta.AdaptedTaskModels``.
             Other threads may overwrite tasks while it runs: those are left out, and a ValueError that it raises
             because of them is followed by a call with the remaining tasks.
         num_tasks: how many tasks to take.

@@ -58,8 +58,8 @@ class ShardedExperienceBuffer:
         TypeError, ValueError: an argument is out of its range.
 
     >>> import torch
-    >>> from eaml_ext.distributed import launched
-    >>> with launched(alone=True) as group:  # under torchrun: launched(), a group of all processes
+    >>> from eaml_ext.distributed import torchrun_group
+    >>> with torchrun_group(alone=True) as group:  # under torchrun: torchrun_group(), a group of all processes
     ...     buffer = ShardedExperienceBuffer(1000, state_dim=3, group=group)
     ...     buffer.add(state=torch.eye(3), context_embedding=torch.eye(3))
     ...     buffer.retrieve(torch.tensor([0.0, 0.9, 0.0]), k=1).state
@@ -155,7 +155,7 @@ class ShardedExperienceBuffer:
         told = self._tell([refused is not None, *self._state(), len(queries), k, len(excluded)])
         if refused is not None:
             raise refused
-        self.group.refuse(where, told[:, _FAILED])
+        self.group.raise_on_any_rank(where, told[:, _FAILED])
         if self._agree_on_schema(where, told[:, _SCHEMA]):
             return self.retrieve(query_embedding, k, exclude_task)
         if not told[:, _LIVE].any():
@@ -201,7 +201,7 @@ class ShardedExperienceBuffer:
         known = (sums >= 0).nonzero().flatten().tolist()
         if not known or (sums == sums[0]).all():
             return False
-        text = self.group.of_rank(known[0], self._schema())
+        text = self.group.broadcast_object(known[0], self._schema())
         for rank in known:
             if sums[rank] != sums[known[0]]:
                 other = f"rank {rank} stores other fields, shapes or dtypes than rank {known[0]}"

@@ -23,12 +23,12 @@ from eaml_ext import _check, checkpoint
 from eaml_ext._random import Purpose, derive_seed
 from eaml_ext._terminal import progress_bar
 from eaml_ext.adaptation import AdaptationConfig, Adapter
-from eaml_ext.distributed import Group, any_rank, at_first, launched
+from eaml_ext.distributed import Group, any_rank, run_on_rank_zero, torchrun_group
 from eaml_ext.experience import ExperienceBuffer, Experiences, retrieval
-from eaml_ext.jobs import report, settings_file
+from eaml_ext.jobs import config_file, report
+from eaml_ext.jobs.config import DynamicsConfig
 from eaml_ext.jobs.device import torch_device
-from eaml_ext.jobs.settings import DynamicsSettings
-from eaml_ext.meta import MetaMAML, PastModels
+from eaml_ext.meta import AdaptedTaskModels, MetaMAML
 from eaml_ext.meta.functional import functional_call
 from eaml_ext.nn import SSM
 from eaml_ext.rl import Planner, Trajectories, collect, planned_returns
@@ -111,7 +111,7 @@ class DynamicsModel(nn.Module):
         return torch.cat([(observation - self.mean) / self.std, rest], dim=-1)
 
 
-class Imagination(nn.Module):
+class BatchedWorldModel(nn.Module):
     """A dynamics model as :class:`eaml_ext.rl.Planner` steps it; ``params`` are of each task, ``(tasks, ...)`` each."""
 
     def __init__(self, model: DynamicsModel, params: dict[str, Tensor]) -> None:
@@ -138,7 +138,7 @@ def features(observation: Tensor, action: Tensor, start: Tensor) -> Tensor:
     return torch.cat([observation, action, start.unsqueeze(-1).to(observation.dtype)], dim=-1)
 
 
-def fingerprint(x: Tensor, y: Tensor) -> Tensor:
+def task_embedding(x: Tensor, y: Tensor) -> Tensor:
     """A task's context embedding: ridge-regression weights of steps on features, ``(tasks, features * obs_dim)``.
 
     ``x`` ``(tasks, time, features)`` as of :meth:`DynamicsModel.in_units`, ``y`` ``(tasks, time, obs_dim)``. It depends
@@ -150,7 +150,7 @@ def fingerprint(x: Tensor, y: Tensor) -> Tensor:
     return weights
 
 
-def run(settings: DynamicsSettings) -> dict[str, Any]:
+def run(settings: DynamicsConfig) -> dict[str, Any]:
     """Runs the job, prints its progress and writes ``settings.folder``; returns the report.
 
     The folder gets ``settings.toml``, ``report.json``, ``report.png`` (with the extra ``plot``), ``model.safetensors``,
@@ -166,17 +166,17 @@ def run(settings: DynamicsSettings) -> dict[str, Any]:
     reward or an observation that is not finite; OSError where the folder cannot be written; RankError, an OSError,
     where another rank has died.
     """
-    with launched() as group:
+    with torchrun_group() as group:
         return _run(settings, group)
 
 
-def _run(settings: DynamicsSettings, group: Group | None) -> dict[str, Any]:
+def _run(settings: DynamicsConfig, group: Group | None) -> dict[str, Any]:
     first = group is None or group.rank == 0
-    device = torch_device("DynamicsSettings", settings.device)
+    device = torch_device("DynamicsConfig", settings.device)
     distribution = make_tasks(settings.env_name)
     folder = Path(settings.folder)
     # First: a bad path must not cost a run.
-    at_first(group, lambda: folder.mkdir(parents=True, exist_ok=True))
+    run_on_rank_zero(group, lambda: folder.mkdir(parents=True, exist_ok=True))
     torch.set_num_threads(settings.threads)
     torch.manual_seed(settings.seed)
     model = DynamicsModel(
@@ -194,26 +194,26 @@ def _run(settings: DynamicsSettings, group: Group | None) -> dict[str, Any]:
     print(f"Experience Buffer populated with {len(buffer)} experiences.")
     checkpoint.save(folder / "model.safetensors", model.state_dict(), {"settings": vars(settings)}, kind="dynamics")
     buffer.save(folder / "buffer.safetensors")
-    arms, adapted = adapt(settings, distribution, maml, buffer)
+    variants, adapted = adapt(settings, distribution, maml, buffer)
     returns = act(settings, distribution, model, adapted)
 
     results: dict[str, Any] = {
         "settings": vars(settings),
         "meta_loss": losses,
-        "arms": {name: report.summary(errors[-1]) for name, errors in arms.items()},
+        "variants": {name: report.summary(errors[-1]) for name, errors in variants.items()},
         "returns": {name: report.summary(column) for name, column in returns.items()},
-        "curves": {name: errors.mean(dim=1).tolist() for name, errors in arms.items()},
+        "curves": {name: errors.mean(dim=1).tolist() for name, errors in variants.items()},
     }
     report.write_json(folder / "report.json", results)
     report.plot(folder / "report.png", results)
     print("=== Hybrid Execution completed successfully ===")
-    print(report.table(results["arms"], results["returns"], settings.plan_steps))
+    print(report.table(results["variants"], results["returns"], settings.plan_steps))
     print(f"Results: {folder}")
     return results
 
 
 def meta_train(
-    settings: DynamicsSettings, distribution: TaskDistribution[Task], maml: MetaMAML, buffer: ExperienceBuffer
+    settings: DynamicsConfig, distribution: TaskDistribution[Task], maml: MetaMAML, buffer: ExperienceBuffer
 ) -> list[float]:
     """Second-order MAML over freshly drawn tasks; every transition goes into the buffer. Returns the loss per epoch.
 
@@ -231,8 +231,8 @@ def meta_train(
         if first:
             print(f"Resumed after {done} of {total} meta-updates.")
     else:
-        at_first(group, lambda: run.path.unlink(missing_ok=True))  # an earlier run's
-    at_first(group, lambda: settings_file.write(run.path.parent, settings))  # not those of a run that is refused
+        run_on_rank_zero(group, lambda: run.path.unlink(missing_ok=True))  # an earlier run's
+    run_on_rank_zero(group, lambda: config_file.write(run.path.parent, settings))  # not those of a run that is refused
     with (
         progress_bar(
             desc="meta-training", unit="update", total=total, initial=len(run.losses), hidden=not first
@@ -255,7 +255,7 @@ def meta_train(
 
 
 def update(
-    settings: DynamicsSettings,
+    settings: DynamicsConfig,
     distribution: TaskDistribution[Task],
     maml: MetaMAML,
     buffer: ExperienceBuffer,
@@ -268,11 +268,11 @@ def update(
     x, y = tensors(data, model)
     k = settings.shots
     group = maml.group
-    mine = range(len(tasks)) if group is None else group.share(len(tasks))
+    mine = range(len(tasks)) if group is None else group.shard(len(tasks))
     loss = maml.meta_update([(x[i, :k], y[i, :k], x[i, k:], y[i, k:]) for i in mine], F.mse_loss)
     if group is None or group.rank == 0:
         start = number * len(tasks)
-        remember(buffer, range(start, start + len(tasks)), data, fingerprint(model.in_units(x), y))
+        remember(buffer, range(start, start + len(tasks)), data, task_embedding(model.in_units(x), y))
     return loss
 
 
@@ -298,7 +298,7 @@ class Run:
             "buffer": self.buffer.state_dict(),
             "generator": torch.get_rng_state(),
         }
-        at_first(self.maml.group, lambda: checkpoint.save_state(self.path, state, kind="dynamics-run"))
+        run_on_rank_zero(self.maml.group, lambda: checkpoint.save_state(self.path, state, kind="dynamics-run"))
 
     def load(self) -> int:
         """Takes over the checkpoint, where there is one; returns how many meta-updates were made."""
@@ -307,15 +307,15 @@ class Run:
             if not self.path.exists():
                 return None
             state = checkpoint.load_state(self.path, kind="dynamics-run")
-            with checkpoint.sound("DynamicsSettings: resume", self.path):
+            with checkpoint.sound("DynamicsConfig: resume", self.path):
                 self.check(state)
                 self.buffer.load_state_dict(state.pop("buffer"))
             return state
 
-        state = at_first(self.maml.group, read)
+        state = run_on_rank_zero(self.maml.group, read)
         if state is None:
             return 0
-        with checkpoint.sound("DynamicsSettings: resume", self.path):
+        with checkpoint.sound("DynamicsConfig: resume", self.path):
             self.maml.load_state_dict(state["maml"])
             self.schedule.load_state_dict(state["schedule"])
             torch.set_rng_state(state["generator"])
@@ -327,11 +327,11 @@ class Run:
         if state.get("format") != FORMAT:
             begun = "version 0.1" if "format" not in state else "another version"
             text = f"{self.path} was begun by {begun}, whose units differ; start a new run in another folder"
-            raise ValueError(f"DynamicsSettings: resume: {text}")
+            raise ValueError(f"DynamicsConfig: resume: {text}")
         for name, mine in self.settings.items():
             if (came := state["settings"].get(name)) != mine:
                 text = f"{self.path} is of a run with {name}={came!r}, this one has {mine!r}"
-                raise ValueError(f"DynamicsSettings: resume: {text}")
+                raise ValueError(f"DynamicsConfig: resume: {text}")
 
 
 def tensors(data: Trajectories, model: DynamicsModel) -> tuple[Tensor, Tensor]:
@@ -356,12 +356,12 @@ def remember(buffer: ExperienceBuffer, numbers: Iterable[int], data: Trajectorie
 
 
 def adapt(
-    settings: DynamicsSettings, distribution: TaskDistribution[Task], maml: MetaMAML, buffer: ExperienceBuffer
+    settings: DynamicsConfig, distribution: TaskDistribution[Task], maml: MetaMAML, buffer: ExperienceBuffer
 ) -> tuple[dict[str, Tensor], dict[str, dict[str, Tensor]]]:
-    """Adapts to held-out tasks in every arm; the error of each task after each call, ``(calls + 1, tasks)``.
+    """Adapts to held-out tasks in every variant; the error of each task after each call, ``(calls + 1, tasks)``.
 
     Errors are mean squared, in units of the root mean square of a step, so that copying the input is about 1.
-    Beside them the parameters that each arm ends with, ``(tasks, ...)`` each.
+    Beside them the parameters that each variant ends with, ``(tasks, ...)`` each.
     """
     model: Any = maml.model
     tasks = distribution.sample(settings.test_tasks, "test", settings.seed)
@@ -370,7 +370,7 @@ def adapt(
     support = {
         "states": x[:, :k],
         "targets": y[:, :k],
-        "context_embedding": fingerprint(model.in_units(x[:, :k]), y[:, :k]),
+        "context_embedding": task_embedding(model.in_units(x[:, :k]), y[:, :k]),
         "task": -1 - torch.arange(len(tasks), device=x.device),  # no past task has a negative number
     }
 
@@ -388,7 +388,7 @@ def adapt(
         return steps
 
     select: dict[str, Any] = {"states": inputs, "targets": targets}
-    models = PastModels(maml, buffer, F.mse_loss, MEMORY_STEPS, length=length, **select)
+    models = AdaptedTaskModels(maml, buffer, F.mse_loss, MEMORY_STEPS, length=length, **select)
     count = min(SIMILAR_TASKS * length, len(buffer))
     retrievers: dict[str, Callable[..., Any]] = {
         "uniform": retrieval.uniform(count, **select),
@@ -397,12 +397,12 @@ def adapt(
     }
     cfg = AdaptationConfig(lr=settings.inner_lr, max_steps_per_call=5)
     unadapted = {name: p.detach().expand(len(tasks), *p.shape) for name, p in maml.parameters().items()}
-    arms = {"copy input": y[:, k:].square().mean(dim=(1, 2)).unsqueeze(0), "no adaptation": error(unadapted)[None]}
+    variants = {"copy input": y[:, k:].square().mean(dim=(1, 2)).unsqueeze(0), "no adaptation": error(unadapted)[None]}
     adapted = {"no adaptation": unadapted}
     print("Starting test-time adaptation with Experience Buffer...")
     for name in ("plain", *sorted(retrievers, key=lambda name: name == settings.retrieval)):
         weight = 0.0 if name == "plain" else settings.experience_weight
-        adapter = Adapter(model, cfg, buffer, weight, retriever=once(retrievers.get(name, retrieval.uniform(1))))
+        adapter = Adapter(model, cfg, buffer, weight, retriever=memoize(retrievers.get(name, retrieval.uniform(1))))
         params, errors = None, [error(unadapted)]
         progress = progress_bar(range(settings.adaptation_calls), desc=name, unit="call")
         for call in progress:
@@ -412,21 +412,21 @@ def adapt(
                 progress.write(
                     f"Adaptation step {call}, Hybrid Loss: {losses.mean():.4f}, Steps taken: {cfg.max_steps_per_call}"
                 )
-        arms[name] = torch.stack(errors)
+        variants[name] = torch.stack(errors)
         adapted[name] = unadapted if params is None else params
     print("Adaptation completed.")
-    return arms, adapted
+    return variants, adapted
 
 
 def act(
-    settings: DynamicsSettings,
+    settings: DynamicsConfig,
     distribution: TaskDistribution[Task],
     model: DynamicsModel,
     adapted: dict[str, dict[str, Tensor]],
 ) -> dict[str, Tensor]:
-    """The return of one episode of each of the first held-out tasks, of a planner that imagines with each arm's model.
+    """The return of one episode of each of the first held-out tasks, of a planner with each variant's model.
 
-    Beside them that of random actions. Each arm's episodes have starts of their own. Nothing for a distribution that
+    Beside them that of random actions. Each variant has starts of its own. Nothing for a distribution that
     cannot tell the outcomes of what was imagined.
     """
     outcomes: Any = getattr(distribution, "outcomes", None)
@@ -434,10 +434,12 @@ def act(
         return {}
     count = min(settings.plan_tasks, settings.test_tasks)
     tasks = distribution.sample(count, "test", settings.seed)
-    many = tasks * len(adapted)  # all arms as one batch: a step costs little more for it
-    params = {key: torch.cat([arm[key][:count] for arm in adapted.values()]) for key in next(iter(adapted.values()))}
+    many = tasks * len(adapted)  # all variants as one batch: a step costs little more for it
+    params = {
+        key: torch.cat([variant[key][:count] for variant in adapted.values()]) for key in next(iter(adapted.values()))
+    }
     planner = Planner(
-        Imagination(model, params),
+        BatchedWorldModel(model, params),
         partial(outcomes, many),
         distribution.action_space,
         horizon=settings.plan_horizon,
@@ -449,7 +451,7 @@ def act(
     return {"random actions": chance, **dict(zip(adapted, returns, strict=True))}
 
 
-def once(retriever: Callable[..., Any]) -> Callable[..., Any]:
+def memoize(retriever: Callable[..., Any]) -> Callable[..., Any]:
     """The retriever, asked once per task: the buffer does not change while the job adapts."""
     found: dict[int, Any] = {}
 

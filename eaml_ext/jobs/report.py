@@ -17,15 +17,15 @@ def summary(errors: Tensor) -> dict[str, float | None]:
     return {"mean": float(errors.mean()), "interval": half, "median": float(errors.median())}
 
 
-def table(arms: dict[str, Any], returns: dict[str, Any], steps: int) -> str:
-    """The arms as text; ``returns`` are those of a planner with each arm's model, in episodes of at most ``steps``."""
+def table(variants: dict[str, Any], returns: dict[str, Any], steps: int) -> str:
+    """The variants as text; ``returns`` are those of a planner with its model, in episodes of at most ``steps``."""
     title = "Prediction error on held-out tasks (mean squared, in mean squares of a step)"
-    rows = [["arm", "mean", "95 % +-", "median"]]
+    rows = [["variant", "mean", "95 % +-", "median"]]
     if returns:
         title += f", and return of a planner that acts on it, in {steps} steps"
         rows[0] += ["return", "95 % +-"]
-    for name in [*(name for name in returns if name not in arms), *arms]:
-        rows.append([name, *cells(arms.get(name), 4)])
+    for name in [*(name for name in returns if name not in variants), *variants]:
+        rows.append([name, *cells(variants.get(name), 4)])
         if returns:
             rows[-1] += cells(returns.get(name), 1)[:2]
     return "\n".join([f"{title}:", *_terminal.table(rows, first=16, width=10)])
@@ -57,7 +57,7 @@ def write_json(path: str | Path, results: dict[str, Any]) -> None:
 
 
 def plot(path: str | Path, results: dict[str, Any]) -> None:
-    """Plot the meta-loss over epochs and the error of each arm over adaptation steps.
+    """Plot the meta-loss over epochs and the error of each variant over adaptation steps.
 
     Without matplotlib a printed line names the extra, and no earlier plot is left at ``path``.
     """

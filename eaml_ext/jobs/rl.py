@@ -8,33 +8,33 @@ import torch
 from torch import Tensor
 
 from eaml_ext import _terminal, checkpoint
-from eaml_ext.distributed import started
-from eaml_ext.jobs import report, settings_file
+from eaml_ext.distributed import world_size
+from eaml_ext.jobs import config_file, report
 from eaml_ext.jobs.device import torch_device
-from eaml_ext.jobs.rl_settings import MAMLSettings, RL2Settings, RLSettings
+from eaml_ext.jobs.rl_config import MAMLConfig, RL2Config, RLConfig
 from eaml_ext.rl import MAMLRL, RL2, SSMMetaPolicy, feature_dim
 from eaml_ext.tasks import TaskDistribution, make_tasks
 
 UPDATES = 10  # of an epoch
 
 
-def run(settings: RLSettings) -> dict[str, Any]:
+def run(settings: RLConfig) -> dict[str, Any]:
     """Runs the job, prints its progress and writes ``settings.folder``; returns the report.
 
     The folder gets ``settings.toml``, ``report.json`` and ``policy.safetensors``. Raises ValueError under ``torchrun``,
     which only the dynamics job knows how to use.
     """
-    if started() > 1:
-        raise ValueError(f"{type(settings).__name__}: this job is one process, torchrun has started {started()}")
+    if world_size() > 1:
+        raise ValueError(f"{type(settings).__name__}: this job is one process, torchrun has started {world_size()}")
     device = torch_device(type(settings).__name__, settings.device)
     distribution = make_tasks(settings.env_name)
     folder = Path(settings.folder)
     folder.mkdir(parents=True, exist_ok=True)  # first: a bad path must not cost a run
-    settings_file.write(folder, settings)
+    config_file.write(folder, settings)
     torch.set_num_threads(settings.threads)
     torch.manual_seed(settings.seed)
     policy = make_policy(settings, distribution, device)
-    job: Any = rl2 if isinstance(settings, RL2Settings) else maml
+    job: Any = rl2 if isinstance(settings, RL2Config) else maml
     learned, returns, columns = job(settings, distribution, policy)
     curve, skipped = learned
 
@@ -60,7 +60,7 @@ def numbers(values: list[float]) -> list[float | None]:
     return [None if math.isnan(value) else value for value in values]
 
 
-def make_policy(settings: RLSettings, distribution: TaskDistribution[Any], device: torch.device) -> SSMMetaPolicy:
+def make_policy(settings: RLConfig, distribution: TaskDistribution[Any], device: torch.device) -> SSMMetaPolicy:
     """The policy that fits a distribution's observations and actions."""
     from gymnasium.spaces import Discrete
 
@@ -77,7 +77,7 @@ def make_policy(settings: RLSettings, distribution: TaskDistribution[Any], devic
 
 
 def rl2(
-    settings: RL2Settings, distribution: TaskDistribution[Any], policy: SSMMetaPolicy
+    settings: RL2Config, distribution: TaskDistribution[Any], policy: SSMMetaPolicy
 ) -> tuple[Learned, Tensor, list[str]]:
     """Mean return of each update (None: no episode finished), returns ``(tasks, episodes)``, and the columns' names."""
     trainer = RL2(
@@ -85,7 +85,7 @@ def rl2(
         distribution,
         steps=settings.steps,
         tasks_per_update=settings.tasks_per_update,
-        minibatches=min(4, settings.tasks_per_update),
+        num_minibatches=min(4, settings.tasks_per_update),
         lr=settings.lr,
         gamma=settings.gamma,
         reward_scale=settings.reward_scale,
@@ -103,7 +103,7 @@ def rl2(
 
 
 def maml(
-    settings: MAMLSettings, distribution: TaskDistribution[Any], policy: SSMMetaPolicy
+    settings: MAMLConfig, distribution: TaskDistribution[Any], policy: SSMMetaPolicy
 ) -> tuple[Learned, Tensor, list[str]]:
     """Mean adapted reward of each update (None: skipped), returns ``(tasks, inner_steps + 1)``, the columns' names."""
     trainer = MAMLRL(

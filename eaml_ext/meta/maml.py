@@ -29,7 +29,7 @@ from eaml_ext.meta.functional import (
     outside_inference_mode,
     recordable,
 )
-from eaml_ext.meta.shift import tilt
+from eaml_ext.meta.kl_dro import kl_dro_weights
 
 LossFn = Callable[[Tensor, Tensor], Tensor]
 Task = tuple[Tensor, Tensor, Tensor, Tensor]  # support_x, support_y, query_x, query_y
@@ -232,7 +232,7 @@ class MetaMAML:
 
     @outside_inference_mode()
     def meta_update(
-        self, tasks: Iterable[Task], loss_fn: LossFn | Sequence[LossFn], *, shift_level: float = 0.0
+        self, tasks: Iterable[Task], loss_fn: LossFn | Sequence[LossFn], *, kl_radius: float = 0.0
     ) -> float:
         """One outer step on a batch of tasks.
 
@@ -243,8 +243,8 @@ class MetaMAML:
             tasks: ``(support_x, support_y, query_x, query_y)`` each; shapes may differ from task to task. With a group,
                 this rank's; all ranks call together.
             loss_fn: ``(prediction, target) -> scalar``, or a list of one for each task.
-            shift_level: step on the worst weighting of the tasks whose KL divergence from the plain mean is at most
-                this many nats (see :func:`eaml_ext.meta.shift.tilt`), found by one more pass without gradient.
+            kl_radius: step on the worst weighting of the tasks whose KL divergence from the plain mean is at most
+                this many nats (:func:`eaml_ext.meta.kl_dro.kl_dro_weights`), found by one more pass without gradient.
 
         Returns:
             The mean query loss after adaptation, before the step.
@@ -255,13 +255,13 @@ class MetaMAML:
             RankError: another rank was given such an argument, failed in its tasks, or has died.
         """
         where = "MetaMAML.meta_update"
-        tasks, loss_fns, shift_level, counts = self._admit(where, tasks, loss_fn, shift_level)
+        tasks, loss_fns, kl_radius, counts = self._admit(where, tasks, loss_fn, kl_radius)
         leaves = [*self.parameters().values(), *self._rates().values()]
         with torch.enable_grad():
             if self.group is None:
-                losses, grads = self._meta_gradient(tasks, loss_fns, leaves, shift_level)
+                losses, grads = self._meta_gradient(tasks, loss_fns, leaves, kl_radius)
             else:
-                losses, grads = self._summed(where, self.group, tasks, loss_fns, leaves, shift_level, counts)
+                losses, grads = self._summed(where, self.group, tasks, loss_fns, leaves, kl_radius, counts)
         loss, self.last_losses = losses.mean(), losses
         if not finite(loss, *grads):
             self.skipped_updates += 1
@@ -304,12 +304,12 @@ class MetaMAML:
     # ------------------------------------------------------------------------------------------------- the ranks
 
     def _admit(
-        self, where: str, tasks: Iterable[Task], loss_fn: Any, shift_level: Any
+        self, where: str, tasks: Iterable[Task], loss_fn: Any, kl_radius: Any
     ) -> tuple[list[Task], list[LossFn], float, list[int]]:
         """The tasks, a loss for each and the level, checked, and how many tasks each rank has."""
 
         def check() -> tuple[list[Task], list[LossFn], float]:
-            level = _check.positive(where, "shift_level", shift_level, zero=True)
+            level = _check.positive(where, "kl_radius", kl_radius, zero=True)
             checked = recordable(_check_tasks(where, tasks, empty=self.group is not None))
             check_parameters(where, "MetaMAML", self.model, self._known.values())
             self._adapted(where, self.parameters())
@@ -327,7 +327,7 @@ class MetaMAML:
         told = self.group.all_gather(torch.tensor([refused is not None, len(mine)], dtype=torch.int64))
         if refused is not None:
             raise refused
-        self.group.refuse(where, told[:, 0])
+        self.group.raise_on_any_rank(where, told[:, 0])
         counts = told[:, 1].tolist()
         if not sum(counts):
             raise ValueError(f"{where}: tasks is empty on all ranks")
@@ -340,7 +340,7 @@ class MetaMAML:
         tasks: list[Task],
         loss_fns: list[LossFn],
         leaves: list[Tensor],
-        shift_level: float,
+        kl_radius: float,
         counts: list[int],
     ) -> tuple[Tensor, list[Tensor | None]]:
         """The losses of all ranks' tasks, and the sum of the ranks' parts of the gradient: the same bits on all."""
@@ -349,18 +349,18 @@ class MetaMAML:
         losses = leaves[0].new_zeros(len(tasks))
         weights = None
         try:
-            if shift_level and tasks:
+            if kl_radius and tasks:
                 with torch.no_grad():
                     losses = self._measure(tasks, loss_fns)
         except Exception as error:
             failed = error
-        if shift_level:
+        if kl_radius:
             self._all_alright(where, group, failed)
             start = sum(counts[: group.rank])
-            weights = tilt(_gather(group, losses, counts), shift_level)[start : start + len(tasks)]
+            weights = kl_dro_weights(_gather(group, losses, counts), kl_radius)[start : start + len(tasks)]
         try:
             if tasks:
-                losses, grads = self._meta_gradient(tasks, loss_fns, leaves, shift_level, sum(counts), weights)
+                losses, grads = self._meta_gradient(tasks, loss_fns, leaves, kl_radius, sum(counts), weights)
         except Exception as error:
             failed = error
         told = self._all_alright(where, group, failed, [g is not None for g in grads])
@@ -376,7 +376,7 @@ class MetaMAML:
         told = group.all_gather(torch.tensor([failed is not None, *flags], dtype=torch.uint8))
         if failed is not None:
             raise failed
-        group.refuse(where, told[:, 0])
+        group.raise_on_any_rank(where, told[:, 0])
         return told[:, 1:]
 
     # ---------------------------------------------------------------------------------------------- the gradient
@@ -476,15 +476,15 @@ class MetaMAML:
         tasks: list[Task],
         loss_fns: list[LossFn],
         leaves: list[Tensor],
-        shift_level: float,
+        kl_radius: float,
         count: int | None = None,
         weights: Tensor | None = None,
     ) -> tuple[Tensor, list[Tensor | None]]:
         """The tasks' losses and the gradient of their weighted mean, as a part of ``count`` tasks, chunk by chunk."""
         count, params, names = count or len(tasks), self.parameters(), self.inner_names
-        if weights is None and shift_level:
+        if weights is None and kl_radius:
             with torch.no_grad():
-                weights = tilt(self._measure(tasks, loss_fns), shift_level)
+                weights = kl_dro_weights(self._measure(tasks, loss_fns), kl_radius)
         plain = leaves[0].new_full((len(tasks),), 1 / count)
         weights = plain if weights is None else weights.to(plain)
         losses = torch.empty_like(weights)
@@ -500,7 +500,7 @@ class MetaMAML:
                         return pure(start, rates, weights[chunk], *_stack(tasks, chunk))  # type: ignore[no-any-return]
                 values = self._task_losses(batch, params, names, *_take(chunk, tasks, loss_fns))
                 # The mean by its own name: rounded as a plain mean, where tasks weigh alike.
-                mean = values @ weights[chunk].to(values) if shift_level else values.mean() * (len(chunk) / count)
+                mean = values @ weights[chunk].to(values) if kl_radius else values.mean() * (len(chunk) / count)
                 return values, list(torch.autograd.grad(mean, leaves, allow_unused=True))
 
             with twice_differentiable_attention(not self.first_order and not self.reptile):

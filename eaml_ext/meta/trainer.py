@@ -15,7 +15,7 @@ from eaml_ext import _check
 from eaml_ext._random import Purpose, derive_seed
 from eaml_ext._terminal import progress_bar
 from eaml_ext.checkpoint import deferred_interrupt, load_state, save_state, sound
-from eaml_ext.distributed import Group, any_rank, at_first
+from eaml_ext.distributed import Group, any_rank, run_on_rank_zero
 from eaml_ext.meta.functional import check_parameters, detached_copy, outside_inference_mode, recordable
 from eaml_ext.meta.maml import LossFn, MetaMAML, _check_loss_fn, _check_pair, _check_rate
 from eaml_ext.meta.task_batch import TaskBatch
@@ -27,7 +27,7 @@ _FOLDS = 5
 class MetaMAMLTrainer:
     """Meta-trains a policy (any ``nn.Module`` called as ``policy(x)``) by :class:`MetaMAML`, in place.
 
-    With several ``shift_levels`` it trains one policy for each (the first one in place, the others copies), all on the
+    With several ``kl_radii`` it trains one policy for each (the first one in place, the others copies), all on the
     same meta-batches: the one of level e steps on the worst weighting of the batch's tasks within KL divergence e of
     the plain mean. A parameter that is frozen in the first one is frozen in the copies at the next call. At test time,
     where how far the new task lies from the training tasks is not known, :meth:`adapt_to_new_task` picks: each adapts
@@ -41,7 +41,7 @@ class MetaMAMLTrainer:
         meta_lr: learning rate of the meta-update.
         inner_lr: step size of the inner loop.
         loss_fn: ``(prediction, target) -> scalar``, of the tasks that bring no loss of their own.
-        shift_levels: nats, each at least 0; see above. (0.0,) is plain MAML.
+        kl_radii: nats, each at least 0; see above. (0.0,) is plain MAML.
         log: where losses and skipped updates are written: a ``SummaryWriter`` (anything with ``add_scalar``), or a
             directory for TensorBoard, which then must be installed; None: nowhere.
         progress: show a progress bar, where the output is a terminal.
@@ -76,7 +76,7 @@ class MetaMAMLTrainer:
         inner_lr: float = 1e-2,
         *,
         loss_fn: LossFn = mse_loss,
-        shift_levels: Sequence[float] = (0.0,),
+        kl_radii: Sequence[float] = (0.0,),
         log: Any = None,
         progress: bool = True,
         group: Group | None = None,
@@ -88,9 +88,9 @@ class MetaMAMLTrainer:
         meta_lr, inner_lr = _check_rate(where, "meta_lr", meta_lr), _check_rate(where, "inner_lr", inner_lr)
         _check_loss_fn(where, loss_fn)
         _check.flag(where, "progress", progress)
-        if isinstance(shift_levels, str) or not isinstance(shift_levels, Sequence) or not shift_levels:
-            raise TypeError(f"{where}: shift_levels must be a list of at least one number, got {shift_levels!r}")
-        levels = [float(_check.positive(where, "shift_levels", level, zero=True)) for level in shift_levels]
+        if isinstance(kl_radii, str) or not isinstance(kl_radii, Sequence) or not kl_radii:
+            raise TypeError(f"{where}: kl_radii must be a list of at least one number, got {kl_radii!r}")
+        levels = [float(_check.positive(where, "kl_radii", level, zero=True)) for level in kl_radii]
         if not (log is None or isinstance(log, (str, os.PathLike)) or callable(getattr(log, "add_scalar", None))):
             kind = type(log).__name__
             raise TypeError(f"{where}: log must be a directory or have add_scalar, as a SummaryWriter, got {kind}")
@@ -100,7 +100,7 @@ class MetaMAMLTrainer:
             policies = [policy, *(detached_copy(policy) for _ in levels[1:])]
         self.mamls = [MetaMAML(p, inner_lr, meta_lr, group=group, **options) for p in policies]
         self.group = group
-        self.maml, self.shift_levels = self.mamls[0], levels
+        self.maml, self.kl_radii = self.mamls[0], levels
         self.loss_fn, self.log, self.progress = loss_fn, log, bool(progress)
         self.losses: list[float] = []
 
@@ -154,7 +154,7 @@ class MetaMAMLTrainer:
             raise TypeError(f"{where}: checkpoint must be a path, got {type(checkpoint).__name__}")
         began = self.iteration
         if checkpoint is not None:
-            state = at_first(self.group, lambda: _read(where, checkpoint))
+            state = run_on_rank_zero(self.group, lambda: _read(where, checkpoint))
             if state is not None:
                 began = self._load(where, checkpoint, state, task_batch, num_meta_iterations)
         end = began + num_meta_iterations
@@ -200,13 +200,13 @@ class MetaMAMLTrainer:
         where = "MetaMAMLTrainer.adapt_to_new_task"
         x, y = _support(where, new_task_data)
         self._freeze_alike(where)
-        maml = self.mamls[self.pick_level((x, y), num_steps)] if len(self.mamls) > 1 else self.maml
+        maml = self.mamls[self.select_kl_radius((x, y), num_steps)] if len(self.mamls) > 1 else self.maml
         return maml.adapt(x, y, self.loss_fn, num_steps)
 
     @outside_inference_mode()
-    def pick_level(self, new_task_data: tuple[Tensor, Tensor], num_steps: int | None = None) -> int:
-        """The index in ``shift_levels`` that :meth:`adapt_to_new_task` picks, by the rule in the class's docstring."""
-        where = "MetaMAMLTrainer.pick_level"
+    def select_kl_radius(self, new_task_data: tuple[Tensor, Tensor], num_steps: int | None = None) -> int:
+        """The index in ``kl_radii`` that :meth:`adapt_to_new_task` picks, by the rule in the class's docstring."""
+        where = "MetaMAMLTrainer.select_kl_radius"
         x, y = recordable(_support(where, new_task_data))
         self._freeze_alike(where)
         rows = torch.arange(len(x), device=x.device)
@@ -244,25 +244,25 @@ class MetaMAMLTrainer:
         device = next(self.maml.model.parameters()).device
         share, rank = range(len(batch.tasks)), 0
         if self.group is not None:
-            share, rank = self.group.share(len(batch.tasks)), self.group.rank
+            share, rank = self.group.shard(len(batch.tasks)), self.group.rank
             loss_fns = [loss_fns[i] for i in share]
         tasks: list[Any] = [tuple(data.to(device) for data in batch.tasks[i]) for i in share]
         values = []
-        for maml, level in zip(self.mamls, self.shift_levels, strict=True):
+        for maml, level in zip(self.mamls, self.kl_radii, strict=True):
             with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
                 seed = derive_seed(task_batch.seed, Purpose.META_UPDATE, number, rank)
                 torch.default_generator.manual_seed(seed)  # torch.manual_seed would seed every GPU
                 if device.type == "cuda":
                     with torch.cuda.device(device):
                         torch.cuda.manual_seed(seed)
-                values.append(maml.meta_update(tasks, loss_fns, shift_level=level))
+                values.append(maml.meta_update(tasks, loss_fns, kl_radius=level))
         assert self.maml.last_losses is not None
         task_batch.update(batch.indices, self.maml.last_losses)
         self.losses.append(values[0])
         if writer is not None:
             writer.add_scalar("meta/loss", values[0], number)
             writer.add_scalar("meta/skipped_updates", self.skipped_updates, number)
-            for level, value in list(zip(self.shift_levels, values, strict=True))[1:]:
+            for level, value in list(zip(self.kl_radii, values, strict=True))[1:]:
                 writer.add_scalar(f"meta/loss_shift_{level:g}", value, number)
 
     @contextmanager
@@ -290,7 +290,7 @@ class MetaMAMLTrainer:
             "reptile": maml.reptile,
             "learn_inner_lr": bool(maml.inner_lrs),
             "inner_parameters": maml.inner_names,
-            "shift_levels": self.shift_levels,
+            "kl_radii": self.kl_radii,
             "optimizer": type(maml.optimizer).__name__,
             "loss_fn": getattr(self.loss_fn, "__name__", type(self.loss_fn).__name__),
             **task_batch.describe(),
@@ -304,7 +304,7 @@ class MetaMAMLTrainer:
             "mamls": [maml.state_dict() for maml in self.mamls],
             "task_batch": task_batch.state_dict(),
         }
-        at_first(self.group, lambda: save_state(path, state, kind=_KIND))
+        run_on_rank_zero(self.group, lambda: save_state(path, state, kind=_KIND))
 
     def _load(
         self, where: str, path: str | os.PathLike[str], state: dict[str, Any], task_batch: TaskBatch, wanted: int

@@ -13,8 +13,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from eaml_ext import _check
-from eaml_ext.nn.padding import check_lengths, check_reset, padded, stop
-from eaml_ext.nn.precision import wide
+from eaml_ext.nn.padding import check_lengths, check_reset, padding_mask, zero_delta_after_length
+from eaml_ext.nn.precision import to_opmath
 from eaml_ext.nn.submodule import is_plain, reference_weight
 from eaml_ext.ops import selective_scan, selective_scan_step
 from eaml_ext.ops._sizes import SIZE_LIMIT, check_size
@@ -85,8 +85,8 @@ def _convolve(inputs: Tensor, weight: Tensor, bias: Tensor | None, keep: Tensor 
         taps = weight.to(inputs.dtype).unsqueeze(2)
         bias = None if bias is None else bias.to(inputs.dtype)
         return F.conv2d(inputs.mT.unsqueeze(2), taps, bias, groups=len(taps)).squeeze(2).mT
-    taps, inputs = wide(weight).squeeze(1).mT, wide(inputs)
-    y = None if bias is None else wide(bias)
+    taps, inputs = to_opmath(weight).squeeze(1).mT, to_opmath(inputs)
+    y = None if bias is None else to_opmath(bias)
     for j in reversed(range(width)):
         start = width - 1 - j
         x, w = inputs[:, start : start + length], taps[start]
@@ -136,8 +136,8 @@ def _conv_step(layer: Any, window: Tensor) -> Tensor:
     if not _is_plain_conv(layer):
         y = _call_conv(conv, window.mT, layer.d_conv, None)[:, 0]
     else:
-        y = (wide(window) * wide(conv.weight).squeeze(1)).sum(-1)
-        y = y if conv.bias is None else y + wide(conv.bias)
+        y = (to_opmath(window) * to_opmath(conv.weight).squeeze(1)).sum(-1)
+        y = y if conv.bias is None else y + to_opmath(conv.bias)
     return y.to(window.dtype)
 
 
@@ -147,7 +147,7 @@ def _project_delta(layer: Any, x: Tensor) -> tuple[Tensor, Tensor, Tensor, Tenso
     x = layer.x_proj(x)
     delta, B, C = x.split((x.shape[-1] - 2 * state, state, state), dim=-1)
     if is_plain(proj, nn.Linear):
-        return F.linear(delta, proj.weight), B, C, None if proj.bias is None else wide(proj.bias)
+        return F.linear(delta, proj.weight), B, C, None if proj.bias is None else to_opmath(proj.bias)
     return proj(delta), B, C, None
 
 
@@ -171,11 +171,11 @@ def mixer_scan(
     delta, B, C, bias = _project_delta(layer, x)
     y, last = selective_scan(
         x.mT,
-        stop(delta.mT, lengths),
-        -torch.exp(wide(layer.A_log)),
+        zero_delta_after_length(delta.mT, lengths),
+        -torch.exp(to_opmath(layer.A_log)),
         B.mT,
         C.mT,
-        wide(layer.D),
+        to_opmath(layer.D),
         z.mT,
         bias,
         True,
@@ -196,10 +196,10 @@ def mixer_step(layer: Any, x: Tensor, conv_state: Tensor, ssm_state: Tensor) -> 
         ssm_state,
         x,
         delta,
-        -torch.exp(wide(layer.A_log)),
+        -torch.exp(to_opmath(layer.A_log)),
         B,
         C,
-        wide(layer.D),
+        to_opmath(layer.D),
         z,
         bias,
         True,
@@ -374,7 +374,7 @@ class Mamba(nn.Module):
             check_reset("Mamba.scan", reset, x)
         if lengths is not None:
             check_lengths("Mamba.scan", lengths, x)
-            padding = padded(lengths, x.shape[1])
+            padding = padding_mask(lengths, x.shape[1])
             reset = None if reset is None else reset & ~padding
             padding = padding.unsqueeze(-1)
             x = x.masked_fill(padding, 0)  # it may hold anything, NaN too
@@ -406,7 +406,7 @@ class Mamba(nn.Module):
         batch_size = check_size("Mamba.allocate_inference_cache", "batch_size", batch_size, zero=True)
         weight = reference_weight(self.conv1d, self.in_proj)
         conv_state = weight.new_zeros(batch_size, self.d_inner, self.d_conv, dtype=dtype)
-        return conv_state, wide(weight).new_zeros(batch_size, self.d_inner, self.d_state)
+        return conv_state, to_opmath(weight).new_zeros(batch_size, self.d_inner, self.d_state)
 
     def extra_repr(self) -> str:
         return f"{self.d_model}, d_state={self.d_state}, d_conv={self.d_conv}, expand={self.expand}"

@@ -28,20 +28,20 @@ def check_reset(where: str, reset: Any, x: Tensor) -> None:
     _check.device(where, "reset", reset, x.device, "x")
 
 
-def padded(lengths: Tensor, length: int) -> Tensor:
+def padding_mask(lengths: Tensor, length: int) -> Tensor:
     """``(batch, length)`` bool: the steps after each row's last."""
     return torch.arange(length, device=lengths.device) >= lengths.unsqueeze(-1)
 
 
-def stop(delta: Tensor, lengths: Tensor | None) -> Tensor:
+def zero_delta_after_length(delta: Tensor, lengths: Tensor | None) -> Tensor:
     """``delta`` ``(batch, dim, length)``, before softplus, so low after each row's last step that time stands still."""
     if lengths is None:
         return delta
-    return delta.masked_fill(padded(lengths, delta.shape[-1]).unsqueeze(1), -1e4)
+    return delta.masked_fill(padding_mask(lengths, delta.shape[-1]).unsqueeze(1), -1e4)
 
 
-def ones(like: Tensor, lengths: Tensor | None = None) -> Tensor:
+def unit_step_delta(like: Tensor, lengths: Tensor | None = None) -> Tensor:
     """The step size ``(batch, dim, length)`` of a recurrence that is discrete already: 1, and 0 after the last step."""
     if lengths is None:
         return like.new_ones(()).expand(like.shape)
-    return (~padded(lengths, like.shape[-1])).to(like.dtype).unsqueeze(1).expand(like.shape)
+    return (~padding_mask(lengths, like.shape[-1])).to(like.dtype).unsqueeze(1).expand(like.shape)

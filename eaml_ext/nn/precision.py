@@ -4,14 +4,14 @@ import torch
 from torch import Tensor
 
 
-def wide(x: Tensor) -> Tensor:
+def to_opmath(x: Tensor) -> Tensor:
     """Half types as float32."""
     return x.float() if x.dtype in (torch.bfloat16, torch.float16) else x
 
 
 def as_complex(x: Tensor) -> Tensor:
     """``(*, 2)`` real -> ``(*)`` complex, in full precision."""
-    x = wide(x)
+    x = to_opmath(x)
     return torch.complex(x[..., 0], x[..., 1])
 
 

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from eaml_ext import _check, checkpoint
 from eaml_ext.nn.cores import Core, make_core
-from eaml_ext.nn.padding import check_lengths, check_reset, padded
+from eaml_ext.nn.padding import check_lengths, check_reset, padding_mask
 from eaml_ext.nn.submodule import has_hooks, reference_weight
 from eaml_ext.ops._sizes import check_size
 
@@ -113,7 +113,7 @@ class SSM(nn.Module):
         if lengths is not None:
             check_lengths("SSM.scan", lengths, x)
             options["lengths"] = lengths
-            padding = padded(lengths, x.shape[1])
+            padding = padding_mask(lengths, x.shape[1])
             if reset is not None:
                 check_reset("SSM.scan", reset, x)
                 reset = reset & ~padding

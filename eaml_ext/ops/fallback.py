@@ -9,13 +9,13 @@ import torch
 from torch import Tensor
 
 _Result = TypeVar("_Result")
-_told: set[str] = set()
+_warned: set[str] = set()
 
 
-def tell(op: str, device: torch.device) -> None:
+def warn_once(op: str, device: torch.device) -> None:
     """Warn, the first time in a process, that the reference of ``op`` runs on ``device``, if that is a GPU."""
-    if device.type == "cuda" and op not in _told:
-        _told.add(op)
+    if device.type == "cuda" and op not in _warned:
+        _warned.add(op)
         text = f"{op}: no CUDA kernel takes these tensors, the slow pure-PyTorch reference runs on {device}"
         warnings.warn(text, RuntimeWarning, stacklevel=2)
 
@@ -26,7 +26,7 @@ def reference_of(op: str) -> Callable[[Callable[..., _Result]], Callable[..., _R
     def decorate(function: Callable[..., _Result]) -> Callable[..., _Result]:
         @functools.wraps(function)
         def run(first: Tensor, *args: object) -> _Result:
-            tell(op, first.device)
+            warn_once(op, first.device)
             return function(first, *args)
 
         return run

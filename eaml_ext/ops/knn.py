@@ -19,7 +19,7 @@ from torch.utils.flop_counter import register_flop_formula
 from eaml_ext import _check
 from eaml_ext.ops._sizes import check_size
 from eaml_ext.ops._typed import Function, allow_in_graph, register_fake
-from eaml_ext.ops.fallback import reference_of, tell
+from eaml_ext.ops.fallback import reference_of, warn_once
 
 METRICS = ("sqeuclidean", "cosine", "inner_product")
 SQEUCLIDEAN, COSINE, INNER_PRODUCT = range(3)
@@ -130,7 +130,7 @@ MOST = 1024  # neighbours that the CUDA kernels find: csrc/knn/cuda/launch.h
 def _raw(queries: Tensor, keys: Tensor, k: int, *others: Any) -> tuple[Tensor, Tensor]:
     """The op, or the reference where its kernel does not go so far."""
     if queries.is_cuda and min(k, keys.shape[-2]) > MOST:
-        tell(f"knn of more than {MOST} neighbours", queries.device)
+        warn_once(f"knn of more than {MOST} neighbours", queries.device)
         return _reference(queries, keys, k, *others)
     try:
         found: tuple[Tensor, Tensor] = torch.ops.eaml_ext.knn.default(queries, keys, k, *others)

@@ -23,7 +23,7 @@ from torch.utils.flop_counter import register_flop_formula
 
 from eaml_ext import _check
 from eaml_ext.ops._typed import Function, allow_in_graph, register_fake
-from eaml_ext.ops.fallback import reference_of, tell
+from eaml_ext.ops.fallback import reference_of, warn_once
 
 CHUNK = 32  # steps between two saved states; kChunk in csrc/selective_scan/params.h
 MOST = 256  # states of a channel that the CUDA kernels take, a complex one counting twice
@@ -772,7 +772,7 @@ def _scan(x: Sequence[Any], options: Sequence[Any], run: Callable[..., Any] | No
     if x[2].is_complex():
         x = [*x[:3], _complex(x[3]), _complex(x[4]), *x[5:]]
     if run is None and x[0].is_cuda and x[2].shape[-1] * (2 if x[2].is_complex() else 1) > MOST:
-        tell(f"selective_scan of more than {MOST} states", x[0].device)
+        warn_once(f"selective_scan of more than {MOST} states", x[0].device)
         run = _reference
     if run is not None:
         y, last, _ = run(*x, *options)

@@ -6,7 +6,7 @@ from eaml_ext.rl.planning import Planner, WorldModel, planned_returns
 from eaml_ext.rl.policy import SSMMetaPolicy
 from eaml_ext.rl.rl2 import RL2
 from eaml_ext.rl.rollout import Policy, RandomPolicy, Trajectories, collect
-from eaml_ext.rl.trials import Trials, feature_dim, play
+from eaml_ext.rl.trials import Trials, feature_dim, rollout
 
 __all__ = [
     "MAMLRL",
@@ -24,7 +24,7 @@ __all__ = [
     "feature_dim",
     "normalised",
     "planned_returns",
-    "play",
     "ppo_loss",
     "reinforce_loss",
+    "rollout",
 ]

@@ -126,9 +126,7 @@ class Learner(ABC):
         yield from progress_bar(range(updates), desc="meta-training", unit="update")
         skipped = self.skipped_updates - skipped
         if skipped:
-            text = (
-                f"{where}: {skipped} of {updates} updates were not finite and skipped, the last one for: {self._reason}"
-            )
+            text = f"{where}: {skipped} of {updates} updates were not finite and skipped, the last for: {self._reason}"
             warnings.warn(text, RuntimeWarning, stacklevel=3)
 
     def _step(self, loss: Tensor) -> bool:

@@ -18,13 +18,13 @@ def advantages(
     terminations: Tensor,
     ends: Tensor,
     gamma: float = 0.99,
-    lam: float = 0.95,
+    gae_lambda: float = 0.95,
 ) -> Tensor:
     """Generalised advantages (Schulman et al. 2016, equation 16); ``+ values`` they are the targets of the critic.
 
     An episode that terminated is worth nothing after its last step; one that was cut by a time limit or by the end of
     the recording goes on, and is worth what the critic says of the observation it was cut at (Pardo et al. 2018, "Time
-    limits in reinforcement learning"). ``lam=1`` with ``values`` of zero gives discounted returns.
+    limits in reinforcement learning"). ``gae_lambda=1`` with ``values`` of zero gives discounted returns.
 
     Args:
         rewards: ``(..., time)``, floating point.
@@ -34,7 +34,7 @@ def advantages(
         ends: bool, the next step belongs to another episode, whose advantages do not count for this one. The last step
             ends in any case, and so must whatever padding follows.
         gamma: discount of a step, in [0, 1].
-        lam: in [0, 1]: 0 trusts the critic after a step, 1 not at all.
+        gae_lambda: in [0, 1]: 0 trusts the critic after a step, 1 not at all.
 
     Returns:
         ``(..., time)``, without a gradient.
@@ -43,7 +43,7 @@ def advantages(
         TypeError, ValueError: a tensor of another shape or dtype, or a number out of its range.
 
     >>> ones, no = torch.ones(4), torch.zeros(4, dtype=torch.bool)
-    >>> advantages(ones, 0 * ones, 0 * ones, no, no, gamma=0.5, lam=1.0)
+    >>> advantages(ones, 0 * ones, 0 * ones, no, no, gamma=0.5, gae_lambda=1.0)
     tensor([1.8750, 1.7500, 1.5000, 1.0000])
     """
     where = "advantages"
@@ -57,11 +57,11 @@ def advantages(
         ("ends", ends, torch.bool),
     ):
         _same(where, name, value, rewards.shape, dtype)
-    gamma, lam = fraction(where, "gamma", gamma), fraction(where, "lam", lam)
+    gamma, gae_lambda = fraction(where, "gamma", gamma), fraction(where, "gae_lambda", gae_lambda)
     with torch.no_grad():
         deltas = rewards + gamma * next_values.masked_fill(terminations, 0.0) - values
         # An infinite or NaN advantage of the next episode must not reach this one through 0 * inf.
-        keep = (~(ends | terminations)).to(rewards.dtype) * (gamma * lam)
+        keep = (~(ends | terminations)).to(rewards.dtype) * (gamma * gae_lambda)
         following, out = rewards.new_zeros(rewards.shape[:-1]), []
         for delta, k in zip(reversed(deltas.unbind(-1)), reversed(keep.unbind(-1)), strict=True):
             following = delta + torch.where(k == 0, k, k * following)
@@ -95,16 +95,16 @@ def a2c_loss(
     targets: Tensor,
     mask: Tensor | None = None,
     *,
-    value_weight: float = 0.5,
-    entropy_weight: float = 0.01,
+    vf_coef: float = 0.5,
+    ent_coef: float = 0.01,
 ) -> Tensor:
-    """``mean(-log pi(a) A + value_weight (V - target)² - entropy_weight H)`` (Mnih et al. 2016).
+    """``mean(-log pi(a) A + vf_coef (V - target)² - ent_coef H)`` (Mnih et al. 2016).
 
     Args:
         log_probs, values, entropy: what the policy says now of the actions taken and the observations; any one shape.
         advantages, targets: of the same shape; constants for the gradient.
         mask: bool, of the same shape: what is averaged over; everything if absent.
-        value_weight, entropy_weight: at least 0.
+        vf_coef, ent_coef: at least 0.
 
     Raises:
         TypeError, ValueError: a tensor of another shape or dtype, or a negative weight.
@@ -116,10 +116,10 @@ def a2c_loss(
     where = "a2c_loss"
     tensors = {"values": values, "entropy": entropy, "advantages": advantages, "targets": targets}
     _sequences(where, mask, log_probs=log_probs, **tensors)
-    value_weight, entropy_weight = _weights(where, value_weight, entropy_weight)
+    vf_coef, ent_coef = _weights(where, vf_coef, ent_coef)
     policy = -log_probs * advantages.detach()
     critic = (values - targets.detach()).square()
-    return _mean(policy + value_weight * critic - entropy_weight * entropy, mask)
+    return _mean(policy + vf_coef * critic - ent_coef * entropy, mask)
 
 
 def ppo_loss(
@@ -131,17 +131,17 @@ def ppo_loss(
     old_log_probs: Tensor,
     mask: Tensor | None = None,
     *,
-    clip: float = 0.2,
-    value_weight: float = 0.5,
-    entropy_weight: float = 0.01,
+    clip_coef: float = 0.2,
+    vf_coef: float = 0.5,
+    ent_coef: float = 0.01,
 ) -> Tensor:
-    """:func:`a2c_loss` with ``-min(ratio A, clamp(ratio, 1 ± clip) A)`` in the place of ``-log pi(a) A``.
+    """:func:`a2c_loss` with ``-min(ratio A, clamp(ratio, 1 ± clip_coef) A)`` in the place of ``-log pi(a) A``.
 
     ``ratio`` is the probability of the action now over the one it was taken with (Schulman et al. 2017, equation 7).
 
     Args:
         old_log_probs: of the actions when they were taken, of the same shape as all the others.
-        clip: how far the ratio may go, > 0.
+        clip_coef: how far the ratio may go, > 0.
 
     Raises:
         TypeError, ValueError: a tensor of another shape or dtype, or a number out of its range.
@@ -153,13 +153,13 @@ def ppo_loss(
     where = "ppo_loss"
     tensors = {"values": values, "entropy": entropy, "advantages": advantages, "targets": targets}
     _sequences(where, mask, log_probs=log_probs, old_log_probs=old_log_probs, **tensors)
-    value_weight, entropy_weight = _weights(where, value_weight, entropy_weight)
-    clip = _check.positive(where, "clip", clip)
+    vf_coef, ent_coef = _weights(where, vf_coef, ent_coef)
+    clip_coef = _check.positive(where, "clip_coef", clip_coef)
     advantages = advantages.detach()
     ratio = (log_probs - old_log_probs.detach()).exp()
-    policy = -torch.minimum(ratio * advantages, ratio.clamp(1 - clip, 1 + clip) * advantages)
+    policy = -torch.minimum(ratio * advantages, ratio.clamp(1 - clip_coef, 1 + clip_coef) * advantages)
     critic = (values - targets.detach()).square()
-    return _mean(policy + value_weight * critic - entropy_weight * entropy, mask)
+    return _mean(policy + vf_coef * critic - ent_coef * entropy, mask)
 
 
 def normalised(advantages: Tensor, mask: Tensor | None = None) -> Tensor:
@@ -201,9 +201,9 @@ def _sequences(where: str, mask: Tensor | None, **tensors: Tensor) -> None:
         _same(where, "mask", mask, like.shape, torch.bool)
 
 
-def _weights(where: str, value_weight: float, entropy_weight: float) -> tuple[float, float]:
-    value_weight = _check.positive(where, "value_weight", value_weight, zero=True)
-    return value_weight, _check.positive(where, "entropy_weight", entropy_weight, zero=True)
+def _weights(where: str, vf_coef: float, ent_coef: float) -> tuple[float, float]:
+    vf_coef = _check.positive(where, "vf_coef", vf_coef, zero=True)
+    return vf_coef, _check.positive(where, "ent_coef", ent_coef, zero=True)
 
 
 def fraction(where: str, name: str, value: Any) -> float:

@@ -21,7 +21,7 @@ from eaml_ext.meta.functional import detached_copy, functional_call, outside_inf
 from eaml_ext.rl._learner import Learner
 from eaml_ext.rl.losses import a2c_loss, fraction, normalised
 from eaml_ext.rl.policy import SSMMetaPolicy
-from eaml_ext.rl.trials import MAX_EPISODE_STEPS, Trials, play
+from eaml_ext.rl.trials import MAX_EPISODE_STEPS, Trials, rollout
 from eaml_ext.tasks.base import Task, TaskDistribution, check_tasks
 
 Params = dict[str, Tensor]
@@ -46,8 +46,8 @@ class MAMLRL(Learner):
         tasks_per_update: tasks of a meta-batch, drawn anew for each.
         rows, steps: a task is played in so many environments for so many steps each, before every inner step and after
             the last one.
-        gamma, lam: as in :func:`eaml_ext.rl.losses.advantages`.
-        value_weight, entropy_weight: as in :func:`eaml_ext.rl.losses.a2c_loss`, which is the loss inside and outside.
+        gamma, gae_lambda: as in :func:`eaml_ext.rl.losses.advantages`.
+        vf_coef, ent_coef: as in :func:`eaml_ext.rl.losses.a2c_loss`, which is the loss inside and outside.
         reward_scale: rewards are multiplied by it for learning, so that values are of the order of 1.
         max_grad_norm: outer gradients are scaled down to this norm.
         seed: of tasks, starts and actions.
@@ -83,9 +83,9 @@ class MAMLRL(Learner):
         rows: int = 8,
         steps: int = 100,
         gamma: float = 0.99,
-        lam: float = 0.95,
-        value_weight: float = 0.5,
-        entropy_weight: float = 0.0,
+        gae_lambda: float = 0.95,
+        vf_coef: float = 0.5,
+        ent_coef: float = 0.0,
         reward_scale: float = 0.1,
         max_grad_norm: float = 0.5,
         seed: int = 0,
@@ -106,9 +106,9 @@ class MAMLRL(Learner):
         self.rows = _check.positive(where, "rows", rows, integer=True)
         self.steps = _check.positive(where, "steps", steps, integer=True)
         self._discount: dict[str, Any] = {
-            name: fraction(where, name, number) for name, number in (("gamma", gamma), ("lam", lam))
+            name: fraction(where, name, number) for name, number in (("gamma", gamma), ("gae_lambda", gae_lambda))
         }
-        weights = {"value_weight": value_weight, "entropy_weight": entropy_weight}
+        weights = {"vf_coef": vf_coef, "ent_coef": ent_coef}
         self._weights: dict[str, Any] = {
             name: _check.positive(where, name, weight, zero=True) for name, weight in weights.items()
         }
@@ -160,7 +160,7 @@ class MAMLRL(Learner):
 
         Raises:
             TypeError, ValueError: an argument is of another type or out of its range, or as
-                :func:`eaml_ext.rl.play`.
+                :func:`eaml_ext.rl.rollout`.
         """
         if not isinstance(task, Task):
             raise TypeError(f"MAMLRL.adapt: task must be a Task, got {type(task).__name__}")
@@ -181,14 +181,14 @@ class MAMLRL(Learner):
         Args:
             tasks: of the distribution.
             seed: of adaptation and evaluation.
-            max_episode_steps: as in :func:`eaml_ext.rl.play`.
+            max_episode_steps: as in :func:`eaml_ext.rl.rollout`.
 
         Returns:
             ``(len(tasks), inner_steps + 1)``.
 
         Raises:
             TypeError, ValueError: an argument is of another type or out of its range, or as
-                :func:`eaml_ext.rl.play`.
+                :func:`eaml_ext.rl.rollout`.
         """
         check_tasks("MAMLRL.evaluate", tasks, Task)
         seed = check_seed("MAMLRL.evaluate", "seed", seed)
@@ -232,7 +232,9 @@ class MAMLRL(Learner):
     def _rollout(self, tasks: Sequence[Task], params: Params, stream: int, **options: Any) -> Trials:
         """Trajectories of all tasks, each played with its own parameters, task-major: rows of a task are neighbours."""
         repeated = [task for task in tasks for _ in range(self.rows)]
-        return play(self.dist, repeated, _PerTask(self.policy, params, self.rows), stream, keep_state=False, **options)
+        return rollout(
+            self.dist, repeated, _PerTask(self.policy, params, self.rows), stream, keep_state=False, **options
+        )
 
     def _batch(self, trials: Trials, tasks: int) -> tuple[Tensor, Tensor]:
         """What the model and the loss take, ``(tasks, rows, time, ...)``; all a loss needs is in one tensor."""
@@ -247,9 +249,9 @@ class MAMLRL(Learner):
         advantages = torch.stack([normalised(a) for a in advantages])  # of each task by itself
         return x, torch.cat([actions, advantages.unsqueeze(-1), targets.unsqueeze(-1)], dim=-1)
 
-    def _loss(self, said: Tensor, happened: Tensor) -> Tensor:
-        action, advantages, targets = happened[..., :-2], happened[..., -2], happened[..., -1]
-        distribution, values = self.policy.distribution(said[..., :-1]), said[..., -1]
+    def _loss(self, outputs: Tensor, targets: Tensor) -> Tensor:
+        action, advantages, targets = targets[..., :-2], targets[..., -2], targets[..., -1]
+        distribution, values = self.policy.distribution(outputs[..., :-1]), outputs[..., -1]
         log_probs = distribution.log_prob(action if self.policy.continuous else action.squeeze(-1).long())
         return a2c_loss(log_probs, values, distribution.entropy(), advantages, targets, **self._weights)
 

@@ -16,7 +16,7 @@ from eaml_ext.meta.maml import finite
 from eaml_ext.rl._learner import Learner
 from eaml_ext.rl.losses import a2c_loss, fraction, normalised, ppo_loss
 from eaml_ext.rl.policy import SSMMetaPolicy
-from eaml_ext.rl.trials import MAX_EPISODE_STEPS, Trials, check_length, play
+from eaml_ext.rl.trials import MAX_EPISODE_STEPS, Trials, check_length, rollout
 from eaml_ext.tasks.base import Task, TaskDistribution
 
 
@@ -35,15 +35,15 @@ class RL2(Learner):
         episodes: of a training trial in whole episodes. One of the two.
         loss: "ppo" or "a2c" (which takes one gradient step for each batch of trials).
         tasks_per_update: trials played side by side, each of a task drawn anew.
-        lr: step size of Adam, falling linearly to 0 over :meth:`train` where ``anneal``.
-        epochs, minibatches: of PPO; a minibatch is of whole trials.
-        gamma, lam, across_episodes: as in :meth:`Trials.advantages`.
-        clip, value_weight, entropy_weight: as in :func:`eaml_ext.rl.losses.ppo_loss`.
+        lr: step size of Adam, falling linearly to 0 over :meth:`train` where ``anneal_lr``.
+        update_epochs, num_minibatches: of PPO; a minibatch is of whole trials.
+        gamma, gae_lambda, across_episodes: as in :meth:`Trials.advantages`.
+        clip_coef, vf_coef, ent_coef: as in :func:`eaml_ext.rl.losses.ppo_loss`.
         reward_scale: rewards are multiplied by it for learning, so that values are of the order of 1. Else the critic's
             gradient is all that passes ``max_grad_norm``.
         max_grad_norm: gradients are scaled down to this norm.
-        max_episode_steps: as in :func:`eaml_ext.rl.play`, for training trials of whole ``episodes``.
-        seed: of tasks, starts, actions and minibatches.
+        max_episode_steps: as in :func:`eaml_ext.rl.rollout`, for training trials of whole ``episodes``.
+        seed: of tasks, starts, actions and num_minibatches.
 
     Attributes:
         updates: updates made so far, skipped ones included; each has tasks of its own.
@@ -83,15 +83,15 @@ class RL2(Learner):
         loss: str = "ppo",
         tasks_per_update: int = 64,
         lr: float = 1e-3,
-        anneal: bool = True,
-        epochs: int = 4,
-        minibatches: int = 4,
+        anneal_lr: bool = True,
+        update_epochs: int = 4,
+        num_minibatches: int = 4,
         gamma: float = 0.99,
-        lam: float = 0.95,
+        gae_lambda: float = 0.95,
         across_episodes: bool = False,
-        clip: float = 0.2,
-        value_weight: float = 0.5,
-        entropy_weight: float = 0.01,
+        clip_coef: float = 0.2,
+        vf_coef: float = 0.5,
+        ent_coef: float = 0.01,
         reward_scale: float = 0.1,
         max_grad_norm: float = 0.5,
         max_episode_steps: int = MAX_EPISODE_STEPS,
@@ -110,24 +110,24 @@ class RL2(Learner):
         )
         limit = _check.positive(where, "max_episode_steps", max_episode_steps, integer=True)
         self._length: dict[str, Any] = {**check_length(where, episodes, steps), "max_episode_steps": limit}
-        passes = {"epochs": epochs, "minibatches": minibatches}
-        epochs, minibatches = (_check.positive(where, name, n, integer=True) for name, n in passes.items())
-        if self.tasks_per_update < minibatches:
+        passes = {"update_epochs": update_epochs, "num_minibatches": num_minibatches}
+        update_epochs, num_minibatches = (_check.positive(where, name, n, integer=True) for name, n in passes.items())
+        if self.tasks_per_update < num_minibatches:
             wanted = f"<= tasks_per_update {self.tasks_per_update}"
-            raise ValueError(f"{where}: minibatches must be {wanted}, got {minibatches}")
+            raise ValueError(f"{where}: num_minibatches must be {wanted}, got {num_minibatches}")
         if loss not in ("ppo", "a2c"):
             raise ValueError(f"{where}: loss must be 'ppo' or 'a2c', got {loss!r}")
-        for name, flag in (("anneal", anneal), ("across_episodes", across_episodes)):
+        for name, flag in (("anneal_lr", anneal_lr), ("across_episodes", across_episodes)):
             _check.flag(where, name, flag)
-        self.anneal = bool(anneal)
-        self._loss, self._clip = loss, _check.positive(where, "clip", clip)
-        self._passes = (epochs, minibatches) if loss == "ppo" else (1, 1)
-        weights = {"value_weight": value_weight, "entropy_weight": entropy_weight}
+        self.anneal_lr = bool(anneal_lr)
+        self._loss, self._clip = loss, _check.positive(where, "clip_coef", clip_coef)
+        self._passes = (update_epochs, num_minibatches) if loss == "ppo" else (1, 1)
+        weights = {"vf_coef": vf_coef, "ent_coef": ent_coef}
         self._weights: dict[str, Any] = {
             name: _check.positive(where, name, weight, zero=True) for name, weight in weights.items()
         }
         self._discount: dict[str, Any] = {
-            name: fraction(where, name, n) for name, n in (("gamma", gamma), ("lam", lam))
+            name: fraction(where, name, n) for name, n in (("gamma", gamma), ("gae_lambda", gae_lambda))
         }
         self._discount["across_episodes"] = bool(across_episodes)
         self.steps = 0
@@ -158,14 +158,14 @@ class RL2(Learner):
         returns = []
         for i in self._numbers(where, updates):
             for group in self.optimizer.param_groups:
-                group["lr"] = self.lr * (1 - (before + i) / total) if self.anneal else self.lr
+                group["lr"] = self.lr * (1 - (before + i) / total) if self.anneal_lr else self.lr
             returns.append(self.update())
             if report is not None:
                 report(i, returns[-1])
         return returns
 
     def _trials(self, tasks: Sequence[Task], seed: int) -> Trials:
-        return play(self.dist, tasks, self.policy, seed, **self._length)
+        return rollout(self.dist, tasks, self.policy, seed, **self._length)
 
     def _update(self, tasks: Sequence[Task]) -> float:
         trials = self._trials(tasks, derive_seed(self.seed, Purpose.RL2_TRIALS, self.updates, bits=32))
@@ -185,10 +185,10 @@ class RL2(Learner):
             self._skip("RL2.learn: inputs, rewards and values must be finite")
             return
         generator = torch.Generator().manual_seed(derive_seed(self.seed, Purpose.RL2_MINIBATCHES, self.updates))
-        epochs, minibatches = self._passes
+        update_epochs, num_minibatches = self._passes
         taken = True
-        for _ in range(epochs):
-            for rows in torch.randperm(len(advantages), generator=generator).tensor_split(minibatches):
+        for _ in range(update_epochs):
+            for rows in torch.randperm(len(advantages), generator=generator).tensor_split(num_minibatches):
                 part = trials[rows.to(advantages.device)]
                 time = int(part.mask.sum(1).max())  # the padding of the longest trial of all need not be scanned
                 loss = self._objective(part[:, :time], advantages[rows, :time], targets[rows, :time])
@@ -202,7 +202,7 @@ class RL2(Learner):
         now = (log_probs, values, distribution.entropy(), normalised(advantages, mask), targets)
         if self._loss == "a2c":
             return a2c_loss(*now, mask, **self._weights)
-        return ppo_loss(*now, trials.log_probs, mask, clip=self._clip, **self._weights)
+        return ppo_loss(*now, trials.log_probs, mask, clip_coef=self._clip, **self._weights)
 
     def evaluate(
         self,
@@ -215,9 +215,9 @@ class RL2(Learner):
     ) -> Tensor:
         """The return of each episode of one trial per task, ``(len(tasks), episodes)``.
 
-        Arguments and errors as of :func:`eaml_ext.rl.play`.
+        Arguments and errors as of :func:`eaml_ext.rl.rollout`.
         """
         seed = derive_seed(check_seed("RL2.evaluate", "seed", seed), Purpose.RL2_EVALUATION, bits=32)
         length: dict[str, Any] = {"episodes": episodes, "max_episode_steps": max_episode_steps}
-        trials = play(self.dist, tasks, self.policy, seed, **length, greedy=greedy)
+        trials = rollout(self.dist, tasks, self.policy, seed, **length, greedy=greedy)
         return trials.episode_returns(episodes)

@@ -23,7 +23,7 @@ MAX_EPISODE_STEPS = 10_000
 
 
 class Recurrent(Protocol):
-    """What :func:`play` asks of a policy; :class:`eaml_ext.rl.SSMMetaPolicy` is one."""
+    """What :func:`rollout` asks of a policy; :class:`eaml_ext.rl.SSMMetaPolicy` is one."""
 
     def init_hidden(self, batch: int) -> Tensor:
         """The state before the first step, ``(batch, ...)``, on the policy's device."""
@@ -33,7 +33,7 @@ class Recurrent(Protocol):
 
 
 def feature_dim(dist: TaskDistribution[Any]) -> int:
-    """The ``state_dim`` of a policy that :func:`play` lets act: observation, last action, last reward, start flag."""
+    """The ``state_dim`` of a policy in :func:`rollout`: observation, last action, last reward, start flag."""
     return int(dist.obs_dim) + int(dist.action_dim) + 2
 
 
@@ -114,7 +114,7 @@ class Trials:
         returns = self.episode_returns(max(1, int(finished.max())))
         return returns[torch.arange(returns.shape[1], device=returns.device) < finished]
 
-    def advantages(self, gamma: float = 0.99, lam: float = 0.95, *, across_episodes: bool = False) -> Tensor:
+    def advantages(self, gamma: float = 0.99, gae_lambda: float = 0.95, *, across_episodes: bool = False) -> Tensor:
         """:func:`eaml_ext.rl.losses.advantages`, of each episode for itself or of the whole trial.
 
         ``across_episodes`` lets an action answer for what it brings in later episodes of its trial, as exploration
@@ -122,14 +122,18 @@ class Trials:
         """
         _check.flag("Trials.advantages", "across_episodes", across_episodes)
         if not across_episodes:
-            return advantages(self.rewards, self.values, self.next_values, self.terminations, self.ends, gamma, lam)
+            return advantages(
+                self.rewards, self.values, self.next_values, self.terminations, self.ends, gamma, gae_lambda
+            )
         last = self.mask & ~F.pad(self.mask[:, 1:], (0, 1))
         following = torch.cat([self.values[:, 1:], self.next_values[:, -1:]], dim=1)
         following = torch.where(last, self.next_values, following)
-        return advantages(self.rewards, self.values, following, self.terminations & last, last | ~self.mask, gamma, lam)
+        return advantages(
+            self.rewards, self.values, following, self.terminations & last, last | ~self.mask, gamma, gae_lambda
+        )
 
 
-def play(
+def rollout(
     dist: TaskDistribution[Any],
     tasks: Sequence[Task],
     policy: Recurrent,
@@ -169,14 +173,14 @@ def play(
     >>> from eaml_ext.rl import SSMMetaPolicy
     >>> distribution = tasks.CartPoleTasks(hide_velocity=True)
     >>> policy = SSMMetaPolicy(feature_dim(distribution), distribution.action_dim)
-    >>> trials = play(distribution, distribution.sample(8), policy, seed=0, episodes=3)
+    >>> trials = rollout(distribution, distribution.sample(8), policy, seed=0, episodes=3)
     >>> trials.episode_returns(3).shape
     torch.Size([8, 3])
     """
     from gymnasium.spaces import Box, Discrete
     from gymnasium.vector import AutoresetMode
 
-    where = "play"
+    where = "rollout"
     if isinstance(dist, type) or not isinstance(dist, TaskDistribution):
         raise TypeError(f"{where}: dist must be a task distribution as of make_tasks, got {type(dist).__name__}")
     check_tasks(where, tasks, Task)

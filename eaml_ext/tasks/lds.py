@@ -11,7 +11,7 @@ from torch import Tensor
 
 from eaml_ext import _check
 from eaml_ext._random import check_seed
-from eaml_ext.tasks import bounds
+from eaml_ext.tasks import baselines
 from eaml_ext.tasks.base import Task, check_sample, check_tasks, collection_stream, task_stream
 
 ANGLES = (0.1, 1.5)
@@ -234,9 +234,9 @@ class LDSTasks:
         A = system.A[torch.arange(len(tasks)).view(-1, 1, 1), modes]
         start = torch.eye(2 * self.planes, dtype=torch.float64)
         C, Q, R = (m.unsqueeze(1) for m in (system.C, system.Q, system.R))
-        return bounds.kalman_filter(observations, A, C, Q, R, start)
+        return baselines.kalman_filter(observations, A, C, Q, R, start)
 
-    def bounds(
+    def baselines(
         self, tasks: Sequence[LDSTask], *, sequences: int = 16, length: int = 128, frames: int = 4, seed: int = 0
     ) -> dict[str, Tensor]:
         """What simple predictors of the next observation reach on ``tasks``, and what none can beat.
@@ -250,11 +250,11 @@ class LDSTasks:
             TypeError, ValueError: an argument is of the wrong kind, or ``length`` does not exceed ``frames``.
 
         >>> distribution = LDSTasks()
-        >>> errors = distribution.bounds(distribution.sample(4, "test"))
+        >>> errors = distribution.baselines(distribution.sample(4, "test"))
         >>> bool((errors["kalman"] < torch.stack([errors["linear"], errors["mlp"], errors["persistence"]])).all())
         True
         """
-        where = "LDSTasks.bounds"
+        where = "LDSTasks.baselines"
         self._check_tasks(where, tasks)
         sequences, length, frames = (
             _check.positive(where, name, value, integer=True)
@@ -270,9 +270,9 @@ class LDSTasks:
             "zero": torch.zeros_like(wanted),
             "persistence": judge[:, :, frames - 1 : -1],
             "linear": torch.stack(
-                [bounds.fit_linear(mine, frames)(other) for mine, other in zip(fit, judge, strict=True)]
+                [baselines.fit_linear(mine, frames)(other) for mine, other in zip(fit, judge, strict=True)]
             ),
-            "mlp": bounds.fit_mlp(fit, frames, seed=seed)(judge),
+            "mlp": baselines.fit_mlp(fit, frames, seed=seed)(judge),
             "kalman": self.kalman(tasks, judge, modes)[0][:, :, frames - 1 :],
         }
         return {name: (p - wanted).square().mean((1, 2, 3)) for name, p in predictions.items()}

@@ -1,4 +1,4 @@
-"""Meta-World's robot arm: ML1 (other goals of one environment) and ML10 (other environments)."""
+"""Meta-World's robot variant: ML1 (other goals of one environment) and ML10 (other environments)."""
 
 from __future__ import annotations
 
@@ -99,7 +99,7 @@ class MetaWorldTasks:
         return tasks
 
     def make_env(self, tasks: Sequence[MetaWorldTask]) -> VectorEnv[Any, Any, Any]:
-        """One arm per task, stepped in turn, with the goal of ``tasks[i]`` in all its episodes.
+        """One variant per task, stepped in turn, with the goal of ``tasks[i]`` in all its episodes.
 
         Raises TypeError or ValueError unless ``tasks`` is a non-empty sequence of tasks of this distribution.
         """

@@ -124,7 +124,7 @@ class SinusoidTasks:
         (support_x, query_x), (support_y, query_y) = (t.tensor_split([self.shots], 1) for t in (inputs, targets))
         return support_x, support_y, query_x, query_y
 
-    def bounds(self, n: int = 2000, seed: int = 0) -> dict[str, float]:
+    def baselines(self, n: int = 2000, seed: int = 0) -> dict[str, float]:
         """Mean squared errors on query points between which any learner's lies, over ``n`` test tasks.
 
         ``zero`` predicts 0 and ``mean`` the mean function of the distribution (the best without adaptation);
@@ -134,17 +134,21 @@ class SinusoidTasks:
 
         Raises TypeError or ValueError naming the argument; ValueError for one shot without noise.
 
-        >>> bounds = SinusoidTasks(shots=5).bounds()
-        >>> bounds["bayes"] < bounds["mean"] < bounds["zero"]
+        >>> baselines = SinusoidTasks(shots=5).baselines()
+        >>> baselines["bayes"] < baselines["mean"] < baselines["zero"]
         True
         """
-        n = _check.positive("SinusoidTasks.bounds", "n", n, integer=True)
-        seed = check_seed("SinusoidTasks.bounds", "seed", seed)
+        n = _check.positive("SinusoidTasks.baselines", "n", n, integer=True)
+        seed = check_seed("SinusoidTasks.baselines", "seed", seed)
         if not self.noise and self.shots < 2:
-            raise ValueError("SinusoidTasks.bounds: shots must be at least 2 where noise is 0, got 1")
+            raise ValueError("SinusoidTasks.baselines: shots must be at least 2 where noise is 0, got 1")
         support_x, support_y, query_x, query_y = (t.squeeze(-1).double() for t in self.draw(n, "test", seed))
         mean = sum(self.amplitudes) / 2 * _sine_of_mean_phase(query_x)
-        bounds = {"zero": float(query_y.square().mean()), "mean": float((query_y - mean).square().mean()), "bayes": 0.0}
+        baselines = {
+            "zero": float(query_y.square().mean()),
+            "mean": float((query_y - mean).square().mean()),
+            "bayes": 0.0,
+        }
         if self.noise:
             places = (torch.arange(128).double() + 0.5) / 128
             error = 0.0
@@ -164,8 +168,8 @@ class SinusoidTasks:
                     low, high = torch.maximum(low, middle - around), torch.minimum(high, middle + around)
                 weights = cells @ posterior
                 error += float((torch.stack([qx.sin(), qx.cos()], 1) @ weights - qy).square().mean())
-            bounds["bayes"] = error / n
-        return bounds
+            baselines["bayes"] = error / n
+        return baselines
 
     def _parameters(self, n: int, split: str, seed: int, epoch: int) -> np.ndarray:
         """Amplitude and phase of each task, ``(n, 2)``."""

@@ -1,6 +1,6 @@
 """3,000 gradient steps of adaptation, with experience, a ring that turns and rollbacks: memory stays what it is.
 
-``python -m benchmarks.endurance`` makes a million of them.
+``python -m benchmarks.soak`` makes a million of them.
 """
 
 import gc

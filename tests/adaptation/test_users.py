@@ -142,7 +142,7 @@ STRATEGIES = {
     "uniform": lambda: retrieval.uniform(40),
     "nearest": lambda: retrieval.nearest(40),
     "attention": lambda: retrieval.attention(40, 5.0),
-    "hierarchical": lambda: retrieval.hierarchical(40, probes=2, cells=8),
+    "ivf": lambda: retrieval.ivf(40, nprobe=2, nlist=8),
     "best_fit": lambda: retrieval.best_fit(by_the_best_fit, num_tasks=1),
 }
 

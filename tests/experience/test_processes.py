@@ -11,7 +11,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from eaml_ext.distributed import launched
+from eaml_ext.distributed import torchrun_group
 from eaml_ext.experience import ExperienceBuffer, ShardedExperienceBuffer, retrieval
 
 ROWS = torch.arange(10_000.0).unsqueeze(1)
@@ -77,7 +77,7 @@ def test_draws_of_buffers_loaded_inside_workers_differ(worker, tmp_path):
 
 
 def test_draws_of_a_shard_in_workers_differ(worker):
-    with launched(alone=True) as group:
+    with torchrun_group(alone=True) as group:
         shard = ShardedExperienceBuffer(len(ROWS), group=group, seed=0)
         shard.add(state=ROWS)
     draws = []
@@ -113,7 +113,7 @@ def test_hierarchical_in_workers_makes_the_cells_of_the_parent(worker):
     buffer.add(state=keys, context_embedding=keys)
     for seed in (None, 7, 8):
         worker(seed)
-        found.append(retrieval.hierarchical(10, probes=2)._cells.candidates(buffer, keys[0]))
+        found.append(retrieval.ivf(10, nprobe=2)._lists.candidates(buffer, keys[0]))
     assert torch.equal(found[0], found[1]) and torch.equal(found[0], found[2])
 
 

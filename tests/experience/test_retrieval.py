@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from eaml_ext.experience import ExperienceBuffer, retrieval
-from eaml_ext.experience.cells import Cells
+from eaml_ext.experience.ivf import InvertedLists
 
 
 def memory():
@@ -146,14 +146,14 @@ def test_best_fit_helps_where_the_embedding_says_nothing():
 
 def test_hierarchical_looks_at_a_fraction_and_finds_what_nearest_finds():
     world = World(200, [50] * 400, "tells")
-    retriever = retrieval.hierarchical(80, probes=8)
+    retriever = retrieval.ivf(80, nprobe=8)
     queries = torch.cat([world.embeddings(kind, 1) for kind in range(100)])
     assert retriever.recall(world.buffer, queries) > 0.98
-    looked_at = [len(retriever._cells.candidates(world.buffer, query)) for query in queries]
+    looked_at = [len(retriever._lists.candidates(world.buffer, query)) for query in queries]
     assert sum(looked_at) / 100 < 0.05 * len(world.buffer)  # and 400 centroids, 0.02 of it
-    found = world.errors(nearest=retrieval.nearest(80), hierarchical=retriever)
-    assert found["hierarchical"] < 1.5 * found["nearest"]
-    few, many = (retrieval.hierarchical(10, probes=probes, cells=400) for probes in (1, 8))
+    found = world.errors(nearest=retrieval.nearest(80), ivf=retriever)
+    assert found["ivf"] < 1.5 * found["nearest"]
+    few, many = (retrieval.ivf(10, nprobe=nprobe, nlist=400) for nprobe in (1, 8))
     assert few.recall(world.buffer, queries) < 0.95 < many.recall(world.buffer, queries)
 
 
@@ -211,7 +211,7 @@ def test_a_read_of_nothing_is_zero_and_of_something_else_is_refused():
             found.attention(temperature)
 
 
-# ------------------------------------------------------------------------------------------------- hierarchical
+# ------------------------------------------------------------------------------------------------- ivf
 
 
 def clustered(n, dim=8, clusters=40):
@@ -223,7 +223,7 @@ def clustered(n, dim=8, clusters=40):
 def test_hierarchical_follows_a_ring_that_turns(metric, place, tmp_path):
     options = {"directory": tmp_path / "b"} if place == "disk" else {}
     buffer = ExperienceBuffer(1500, seed=0, metric=metric, **options)
-    retriever = retrieval.hierarchical(5, probes=6)
+    retriever = retrieval.ivf(5, nprobe=6)
     for step in range(40):
         x = clustered(97)
         buffer.add(state=x, context_embedding=x, task=torch.arange(97) % 3)
@@ -249,12 +249,12 @@ def test_cells_follow_what_is_stored(change):
     buffer = ExperienceBuffer(8000 if change == "the memory grows" else 4000)
     x = torch.randn(200 if change == "the memory grows" else 4000, 8)
     buffer.add(state=x, context_embedding=x)
-    retriever = retrieval.hierarchical(5, probes=4)
+    retriever = retrieval.ivf(5, nprobe=4)
     retriever.search(buffer, x[0])
     for part in (50 + clustered(8000, clusters=80)).split(500):
         buffer.add(state=part, context_embedding=part)
         retriever.search(buffer, part[0])
-    looked_at = [len(retriever._cells.candidates(buffer, query)) for query in part[:50]]
+    looked_at = [len(retriever._lists.candidates(buffer, query)) for query in part[:50]]
     assert sum(looked_at) / 50 < 0.15 * len(buffer)  # the old cells: all that is new is in one or two of them
     assert retriever.recall(buffer, part[:50]) > 0.8
 
@@ -262,27 +262,27 @@ def test_cells_follow_what_is_stored(change):
 def test_hierarchical_is_exact_when_asked_and_when_the_cells_run_dry():
     buffer, x = ExperienceBuffer(1000, age_half_life=300.0), clustered(900)
     buffer.add(state=x, context_embedding=x, priority=torch.rand(900) + 0.1)
-    for retriever in (retrieval.hierarchical(7, probes=None), retrieval.hierarchical(900, probes=1)):
+    for retriever in (retrieval.ivf(7, nprobe=None), retrieval.ivf(900, nprobe=1)):
         found, exact = retriever.search(buffer, x[:4]), buffer.retrieve(x[:4], retriever.k)
         assert torch.equal(found.indices, exact.indices) and torch.equal(found.distances, exact.distances)
         assert retriever.recall(buffer, x[:4]) == 1.0
-    everywhere = retrieval.hierarchical(7, probes=5, cells=5)
+    everywhere = retrieval.ivf(7, nprobe=5, nlist=5)
     assert torch.equal(everywhere.search(buffer, x[:4]).indices, buffer.retrieve(x[:4], 7).indices)
     half = ExperienceBuffer(1000)
     half.add(state=x, context_embedding=x.bfloat16())
-    assert retrieval.hierarchical(7).recall(half, x[:20].bfloat16()) > 0.8
+    assert retrieval.ivf(7).recall(half, x[:20].bfloat16()) > 0.8
 
 
 @pytest.fixture
 def trained(monkeypatch):
     """The buffers for which centroids were made, in order."""
-    buffers, train = [], Cells._train
+    buffers, train = [], InvertedLists._train
 
     def counted(self, buffer, keys):
         buffers.append(weakref.ref(buffer))
         return train(self, buffer, keys)
 
-    monkeypatch.setattr(Cells, "_train", counted)
+    monkeypatch.setattr(InvertedLists, "_train", counted)
     return lambda: [reference() for reference in buffers]
 
 
@@ -295,7 +295,7 @@ def blobs(seed, capacity=600):
 
 @pytest.mark.parametrize("way", ["itself", "deepcopy", "pickle", "pickled after a search"])
 def test_hierarchical_on_several_buffers_trains_once_for_each(way, trained):
-    retriever = retrieval.hierarchical(5, probes=3)
+    retriever = retrieval.ivf(5, nprobe=3)
     (first, x), (second, y) = blobs(0), blobs(1)
     if way == "pickled after a search":
         retriever.search(first, x[0])
@@ -315,7 +315,7 @@ def test_hierarchical_on_several_buffers_trains_once_for_each(way, trained):
 
 
 def test_hierarchical_keeps_no_buffer_alive_and_finds_nothing_of_one_that_is_gone(trained):
-    retriever, addresses, seen = retrieval.hierarchical(5, probes=3), set(), []
+    retriever, addresses, seen = retrieval.ivf(5, nprobe=3), set(), []
     for seed in range(8):
         buffer, x = blobs(seed)
         addresses.add(id(buffer))
@@ -330,7 +330,7 @@ def test_hierarchical_keeps_no_buffer_alive_and_finds_nothing_of_one_that_is_gon
 
 @pytest.mark.parametrize("change", ["load_state_dict", "clear"])
 def test_hierarchical_after_the_content_is_replaced_trains_again(change, trained):
-    retriever = retrieval.hierarchical(5, probes=3)
+    retriever = retrieval.ivf(5, nprobe=3)
     (buffer, x), (other, y) = blobs(0), blobs(1)
     retriever.search(buffer, x[0])
     if change == "load_state_dict":
@@ -368,12 +368,12 @@ def test_nothing_to_offer_is_none():
     batch = {"context_embedding": torch.zeros(2), "task": 0}
     only_own = ExperienceBuffer(10)
     only_own.add(torch.zeros(2, 1), torch.zeros(2, 1), context_embedding=torch.zeros(2, 2), task=0)
-    by_embedding = (retrieval.nearest(3), retrieval.attention(3), retrieval.hierarchical(3))
+    by_embedding = (retrieval.nearest(3), retrieval.attention(3), retrieval.ivf(3))
     for retriever in (*by_embedding, retrieval.best_fit(score)):
         assert retriever(only_own, batch) is None
         assert retriever(ExperienceBuffer(10), batch) is None
     assert retrieval.uniform(3)(ExperienceBuffer(10), batch) is None
-    for retriever, name in zip(by_embedding, ("nearest", "attention", "hierarchical"), strict=True):
+    for retriever, name in zip(by_embedding, ("nearest", "attention", "ivf"), strict=True):
         with pytest.raises(ValueError, match=rf"^retrieval.{name}: the batch has no context_embedding to search with$"):
             retriever(memory(), {})
 
@@ -389,19 +389,19 @@ def test_nothing_to_offer_is_none():
         ),
         (lambda: retrieval.attention(0), ValueError, "retrieval.attention: k must be > 0, got 0"),
         (lambda: retrieval.attention(1, 0.0), ValueError, "retrieval.attention: temperature must be > 0, got 0.0"),
-        (lambda: retrieval.hierarchical(0), ValueError, "retrieval.hierarchical: k must be > 0, got 0"),
-        (lambda: retrieval.hierarchical(1, 0), ValueError, "retrieval.hierarchical: probes must be > 0, got 0"),
-        (lambda: retrieval.hierarchical(1, cells=1.0), TypeError, "retrieval.hierarchical: cells must be an integer"),
-        (lambda: retrieval.hierarchical(1, seed=-1), ValueError, "retrieval.hierarchical: seed must be >= 0, got -1"),
+        (lambda: retrieval.ivf(0), ValueError, "retrieval.ivf: k must be > 0, got 0"),
+        (lambda: retrieval.ivf(1, 0), ValueError, "retrieval.ivf: nprobe must be > 0, got 0"),
+        (lambda: retrieval.ivf(1, nlist=1.0), TypeError, "retrieval.ivf: nlist must be an integer"),
+        (lambda: retrieval.ivf(1, seed=-1), ValueError, "retrieval.ivf: seed must be >= 0, got -1"),
         (
-            lambda: retrieval.hierarchical(1).recall(memory(), torch.zeros(2)),
+            lambda: retrieval.ivf(1).recall(memory(), torch.zeros(2)),
             ValueError,
-            "retrieval.hierarchical.recall: queries must have shape (n, dim) with n > 0, got (2,)",
+            "retrieval.ivf.recall: queries must have shape (n, dim) with n > 0, got (2,)",
         ),
         (
-            lambda: retrieval.hierarchical(1).recall(memory(), [0.0]),
+            lambda: retrieval.ivf(1).recall(memory(), [0.0]),
             TypeError,
-            "retrieval.hierarchical.recall: queries must be a torch.Tensor, got list",
+            "retrieval.ivf.recall: queries must be a torch.Tensor, got list",
         ),
         (lambda: retrieval.best_fit(None), TypeError, "retrieval.best_fit: score_fn must be callable, got NoneType"),
         (lambda: retrieval.nearest(1.5), TypeError, "retrieval.nearest: k must be an integer, got 1.5"),

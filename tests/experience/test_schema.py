@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from eaml_ext.distributed import launched
+from eaml_ext.distributed import torchrun_group
 from eaml_ext.experience import ExperienceBuffer, ShardedExperienceBuffer, retrieval
 
 
@@ -295,7 +295,7 @@ def test_retrievers_accept_any_integer_and_task(integer):
         "uniform": lambda i: retrieval.uniform(i(4), targets="action"),
         "nearest": lambda i: retrieval.nearest(i(4), targets="action"),
         "attention": lambda i: retrieval.attention(i(4), targets="action"),
-        "hierarchical": lambda i: retrieval.hierarchical(i(2), i(1), cells=i(6), seed=i(1), targets="action"),
+        "ivf": lambda i: retrieval.ivf(i(2), i(1), nlist=i(6), seed=i(1), targets="action"),
         "best_fit": lambda i: retrieval.best_fit(lambda b, t, _: t.float(), i(1), targets="action"),
     }
     for name, make in makers.items():
@@ -308,7 +308,7 @@ def test_retrievers_accept_any_integer_and_task(integer):
 
 @pytest.mark.parametrize("integer", INTEGERS)
 def test_sharded_buffer_accepts_any_integer(integer):
-    with launched(alone=True) as group:
+    with torchrun_group(alone=True) as group:
         buffer = ShardedExperienceBuffer(integer(8), integer(2), group=group, seed=integer(0))
         buffer.add(state=torch.eye(2), context_embedding=torch.eye(2), task=torch.tensor([0, 1]))
         assert buffer.capacity == 8 and type(buffer.capacity) is int
@@ -326,7 +326,7 @@ def test_what_is_no_integer_is_refused_by_name(bad):
         "ExperienceBuffer.of_task: task": lambda: buffer.of_task(bad),
         "ExperienceBuffer.load_state_dict: written": lambda: buffer.load_state_dict({**before, "written": bad}),
         "retrieval.uniform: n": lambda: retrieval.uniform(bad),
-        "retrieval.hierarchical: k": lambda: retrieval.hierarchical(bad),
+        "retrieval.ivf: k": lambda: retrieval.ivf(bad),
     }.items():
         with pytest.raises(TypeError, match=f"^{name} must be an integer, got "):
             call()
@@ -356,8 +356,8 @@ def test_add_boolean_task_is_refused_at_every_add(task):
     assert len(buffer) == 2
 
 
-@pytest.mark.parametrize("make", [lambda s: ExperienceBuffer(9, seed=s), lambda s: retrieval.hierarchical(3, seed=s)])
+@pytest.mark.parametrize("make", [lambda s: ExperienceBuffer(9, seed=s), lambda s: retrieval.ivf(3, seed=s)])
 def test_seed_beyond_128_bits_is_refused_by_the_class_that_was_called(make):
     make(2**128 - 1)
-    with pytest.raises(ValueError, match=r"^(ExperienceBuffer|retrieval.hierarchical): seed must be in \[0, 3402823"):
+    with pytest.raises(ValueError, match=r"^(ExperienceBuffer|retrieval.ivf): seed must be in \[0, 3402823"):
         make(2**128)

@@ -9,7 +9,7 @@ import ranks
 import torch
 
 from eaml_ext import checkpoint
-from eaml_ext.distributed import RankError, launched
+from eaml_ext.distributed import RankError, torchrun_group
 from eaml_ext.experience import ExperienceBuffer, ShardedExperienceBuffer
 
 CASES = 1000
@@ -220,7 +220,7 @@ def test_on_two_processes(tmp_path):
 def test_refusals(tmp_path):
     with pytest.raises(TypeError, match=r"^ShardedExperienceBuffer: group must be .*, got NoneType"):
         ShardedExperienceBuffer(8, group=None)
-    with launched(alone=True) as group:
+    with torchrun_group(alone=True) as group:
         for options, error, text in (
             ({"capacity": 0}, ValueError, "ShardedExperienceBuffer: capacity must be > 0"),
             ({"capacity": 1.0}, TypeError, "ShardedExperienceBuffer: capacity must be an integer"),

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 
-from eaml_ext.distributed import launched
+from eaml_ext.distributed import torchrun_group
 from eaml_ext.experience import ExperienceBuffer, Experiences, ShardedExperienceBuffer, retrieval
 
 WIDTH = 512
@@ -146,7 +146,7 @@ READS = {
     "state_dict": lambda b: b.state_dict(),
     "pickle": lambda b: b.__getstate__(),
     "uniform": lambda b: retrieval.uniform(5, targets="action")(b, {}),
-    "hierarchical": lambda b: retrieval.hierarchical(2, 1, cells=4).search(b, torch.zeros(4)),
+    "ivf": lambda b: retrieval.ivf(2, 1, nlist=4).search(b, torch.zeros(4)),
 }
 
 
@@ -217,9 +217,9 @@ def score(buffer, tasks, batch):
         retrieval.uniform(4, targets="action"),
         retrieval.nearest(4, targets="action"),
         retrieval.attention(4, targets="action"),
-        retrieval.hierarchical(4, targets="action"),
+        retrieval.ivf(4, targets="action"),
     ],
-    ids=["uniform", "nearest", "attention", "hierarchical"],
+    ids=["uniform", "nearest", "attention", "ivf"],
 )
 def test_retriever_beside_clear_finds_all_or_nothing(retriever, turn):
     batch = {"context_embedding": torch.zeros(4)}
@@ -303,7 +303,7 @@ def test_best_fit_score_fn_may_read_the_buffer_from_other_threads():
 
 @pytest.mark.parametrize("turn", [1, 2])
 def test_sharded_retrieve_beside_clear_finds_nothing_or_says_so(turn):
-    with launched(alone=True) as group:
+    with torchrun_group(alone=True) as group:
         sharded = ShardedExperienceBuffer(8, group=group)
         sharded.add(**items(torch.arange(8)))
         lock = sharded.local._lock
@@ -321,7 +321,7 @@ def test_sharded_retrieve_beside_clear_finds_nothing_or_says_so(turn):
 
 
 def test_shard_learning_a_schema_keeps_what_a_thread_adds_meanwhile():
-    with launched(alone=True) as group:
+    with torchrun_group(alone=True) as group:
         sharded = ShardedExperienceBuffer(8, group=group)
         sharded.add(**items(torch.arange(3)))
         schema = sharded._schema()
@@ -333,6 +333,6 @@ def test_shard_learning_a_schema_keeps_what_a_thread_adds_meanwhile():
             sharded.add(**items(torch.arange(3)))
 
         sharded.local._lock = Interleaved(lock, 1, write)
-        sharded.group = SimpleNamespace(of_rank=lambda rank, text: schema)
+        sharded.group = SimpleNamespace(broadcast_object=lambda rank, text: schema)
         assert sharded._agree_on_schema("where", torch.tensor([-1, 5]))
         assert sharded.local.get(torch.arange(3)).action[:, 0].tolist() == [0, 1, 2]

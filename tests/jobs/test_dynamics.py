@@ -17,9 +17,9 @@ from gymnasium.wrappers.vector import TransformReward
 from eaml_ext import checkpoint, cli
 from eaml_ext.experience import ExperienceBuffer
 from eaml_ext.jobs import dynamics
-from eaml_ext.jobs.dynamics import DynamicsModel, features, fingerprint, run
+from eaml_ext.jobs.config import DynamicsConfig
+from eaml_ext.jobs.dynamics import DynamicsModel, features, run, task_embedding
 from eaml_ext.jobs.report import table
-from eaml_ext.jobs.settings import DynamicsSettings
 from eaml_ext.rl import Trajectories
 from eaml_ext.tasks import SPLITS, CartPoleTasks, registry
 
@@ -37,12 +37,12 @@ PLANNING = {"plan_tasks": 16, "plan_steps": 60, "plan_horizon": 12, "plan_candid
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory):
     folder = tmp_path_factory.mktemp("run")
-    return folder, run(DynamicsSettings(out=str(folder), buffer_size=8000, **{**SMALL, **PLANNING}))
+    return folder, run(DynamicsConfig(out=str(folder), buffer_size=8000, **{**SMALL, **PLANNING}))
 
 
 def test_adapted_models_beat_copying_and_no_adaptation_on_unseen_tasks(finished):
     _, results = finished
-    errors = {name: arm["mean"] for name, arm in results["arms"].items()}
+    errors = {name: variant["mean"] for name, variant in results["variants"].items()}
     assert errors["plain"] < 0.5 * errors["no adaptation"] < errors["copy input"]
     assert errors["best_fit"] < 0.5 * errors["no adaptation"]
     assert errors["best_fit"] < errors["uniform"]
@@ -52,16 +52,16 @@ def test_adapted_models_beat_copying_and_no_adaptation_on_unseen_tasks(finished)
 def test_a_planner_acts_better_with_adapted_models(finished):
     folder, results = finished
     returns = {name: row["mean"] for name, row in results["returns"].items()}
-    assert list(returns) == ["random actions", *list(results["arms"])[1:]]  # no model copies its input
+    assert list(returns) == ["random actions", *list(results["variants"])[1:]]  # no model copies its input
     assert returns["plain"] > returns["no adaptation"] + 5 and returns["best_fit"] > returns["no adaptation"] + 5
     assert returns["plain"] > returns["random actions"] + 15 and max(returns.values()) <= PLANNING["plan_steps"]
     assert json.loads((folder / "report.json").read_text())["returns"] == results["returns"]
-    text = table(results["arms"], results["returns"], 60).splitlines()
+    text = table(results["variants"], results["returns"], 60).splitlines()
     assert "in 60 steps" in text[0] and "return" in text[1] and text[1].count("+-") == 2
     rows = {line[:16].strip(): line[16:].split() for line in text[2:]}
     assert rows["random actions"][:3] == ["-"] * 3 and rows["copy input"][3:] == ["-"] * 2
     assert rows["plain"][3] == f"{returns['plain']:.1f}" and {len(row) for row in rows.values()} == {5}
-    short = table(results["arms"], {}, 60).splitlines()
+    short = table(results["variants"], {}, 60).splitlines()
     assert "return" not in short[0] and {len(line[16:].split()) for line in short[2:]} == {3}
 
 
@@ -73,7 +73,7 @@ def test_imagined_steps_are_those_of_the_model_with_each_tasks_parameters():
     obs, action = torch.randn(3, 5, 6, 4), torch.randn(3, 5, 6, 2)
     start = torch.zeros(3, 5, 6, dtype=torch.bool)
     start[1, 2, 3] = True
-    imagined = dynamics.Imagination(model, params)
+    imagined = dynamics.BatchedWorldModel(model, params)
     state, steps = imagined.init_hidden(3).expand(3, 5, -1, -1, -1), []
     for t in range(6):
         following, state = imagined.step(obs[:, :, t], action[:, :, t], start[:, :, t], state)
@@ -87,7 +87,7 @@ def test_imagined_steps_are_those_of_the_model_with_each_tasks_parameters():
 def test_folder_holds_report_plot_model_and_buffer(finished):
     folder, results = finished
     report = json.loads((folder / "report.json").read_text())
-    assert report["arms"].keys() == results["arms"].keys() and report["settings"]["seed"] == 0
+    assert report["variants"].keys() == results["variants"].keys() and report["settings"]["seed"] == 0
     assert (folder / "report.png").stat().st_size > 10_000
     tensors, metadata = checkpoint.load(folder / "model.safetensors", kind="dynamics")
     settings = metadata["settings"]
@@ -132,11 +132,11 @@ def test_command_line_prints_the_promised_lines_in_order(tmp_path, capsys):
 
 def test_same_seed_same_numbers_and_the_settings_that_a_run_leaves_repeat_it(tmp_path):
     small = {**SMALL, "num_epochs": 2, "updates_per_epoch": 2, "test_tasks": 4, "adaptation_calls": 2}
-    a = run(DynamicsSettings(out=str(tmp_path / "a"), **small))
+    a = run(DynamicsConfig(out=str(tmp_path / "a"), **small))
     assert cli.main(["--config", str(tmp_path / "a" / "settings.toml"), "--out", str(tmp_path / "b")]) == 0
     b = json.loads((tmp_path / "b" / "report.json").read_text())
-    other = run(DynamicsSettings(out=str(tmp_path / "c"), seed=1, **small))
-    assert a["arms"] == b["arms"] and a["meta_loss"] == b["meta_loss"] != other["meta_loss"]
+    other = run(DynamicsConfig(out=str(tmp_path / "c"), seed=1, **small))
+    assert a["variants"] == b["variants"] and a["meta_loss"] == b["meta_loss"] != other["meta_loss"]
 
 
 RESUMED = {**SMALL, "num_epochs": 6, "updates_per_epoch": 2, "test_tasks": 4, "adaptation_calls": 2}
@@ -145,12 +145,12 @@ RESUMED = {**SMALL, "num_epochs": 6, "updates_per_epoch": 2, "test_tasks": 4, "a
 @pytest.fixture(scope="module")
 def uninterrupted(tmp_path_factory):
     folder = tmp_path_factory.mktemp("whole")
-    return folder, run(DynamicsSettings(out=str(folder), buffer_size=8000, **RESUMED))
+    return folder, run(DynamicsConfig(out=str(folder), buffer_size=8000, **RESUMED))
 
 
 def assert_same_run(folder, results, uninterrupted):
     wanted_folder, wanted = uninterrupted
-    for part in ("meta_loss", "arms", "curves"):
+    for part in ("meta_loss", "variants", "curves"):
         assert results[part] == wanted[part], part
     for name in ("model", "buffer"):
         got, kept = (checkpoint.load(f / f"{name}.safetensors")[0] for f in (folder, wanted_folder))
@@ -168,7 +168,7 @@ def test_a_killed_run_resumes_with_the_same_bits(uninterrupted, tmp_path):
     time.sleep(0.1 * random.SystemRandom().random())  # a dozen updates and six writes may fall into this
     process.kill()
     assert process.wait() == -signal.SIGKILL and not (tmp_path / "report.json").exists()
-    results = run(DynamicsSettings(out=str(tmp_path), buffer_size=8000, resume=True, **RESUMED))
+    results = run(DynamicsConfig(out=str(tmp_path), buffer_size=8000, resume=True, **RESUMED))
     assert_same_run(tmp_path, results, uninterrupted)
 
 
@@ -202,7 +202,7 @@ def test_a_finished_run_resumes_at_its_end_and_other_settings_are_refused(uninte
         assert cli.main([*flags, "--resume"]) == 2
         error = capsys.readouterr().err
         assert text in error and error.startswith("eaml-ext: resume: ") and error.count("\n") == 1
-    results = run(DynamicsSettings(out=str(folder), buffer_size=8000, resume=True, **RESUMED))
+    results = run(DynamicsConfig(out=str(folder), buffer_size=8000, resume=True, **RESUMED))
     assert capsys.readouterr().out.startswith("Resumed after 12 of 12 meta-updates.")
     assert_same_run(folder, results, uninterrupted)
 
@@ -227,9 +227,9 @@ def test_a_damaged_checkpoint_is_refused(tmp_path, capsys):
 
 def test_any_environment_with_box_observations_works(tmp_path):
     small = {**SMALL, "num_epochs": 1, "updates_per_epoch": 2, "test_tasks": 4, "adaptation_calls": 1}
-    results = run(DynamicsSettings(env_name="Pendulum-v1", out=str(tmp_path), **{**small, "plan_tasks": 2}))
+    results = run(DynamicsConfig(env_name="Pendulum-v1", out=str(tmp_path), **{**small, "plan_tasks": 2}))
     assert results["returns"] == {}  # it does not tell what imagined steps are worth
-    assert all(torch.isfinite(torch.tensor(arm["mean"])) for arm in results["arms"].values())
+    assert all(torch.isfinite(torch.tensor(variant["mean"])) for variant in results["variants"].values())
 
 
 EXTRA_OBSERVATIONS = {
@@ -331,11 +331,11 @@ def test_run_observations_that_hardly_move_leave_errors_of_the_same_order(tmp_pa
     monkeypatch.setattr(dynamics.report, "plot", lambda *_: None)
     small = {**SMALL, "num_epochs": 1, "test_tasks": 8, "adaptation_calls": 1, "query": 20, "tasks_per_update": 4}
     plain, extra = (
-        run(DynamicsSettings(env_name=clock_tasks(*names), out=str(tmp_path / str(len(names))), **small))["arms"]
+        run(DynamicsConfig(env_name=clock_tasks(*names), out=str(tmp_path / str(len(names))), **small))["variants"]
         for names in ((), tuple(EXTRA_OBSERVATIONS))
     )
-    for name, arm in plain.items():
-        assert 0.1 * arm["mean"] < extra[name]["mean"] < 2 * arm["mean"], name
+    for name, variant in plain.items():
+        assert 0.1 * variant["mean"] < extra[name]["mean"] < 2 * variant["mean"], name
 
 
 class FaultyCartPole(ClockCartPole):
@@ -384,7 +384,7 @@ def test_run_one_value_that_is_not_finite_is_named_with_task_and_step(
 
 def test_run_reward_of_a_planned_episode_that_is_not_finite_is_named(tmp_path, monkeypatch):
     class Faulty(CartPoleTasks):
-        """CartPole without rewards where a planner acts, which is with the tasks of all arms at once."""
+        """CartPole without rewards where a planner acts, which is with the tasks of all variants at once."""
 
         def make_env(self, tasks):
             env = super().make_env(tasks)
@@ -394,7 +394,7 @@ def test_run_reward_of_a_planned_episode_that_is_not_finite_is_named(tmp_path, m
     small = {**SMALL, "num_epochs": 1, "updates_per_epoch": 1, "test_tasks": 3, "adaptation_calls": 1}
     planning = {"plan_tasks": 2, "plan_steps": 3, "plan_candidates": 2, "plan_horizon": 2}
     with pytest.raises(ValueError, match=r"^collect: reward must be finite, got nan at step 1 of tasks\[0\] of "):
-        run(DynamicsSettings(env_name="EamlFaultyPlans-v0", out=str(tmp_path), **{**small, **planning}))
+        run(DynamicsConfig(env_name="EamlFaultyPlans-v0", out=str(tmp_path), **{**small, **planning}))
 
 
 WITHOUT_EXTRAS = """
@@ -424,7 +424,7 @@ def test_fingerprint_tells_flipped_actions_apart():
     x = torch.randn(2, 40, 7)
     x[1] = x[0]
     y = torch.stack([x[0, :, 4:5] - x[0, :, 5:6], x[0, :, 5:6] - x[0, :, 4:5]])
-    a, b = fingerprint(x, y)
+    a, b = task_embedding(x, y)
     assert torch.allclose(a, -b, atol=1e-5) and a.abs().max() > 0.5
 
 
@@ -433,7 +433,7 @@ def test_fingerprint_nearly_constant_inputs_leave_weights_of_the_others_unchange
     x[1] = x[0]
     x[1, :, 1] = 50 + 1e-3 * torch.arange(40.0)  # a clock long after the data of the units
     y = (x[..., :1] - 0.5 * x[..., 2:3]).clone()
-    weights = fingerprint(x, y).view(2, 4, 1)[:, [0, 2]]
+    weights = task_embedding(x, y).view(2, 4, 1)[:, [0, 2]]
     torch.testing.assert_close(weights[1], torch.tensor([[1.0], [-0.5]]), rtol=0.01, atol=0.01)
     torch.testing.assert_close(weights[0], weights[1], rtol=0.01, atol=0.01)
 
@@ -478,28 +478,28 @@ def test_bad_environment_or_device_is_one_sentence(flags, text, tmp_path, capsys
 
 def test_settings_refuse_wrong_types():
     with pytest.raises(TypeError, match="num_epochs must be an integer"):
-        DynamicsSettings(num_epochs=1.5)
+        DynamicsConfig(num_epochs=1.5)
     with pytest.raises(TypeError, match="resume must be True or False"):
-        DynamicsSettings(resume="yes")
+        DynamicsConfig(resume="yes")
     with pytest.raises(TypeError, match="env_name must be a string"):
-        DynamicsSettings(env_name=3)
+        DynamicsConfig(env_name=3)
 
 
 def test_settings_numpy_scalars_become_pythons_and_are_written():
-    given = DynamicsSettings(
+    given = DynamicsConfig(
         num_epochs=np.int64(3),
         seed=np.uint32(7),
         inner_lr=np.float32(0.5),
         outer_lr=np.int32(1),
         env_name=np.str_("Pendulum-v1"),
     )
-    assert given == DynamicsSettings(num_epochs=3, seed=7, inner_lr=0.5, outer_lr=1, env_name="Pendulum-v1")
+    assert given == DynamicsConfig(num_epochs=3, seed=7, inner_lr=0.5, outer_lr=1, env_name="Pendulum-v1")
     assert {type(value) for value in vars(given).values()} == {int, float, str, bool}
     assert json.loads(json.dumps(vars(given))) == vars(given) and given.folder == "runs/Pendulum-v1-seed7"
-    with pytest.raises(TypeError, match=r"^DynamicsSettings: num_epochs must be an integer, got .*3.0\)?$"):
-        DynamicsSettings(num_epochs=np.float64(3))
-    with pytest.raises(ValueError, match=r"^DynamicsSettings: inner_lr must be finite, got inf$"):
-        DynamicsSettings(inner_lr=np.float64("inf"))
+    with pytest.raises(TypeError, match=r"^DynamicsConfig: num_epochs must be an integer, got .*3.0\)?$"):
+        DynamicsConfig(num_epochs=np.float64(3))
+    with pytest.raises(ValueError, match=r"^DynamicsConfig: inner_lr must be finite, got inf$"):
+        DynamicsConfig(inner_lr=np.float64("inf"))
 
 
 def test_model_numpy_sizes_become_ints():

@@ -12,7 +12,7 @@ ROWS = {
     "huge": HUGE,
     "negative": {"mean": -1e300, "interval": None, "median": -123456.7},
     "diverged": {"mean": float("nan"), "interval": float("nan"), "median": float("inf")},
-    "an arm with quite a long name": HUGE,
+    "an variant with quite a long name": HUGE,
 }
 
 

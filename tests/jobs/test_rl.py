@@ -8,9 +8,9 @@ import pytest
 import torch
 
 from eaml_ext import checkpoint, cli
-from eaml_ext.jobs import rl, rl_settings
+from eaml_ext.jobs import rl, rl_config
 from eaml_ext.jobs.rl import make_policy, run
-from eaml_ext.jobs.rl_settings import MAMLSettings, RL2Settings
+from eaml_ext.jobs.rl_config import MAMLConfig, RL2Config
 from eaml_ext.nn.cores import CORES
 from eaml_ext.tasks import make_tasks
 
@@ -35,11 +35,11 @@ def test_command_line_runs_the_job_and_leaves_report_and_policy(algo, columns, l
     assert list(report["returns"]) == columns and len(report["training"]) == 10
     assert 8 < report["returns"][columns[-1]]["mean"] < 500
     tensors, metadata = checkpoint.load(tmp_path / "policy.safetensors", kind="policy")
-    settings = (RL2Settings if algo == "rl2" else MAMLSettings)(**metadata["settings"])
+    settings = (RL2Config if algo == "rl2" else MAMLConfig)(**metadata["settings"])
     make_policy(settings, make_tasks(env), torch.device("cpu")).load_state_dict(tensors)
 
 
-@pytest.mark.parametrize("kind", [RL2Settings, MAMLSettings])
+@pytest.mark.parametrize("kind", [RL2Config, MAMLConfig])
 def test_same_seed_same_numbers_and_the_settings_that_a_run_leaves_repeat_it(kind, tmp_path):
     small = {**SMALL, "steps": 8, "test_tasks": 2}
     a = run(kind(out=str(tmp_path / "a"), **small))
@@ -49,7 +49,7 @@ def test_same_seed_same_numbers_and_the_settings_that_a_run_leaves_repeat_it(kin
 
 
 def test_continuous_actions_work(tmp_path):
-    settings = RL2Settings(env_name="Pendulum-v1", out=str(tmp_path), **{**SMALL, "test_tasks": 2})
+    settings = RL2Config(env_name="Pendulum-v1", out=str(tmp_path), **{**SMALL, "test_tasks": 2})
     assert run(settings)["returns"]["episode 3"]["mean"] < 0
 
 
@@ -84,27 +84,27 @@ def test_bad_environment_or_device_is_one_sentence(flags, text, tmp_path, capsys
 
 
 def test_settings_refuse_wrong_types():
-    with pytest.raises(TypeError, match=r"^RL2Settings: steps must be an integer, got 1.5$"):
-        RL2Settings(steps=1.5)
-    with pytest.raises(TypeError, match=r"^MAMLSettings: env_name must be a string, got 3$"):
-        MAMLSettings(env_name=3)
-    with pytest.raises(ValueError, match=r"^RL2Settings: core must be one of .*, got 'gru'$"):
-        RL2Settings(core="gru")
+    with pytest.raises(TypeError, match=r"^RL2Config: steps must be an integer, got 1.5$"):
+        RL2Config(steps=1.5)
+    with pytest.raises(TypeError, match=r"^MAMLConfig: env_name must be a string, got 3$"):
+        MAMLConfig(env_name=3)
+    with pytest.raises(ValueError, match=r"^RL2Config: core must be one of .*, got 'gru'$"):
+        RL2Config(core="gru")
 
 
 def test_settings_numpy_scalars_become_pythons():
-    given = MAMLSettings(steps=np.int64(20), gamma=np.float64(1), inner_lr=np.float32(0.5), seed=np.uint8(3))
-    assert given == MAMLSettings(steps=20, gamma=1.0, inner_lr=0.5, seed=3)
+    given = MAMLConfig(steps=np.int64(20), gamma=np.float64(1), inner_lr=np.float32(0.5), seed=np.uint8(3))
+    assert given == MAMLConfig(steps=20, gamma=1.0, inner_lr=0.5, seed=3)
     assert {type(value) for value in vars(given).values()} == {int, float, str}
     assert json.loads(json.dumps(vars(given))) == vars(given)
-    with pytest.raises(ValueError, match=r"^RL2Settings: gamma must be <= 1, got 1.5$"):
-        RL2Settings(gamma=np.float32(1.5))
+    with pytest.raises(ValueError, match=r"^RL2Config: gamma must be <= 1, got 1.5$"):
+        RL2Config(gamma=np.float32(1.5))
 
 
 def test_run_returns_of_any_size_stay_in_their_columns(tmp_path, monkeypatch, capsys):
     returns = torch.tensor([[-612345678.0, 1.0, float("nan")], [-1e38, 2.0, 3.0]])
     monkeypatch.setattr(rl, "rl2", lambda *_: (([0.0], 2), returns, ["episode 1", "a column with a long name", "nan"]))
-    run(RL2Settings(out=str(tmp_path), **SMALL))
+    run(RL2Config(out=str(tmp_path), **SMALL))
     head, *rows, skipped = capsys.readouterr().out.splitlines()[1:-1]
     assert skipped.startswith("2 updates were skipped")
     assert json.loads((tmp_path / "report.json").read_text())["skipped_updates"] == 2
@@ -115,8 +115,8 @@ def test_run_returns_of_any_size_stay_in_their_columns(tmp_path, monkeypatch, ca
 
 
 def test_the_flag_knows_all_cores():
-    assert set(rl_settings.CORES) == set(CORES) and RL2Settings().core == "mamba"
-    policy = make_policy(RL2Settings(core="lru", hidden_dim=8), make_tasks("CartPole-v1"), torch.device("cpu"))
+    assert set(rl_config.CORES) == set(CORES) and RL2Config().core == "mamba"
+    policy = make_policy(RL2Config(core="lru", hidden_dim=8), make_tasks("CartPole-v1"), torch.device("cpu"))
     assert policy.options["core"] == "lru"
 
 

@@ -12,8 +12,8 @@ import torch
 from eaml_ext import checkpoint
 from eaml_ext.experience import ExperienceBuffer
 from eaml_ext.jobs import dynamics
+from eaml_ext.jobs.config import DynamicsConfig
 from eaml_ext.jobs.dynamics import run
-from eaml_ext.jobs.settings import DynamicsSettings
 
 SMALL = {
     "num_epochs": 3,
@@ -36,7 +36,7 @@ def torchrun(folder, *flags):
 
 
 def test_two_processes_are_as_one_and_go_on_from_its_checkpoint(tmp_path, monkeypatch):
-    wanted = run(DynamicsSettings(out=str(tmp_path / "one"), **SMALL))
+    wanted = run(DynamicsConfig(out=str(tmp_path / "one"), **SMALL))
     update = dynamics.update
 
     def interrupted(*args):
@@ -47,7 +47,7 @@ def test_two_processes_are_as_one_and_go_on_from_its_checkpoint(tmp_path, monkey
 
     monkeypatch.setattr(dynamics, "update", interrupted)
     with pytest.raises(KeyboardInterrupt):
-        run(DynamicsSettings(out=str(tmp_path / "two"), **SMALL))
+        run(DynamicsConfig(out=str(tmp_path / "two"), **SMALL))
     monkeypatch.undo()
     child = torchrun(tmp_path / "two", "--resume")
     assert child.returncode == 0, child.stderr
@@ -60,8 +60,8 @@ def test_two_processes_are_as_one_and_go_on_from_its_checkpoint(tmp_path, monkey
     for name, value in one.items():
         torch.testing.assert_close(two[name], value, rtol=1e-3, atol=1e-4, msg=name)
     assert any(not torch.equal(two[name], value) for name, value in one.items())  # summed in another order
-    for name, arm in wanted["arms"].items():
-        assert report["arms"][name]["mean"] == pytest.approx(arm["mean"], rel=1e-2), name
+    for name, variant in wanted["variants"].items():
+        assert report["variants"][name]["mean"] == pytest.approx(variant["mean"], rel=1e-2), name
     buffers = [ExperienceBuffer.load(tmp_path / name / "buffer.safetensors").state_dict() for name in ("one", "two")]
     assert buffers[0]["written"] == buffers[1]["written"] == 6 * 5 * 74
     assert all(torch.equal(value, buffers[1]["fields"][name]) for name, value in buffers[0]["fields"].items())

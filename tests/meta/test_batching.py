@@ -12,7 +12,7 @@ from torch.nn.functional import mse_loss
 from user_models import UNBATCHABLE, Attention, Checkpointed, Once, Shared, Transformer, sequences
 
 from eaml_ext.experience import ExperienceBuffer
-from eaml_ext.meta import MetaLearner, MetaMAML, MetaMAMLTrainer, PastModels, TaskBatch
+from eaml_ext.meta import AdaptedTaskModels, MetaLearner, MetaMAML, MetaMAMLTrainer, TaskBatch
 from eaml_ext.meta._batching import Batching
 
 WARNING = "vmap cannot run the model, so tasks run one at a time from now on: "
@@ -115,8 +115,8 @@ def test_meta_update_options_vmap_fails_move_as_on_a_batchable_model(options):
     with pytest.warns(RuntimeWarning, match=WARNING):
         got = meta_gradient(one, tasks)
     assert_gradient(got, meta_gradient(other, tasks))
-    assert one.meta_update(tasks, mse_loss, shift_level=0.2) == pytest.approx(
-        other.meta_update(tasks, mse_loss, shift_level=0.2), rel=1e-9
+    assert one.meta_update(tasks, mse_loss, kl_radius=0.2) == pytest.approx(
+        other.meta_update(tasks, mse_loss, kl_radius=0.2), rel=1e-9
     )
 
 
@@ -167,7 +167,7 @@ def test_model_that_keeps_tensors_adapts_and_is_left_as_it_was():
     assert model.map is kept and len(model.maps) == 1
     wanted = maml.adapt_params(maml.parameters(), sx, sy, mse_loss, 2)
     torch.testing.assert_close(adapted(qx), maml.call(wanted, qx))
-    trainer = MetaMAMLTrainer(model, inner_lr=0.1, shift_levels=(0.0, 0.5), progress=False)
+    trainer = MetaMAMLTrainer(model, inner_lr=0.1, kl_radii=(0.0, 0.5), progress=False)
     assert isinstance(trainer.adapt_to_new_task((sx, sy)), Attention)
 
 
@@ -200,8 +200,8 @@ def test_past_models_vmap_fails_scores_are_those_of_a_loop():
     for task in range(3):
         buffer.add(torch.randn(4, 3), torch.randn(4, 1), task=torch.full((4,), task))
     x, y = torch.randn(5, 3), torch.randn(5, 1)
-    with pytest.warns(RuntimeWarning, match="^PastModels: " + WARNING):
-        models = PastModels(maml, buffer, mse_loss)
+    with pytest.warns(RuntimeWarning, match="^AdaptedTaskModels: " + WARNING):
+        models = AdaptedTaskModels(maml, buffer, mse_loss)
     scores = models.score(buffer, torch.arange(3), {"states": x, "targets": y})
     for task in range(3):
         past = buffer.of_task(task)

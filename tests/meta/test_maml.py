@@ -13,7 +13,7 @@ from torch.nn.functional import l1_loss, mse_loss
 from user_models import Shared
 
 from eaml_ext.meta import MetaMAML
-from eaml_ext.meta.shift import tilt
+from eaml_ext.meta.kl_dro import kl_dro_weights
 from eaml_ext.nn import SSM
 
 
@@ -148,10 +148,10 @@ def test_a_gradient_that_is_not_finite_is_left_out_though_the_loss_is():
     assert loss == 0 and maml.skipped_updates == 1 and torch.equal(maml.model.weight, before)
 
 
-def gradients(maml, tasks, shift_level=0.0):
+def gradients(maml, tasks, kl_radius=0.0):
     """Losses and meta-gradient by name, rates under a name of their own."""
     leaves = {**maml.parameters(), **{f"rate of {k}": v for k, v in maml.inner_lrs.items()}}
-    losses, grads = maml._meta_gradient(tasks, [mse_loss] * len(tasks), list(leaves.values()), shift_level)
+    losses, grads = maml._meta_gradient(tasks, [mse_loss] * len(tasks), list(leaves.values()), kl_radius)
     return losses, dict(zip(leaves, grads, strict=True))
 
 
@@ -255,15 +255,15 @@ class Counting(nn.Module):
         return self.model(x)
 
 
-@pytest.mark.parametrize("shift_level", [0.0, 0.3])
+@pytest.mark.parametrize("kl_radius", [0.0, 0.3])
 @pytest.mark.parametrize("options", [{}, {"reptile": True}, {"learn_inner_lr": True}, {"first_order": True}], ids=str)
-def test_micro_batches_give_the_same_gradient_with_fewer_tasks_at_once(options, shift_level):
+def test_micro_batches_give_the_same_gradient_with_fewer_tasks_at_once(options, kl_radius):
     model = Counting(SSM(4, 6, 2, state_size=3).double())
     tasks = [sequences(1, 12 if i % 3 else 5) for i in range(10)]
-    whole = gradients(MetaMAML(model, 0.1, 1e-3, inner_steps=2, **options), tasks, shift_level)
+    whole = gradients(MetaMAML(model, 0.1, 1e-3, inner_steps=2, **options), tasks, kl_radius)
     assert max(model.sizes) == 6
     model.sizes.clear()
-    parts = gradients(MetaMAML(model, 0.1, 1e-3, inner_steps=2, micro_batch=2, **options), tasks, shift_level)
+    parts = gradients(MetaMAML(model, 0.1, 1e-3, inner_steps=2, micro_batch=2, **options), tasks, kl_radius)
     assert max(model.sizes) == 2
     assert_same_gradient(whole, parts)
 
@@ -386,7 +386,7 @@ def test_shifted_gradient_is_that_of_the_tilted_mean():
     maml = MetaMAML(model, 0.1, 1e-3)
     params = maml.parameters()
     losses = maml.task_losses(params, tasks, mse_loss)
-    weights = tilt(losses, 0.3)
+    weights = kl_dro_weights(losses, 0.3)
     assert float(weights.max()) > 0.3
     wanted = torch.autograd.grad(losses @ weights, list(params.values()))
     got = gradients(maml, tasks, 0.3)[1]
@@ -452,8 +452,8 @@ def bad_calls():
     yield lambda: maml.meta_update([(x, y, x, y)], 3), TypeError, "loss_fn must be callable"
     yield lambda: maml.meta_update([(x, y, x, y)], [mse_loss] * 2), ValueError, "one or as many as the 1 tasks, got 2"
     yield lambda: maml.meta_update([(x, y, x, y)], [3]), TypeError, "loss_fn must be callable"
-    yield lambda: maml.meta_update([(x, y, x, y)], mse_loss, shift_level=-1), ValueError, "shift_level must be >= 0"
-    yield lambda: maml.meta_update([(x, y, x, y)], mse_loss, shift_level="a"), TypeError, "shift_level must be a number"
+    yield lambda: maml.meta_update([(x, y, x, y)], mse_loss, kl_radius=-1), ValueError, "kl_radius must be >= 0"
+    yield lambda: maml.meta_update([(x, y, x, y)], mse_loss, kl_radius="a"), TypeError, "kl_radius must be a number"
     yield lambda: maml.adapt(x, y, "mse"), TypeError, "loss_fn must be callable"
     yield lambda: maml.adapt_params(maml.parameters(), x, y, None), TypeError, "loss_fn must be callable"
     yield lambda: maml.adapt_params(maml.parameters(), x, y, mse_loss, -1), ValueError, "num_steps must be >= 0"
@@ -486,7 +486,7 @@ def test_a_loss_may_be_of_another_dtype_than_the_parameters():
 
     x, y = torch.randn(5, 2), torch.randn(5, 1)
     maml = MetaMAML(nn.Linear(2, 1), 0.1, 0.01)
-    assert maml.meta_update([(x, y, x, y)] * 3, loss, shift_level=0.1) > 0
+    assert maml.meta_update([(x, y, x, y)] * 3, loss, kl_radius=0.1) > 0
 
 
 # ------------------------------------------------------------------------- parameters that change after construction
@@ -615,8 +615,8 @@ def test_meta_update_without_grad_mode_is_that_with_it():
     model, tasks = mlp(), [task() for _ in range(2)]
     one, other = MetaMAML(model, 0.1, 0.1), MetaMAML(copy.deepcopy(model), 0.1, 0.1)
     with torch.no_grad():
-        got = [one.meta_update(tasks, mse_loss, shift_level=0.1) for _ in range(2)]
-    assert got == [other.meta_update(tasks, mse_loss, shift_level=0.1) for _ in range(2)]
+        got = [one.meta_update(tasks, mse_loss, kl_radius=0.1) for _ in range(2)]
+    assert got == [other.meta_update(tasks, mse_loss, kl_radius=0.1) for _ in range(2)]
 
 
 def test_constructor_in_inference_mode_trains_outside_and_refuses_a_model_made_there():
@@ -640,8 +640,8 @@ def test_numpy_numbers_are_those_of_python():
     other = MetaMAML(copy.deepcopy(model), 0.1, 0.01, inner_steps=2, micro_batch=2)
     for name in ("inner_lr", "outer_lr", "inner_steps", "micro_batch"):
         assert type(getattr(one, name)) is type(getattr(other, name)), name
-    assert one.meta_update(tasks, mse_loss, shift_level=np.float32(0.25)) == other.meta_update(
-        tasks, mse_loss, shift_level=0.25
+    assert one.meta_update(tasks, mse_loss, kl_radius=np.float32(0.25)) == other.meta_update(
+        tasks, mse_loss, kl_radius=0.25
     )
     sx, sy, *_ = tasks[0]
     for p, q in zip(

@@ -42,7 +42,7 @@ class Quasi(torch.optim.SGD):
 
 MAKERS = {
     "MetaMAML": lambda model, optimizer: MetaMAML(model, 0.1, 0.1, optimizer=optimizer),
-    "MetaMAMLTrainer": lambda model, optimizer: MetaMAMLTrainer(model, optimizer=optimizer, shift_levels=[0, 0.5]),
+    "MetaMAMLTrainer": lambda model, optimizer: MetaMAMLTrainer(model, optimizer=optimizer, kl_radii=[0, 0.5]),
     "Adapter": lambda model, optimizer: Adapter(model, optimizer=optimizer),
 }
 

@@ -60,8 +60,8 @@ def on_ranks_as_one_process(group, folder):
             tasks = draw(count, step, ragged=step == 3)
             loss_fns = [l1_loss if i % 2 else mse_loss for i in range(count)]
             mine = range(sizes[0]) if group.rank == 0 else range(sizes[0], count)
-            wanted = one.meta_update(tasks, loss_fns, shift_level=level)
-            got = shared.meta_update([tasks[i] for i in mine], [loss_fns[i] for i in mine], shift_level=level)
+            wanted = one.meta_update(tasks, loss_fns, kl_radius=level)
+            got = shared.meta_update([tasks[i] for i in mine], [loss_fns[i] for i in mine], kl_radius=level)
             assert got == pytest.approx(wanted, rel=1e-5)
             torch.testing.assert_close(shared.last_losses, one.last_losses, rtol=1e-5, atol=1e-6)
         close(shared.model, one.model)
@@ -115,16 +115,16 @@ def on_ranks_what_fails_on_one_fails_on_all(group, folder):
     for kind, text, args, level in (
         (ValueError, r"tasks\[0\] must be", ([good[0][:3]], mse_loss), 0.0),
         (TypeError, "loss_fn must be callable", (good, 3), 0.0),
-        (ValueError, "shift_level must be >= 0", (good, mse_loss), -1.0),
+        (ValueError, "kl_radius must be >= 0", (good, mse_loss), -1.0),
         (ArithmeticError, "no loss today", (good, broken), 0.0),
         (ArithmeticError, "no loss today", (good, broken), 0.1),
     ):
         if group.rank == 0:
             with pytest.raises(kind, match=text):
-                maml.meta_update(*args, shift_level=level)
+                maml.meta_update(*args, kl_radius=level)
         else:
             with pytest.raises(RankError, match=r"^MetaMAML.meta_update: rank 0 of 2 failed, its own error says why$"):
-                maml.meta_update(good, mse_loss, shift_level=max(0.0, level))
+                maml.meta_update(good, mse_loss, kl_radius=max(0.0, level))
     with pytest.raises(ValueError, match=r"^MetaMAML.meta_update: tasks is empty on all ranks$"):
         maml.meta_update([], mse_loss)
     with pytest.raises(ValueError, match=r"^MetaMAML: model has other parameters or buffers on rank 1 than on rank 0$"):
@@ -155,7 +155,7 @@ def on_ranks_the_trainer(group, folder):
 
     for kind, levels in (("list", (0.0, 0.5)), ("endless", (0.0,))):
         log = Scalars()
-        one, shared = trainer(shift_levels=levels), trainer(group, shift_levels=levels, log=log)
+        one, shared = trainer(kl_radii=levels), trainer(group, kl_radii=levels, log=log)
         theirs, mine = batches(kind), batches(kind)
         wanted = one.meta_train(theirs, 12)
         path = folder / kind / "run.safetensors"  # only rank 0's machine has the folder
@@ -166,9 +166,9 @@ def on_ranks_the_trainer(group, folder):
         for a, b in zip(shared.mamls, one.mamls, strict=True):
             close(a.model, b.model)
         assert len(log) == (0 if group.rank else 12 * (1 + len(levels)))
-        again = trainer(group, shift_levels=levels)
+        again = trainer(group, kl_radii=levels)
         assert again.meta_train(batches(kind), 12, checkpoint=path) == got and again.iteration == 12
-        alone = trainer(shift_levels=levels)  # another number of ranks goes on from it
+        alone = trainer(kl_radii=levels)  # another number of ranks goes on from it
         if group.rank == 0:
             assert alone.meta_train(batches(kind), 14, checkpoint=path)[:12] == got
 

@@ -121,7 +121,7 @@ OPTIONS = [
     {},
     {"learn_inner_lr": True, "inner_steps": 2},
     {"optimizer": lambda p, lr: torch.optim.SGD(p, lr, momentum=0.9)},
-    {"shift_levels": (0.0, 0.5)},
+    {"kl_radii": (0.0, 0.5)},
     {"reptile": True},
 ]
 
@@ -299,7 +299,7 @@ def test_a_checkpoint_of_other_settings_is_refused(tmp_path):
             "tasks=12, this one has 'sinusoid-v1: SinusoidTasks(shots=5, queries=",
         ),
         (trainer(loss_fn=l1_loss), TaskBatch(fixed_tasks(), 4), "loss_fn='mse_loss', this one has 'l1_loss'"),
-        (trainer(shift_levels=(0.0, 1.0)), TaskBatch(fixed_tasks(), 4), "shift_levels="),
+        (trainer(kl_radii=(0.0, 1.0)), TaskBatch(fixed_tasks(), 4), "kl_radii="),
         (trainer(optimizer=torch.optim.SGD), TaskBatch(fixed_tasks(), 4), "optimizer='Adam', this one has 'SGD'"),
     ]
     for other, task_batch, text in others:
@@ -326,7 +326,7 @@ class Writer:
 
 def test_losses_are_logged():
     writer = Writer()
-    t = trainer(log=writer, shift_levels=[0.0, 0.5])
+    t = trainer(log=writer, kl_radii=[0.0, 0.5])
     t.meta_train(TaskBatch(fixed_tasks(), 4), 2)
     assert [line for line in writer.lines if line[0] == "meta/loss"] == [
         ("meta/loss", loss, i) for i, loss in enumerate(t.losses)
@@ -376,7 +376,7 @@ def test_levels_trade_the_mean_for_the_worst_and_the_right_one_is_picked():
     # Nineteen tasks of slope about 0 and one of slope 4: the plain mean cares little for the last one.
     tasks = slopes([0.1 * float(torch.randn(())) for _ in range(19)] + [4.0])
     torch.manual_seed(0)
-    t = MetaMAMLTrainer(nn.Linear(1, 1), 3e-2, 1e-2, shift_levels=(0.0, 1.5), progress=False)
+    t = MetaMAMLTrainer(nn.Linear(1, 1), 3e-2, 1e-2, kl_radii=(0.0, 1.5), progress=False)
     t.meta_train(TaskBatch(tasks, 20), 200)
     plain, robust = t.mamls
     slope = [float(maml.model.weight.detach()) for maml in (plain, robust)]
@@ -384,29 +384,29 @@ def test_levels_trade_the_mean_for_the_worst_and_the_right_one_is_picked():
     losses = [maml.task_losses(maml.parameters(), tasks, mse_loss) for maml in (plain, robust)]
     assert float(losses[0].mean()) < float(losses[1].mean()) and float(losses[0].max()) > float(losses[1].max())
     near, far = slopes([0.0])[0], slopes([4.0])[0]
-    assert t.pick_level(near[:2]) == 0 and t.pick_level(far[:2]) == 1
+    assert t.select_kl_radius(near[:2]) == 0 and t.select_kl_radius(far[:2]) == 1
     one = torch.ones(1, 1)  # a single row: judged before adaptation
-    assert t.pick_level((one, 0 * one)) == 0 and t.pick_level((one, 4 * one)) == 1
+    assert t.select_kl_radius((one, 0 * one)) == 0 and t.select_kl_radius((one, 4 * one)) == 1
     adapted = t.adapt_to_new_task(far[:2])
     assert float(mse_loss(adapted(far[2]), far[3])) < float(mse_loss(plain.adapt(*far[:2], mse_loss)(far[2]), far[3]))
 
 
 def test_held_out_rows_decide_not_those_adapted_to():
-    t = trainer(shift_levels=(0.0, 1.0))
+    t = trainer(kl_radii=(0.0, 1.0))
     seen = []
     t.mamls[0].adapt_params = lambda start, x, y, loss_fn, steps: seen.append(len(x)) or start
-    t.pick_level((torch.randn(10, 1), torch.randn(10, 1)))
+    t.select_kl_radius((torch.randn(10, 1), torch.randn(10, 1)))
     assert seen == [8] * 5
     seen.clear()
-    t.pick_level((torch.randn(3, 1), torch.randn(3, 1)))
+    t.select_kl_radius((torch.randn(3, 1), torch.randn(3, 1)))
     assert seen == [2] * 3
 
 
 def test_a_level_that_gives_nan_is_never_picked():
-    t = trainer(shift_levels=(0.0, 1.0))
+    t = trainer(kl_radii=(0.0, 1.0))
     with torch.no_grad():
         t.mamls[0].model[0].weight.fill_(torch.nan)
-    assert t.pick_level((torch.randn(6, 1), torch.randn(6, 1))) == 1
+    assert t.select_kl_radius((torch.randn(6, 1), torch.randn(6, 1))) == 1
 
 
 # ------------------------------------------------------------------------------------------------------- bad input
@@ -422,10 +422,10 @@ def bad_calls():
     yield lambda: MetaMAMLTrainer(model, 1e-3, -1), ValueError, "inner_lr must be > 0"
     yield lambda: MetaMAMLTrainer(model, loss_fn="mse"), TypeError, "loss_fn must be callable, got str"
     yield lambda: MetaMAMLTrainer(model, progress=1), TypeError, "progress must be True or False"
-    yield lambda: MetaMAMLTrainer(model, shift_levels=()), TypeError, "shift_levels must be a list of at least one"
-    yield lambda: MetaMAMLTrainer(model, shift_levels=0.1), TypeError, "shift_levels must be a list of at least one"
-    yield lambda: MetaMAMLTrainer(model, shift_levels=[-1.0]), ValueError, "shift_levels must be >= 0"
-    yield lambda: MetaMAMLTrainer(model, shift_levels=["a"]), TypeError, "shift_levels must be a number"
+    yield lambda: MetaMAMLTrainer(model, kl_radii=()), TypeError, "kl_radii must be a list of at least one"
+    yield lambda: MetaMAMLTrainer(model, kl_radii=0.1), TypeError, "kl_radii must be a list of at least one"
+    yield lambda: MetaMAMLTrainer(model, kl_radii=[-1.0]), ValueError, "kl_radii must be >= 0"
+    yield lambda: MetaMAMLTrainer(model, kl_radii=["a"]), TypeError, "kl_radii must be a number"
     yield lambda: MetaMAMLTrainer(model, log=3), TypeError, "log must be a directory or have add_scalar"
     yield lambda: MetaMAMLTrainer(model, inner_step=3), TypeError, "inner_step"
     yield lambda: MetaMAMLTrainer(model, inner_steps=0), ValueError, "inner_steps must be > 0"
@@ -440,8 +440,8 @@ def bad_calls():
     yield lambda: t.adapt_to_new_task((x, x, x)), TypeError, "new_task_data must be (support_x, support_y)"
     yield lambda: t.adapt_to_new_task((x, x[:2])), ValueError, "support_y has shape (2, 1)"
     yield lambda: t.adapt_to_new_task((x, x), -1), ValueError, "num_steps must be >= 0"
-    yield lambda: t.pick_level((x, x[:2])), ValueError, "support_y has shape (2, 1)"
-    yield lambda: t.pick_level(3), TypeError, "new_task_data must be (support_x, support_y)"
+    yield lambda: t.select_kl_radius((x, x[:2])), ValueError, "support_y has shape (2, 1)"
+    yield lambda: t.select_kl_radius(3), TypeError, "new_task_data must be (support_x, support_y)"
 
 
 @pytest.mark.parametrize(("call", "error", "text"), list(bad_calls()), ids=lambda v: v if isinstance(v, str) else "")
@@ -460,7 +460,7 @@ def pairs():
 @pytest.mark.parametrize("levels", [(0.0,), (0.0, 0.5)], ids=str)
 def test_trainer_layer_frozen_later_stays_in_all_levels(levels):
     policy, tasks = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 1)), TaskBatch([pairs()] * 4, 2)
-    trainer = MetaMAMLTrainer(policy, 0.1, 0.1, shift_levels=levels, progress=False)
+    trainer = MetaMAMLTrainer(policy, 0.1, 0.1, kl_radii=levels, progress=False)
     trainer.meta_train(tasks, 1)
     policy[0].requires_grad_(False)
     before = [copy.deepcopy(maml.model) for maml in trainer.mamls]
@@ -484,7 +484,7 @@ def test_trainer_in_inference_mode_trains_and_adapts_as_outside():
         model = copy.deepcopy(policy)
         with mode():
             tasks = TaskBatch([tuple(t.clone() for t in task) for task in data], 2, sampling="adaptive")
-            trainer = MetaMAMLTrainer(model, 0.1, 0.1, shift_levels=(0.0, 0.5), progress=False)
+            trainer = MetaMAMLTrainer(model, 0.1, 0.1, kl_radii=(0.0, 0.5), progress=False)
             losses = trainer.meta_train(tasks, 3)
             adapted = trainer.adapt_to_new_task(tasks.tasks[0][:2])
         trainer.meta_train(tasks, 1)  # what was made inside goes on outside
@@ -498,7 +498,7 @@ def test_trainer_numpy_numbers_are_those_of_python(tmp_path):
     for number, whole in ((float, int), (np.float64, np.int64)):
         tasks = TaskBatch(data, whole(2), seed=whole(7))
         trainer = MetaMAMLTrainer(
-            copy.deepcopy(policy), number(0.1), number(0.1), shift_levels=[number(0), number(0.5)], progress=False
+            copy.deepcopy(policy), number(0.1), number(0.1), kl_radii=[number(0), number(0.5)], progress=False
         )
         path = tmp_path / f"{whole.__name__}.pt"
         losses = trainer.meta_train(tasks, whole(3), checkpoint=path, checkpoint_every=whole(2))

@@ -41,7 +41,7 @@ def s4d(core, x):
     lag = lags.unsqueeze(-1) - lags
     kernel = torch.where(lag >= 0, K[:, lag.clamp(min=0)], 0.0)  # (dim, to, from)
     y = torch.einsum("dts,bsd->btd", kernel, x) + core.D * x
-    return F.glu(core.mix(F.gelu(y)))
+    return F.glu(core.out_proj(F.gelu(y)))
 
 
 def diagonal(core, x, decay, B, pairs):
@@ -50,7 +50,7 @@ def diagonal(core, x, decay, B, pairs):
     for t in range(x.shape[1]):
         h = decay * h + x[:, t].to(B.dtype) @ B.T
         ys.append(pairs * (h @ cplx(core.C).T).real + core.D * x[:, t])
-    return F.glu(core.mix(F.gelu(torch.stack(ys, dim=1))))
+    return F.glu(core.out_proj(F.gelu(torch.stack(ys, dim=1))))
 
 
 def s5(core, x):
@@ -67,7 +67,7 @@ def lru(core, x):
 
 def ssd(core, x):
     """The dual, quadratic form: (L o C B^T)(dt x) with L_ts = exp(-a sum_{s < i <= t} dt_i) (Mamba-2, equation 3)."""
-    z, B, C, delta = core.project(x).split(core.split, dim=-1)
+    z, B, C, delta = core.in_proj(x).split(core.split, dim=-1)
     dt = F.softplus(delta + core.delta_bias)  # (batch, time, heads)
     total = (dt * -core.A_log.exp()).cumsum(dim=1)
     L = torch.exp(total.unsqueeze(2) - total.unsqueeze(1)) * torch.ones(x.shape[1], x.shape[1]).tril()[..., None]
@@ -75,12 +75,12 @@ def ssd(core, x):
     y = torch.einsum("btsh,btn,bsn,bsh,bshp->bthp", L, C, B, dt, heads) + core.D.unsqueeze(-1) * heads
     y = y.flatten(-2) * F.silu(z)
     y = y / (y.square().mean(-1, keepdim=True) + 1e-5).sqrt() * core.norm.weight
-    return core.mix(y)
+    return core.out_proj(y)
 
 
 def retention(core, x):
     """The parallel form: (Q K^T o D) V with rotated Q and K, D_ts = gamma^(t-s), heads normalised (RetNet, 5 to 8)."""
-    q, k, v, gate = core.project(x).split(core.split, dim=-1)
+    q, k, v, gate = core.in_proj(x).split(core.split, dim=-1)
     h, length = core.num_heads, x.shape[1]
     q, k, v = (p.unflatten(-1, (h, -1)).transpose(1, 2) for p in (q, k, v))
     angle = torch.arange(length).unsqueeze(-1) * 10000.0 ** (-torch.arange(0, STATES, 2) / STATES)
@@ -95,14 +95,14 @@ def retention(core, x):
     D = torch.where(lag >= 0, gamma[:, None, None] ** lag, 0.0)
     out = ((rotate(q) @ rotate(k).mT) / math.sqrt(STATES) * D) @ v
     out = F.group_norm(out.transpose(1, 2).flatten(0, 1).flatten(1), h).reshape(x.shape)
-    return core.mix(F.silu(gate) * out)
+    return core.out_proj(F.silu(gate) * out)
 
 
 def rwkv(core, x):
     """wkv_t = diag(u) k_t v_t + sum_{i < t} diag(w)^(t-1-i) k_i v_i (Eagle, equations 3 to 9)."""
     before = F.pad(x, (0, 0, 1, 0))[:, :-1]
     layers = (core.receptance, core.key, core.value, core.gate)
-    r, k, v, g = (layer(x + (before - x) * mu) for layer, mu in zip(layers, core.blend, strict=True))
+    r, k, v, g = (layer(x + (before - x) * mu) for layer, mu in zip(layers, core.token_shift_mix, strict=True))
     h = core.num_heads
     r, k, v = (p.unflatten(-1, (h, -1)) for p in (r, k, v))
     w, outs = torch.exp(-core.decay.exp()), []
@@ -113,7 +113,7 @@ def rwkv(core, x):
         outs.append((r[:, t].unsqueeze(-2) @ wkv).squeeze(-2))
     out = torch.stack(outs, dim=1)
     out = (out - out.mean(-1, keepdim=True)) / (out.var(-1, keepdim=True, correction=0) + 1e-5).sqrt()
-    return core.mix(F.silu(g) * (out.flatten(-2) * core.norm[0] + core.norm[1]))
+    return core.out_proj(F.silu(g) * (out.flatten(-2) * core.norm[0] + core.norm[1]))
 
 
 PUBLISHED = {"s4d": s4d, "s5": s5, "lru": lru, "ssd": ssd, "retention": retention, "rwkv": rwkv}

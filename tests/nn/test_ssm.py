@@ -76,11 +76,11 @@ def test_parameters_named_in_the_recurrence_can_be_read_and_set():
 
 def test_core_computes_the_published_formula():
     core, x = S6(6, 4).double(), torch.randn(2, 5, 6, dtype=torch.float64)
-    delta, B, C = core.project(x).split(core.split, dim=-1)
+    delta, B, C = core.x_proj(x).split(core.split, dim=-1)
     y = selective_scan_reference(
-        x.mT, core.expand(delta).mT, -core.A_log.exp(), B.mT, C.mT, core.D, core.gate(x).mT, core.delta_bias, True
+        x.mT, core.dt_proj(delta).mT, -core.A_log.exp(), B.mT, C.mT, core.D, core.gate(x).mT, core.delta_bias, True
     )
-    assert torch.allclose(core.scan(x)[0], core.mix(y.mT))
+    assert torch.allclose(core.scan(x)[0], core.out_proj(y.mT))
 
 
 def test_per_task_weights_under_vmap_equal_a_loop():

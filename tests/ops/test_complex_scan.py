@@ -13,7 +13,7 @@ import pytest
 import test_scan_numerics as numerics
 import test_selective_scan as real
 import torch
-from battery import (
+from op_conformance import (
     DTYPES,
     LAYOUTS,
     Battery,
@@ -179,7 +179,7 @@ def conjugated(x: Tensor) -> Tensor:
 @pytest.mark.parametrize("layout", [*LAYOUTS, conjugated])
 @pytest.mark.parametrize("name", ["per_task", "groups", "invariant", "mixed", "lanes_and_one", "state16"])
 def test_strides_of_complex_tensors(name, layout):
-    """The battery's own layouts are those of the parts, which complex tensors made of them need not have."""
+    """The op_conformance's own layouts are those of the parts, which complex tensors made of them need not have."""
 
     def drawn(like: Iterable[Tensor]) -> list[Tensor]:
         return [layout(torch.complex(*noise((x.real, x.imag)))) if x.is_complex() else noise((x,))[0] for x in like]

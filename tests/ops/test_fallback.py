@@ -11,7 +11,7 @@ from eaml_ext.ops import fallback, knn, selective_scan
 
 @pytest.fixture
 def fresh(monkeypatch):
-    monkeypatch.setattr(fallback, "_told", set())
+    monkeypatch.setattr(fallback, "_warned", set())
 
 
 def test_one_warning_for_each_op(fresh):
@@ -31,7 +31,7 @@ def test_one_warning_for_each_op(fresh):
 @pytest.mark.filterwarnings("error::RuntimeWarning")
 def test_none_on_a_cpu_and_every_op_would_be_told(fresh, monkeypatch, reference_only):
     asked = []
-    monkeypatch.setattr(fallback, "tell", lambda op, device: asked.append((op, device.type)))
+    monkeypatch.setattr(fallback, "warn_once", lambda op, device: asked.append((op, device.type)))
     x = torch.randn(2, 3, 4)
     knn(x[0], x[1], 1)
     selective_scan(x, x.abs(), -torch.ones(3, 2), torch.ones(2, 2, 4), torch.ones(2, 2, 4))

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 import torch
-from battery import Call, derivatives, gradients, leaves, outputs, to_float64
+from op_conformance import Call, derivatives, gradients, leaves, outputs, to_float64
 from torch import Tensor
 
 from eaml_ext.ops import selective_scan, selective_scan_reference

@@ -1,6 +1,6 @@
 """What only a GPU can show of the scan's CUDA kernels: streams, graphs, devices, offsets beyond 32 bits, no waiting.
 
-That they compute the right thing is the battery's to say, on every device there is.
+That they compute the right thing is the op_conformance's to say, on every device there is.
 """
 
 from typing import Any

@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 import torch
-from battery import DTYPES, Battery, Build, Call, Op, close, derivatives, leaves, outputs
 from hypothesis import strategies as st
+from op_conformance import DTYPES, Battery, Build, Call, Op, close, derivatives, leaves, outputs
 from torch import Tensor
 
 from eaml_ext.ops import selective_scan, selective_scan_reference, selective_scan_step

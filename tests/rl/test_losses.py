@@ -19,14 +19,14 @@ def test_discounted_returns_by_hand():
     # Two episodes, 3 + 2 steps, the first terminated, the second cut.
     rewards, zeros = floats(1, 2, 4, 8, 16), torch.zeros(5, dtype=torch.float64)
     terminated = ended = bools(0, 0, 1, 0, 0)
-    got = advantages(rewards, zeros, zeros, terminated, ended, gamma=0.5, lam=1.0)
+    got = advantages(rewards, zeros, zeros, terminated, ended, gamma=0.5, gae_lambda=1.0)
     assert got.tolist() == [1 + 0.5 * 2 + 0.25 * 4, 2 + 0.5 * 4, 4, 8 + 0.5 * 16, 16]
 
 
 def test_generalised_advantages_by_hand():
     # gamma 0.5, lambda 0.5; terminated at step 1, cut by a time limit at step 3, by the end of the recording at step 4.
     rewards, values, following = floats(1, 1, 1, 1, 1), floats(2, 4, 6, 8, 10), floats(4, 100, 8, 20, 12)
-    got = advantages(rewards, values, following, bools(0, 1, 0, 0, 0), bools(0, 1, 0, 1, 0), gamma=0.5, lam=0.5)
+    got = advantages(rewards, values, following, bools(0, 1, 0, 0, 0), bools(0, 1, 0, 1, 0), gamma=0.5, gae_lambda=0.5)
     delta = [1 + 2 - 2, 1 - 4, 1 + 4 - 6, 1 + 10 - 8, 1 + 6 - 10]
     want = [delta[0] + 0.25 * delta[1], delta[1], delta[2] + 0.25 * delta[3], delta[3], delta[4]]
     assert got.tolist() == want
@@ -50,7 +50,7 @@ def test_with_lambda_one_the_advantage_is_the_return_less_the_value():
 def test_an_episode_that_blew_up_leaves_the_ones_before_it_alone():
     rewards = floats(1, 1, math.inf, 1)
     zeros = torch.zeros(4, dtype=torch.float64)
-    got = advantages(rewards, zeros, zeros, bools(0, 1, 0, 0), bools(0, 1, 0, 0), gamma=1.0, lam=1.0)
+    got = advantages(rewards, zeros, zeros, bools(0, 1, 0, 0), bools(0, 1, 0, 0), gamma=1.0, gae_lambda=1.0)
     assert got[:2].tolist() == [2, 1] and got[2] == math.inf
 
 
@@ -65,12 +65,12 @@ def test_losses_by_hand():
     assert reinforce_loss(log_probs, adv, mask).item() == (2 - 2) / 2
     assert reinforce_loss(log_probs[:2], adv[:2]).item() == 0
     a2c = ((2 + 0.5 * 1 - 0.1 * 0.5) + (-2 + 0.5 * 4 - 0.1 * 0.25)) / 2
-    got = a2c_loss(log_probs, values, entropy, adv, targets, mask, value_weight=0.5, entropy_weight=0.1)
+    got = a2c_loss(log_probs, values, entropy, adv, targets, mask, vf_coef=0.5, ent_coef=0.1)
     assert got.item() == pytest.approx(a2c)
     old = log_probs - floats(math.log(1.5), math.log(0.5), 7)
     # Gain beyond 1.2 is clipped; a loss is not: min(0.5 * -1, 0.8 * -1) = -0.8.
     ppo = ((-1.2 * 2 + 0.5 * 1) + (0.8 + 0.5 * 4)) / 2
-    got = ppo_loss(log_probs, values, entropy, adv, targets, old, mask, clip=0.2, value_weight=0.5, entropy_weight=0.0)
+    got = ppo_loss(log_probs, values, entropy, adv, targets, old, mask, clip_coef=0.2, vf_coef=0.5, ent_coef=0.0)
     assert got.item() == pytest.approx(ppo)
 
 
@@ -134,7 +134,7 @@ OK |= {"terminations": bools(0, 0, 0), "ends": bools(0, 0, 1)}
         ({"terminations": torch.ones(3)}, TypeError, "terminations must be bool, got float32"),
         ({"ends": bools(1)}, ValueError, "ends must have shape .3,., got .1,."),
         ({"gamma": 1.5}, ValueError, "gamma must be <= 1, got 1.5"),
-        ({"lam": -1}, ValueError, "lam must be >= 0, got -1"),
+        ({"gae_lambda": -1}, ValueError, "gae_lambda must be >= 0, got -1"),
     ],
 )
 def test_advantages_refuses(kwargs, error, text):
@@ -152,9 +152,9 @@ def test_advantages_refuses(kwargs, error, text):
         ({"targets": None}, TypeError, "targets must be a torch.Tensor, got NoneType"),
         ({"old_log_probs": torch.ones(1)}, ValueError, "old_log_probs must have shape .3,., got .1,."),
         ({"mask": torch.ones(3)}, TypeError, "mask must be bool, got float32"),
-        ({"clip": 0.0}, ValueError, "clip must be > 0, got 0.0"),
-        ({"value_weight": -1.0}, ValueError, "value_weight must be >= 0, got -1.0"),
-        ({"entropy_weight": "0"}, TypeError, "entropy_weight must be a number, got '0'"),
+        ({"clip_coef": 0.0}, ValueError, "clip_coef must be > 0, got 0.0"),
+        ({"vf_coef": -1.0}, ValueError, "vf_coef must be >= 0, got -1.0"),
+        ({"ent_coef": "0"}, TypeError, "ent_coef must be a number, got '0'"),
     ],
 )
 def test_losses_refuse(kwargs, error, text):
@@ -162,7 +162,7 @@ def test_losses_refuse(kwargs, error, text):
     arguments = {**{name: torch.ones(3) for name in names}, **kwargs}
     with pytest.raises(error, match=f"^ppo_loss: {text}$"):
         ppo_loss(**arguments)
-    if not kwargs.keys() & {"old_log_probs", "clip"}:
+    if not kwargs.keys() & {"old_log_probs", "clip_coef"}:
         del arguments["old_log_probs"]
         with pytest.raises(error, match=f"^a2c_loss: {text}$"):
             a2c_loss(**arguments)
@@ -182,8 +182,8 @@ def test_reinforce_and_normalised_refuse():
 def test_numpy_scalars_are_as_python_numbers():
     values = torch.rand(4, 3, requires_grad=True)
     rest = {"advantages": torch.rand(3), "targets": torch.rand(3)}
-    weights = {"value_weight": 0.5, "entropy_weight": 0.25}
-    for loss, options in ((a2c_loss, weights), (ppo_loss, {**weights, "clip": 0.125})):
+    weights = {"vf_coef": 0.5, "ent_coef": 0.25}
+    for loss, options in ((a2c_loss, weights), (ppo_loss, {**weights, "clip_coef": 0.125})):
         old = {"old_log_probs": values[3].detach()} if loss is ppo_loss else {}
         plain = loss(*values[:3], **rest, **old, **options)
         for kind in (np.float32, np.float64):

@@ -5,7 +5,7 @@ import torch
 from bandit import Bandit
 from torch.func import functional_call
 
-from eaml_ext.rl import MAMLRL, SSMMetaPolicy, a2c_loss, feature_dim, normalised, play
+from eaml_ext.rl import MAMLRL, SSMMetaPolicy, a2c_loss, feature_dim, normalised, rollout
 from eaml_ext.tasks import CartPoleTasks
 
 DIST = CartPoleTasks()
@@ -39,7 +39,7 @@ def objective(net, params, trials):
     distribution = net.distribution(parameters)
     adv = trials.advantages(0.99, 0.95)
     log_probs = distribution.log_prob(trials.actions)
-    return a2c_loss(log_probs, values, distribution.entropy(), normalised(adv), adv + trials.values, entropy_weight=0.0)
+    return a2c_loss(log_probs, values, distribution.entropy(), normalised(adv), adv + trials.values, ent_coef=0.0)
 
 
 @pytest.mark.parametrize("first_order", [False, True])
@@ -53,7 +53,7 @@ def test_the_outer_gradient_is_that_of_plain_autograd_through_the_inner_steps(fi
     tasks = DIST.sample(2)
 
     def rows(seed):  # a float64 log of what a float32 twin played
-        trials = play(
+        trials = rollout(
             DIST, [t for t in tasks for _ in range(3)], copy.deepcopy(net).float(), seed, steps=12, keep_state=False
         )
         return type(trials)(**{k: v.double() if v.is_floating_point() else v for k, v in vars(trials).items()})
@@ -136,9 +136,9 @@ def test_a_meta_update_that_is_not_finite_is_left_out():
         ({"rows": 1.5}, TypeError, "rows must be an integer, got 1.5"),
         ({"steps": -1}, ValueError, "steps must be > 0, got -1"),
         ({"gamma": 2}, ValueError, "gamma must be <= 1, got 2"),
-        ({"lam": -0.5}, ValueError, "lam must be >= 0, got -0.5"),
-        ({"value_weight": -1}, ValueError, "value_weight must be >= 0, got -1"),
-        ({"entropy_weight": "0"}, TypeError, "entropy_weight must be a number, got '0'"),
+        ({"gae_lambda": -0.5}, ValueError, "gae_lambda must be >= 0, got -0.5"),
+        ({"vf_coef": -1}, ValueError, "vf_coef must be >= 0, got -1"),
+        ({"ent_coef": "0"}, TypeError, "ent_coef must be a number, got '0'"),
         ({"reward_scale": 0}, ValueError, "reward_scale must be > 0, got 0"),
         ({"max_grad_norm": 0}, ValueError, "max_grad_norm must be > 0, got 0"),
         ({"seed": 0.5}, TypeError, "seed must be an integer, got 0.5"),

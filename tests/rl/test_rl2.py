@@ -4,7 +4,7 @@ import pytest
 import torch
 from bandit import Bandit
 
-from eaml_ext.rl import RL2, SSMMetaPolicy, Trials, feature_dim, play
+from eaml_ext.rl import RL2, SSMMetaPolicy, Trials, feature_dim, rollout
 from eaml_ext.tasks import CartPoleTasks
 
 HIDDEN = CartPoleTasks(hide_velocity=True)
@@ -22,7 +22,7 @@ def policy(dist, **options):
 @pytest.mark.parametrize(("loss", "updates", "lr"), [("ppo", 25, 1e-2), ("a2c", 120, 1e-2)])
 def test_it_learns_to_find_the_arm_that_pays_and_to_stay_with_it(loss, updates, lr):
     dist = Bandit(arms=3)
-    trainer = RL2(policy(dist), dist, episodes=6, loss=loss, lr=lr, gamma=1.0, lam=0.9, across_episodes=True)
+    trainer = RL2(policy(dist), dist, episodes=6, loss=loss, lr=lr, gamma=1.0, gae_lambda=0.9, across_episodes=True)
     trainer.train(updates)
     returns = trainer.evaluate(dist.sample(200, "test"), episodes=6).mean(0)
     # Three arms tried in turn pay 1/3, 2/3 and then 1; without memory no episode pays more than 1/3 on average.
@@ -43,9 +43,9 @@ def test_it_learns_with_continuous_actions():
 def test_an_update_is_the_gradient_step_of_the_loss_over_the_whole_trial():
     net = policy(HIDDEN)
     trainer = RL2(
-        net, HIDDEN, steps=30, tasks_per_update=4, loss="a2c", entropy_weight=0.0, max_grad_norm=1e9, reward_scale=1.0
+        net, HIDDEN, steps=30, tasks_per_update=4, loss="a2c", ent_coef=0.0, max_grad_norm=1e9, reward_scale=1.0
     )
-    trials = play(HIDDEN, HIDDEN.sample(4), net, 0, steps=30)
+    trials = rollout(HIDDEN, HIDDEN.sample(4), net, 0, steps=30)
     twin = copy.deepcopy(net)
     adv = trials.advantages(0.99, 0.95)
     state, total = twin.init_hidden(4), torch.zeros(())
@@ -76,7 +76,7 @@ def test_training_is_reproducible_and_draws_new_tasks_at_every_update():
 
 def test_padding_changes_nothing():
     net = policy(HIDDEN)
-    trials = play(HIDDEN, HIDDEN.sample(4), net, 0, episodes=2)
+    trials = rollout(HIDDEN, HIDDEN.sample(4), net, 0, episodes=2)
     wide = Trials(
         **{
             name: torch.cat([value, torch.full_like(value[:, :3], name == "ends" or 0)], dim=1)
@@ -102,17 +102,17 @@ def test_padding_changes_nothing():
         ({"steps": 0}, ValueError, "steps must be > 0, got 0"),
         ({"loss": "trpo"}, ValueError, "loss must be 'ppo' or 'a2c', got 'trpo'"),
         ({"tasks_per_update": 2.0}, TypeError, "tasks_per_update must be an integer, got 2.0"),
-        ({"tasks_per_update": 3}, ValueError, "minibatches must be <= tasks_per_update 3, got 4"),
+        ({"tasks_per_update": 3}, ValueError, "num_minibatches must be <= tasks_per_update 3, got 4"),
         ({"lr": 0.0}, ValueError, "lr must be > 0, got 0.0"),
-        ({"anneal": 1}, TypeError, "anneal must be True or False, got int"),
-        ({"epochs": 0}, ValueError, "epochs must be > 0, got 0"),
-        ({"minibatches": "4"}, TypeError, "minibatches must be an integer, got '4'"),
+        ({"anneal_lr": 1}, TypeError, "anneal_lr must be True or False, got int"),
+        ({"update_epochs": 0}, ValueError, "update_epochs must be > 0, got 0"),
+        ({"num_minibatches": "4"}, TypeError, "num_minibatches must be an integer, got '4'"),
         ({"gamma": 1.01}, ValueError, "gamma must be <= 1, got 1.01"),
-        ({"lam": -0.1}, ValueError, "lam must be >= 0, got -0.1"),
+        ({"gae_lambda": -0.1}, ValueError, "gae_lambda must be >= 0, got -0.1"),
         ({"across_episodes": "no"}, TypeError, "across_episodes must be True or False, got str"),
-        ({"clip": 0}, ValueError, "clip must be > 0, got 0"),
-        ({"value_weight": -1.0}, ValueError, "value_weight must be >= 0, got -1.0"),
-        ({"entropy_weight": None}, TypeError, "entropy_weight must be a number, got None"),
+        ({"clip_coef": 0}, ValueError, "clip_coef must be > 0, got 0"),
+        ({"vf_coef": -1.0}, ValueError, "vf_coef must be >= 0, got -1.0"),
+        ({"ent_coef": None}, TypeError, "ent_coef must be a number, got None"),
         ({"reward_scale": 0.0}, ValueError, "reward_scale must be > 0, got 0.0"),
         ({"max_grad_norm": 0.0}, ValueError, "max_grad_norm must be > 0, got 0.0"),
         ({"seed": -1}, ValueError, r"seed must be in \[0, 2\*\*32\), got -1"),

@@ -10,7 +10,7 @@ from bandit import Bandit
 from scripted import Script
 
 from eaml_ext import checkpoint
-from eaml_ext.rl import MAMLRL, RL2, SSMMetaPolicy, feature_dim, play
+from eaml_ext.rl import MAMLRL, RL2, SSMMetaPolicy, feature_dim, rollout
 from eaml_ext.rl import maml_rl as maml_rl_module
 from eaml_ext.tasks import CartPoleTasks
 
@@ -28,7 +28,7 @@ def policy(dist, **options):
 
 
 def learner(make, net, dist, **options):
-    rows = {"minibatches": 2, "epochs": 2} if make is RL2 else {"rows": 2}
+    rows = {"num_minibatches": 2, "update_epochs": 2} if make is RL2 else {"rows": 2}
     return make(net, dist, **{"steps": 12, "tasks_per_update": 4, **rows, **options})
 
 
@@ -55,7 +55,7 @@ def test_update_trained_policy_keeps_units_and_behaviour(make, tmp_path):
     learner(make, loaded, dist, **rate).update()
     assert torch.equal(loaded.mean, net.mean) and torch.equal(loaded.std, net.std)
     tasks = dist.sample(4, "test")
-    returns = [play(dist, tasks, p, 0, episodes=1, greedy=True).episode_returns(1) for p in (net, loaded)]
+    returns = [rollout(dist, tasks, p, 0, episodes=1, greedy=True).episode_returns(1) for p in (net, loaded)]
     assert torch.equal(*returns)
 
 
@@ -197,7 +197,7 @@ def test_train_one_non_finite_number_skips_the_update_and_warns(make, continuous
     before, moments = numbers(net), trainer.state_dict()["optimizer"]
     trainer.dist = Script((1.0, 2.0), length=3, continuous=continuous, fault=(kind, 1, 5, value))
     text = (
-        f"^{make.__name__}.train: 2 of 2 updates were not finite and skipped, the last one for: play: {kind} must be "
+        f"^{make.__name__}.train: 2 of 2 updates were not finite and skipped, the last for: rollout: {kind} must be "
         f"finite, got {value} at step 5 of tasks\\[1\\] of script-v1, script/train/0/2/[01]$"
     )
     with pytest.warns(RuntimeWarning, match=text):
@@ -230,8 +230,8 @@ def test_learn_loss_beyond_float32_leaves_policy_finite_and_is_counted(loss):
     dist = Script((3e38,), length=2, continuous=True)
     net = policy(dist, continuous=True)
     net.normalise(torch.randn(20, net.state_dim))
-    trainer = learner(RL2, net, dist, loss=loss, reward_scale=1.0, tasks_per_update=2, minibatches=2)
-    trials = play(dist, dist.sample(2), net, 0, steps=1)  # finite: the reward comes with the second step
+    trainer = learner(RL2, net, dist, loss=loss, reward_scale=1.0, tasks_per_update=2, num_minibatches=2)
+    trials = rollout(dist, dist.sample(2), net, 0, steps=1)  # finite: the reward comes with the second step
     trials.rewards[0, 0] = 3e38
     before = numbers(net)
     trainer.learn(trials)
@@ -247,7 +247,7 @@ def test_learn_without_gradient_mode_is_as_with_it(mode):
         net = policy(CARTPOLE)
         trainer = learner(RL2, net, CARTPOLE)
         with context():
-            trials = play(CARTPOLE, CARTPOLE.sample(4), net, 0, steps=12)
+            trials = rollout(CARTPOLE, CARTPOLE.sample(4), net, 0, steps=12)
             trainer.learn(trials)
         found.append(numbers(net))
         trainer.learn(trials)  # trials of the mode outside it
@@ -257,7 +257,7 @@ def test_learn_without_gradient_mode_is_as_with_it(mode):
 def test_learn_non_finite_trials_change_nothing():
     net = policy(CARTPOLE)
     trainer = learner(RL2, net, CARTPOLE)
-    trials = play(CARTPOLE, CARTPOLE.sample(4), net, 0, steps=12)
+    trials = rollout(CARTPOLE, CARTPOLE.sample(4), net, 0, steps=12)
     trials.rewards[2, 3] = torch.nan
     before = numbers(net)
     trainer.learn(trials)
@@ -373,9 +373,9 @@ def test_maml_rl_evaluation_shares_no_seed_with_adaptation_or_training(monkeypat
 
     def record(dist, tasks, policy, seed, **options):
         seen.setdefault(seed, set()).add((use, options.get("episodes"), number if use == "train" else None))
-        return play(dist, tasks, policy, seed, **options)
+        return rollout(dist, tasks, policy, seed, **options)
 
-    monkeypatch.setattr(maml_rl_module, "play", record)
+    monkeypatch.setattr(maml_rl_module, "rollout", record)
     dist = Bandit(arms=3)
     net = policy(dist)
     net.normalise(torch.randn(20, net.state_dim))
@@ -395,9 +395,9 @@ def test_maml_rl_updates_play_with_seeds_of_their_own(monkeypatch):
 
     def record(dist, tasks, policy, seed, **options):
         seeds.append(seed)
-        return play(dist, tasks, policy, seed, **options)
+        return rollout(dist, tasks, policy, seed, **options)
 
-    monkeypatch.setattr(maml_rl_module, "play", record)
+    monkeypatch.setattr(maml_rl_module, "rollout", record)
     net = policy(CARTPOLE)
     net.normalise(torch.randn(20, net.state_dim))
     learner(MAMLRL, net, CARTPOLE, inner_steps=2, steps=4).train(3)
@@ -409,11 +409,11 @@ def test_maml_rl_evaluate_starts_are_not_those_of_adaptation(inner_steps, seed, 
     trainer, starts = learner(MAMLRL, policy(CARTPOLE), CARTPOLE, inner_steps=inner_steps), []
 
     def record(*args, **options):
-        trials = play(*args, **options)
+        trials = rollout(*args, **options)
         starts.append((options.get("episodes"), trials.inputs[:, 0, :4]))
         return trials
 
-    monkeypatch.setattr(maml_rl_module, "play", record)
+    monkeypatch.setattr(maml_rl_module, "rollout", record)
     trainer.evaluate(CARTPOLE.sample(1, "test"), seed=seed)
     judged = [start for episodes, start in starts if episodes]
     adapted = [start for episodes, start in starts if not episodes]
@@ -425,7 +425,7 @@ def test_maml_rl_evaluate_starts_are_not_those_of_adaptation(inner_steps, seed, 
 def test_rl2_updates_and_evaluation_draw_other_actions(monkeypatch):
     seeds = []
     monkeypatch.setattr(
-        "eaml_ext.rl.rl2.play", lambda *args, **options: seeds.append(args[3]) or play(*args, **options)
+        "eaml_ext.rl.rl2.rollout", lambda *args, **options: seeds.append(args[3]) or rollout(*args, **options)
     )
     for seed in (0, 1, 2):
         trainer = learner(RL2, policy(CARTPOLE), CARTPOLE, seed=seed)
@@ -439,8 +439,8 @@ def test_evaluate_environment_without_a_time_limit_ends_with_a_sentence(make):
     dist = Script(length=np.inf)
     trainer = learner(make, policy(dist), dist)
     text = (
-        r"^play: episodes must end within max_episode_steps, got 20 steps without an end in tasks\[0\] of script-v1, "
-        "script/test/0/0/0$"
+        r"^rollout: episodes must end within max_episode_steps, got 20 steps without an end in tasks\[0\] "
+        "of script-v1, script/test/0/0/0$"
     )
     options = {"episodes": 1} if make is RL2 else {}
     with pytest.raises(ValueError, match=text):
@@ -450,7 +450,7 @@ def test_evaluate_environment_without_a_time_limit_ends_with_a_sentence(make):
 def test_rl2_training_trials_of_episodes_have_the_step_limit():
     dist = Script(length=np.inf)
     trainer = learner(RL2, policy(dist), dist, steps=None, episodes=1, max_episode_steps=15)
-    with pytest.raises(ValueError, match=r"^play: episodes must end within max_episode_steps, got 15 steps"):
+    with pytest.raises(ValueError, match=r"^rollout: episodes must end within max_episode_steps, got 15 steps"):
         trainer.update()
     with pytest.raises(ValueError, match=r"^RL2: max_episode_steps must be > 0, got 0$"):
         learner(RL2, policy(dist), dist, max_episode_steps=0)
@@ -465,7 +465,7 @@ def test_numpy_scalars_are_taken_and_do_not_reach_the_state(make, tmp_path):
     net = SSMMetaPolicy(np.int64(feature_dim(dist)), dist.action_space.n, np.int32(8), state_size=np.int16(4))
     assert all(type(value) in (int, bool, str, float) for value in net.options.values())
     net.save(tmp_path / "policy")
-    rates = ("lr", "clip") if make is RL2 else ("inner_lr", "outer_lr")
+    rates = ("lr", "clip_coef") if make is RL2 else ("inner_lr", "outer_lr")
     trainer = learner(
         make,
         net,
@@ -473,7 +473,7 @@ def test_numpy_scalars_are_taken_and_do_not_reach_the_state(make, tmp_path):
         steps=np.int64(4),
         tasks_per_update=np.int32(4),
         seed=np.uint8(3),
-        **dict.fromkeys((*rates, "gamma", "lam", "value_weight", "entropy_weight"), np.float32(0.5)),
+        **dict.fromkeys((*rates, "gamma", "gae_lambda", "vf_coef", "ent_coef"), np.float32(0.5)),
         **dict.fromkeys(("reward_scale", "max_grad_norm"), np.float64(0.5)),
     )
     assert len(trainer.train(np.int64(2))) == 2

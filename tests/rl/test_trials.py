@@ -7,7 +7,7 @@ from gymnasium.wrappers.vector import TransformObservation
 from scripted import Script
 from torch.distributions import Categorical, Independent, Normal
 
-from eaml_ext.rl import MAMLRL, RL2, SSMMetaPolicy, Trials, feature_dim, play
+from eaml_ext.rl import MAMLRL, RL2, SSMMetaPolicy, Trials, feature_dim, rollout
 from eaml_ext.tasks import CartPoleTasks, SeedTasks
 
 HIDDEN = CartPoleTasks(hide_velocity=True)
@@ -40,7 +40,7 @@ def policy(dist=HIDDEN, **options):
 @pytest.mark.parametrize("keep_state", [True, False])
 def test_what_a_policy_sees_follows_from_what_happened(keep_state):
     witness = Witness(HIDDEN)
-    trials = play(HIDDEN, HIDDEN.sample(5), witness, 0, episodes=4, keep_state=keep_state)
+    trials = rollout(HIDDEN, HIDDEN.sample(5), witness, 0, episodes=4, keep_state=keep_state)
     assert trials.starts.sum(1).tolist() == [4] * 5 and (trials.starts & trials.ends).sum() == 0
     for row in trials:
         time = int(row.mask.sum())
@@ -62,7 +62,7 @@ def test_what_a_policy_sees_follows_from_what_happened(keep_state):
 
 
 def test_next_values_see_the_true_final_observation():
-    trials = play(HIDDEN, HIDDEN.sample(6), Witness(HIDDEN), 1, episodes=3)
+    trials = rollout(HIDDEN, HIDDEN.sample(6), Witness(HIDDEN), 1, episodes=3)
     inside = trials.mask[:, :-1] & ~trials.ends[:, :-1]
     assert torch.equal(trials.next_values[:, :-1][inside], trials.values[:, 1:][inside])
     # A random episode ends because the pole is beyond 12 degrees; the memory has one step more than at the last action.
@@ -74,7 +74,7 @@ def test_next_values_see_the_true_final_observation():
 
 def test_a_time_limit_is_no_termination():
     dist = SeedTasks("Pendulum-v1")
-    trials = play(dist, dist.sample(2), Witness(dist, continuous=True), 0, steps=450)
+    trials = rollout(dist, dist.sample(2), Witness(dist, continuous=True), 0, steps=450)
     assert trials.mask.all() and not trials.terminations.any()
     assert trials.ends.nonzero()[:, 1].tolist() == [199, 399, 449] * 2
     assert trials.actions.shape == (2, 450, 1) and trials.actions.abs().max() > 2  # as drawn, not as clipped
@@ -84,7 +84,7 @@ def test_a_time_limit_is_no_termination():
 @pytest.mark.parametrize("length", [{"episodes": 3}, {"steps": 70}])
 def test_the_log_of_acting_is_what_a_scan_over_the_trial_says(length):
     net = policy()
-    trials = play(HIDDEN, HIDDEN.sample(4), net, 0, **length)
+    trials = rollout(HIDDEN, HIDDEN.sample(4), net, 0, **length)
     distribution, values, _ = net.scan(trials.inputs, None, trials.resets)
     assert torch.allclose(distribution.log_prob(trials.actions)[trials.mask], trials.log_probs[trials.mask], atol=1e-5)
     assert torch.allclose(values[trials.mask], trials.values[trials.mask], atol=1e-5)
@@ -94,7 +94,7 @@ def test_the_log_of_acting_is_what_a_scan_over_the_trial_says(length):
 def test_the_log_of_a_continuous_policy_is_what_a_scan_says():
     dist = SeedTasks("Pendulum-v1")
     net = policy(dist, continuous=True)
-    trials = play(dist, dist.sample(3), net, 0, steps=210, keep_state=False)
+    trials = rollout(dist, dist.sample(3), net, 0, steps=210, keep_state=False)
     distribution, _, _ = net.scan(trials.inputs, None, trials.resets)
     assert torch.allclose(distribution.log_prob(trials.actions), trials.log_probs, atol=1e-4)
     assert trials.resets.sum(1).tolist() == [2] * 3
@@ -102,16 +102,16 @@ def test_the_log_of_a_continuous_policy_is_what_a_scan_says():
 
 def test_same_arguments_same_bits_other_seeds_other_actions_whatever_torchs_own_generator():
     net, tasks = policy(), HIDDEN.sample(3)
-    first = play(HIDDEN, tasks, net, 0, steps=40)
+    first = rollout(HIDDEN, tasks, net, 0, steps=40)
     torch.manual_seed(123)
-    again, other = (play(HIDDEN, tasks, net, seed, steps=40) for seed in (0, 1))
+    again, other = (rollout(HIDDEN, tasks, net, seed, steps=40) for seed in (0, 1))
     for field in Trials.__dataclass_fields__:
         assert torch.equal(getattr(first, field), getattr(again, field))
     assert not torch.equal(first.actions, other.actions)
 
 
 def test_a_row_is_padded_after_its_last_episode_and_its_neighbours_go_on():
-    trials = play(HIDDEN, HIDDEN.sample(8), Witness(HIDDEN), 0, episodes=2)
+    trials = rollout(HIDDEN, HIDDEN.sample(8), Witness(HIDDEN), 0, episodes=2)
     lengths = trials.mask.sum(1)
     assert lengths.max() == trials.mask.shape[1] > lengths.min()
     assert torch.equal(trials.mask, torch.arange(trials.mask.shape[1]) < lengths[:, None])
@@ -165,8 +165,8 @@ def test_greedy_takes_the_likeliest_action():
             _, value, state = super().step(obs, state, reset)
             return Categorical(logits=torch.tensor([[0.0, 0.1]]).expand(len(obs), 2)), value, state
 
-    assert (play(HIDDEN, HIDDEN.sample(2), Decided(HIDDEN), 0, steps=20, greedy=True).actions == 1).all()
-    assert (play(HIDDEN, HIDDEN.sample(2), Decided(HIDDEN), 0, steps=20).actions == 0).any()
+    assert (rollout(HIDDEN, HIDDEN.sample(2), Decided(HIDDEN), 0, steps=20, greedy=True).actions == 1).all()
+    assert (rollout(HIDDEN, HIDDEN.sample(2), Decided(HIDDEN), 0, steps=20).actions == 0).any()
 
 
 class SameStep(CartPoleTasks):
@@ -192,14 +192,14 @@ class SameStep(CartPoleTasks):
         ({"dist": SameStep()}, ValueError, "dist must make environments in autoreset mode NEXT_STEP, got SAME_STEP"),
     ],
 )
-def test_play_refuses(kwargs, error, text):
+def test_rollout_refuses(kwargs, error, text):
     arguments = {"dist": HIDDEN, "tasks": SameStep().sample(1), "policy": Witness(HIDDEN), "seed": 0, "episodes": 1}
-    with pytest.raises(error, match=f"^play: {text}$"):
-        play(**{**arguments, **kwargs})
+    with pytest.raises(error, match=f"^rollout: {text}$"):
+        rollout(**{**arguments, **kwargs})
 
 
 def test_trials_refuse():
-    trials = play(HIDDEN, HIDDEN.sample(1), Witness(HIDDEN), 0, episodes=1)
+    trials = rollout(HIDDEN, HIDDEN.sample(1), Witness(HIDDEN), 0, episodes=1)
     with pytest.raises(ValueError, match=r"^Trials.episode_returns: episodes must be > 0, got 0$"):
         trials.episode_returns(0)
     with pytest.raises(TypeError, match=r"^Trials.advantages: across_episodes must be True or False, got int$"):
@@ -210,7 +210,7 @@ def test_projected_observations_reach_the_policy():
     dist = CartPoleTasks(hide_velocity=True, projection=5)
     tasks = dist.sample(3)
     assert isinstance(dist.make_env(tasks), TransformObservation)
-    trials = play(dist, tasks, policy(dist), 0, steps=10)
+    trials = rollout(dist, tasks, policy(dist), 0, steps=10)
     spans = np.array([task.projection for task in tasks])
     for i in range(3):  # observations lie in the plane that the task's matrix spans
         seen = trials.inputs[i, :, :5].numpy()
@@ -221,9 +221,9 @@ def test_projected_observations_reach_the_policy():
 @pytest.mark.parametrize("returns", [(3.0,), (3.0, 6.0), (3.0, 6.0, 9.0)])
 def test_finished_returns_whole_episodes_include_the_last(returns, truncates):
     dist = Script(returns, length=2, truncates=truncates)
-    trials = play(dist, dist.sample(2), policy(dist), 0, episodes=len(returns))
+    trials = rollout(dist, dist.sample(2), policy(dist), 0, episodes=len(returns))
     assert trials.finished_returns().tolist() == [*returns, *returns]
-    trainer = RL2(policy(dist), dist, episodes=len(returns), tasks_per_update=2, minibatches=1, epochs=1)
+    trainer = RL2(policy(dist), dist, episodes=len(returns), tasks_per_update=2, num_minibatches=1, update_epochs=1)
     assert trainer.update() == sum(returns) / len(returns)
 
 
@@ -231,10 +231,10 @@ def test_finished_returns_whole_episodes_include_the_last(returns, truncates):
 @pytest.mark.parametrize(("steps", "finished"), [(1, []), (2, [3.0]), (3, [3.0]), (4, [3.0, 6.0]), (5, [3.0, 6.0])])
 def test_finished_returns_episode_cut_by_the_recording_is_left_out(steps, finished, truncates):
     dist = Script((3.0, 6.0, 9.0), length=2, truncates=truncates)
-    trials = play(dist, dist.sample(2), policy(dist), 0, steps=steps)
+    trials = rollout(dist, dist.sample(2), policy(dist), 0, steps=steps)
     assert trials.finished_returns().tolist() == 2 * finished
     assert trials.truncations.sum() == truncates * 2 * len(finished) and trials.truncations.dtype == torch.bool
-    trainer = RL2(policy(dist), dist, steps=steps, tasks_per_update=2, minibatches=1, epochs=1)
+    trainer = RL2(policy(dist), dist, steps=steps, tasks_per_update=2, num_minibatches=1, update_epochs=1)
     np.testing.assert_equal(trainer.update(), np.mean(finished) if finished else np.nan)
 
 
@@ -252,22 +252,22 @@ def test_finished_returns_trials_of_other_numbers_of_episodes_by_hand():
 @pytest.mark.parametrize("continuous", [False, True])
 @pytest.mark.parametrize("length", [{"episodes": 4}, {"steps": 12}])
 @pytest.mark.parametrize(("kind", "move", "value"), [("reward", 5, np.nan), ("observation", 5, -np.inf)])
-def test_play_non_finite_number_names_environment_task_and_step(kind, move, value, length, continuous):
+def test_rollout_non_finite_number_names_environment_task_and_step(kind, move, value, length, continuous):
     dist = Script(length=3, continuous=continuous, fault=(kind, 1, move, value))
-    text = rf"^play: {kind} must be finite, got {value} at step 5 of tasks\[1\] of script-v1, script/train/0/0/1$"
+    text = rf"^rollout: {kind} must be finite, got {value} at step 5 of tasks\[1\] of script-v1, script/train/0/0/1$"
     with pytest.raises(ValueError, match=text):
-        play(dist, dist.sample(3), policy(dist, continuous=continuous), 0, **length)
+        rollout(dist, dist.sample(3), policy(dist, continuous=continuous), 0, **length)
 
 
-def test_play_non_finite_first_observation_is_at_step_0():
+def test_rollout_non_finite_first_observation_is_at_step_0():
     dist = Script(fault=("observation", 0, 0, np.nan))
-    text = r"^play: observation must be finite, got nan at step 0 of tasks\[0\] of script-v1, script/train/0/0/0$"
+    text = r"^rollout: observation must be finite, got nan at step 0 of tasks\[0\] of script-v1, script/train/0/0/0$"
     with pytest.raises(ValueError, match=text):
-        play(dist, dist.sample(1), policy(dist), 0, steps=1)
+        rollout(dist, dist.sample(1), policy(dist), 0, steps=1)
 
 
 @pytest.mark.parametrize("kind", ["reward", "observation"])
-def test_play_non_finite_number_after_a_tasks_last_step_does_not_count(kind):
+def test_rollout_non_finite_number_after_a_tasks_last_step_does_not_count(kind):
     class Uneven(Script):
         def make_env(self, tasks):
             env = super().make_env(tasks)
@@ -283,51 +283,51 @@ def test_play_non_finite_number_after_a_tasks_last_step_does_not_count(kind):
 
     dist = Uneven(length=1)
     dist.calls = 0
-    trials = play(dist, dist.sample(2), policy(dist), 0, episodes=1)
+    trials = rollout(dist, dist.sample(2), policy(dist), 0, episodes=1)
     assert trials.mask.sum(1).tolist() == [1, 8] and all(value.isfinite().all() for value in vars(trials).values())
 
 
 @pytest.mark.parametrize("continuous", [False, True])
-def test_play_policy_that_is_not_finite_is_named(continuous):
+def test_rollout_policy_that_is_not_finite_is_named(continuous):
     dist = Script(length=3, continuous=continuous)
     net = policy(dist, continuous=continuous)
     with torch.no_grad():
         net.actor.bias.fill_(torch.nan)
-    text = r"^play: policy's action distribution must be finite, got nan at step 0 of tasks\[0\] of script-v1, "
+    text = r"^rollout: policy's action distribution must be finite, got nan at step 0 of tasks\[0\] of script-v1, "
     with pytest.raises(ValueError, match=text):
-        play(dist, dist.sample(2), net, 0, steps=1)
+        rollout(dist, dist.sample(2), net, 0, steps=1)
 
 
-def test_play_episode_without_an_end_stops_at_the_limit():
+def test_rollout_episode_without_an_end_stops_at_the_limit():
     dist = Script(length=np.inf)
     text = (
-        r"^play: episodes must end within max_episode_steps, got 7 steps without an end in tasks\[0\] of script-v1, "
+        r"^rollout: episodes must end within max_episode_steps, got 7 steps without an end in tasks\[0\] of script-v1, "
         "script/train/0/0/0$"
     )
     with pytest.raises(ValueError, match=text):
-        play(dist, dist.sample(1), Witness(dist), 0, episodes=1, max_episode_steps=7)
-    for function in (play, RL2, RL2.evaluate, MAMLRL.evaluate):
+        rollout(dist, dist.sample(1), Witness(dist), 0, episodes=1, max_episode_steps=7)
+    for function in (rollout, RL2, RL2.evaluate, MAMLRL.evaluate):
         assert inspect.signature(function).parameters["max_episode_steps"].default == 10_000
 
 
-def test_play_limit_is_for_each_episode_and_for_whole_episodes_only():
+def test_rollout_limit_is_for_each_episode_and_for_whole_episodes_only():
     dist = Script(length=5)
     tasks, net = dist.sample(2), policy(dist)
-    trials = play(dist, tasks, net, 0, episodes=3, max_episode_steps=5)
+    trials = rollout(dist, tasks, net, 0, episodes=3, max_episode_steps=5)
     assert trials.mask.sum(1).tolist() == [15, 15]
     with pytest.raises(ValueError, match="got 4 steps without an end"):
-        play(dist, tasks, net, 0, episodes=3, max_episode_steps=4)
-    assert play(Script(length=np.inf), tasks, net, 0, steps=20, max_episode_steps=4).mask.all()
-    with pytest.raises(TypeError, match=r"^play: max_episode_steps must be an integer, got 4.5$"):
-        play(dist, tasks, net, 0, episodes=3, max_episode_steps=4.5)
+        rollout(dist, tasks, net, 0, episodes=3, max_episode_steps=4)
+    assert rollout(Script(length=np.inf), tasks, net, 0, steps=20, max_episode_steps=4).mask.all()
+    with pytest.raises(TypeError, match=r"^rollout: max_episode_steps must be an integer, got 4.5$"):
+        rollout(dist, tasks, net, 0, episodes=3, max_episode_steps=4.5)
 
 
 @pytest.mark.parametrize("length", [{"episodes": np.int64(2)}, {"steps": np.int32(6)}])
-def test_play_numpy_scalars_are_as_python_numbers(length):
+def test_rollout_numpy_scalars_are_as_python_numbers(length):
     dist = Script(length=3)
     tasks, net = dist.sample(2), policy(dist)
-    trials = play(dist, tasks, net, np.uint32(1), **length, max_episode_steps=np.int16(9))
-    plain = play(dist, tasks, net, 1, **{name: int(value) for name, value in length.items()})
+    trials = rollout(dist, tasks, net, np.uint32(1), **length, max_episode_steps=np.int16(9))
+    plain = rollout(dist, tasks, net, 1, **{name: int(value) for name, value in length.items()})
     assert all(torch.equal(value, getattr(plain, name)) for name, value in vars(trials).items())
     assert trials.episode_returns(np.int64(2)).tolist() == [[1.0, 1.0]] * 2
     assert type(feature_dim(dist)) is int

@@ -99,7 +99,7 @@ def test_simulation_is_a_function_of_tasks_and_seed():
 @pytest.mark.parametrize("distribution", [DIST, LDSTasks(1, 2, noise=0.3), SWITCHING])
 def test_the_kalman_bound_is_below_every_other_and_that_of_theory(distribution):
     tasks = distribution.sample(6, "test")
-    errors = distribution.bounds(tasks, sequences=32)
+    errors = distribution.baselines(tasks, sequences=32)
     for name in ("linear", "mlp", "persistence", "zero"):
         assert (errors["kalman"] < errors[name]).all(), name
     assert errors["linear"].mean() < 0.7 * errors["persistence"].mean()
@@ -158,7 +158,7 @@ def test_tasks_of_another_kind_or_size_are_refused():
         "system": lambda tasks: DIST.system(tasks),
         "simulate": lambda tasks: DIST.simulate(tasks, 1, 2),
         "kalman": lambda tasks: DIST.kalman(tasks, torch.zeros(1, 1, 2, 2), torch.zeros(1, 1, 2).long()),
-        "bounds": lambda tasks: DIST.bounds(tasks),
+        "baselines": lambda tasks: DIST.baselines(tasks),
     }
     for name, call in calls.items():
         where = f"^LDSTasks.{name}: "
@@ -182,10 +182,10 @@ def test_tasks_of_another_kind_or_size_are_refused():
         ("simulate", {"length": 0}, ValueError, "length must be > 0, got 0"),
         ("simulate", {"seed": -1}, ValueError, "seed must be in [0, 2**32), got -1"),
         ("simulate", {"dtype": torch.int64}, TypeError, "dtype must be a floating torch.dtype, got torch.int64"),
-        ("bounds", {"sequences": 1.5}, TypeError, "sequences must be an integer, got 1.5"),
-        ("bounds", {"length": 4}, ValueError, "length must exceed frames = 4, got 4"),
-        ("bounds", {"frames": 0}, ValueError, "frames must be > 0, got 0"),
-        ("bounds", {"seed": 2**40}, ValueError, "seed must be in [0, 2**32), got 1099511627776"),
+        ("baselines", {"sequences": 1.5}, TypeError, "sequences must be an integer, got 1.5"),
+        ("baselines", {"length": 4}, ValueError, "length must exceed frames = 4, got 4"),
+        ("baselines", {"frames": 0}, ValueError, "frames must be > 0, got 0"),
+        ("baselines", {"seed": 2**40}, ValueError, "seed must be in [0, 2**32), got 1099511627776"),
         ("kalman", {"observations": 1}, TypeError, "observations must be a torch.Tensor, got int"),
         ("kalman", {"observations": torch.zeros(2, 1, 5, 2)}, ValueError, "observations must have shape (1, sequences"),
         ("kalman", {"modes": None}, TypeError, "modes must be a torch.Tensor, got NoneType"),
@@ -202,7 +202,7 @@ def test_tasks_of_another_kind_or_size_are_refused():
 def test_methods_refuse(method, arguments, error, text):
     good = {
         "simulate": {"sequences": 1, "length": 5},
-        "bounds": {},
+        "baselines": {},
         "kalman": {"observations": torch.zeros(1, 1, 5, 2), "modes": torch.zeros(1, 1, 5).long()},
     }[method]
     with pytest.raises(error, match=f"^LDSTasks.{method}: " + re.escape(text)):

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from eaml_ext.tasks import CartPoleTasks, HalfCheetahVelocityTasks, LDSTasks, SeedTask, SeedTasks, SinusoidTasks, mujoco
-from eaml_ext.tasks.bounds import fit_linear, fit_mlp
+from eaml_ext.tasks.baselines import fit_linear, fit_mlp
 
 INTEGERS = [np.int64, np.int32, np.uint8]
 
@@ -60,7 +60,7 @@ def test_distributions_numpy_settings_equal_those_of_pythons_numbers():
         assert ours.name == other.name and type(ours.obs_dim) is int and ours.sample(3) == other.sample(3)
     sinusoids = SinusoidTasks(np.int64(5), np.int64(7), np.float32(0.5))
     assert repr(sinusoids) == "SinusoidTasks(shots=5, queries=7, noise=0.5)"
-    assert sinusoids.bounds(np.int64(20), np.int64(1)) == SinusoidTasks(5, 7, 0.5).bounds(20, 1)
+    assert sinusoids.baselines(np.int64(20), np.int64(1)) == SinusoidTasks(5, 7, 0.5).baselines(20, 1)
     with pytest.raises(ValueError, match=r"^LDSTasks: obs_dim must be < 2 \* planes = 4, got 4$"):
         LDSTasks(np.int64(4), 2)
 
@@ -81,8 +81,8 @@ def test_bounds_numpy_integers_give_the_numbers_of_ints():
     x, modes = dist.simulate(tasks, np.int64(3), np.int64(12), seed=np.int64(5))
     wanted = dist.simulate(tasks, 3, 12, seed=5)
     assert torch.equal(x, wanted[0]) and torch.equal(modes, wanted[1])
-    given = dist.bounds(tasks, sequences=np.int64(2), length=np.int64(12), frames=np.int64(2), seed=np.int64(1))
-    for name, error in dist.bounds(tasks, sequences=2, length=12, frames=2, seed=1).items():
+    given = dist.baselines(tasks, sequences=np.int64(2), length=np.int64(12), frames=np.int64(2), seed=np.int64(1))
+    for name, error in dist.baselines(tasks, sequences=2, length=12, frames=2, seed=1).items():
         assert torch.equal(given[name], error), name
     assert torch.equal(fit_linear(x, np.int64(2))(x), fit_linear(x, 2)(x))
     network = {"hidden": np.int64(8), "steps": np.int64(3), "seed": np.int64(4)}

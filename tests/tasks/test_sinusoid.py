@@ -44,7 +44,7 @@ def test_other_amplitudes_make_another_distribution():
     assert all(5 <= t.amplitude <= 10 for t in drawn) and max(t.amplitude for t in drawn) > 9.9
     assert beyond.name == "sinusoid-v1-amplitude-5-10" != SinusoidTasks.name
     assert {t.id for t in drawn}.isdisjoint(t.id for t in SinusoidTasks().sample(500))
-    assert beyond.bounds(500)["zero"] == pytest.approx((10**3 - 5**3) / 15 * 0.53, rel=0.1)  # E[a^2] E[sin^2]
+    assert beyond.baselines(500)["zero"] == pytest.approx((10**3 - 5**3) / 15 * 0.53, rel=0.1)  # E[a^2] E[sin^2]
 
 
 def test_data_are_the_task_s_sinusoid():
@@ -62,11 +62,11 @@ def test_data_are_the_task_s_sinusoid():
 
 
 def test_bounds():
-    exact = SinusoidTasks(5).bounds()
+    exact = SinusoidTasks(5).baselines()
     assert exact["bayes"] == 0
     # E[a^2] E[sin^2] over the ranges: (0.1^2 + 0.5 + 25) / 3 times nearly a half.
     assert exact["zero"] == pytest.approx(25.51 / 3 * 0.53, rel=0.1)
-    noisy = [SinusoidTasks(shots, queries=20, noise=0.5).bounds(80) for shots in (1, 5, 50)]
+    noisy = [SinusoidTasks(shots, queries=20, noise=0.5).baselines(80) for shots in (1, 5, 50)]
     errors = [b["bayes"] for b in noisy]
     assert noisy[0]["mean"] > errors[0] > errors[1] > errors[2] > 0.25 * 0.95  # falls towards the noise itself
     assert errors[2] == pytest.approx(0.25 * (1 + 2 / 50), rel=0.1)  # two parameters, fifty points
@@ -78,7 +78,7 @@ def test_bayes_is_below_least_squares():
     basis = torch.cat([support_x.sin(), support_x.cos()], -1)
     fit = torch.linalg.lstsq(basis, support_y).solution
     error = float((torch.cat([query_x.sin(), query_x.cos()], -1) @ fit - query_y).square().mean())
-    assert tasks.bounds(300)["bayes"] < error
+    assert tasks.baselines(300)["bayes"] < error
 
 
 def test_the_best_constant_in_the_task_is_the_mean_function():
@@ -87,7 +87,7 @@ def test_the_best_constant_in_the_task_is_the_mean_function():
     basis = torch.cat([x.sin(), x.cos()], -1).flatten(0, 1)
     fit = torch.linalg.lstsq(basis, y.flatten(0, 1)).solution  # of all functions of this form, the best for all tasks
     error = float((basis @ fit - y.flatten(0, 1)).square().mean())
-    assert tasks.bounds(4000)["mean"] == pytest.approx(error, rel=2e-3)
+    assert tasks.baselines(4000)["mean"] == pytest.approx(error, rel=2e-3)
 
 
 def bad_calls():
@@ -110,9 +110,9 @@ def bad_calls():
         yield lambda call=call: call(1, "dev"), ValueError, where + "split must be one of"
         yield lambda call=call: call(1, seed=-1), ValueError, where + "seed must be in"
         yield lambda call=call: call(1, epoch=2**32), ValueError, where + "epoch must be in"
-    yield lambda: tasks.bounds(0), ValueError, "SinusoidTasks.bounds: n must be > 0"
-    yield lambda: tasks.bounds(seed=-1), ValueError, "SinusoidTasks.bounds: seed must be in"
-    yield lambda: SinusoidTasks(1).bounds(), ValueError, "shots must be at least 2 where noise is 0"
+    yield lambda: tasks.baselines(0), ValueError, "SinusoidTasks.baselines: n must be > 0"
+    yield lambda: tasks.baselines(seed=-1), ValueError, "SinusoidTasks.baselines: seed must be in"
+    yield lambda: SinusoidTasks(1).baselines(), ValueError, "shots must be at least 2 where noise is 0"
 
 
 @pytest.mark.parametrize(("call", "error", "text"), list(bad_calls()), ids=lambda v: v if isinstance(v, str) else "")

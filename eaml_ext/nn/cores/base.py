@@ -1,11 +1,13 @@
 """What cores share: one step as a scan over it, states that do not change in time, heads."""
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from eaml_ext import _check
+from eaml_ext._renamed import core_parameters
 from eaml_ext.ops._sizes import check_size
 
 
@@ -39,6 +41,11 @@ class Core(nn.Module):  # not an ABC: libraries that derive classes from a modul
         _check.tensor(type(self).__name__, "state", state)
         assert state is not None
         return self.step(x, state)
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        for old, new in core_parameters(state_dict, prefix).items():
+            state_dict[new] = state_dict.pop(old)
+        super()._load_from_state_dict(state_dict, prefix, *args)
 
     def _step_sizes(self, size: int, dt_min: float, dt_max: float) -> Tensor:
         """Initial step sizes, log-uniform in [dt_min, dt_max]."""

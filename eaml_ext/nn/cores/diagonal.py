@@ -8,8 +8,8 @@ from torch import Tensor, nn
 
 from eaml_ext import _check
 from eaml_ext.nn.cores.base import Core
-from eaml_ext.nn.padding import ones
-from eaml_ext.nn.precision import as_complex, as_real, wide, zero_order_hold
+from eaml_ext.nn.padding import unit_step_delta
+from eaml_ext.nn.precision import as_complex, as_real, to_opmath, zero_order_hold
 from eaml_ext.ops import selective_scan
 
 
@@ -24,7 +24,7 @@ class _Diagonal(Core):
         dim, state_size = self.dim, self.state_size
         self.state_shape = (state_size, 2)
         self.D = nn.Parameter(torch.randn(dim))
-        self.mix = nn.Linear(dim, 2 * dim)
+        self.out_proj = nn.Linear(dim, 2 * dim)
 
     def discrete(self) -> tuple[Tensor, Tensor]:
         """Complex: the logarithm of lambda, ``(state_size,)``, and the map of x to the state, ``(state_size, dim)``."""
@@ -49,7 +49,7 @@ class _Diagonal(Core):
             start = torch.cat([h, torch.zeros_like(h)] * 2, dim=1).unsqueeze(-1)
         y, last = selective_scan(
             u,
-            ones(u, lengths),
+            unit_step_delta(u, lengths),
             torch.cat([decay] * 4).unsqueeze(-1),
             drive,
             read,
@@ -60,7 +60,7 @@ class _Diagonal(Core):
         out = torch.cat([C.real, C.real, -C.imag, -C.imag], dim=1)
         y = F.linear(y.mT, out.to(y.dtype)) + self.D * x
         p = self.state_size
-        return F.glu(self.mix(F.gelu(y))), as_real((last[:, :p] + last[:, p : 2 * p]).squeeze(-1))
+        return F.glu(self.out_proj(F.gelu(y))), as_real((last[:, :p] + last[:, p : 2 * p]).squeeze(-1))
 
 
 class LRU(_Diagonal):
@@ -103,8 +103,8 @@ class LRU(_Diagonal):
         self.C = nn.Parameter(torch.randn(dim, state_size, 2) / math.sqrt(state_size))
 
     def discrete(self) -> tuple[Tensor, Tensor]:
-        decay = torch.complex(-wide(self.nu).exp(), wide(self.theta).exp())
-        return decay, wide(self.gamma).exp().unsqueeze(-1) * as_complex(self.B)
+        decay = torch.complex(-to_opmath(self.nu).exp(), to_opmath(self.theta).exp())
+        return decay, to_opmath(self.gamma).exp().unsqueeze(-1) * as_complex(self.B)
 
 
 class S5(_Diagonal):
@@ -141,8 +141,8 @@ class S5(_Diagonal):
         self.C = nn.Parameter(as_real(C.to(vectors.dtype) @ vectors))
 
     def discrete(self) -> tuple[Tensor, Tensor]:
-        A = torch.complex(-wide(self.A_log).exp(), wide(self.A_imag))
-        z = wide(self.log_dt).exp() * A
+        A = torch.complex(-to_opmath(self.A_log).exp(), to_opmath(self.A_imag))
+        z = to_opmath(self.log_dt).exp() * A
         return z, (zero_order_hold(z) / A).unsqueeze(-1) * as_complex(self.B)
 
 

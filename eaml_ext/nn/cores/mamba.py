@@ -8,7 +8,7 @@ from torch import Tensor
 
 from eaml_ext.nn.cores.base import Core
 from eaml_ext.nn.mamba import Mamba
-from eaml_ext.nn.precision import wide
+from eaml_ext.nn.precision import to_opmath
 from eaml_ext.nn.submodule import has_hooks
 
 
@@ -61,4 +61,4 @@ class MambaCore(Core):
         return state[..., :width], state[..., width:]
 
     def _whole(self, parts: tuple[Tensor, Tensor] | list[Tensor]) -> Tensor:
-        return torch.cat([wide(part) for part in parts], dim=-1)
+        return torch.cat([to_opmath(part) for part in parts], dim=-1)

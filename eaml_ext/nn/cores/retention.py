@@ -7,8 +7,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from eaml_ext.nn.cores.base import Core
-from eaml_ext.nn.padding import ones
-from eaml_ext.nn.precision import as_complex, as_real, wide
+from eaml_ext.nn.padding import unit_step_delta
+from eaml_ext.nn.precision import as_complex, as_real, to_opmath
 from eaml_ext.ops import selective_scan
 
 
@@ -43,8 +43,8 @@ class Retention(Core):
         self.state_shape = (dim, state_size // 2, 2)
         keys = self.num_heads * state_size
         self.split = (keys, keys, dim, dim)
-        self.project = nn.Linear(dim, sum(self.split), bias=False)  # queries, keys, values, gate
-        self.mix = nn.Linear(dim, dim, bias=False)
+        self.in_proj = nn.Linear(dim, sum(self.split), bias=False)  # queries, keys, values, gate
+        self.out_proj = nn.Linear(dim, dim, bias=False)
         exponents = torch.linspace(5, 4 + min(self.num_heads, 8), self.num_heads, dtype=torch.float64)
         pairs = torch.arange(state_size // 2, dtype=torch.float64)
         self.register_buffer("log_gamma", torch.log1p(-(2**-exponents)).float())
@@ -55,15 +55,15 @@ class Retention(Core):
     ) -> tuple[Tensor, Tensor]:
         """``x`` (batch, time, dim), ``state`` (batch, *state_shape), ``reset`` (batch, time) bool -> (y, state)."""
         heads = self.num_heads
-        q, k, v, gate = self.project(x).split(self.split, dim=-1)
+        q, k, v, gate = self.in_proj(x).split(self.split, dim=-1)
         q, k = (p.unflatten(-1, (heads, self.state_size // 2, 2)) for p in (q, k))
         k = k * k.new_tensor([1.0, -1.0])  # conjugate
         scale = 0.5 / math.sqrt(self.state_size)  # a half, as the op gives 2 Re
-        decay = torch.complex(*torch.broadcast_tensors(wide(self.log_gamma).unsqueeze(-1), wide(self.theta)))
+        decay = torch.complex(*torch.broadcast_tensors(to_opmath(self.log_gamma).unsqueeze(-1), to_opmath(self.theta)))
         u = v.mT
         y, last = selective_scan(
             u,
-            ones(u, lengths),
+            unit_step_delta(u, lengths),
             decay.unsqueeze(1).expand(heads, self.head_dim, -1).flatten(0, 1),
             as_complex(k).permute(0, 2, 3, 1),
             as_complex(scale * q).permute(0, 2, 3, 1),
@@ -72,4 +72,4 @@ class Retention(Core):
             reset=reset,
         )
         y = F.layer_norm(y.mT.unflatten(-1, (heads, self.head_dim)), (self.head_dim,)).flatten(-2)
-        return self.mix(F.silu(gate) * y), as_real(last)
+        return self.out_proj(F.silu(gate) * y), as_real(last)

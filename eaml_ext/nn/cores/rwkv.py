@@ -5,8 +5,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from eaml_ext.nn.cores.base import Core
-from eaml_ext.nn.padding import check_reset, ones
-from eaml_ext.nn.precision import wide
+from eaml_ext.nn.padding import check_reset, unit_step_delta
+from eaml_ext.nn.precision import to_opmath
 from eaml_ext.ops import selective_scan
 
 
@@ -35,13 +35,13 @@ class RWKV(Core):
         self.num_heads, self.head_dim = self._heads(num_heads, smallest=2)
         self.state_shape = (dim, state_size + 1)
         keys = self.num_heads * state_size
-        self.blend = nn.Parameter(torch.rand(4, dim))  # weights of the input before: r, k, v, gate
+        self.token_shift_mix = nn.Parameter(torch.rand(4, dim))  # weights of the input before: r, k, v, gate
         self.receptance = nn.Linear(dim, keys, bias=False)
         self.key = nn.Linear(dim, keys, bias=False)
         self.value = nn.Linear(dim, dim, bias=False)
         self.gate = nn.Linear(dim, dim, bias=False)
         self.norm = nn.Parameter(torch.stack([torch.ones(dim), torch.zeros(dim)]))  # weight and bias
-        self.mix = nn.Linear(dim, dim, bias=False)
+        self.out_proj = nn.Linear(dim, dim, bias=False)
         # Half-lives from about two steps to some hundred, spread over the keys of each head.
         spread = torch.linspace(0, 1, state_size).repeat(self.num_heads, 1)
         self.decay = nn.Parameter(-6 + 5 * spread**0.7)  # w = exp(-exp(decay))
@@ -53,7 +53,7 @@ class RWKV(Core):
         """``x`` (batch, time, dim), ``state`` (batch, *state_shape), ``reset`` (batch, time) bool -> (y, state)."""
         heads, length = self.num_heads, x.shape[1]
         if state is None:
-            state = wide(x).new_zeros(x.shape[0], *self.state_shape)
+            state = to_opmath(x).new_zeros(x.shape[0], *self.state_shape)
         inputs = torch.cat([state[..., -1].unsqueeze(1).to(x.dtype), x], dim=1)
         before = inputs[:, :length]
         if reset is not None:
@@ -62,7 +62,7 @@ class RWKV(Core):
         r, k, v, gate = (
             layer(torch.lerp(x, before, weight.to(x.dtype)))
             for layer, weight in zip(
-                (self.receptance, self.key, self.value, self.gate), self.blend.unbind(), strict=True
+                (self.receptance, self.key, self.value, self.gate), self.token_shift_mix.unbind(), strict=True
             )
         )
         # Step t of the op takes in k and v of t - 1 and reads S_{t-1}; its first step only carries the state over, its
@@ -72,8 +72,8 @@ class RWKV(Core):
             ends = F.pad(reset[:, 1:], (0, 1)).unsqueeze(-1)
             late, late_k = v.masked_fill(ends, 0), k.masked_fill(ends, 0)
         u = F.pad(late, (0, 0, 1, 0)).mT
-        delta = F.pad(ones(late.mT, lengths), (1, 0))
-        decay = -wide(self.decay).exp().unsqueeze(1).expand(heads, self.head_dim, -1).flatten(0, 1)
+        delta = F.pad(unit_step_delta(late.mT, lengths), (1, 0))
+        decay = -to_opmath(self.decay).exp().unsqueeze(1).expand(heads, self.head_dim, -1).flatten(0, 1)
         y, last = selective_scan(
             u,
             delta,
@@ -81,7 +81,7 @@ class RWKV(Core):
             F.pad(late_k, (0, 0, 1, 0)).unflatten(-1, (heads, self.state_size)).permute(0, 2, 3, 1),
             F.pad(r, (0, 0, 0, 1)).unflatten(-1, (heads, self.state_size)).permute(0, 2, 3, 1),
             return_last_state=True,
-            initial_state=wide(state[..., :-1]),
+            initial_state=to_opmath(state[..., :-1]),
             reset=None if reset is None else F.pad(reset, (0, 1)),
         )
         now = (r * k).unflatten(-1, (heads, self.state_size)) * self.bonus.to(x.dtype)
@@ -91,4 +91,4 @@ class RWKV(Core):
         y = F.layer_norm(y, (self.head_dim,)).flatten(-2) * weight + bias
         end = None if lengths is None else lengths.long().view(-1, 1, 1)
         newest = inputs[:, length] if end is None else inputs.take_along_dim(end, dim=1)[:, 0]
-        return self.mix(F.silu(gate) * y), torch.cat([last, wide(newest).unsqueeze(-1)], dim=-1)
+        return self.out_proj(F.silu(gate) * y), torch.cat([last, to_opmath(newest).unsqueeze(-1)], dim=-1)

@@ -7,8 +7,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from eaml_ext.nn.cores.base import Core
-from eaml_ext.nn.padding import ones
-from eaml_ext.nn.precision import as_complex, as_real, wide, zero_order_hold
+from eaml_ext.nn.padding import unit_step_delta
+from eaml_ext.nn.precision import as_complex, as_real, to_opmath, zero_order_hold
 from eaml_ext.ops import selective_scan
 
 
@@ -40,24 +40,24 @@ class S4D(Core):
         self.A_imag = nn.Parameter(math.pi * torch.arange(float(state_size)).repeat(dim, 1))
         self.C = nn.Parameter(torch.randn(dim, state_size, 2) / math.sqrt(2))
         self.D = nn.Parameter(torch.randn(dim))
-        self.mix = nn.Linear(dim, 2 * dim)
+        self.out_proj = nn.Linear(dim, 2 * dim)
 
     def scan(
         self, x: Tensor, state: Tensor | None = None, reset: Tensor | None = None, lengths: Tensor | None = None
     ) -> tuple[Tensor, Tensor]:
         """``x`` (batch, time, dim), ``state`` (batch, *state_shape), ``reset`` (batch, time) bool -> (y, state)."""
-        A = torch.complex(-wide(self.A_log).exp(), wide(self.A_imag))
-        z = wide(self.log_dt).exp().unsqueeze(-1) * A
+        A = torch.complex(-to_opmath(self.A_log).exp(), to_opmath(self.A_imag))
+        z = to_opmath(self.log_dt).exp().unsqueeze(-1) * A
         u = x.mT
         y, last = selective_scan(
             u,
-            ones(u, lengths),
+            unit_step_delta(u, lengths),
             z,
             zero_order_hold(z) / A,
             as_complex(self.C),
-            wide(self.D),
+            to_opmath(self.D),
             return_last_state=True,
             initial_state=None if state is None else as_complex(state),
             reset=reset,
         )
-        return F.glu(self.mix(F.gelu(y.mT))), as_real(last)
+        return F.glu(self.out_proj(F.gelu(y.mT))), as_real(last)

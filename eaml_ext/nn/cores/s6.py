@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from eaml_ext.nn.cores.base import Core
-from eaml_ext.nn.padding import stop
+from eaml_ext.nn.padding import zero_delta_after_length
 from eaml_ext.ops import selective_scan, selective_scan_step
 
 
@@ -32,24 +32,24 @@ class S6(Core):
         self.state_shape = (dim, state_size)
         rank = math.ceil(dim / 16)
         self.split = (rank, state_size, state_size)
-        self.project = nn.Linear(dim, sum(self.split), bias=False)  # step size (low rank), B, C
-        self.expand = nn.Linear(rank, dim, bias=False)
+        self.x_proj = nn.Linear(dim, sum(self.split), bias=False)  # step size (low rank), B, C
+        self.dt_proj = nn.Linear(rank, dim, bias=False)
         self.gate = nn.Linear(dim, dim)
-        self.mix = nn.Linear(dim, dim)
+        self.out_proj = nn.Linear(dim, dim)
         self.A_log = nn.Parameter(torch.arange(1.0, state_size + 1).log().repeat(dim, 1))
         self.D = nn.Parameter(torch.ones(dim))
         step = self._step_sizes(dim, dt_min, dt_max)
         self.delta_bias = nn.Parameter(step + torch.log(-torch.expm1(-step)))  # softplus(delta_bias) = step
-        nn.init.uniform_(self.expand.weight, -(rank**-0.5), rank**-0.5)
+        nn.init.uniform_(self.dt_proj.weight, -(rank**-0.5), rank**-0.5)
 
     def scan(
         self, x: Tensor, state: Tensor | None = None, reset: Tensor | None = None, lengths: Tensor | None = None
     ) -> tuple[Tensor, Tensor]:
         """``x`` (batch, time, dim), ``state`` (batch, dim, state_size), ``reset`` (batch, time) bool -> (y, state)."""
-        delta, B, C = self.project(x).split(self.split, dim=-1)
+        delta, B, C = self.x_proj(x).split(self.split, dim=-1)
         y, state = selective_scan(
             x.transpose(1, 2),
-            stop(self.expand(delta).transpose(1, 2), lengths),
+            zero_delta_after_length(self.dt_proj(delta).transpose(1, 2), lengths),
             -self.A_log.exp(),
             B.transpose(1, 2),
             C.transpose(1, 2),
@@ -61,12 +61,12 @@ class S6(Core):
             initial_state=state,
             reset=reset,
         )
-        return self.mix(y.transpose(1, 2)), state
+        return self.out_proj(y.transpose(1, 2)), state
 
     def step(self, x: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
         """``x`` (batch, dim), ``state`` (batch, dim, state_size) -> (y, state): one step of :meth:`scan`."""
-        delta, B, C = self.project(x).split(self.split, dim=-1)
+        delta, B, C = self.x_proj(x).split(self.split, dim=-1)
         y, state = selective_scan_step(
-            state, x, self.expand(delta), -self.A_log.exp(), B, C, self.D, self.gate(x), self.delta_bias, True
+            state, x, self.dt_proj(delta), -self.A_log.exp(), B, C, self.D, self.gate(x), self.delta_bias, True
         )
-        return self.mix(y), state
+        return self.out_proj(y), state

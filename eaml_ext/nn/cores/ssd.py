@@ -4,8 +4,8 @@ import torch
 from torch import Tensor, nn
 
 from eaml_ext.nn.cores.base import Core
-from eaml_ext.nn.padding import stop
-from eaml_ext.nn.precision import wide
+from eaml_ext.nn.padding import zero_delta_after_length
+from eaml_ext.nn.precision import to_opmath
 from eaml_ext.ops import selective_scan
 
 
@@ -42,34 +42,34 @@ class SSD(Core):
         self.state_shape = (dim, state_size)
         self.num_heads, self.head_dim = self._heads(num_heads)
         self.split = (dim, state_size, state_size, self.num_heads)
-        self.project = nn.Linear(dim, sum(self.split), bias=False)  # gate, B, C, step size
+        self.in_proj = nn.Linear(dim, sum(self.split), bias=False)  # gate, B, C, step size
         self.A_log = nn.Parameter(torch.empty(self.num_heads).uniform_(1, 16).log())
         self.D = nn.Parameter(torch.ones(self.num_heads))
         step = self._step_sizes(self.num_heads, dt_min, dt_max)
         self.delta_bias = nn.Parameter(step + torch.log(-torch.expm1(-step)))  # softplus(delta_bias) = step
         self.norm = nn.RMSNorm(dim, eps=1e-5)
-        self.mix = nn.Linear(dim, dim, bias=False)
+        self.out_proj = nn.Linear(dim, dim, bias=False)
 
     def scan(
         self, x: Tensor, state: Tensor | None = None, reset: Tensor | None = None, lengths: Tensor | None = None
     ) -> tuple[Tensor, Tensor]:
         """``x`` (batch, time, dim), ``state`` (batch, dim, state_size), ``reset`` (batch, time) bool -> (y, state)."""
-        z, B, C, delta = self.project(x).split(self.split, dim=-1)
+        z, B, C, delta = self.in_proj(x).split(self.split, dim=-1)
         y, last = selective_scan(
             x.mT,
-            stop(self._channels(delta).mT, lengths),
-            -self._channels(wide(self.A_log).exp()).unsqueeze(-1).expand(self.dim, self.state_size),
+            zero_delta_after_length(self._channels(delta).mT, lengths),
+            -self._channels(to_opmath(self.A_log).exp()).unsqueeze(-1).expand(self.dim, self.state_size),
             B.mT,
             C.mT,
-            self._channels(wide(self.D)),
+            self._channels(to_opmath(self.D)),
             z.mT,
-            self._channels(wide(self.delta_bias)),
+            self._channels(to_opmath(self.delta_bias)),
             True,
             True,
             initial_state=state,
             reset=reset,
         )
-        return self.mix(self.norm(y.mT)), last
+        return self.out_proj(self.norm(y.mT)), last
 
     def _channels(self, x: Tensor) -> Tensor:
         """``(*, num_heads)`` -> ``(*, dim)``."""

@@ -1,6 +1,6 @@
 """Does memory stay what it is while a model adapts and adapts? Resident memory along a million gradient steps.
 
-    python -m benchmarks.endurance [--quick] [--threads 1]
+    python -m benchmarks.soak [--quick] [--threads 1]
 
 Each call adapts an SSM by five gradient steps on a new batch and on retrieved experience, and adds the batch to the
 experience buffer, whose ring turns all the time; every hundredth batch is corrupted, so that rollbacks happen too.
@@ -60,7 +60,7 @@ def main() -> None:
     result = run(2_000 if arguments.quick else 210_000)
     print(result)
     if not arguments.quick:
-        write("endurance", result, timed=False)
+        write("soak", result, timed=False)
 
 
 if __name__ == "__main__":

@@ -31,14 +31,14 @@ def fit_linear(x: Tensor, frames: int = 4) -> Predictor:
     >>> round(float(predict(torch.tensor([[[4.0], [0.0]]]))), 4)
     2.0
     """
-    frames = _check_sequences("bounds.fit_linear", x, frames)
+    frames = _check_sequences("baselines.fit_linear", x, frames)
     inputs = _windows(x, frames).flatten(0, -2).double()
     wanted = x[..., frames:, :].flatten(0, -2).double()
     # On the CPU: only there is a driver that takes a rank below full.
     solution = torch.linalg.lstsq(_affine(inputs).cpu(), wanted.cpu(), driver="gelsd").solution.to(x.device)
 
     def predict(x: Tensor) -> Tensor:
-        _check_sequences("bounds.fit_linear", x, frames)
+        _check_sequences("baselines.fit_linear", x, frames)
         predicted: Tensor = (_affine(_windows(x, frames).double()) @ solution).to(x.dtype)
         return predicted
 
@@ -59,7 +59,7 @@ def fit_mlp(x: Tensor, frames: int = 4, *, hidden: int = 64, steps: int = 500, s
     >>> fit_mlp(x, frames=2, steps=5)(x).shape
     torch.Size([8, 48, 1])
     """
-    where = "bounds.fit_mlp"
+    where = "baselines.fit_mlp"
     frames = _check_sequences(where, x, frames)
     hidden, steps = (
         _check.positive(where, name, value, integer=True) for name, value in (("hidden", hidden), ("steps", steps))
@@ -120,7 +120,7 @@ def kalman_filter(x: Tensor, A: Tensor, C: Tensor, Q: Tensor, R: Tensor, P: Tens
     >>> predictions.squeeze()  # a constant seen through noise: the mean so far
     tensor([1.0000, 2.0000], dtype=torch.float64)
     """
-    where = "bounds.kalman_filter"
+    where = "baselines.kalman_filter"
     for name, value, dims in (("x", x, 2), ("A", A, 3), ("C", C, 2), ("Q", Q, 2), ("R", R, 2), ("P", P, 2)):
         _check.tensor(where, name, value)
         if value.dim() < dims:

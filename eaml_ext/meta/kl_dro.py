@@ -8,7 +8,7 @@ from torch import Tensor
 from eaml_ext import _check
 
 
-def tilt(losses: Tensor, level: float) -> Tensor:
+def kl_dro_weights(losses: Tensor, level: float) -> Tensor:
     """The worst weights of tasks within a shift of ``level``: what a robust meta-update steps on.
 
     The distributionally robust weights of Hu & Hong (2013, KL ball); Ajay et al. (2022) train a population of
@@ -25,15 +25,15 @@ def tilt(losses: Tensor, level: float) -> Tensor:
     Raises:
         TypeError, ValueError: an argument of the wrong kind or size.
 
-    >>> tilt(torch.tensor([0.0, 0.0, 0.0, 1.0]), 0.0)
+    >>> kl_dro_weights(torch.tensor([0.0, 0.0, 0.0, 1.0]), 0.0)
     tensor([0.2500, 0.2500, 0.2500, 0.2500], dtype=torch.float64)
-    >>> tilt(torch.tensor([0.0, 0.0, 0.0, 1.0]), 5.0)
+    >>> kl_dro_weights(torch.tensor([0.0, 0.0, 0.0, 1.0]), 5.0)
     tensor([0., 0., 0., 1.], dtype=torch.float64)
     """
-    _check.tensor("tilt", "losses", losses)
+    _check.tensor("kl_dro_weights", "losses", losses)
     if losses.dim() != 1 or not len(losses):
-        raise ValueError(f"tilt: losses must have shape (n,), n at least 1, got {tuple(losses.shape)}")
-    level = _check.positive("tilt", "level", level, zero=True)
+        raise ValueError(f"kl_dro_weights: losses must have shape (n,), n at least 1, got {tuple(losses.shape)}")
+    level = _check.positive("kl_dro_weights", "level", level, zero=True)
     losses, count = losses.detach().double(), len(losses)
     uniform = torch.full_like(losses, 1 / count)
     gap = losses - losses.max()

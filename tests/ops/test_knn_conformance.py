@@ -1,11 +1,11 @@
-"""knn passes the battery of every op; what is its own stands in test_knn.py."""
+"""knn passes the op_conformance of every op; what is its own stands in test_knn.py."""
 
 import itertools
 from typing import Any
 
 import torch
-from battery import Battery, Build, Call, Op
 from hypothesis import strategies as st
+from op_conformance import Battery, Build, Call, Op
 from torch import Tensor
 
 from eaml_ext.ops import knn, knn_reference

@@ -7,7 +7,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from eaml_ext.experience import ExperienceBuffer, retrieval
-from eaml_ext.meta import MetaMAML, PastModels
+from eaml_ext.meta import AdaptedTaskModels, MetaMAML
 
 SIZES = (8, 5, 8, 5, 6)  # items of each task
 
@@ -19,7 +19,7 @@ def world(num_steps=7, **options):
     for task, n in enumerate(SIZES):
         x = torch.randn(n, 3)
         buffer.add(x, (task - 2) * x.sum(1, keepdim=True), task=10 + task)
-    return maml, buffer, PastModels(maml, buffer, F.mse_loss, num_steps, **options)
+    return maml, buffer, AdaptedTaskModels(maml, buffer, F.mse_loss, num_steps, **options)
 
 
 def now(slope, n=4):
@@ -48,7 +48,7 @@ def test_params_are_those_of_the_adapted_models():
         adapted = maml.adapt(past["states"], past["targets"], F.mse_loss, 7)
         for name, p in adapted.named_parameters():
             torch.testing.assert_close(params[name][row], p.detach())
-    with pytest.raises(ValueError, match=r"^PastModels.params: tasks has 7, of which there is no model$"):
+    with pytest.raises(ValueError, match=r"^AdaptedTaskModels.params: tasks has 7, of which there is no model$"):
         models.params(torch.tensor([13, 7]))
 
 
@@ -85,7 +85,7 @@ def test_tasks_of_another_length_are_left_out():
 def test_an_empty_buffer_has_no_models_yet():
     maml, _, _ = world()
     empty = ExperienceBuffer(10)
-    models = PastModels(maml, empty, F.mse_loss)
+    models = AdaptedTaskModels(maml, empty, F.mse_loss)
     assert models.tasks == []
     empty.add(torch.randn(4, 3), torch.randn(4, 1), task=1)
     assert torch.isfinite(models.score(empty, torch.tensor([1]), now(1.0))).all() and models.tasks == [1]
@@ -104,20 +104,22 @@ def test_an_empty_buffer_has_no_models_yet():
 )
 def test_the_constructor_refuses(change, error, text):
     maml, buffer, _ = world()
-    with pytest.raises(error, match="^PastModels: " + re.escape(text)):
-        PastModels(**{"maml": maml, "buffer": buffer, "loss_fn": F.mse_loss, **change})
+    with pytest.raises(error, match="^AdaptedTaskModels: " + re.escape(text)):
+        AdaptedTaskModels(**{"maml": maml, "buffer": buffer, "loss_fn": F.mse_loss, **change})
     with pytest.raises(ValueError, match=r"batch: states names 'nothing', the stored fields are observation"):
-        PastModels(maml, buffer, F.mse_loss, states="nothing")
+        AdaptedTaskModels(maml, buffer, F.mse_loss, states="nothing")
     with pytest.raises(ValueError, match=r"batch: targets names 'nothing', the stored fields are observation"):
-        PastModels(maml, buffer, F.mse_loss, targets="nothing")
+        AdaptedTaskModels(maml, buffer, F.mse_loss, targets="nothing")
 
 
 def test_score_refuses():
     _, buffer, models = world()
-    with pytest.raises(ValueError, match=r"^PastModels.score: buffer is another than the one these models were made"):
+    with pytest.raises(
+        ValueError, match=r"^AdaptedTaskModels.score: buffer is another than the one these models were made"
+    ):
         models.score(ExperienceBuffer(3), torch.tensor([10]), now(1.0))
     models._loss_fn = lambda p, t: (p - t).square().mean(1)
-    with pytest.raises(ValueError, match=r"^PastModels.score: loss_fn must return a scalar tensor, got \(4,\)$"):
+    with pytest.raises(ValueError, match=r"^AdaptedTaskModels.score: loss_fn must return a scalar tensor, got \(4,\)$"):
         models.score(buffer, torch.tensor([10]), now(1.0))
 
 
@@ -143,7 +145,7 @@ def test_past_models_inference_mode_gives_the_scores_outside():
     maml, buffer, models = world()
     batch, tasks = now(1), torch.arange(10, 15)
     with torch.inference_mode():
-        inside = PastModels(maml, buffer, F.mse_loss, np.int64(7), chunk_size=np.int64(2))
+        inside = AdaptedTaskModels(maml, buffer, F.mse_loss, np.int64(7), chunk_size=np.int64(2))
         scores = inside.score(buffer, tasks, {n: t.clone() for n, t in batch.items()})
     torch.testing.assert_close(scores, models.score(buffer, tasks, batch))
     inside.update()

@@ -1,4 +1,4 @@
-"""Every way through knn's CUDA kernels, on the stand-in: with ``pytest --cuda-on-cpu LIBRARY`` alone."""
+"""Every way through knn's CUDA kernels, on the stand-in: with ``pytest --cuda-emulator LIBRARY`` alone."""
 
 import ctypes
 from typing import Any
@@ -13,9 +13,9 @@ from eaml_ext.ops.knn import METRICS
 
 @pytest.fixture(scope="module")
 def library(request) -> ctypes.CDLL:
-    path = request.config.getoption("--cuda-on-cpu")
+    path = request.config.getoption("--cuda-emulator")
     if path is None:
-        pytest.skip("needs --cuda-on-cpu: make cuda-on-cpu")
+        pytest.skip("needs --cuda-emulator: make cuda-emulator")
     return ctypes.CDLL(path)
 
 

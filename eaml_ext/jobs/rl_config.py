@@ -2,13 +2,13 @@
 
 from dataclasses import dataclass
 
-from eaml_ext.jobs.settings import check_fields, flag
+from eaml_ext.jobs.config import check_fields, flag
 
 CORES = ("s6", "mamba", "s4d", "s5", "lru", "ssd", "retention", "rwkv")
 
 
 @dataclass(frozen=True)
-class RLSettings:
+class RLConfig:
     """What both jobs can be told; each is a flag of ``eaml-ext``.
 
     Raises TypeError or ValueError, one sentence, for a value out of its range.
@@ -36,15 +36,15 @@ class RLSettings:
     @property
     def folder(self) -> str:
         """Where the results go."""
-        algo = type(self).__name__.removesuffix("Settings").lower()
+        algo = type(self).__name__.removesuffix("Config").lower()
         return self.out or f"runs/{algo}-{self.env_name.replace('/', '-')}-seed{self.seed}"
 
 
 @dataclass(frozen=True)
-class RL2Settings(RLSettings):
+class RL2Config(RLConfig):
     """``--algo rl2``: a policy that adapts in context.
 
-    >>> RL2Settings(env_name="CartPole-hidden-velocity-v1").folder
+    >>> RL2Config(env_name="CartPole-hidden-velocity-v1").folder
     'runs/rl2-CartPole-hidden-velocity-v1-seed0'
     """
 
@@ -57,10 +57,10 @@ class RL2Settings(RLSettings):
 
 
 @dataclass(frozen=True)
-class MAMLSettings(RLSettings):
+class MAMLConfig(RLConfig):
     """``--algo maml``: a policy that adapts by policy gradient.
 
-    >>> MAMLSettings().folder
+    >>> MAMLConfig().folder
     'runs/maml-CartPole-v1-seed0'
     """
 

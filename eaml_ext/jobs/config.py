@@ -42,12 +42,12 @@ def check_fields(settings: Any, zero: Collection[str]) -> None:
 
 
 @dataclass(frozen=True)
-class DynamicsSettings:
+class DynamicsConfig:
     """The main job's settings; each is a flag of ``eaml-ext``.
 
     Raises TypeError or ValueError, one sentence, for a value out of its range.
 
-    >>> DynamicsSettings(num_epochs=5).env_name
+    >>> DynamicsConfig(num_epochs=5).env_name
     'CartPole-v1'
     """
 
@@ -70,7 +70,7 @@ class DynamicsSettings:
     num_layers: int = flag(1, "layers of the SSM")
     test_tasks: int = flag(64, "held-out tasks")
     adaptation_calls: int = flag(21, "calls of the Adapter per held-out task, 5 gradient steps each")
-    plan_tasks: int = flag(16, "held-out tasks in which a planner acts with the model of each arm; 0: in none")
+    plan_tasks: int = flag(16, "held-out tasks in which a planner acts with the model of each variant; 0: in none")
     plan_steps: int = flag(100, "steps after which such an episode is cut")
     plan_horizon: int = flag(15, "steps that the planner looks ahead")
     plan_candidates: int = flag(32, "sequences of actions that it imagines at every step, at least 2")
@@ -82,10 +82,10 @@ class DynamicsSettings:
     def __post_init__(self) -> None:
         check_fields(self, ("seed", "plan_tasks", "experience_weight"))
         if self.plan_candidates < 2:
-            raise ValueError(f"DynamicsSettings: plan_candidates must be >= 2, got {self.plan_candidates}")
+            raise ValueError(f"DynamicsConfig: plan_candidates must be >= 2, got {self.plan_candidates}")
         if self.buffer_size < self.shots + self.query:
             raise ValueError(
-                f"DynamicsSettings: buffer_size must hold one task, {self.shots + self.query}, got {self.buffer_size}"
+                f"DynamicsConfig: buffer_size must hold one task, {self.shots + self.query}, got {self.buffer_size}"
             )
 
     @property

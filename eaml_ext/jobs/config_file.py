@@ -53,15 +53,15 @@ def check_keys(path: str | os.PathLike[str], keys: Collection[str], known: Colle
 def write(folder: str | os.PathLike[str], settings: Any) -> Path:
     """Writes the settings of a run to ``settings.toml`` in its folder, whole or not at all; returns the path.
 
-    ``settings`` is a dataclass of strings, numbers and booleans named ``<Algo>Settings``. ``resume`` stays out: the
+    ``settings`` is a dataclass of strings, numbers and booleans named ``<Algo>Config``. ``resume`` stays out: the
     file repeats a run, it does not go on with it. Raises OSError where the folder cannot be written.
 
     >>> import tempfile
-    >>> from eaml_ext.jobs.settings import DynamicsSettings
-    >>> read(write(tempfile.mkdtemp(), DynamicsSettings(seed=3)))["seed"]
+    >>> from eaml_ext.jobs.config import DynamicsConfig
+    >>> read(write(tempfile.mkdtemp(), DynamicsConfig(seed=3)))["seed"]
     3
     """
-    algo = type(settings).__name__.removesuffix("Settings").lower()
+    algo = type(settings).__name__.removesuffix("Config").lower()
     lines = [f"# eaml_ext {__version__}: `eaml-ext --config {NAME}` repeats this run; flags given beside it win.\n"]
     lines.append(f"algo = {_toml(algo)}\n")
     for f in fields(settings):

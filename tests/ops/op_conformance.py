@@ -1,4 +1,4 @@
-"""The one battery that every op passes, native and reference alike, on every device present.
+"""The one op_conformance that every op passes, native and reference alike, on every device present.
 
 A test file describes its op once and inherits the tests::
 
@@ -238,7 +238,7 @@ def expanded(x: Tensor) -> Tensor:
 LAYOUTS = (torch.Tensor.contiguous, transposed, channel_last, sliced, expanded)
 
 
-# ---- the battery -------------------------------------------------------------------------------------------------
+# ---- the conformance tests ----------------------------------------------------------------------------------------
 
 
 class Battery:

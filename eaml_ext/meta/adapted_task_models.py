@@ -17,7 +17,7 @@ from eaml_ext.meta.functional import outside_inference_mode, recordable
 from eaml_ext.meta.maml import LossFn, MetaMAML
 
 
-class PastModels:
+class AdaptedTaskModels:
     """The model of a MetaMAML adapted to each past task of a buffer; ``retrieval.best_fit`` takes :meth:`score`.
 
     Tasks with equally many items are adapted as one vmapped batch, and all models are scored in one call. A task's
@@ -42,7 +42,7 @@ class PastModels:
     >>> for task, slope in enumerate((1.0, -2.0, 3.0)):
     ...     x = torch.linspace(-1, 1, 10).unsqueeze(1)
     ...     buffer.add(x, slope * x, task=task)
-    >>> models = PastModels(maml, buffer, torch.nn.functional.mse_loss, num_steps=50)
+    >>> models = AdaptedTaskModels(maml, buffer, torch.nn.functional.mse_loss, num_steps=50)
     >>> now = {"states": torch.ones(2, 1), "targets": torch.full((2, 1), 2.8)}
     >>> found = retrieval.best_fit(models.score, num_tasks=1)(buffer, now)
     >>> (found["targets"] / found["states"]).mean()
@@ -61,7 +61,7 @@ class PastModels:
         length: int | None = None,
         chunk_size: int | None = 64,
     ):
-        where = "PastModels"
+        where = "AdaptedTaskModels"
         for name, value, wanted in (("maml", maml, MetaMAML), ("buffer", buffer, ExperienceBuffer)):
             if not isinstance(value, wanted):
                 raise TypeError(f"{where}: {name} must be of type {wanted.__name__}, got {type(value).__name__}")
@@ -95,7 +95,7 @@ class PastModels:
     def score(self, buffer: ExperienceBuffer, tasks: Tensor, batch: Mapping[str, Any]) -> Tensor:
         """The loss on the batch of each task's model, ``(len(tasks),)``; inf for a task without a model."""
         if buffer is not self._buffer:
-            raise ValueError("PastModels.score: buffer is another than the one these models were made from")
+            raise ValueError("AdaptedTaskModels.score: buffer is another than the one these models were made from")
         x, y = recordable((batch["states"], batch["targets"]))
         numbers = tasks.tolist()
         before = self._models
@@ -110,7 +110,7 @@ class PastModels:
             value = self._loss_fn(self._maml.call(params, x), y)
             if not isinstance(value, Tensor) or value.dim():
                 came = tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
-                raise ValueError(f"PastModels.score: loss_fn must return a scalar tensor, got {came}")
+                raise ValueError(f"AdaptedTaskModels.score: loss_fn must return a scalar tensor, got {came}")
             return value
 
         with torch.no_grad():
@@ -126,7 +126,7 @@ class PastModels:
         numbers, (row, params) = tasks.tolist(), self._models
         missing = [task for task in numbers if task not in row]
         if missing:
-            raise ValueError(f"PastModels.params: tasks has {missing[0]}, of which there is no model")
+            raise ValueError(f"AdaptedTaskModels.params: tasks has {missing[0]}, of which there is no model")
         rows = [row[task] for task in numbers]
         return {name: value[rows] for name, value in params.items()}
 
@@ -154,7 +154,9 @@ class PastModels:
             return self._maml.adapt_params(start, x, y, self._loss_fn, self._num_steps)
 
         if params and parts and set(params) != set(start):
-            raise ValueError("PastModels: parameters were frozen or unfrozen after the last update: call update again")
+            raise ValueError(
+                "AdaptedTaskModels: parameters were frozen or unfrozen after the last update: call update again"
+            )
         for bucket in buckets.values():
             data = [torch.stack([batch[name] for batch in bucket.values()]) for name in ("states", "targets")]
             with torch.no_grad():

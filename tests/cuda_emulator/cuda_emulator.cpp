@@ -1,4 +1,4 @@
-#include "machine.h"
+#include "cuda_emulator.h"
 
 #include <setjmp.h>
 #include <ucontext.h>

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from eaml_ext.meta.shift import tilt
+from eaml_ext.meta.kl_dro import kl_dro_weights
 
 
 def divergence(weights):
@@ -16,7 +16,7 @@ def divergence(weights):
 @pytest.mark.parametrize("level", [1e-3, 0.1, 1.0])
 def test_weights_lie_on_the_boundary_and_follow_the_losses(level, scale):
     losses = scale * torch.rand(20, dtype=torch.float64)
-    weights = tilt(losses, level)
+    weights = kl_dro_weights(losses, level)
     assert float(weights.sum()) == pytest.approx(1) and bool((weights >= 0).all())
     assert divergence(weights) == pytest.approx(level, rel=1e-6)
     assert torch.equal(weights.argsort(), losses.argsort())
@@ -32,13 +32,13 @@ def test_weights_lie_on_the_boundary_and_follow_the_losses(level, scale):
 
 def test_limits():
     losses = torch.tensor([1.0, 3.0, 3.0, 2.0])
-    assert torch.equal(tilt(losses, 0), torch.full((4,), 0.25).double())
-    assert tilt(losses, math.log(2)).tolist() == [0, 0.5, 0.5, 0]
-    assert tilt(losses, 100.0).tolist() == [0, 0.5, 0.5, 0]
-    assert tilt(torch.ones(3), 1.0).tolist() == [1 / 3] * 3
-    assert tilt(torch.tensor([2.0]), 1.0).tolist() == [1.0]
-    assert tilt(torch.tensor([1.0, torch.nan]), 1.0).tolist() == [0.5, 0.5]
-    assert tilt(torch.tensor([1.0, torch.inf]), 1.0).tolist() == [0.5, 0.5]
+    assert torch.equal(kl_dro_weights(losses, 0), torch.full((4,), 0.25).double())
+    assert kl_dro_weights(losses, math.log(2)).tolist() == [0, 0.5, 0.5, 0]
+    assert kl_dro_weights(losses, 100.0).tolist() == [0, 0.5, 0.5, 0]
+    assert kl_dro_weights(torch.ones(3), 1.0).tolist() == [1 / 3] * 3
+    assert kl_dro_weights(torch.tensor([2.0]), 1.0).tolist() == [1.0]
+    assert kl_dro_weights(torch.tensor([1.0, torch.nan]), 1.0).tolist() == [0.5, 0.5]
+    assert kl_dro_weights(torch.tensor([1.0, torch.inf]), 1.0).tolist() == [0.5, 0.5]
 
 
 @pytest.mark.parametrize(
@@ -53,5 +53,5 @@ def test_limits():
     ],
 )
 def test_refusals(losses, level, error, text):
-    with pytest.raises(error, match=f"^tilt: {text}$"):
-        tilt(losses, level)
+    with pytest.raises(error, match=f"^kl_dro_weights: {text}$"):
+        kl_dro_weights(losses, level)

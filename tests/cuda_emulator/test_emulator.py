@@ -1,6 +1,6 @@
-"""The stand-in for CUDA finds faults; and what of the scan's CUDA kernels the battery does not reach.
+"""The stand-in for CUDA finds faults; and what of the scan's CUDA kernels the op_conformance does not reach.
 
-Runs with ``pytest --cuda-on-cpu LIBRARY`` alone (``make cuda-on-cpu``), where tests/ops/test_selective_scan.py and
+Runs with ``pytest --cuda-emulator LIBRARY`` alone (``make cuda-emulator``), where tests/ops/test_selective_scan.py and
 test_complex_scan.py run on the CUDA kernels, too.
 """
 
@@ -16,9 +16,9 @@ from eaml_ext.ops import selective_scan, selective_scan_reference
 
 @pytest.fixture(scope="module")
 def library(request) -> ctypes.CDLL:
-    path = request.config.getoption("--cuda-on-cpu")
+    path = request.config.getoption("--cuda-emulator")
     if path is None:
-        pytest.skip("needs --cuda-on-cpu: make cuda-on-cpu")
+        pytest.skip("needs --cuda-emulator: make cuda-emulator")
     return ctypes.CDLL(path)
 
 

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 import torch
 
-from eaml_ext.tasks.bounds import fit_linear, fit_mlp, kalman_filter
+from eaml_ext.tasks.baselines import fit_linear, fit_mlp, kalman_filter
 
 
 def scalar_system(a, q, r, length=4000, rows=50):
@@ -110,20 +110,20 @@ X = torch.zeros(2, 6, 1)
     ],
 )
 def test_fits_refuse(fit, arguments, error, text):
-    with pytest.raises(error, match=f"^bounds.{fit.__name__}: " + re.escape(text)):
+    with pytest.raises(error, match=f"^baselines.{fit.__name__}: " + re.escape(text)):
         fit(*arguments)
 
 
 @pytest.mark.parametrize("name", ["hidden", "steps", "seed"])
 def test_the_network_refuses(name):
-    with pytest.raises(ValueError, match=f"^bounds.fit_mlp: {name} must be >"):
+    with pytest.raises(ValueError, match=f"^baselines.fit_mlp: {name} must be >"):
         fit_mlp(X, **{name: -1})
-    with pytest.raises(TypeError, match=f"^bounds.fit_mlp: {name} must be an integer, got 'many'"):
+    with pytest.raises(TypeError, match=f"^baselines.fit_mlp: {name} must be an integer, got 'many'"):
         fit_mlp(X, **{name: "many"})
 
 
 def test_predictors_refuse_what_is_too_short():
-    with pytest.raises(ValueError, match=r"^bounds.fit_linear: x must have shape"):
+    with pytest.raises(ValueError, match=r"^baselines.fit_linear: x must have shape"):
         fit_linear(X)(X[:, :4])
 
 
@@ -131,9 +131,9 @@ def test_predictors_refuse_what_is_too_short():
 def test_the_filter_refuses(name):
     eye = torch.eye(2)
     good = {"x": torch.zeros(5, 2), "A": eye.expand(5, 2, 2), "C": eye, "Q": eye, "R": eye, "P": eye}
-    with pytest.raises(TypeError, match=f"^bounds.kalman_filter: {name} must be a torch.Tensor, got int"):
+    with pytest.raises(TypeError, match=f"^baselines.kalman_filter: {name} must be a torch.Tensor, got int"):
         kalman_filter(**{**good, name: 1})
-    with pytest.raises(ValueError, match=f"^bounds.kalman_filter: {name} must have at least"):
+    with pytest.raises(ValueError, match=f"^baselines.kalman_filter: {name} must have at least"):
         kalman_filter(**{**good, name: torch.zeros(2)})
-    with pytest.raises(ValueError, match=r"^bounds.kalman_filter: \w must have shape \(\*, "):
+    with pytest.raises(ValueError, match=r"^baselines.kalman_filter: \w must have shape \(\*, "):
         kalman_filter(**{**good, name: torch.zeros(5, 3, 3)})
