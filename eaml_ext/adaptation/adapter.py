@@ -16,12 +16,12 @@ from torch.utils._pytree import tree_leaves, tree_map
 from eaml_ext import _check
 from eaml_ext.adaptation import guards, objective
 from eaml_ext.adaptation.config import AdaptationConfig
-from eaml_ext.adaptation.objective import LossFn
 from eaml_ext.adaptation.selection import ParameterFilter, select
 from eaml_ext.experience import ExperienceBuffer, retrieval
 from eaml_ext.meta._batching import Batching, Map
 from eaml_ext.meta._inner_loop import twice_differentiable_attention
 from eaml_ext.meta._optimizer import check_state, load_state, make_optimizer, take_step
+from eaml_ext.meta._types import LossFn
 from eaml_ext.meta.functional import (
     SUBSTITUTION_LOCK,
     check_buffers_constant,

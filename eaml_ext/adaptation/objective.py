@@ -10,9 +10,8 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 from eaml_ext import _check
 from eaml_ext.meta._batching import Batching
+from eaml_ext.meta._types import LossFn
 from eaml_ext.meta.functional import recordable
-
-LossFn = Callable[[Tensor, Tensor], Tensor]
 
 
 def check_loss(where: str, loss_fn: LossFn) -> None:

@@ -10,7 +10,7 @@ from torch.autograd import forward_ad
 from torch.func import grad
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-Params = dict[str, Tensor]
+from eaml_ext.meta._types import Params
 
 _attention_lock = threading.Lock()
 _attention_users = 0  # blocks of all threads that are open

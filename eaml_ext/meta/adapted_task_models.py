@@ -12,9 +12,9 @@ from eaml_ext import _check
 from eaml_ext.experience import ExperienceBuffer
 from eaml_ext.experience.experiences import Experiences, Selector
 from eaml_ext.meta._batching import Batching, Map
-from eaml_ext.meta._inner_loop import Params
+from eaml_ext.meta._types import LossFn, Params
 from eaml_ext.meta.functional import outside_inference_mode, recordable
-from eaml_ext.meta.maml import LossFn, MetaMAML
+from eaml_ext.meta.maml import MetaMAML
 
 
 class AdaptedTaskModels:

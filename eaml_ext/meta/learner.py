@@ -11,9 +11,10 @@ from torch import Tensor, nn
 from eaml_ext import _check
 from eaml_ext.experience import Experiences
 from eaml_ext.meta._batching import Batching, Map
-from eaml_ext.meta._inner_loop import Params, descend
+from eaml_ext.meta._inner_loop import descend
+from eaml_ext.meta._types import LossFn, Params
 from eaml_ext.meta.functional import check_parameters, functional_call, outside_inference_mode, recordable
-from eaml_ext.meta.maml import LossFn, _check_loss_fn, _check_rate, finite
+from eaml_ext.meta.maml import _check_loss_fn, _check_rate, finite
 
 Pairs = tuple[Tensor, Tensor]
 

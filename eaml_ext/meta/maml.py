@@ -16,8 +16,9 @@ from torch.func import grad, vmap
 from eaml_ext import _check
 from eaml_ext.distributed import Group, check_group
 from eaml_ext.meta._batching import Batching, Map, vmapped
-from eaml_ext.meta._inner_loop import Params, descend, twice_differentiable_attention, uses_tape
+from eaml_ext.meta._inner_loop import descend, twice_differentiable_attention, uses_tape
 from eaml_ext.meta._optimizer import check_state, load_state, make_optimizer, take_step
+from eaml_ext.meta._types import LossFn, Params
 from eaml_ext.meta.functional import (
     SUBSTITUTION_LOCK,
     check_buffers_constant,
@@ -31,7 +32,6 @@ from eaml_ext.meta.functional import (
 )
 from eaml_ext.meta.kl_dro import kl_dro_weights
 
-LossFn = Callable[[Tensor, Tensor], Tensor]
 Task = tuple[Tensor, Tensor, Tensor, Tensor]  # support_x, support_y, query_x, query_y
 
 

@@ -10,8 +10,9 @@ from torch import Tensor
 
 from eaml_ext import _check
 from eaml_ext._random import Purpose, derive_seed
+from eaml_ext.meta._types import LossFn
 from eaml_ext.meta.functional import outside_inference_mode
-from eaml_ext.meta.maml import LossFn, Task, _check_tasks
+from eaml_ext.meta.maml import Task, _check_tasks
 
 SAMPLINGS = ("uniform", "adaptive")
 _DECAY = 0.7  # of a task's running loss, by each new loss

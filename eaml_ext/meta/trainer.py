@@ -16,8 +16,9 @@ from eaml_ext._random import Purpose, derive_seed
 from eaml_ext._terminal import progress_bar
 from eaml_ext.checkpoint import deferred_interrupt, load_state, save_state, sound
 from eaml_ext.distributed import Group, any_rank, run_on_rank_zero
+from eaml_ext.meta._types import LossFn
 from eaml_ext.meta.functional import check_parameters, detached_copy, outside_inference_mode, recordable
-from eaml_ext.meta.maml import LossFn, MetaMAML, _check_loss_fn, _check_pair, _check_rate
+from eaml_ext.meta.maml import MetaMAML, _check_loss_fn, _check_pair, _check_rate
 from eaml_ext.meta.task_batch import TaskBatch
 
 _KIND = "MetaMAMLTrainer"

@@ -17,14 +17,13 @@ from torch.func import vmap
 from eaml_ext import _check
 from eaml_ext._random import Purpose, check_seed, derive_seed
 from eaml_ext.meta import MetaMAML
+from eaml_ext.meta._types import Params
 from eaml_ext.meta.functional import detached_copy, functional_call, outside_inference_mode
 from eaml_ext.rl._learner import Learner
 from eaml_ext.rl.losses import a2c_loss, fraction, normalised
 from eaml_ext.rl.policy import SSMMetaPolicy
 from eaml_ext.rl.trials import MAX_EPISODE_STEPS, Trials, rollout
 from eaml_ext.tasks.base import Task, TaskDistribution, check_tasks
-
-Params = dict[str, Tensor]
 
 
 class MAMLRL(Learner):
