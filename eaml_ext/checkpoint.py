@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from eaml_ext import _check
+from eaml_ext._files import atomic_write
 from eaml_ext._renamed import FORMAT, core_parameters
 
 _KEY = "eaml_ext"
@@ -74,25 +75,13 @@ def save(
     if not os.path.isdir(folder):
         raise FileNotFoundError(f"checkpoint.save: the directory {folder} does not exist")
 
-    temporary = f"{path}.{os.getpid()}-{threading.get_ident()}.tmp"
-    try:
-        with open(temporary, "wb"):
-            mode = os.stat(temporary).st_mode  # what the umask allows; safetensors may write a file of its own
+    with atomic_write(path) as temporary:
         try:
             save_file(ready, temporary, {_KEY: text, "crc32": str(_checksum(ready, text))})
         except (KeyError, TypeError, ValueError) as error:
             raise TypeError(f"checkpoint.save: a tensor has a dtype that safetensors cannot store ({error})") from None
         except SafetensorError as error:
             raise OSError(f"checkpoint.save: {path} cannot be written ({error})") from None
-        os.chmod(temporary, mode)
-        _flush(temporary)
-        os.replace(temporary, path)
-    except BaseException:
-        with contextlib.suppress(FileNotFoundError):
-            os.unlink(temporary)
-        raise
-    with contextlib.suppress(OSError):  # not every file system lets a directory be flushed
-        _flush(folder)
 
 
 def load(
@@ -330,11 +319,3 @@ def _checksum(tensors: Mapping[str, Tensor], text: str) -> int:
         value = zlib.crc32(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode(), value)
         value = zlib.crc32(tensor.reshape(-1).view(torch.uint8).numpy().data, value)
     return value
-
-
-def _flush(path: str) -> None:
-    descriptor = os.open(path, os.O_RDONLY if os.path.isdir(path) else os.O_RDWR)  # Windows flushes what it may write
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

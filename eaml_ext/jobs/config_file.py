@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from eaml_ext import __version__
+from eaml_ext._files import atomic_write
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -68,12 +69,8 @@ def write(folder: str | os.PathLike[str], settings: Any) -> Path:
         if f.name != "resume":
             lines.append(f"{f.name} = {_toml(getattr(settings, f.name))}\n")
     path = Path(folder) / NAME
-    part = path.with_name(f"{NAME}.{os.getpid()}.part")  # processes of one run may write at once
-    try:
-        part.write_text("".join(lines), encoding="utf-8")
-        os.replace(part, path)
-    finally:
-        part.unlink(missing_ok=True)
+    with atomic_write(path) as temporary:
+        Path(temporary).write_text("".join(lines), encoding="utf-8")
     return path
 
 

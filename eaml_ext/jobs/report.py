@@ -2,13 +2,13 @@
 
 import json
 import math
-import os
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
 from eaml_ext import _terminal, build_info
+from eaml_ext._files import atomic_write
 
 
 def summary(errors: Tensor) -> dict[str, float | None]:
@@ -43,17 +43,8 @@ def cells(row: dict[str, Any] | None, digits: int) -> list[str]:
 
 def write_json(path: str | Path, results: dict[str, Any]) -> None:
     """Writes the results and what they were made with, whole or not at all."""
-    path = Path(path)
-    part = path.with_name(path.name + ".part")
-    try:
-        with open(part, "w") as file:
-            file.write(json.dumps({**results, "build": build_info()}, indent=1) + "\n")
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(part, path)
-    except BaseException:
-        part.unlink(missing_ok=True)
-        raise
+    with atomic_write(path) as temporary:
+        Path(temporary).write_text(json.dumps({**results, "build": build_info()}, indent=1) + "\n")
 
 
 def plot(path: str | Path, results: dict[str, Any]) -> None:
@@ -87,4 +78,5 @@ def plot(path: str | Path, results: dict[str, Any]) -> None:
         title=f"held-out tasks of {results['settings']['env_name']}, seed {results['settings']['seed']}",
     )
     right.legend(loc="upper left", bbox_to_anchor=(1.0, 1.0), frameon=False)
-    figure.savefig(path, dpi=120)
+    with atomic_write(path) as temporary:
+        figure.savefig(temporary, format="png", dpi=120)
