@@ -122,16 +122,17 @@ cuda-check: $(VENV)/demo  ## compiles the CUDA kernels, loads them without a GPU
 	PATH=$(abspath $(BIN)):$$PATH FORCE_CUDA=1 $(BIN)/python tests/cuda_check.py build/cuda-check \
 		|| { tail -n 40 build/cuda-check/log; exit 1; }
 
-lint: $(VENV)/test
-	$(BIN)/ruff check .
-	$(BIN)/ruff format --check .
-	$(BIN)/mypy
-	$(BIN)/clang-format --dry-run --Werror $(SOURCES)
+lint: $(VENV)/test  ## the hooks of .pre-commit-config.yaml, without a network
+	PATH=$(abspath $(BIN)):$$PATH $(BIN)/pre-commit run --all-files
 
 format: $(VENV)/test
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 	$(BIN)/clang-format -i $(SOURCES)
+
+compile_commands.json: setup.py $(KERNELS) | $(VENV)/demo  ## how setup.py compiles each file of csrc, for clangd
+	PATH=$(abspath $(BIN)):$$PATH $(BIN)/python setup.py -q build_ext --inplace --build-temp build/objects
+	$(BIN)/ninja -C build/objects -t compdb > $@
 
 bench: $(VENV)/demo  ## the kernel benchmarks in brief
 	$(BIN)/python -m benchmarks.run --quick
