@@ -3,7 +3,16 @@
 from eaml_ext.meta.adapted_task_models import AdaptedTaskModels
 from eaml_ext.meta.learner import MetaLearner
 from eaml_ext.meta.maml import MetaMAML
-from eaml_ext.meta.task_batch import MetaBatch, MetaTask, TaskBatch
+from eaml_ext.meta.task_batch import MetaBatch, MetaTask, TaskBatch, TaskSource
 from eaml_ext.meta.trainer import MetaMAMLTrainer
 
-__all__ = ["AdaptedTaskModels", "MetaBatch", "MetaLearner", "MetaMAML", "MetaMAMLTrainer", "MetaTask", "TaskBatch"]
+__all__ = [
+    "AdaptedTaskModels",
+    "MetaBatch",
+    "MetaLearner",
+    "MetaMAML",
+    "MetaMAMLTrainer",
+    "MetaTask",
+    "TaskBatch",
+    "TaskSource",
+]

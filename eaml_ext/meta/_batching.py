@@ -8,8 +8,8 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 from torch.func import vmap
-from torch.utils._pytree import tree_leaves, tree_map
 
+from eaml_ext._torch_compat import tree_leaves, tree_map
 from eaml_ext.meta.functional import without_saved_tensor_hooks
 
 T = TypeVar("T")

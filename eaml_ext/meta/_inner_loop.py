@@ -6,10 +6,10 @@ from contextlib import ExitStack, contextmanager
 
 import torch
 from torch import Tensor
-from torch.autograd import forward_ad
 from torch.func import grad
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from eaml_ext._torch_compat import transforms_active
 from eaml_ext.meta._types import Params
 
 _attention_lock = threading.Lock()
@@ -53,7 +53,7 @@ def uses_tape() -> bool:
     """Whether autograd's tape alone records: no transform of torch.func runs, no forward mode, no compilation."""
     if torch.compiler.is_compiling() or torch.is_inference_mode_enabled():
         return False
-    return torch._C._functorch.peek_interpreter_stack() is None and forward_ad._current_level < 0
+    return not transforms_active()
 
 
 @contextmanager

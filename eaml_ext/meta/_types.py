@@ -1,6 +1,7 @@
 """Types that meta-learning and adaptation share."""
 
 from collections.abc import Callable
+from typing import Any, Protocol, runtime_checkable
 
 from torch import Tensor
 
@@ -9,3 +10,14 @@ LossFn = Callable[[Tensor, Tensor], Tensor]
 
 Params = dict[str, Tensor]
 """Parameters by their names in the model."""
+
+
+@runtime_checkable
+class Stateful(Protocol):
+    """An object whose state a checkpoint can hold."""
+
+    def state_dict(self) -> Any:
+        """Return a nest of dicts, lists, tuples, tensors and JSON values."""
+
+    def load_state_dict(self, state: Any, /) -> Any:
+        """Restore what :meth:`state_dict` returned."""

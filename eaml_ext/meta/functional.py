@@ -12,8 +12,8 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
-from torch.utils._pytree import tree_map
 
+from eaml_ext._torch_compat import own_buffers, own_parameters, tree_map
 from eaml_ext.meta._inner_loop import uses_tape
 
 T = TypeVar("T")
@@ -70,7 +70,7 @@ def _functional_call(
     stores = [
         (prefix, store, dict(store))
         for prefix, module in modules.items()
-        for store in (module._parameters, module._buffers)
+        for store in (own_parameters(module), own_buffers(module))
     ]
     named = {
         f"{prefix}.{name}" if prefix else name: tensor
@@ -85,7 +85,7 @@ def _functional_call(
         if given.setdefault(every_name[name], value) is not value:
             raise ValueError(f"functional_call: params_and_buffers has two values for the tied tensor {name}")
     # In-place updates of buffers by forward go to copies.
-    given = {b: b.clone() for module in modules.values() for b in module._buffers.values() if b is not None} | given
+    given = {b: b.clone() for module in modules.values() for b in own_buffers(module).values() if b is not None} | given
     values = {name: given[tensor] for name, tensor in named.items() if tensor in given}
     if torch.compiler.is_compiling():  # Dynamo can trace torch's own substitution
         return torch.func.functional_call(model, values, args, kwargs, tie_weights=False)

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.func import grad, vmap
 
 from eaml_ext import _check
+from eaml_ext._torch_compat import is_compiler_error
 from eaml_ext.distributed import Group, check_group
 from eaml_ext.meta._batching import Batching, Map, vmapped
 from eaml_ext.meta._inner_loop import descend, twice_differentiable_attention, uses_tape
@@ -555,7 +556,7 @@ def _compiled(function: Callable[..., Any]) -> Callable[..., Any]:
         try:
             return run(*args)
         except Exception as error:
-            if not type(error).__module__.startswith(("torch._dynamo", "torch._inductor")):
+            if not is_compiler_error(error):
                 raise
             failed = True
             reason = str(error).partition("\n")[0]

@@ -38,6 +38,30 @@ class MetaBatch(NamedTuple):
     indices: list[int]
 
 
+@runtime_checkable
+class TaskSource(Protocol):
+    """A source of meta-batches for :class:`MetaMAMLTrainer`; :class:`TaskBatch` is one."""
+
+    @property
+    def seed(self) -> int:
+        """The seed from which the trainer derives the random numbers of each meta-update."""
+
+    def batch(self, iteration: int) -> MetaBatch:
+        """Return meta-batch number ``iteration``: a function of ``iteration`` and :meth:`state_dict`."""
+
+    def update(self, indices: Sequence[int], losses: Tensor) -> None:
+        """Receive the losses after adaptation, ``(len(indices),)``, of the meta-batch with these ``indices``."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the state that later meta-batches depend on."""
+
+    def load_state_dict(self, state: dict[str, Any], /) -> None:
+        """Restore what :meth:`state_dict` returned."""
+
+    def describe(self) -> dict[str, Any]:
+        """Return the settings, JSON values by name, that must be equal for a run to be continued."""
+
+
 class TaskBatch:
     """Meta-batches of ``batch_size`` tasks out of a list, or freshly drawn ones from a distribution.
 

@@ -3,26 +3,30 @@
 import copy
 import os
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import mse_loss
+from torch.optim.lr_scheduler import LRScheduler
 
 from eaml_ext import _check
 from eaml_ext._random import Purpose, derive_seed
 from eaml_ext._terminal import progress_bar
 from eaml_ext.checkpoint import deferred_interrupt, load_state, save_state, sound
 from eaml_ext.distributed import Group, any_rank, run_on_rank_zero
-from eaml_ext.meta._types import LossFn
+from eaml_ext.meta._types import LossFn, Stateful
 from eaml_ext.meta.functional import check_parameters, detached_copy, outside_inference_mode, recordable
 from eaml_ext.meta.maml import MetaMAML, _check_loss_fn, _check_pair, _check_rate
-from eaml_ext.meta.task_batch import TaskBatch
+from eaml_ext.meta.task_batch import MetaBatch, TaskSource
 
 _KIND = "MetaMAMLTrainer"
 _FOLDS = 5
+
+OnIteration = Callable[[int, MetaBatch, float], None]
+"""``(number of the meta-update, its meta-batch, its loss)``."""
 
 
 class MetaMAMLTrainer:
@@ -46,6 +50,9 @@ class MetaMAMLTrainer:
         log: where losses and skipped updates are written: a ``SummaryWriter`` (anything with ``add_scalar``), or a
             directory for TensorBoard, which then must be installed; None: nowhere.
         progress: show a progress bar, where the output is a terminal.
+        lr_scheduler: ``optimizer -> scheduler`` of the outer learning rate, such as ``lambda optimizer:
+            torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, 1000)``, stepped after every meta-update; None: the
+            rate is constant.
         group: ranks that share each meta-batch, given the same arguments and calls: every one draws it, and adapts a
             part of its tasks (see :class:`MetaMAML`). Rank 0 alone logs, shows progress, and writes and reads the
             checkpoint; a run may be continued by another number of ranks.
@@ -80,6 +87,7 @@ class MetaMAMLTrainer:
         kl_radii: Sequence[float] = (0.0,),
         log: Any = None,
         progress: bool = True,
+        lr_scheduler: Callable[[torch.optim.Optimizer], LRScheduler] | None = None,
         group: Group | None = None,
         **options: Any,
     ):
@@ -89,6 +97,8 @@ class MetaMAMLTrainer:
         meta_lr, inner_lr = _check_rate(where, "meta_lr", meta_lr), _check_rate(where, "inner_lr", inner_lr)
         _check_loss_fn(where, loss_fn)
         _check.flag(where, "progress", progress)
+        if not (lr_scheduler is None or callable(lr_scheduler)):
+            raise TypeError(f"{where}: lr_scheduler must be callable, got {type(lr_scheduler).__name__}")
         if isinstance(kl_radii, str) or not isinstance(kl_radii, Sequence) or not kl_radii:
             raise TypeError(f"{where}: kl_radii must be a list of at least one number, got {kl_radii!r}")
         levels = [float(_check.positive(where, "kl_radii", level, zero=True)) for level in kl_radii]
@@ -100,6 +110,7 @@ class MetaMAMLTrainer:
         with outside_inference_mode():
             policies = [policy, *(detached_copy(policy) for _ in levels[1:])]
         self.mamls = [MetaMAML(p, inner_lr, meta_lr, group=group, **options) for p in policies]
+        self._schedulers = [] if lr_scheduler is None else [lr_scheduler(maml.optimizer) for maml in self.mamls]
         self.group = group
         self.maml, self.kl_radii = self.mamls[0], levels
         self.loss_fn, self.log, self.progress = loss_fn, log, bool(progress)
@@ -117,11 +128,13 @@ class MetaMAMLTrainer:
 
     def meta_train(
         self,
-        task_batch: TaskBatch,
+        task_batch: TaskSource,
         num_meta_iterations: int = 1000,
         *,
         checkpoint: str | os.PathLike[str] | None = None,
         checkpoint_every: int = 100,
+        on_iteration: OnIteration | None = None,
+        extra_state: Stateful | None = None,
     ) -> list[float]:
         """``num_meta_iterations`` meta-updates; returns their losses (mean query loss after adaptation, before each).
 
@@ -139,13 +152,47 @@ class MetaMAMLTrainer:
         A meta-update that is not finite is left out, its loss is in the list, and a RuntimeWarning at the end says how
         many there were.
 
+        Args:
+            task_batch: a :class:`TaskBatch`, or any object with its methods (:class:`TaskSource`), which may prepare
+                the data of each meta-batch itself.
+            num_meta_iterations: meta-updates to make, at least 0.
+            checkpoint: file of the state; None: no file.
+            checkpoint_every: meta-updates between two writes of the file.
+            on_iteration: called as ``on_iteration(number, meta_batch, loss)`` after every meta-update and before the
+                checkpoint is written, with a group on every rank.
+            extra_state: object whose ``state_dict()`` is written into the checkpoint and given back to its
+                ``load_state_dict`` when the run continues, after everything else was loaded; with a group on rank 0
+                alone. ``load_state_dict`` must leave the object unchanged where it raises.
+
+        Returns:
+            The losses of the run's meta-updates, ``num_meta_iterations`` numbers.
+
         Raises:
             TypeError, ValueError: an argument of the wrong kind or size, or a checkpoint of other settings.
+            FileNotFoundError: the checkpoint's directory does not exist.
+            KeyboardInterrupt: Ctrl-C, after the checkpoint was written.
             RankError: another rank has died or failed.
+
+        Print the mean loss of every two meta-updates:
+
+        >>> from eaml_ext.meta import TaskBatch
+        >>> x, y = torch.randn(10, 4), torch.randn(10, 1)
+        >>> trainer = MetaMAMLTrainer(nn.Linear(4, 1), progress=False)
+        >>> def report(number, meta_batch, loss):
+        ...     if number % 2:
+        ...         print(f"epoch {number // 2}: {len(meta_batch.tasks)} tasks", sum(trainer.losses[-2:]) / 2 > 0)
+        >>> losses = trainer.meta_train(TaskBatch([(x, y, x, y)] * 20), num_meta_iterations=4, on_iteration=report)
+        epoch 0: 16 tasks True
+        epoch 1: 16 tasks True
         """
         where = "MetaMAMLTrainer.meta_train"
-        if not isinstance(task_batch, TaskBatch):
-            raise TypeError(f"{where}: task_batch must be a TaskBatch, got {type(task_batch).__name__}")
+        if not isinstance(task_batch, TaskSource):
+            raise TypeError(f"{where}: task_batch must be a TaskBatch or a TaskSource, got {type(task_batch).__name__}")
+        if not (on_iteration is None or callable(on_iteration)):
+            raise TypeError(f"{where}: on_iteration must be callable, got {type(on_iteration).__name__}")
+        if not (extra_state is None or isinstance(extra_state, Stateful)):
+            kind = type(extra_state).__name__
+            raise TypeError(f"{where}: extra_state must have state_dict and load_state_dict, got {kind}")
         num_meta_iterations = _check.positive(
             where, "num_meta_iterations", num_meta_iterations, zero=True, integer=True
         )
@@ -155,9 +202,7 @@ class MetaMAMLTrainer:
             raise TypeError(f"{where}: checkpoint must be a path, got {type(checkpoint).__name__}")
         began = self.iteration
         if checkpoint is not None:
-            state = run_on_rank_zero(self.group, lambda: _read(where, checkpoint))
-            if state is not None:
-                began = self._load(where, checkpoint, state, task_batch, num_meta_iterations)
+            began = self._resume(where, checkpoint, task_batch, num_meta_iterations, extra_state)
         end = began + num_meta_iterations
         skipped, saved = self.skipped_updates, None
         with (
@@ -172,14 +217,16 @@ class MetaMAMLTrainer:
             deferred_interrupt() as interrupted,
         ):
             while self.iteration < end and not any_rank(self.group, bool(interrupted)):
-                self._update(task_batch, writer)
+                batch = self._update(task_batch, writer)
+                if on_iteration is not None:
+                    on_iteration(self.iteration - 1, batch, self.losses[-1])
                 bar.set_postfix(loss=f"{self.losses[-1]:.4f}", skipped=self.skipped_updates, refresh=False)
                 bar.update()
                 if checkpoint is not None and (self.iteration - began) % checkpoint_every == 0:
-                    self._save(where, checkpoint, task_batch, began)
+                    self._save(checkpoint, task_batch, began, extra_state)
                     saved = self.iteration
             if checkpoint is not None and saved != self.iteration:
-                self._save(where, checkpoint, task_batch, began)
+                self._save(checkpoint, task_batch, began, extra_state)
         skipped = self.skipped_updates - skipped
         if skipped:
             text = f"{where}: {skipped} meta-updates were not finite and left out"
@@ -238,7 +285,7 @@ class MetaMAMLTrainer:
 
     # ------------------------------------------------------------------------------------------------ one update
 
-    def _update(self, task_batch: TaskBatch, writer: Any) -> None:
+    def _update(self, task_batch: TaskSource, writer: Any) -> MetaBatch:
         number = self.iteration
         batch = task_batch.batch(number)
         loss_fns = [self.loss_fn if loss_fn is None else loss_fn for loss_fn in batch.loss_fns]
@@ -259,12 +306,15 @@ class MetaMAMLTrainer:
                 values.append(maml.meta_update(tasks, loss_fns, kl_radius=level))
         assert self.maml.last_losses is not None
         task_batch.update(batch.indices, self.maml.last_losses)
+        for scheduler in self._schedulers:
+            scheduler.step()
         self.losses.append(values[0])
         if writer is not None:
             writer.add_scalar("meta/loss", values[0], number)
             writer.add_scalar("meta/skipped_updates", self.skipped_updates, number)
             for level, value in list(zip(self.kl_radii, values, strict=True))[1:]:
                 writer.add_scalar(f"meta/loss_shift_{level:g}", value, number)
+        return batch
 
     @contextmanager
     def _writer(self) -> Iterator[Any]:
@@ -281,8 +331,9 @@ class MetaMAMLTrainer:
 
     # ------------------------------------------------------------------------------------------------ checkpoints
 
-    def _settings(self, task_batch: TaskBatch) -> dict[str, Any]:
+    def _settings(self, task_batch: TaskSource) -> dict[str, Any]:
         maml = self.maml
+        schedulers = {"lr_scheduler": type(self._schedulers[0]).__name__} if self._schedulers else {}
         return {
             "inner_lr": maml.inner_lr,
             "meta_lr": maml.outer_lr,
@@ -294,34 +345,79 @@ class MetaMAMLTrainer:
             "kl_radii": self.kl_radii,
             "optimizer": type(maml.optimizer).__name__,
             "loss_fn": getattr(self.loss_fn, "__name__", type(self.loss_fn).__name__),
+            **schedulers,
             **task_batch.describe(),
         }
 
-    def _save(self, where: str, path: str | os.PathLike[str], task_batch: TaskBatch, began: int) -> None:
-        state = {
-            "settings": self._settings(task_batch),
-            "began": began,
-            "losses": torch.tensor(self.losses, dtype=torch.float64),
-            "mamls": [maml.state_dict() for maml in self.mamls],
-            "task_batch": task_batch.state_dict(),
-        }
-        run_on_rank_zero(self.group, lambda: save_state(path, state, kind=_KIND))
+    def _save(
+        self, path: str | os.PathLike[str], task_batch: TaskSource, began: int, extra_state: Stateful | None
+    ) -> None:
+        def save() -> None:
+            state = {
+                "settings": self._settings(task_batch),
+                "began": began,
+                "losses": torch.tensor(self.losses, dtype=torch.float64),
+                **self._learned(),
+                "task_batch": task_batch.state_dict(),
+            }
+            if extra_state is not None:
+                state["extra_state"] = extra_state.state_dict()
+            save_state(path, state, kind=_KIND)
 
-    def _load(
-        self, where: str, path: str | os.PathLike[str], state: dict[str, Any], task_batch: TaskBatch, wanted: int
+        run_on_rank_zero(self.group, save)
+
+    def _learned(self) -> dict[str, Any]:
+        """The part of the state that meta-updates change."""
+        state = {"mamls": [maml.state_dict() for maml in self.mamls]}
+        if self._schedulers:
+            state["lr_schedulers"] = [scheduler.state_dict() for scheduler in self._schedulers]
+        return state
+
+    def _load_learned(self, state: dict[str, Any]) -> None:
+        for maml, part in zip(self.mamls, state["mamls"], strict=True):
+            maml.load_state_dict(part)
+        for scheduler, part in zip(self._schedulers, state.get("lr_schedulers", []), strict=True):
+            scheduler.load_state_dict(part)
+
+    def _resume(
+        self,
+        where: str,
+        path: str | os.PathLike[str],
+        task_batch: TaskSource,
+        wanted: int,
+        extra_state: Stateful | None,
     ) -> int:
-        before = copy.deepcopy([maml.state_dict() for maml in self.mamls]), task_batch.state_dict()
+        """Load the checkpoint where there is one; return the iteration at which the run began."""
+        extra: Any = None
+
+        def read() -> dict[str, Any] | None:
+            nonlocal extra
+            state = _read(where, path)
+            if state is not None:
+                if ("extra_state" in state) != (extra_state is not None):
+                    holds = "an" if "extra_state" in state else "no"
+                    raise ValueError(f"{where}: checkpoint {os.fspath(path)} holds {holds} extra_state")
+                extra = state.pop("extra_state", None)  # on rank 0 alone: a buffer may be large
+            return state
+
+        state = run_on_rank_zero(self.group, read)
+        if state is None:
+            return self.iteration
+        before = copy.deepcopy((self._learned(), task_batch.state_dict(), self.losses))
         try:
             with sound(where, path):
-                return self._take_over(where, path, state, task_batch, wanted)
-        except BaseException:  # what came may have been taken over in part
-            for maml, part in zip(self.mamls, before[0], strict=True):
-                maml.load_state_dict(part)
+                began = self._take_over(where, path, state, task_batch, wanted)
+                if extra_state is not None:
+                    run_on_rank_zero(self.group, lambda: extra_state.load_state_dict(extra))
+                return began
+        except BaseException:  # the checkpoint may have been loaded in part
+            self._load_learned(before[0])
             task_batch.load_state_dict(before[1])
+            self.losses = before[2]
             raise
 
     def _take_over(
-        self, where: str, path: str | os.PathLike[str], state: dict[str, Any], task_batch: TaskBatch, wanted: int
+        self, where: str, path: str | os.PathLike[str], state: dict[str, Any], task_batch: TaskSource, wanted: int
     ) -> int:
         losses, began = state["losses"].tolist(), state["began"]
         done = len(losses) - began
@@ -337,14 +433,13 @@ class MetaMAMLTrainer:
                 raise ValueError(f"{where}: checkpoint {os.fspath(path)} is of a run with {text}")
         if len(state["mamls"]) != len(self.mamls):
             raise LookupError(f"there are {len(state['mamls'])} policies, not {len(self.mamls)}")
-        for maml, part in zip(self.mamls, state["mamls"], strict=True):
-            maml.load_state_dict(part)
+        self._load_learned(state)
         task_batch.load_state_dict(state["task_batch"])
         self.losses = losses
         return int(began)
 
 
-def _read(where: str, path: str | os.PathLike[str]) -> Any:
+def _read(where: str, path: str | os.PathLike[str]) -> dict[str, Any] | None:
     """The checkpoint's state; None where there is none yet, in a directory that must exist."""
     if not os.path.isdir(folder := os.path.dirname(os.path.abspath(path))):
         raise FileNotFoundError(f"{where}: checkpoint needs a directory that exists, {folder} does not exist")

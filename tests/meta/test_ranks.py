@@ -173,6 +173,32 @@ def on_ranks_the_trainer(group, folder):
             assert alone.meta_train(batches(kind), 14, checkpoint=path)[:12] == got
 
 
+class Numbers(list):
+    """Extra state: the numbers of the meta-updates that this rank has seen."""
+
+    def state_dict(self):
+        return list(self)
+
+    def load_state_dict(self, state):
+        self[:] = state
+
+
+def on_ranks_extra_state_is_that_of_rank_zero(group, folder):
+    path, task_batch = folder / "extra.safetensors", TaskBatch(SinusoidTasks(), batch_size=3)
+    shared, seen = trainer(group), Numbers()
+    shared.meta_train(task_batch, 3, checkpoint=path, on_iteration=lambda n, *_: seen.append(n), extra_state=seen)
+    assert seen == [0, 1, 2]
+    again, seen = trainer(group), Numbers()
+    again.meta_train(task_batch, 4, checkpoint=path, on_iteration=lambda n, *_: seen.append(n), extra_state=seen)
+    assert seen == ([3] if group.rank else [0, 1, 2, 3]) and again.losses[:3] == shared.losses
+    too_small = Numbers()
+    too_small.load_state_dict = lambda state: [].pop()
+    unchanged = trainer(group)
+    with pytest.raises(ValueError, match=r"is whole, but does not hold what it should \(IndexError: pop from empty"):
+        unchanged.meta_train(task_batch, 5, checkpoint=path, extra_state=too_small)
+    assert unchanged.losses == []
+
+
 def on_ranks_ctrl_c_on_one_ends_all_and_resumes(group, folder):
     path = folder / "interrupted.safetensors"
     whole = trainer(group).meta_train(TaskBatch(SinusoidTasks(), batch_size=3), 9)

@@ -429,7 +429,7 @@ def bad_calls():
     yield lambda: MetaMAMLTrainer(model, log=3), TypeError, "log must be a directory or have add_scalar"
     yield lambda: MetaMAMLTrainer(model, inner_step=3), TypeError, "inner_step"
     yield lambda: MetaMAMLTrainer(model, inner_steps=0), ValueError, "inner_steps must be > 0"
-    yield lambda: t.meta_train([1]), TypeError, "task_batch must be a TaskBatch, got list"
+    yield lambda: t.meta_train([1]), TypeError, "task_batch must be a TaskBatch or a TaskSource, got list"
     yield lambda: t.meta_train(tasks, -1), ValueError, "num_meta_iterations must be >= 0"
     yield lambda: t.meta_train(tasks, 1.0), TypeError, "num_meta_iterations must be an integer"
     yield lambda: t.meta_train(tasks, 1, checkpoint=3), TypeError, "checkpoint must be a path, got int"
