@@ -5,8 +5,7 @@ import shlex
 import sys
 import warnings
 from collections.abc import Sequence
-from importlib import import_module, metadata
-from typing import Any
+from importlib import metadata
 
 from packaging.requirements import Requirement
 
@@ -54,18 +53,13 @@ def kernels() -> list[str]:
         warnings.simplefilter("ignore")  # the one of eaml_ext.ops says what stands here
         import torch
 
-        from eaml_ext import ops  # noqa: F401  (registers the ops)
+        from eaml_ext.ops._library import load_error  # registers the ops
 
         info = eaml_ext.build_info()
     gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
     lines = [f"torch      {torch.__version__}, {', '.join(gpus) or 'sees no GPU'}"]
     if not info["kernels"]:
-        try:
-            import_module("eaml_ext._C")
-            why = "they were hidden"
-        except ImportError as error:
-            why = str(error)
-        lines += [f"kernels    missing ({why}): the slow reference runs"]
+        lines += [f"kernels    missing ({load_error}): the slow reference runs"]
         return [*lines, f"  to mend, with gcc or clang installed, in the source folder: {BUILD}"]
     lines.append(f"kernels    {info['compiler']}, {info['simd']}, for torch {info['torch_target']} and later")
     lines.append(f"CUDA       {info['cuda'] or 'not compiled'}")
@@ -77,10 +71,9 @@ def kernels() -> list[str]:
 
 def runs(op: str, device: str) -> str:
     """Whether an op has a kernel of its own on a device."""
-    import torch
+    from eaml_ext._torch_compat import has_kernel
 
-    has: Any = torch._C._dispatch_has_kernel_for_dispatch_key
-    return "compiled" if has(f"eaml_ext::{op}", device) else "reference"
+    return "compiled" if has_kernel(f"eaml_ext::{op}", device) else "reference"
 
 
 def requirements() -> dict[str, list[Requirement]]:

@@ -11,9 +11,9 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves, tree_map
 
 from eaml_ext import _check
+from eaml_ext._torch_compat import foreach_copy_, own_buffers, tree_leaves, tree_map
 from eaml_ext.adaptation import guards, objective
 from eaml_ext.adaptation.config import AdaptationConfig
 from eaml_ext.adaptation.selection import ParameterFilter, select
@@ -143,7 +143,7 @@ class Adapter:
         self._optimizer = None if optimizer is None else make_optimizer(where, optimizer, self._params, cfg.lr)
         self._users, self._items = Batching(where, "user"), Batching(where, "experience item")
         self._statistics = guards.LossStatistics(cfg.ema_decay or 0.0)
-        self._buffers = [(m, name) for m in model.modules() for name, b in m._buffers.items() if b is not None]
+        self._buffers = [(m, name) for m in model.modules() for name, b in own_buffers(m).items() if b is not None]
         # Parameters as one vector each: a guard is then a few operations, not a few per parameter.
         with torch.no_grad():
             self._theta = self._vector()
@@ -326,7 +326,7 @@ class Adapter:
         if distance > radius:
             torch.add(self._anchor, moved, alpha=radius / distance, out=self._theta)
         if self._optimizer is None or distance > radius:
-            torch._foreach_copy_(self._params, self._views)
+            foreach_copy_(self._params, self._views)
         return True
 
     # ------------------------------------------------------------------------------------------- many users at once
@@ -585,14 +585,14 @@ class Adapter:
 
     def _put_buffers(self, buffers: list[Tensor]) -> None:
         for (module, name), value in zip(self._buffers, buffers, strict=True):
-            own = module._buffers.get(name)
+            own = own_buffers(module).get(name)
             if own is None or own.shape != value.shape or own.is_inference():
-                module._buffers[name] = value.clone()
+                own_buffers(module)[name] = value.clone()
             else:
                 own.copy_(value)
 
     def _copy_buffers(self) -> list[Tensor]:
-        return [module._buffers[name].detach().clone() for module, name in self._buffers]  # type: ignore[union-attr]
+        return [own_buffers(module)[name].detach().clone() for module, name in self._buffers]
 
     def state_dict(self) -> dict[str, Any]:
         """What the adapter knows beyond the model's own ``state_dict``, as copies: save both to go on exactly."""

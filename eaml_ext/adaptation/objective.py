@@ -6,9 +6,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_leaves, tree_map
 
 from eaml_ext import _check
+from eaml_ext._torch_compat import tree_leaves, tree_map
 from eaml_ext.meta._batching import Batching
 from eaml_ext.meta._types import LossFn
 from eaml_ext.meta.functional import recordable

@@ -5,6 +5,8 @@ from collections.abc import Callable, Sequence
 
 from torch import nn
 
+from eaml_ext._torch_compat import own_parameters
+
 # Prefixes of names at module boundaries, a pattern searched in names, or a choice by name.
 ParameterFilter = str | Sequence[str] | re.Pattern[str] | Callable[[str, nn.Parameter], bool]
 
@@ -53,7 +55,7 @@ def output_parameters(model: nn.Module) -> list[str]:
     names = [
         name
         for name, module in _modules("output_parameters", model)
-        if any(p is not None for p in module._parameters.values())
+        if any(p is not None for p in own_parameters(module).values())
     ]
     if not names:
         raise ValueError(f"output_parameters: model has no parameters, {type(model).__name__}")
@@ -68,7 +70,7 @@ def _modules(where: str, model: nn.Module) -> list[tuple[str, nn.Module]]:
 
 def _own_parameters(model: nn.Module, names: Sequence[str]) -> list[str]:
     known = {id(p): name for name, p in model.named_parameters()}  # of a tied one, the name that select knows
-    own = (p for name in names for p in model.get_submodule(name)._parameters.values() if p is not None)
+    own = (p for name in names for p in own_parameters(model.get_submodule(name)).values() if p is not None)
     return list(dict.fromkeys(known[id(p)] for p in own))
 
 

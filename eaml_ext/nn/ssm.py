@@ -8,9 +8,10 @@ import torch
 from torch import Tensor, nn
 
 from eaml_ext import _check, checkpoint
+from eaml_ext._torch_compat import has_hooks
 from eaml_ext.nn.cores import Core, make_core
 from eaml_ext.nn.padding import check_lengths, check_reset, padding_mask
-from eaml_ext.nn.submodule import has_hooks, reference_weight
+from eaml_ext.nn.submodule import reference_weight
 from eaml_ext.ops._sizes import check_size
 
 

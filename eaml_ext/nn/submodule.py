@@ -3,8 +3,9 @@
 from typing import TypeGuard, TypeVar
 
 import torch
-import torch.nn.modules.module as torch_module
 from torch import Tensor, nn
+
+from eaml_ext._torch_compat import has_hooks
 
 Module = TypeVar("Module", bound=nn.Module)
 
@@ -16,20 +17,6 @@ def is_plain(module: nn.Module, kind: type[Module]) -> TypeGuard[Module]:
     replace ``forward``. Such a module must be called.
     """
     return type(module) is kind and "forward" not in module.__dict__ and not has_hooks(module)
-
-
-def has_hooks(module: nn.Module) -> bool:
-    """Whether a call of ``module`` runs hooks, its own or those of all modules: the test of ``nn.Module.__call__``."""
-    return bool(
-        module._forward_hooks
-        or module._forward_pre_hooks
-        or module._backward_hooks
-        or module._backward_pre_hooks
-        or torch_module._global_forward_hooks
-        or torch_module._global_forward_pre_hooks
-        or torch_module._global_backward_hooks
-        or torch_module._global_backward_pre_hooks
-    )
 
 
 def reference_weight(*modules: nn.Module) -> Tensor:

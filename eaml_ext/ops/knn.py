@@ -13,10 +13,10 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd import forward_ad
 from torch.utils.flop_counter import register_flop_formula
 
 from eaml_ext import _check
+from eaml_ext._torch_compat import transforms_active
 from eaml_ext.ops._sizes import check_size
 from eaml_ext.ops._typed import Function, allow_in_graph, register_fake
 from eaml_ext.ops.fallback import reference_of, warn_once
@@ -329,12 +329,7 @@ def _search(
     tracked = torch.is_grad_enabled() and (
         queries.requires_grad or keys.requires_grad or (bias is not None and bias.requires_grad)
     )
-    if (
-        tracked
-        or forward_ad._current_level >= 0
-        or torch.compiler.is_compiling()
-        or torch._C._are_functorch_transforms_active()
-    ):
+    if tracked or torch.compiler.is_compiling() or transforms_active():
         return Neighbors(*_differentiable(queries, keys, k, metric, valid, bias, panels, state, False))
     return Neighbors(*_raw(queries, keys, k, metric, valid, bias, panels, state))
 

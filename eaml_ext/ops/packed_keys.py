@@ -16,14 +16,11 @@ import torch
 from torch import Tensor
 
 from eaml_ext import _check
+from eaml_ext._torch_compat import has_kernel
+from eaml_ext.ops._library import _C
 from eaml_ext.ops._sizes import SIZE_LIMIT, check_size
 from eaml_ext.ops._typed import register_fake
 from eaml_ext.ops.knn import DTYPES, METRICS, Neighbors, _search
-
-try:
-    from eaml_ext import _C
-except ImportError:
-    _C = None
 
 PANEL = 32  # keys of a panel: csrc/knn/cpu/kernel.h
 HUGE = 1 << 22  # bytes from which huge pages are asked for
@@ -87,7 +84,7 @@ def _panel_rows(dim: int, dtype: torch.dtype, device: torch.device) -> int | Non
     key = {"cpu": "CPU", "cuda": "CUDA"}.get(device.type)
     if dtype is torch.float64 or key is None:
         return None
-    if not torch._C._dispatch_has_kernel_for_dispatch_key("eaml_ext::knn_write", key):
+    if not has_kernel("eaml_ext::knn_write", key):
         return None
     return -(-(dim + 2) // 16) * 8 + 4  # csrc/knn/cuda/launch.h
 

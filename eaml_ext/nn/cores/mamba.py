@@ -1,4 +1,4 @@
-"""Mamba's whole block as a core: its expansion and its convolution, whose window is part of the state."""
+"""MambaCore: Mamba's whole block as a core; its state holds ``conv_state`` and ``ssm_state``, one after the other."""
 
 from collections.abc import Callable
 from typing import Any
@@ -6,19 +6,19 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from eaml_ext._torch_compat import has_hooks
 from eaml_ext.nn.cores.base import Core
 from eaml_ext.nn.mamba import Mamba
 from eaml_ext.nn.precision import to_opmath
-from eaml_ext.nn.submodule import has_hooks
 
 
 class MambaCore(Core):
-    """:class:`eaml_ext.nn.Mamba` under ``block``; a state holds the convolution's window and then the scan's states.
+    """:class:`eaml_ext.nn.Mamba` as the submodule ``block``, with its expansion and its convolution.
 
     Args:
         dim: width of input and output.
         state_size: states per channel.
-        d_conv, expand, dt_min, dt_max: as of :class:`eaml_ext.nn.Mamba`.
+        d_conv, expand, dt_min, dt_max: as in :class:`eaml_ext.nn.Mamba`.
 
     >>> y, state = MambaCore(8, 4).scan(torch.randn(2, 5, 8))
     >>> y.shape, state.shape
@@ -42,23 +42,23 @@ class MambaCore(Core):
     def scan(
         self, x: Tensor, state: Tensor | None = None, reset: Tensor | None = None, lengths: Tensor | None = None
     ) -> tuple[Tensor, Tensor]:
-        """``x`` (batch, time, dim), ``state`` (batch, *state_shape), ``reset`` (batch, time) bool -> (y, state)."""
-        parts = None if state is None else self._parts(state)
-        y, last = self._run(lambda x: self.block.scan(x, parts, reset, lengths), x)
-        return y, self._whole(last)
+        """See :meth:`Core.scan`; ``state`` is ``(batch, d_inner, d_conv + state_size)``, floating."""
+        states = None if state is None else self._split(state)
+        y, states = self._run(lambda x: self.block.scan(x, states, reset, lengths), x)
+        return y, self._join(*states)
 
     def step(self, x: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
-        """``x`` (batch, dim), ``state`` (batch, *state_shape) -> (y, state): one step of :meth:`scan`."""
-        y, *last = self._run(lambda x: self.block.step(x, *self._parts(state)), x)
-        return y, self._whole(last)
+        """See :meth:`Core.step`; ``state`` is ``(batch, d_inner, d_conv + state_size)``, floating."""
+        y, *states = self._run(lambda x: self.block.step(x, *self._split(state)), x)
+        return y, self._join(*states)
 
-    def _run(self, entry: Callable[[Tensor], Any], x: Tensor) -> Any:
-        """``entry(x)`` inside a call of the block where hooks are attached to it."""
-        return self.block(x, _entry=entry) if has_hooks(self.block) else entry(x)
+    def _run(self, method: Callable[[Tensor], Any], x: Tensor) -> Any:
+        """Return ``method(x)``, run inside a call of the block where hooks are attached to it."""
+        return self.block(x, _method=method) if has_hooks(self.block) else method(x)
 
-    def _parts(self, state: Tensor) -> tuple[Tensor, Tensor]:
-        width = self.block.d_conv
-        return state[..., :width], state[..., width:]
+    def _split(self, state: Tensor) -> tuple[Tensor, Tensor]:
+        d_conv = self.block.d_conv
+        return state[..., :d_conv], state[..., d_conv:]
 
-    def _whole(self, parts: tuple[Tensor, Tensor] | list[Tensor]) -> Tensor:
-        return torch.cat([to_opmath(part) for part in parts], dim=-1)
+    def _join(self, conv_state: Tensor, ssm_state: Tensor) -> Tensor:
+        return torch.cat([to_opmath(conv_state), to_opmath(ssm_state)], dim=-1)

@@ -1,0 +1,117 @@
+"""Every private name of torch that the package uses, with the versions of torch it was tried with.
+
+The other modules import these names from here, so that a new release of torch needs changes in one file.
+"""
+
+import contextlib
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+import torch.nn.modules.module as torch_module
+from torch import nn
+from torch.autograd import forward_ad
+from torch.utils._pytree import tree_leaves as tree_leaves  # 2.11.0, 2.13.0
+from torch.utils._pytree import tree_map as tree_map  # 2.11.0, 2.13.0
+
+# 2.11.0, 2.13.0: whether a tensor is the stand-in of a torch.func transform, whose numbers cannot be read.
+is_functorch_wrapped_tensor = torch._C._functorch.is_functorch_wrapped_tensor
+
+# 2.11.0, 2.13.0: copies a list of tensors into another in one kernel.
+foreach_copy_ = torch._foreach_copy_
+
+# 2.11.0, 2.13.0: whether autocast is enabled for any device type.
+is_any_autocast_enabled = torch._C._is_any_autocast_enabled
+
+# 2.11.0, 2.13.0: the innermost transform of torch.func, None outside of all.
+_peek_interpreter_stack = torch._C._functorch.peek_interpreter_stack
+
+
+def transforms_active() -> bool:
+    """Return whether a transform of torch.func or a level of forward-mode differentiation is active.
+
+    Tried with 2.11.0, 2.13.0.
+    """
+    level: int = forward_ad._current_level
+    return level >= 0 or _peek_interpreter_stack() is not None
+
+
+def has_kernel(op: str, dispatch_key: str) -> bool:
+    """Return whether ``op`` (``eaml_ext::knn``) has a kernel of its own for ``CPU`` or ``CUDA``.
+
+    Tried with 2.11.0, 2.13.0.
+    """
+    return bool(torch._C._dispatch_has_kernel_for_dispatch_key(op, dispatch_key))
+
+
+@contextlib.contextmanager
+def autograd_in_kernel() -> Iterator[None]:
+    """Record gradients inside a kernel, where the dispatcher has disabled autograd.
+
+    Dispatch modes such as FlopCounterMode exclude more keys than autograd's own; all of them are included again.
+    Tried with 2.11.0, 2.13.0.
+    """
+    keys, exclude = torch._C.DispatchKey, torch._C._SetExcludeDispatchKeyGuard
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(torch.enable_grad())
+        for key in (keys.AutogradFunctionality, keys.ADInplaceOrView, keys.Conjugate, keys.Negative):
+            stack.enter_context(exclude(key, False))
+        yield
+
+
+def own_parameters(module: nn.Module) -> dict[str, Any]:
+    """Return the dict in which ``module`` stores its parameters, without those of submodules.
+
+    A value is a Parameter or None; functional calls put plain tensors in their place.
+    Tried with 2.11.0, 2.13.0.
+    """
+    return module._parameters
+
+
+def own_buffers(module: nn.Module) -> dict[str, Any]:
+    """Return the dict in which ``module`` stores its buffers, tensors or None, without those of submodules.
+
+    Tried with 2.11.0, 2.13.0.
+    """
+    return module._buffers
+
+
+def has_hooks(module: nn.Module) -> bool:
+    """Return whether a call of ``module`` runs hooks, its own or global ones: the test of ``nn.Module.__call__``.
+
+    Tried with 2.11.0, 2.13.0.
+    """
+    return bool(
+        module._forward_hooks
+        or module._forward_pre_hooks
+        or module._backward_hooks
+        or module._backward_pre_hooks
+        or torch_module._global_forward_hooks
+        or torch_module._global_forward_pre_hooks
+        or torch_module._global_backward_hooks
+        or torch_module._global_backward_pre_hooks
+    )
+
+
+def is_compiler_error(error: BaseException) -> bool:
+    """Return whether torch.compile raised ``error`` because it cannot compile a function.
+
+    Tried with 2.11.0, 2.13.0.
+    """
+    return type(error).__module__.startswith(("torch._dynamo", "torch._inductor"))
+
+
+__all__ = [
+    "autograd_in_kernel",
+    "foreach_copy_",
+    "has_hooks",
+    "has_kernel",
+    "is_any_autocast_enabled",
+    "is_compiler_error",
+    "is_functorch_wrapped_tensor",
+    "own_buffers",
+    "own_parameters",
+    "transforms_active",
+    "tree_leaves",
+    "tree_map",
+]
