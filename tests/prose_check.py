@@ -36,7 +36,7 @@ def prose(path: Path) -> str:
 def faults(text: str) -> list[str]:
     """The sentences that open wrongly, hold a private word, or are too long."""
     paragraphs = re.split(r"\n\s*\n|\n\s*[-*] |\n\s*[\w*, ]+:\s", CODE.sub("CODE", text))
-    sentences = [" ".join(s.split()) for p in paragraphs for s in re.split(r"(?<=[.!?;:])\s+(?=[A-Z(])", p)]
+    sentences = [" ".join(s.split()) for p in paragraphs for s in re.split(r"(?<=[.!?])\s+", p)]
     return [
         s
         for s in sentences
