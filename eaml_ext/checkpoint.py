@@ -20,7 +20,7 @@ from torch import Tensor
 
 from eaml_ext import _check
 from eaml_ext._files import atomic_write
-from eaml_ext._renamed import FORMAT, core_parameters
+from eaml_ext._renamed import FORMAT, rename_items, rename_keys
 
 _KEY = "eaml_ext"
 _Module = TypeVar("_Module", bound=torch.nn.Module)
@@ -100,7 +100,7 @@ def load(
     """
     tensors, content = _read(path, kind)
     if "format" not in content:
-        tensors = _with_new_names(tensors)
+        tensors = rename_keys(tensors)
     return {name: value.to(device) for name, value in tensors.items()}, content["metadata"]
 
 
@@ -295,15 +295,10 @@ def _unpack(tree: Any, tensors: Mapping[str, Tensor], device: torch.device | str
     if kind == "tensor":
         return tensors[value].to(device)
     if kind == "dict":
-        items = {key: _unpack(item, tensors, device, renamed=renamed) for key, item in _pairs(value)}
-        return _with_new_names(items) if renamed else items
-    return {"tuple": tuple, "list": list}[kind](_unpack(item, tensors, device, renamed=renamed) for item in value)
-
-
-def _with_new_names(items: dict[Any, Any]) -> dict[Any, Any]:
-    """The dict with the keys of version 0.1 replaced."""
-    names = core_parameters(key for key in items if isinstance(key, str))
-    return {names.get(key, key): value for key, value in items.items()}
+        pairs = {key: _unpack(item, tensors, device, renamed=renamed) for key, item in _pairs(value)}
+        return rename_keys(pairs) if renamed else pairs
+    items = [_unpack(item, tensors, device, renamed=renamed) for item in value]
+    return {"tuple": tuple, "list": list}[kind](rename_items(items) if renamed else items)
 
 
 def _pairs(value: Any) -> Any:
