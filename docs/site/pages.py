@@ -1,7 +1,7 @@
-"""mkdocs hook: the pages that come from elsewhere in the repository, and one API page for each room of the package.
+"""mkdocs hook: adds pages from elsewhere in the repository, and one API page for each subpackage.
 
-README.md, CONTRIBUTING.md and CHANGELOG.md become pages with their links turned to the site, the pictures of
-benchmarks/results come along, and every name in a room's ``__all__`` gets its entry.
+README.md, CONTRIBUTING.md, CHANGELOG.md and SECURITY.md become pages whose links point into the site. The pictures of
+benchmarks/results become files of it. Every name in the ``__all__`` of a subpackage gets an entry.
 """
 
 import ast
@@ -13,9 +13,14 @@ from mkdocs.structure.files import File
 
 ROOT = Path(__file__).parents[2]
 PACKAGE = ROOT / "eaml_ext"
-ROOMS = ("ops", "nn", "experience", "meta", "adaptation", "tasks", "rl")
-TEXTS = {"README.md": "index.md", "CONTRIBUTING.md": "contributing.md", "CHANGELOG.md": "changelog.md"}
-# Pages of more than one room: the modules whose public names they list.
+SUBPACKAGES = ("ops", "nn", "experience", "meta", "adaptation", "tasks", "rl")
+TEXTS = {
+    "README.md": "index.md",
+    "CONTRIBUTING.md": "contributing.md",
+    "CHANGELOG.md": "changelog.md",
+    "SECURITY.md": "security.md",
+}
+# Pages of several modules: each lists the public names of these.
 MODULES = {
     "integrations": ["integrations.transformers"],
     "package": ["checkpoint", "distributed", "info", "jobs.config", "jobs.rl_config", "jobs.config_file"],
@@ -23,7 +28,7 @@ MODULES = {
 
 
 def on_files(files: Any, config: Any) -> Any:
-    """Adds the pages and pictures to what mkdocs found."""
+    """Add the generated pages and the pictures to the files that mkdocs found."""
     for source, page in TEXTS.items():
         files.append(File.generated(config, page, content=turned((ROOT / source).read_text(encoding="utf-8"), page)))
     for name, content in api_pages().items():
@@ -34,29 +39,29 @@ def on_files(files: Any, config: Any) -> Any:
 
 
 def on_page_markdown(markdown: str, page: Any, config: Any, files: Any) -> str:
-    """Links from docs/ into the rest of the repository become links of the site."""
+    """Replace links from docs/ into the rest of the repository by links of the site."""
     return turned(markdown, page.file.src_uri)
 
 
 def turned(text: str, page: str) -> str:
-    """The text with links that hold in the repository made to hold in the site."""
+    """Return the text with its repository links replaced by links of the site."""
     up = "../" * page.count("/")
     for source, target in TEXTS.items():
         text = re.sub(rf"\]\((?:\.\./)*{re.escape(source)}(#[\w-]*)?\)", rf"]({up}{target}\1)", text)
     text = re.sub(r"\]\((?:\.\./)*benchmarks/results/([\w.-]+\.png)\)", rf"]({up}figures/\1)", text)
     if page in TEXTS.values():
         text = re.sub(r"\]\(docs/([\w./#-]+)\)", r"](\1)", text)
-    # A folder or a source file: there is no page of it.
+    # Folders and source files have no page.
     return re.sub(r"\[([^\]]+)\]\((?:\.\./)*(?:eaml_ext|benchmarks|csrc|tests)(?:/[\w./-]*)?\)", r"`\1`", text)
 
 
 def api_pages() -> dict[str, str]:
-    """Markdown of each API page by its name."""
+    """Return the Markdown of each API page by its name."""
     pages = {}
-    for room in ROOMS:
-        where = public_names(PACKAGE / room / "__init__.py")
-        about = f"# eaml_ext.{room}\n\n{ast.get_docstring(ast.parse((PACKAGE / room / '__init__.py').read_text()))}\n\n"
-        pages[room] = about + "\n".join(entry(path, name) for name, path in where.items())
+    for name in SUBPACKAGES:
+        where = public_names(PACKAGE / name / "__init__.py")
+        about = f"# eaml_ext.{name}\n\n{ast.get_docstring(ast.parse((PACKAGE / name / '__init__.py').read_text()))}\n\n"
+        pages[name] = about + "\n".join(entry(path, public) for public, path in where.items())
     cores = public_names(PACKAGE / "nn" / "cores" / "__init__.py")
     pages["nn"] += "\n".join(["", *(entry(path, name) for name, path in cores.items())])
     for page, modules in MODULES.items():
