@@ -5,7 +5,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from eaml_ext.nn.mamba import mixer_scan, mixer_step
+from eaml_ext.nn._mamba_mixer import mixer_scan, mixer_step
 
 try:
     from transformers.cache_utils import Cache

@@ -1,11 +1,15 @@
-"""What the scan keeps in full precision beside half types, and complex numbers as pairs of reals."""
+"""Full precision for parameters and states beside bfloat16 and float16; complex numbers as pairs of real ones."""
 
 import torch
 from torch import Tensor
 
 
 def to_opmath(x: Tensor) -> Tensor:
-    """Half types as float32."""
+    """Convert bfloat16 and float16 to float32, in which torch computes them; other dtypes stay.
+
+    Args:
+        x: ``(*)``, floating.
+    """
     return x.float() if x.dtype in (torch.bfloat16, torch.float16) else x
 
 
@@ -21,6 +25,6 @@ def as_real(x: Tensor) -> Tensor:
 
 
 def zero_order_hold(z: Tensor) -> Tensor:
-    """``exp(z) - 1`` of a complex z, without the cancellation near 0."""
+    """``exp(z) - 1`` of a complex z ``(*)``, without the cancellation near 0."""
     a, b = z.real, z.imag
     return torch.complex(torch.expm1(a) * b.cos() - 2 * (b / 2).sin().square(), a.exp() * b.sin())

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch.func import functional_call, grad, vmap
 
 from eaml_ext.nn import SSM, Mamba, SSMLayer
-from eaml_ext.nn.cores import CORES, LRU, RWKV, S4D, S5, SSD, TIMED, MambaCore, Retention, make_core
+from eaml_ext.nn.cores import CORES, CORES_WITH_STEP_SIZE, LRU, RWKV, S4D, S5, SSD, MambaCore, Retention, make_core
 from eaml_ext.ops import selective_scan_reference
 
 DIM, STATES = 32, 4
@@ -60,9 +60,9 @@ def s5(core, x):
 
 
 def lru(core, x):
-    """lambda = exp(-exp(nu) + i exp(theta)), inputs normalised by exp(gamma) (LRU, listing in appendix A)."""
-    decay = torch.exp(torch.complex(-core.nu.exp(), core.theta.exp()))
-    return diagonal(core, x, decay, core.gamma.exp().unsqueeze(-1) * cplx(core.B), 1)
+    """lambda = exp(-exp(nu_log) + i exp(theta_log)), inputs scaled by exp(gamma_log) (LRU, appendix A)."""
+    decay = torch.exp(torch.complex(-core.nu_log.exp(), core.theta_log.exp()))
+    return diagonal(core, x, decay, core.gamma_log.exp().unsqueeze(-1) * cplx(core.B), 1)
 
 
 def ssd(core, x):
@@ -151,9 +151,9 @@ def test_initialisations_are_the_published_ones():
     torch.testing.assert_close(core.A_imag.detach(), want.float(), rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(eigenvalues.real, torch.full((10,), -0.5, dtype=torch.float64))
     core = LRU(6, 500, r_min=0.4, r_max=0.8, max_phase=1.0)
-    size = torch.exp(-core.nu.exp())
-    assert 0.39 < size.min() < 0.45 and 0.75 < size.max() < 0.81 and core.theta.exp().max() <= 1
-    torch.testing.assert_close(core.gamma.exp(), (1 - size**2).sqrt())
+    size = torch.exp(-core.nu_log.exp())
+    assert 0.39 < size.min() < 0.45 and 0.75 < size.max() < 0.81 and core.theta_log.exp().max() <= 1
+    torch.testing.assert_close(core.gamma_log.exp(), (1 - size**2).sqrt())
     for core in (S4D(64, 2), S5(4, 64), SSD(64, 2, num_heads=64)):
         step = F.softplus(core.delta_bias) if isinstance(core, SSD) else core.log_dt.exp()
         assert 0.99e-3 <= step.min() < 3e-3 and 0.04 < step.max() <= 0.101
@@ -170,7 +170,7 @@ def steps(core):
     return core.log_dt.exp() if hasattr(core, "log_dt") else F.softplus(core.delta_bias)
 
 
-@pytest.mark.parametrize("name", TIMED)
+@pytest.mark.parametrize("name", CORES_WITH_STEP_SIZE)
 def test_step_sizes_start_log_uniform_in_the_given_range(name):
     for options, (low, high) in {(): (1e-3, 0.1), (("dt_min", 0.01), ("dt_max", 1.0)): (0.01, 1.0)}.items():
         core = make_core(name, 4096, 512, **dict(options))  # hundreds of step sizes at least, in heads of 16 for ssd
@@ -182,7 +182,7 @@ def test_step_sizes_start_log_uniform_in_the_given_range(name):
     torch.testing.assert_close(steps(same), torch.full_like(steps(same), 0.3))
 
 
-@pytest.mark.parametrize("name", TIMED)
+@pytest.mark.parametrize("name", CORES_WITH_STEP_SIZE)
 @pytest.mark.parametrize(
     ("options", "error", "text"),
     [
@@ -201,7 +201,7 @@ def test_bad_step_sizes_are_refused(name, options, error, text):
 
 @pytest.mark.parametrize("option", ["dt_min", "dt_max"])
 def test_cores_without_step_sizes_refuse_them(option):
-    for name in sorted(set(CORES) - set(TIMED)):
+    for name in sorted(set(CORES) - set(CORES_WITH_STEP_SIZE)):
         text = f"^make_core: {option} must be None for core '{name}', which has no step size, got 0.5$"
         with pytest.raises(ValueError, match=text):
             make_core(name, DIM, STATES, **{option: 0.5})
@@ -292,7 +292,7 @@ def test_maml_outer_gradient_equals_the_reference_loop(name, monkeypatch):
         return vmap(task)(x, y).mean()
 
     ours = grad(outer)(params)
-    home = "eaml_ext.nn.mamba" if name == "mamba" else type(net.cores[0]).__module__
+    home = "eaml_ext.nn._mamba_mixer" if name == "mamba" else type(net.cores[0]).__module__
     monkeypatch.setattr(sys.modules[home], "selective_scan", selective_scan_reference)
     by_loop = grad(outer)(params)
     for k in ours:

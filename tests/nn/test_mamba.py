@@ -10,7 +10,7 @@ from torch import nn
 from torch.func import functional_call, grad, vmap
 
 from eaml_ext.nn import Mamba
-from eaml_ext.nn.mamba import causal_conv
+from eaml_ext.nn._causal_conv import causal_conv
 from eaml_ext.ops import selective_scan_reference
 
 

@@ -3,12 +3,13 @@
 A core is an ``nn.Module`` built as ``Core(dim, state_size)`` with
 
 - ``state_shape``: the shape of one row's state;
-- ``scan(x, state=None, reset=None, lengths=None) -> (y, state)``, ``x`` ``(batch, time, dim)``, ``reset`` ``(batch,
-  time)`` bool, ``lengths`` ``(batch,)``: the state is that after each row's last step, after which no ``reset`` is;
-- ``step(x, state) -> (y, state)``, ``x`` ``(batch, dim)``.
+- ``scan(x, state=None, reset=None, lengths=None) -> (y, state)``: a sequence, ``x`` ``(batch, length, dim)``, ``reset``
+  ``(batch, length)`` bool and False on padding, ``lengths`` ``(batch,)``; the returned state is that after each row's
+  last step;
+- ``step(x, state) -> (y, state)``: one step, ``x`` ``(batch, dim)``.
 
-``docs/cores.md`` says which to choose. ``state_size`` is the number of states per channel; of S5 and LRU, whose
-channels share one state, that of the whole.
+``state_size`` is the number of states per channel; in S5 and LRU all channels share ``state_size`` states.
+``docs/cores.md`` compares the cores.
 """
 
 from collections.abc import Callable
@@ -36,9 +37,8 @@ CORES: dict[str, Callable[..., nn.Module]] = {
     "rwkv": RWKV,
 }
 
-
-TIMED = ("s6", "mamba", "s4d", "s5", "ssd")
-"""The cores that have a step size, whose initial range ``dt_min`` and ``dt_max`` set."""
+CORES_WITH_STEP_SIZE = ("s6", "mamba", "s4d", "s5", "ssd")
+"""The cores whose initial step sizes ``dt_min`` and ``dt_max`` set."""
 
 
 def make_core(
@@ -48,9 +48,19 @@ def make_core(
     dt_min: float | None = None,
     dt_max: float | None = None,
 ) -> Any:
-    """The core named ``core``, or built by it if it is a callable ``(dim, state_size) -> nn.Module``.
+    """Build the core named ``core``, or ``core(dim, state_size)`` of a callable.
 
-    ``dt_min`` and ``dt_max`` go to the cores of ``TIMED``, which have defaults of their own; other cores refuse them.
+    Args:
+        core: a key of ``CORES``, or a callable.
+        dim: width of input and output.
+        state_size: states per channel, or of the whole core for "s5" and "lru".
+        dt_min, dt_max: range of the initial step sizes, for ``CORES_WITH_STEP_SIZE`` only; the core's own if absent.
+
+    Raises:
+        TypeError, ValueError: an argument is out of its range, or a step size is given to a core without one.
+
+    >>> make_core("s6", 8, 4).state_shape
+    (8, 4)
     """
     steps = {name: value for name, value in (("dt_min", dt_min), ("dt_max", dt_max)) if value is not None}
     if callable(core):
@@ -60,10 +70,23 @@ def make_core(
         return core(dim, state_size)
     if core not in CORES:
         raise ValueError(f"make_core: core must be one of {sorted(CORES)} or a callable, got {core!r}")
-    if steps and core not in TIMED:
+    if steps and core not in CORES_WITH_STEP_SIZE:
         name, value = steps.popitem()
         raise ValueError(f"make_core: {name} must be None for core {core!r}, which has no step size, got {value!r}")
     return CORES[core](dim, state_size, **steps)
 
 
-__all__ = ["CORES", "LRU", "RWKV", "S4D", "S5", "S6", "SSD", "TIMED", "Core", "MambaCore", "Retention", "make_core"]
+__all__ = [
+    "CORES",
+    "CORES_WITH_STEP_SIZE",
+    "LRU",
+    "RWKV",
+    "S4D",
+    "S5",
+    "S6",
+    "SSD",
+    "Core",
+    "MambaCore",
+    "Retention",
+    "make_core",
+]

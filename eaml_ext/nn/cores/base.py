@@ -1,4 +1,4 @@
-"""What cores share: one step as a scan over it, states that do not change in time, heads."""
+"""Core: the base of all cores, with one step as a scan of length one, initial step sizes, and the number of heads."""
 
 import math
 from typing import Any
@@ -8,11 +8,20 @@ from torch import Tensor, nn
 
 from eaml_ext import _check
 from eaml_ext._renamed import core_parameters
+from eaml_ext.nn._step_size import check_dt_range
 from eaml_ext.ops._sizes import check_size
 
 
 class Core(nn.Module):  # not an ABC: libraries that derive classes from a module's type need the metaclass ``type``
-    """A sequence mixer of one width; see :mod:`eaml_ext.nn.cores` for the contract."""
+    """A sequence mixer of one width; see :mod:`eaml_ext.nn.cores` for the contract.
+
+    Args:
+        dim: width of input and output.
+        state_size: states per channel, or per core where the channels share one state.
+
+    Attributes:
+        state_shape: shape of one row's state.
+    """
 
     state_shape: tuple[int, ...]
 
@@ -24,18 +33,36 @@ class Core(nn.Module):  # not an ABC: libraries that derive classes from a modul
     def scan(
         self, x: Tensor, state: Tensor | None = None, reset: Tensor | None = None, lengths: Tensor | None = None
     ) -> tuple[Tensor, Tensor]:
-        """``x`` (batch, time, dim), ``state`` (batch, *state_shape), ``reset`` (batch, time) bool -> (y, state)."""
+        """Run a sequence from a state.
+
+        Args:
+            x: ``(batch, length, dim)``, floating.
+            state: ``(batch, *state_shape)``, floating; the state before the first step, zeros if absent.
+            reset: ``(batch, length)``, bool; the state is zeroed before step t.
+            lengths: ``(batch,)``, integer; row b has ``lengths[b]`` steps, after which its state stays.
+
+        Returns:
+            y ``(batch, length, dim)``, and the state ``(batch, *state_shape)`` after each row's last step.
+        """
         raise NotImplementedError(f"{type(self).__name__}: scan is not defined")
 
     def step(self, x: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
-        """``x`` (batch, dim), ``state`` (batch, *state_shape) -> (y, state): one step of :meth:`scan`."""
+        """Run one step of :meth:`scan`.
+
+        Args:
+            x: ``(batch, dim)``, floating.
+            state: ``(batch, *state_shape)``, floating.
+
+        Returns:
+            y ``(batch, dim)``, and the next state.
+        """
         y, state = self.scan(x.unsqueeze(1), state)
         return y.squeeze(1), state
 
     def forward(
         self, x: Tensor, state: Tensor | None = None, reset: Tensor | None = None, lengths: Tensor | None = None
     ) -> tuple[Tensor, Tensor]:
-        """:meth:`step` of 2-D ``x``, which needs a state, and :meth:`scan` of 3-D ``x``."""
+        """Run :meth:`step` for 2-D ``x``, which needs a state, and :meth:`scan` for 3-D ``x``."""
         if x.dim() != 2:
             return self.scan(x, state, reset, lengths)
         _check.tensor(type(self).__name__, "state", state)
@@ -48,15 +75,12 @@ class Core(nn.Module):  # not an ABC: libraries that derive classes from a modul
         super()._load_from_state_dict(state_dict, prefix, *args)
 
     def _step_sizes(self, size: int, dt_min: float, dt_max: float) -> Tensor:
-        """Initial step sizes, log-uniform in [dt_min, dt_max]."""
-        where = type(self).__name__
-        dt_min, dt_max = _check.positive(where, "dt_min", dt_min), _check.positive(where, "dt_max", dt_max)
-        if not dt_min <= dt_max < math.inf:
-            raise ValueError(f"{where}: dt_max must be finite and at least dt_min, {dt_min}, got {dt_max}")
+        """Draw ``(size,)`` initial step sizes, log-uniform in [dt_min, dt_max]."""
+        dt_min, dt_max = check_dt_range(type(self).__name__, dt_min, dt_max)
         return torch.exp(torch.empty(size).uniform_(math.log(dt_min), math.log(dt_max)))
 
     def _heads(self, num_heads: int | None, smallest: int = 1) -> tuple[int, int]:
-        """How many heads and how wide; of about 16 channels, one vector of the kernel, if nothing is asked for."""
+        """Return ``num_heads`` and ``head_dim``; None: heads of about 16 channels, one vector of the kernel."""
         where = type(self).__name__
         if num_heads is None:
             num_heads = math.gcd(self.dim, max(1, self.dim // 16))

@@ -13,15 +13,15 @@ from eaml_ext.ops import selective_scan
 
 
 class Retention(Core):
-    """Multi-scale retention: linear attention whose memory fades by ``gamma = 1 - 2^(-5 - head)`` a step.
+    """Multi-scale retention: linear attention whose state decays by ``gamma = 1 - 2^(-5 - head)`` a step.
 
-    Of more than 8 heads the exponents are spread evenly from 5 to 12: beyond, float32 forgets nothing. The rotation of
-    queries and keys by their position is part of the state's decay, so that no position is counted. Each head is
-    normalised, gated by silu and mixed.
+    With more than 8 heads the exponents are spaced evenly from 5 to 12, because beyond 12 float32 hardly decays. The
+    rotation of queries and keys by their position is part of the state's decay, so positions are not counted. Each head
+    is normalised and gated by silu; an output projection follows.
 
     Args:
         dim: width of input and output.
-        state_size: size of a head's queries and keys, even.
+        state_size: size of a head's queries and keys; even.
         num_heads: divides ``dim`` into heads of at least 2; heads of about 16 channels if absent.
 
     Source: Sun et al. 2023, "Retentive Network", equations 1 to 8.
@@ -41,9 +41,9 @@ class Retention(Core):
             raise ValueError(f"Retention: state_size must be even, got {state_size}")
         self.num_heads, self.head_dim = self._heads(num_heads, smallest=2)
         self.state_shape = (dim, state_size // 2, 2)
-        keys = self.num_heads * state_size
-        self.split = (keys, keys, dim, dim)
-        self.in_proj = nn.Linear(dim, sum(self.split), bias=False)  # queries, keys, values, gate
+        key_dim = self.num_heads * state_size
+        self.split = (key_dim, key_dim, dim, dim)
+        self.in_proj = nn.Linear(dim, sum(self.split), bias=False)  # q, k, v, gate
         self.out_proj = nn.Linear(dim, dim, bias=False)
         exponents = torch.linspace(5, 4 + min(self.num_heads, 8), self.num_heads, dtype=torch.float64)
         pairs = torch.arange(state_size // 2, dtype=torch.float64)
@@ -53,18 +53,18 @@ class Retention(Core):
     def scan(
         self, x: Tensor, state: Tensor | None = None, reset: Tensor | None = None, lengths: Tensor | None = None
     ) -> tuple[Tensor, Tensor]:
-        """``x`` (batch, time, dim), ``state`` (batch, *state_shape), ``reset`` (batch, time) bool -> (y, state)."""
+        """See :meth:`Core.scan`; ``state`` is ``(batch, dim, state_size / 2, 2)``, floating."""
         heads = self.num_heads
         q, k, v, gate = self.in_proj(x).split(self.split, dim=-1)
         q, k = (p.unflatten(-1, (heads, self.state_size // 2, 2)) for p in (q, k))
         k = k * k.new_tensor([1.0, -1.0])  # conjugate
-        scale = 0.5 / math.sqrt(self.state_size)  # a half, as the op gives 2 Re
-        decay = torch.complex(*torch.broadcast_tensors(to_opmath(self.log_gamma).unsqueeze(-1), to_opmath(self.theta)))
+        scale = 0.5 / math.sqrt(self.state_size)  # 0.5 because the op returns 2 Re(C . h) for complex states
+        log_gamma, theta = torch.broadcast_tensors(to_opmath(self.log_gamma).unsqueeze(-1), to_opmath(self.theta))
         u = v.mT
         y, last = selective_scan(
             u,
             unit_step_delta(u, lengths),
-            decay.unsqueeze(1).expand(heads, self.head_dim, -1).flatten(0, 1),
+            torch.complex(log_gamma, theta).unsqueeze(1).expand(heads, self.head_dim, -1).flatten(0, 1),
             as_complex(k).permute(0, 2, 3, 1),
             as_complex(scale * q).permute(0, 2, 3, 1),
             return_last_state=True,

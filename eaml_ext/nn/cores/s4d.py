@@ -1,4 +1,4 @@
-"""h_t = exp(dt A) h_{t-1} + A^-1 (exp(dt A) - 1) B u_t;  y_t = 2 Re(C . h_t) + D u_t: complex, fixed in time."""
+"""h_t = exp(dt A) h_{t-1} + A^-1 (exp(dt A) - 1) B u_t;  y_t = 2 Re(C . h_t) + D u_t: complex, time-invariant."""
 
 import math
 
@@ -20,8 +20,8 @@ class S4D(Core):
 
     Args:
         dim: width of input and output.
-        state_size: conjugate pairs per channel; a state is two numbers.
-        dt_min, dt_max: the step sizes start log-uniform between them.
+        state_size: conjugate pairs per channel; each has a real and an imaginary part.
+        dt_min, dt_max: step sizes start log-uniform between them.
 
     Source: Gu et al. 2022, "On the Parameterization and Initialization of Diagonal State Space Models", equations 2, 7
     and 10.
@@ -36,7 +36,7 @@ class S4D(Core):
         dim, state_size = self.dim, self.state_size
         self.state_shape = (dim, state_size, 2)
         self.log_dt = nn.Parameter(self._step_sizes(dim, dt_min, dt_max).log())
-        self.A_log = nn.Parameter(torch.full((dim, state_size), math.log(0.5)))  # of minus the real part
+        self.A_log = nn.Parameter(torch.full((dim, state_size), math.log(0.5)))  # the real part of A is -exp(A_log)
         self.A_imag = nn.Parameter(math.pi * torch.arange(float(state_size)).repeat(dim, 1))
         self.C = nn.Parameter(torch.randn(dim, state_size, 2) / math.sqrt(2))
         self.D = nn.Parameter(torch.randn(dim))
@@ -45,15 +45,15 @@ class S4D(Core):
     def scan(
         self, x: Tensor, state: Tensor | None = None, reset: Tensor | None = None, lengths: Tensor | None = None
     ) -> tuple[Tensor, Tensor]:
-        """``x`` (batch, time, dim), ``state`` (batch, *state_shape), ``reset`` (batch, time) bool -> (y, state)."""
+        """See :meth:`Core.scan`; ``state`` is ``(batch, dim, state_size, 2)``, floating."""
         A = torch.complex(-to_opmath(self.A_log).exp(), to_opmath(self.A_imag))
-        z = to_opmath(self.log_dt).exp().unsqueeze(-1) * A
+        dt_A = to_opmath(self.log_dt).exp().unsqueeze(-1) * A
         u = x.mT
         y, last = selective_scan(
             u,
             unit_step_delta(u, lengths),
-            z,
-            zero_order_hold(z) / A,
+            dt_A,
+            zero_order_hold(dt_A) / A,
             as_complex(self.C),
             to_opmath(self.D),
             return_last_state=True,

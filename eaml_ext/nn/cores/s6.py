@@ -5,6 +5,7 @@ import math
 import torch
 from torch import Tensor, nn
 
+from eaml_ext.nn._step_size import inverse_softplus
 from eaml_ext.nn.cores.base import Core
 from eaml_ext.nn.padding import zero_delta_after_length
 from eaml_ext.ops import selective_scan, selective_scan_step
@@ -13,12 +14,12 @@ from eaml_ext.ops import selective_scan, selective_scan_step
 class S6(Core):
     """Selective state-space core: step size, B and C depend on the input (Gu & Dao 2023, "Mamba", section 3).
 
-    A starts as S4D-Real, ``-(1..state_size)``, and the step sizes log-uniform in [0.001, 0.1], as there.
+    As in the paper, A starts as S4D-Real, ``-(1..state_size)``, and step sizes start log-uniform in [0.001, 0.1].
 
     Args:
         dim: width of input and output.
         state_size: states per channel.
-        dt_min, dt_max: the step sizes start log-uniform between them; state n fades by exp(-n dt) a step.
+        dt_min, dt_max: step sizes start log-uniform between them; state n decays by exp(-n dt) a step.
 
     >>> core = S6(8, 4)
     >>> y, state = core.scan(torch.randn(2, 5, 8))
@@ -32,41 +33,40 @@ class S6(Core):
         self.state_shape = (dim, state_size)
         rank = math.ceil(dim / 16)
         self.split = (rank, state_size, state_size)
-        self.x_proj = nn.Linear(dim, sum(self.split), bias=False)  # step size (low rank), B, C
+        self.x_proj = nn.Linear(dim, sum(self.split), bias=False)  # dt, B, C
         self.dt_proj = nn.Linear(rank, dim, bias=False)
         self.gate = nn.Linear(dim, dim)
         self.out_proj = nn.Linear(dim, dim)
         self.A_log = nn.Parameter(torch.arange(1.0, state_size + 1).log().repeat(dim, 1))
         self.D = nn.Parameter(torch.ones(dim))
-        step = self._step_sizes(dim, dt_min, dt_max)
-        self.delta_bias = nn.Parameter(step + torch.log(-torch.expm1(-step)))  # softplus(delta_bias) = step
+        self.delta_bias = nn.Parameter(inverse_softplus(self._step_sizes(dim, dt_min, dt_max)))
         nn.init.uniform_(self.dt_proj.weight, -(rank**-0.5), rank**-0.5)
 
     def scan(
         self, x: Tensor, state: Tensor | None = None, reset: Tensor | None = None, lengths: Tensor | None = None
     ) -> tuple[Tensor, Tensor]:
-        """``x`` (batch, time, dim), ``state`` (batch, dim, state_size), ``reset`` (batch, time) bool -> (y, state)."""
-        delta, B, C = self.x_proj(x).split(self.split, dim=-1)
+        """See :meth:`Core.scan`; ``state`` is ``(batch, dim, state_size)``, floating."""
+        dt, B, C = self.x_proj(x).split(self.split, dim=-1)
         y, state = selective_scan(
-            x.transpose(1, 2),
-            zero_delta_after_length(self.dt_proj(delta).transpose(1, 2), lengths),
+            x.mT,
+            zero_delta_after_length(self.dt_proj(dt).mT, lengths),
             -self.A_log.exp(),
-            B.transpose(1, 2),
-            C.transpose(1, 2),
+            B.mT,
+            C.mT,
             self.D,
-            self.gate(x).transpose(1, 2),
+            self.gate(x).mT,
             self.delta_bias,
             True,
             True,
             initial_state=state,
             reset=reset,
         )
-        return self.out_proj(y.transpose(1, 2)), state
+        return self.out_proj(y.mT), state
 
     def step(self, x: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
-        """``x`` (batch, dim), ``state`` (batch, dim, state_size) -> (y, state): one step of :meth:`scan`."""
-        delta, B, C = self.x_proj(x).split(self.split, dim=-1)
+        """See :meth:`Core.step`; ``state`` is ``(batch, dim, state_size)``, floating."""
+        dt, B, C = self.x_proj(x).split(self.split, dim=-1)
         y, state = selective_scan_step(
-            state, x, self.dt_proj(delta), -self.A_log.exp(), B, C, self.D, self.gate(x), self.delta_bias, True
+            state, x, self.dt_proj(dt), -self.A_log.exp(), B, C, self.D, self.gate(x), self.delta_bias, True
         )
         return self.out_proj(y), state

@@ -1,8 +1,9 @@
-"""h_t = exp(-dt_t a) h_{t-1} + dt_t B_t u_t;  y_t = C_t . h_t + D u_t, dt and a one number per head: Mamba-2's SSD."""
+"""h_t = exp(-dt_t a) h_{t-1} + dt_t B_t u_t;  y_t = C_t . h_t + D u_t, with one dt and a per head: Mamba-2's SSD."""
 
 import torch
 from torch import Tensor, nn
 
+from eaml_ext.nn._step_size import inverse_softplus
 from eaml_ext.nn.cores.base import Core
 from eaml_ext.nn.padding import zero_delta_after_length
 from eaml_ext.nn.precision import to_opmath
@@ -10,16 +11,16 @@ from eaml_ext.ops import selective_scan
 
 
 class SSD(Core):
-    """Mamba-2's state-space duality: as :class:`S6`, with one decay and one step size for all of a head.
+    """Mamba-2's state-space duality: :class:`S6` with one decay and one step size per head.
 
-    B and C are shared by the heads. The output is gated and normalised. Decays start uniform in [1, 16] and step sizes
-    log-uniform in [0.001, 0.1], as there.
+    B and C are shared by the heads. The output is gated and normalised. As in the paper, decays start uniform in
+    [1, 16] and step sizes log-uniform in [0.001, 0.1].
 
     Args:
         dim: width of input and output.
         state_size: states per channel.
         num_heads: divides ``dim``; heads of about 16 channels if absent.
-        dt_min, dt_max: the step sizes start log-uniform between them.
+        dt_min, dt_max: step sizes start log-uniform between them.
 
     Source: Dao & Gu 2024, "Transformers are SSMs", equation 2 and section 7.
 
@@ -42,28 +43,27 @@ class SSD(Core):
         self.state_shape = (dim, state_size)
         self.num_heads, self.head_dim = self._heads(num_heads)
         self.split = (dim, state_size, state_size, self.num_heads)
-        self.in_proj = nn.Linear(dim, sum(self.split), bias=False)  # gate, B, C, step size
+        self.in_proj = nn.Linear(dim, sum(self.split), bias=False)  # z, B, C, dt
         self.A_log = nn.Parameter(torch.empty(self.num_heads).uniform_(1, 16).log())
         self.D = nn.Parameter(torch.ones(self.num_heads))
-        step = self._step_sizes(self.num_heads, dt_min, dt_max)
-        self.delta_bias = nn.Parameter(step + torch.log(-torch.expm1(-step)))  # softplus(delta_bias) = step
+        self.delta_bias = nn.Parameter(inverse_softplus(self._step_sizes(self.num_heads, dt_min, dt_max)))
         self.norm = nn.RMSNorm(dim, eps=1e-5)
         self.out_proj = nn.Linear(dim, dim, bias=False)
 
     def scan(
         self, x: Tensor, state: Tensor | None = None, reset: Tensor | None = None, lengths: Tensor | None = None
     ) -> tuple[Tensor, Tensor]:
-        """``x`` (batch, time, dim), ``state`` (batch, dim, state_size), ``reset`` (batch, time) bool -> (y, state)."""
-        z, B, C, delta = self.in_proj(x).split(self.split, dim=-1)
+        """See :meth:`Core.scan`; ``state`` is ``(batch, dim, state_size)``, floating."""
+        z, B, C, dt = self.in_proj(x).split(self.split, dim=-1)
         y, last = selective_scan(
             x.mT,
-            zero_delta_after_length(self._channels(delta).mT, lengths),
-            -self._channels(to_opmath(self.A_log).exp()).unsqueeze(-1).expand(self.dim, self.state_size),
+            zero_delta_after_length(self._per_channel(dt).mT, lengths),
+            -self._per_channel(to_opmath(self.A_log).exp()).unsqueeze(-1).expand(self.dim, self.state_size),
             B.mT,
             C.mT,
-            self._channels(to_opmath(self.D)),
+            self._per_channel(to_opmath(self.D)),
             z.mT,
-            self._channels(to_opmath(self.delta_bias)),
+            self._per_channel(to_opmath(self.delta_bias)),
             True,
             True,
             initial_state=state,
@@ -71,6 +71,6 @@ class SSD(Core):
         )
         return self.out_proj(self.norm(y.mT)), last
 
-    def _channels(self, x: Tensor) -> Tensor:
-        """``(*, num_heads)`` -> ``(*, dim)``."""
+    def _per_channel(self, x: Tensor) -> Tensor:
+        """``(*, num_heads)`` -> ``(*, dim)``: repeat each head's number for its channels."""
         return x.unsqueeze(-1).expand(*x.shape, self.head_dim).flatten(-2)

@@ -1,0 +1,25 @@
+"""Initial step sizes of discretised state-space models: their range, and the bias whose softplus they are."""
+
+import math
+
+import torch
+from torch import Tensor
+
+from eaml_ext import _check
+
+
+def check_dt_range(where: str, dt_min: float, dt_max: float) -> tuple[float, float]:
+    """Return both as Python numbers; raise unless ``0 < dt_min <= dt_max < inf``."""
+    dt_min, dt_max = _check.positive(where, "dt_min", dt_min), _check.positive(where, "dt_max", dt_max)
+    if not dt_min <= dt_max < math.inf:
+        raise ValueError(f"{where}: dt_max must be finite and at least dt_min, {dt_min}, got {dt_max}")
+    return dt_min, dt_max
+
+
+def inverse_softplus(x: Tensor) -> Tensor:
+    """``log(exp(x) - 1)`` of a positive x ``(*)``, exact for small x.
+
+    >>> torch.nn.functional.softplus(inverse_softplus(torch.tensor([0.001]))).item()  # doctest: +ELLIPSIS
+    0.00100...
+    """
+    return x + torch.log(-torch.expm1(-x))
