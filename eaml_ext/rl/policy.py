@@ -10,7 +10,7 @@ from torch.distributions import Categorical, Distribution, Independent, Normal
 
 from eaml_ext import _check, checkpoint
 from eaml_ext.nn import SSM
-from eaml_ext.nn.cores import TIMED
+from eaml_ext.nn.cores import CORES_WITH_STEP_SIZE
 
 # Ten times Mamba's: what an action does must show within a few steps, and what a task is within one episode.
 STEP_SIZES = 0.01, 1.0
@@ -73,7 +73,7 @@ class SSMMetaPolicy(nn.Module):
         action_dim = _check.positive(where, "action_dim", action_dim, integer=True)
         hidden_dim = _check.positive(where, "hidden_dim", hidden_dim, integer=True)
         _check.flag(where, "continuous", continuous)
-        if not callable(core) and core in TIMED:
+        if not callable(core) and core in CORES_WITH_STEP_SIZE:
             dt_min, dt_max = (
                 ours if given is None else given for given, ours in zip((dt_min, dt_max), STEP_SIZES, strict=True)
             )
