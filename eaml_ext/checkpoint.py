@@ -156,7 +156,9 @@ def load_state(path: str | os.PathLike[str], device: torch.device | str = "cpu",
     """What :func:`save_state` wrote. Arguments and errors are those of :func:`load`."""
     tensors, content = _read(path, kind)
     with sound("checkpoint.load_state", path):
-        return _unpack(content["metadata"], tensors, device, renamed="format" not in content)
+        # A list of names may hold some of a core's parameters; the names of the tensors end with all of them.
+        old_keys = None if "format" in content else {name.rpartition("/")[2] for name in tensors}
+        return _unpack(content["metadata"], tensors, device, old_keys)
 
 
 @contextlib.contextmanager
@@ -286,8 +288,8 @@ def _number(value: Any) -> Any:
     raise TypeError(f"Object of type {type(value).__name__} is not JSON serializable")
 
 
-def _unpack(tree: Any, tensors: Mapping[str, Tensor], device: torch.device | str, *, renamed: bool) -> Any:
-    """The inverse of :func:`_pack`; ``renamed``: keys are those of version 0.1."""
+def _unpack(tree: Any, tensors: Mapping[str, Tensor], device: torch.device | str, old_keys: set[str] | None) -> Any:
+    """The inverse of :func:`_pack`; ``old_keys``: the file's keys if version 0.1 wrote it."""
     if not isinstance(tree, dict):
         return tree
     (kind,) = tree if len(tree) == 1 else ("",)
@@ -295,10 +297,10 @@ def _unpack(tree: Any, tensors: Mapping[str, Tensor], device: torch.device | str
     if kind == "tensor":
         return tensors[value].to(device)
     if kind == "dict":
-        pairs = {key: _unpack(item, tensors, device, renamed=renamed) for key, item in _pairs(value)}
-        return rename_keys(pairs) if renamed else pairs
-    items = [_unpack(item, tensors, device, renamed=renamed) for item in value]
-    return {"tuple": tuple, "list": list}[kind](rename_items(items) if renamed else items)
+        pairs = {key: _unpack(item, tensors, device, old_keys) for key, item in _pairs(value)}
+        return pairs if old_keys is None else rename_keys(pairs, old_keys)
+    items = [_unpack(item, tensors, device, old_keys) for item in value]
+    return {"tuple": tuple, "list": list}[kind](items if old_keys is None else rename_items(items, old_keys))
 
 
 def _pairs(value: Any) -> Any:

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.func import grad, vmap
 
 from eaml_ext import _check
+from eaml_ext._renamed import rename_keys
 from eaml_ext._torch_compat import is_compiler_error
 from eaml_ext.distributed import Group, check_group
 from eaml_ext.meta._batching import Batching, Map, vmapped
@@ -292,7 +293,10 @@ class MetaMAML:
         if not isinstance(state, dict) or set(state) != set(self.state_dict()):
             wanted_keys = ", ".join(self.state_dict())
             raise ValueError(f"{where}: state must be a dict with the entries {wanted_keys}")
-        check_tensors(where, "model", state["model"], self.model.state_dict())
+        own = self.model.state_dict()
+        if isinstance(state["model"], dict) and set(state["model"]) != set(own):
+            state = {**state, **_with_new_names(state["model"], state["inner_lrs"])}
+        check_tensors(where, "model", state["model"], own)
         check_tensors(where, "inner_lrs", state["inner_lrs"], self.inner_lrs)
         check_state(where, state["optimizer"], self.optimizer)
         self.model.load_state_dict(state["model"])
@@ -537,6 +541,12 @@ class MetaMAML:
         if self.compile and batch is vmapped:
             function = self._compiled[key] = _compiled(function)
         return function
+
+
+def _with_new_names(model: dict[str, Tensor], inner_lrs: Any) -> dict[str, Any]:
+    """The parts of a state of version 0.1 under the names of today."""
+    rates = rename_keys(inner_lrs, model.keys()) if isinstance(inner_lrs, dict) else inner_lrs
+    return {"model": rename_keys(model), "inner_lrs": rates}
 
 
 def finite(*tensors: Tensor | None) -> bool:
