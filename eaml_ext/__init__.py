@@ -1,6 +1,6 @@
 """Experience-augmented meta-learning with state-space models.
 
-Names are imported on first use, so that ``import eaml_ext`` costs nothing::
+Names are imported on first use, so ``import eaml_ext`` takes little time::
 
     >>> import eaml_ext
     >>> model = eaml_ext.SSM(state_dim=10)
@@ -9,7 +9,8 @@ Names are imported on first use, so that ``import eaml_ext`` costs nothing::
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-# What __getattr__ brings, for type checkers; of the ops' own modules, two of which have the names of their functions.
+# The names of _EXPORTS for type checkers. Ops are imported from their modules, because eaml_ext.ops has modules that
+# are named after their functions.
 if TYPE_CHECKING:
     from eaml_ext.adaptation import AdaptationConfig as AdaptationConfig
     from eaml_ext.adaptation import Adapter as Adapter
@@ -33,7 +34,7 @@ if TYPE_CHECKING:
 
 __version__ = "0.1.0"
 
-_HOME = {
+_EXPORTS = {
     "selective_scan": "ops",
     "selective_scan_step": "ops",
     "knn": "ops",
@@ -54,18 +55,19 @@ _HOME = {
     "AdaptationConfig": "adaptation",
     "SSMMetaPolicy": "rl",
 }
-_ROOMS = ("adaptation", "distributed", "experience", "integrations", "jobs", "meta", "nn", "ops", "rl", "tasks")
+_SUBPACKAGES = ("adaptation", "distributed", "experience", "integrations", "jobs", "meta", "nn", "ops", "rl", "tasks")
 
-# Not the rooms: a star import would put eaml_ext.nn in the place of torch.nn.
-__all__ = ["__version__", "build_info", *_HOME]
+# Subpackages are left out, because a star import would replace torch's nn by eaml_ext.nn.
+__all__ = ["__version__", "build_info", *_EXPORTS]
 
 
 def build_info() -> dict[str, Any]:
-    """What was compiled and what runs.
+    """Describe the compiled kernels and the running torch.
 
-    Returns a dict: ``kernels`` (bool: whether the compiled kernels are loaded), ``torch`` (the version running), and,
-    with kernels, ``compiler``, ``simd`` (the instruction set in use), ``cuda`` (version or None) and ``torch_target``
-    (the oldest torch release this build works with).
+    Returns:
+        A dict with ``kernels`` (bool: the compiled kernels are loaded) and ``torch`` (its version). With kernels also
+        ``compiler``, ``simd`` (the instruction set in use), ``cuda`` (version or None) and ``torch_target`` (the oldest
+        torch release that this build supports).
 
     >>> sorted(build_info())[:2]
     ['compiler', 'cuda']
@@ -79,12 +81,12 @@ def build_info() -> dict[str, Any]:
 
 
 def __getattr__(name: str) -> Any:
-    if name in _HOME:
-        return getattr(import_module(f"eaml_ext.{_HOME[name]}"), name)
-    if name in _ROOMS:
+    if name in _EXPORTS:
+        return getattr(import_module(f"eaml_ext.{_EXPORTS[name]}"), name)
+    if name in _SUBPACKAGES:
         return import_module(f"eaml_ext.{name}")
     raise AttributeError(f"module 'eaml_ext' has no attribute {name!r}")
 
 
 def __dir__() -> list[str]:
-    return sorted([*__all__, *_ROOMS])
+    return sorted([*__all__, *_SUBPACKAGES])

@@ -1,4 +1,4 @@
-"""Argument checks: one sentence that names the argument, what came and what was wanted."""
+"""Argument checks. Their errors are one sentence with the function, the argument, the wanted and the passed value."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 def tensor(where: str, name: str, value: Any) -> None:
     """Raise TypeError unless ``value`` is a dense tensor."""
-    from torch import Tensor, strided  # here, because the command line checks its numbers before torch is loaded
+    from torch import Tensor, strided  # not at the top: the command line checks numbers without torch
 
     if not isinstance(value, Tensor):
         raise TypeError(f"{where}: {name} must be a torch.Tensor, got {type(value).__name__}")
@@ -31,7 +31,7 @@ def flag(where: str, name: str, value: Any) -> bool:
 
 
 def shape(where: str, name: str, value: Tensor, wanted: Sequence[int | None], text: str) -> None:
-    """Raise ValueError unless ``value`` has the shape ``wanted`` (None: any size); ``text`` words it for the user."""
+    """Raise ValueError unless ``value`` has the shape ``wanted`` (None: any size); ``text`` is the shape in words."""
     if value.dim() != len(wanted) or any(w is not None and s != w for s, w in zip(value.shape, wanted, strict=True)):
         raise ValueError(f"{where}: {name} must have shape {text}, got {tuple(value.shape)}")
 
@@ -50,7 +50,7 @@ def device(where: str, name: str, value: Tensor, wanted: torch.device, owner: st
 
 
 def integer(where: str, name: str, value: Any, low: int | None = None, high: int | None = None) -> int:
-    """Return ``value`` as an int. Any integral type is accepted: int, NumPy integers, integer tensors of one element.
+    """Return ``value`` as an int: an int, a NumPy integer or an integer tensor of one element.
 
     Raises TypeError for everything else, booleans included, and ValueError outside [low, high).
     """

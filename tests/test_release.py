@@ -195,9 +195,9 @@ def pages():
 def test_every_public_name_has_an_entry(pages):
     text = "\n".join(pages["api_pages"]().values())
     entries = set(re.findall(r"^::: (?:\w+\.)*(\w+)$", text, flags=re.MULTILINE))
-    rooms = [getattr(eaml_ext, room) for room in pages["ROOMS"]]
-    assert set(pages["ROOMS"]) | {"distributed", "integrations", "jobs"} == set(eaml_ext._ROOMS)
-    public = {name for module in (eaml_ext, *rooms) for name in module.__all__} - {"__version__", "build_info"}
+    subpackages = [getattr(eaml_ext, name) for name in pages["SUBPACKAGES"]]
+    assert set(pages["SUBPACKAGES"]) | {"distributed", "integrations", "jobs"} == set(eaml_ext._SUBPACKAGES)
+    public = {name for module in (eaml_ext, *subpackages) for name in module.__all__} - {"__version__", "build_info"}
     assert public <= entries, public - entries
 
 

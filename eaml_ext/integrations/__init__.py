@@ -1,1 +1,1 @@
-"""Other packages' models on these ops; each module needs the package that it is named after."""
+"""Models of other packages on these ops. Each module requires the package that it is named after."""

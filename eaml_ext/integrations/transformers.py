@@ -1,4 +1,4 @@
-"""The Mamba of HuggingFace transformers on the fused scan: the same model, weights and cache, another ``forward``."""
+"""The Mamba of HuggingFace transformers on the fused scan: its model, weights and cache with another ``forward``."""
 
 import inspect
 from typing import Any
@@ -20,11 +20,11 @@ except ImportError as error:
 _SIGNATURE = inspect.signature(MambaMixer.forward)
 _DEFAULTS = {name: parameter.default for name, parameter in _SIGNATURE.parameters.items()}
 _EXTRA = next((name for name, p in _SIGNATURE.parameters.items() if p.kind is p.VAR_KEYWORD), "")
-_CACHE = "cache" if "cache" in _DEFAULTS else "cache_params"  # the second is the name before transformers 5.24
+_CACHE = "cache" if "cache" in _DEFAULTS else "cache_params"  # renamed in transformers 5.24
 
 
 def _cache_is_supported() -> bool:
-    """Whether this transformers' ``Cache`` takes the calls below."""
+    """Return whether the ``Cache`` of the installed transformers accepts the calls of ``FusedMambaMixer``."""
     calls: dict[str, tuple[tuple[Any, ...], dict[str, Any]]] = {
         "is_recording_past": ((0,), {}),
         "get_conv_state": ((0,), {"state_idx": 0}),
@@ -44,7 +44,7 @@ _CACHE_IS_SUPPORTED = _cache_is_supported()
 
 
 class FusedMambaMixer(MambaMixer):
-    """MambaMixer whose convolution, scan and step run on this package's ops; see :func:`accelerate`."""
+    """transformers' ``MambaMixer`` with convolution, scan and step on this package's ops; see :func:`accelerate`."""
 
     @property
     def d_conv(self) -> int:
@@ -53,19 +53,27 @@ class FusedMambaMixer(MambaMixer):
         return width
 
     def forward(self, *args: Any, **kwargs: Any) -> Tensor:
-        """``(batch, length, hidden_size)`` -> the same shape; reads and updates the cache.
+        """Run a sequence or a step, and update the cache.
 
-        The arguments are those of transformers' own ``forward``, which runs instead where an argument or a cache is
-        not one that this method handles.
+        The arguments are those of transformers' own ``forward``, which runs instead for arguments and caches that this
+        method does not support.
+
+        Args:
+            hidden_states: ``(batch, length, hidden_size)``, floating.
+            cache: a ``Cache`` of transformers, or None.
+            attention_mask: ``(batch, length)``; 0 marks padding.
+
+        Returns:
+            ``(batch, length, hidden_size)``.
         """
         given = _SIGNATURE.bind(self, *args, **kwargs).arguments
         given.update(given.pop(_EXTRA, {}))
         hidden_states, cache, mask = (given.pop(name, None) for name in ("hidden_states", _CACHE, "attention_mask"))
         layer = given.pop("self").layer_idx
-        delegated = hidden_states is None or any(value is not _DEFAULTS.get(name) for name, value in given.items())
-        if not delegated and cache is not None:  # a recording cache keeps all inputs, so that it can be cropped
-            delegated = not _CACHE_IS_SUPPORTED or not isinstance(cache, Cache) or cache.is_recording_past(layer)
-        if delegated:
+        unsupported = hidden_states is None or any(value is not _DEFAULTS.get(name) for name, value in given.items())
+        if not unsupported and cache is not None:  # a recording cache keeps all inputs, so that it can be cropped
+            unsupported = not _CACHE_IS_SUPPORTED or not isinstance(cache, Cache) or cache.is_recording_past(layer)
+        if unsupported:
             y: Tensor = super().forward(*args, **kwargs)
             return y
         if mask is not None:
@@ -85,12 +93,12 @@ class FusedMambaMixer(MambaMixer):
 
 
 def accelerate(model: nn.Module) -> nn.Module:
-    """Lets the Mamba layers of a transformers model (``MambaForCausalLM``, ``MambaModel``) run on the fused scan.
+    """Run the Mamba layers of a transformers model (``MambaForCausalLM``, ``MambaModel``) on the fused scan, in place.
 
-    In place. Logits, gradients and generation are those of the path that transformers takes without mamba_ssm, up to
-    rounding, with one difference: a prompt given in parts through a cache continues from the state that the cache
-    holds, where that path starts each part from zero. Parameters, ``state_dict`` and ``save_pretrained`` are as before.
-    A call with an argument or a cache that this package does not handle runs transformers' own ``forward``.
+    Up to rounding, logits, gradients and generation equal those of transformers without mamba_ssm, with one difference.
+    A prompt passed in parts through a cache continues from the state in the cache; transformers starts each part from
+    zero. Parameters, ``state_dict`` and ``save_pretrained`` do not change. A call with an unsupported argument or cache
+    runs transformers' own ``forward``.
 
     Args:
         model: any module that holds transformers' ``MambaMixer`` layers.
@@ -100,7 +108,7 @@ def accelerate(model: nn.Module) -> nn.Module:
 
     Raises:
         TypeError: ``model`` is not a module.
-        ValueError: it holds no such layer.
+        ValueError: ``model`` has no such layer.
 
     >>> import torch
     >>> from transformers import MambaConfig, MambaForCausalLM

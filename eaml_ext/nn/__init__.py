@@ -1,4 +1,4 @@
-"""State-space layers and models; layers that read from memory."""
+"""State-space layers and models, and layers that read from a learned memory."""
 
 from eaml_ext.nn.episodic import EpisodicRead, KNNAttention
 from eaml_ext.nn.mamba import Mamba

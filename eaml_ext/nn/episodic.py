@@ -1,4 +1,4 @@
-"""Layers that read from k of many slots: read(q) = sum_i w_i v_i over the k keys nearest to q, exactly found by knn."""
+"""read(q) = sum_i w_i v_i over the k keys nearest to q, found exactly: layers that read from a learned memory."""
 
 import math
 
@@ -14,16 +14,16 @@ class EpisodicRead(nn.Module):
     """A differentiable neural dictionary: the mean of the values of the k nearest keys, by inverse distance.
 
     ``read(q) = sum_i w_i v_i / sum_i w_i`` with ``w_i = 1 / (‖q − key_i‖² + delta)`` over the k nearest keys. Keys and
-    values are parameters; a step changes those that were read, so a slot comes to stand for a region of queries.
-    Gradients are exact to second order, also with respect to queries and keys; the choice of keys is taken as it is.
+    values are parameters, and only those that were read get gradients, so a slot specialises on a region of queries.
+    Gradients are exact to second order, also with respect to queries and keys; the choice of keys is a constant.
+
+    Keys start from a unit normal distribution, so queries should have about that scale. Values start at zero.
 
     Args:
-        slots: how many keys and values.
+        slots: number of keys and values.
         key_dim, value_dim: their sizes.
-        k: how many are read, at most ``slots``.
-        delta: keeps a key that equals the query from being infinitely near; in units of a squared distance.
-
-    Keys are drawn from a unit normal distribution: bring queries to about that scale. Values are zero at first.
+        k: number of slots that a query reads, at most ``slots``.
+        delta: added to the squared distance, so that the weight of a key equal to the query is finite.
 
     Raises:
         TypeError, ValueError: an argument is out of its range.
@@ -47,12 +47,18 @@ class EpisodicRead(nn.Module):
         self.values = nn.Parameter(torch.zeros(slots, value_dim))
 
     def forward(self, queries: Tensor) -> Tensor:
-        """``(*, key_dim)`` -> ``(*, value_dim)``, in the parameters' dtype.
+        """Read from the memory.
+
+        Args:
+            queries: ``(*, key_dim)``, of the parameters' dtype.
+
+        Returns:
+            ``(*, value_dim)``.
 
         Raises:
             TypeError, ValueError: the queries have another last size, dtype or device than the keys.
         """
-        queries = _input("EpisodicRead", "queries", queries, self.keys.shape[-1], self.keys)
+        queries = _checked("EpisodicRead", "queries", queries, self.keys.shape[-1], self.keys)
         flat = queries.reshape(math.prod(queries.shape[:-1]), queries.shape[-1])
         distances, slots = knn(flat, self.keys, self.k)
         weights = 1 / (distances + self.delta)
@@ -67,24 +73,23 @@ class EpisodicRead(nn.Module):
 
 
 class KNNAttention(nn.Module):
-    """Attention of the input to a learned memory, in each head to the k slots with the largest logits only.
+    """Attention of the input to a learned memory; each head reads the k slots with the largest logits.
 
-    A head's query q = W_q x meets its own keys and values: ``softmax_i(q · key_i / sqrt(head_dim))`` over the k
-    largest, which with ``k = slots`` is full attention. The heads' reads are joined by an output map. There is no
-    residual: ``x + attention(x)`` is for the caller, as is a gate. Gradients are exact to second order; the choice of
-    slots is taken as it is.
+    Each head has a query q = W_q x, keys and values, and weights ``softmax_i(q · key_i / sqrt(head_dim))`` over its k
+    largest logits; ``k = slots`` is full attention. An output projection joins the heads. The caller adds a residual,
+    ``x + attention(x)``, or a gate. Gradients are exact to second order; the choice of slots is a constant.
 
     Args:
         embed_dim: size of input and output.
-        slots: how many keys and values each head has.
+        slots: number of keys and values per head.
         num_heads: divides ``embed_dim``.
-        k: how many slots each head reads, at most ``slots``.
+        k: number of slots that each head reads, at most ``slots``.
 
     Raises:
         TypeError, ValueError: an argument is out of its range.
 
-    Source: the kNN attention of Wu et al., "Memorizing transformers", 2022, here with learned slots in the place of
-    past activations, as in Lample et al., "Large memory layers with product keys", 2019.
+    Source: the kNN attention of Wu et al., "Memorizing transformers", 2022. Learned slots replace its past activations,
+    as in Lample et al., "Large memory layers with product keys", 2019.
 
     >>> attention = KNNAttention(embed_dim=32, slots=4096, num_heads=4)
     >>> attention(torch.randn(2, 10, 32)).shape
@@ -105,15 +110,21 @@ class KNNAttention(nn.Module):
         self.out = nn.Linear(embed_dim, embed_dim)
 
     def forward(self, x: Tensor) -> Tensor:
-        """``(*, embed_dim)`` -> the same shape.
+        """Read from the memory.
+
+        Args:
+            x: ``(*, embed_dim)``, of the parameters' dtype.
+
+        Returns:
+            ``(*, embed_dim)``.
 
         Raises:
             TypeError, ValueError: x has another last size, dtype or device than the parameters.
         """
         heads, slots, head_dim = self.keys.shape
-        x = _input("KNNAttention", "x", x, heads * head_dim, self.keys)
+        x = _checked("KNNAttention", "x", x, heads * head_dim, self.keys)
         flat = x.reshape(math.prod(x.shape[:-1]), x.shape[-1])
-        queries = self.query(flat).to(self.keys.dtype)  # autocast makes it a half
+        queries = self.query(flat).to(self.keys.dtype)  # under autocast the projection is bfloat16 or float16
         queries = queries.unflatten(-1, (heads, head_dim)).transpose(0, 1)
         logits, found = knn(queries, self.keys, self.k, metric="inner_product")  # (heads, queries, k)
         weights = torch.softmax(logits / math.sqrt(head_dim), dim=-1)
@@ -129,15 +140,15 @@ class KNNAttention(nn.Module):
 
 
 def _slots(where: str, slots: int, k: int) -> tuple[int, int]:
-    """Both as ints, checked."""
+    """Return both as ints; raise unless ``1 <= k <= slots``."""
     slots, k = check_size(where, "slots", slots), check_size(where, "k", k)
     if k > slots:
         raise ValueError(f"{where}: k must be at most slots, {slots}, got {k}")
     return slots, k
 
 
-def _input(where: str, name: str, value: Tensor, width: int, like: Tensor) -> Tensor:
-    """The value, checked; under autocast a layer before may have made it a half."""
+def _checked(where: str, name: str, value: Tensor, width: int, like: Tensor) -> Tensor:
+    """Return ``value`` ``(*, width)`` in the dtype of ``like``; only autocast allows another floating dtype."""
     _check.tensor(where, name, value)
     if value.dim() == 0 or value.shape[-1] != width:
         raise ValueError(f"{where}: {name} must have shape (*, {width}), got {tuple(value.shape)}")

@@ -1,4 +1,4 @@
-"""x -> Linear -> num_layers times h + core(norm(h)) -> norm -> Linear: sequence models over a state-space core."""
+"""h = embed(x);  h = h + core(norm(h)) per layer;  y = head(norm(h)): sequence models over a state-space core."""
 
 from collections.abc import Callable
 from os import PathLike
@@ -10,27 +10,27 @@ from torch import Tensor, nn
 from eaml_ext import _check, checkpoint
 from eaml_ext._torch_compat import has_hooks
 from eaml_ext.nn.cores import Core, make_core
-from eaml_ext.nn.padding import check_lengths, check_reset, padding_mask
+from eaml_ext.nn.padding import check_lengths, check_reset, zero_padding
 from eaml_ext.nn.submodule import reference_weight
 from eaml_ext.ops._sizes import check_size
 
 
 class SSM(nn.Module):
-    """Sequence model on a state-space core. The call returns one tensor, always; states are explicit and never hidden.
+    """Sequence model on a state-space core. A call returns one tensor; :meth:`scan` and :meth:`step` have states.
 
-    **Two-dimensional input is a batch** of single steps (in :class:`SSMLayer` it is one sequence in time).
+    **Two-dimensional input is a batch** of single steps; :class:`SSMLayer` reads it as one sequence in time.
 
     Args:
         state_dim: size of an observation.
         hidden_dim: width of the model.
         output_dim: size of an output.
-        device: where the parameters live.
-        state_size: states per channel; of the cores "s5" and "lru" in all.
+        device: device of the parameters.
+        state_size: states per channel; in the cores "s5" and "lru" the states that all channels share.
         num_layers: residual layers.
         core: "s6" (Mamba's scan), "mamba", "s4d", "s5", "lru", "ssd", "retention", "rwkv", or a callable
             ``(hidden_dim, state_size) -> core``, see :mod:`eaml_ext.nn.cores`.
-        dt_min, dt_max: the step sizes of "s6", "mamba", "s4d", "s5" and "ssd" start log-uniform between them; 0.001 and
-            0.1, those of the papers, if absent. Large ones forget, and learn, within few steps.
+        dt_min, dt_max: step sizes of "s6", "mamba", "s4d", "s5" and "ssd" start log-uniform between them; 0.001 and 0.1
+            as in the papers, if absent. With large step sizes the state depends on few recent steps.
 
     Raises:
         TypeError, ValueError: a size is not a positive integer, ``core`` is unknown, or an input has the wrong shape.
@@ -80,9 +80,14 @@ class SSM(nn.Module):
         self.to(device)
 
     def forward(self, x: Tensor, hidden_state: Tensor | None = None) -> Tensor:
-        """``(batch, state_dim)`` or ``(batch, time, state_dim)`` -> the same with ``output_dim`` last.
+        """Run a batch of single steps, or of sequences.
 
-        ``hidden_state`` is the state to start from, ``init_hidden(batch)`` if absent.
+        Args:
+            x: ``(batch, state_dim)`` or ``(batch, time, state_dim)``, floating.
+            hidden_state: ``(batch, num_layers, *core.state_shape)``, floating; the first state, zeros if absent.
+
+        Returns:
+            ``(batch, output_dim)`` or ``(batch, time, output_dim)``.
         """
         self._check_input("SSM", x, (2, 3))
         if x.dim() == 3:
@@ -90,23 +95,24 @@ class SSM(nn.Module):
         return self.step(x, hidden_state)[0]
 
     def init_hidden(self, batch: int) -> Tensor:
-        """The zero state, ``(batch, num_layers, *core.state_shape)``."""
+        """Return the state of zeros, ``(batch, num_layers, *core.state_shape)``."""
         batch = check_size("SSM.init_hidden", "batch", batch, zero=True)
         return reference_weight(self.embed, self.norm).new_zeros(batch, *self._state_shape)
 
     def scan(
         self, x: Tensor, state: Tensor | None = None, reset: Tensor | None = None, lengths: Tensor | None = None
     ) -> tuple[Tensor, Tensor]:
-        """A sequence at once.
+        """Run a sequence from a state.
 
         Args:
-            x: ``(batch, time, state_dim)``.
-            state: the state before the first step, from :meth:`init_hidden`, :meth:`scan` or :meth:`step`.
-            reset: ``(batch, time)`` bool: the state is zeroed before step t.
-            lengths: ``(batch,)`` integers: row b is ``lengths[b]`` steps long, what follows is padding.
+            x: ``(batch, time, state_dim)``, floating.
+            state: ``(batch, num_layers, *core.state_shape)``, floating; the state before the first step, from
+                :meth:`init_hidden`, :meth:`scan` or :meth:`step`; zeros if absent.
+            reset: ``(batch, time)``, bool; the state is zeroed before step t.
+            lengths: ``(batch,)``, int64 or int32; row b has ``lengths[b]`` steps, followed by padding.
 
         Returns:
-            ``(batch, time, output_dim)``, zero on padding, and the state after each row's last step.
+            y ``(batch, time, output_dim)``, zero on padding, and the state after each row's last step.
         """
         self._check_input("SSM.scan", x, (3,))
         self._check_state("SSM.scan", x, state)
@@ -114,43 +120,52 @@ class SSM(nn.Module):
         if lengths is not None:
             check_lengths("SSM.scan", lengths, x)
             options["lengths"] = lengths
-            padding = padding_mask(lengths, x.shape[1])
             if reset is not None:
                 check_reset("SSM.scan", reset, x)
-                reset = reset & ~padding
-            padding = padding.unsqueeze(-1)
-            x = x.masked_fill(padding, 0)  # it may hold anything, NaN too
+            x, reset, padding = zero_padding(x, reset, lengths)
         h, states = self.embed(x), []
         for i, (norm, core) in enumerate(zip(self.norms, self.cores, strict=True)):
-            y, last = _entry(core, "scan")(norm(h), None if state is None else state[:, i], reset, **options)
+            y, last = _method_or_call(core, "scan")(norm(h), None if state is None else state[:, i], reset, **options)
             h = h + y
             states.append(last)
         y = self.head(self.norm(h))
         return y if lengths is None else y.masked_fill(padding, 0), torch.stack(states, dim=1)
 
     def step(self, x: Tensor, state: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """One step: ``x`` ``(batch, state_dim)`` -> ``(batch, output_dim)`` and the next state."""
+        """Run one step.
+
+        Args:
+            x: ``(batch, state_dim)``, floating.
+            state: ``(batch, num_layers, *core.state_shape)``, floating; zeros if absent.
+
+        Returns:
+            y ``(batch, output_dim)``, and the next state.
+        """
         self._check_input("SSM.step", x, (2,))
         self._check_state("SSM.step", x, state)
         state = self.init_hidden(x.shape[0]) if state is None else state
         h, states = self.embed(x), []
         for i, (norm, core) in enumerate(zip(self.norms, self.cores, strict=True)):
-            y, last = _entry(core, "step")(norm(h), state[:, i])
+            y, last = _method_or_call(core, "step")(norm(h), state[:, i])
             h = h + y
             states.append(last)
         return self.head(self.norm(h)), torch.stack(states, dim=1)
 
     def save(self, path: str | PathLike[str]) -> None:
-        """Writes weights and options (no code) to ``path``; models with a custom ``core`` save their ``state_dict``."""
+        """Write weights and options, without code, to the file ``path``.
+
+        Raises:
+            ValueError: ``core`` is a callable, or a layer is quantised; such models save their ``state_dict``.
+        """
         checkpoint.save_module("SSM.save", self, self.options, path, kind="SSM")
 
     @classmethod
     def load(cls, path: str | PathLike[str], device: str | torch.device = "cpu") -> "SSM":
-        """The model that :meth:`save` wrote. Loading never runs code from the file.
+        """Return the model that :meth:`save` wrote. Loading runs no code from the file.
 
         Raises:
             FileNotFoundError: there is no such file.
-            ValueError: the file is damaged, or holds something else.
+            ValueError: the file is damaged, or holds another kind of object.
         """
         return checkpoint.load_module("SSM.load", cls, path, device, kind="SSM")
 
@@ -172,17 +187,17 @@ class SSM(nn.Module):
         _check.shape(where, "state", state, shape, str(shape))
 
 
-def _entry(core: nn.Module, method: str) -> Callable[..., tuple[Tensor, Tensor]]:
-    """The core's method, or the core itself where hooks are attached to it: only a call runs them."""
-    called = has_hooks(core) and getattr(type(core), "forward", None) is Core.forward
-    entry: Callable[..., tuple[Tensor, Tensor]] = core if called else getattr(core, method)
-    return entry
+def _method_or_call(core: nn.Module, name: str) -> Callable[..., tuple[Tensor, Tensor]]:
+    """Return the core's method, or the core itself where hooks are attached to it, because only a call runs them."""
+    has_call = has_hooks(core) and getattr(type(core), "forward", None) is Core.forward
+    method: Callable[..., tuple[Tensor, Tensor]] = core if has_call else getattr(core, name)
+    return method
 
 
 class SSMLayer(nn.Module):
     """Sequence encoder; the mean of its output over time is a task's context embedding.
 
-    **Two-dimensional input is one sequence in time** (in :class:`SSM` it is a batch of single steps).
+    **Two-dimensional input is one sequence in time**; :class:`SSM` reads it as a batch of single steps.
 
     Args:
         input_dim: size of an observation.
@@ -214,7 +229,14 @@ class SSMLayer(nn.Module):
         self.model = SSM(input_dim, hidden_dim, hidden_dim, **options, dt_min=dt_min, dt_max=dt_max)
 
     def forward(self, x: Tensor) -> Tensor:
-        """``(time, input_dim)`` or ``(batch, time, input_dim)`` -> the same with ``hidden_dim`` last."""
+        """Encode one sequence, or a batch of sequences.
+
+        Args:
+            x: ``(time, input_dim)`` or ``(batch, time, input_dim)``, floating.
+
+        Returns:
+            ``(time, hidden_dim)`` or ``(batch, time, hidden_dim)``.
+        """
         _check.tensor("SSMLayer", "x", x)
         if x.dim() not in (2, 3) or x.shape[-1] != self.input_dim:
             wanted = f"(time, {self.input_dim}) or (batch, time, {self.input_dim})"
@@ -224,10 +246,13 @@ class SSMLayer(nn.Module):
 
 
 class Stateful(nn.Module):
-    """Wraps a model with ``scan``, ``step`` and ``init_hidden`` so that it remembers its state from call to call.
+    """Wrap a model with ``scan``, ``step`` and ``init_hidden`` so that it keeps its state from call to call.
 
-    The state is kept detached: a gradient never reaches into an earlier call. It starts at zero, anew whenever the
-    batch size, dtype or device changes or :meth:`reset` is called.
+    The state is detached, so no gradient reaches an earlier call. It is zero before the first call, after
+    :meth:`reset`, and when the batch size, dtype or device of the input changes.
+
+    Args:
+        model: :class:`SSM`, or a module with the same three methods.
 
     >>> model = Stateful(SSM(3, 8, 2))
     >>> a, b = model(torch.ones(1, 3)), model(torch.ones(1, 3))
@@ -242,10 +267,17 @@ class Stateful(nn.Module):
         super().__init__()
         self.model = model
         self.state: Tensor | None = None
-        self._kind: Any = None  # batch size, dtype and device of the input that led to it
+        self._kind: Any = None  # batch size, dtype and device of the last input
 
     def forward(self, x: Tensor) -> Tensor:
-        """One step for 2-D ``x``, a sequence for 3-D ``x``, from where the last call ended."""
+        """Run one step or a sequence from the state of the last call.
+
+        Args:
+            x: ``(batch, state_dim)`` or ``(batch, time, state_dim)``, floating.
+
+        Returns:
+            y of the same shape, with the model's output size last.
+        """
         _check.tensor("Stateful", "x", x)
         state = self.state
         kind = (x.shape[0], x.dtype, x.device)
@@ -257,7 +289,11 @@ class Stateful(nn.Module):
         return y
 
     def reset(self, rows: Tensor | None = None) -> None:
-        """Forgets the state; of the batch rows marked in ``rows`` ``(batch,)`` bool only, if given."""
+        """Zero the state.
+
+        Args:
+            rows: ``(batch,)``, bool; the rows to zero, all of them if absent.
+        """
         if rows is None or self.state is None:
             self.state = None
             return

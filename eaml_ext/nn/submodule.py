@@ -1,4 +1,4 @@
-"""Submodules whose weights are read past their ``forward``: where that equals a call, and which dtype they take."""
+"""Submodules whose weights go to an op without a call: when that equals a call, and which dtype they take."""
 
 from typing import TypeGuard, TypeVar
 
@@ -11,18 +11,18 @@ Module = TypeVar("Module", bound=nn.Module)
 
 
 def is_plain(module: nn.Module, kind: type[Module]) -> TypeGuard[Module]:
-    """Whether a call of ``module`` does no more than ``kind.forward``.
+    """Return whether a call of ``module`` runs ``kind.forward`` alone, so that an op may read its weights instead.
 
-    Adapters, quantised and parametrised layers have another type; pruning, weight norm and offloading attach hooks or
-    replace ``forward``. Such a module must be called.
+    Adapters, quantised and parametrised layers have another type. Pruning, weight norm and offloading attach hooks or
+    replace ``forward``.
     """
     return type(module) is kind and "forward" not in module.__dict__ and not has_hooks(module)
 
 
 def reference_weight(*modules: nn.Module) -> Tensor:
-    """The first floating-point weight of ``modules``, whose dtype and device the input of the first must have.
+    """Return the first floating-point weight of ``modules``; inputs must have its dtype and device.
 
-    The weights of quantised layers are no floating-point tensors, so another module's weight is read instead.
+    A quantised layer has no floating-point weight, so the weight of the next module is used.
     """
     for module in modules:
         weight = getattr(module, "weight", None)
