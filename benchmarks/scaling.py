@@ -109,7 +109,7 @@ def on_a_rank(seconds: float, keys: int) -> dict[str, Any]:
     for size in sizes:
         numbers = torch.zeros(size // 4)
         gathers.append((size, fastest(group, lambda: group.all_gather(numbers), seconds)))  # noqa: B023
-        sums.append((size, fastest(group, lambda: group.sum_([numbers]), seconds)))  # noqa: B023
+        sums.append((size, fastest(group, lambda: group.all_reduce_([numbers]), seconds)))  # noqa: B023
     sharded = ShardedExperienceBuffer(2 * keys, group=group)
     for part in torch.randn(keys, DIM).split(65536):
         sharded.add(state=torch.zeros(len(part), ITEM // 4), context_embedding=part)

@@ -373,7 +373,7 @@ class MetaMAML:
         used = [i for i in range(len(leaves)) if told[:, i].any()]
         for i in used:
             grads[i] = torch.zeros_like(leaves[i]) if grads[i] is None else grads[i].clone()  # type: ignore[union-attr]
-        group.sum_([g for g in grads if g is not None])
+        group.all_reduce_([g for g in grads if g is not None])
         return _gather(group, losses, counts), grads
 
     def _all_alright(self, where: str, group: Group, failed: Exception | None, flags: Sequence[bool] = ()) -> Tensor:
