@@ -1,7 +1,7 @@
-"""Runs pytest and names the packages whose versions differ from the lock: python tests/latest_check.py [ARGUMENT ...]
+"""Run pytest and list the packages whose versions differ from the lock: python tests/latest_check.py [ARGUMENT ...]
 
-``make test-latest`` runs it in an environment with the newest releases that pyproject.toml allows. A package is marked
-with the failing tests that import it or have it in their traceback.
+``make test-latest`` runs it in an environment with the newest releases that pyproject.toml allows. Each package is
+listed with the failing tests that import it or have it in their traceback.
 """
 
 import re
@@ -18,7 +18,7 @@ ROOT = Path(__file__).parents[1]
 
 
 def locked(text: str, environment: Mapping[str, str] | None = None) -> Iterator[tuple[str, str]]:
-    """Names and versions of a lock in an environment of markers; the running Python's if it is None."""
+    """Yield names and versions of a lock for an environment of markers; None: the running Python."""
     for line in text.splitlines():
         requirement = None if line.startswith("#") else Requirement(line)
         if requirement and (requirement.marker is None or requirement.marker.evaluate(dict(environment or {}))):
@@ -27,13 +27,13 @@ def locked(text: str, environment: Mapping[str, str] | None = None) -> Iterator[
 
 
 def moved(lock: Mapping[str, str], installed: Mapping[str, str]) -> dict[str, str]:
-    """``locked → installed`` of every installed package whose version the lock does not have."""
+    """Return ``locked → installed`` of every installed package whose version differs from the lock."""
     versions = {name: (lock.get(name, "new"), version) for name, version in sorted(installed.items())}
     return {name: f"{old} → {new}" for name, (old, new) in versions.items() if old != new}
 
 
 def named_in(text: str, modules: Mapping[str, Sequence[str]]) -> list[str]:
-    """The packages that a source imports or a traceback passes through; ``modules`` has import names by package."""
+    """Return the packages that a source imports or a traceback contains; ``modules`` has import names by package."""
     found = re.findall(r"^\s*(?:import|from) (\w+)|importorskip\(.(\w+)|site-packages[/\\](\w+)", text, re.MULTILINE)
     words = {word for words in found for word in words}
     return [package for package, names in modules.items() if words.intersection(names)]
@@ -42,7 +42,7 @@ def named_in(text: str, modules: Mapping[str, Sequence[str]]) -> list[str]:
 def suspects(
     failures: Mapping[str, str], modules: Mapping[str, Sequence[str]], root: Path = ROOT
 ) -> dict[str, list[str]]:
-    """Failing tests by package; ``failures`` has the traceback of each test id."""
+    """Return failing tests by package; ``failures`` has the traceback of each test id."""
     tests: dict[str, list[str]] = {}
     for test, traceback in failures.items():
         path = root / test.split("::")[0]
@@ -53,7 +53,7 @@ def suspects(
 
 
 class Failures:
-    """A pytest plugin: the tracebacks of failing tests and of files that cannot be imported, by id."""
+    """A pytest plugin that collects the tracebacks of failing tests and of files that cannot be imported, by id."""
 
     def __init__(self) -> None:
         self.tracebacks: dict[str, str] = {}
@@ -66,6 +66,7 @@ class Failures:
 
 
 def main(arguments: Sequence[str]) -> int:
+    """Print the differences, run pytest, print the suspects, and return pytest's status."""
     installed = {str(canonicalize_name(d.name)): d.version for d in metadata.distributions()}
     lock = dict(locked((ROOT / "requirements" / "test.txt").read_text()))
     changes = moved(lock, {name: v for name, v in installed.items() if name not in ("pip", "torch", "eaml-ext")})

@@ -1,8 +1,8 @@
-"""Looks into the packages that `make release-check` has built: python tests/release_check.py dist.
+"""Check the packages that `make release-check` has built: python tests/release_check.py dist.
 
-What an sdist needs to be compiled and tested is in it, what a wheel needs to run is in it and no more, both are of the
-version that the package says, and nothing of theirs names a path of the machine they were built on. With
-``--requirements EXTRA`` it prints what an extra of pyproject.toml asks for instead.
+The sdist must contain all files that it is compiled and tested from, and the wheel the files that it runs from and no
+others. Both must have the version of eaml_ext, and no file may contain a path of this machine. With
+``--requirements EXTRA`` the requirements of an extra of pyproject.toml are printed instead.
 """
 
 import argparse
@@ -25,20 +25,20 @@ UNWANTED = re.compile(r"\.(so|pyc|o|part)$|__pycache__|\.git/|\.venv|(^|/)(build
 
 
 def version(root: Path = ROOT) -> str:
-    """The version that ``eaml_ext/__init__.py`` says."""
+    """Return the version in ``eaml_ext/__init__.py``."""
     found = re.search(r'^__version__ = "(.+)"$', (root / "eaml_ext/__init__.py").read_text(), flags=re.MULTILINE)
     assert found is not None
     return found[1]
 
 
 def sdist_faults(names: list[str], sources: list[str]) -> list[str]:
-    """What is wrong with an sdist of these files, below its one folder, where ``sources`` are compiled."""
+    """Return the faults of an sdist with the files ``names``, of which ``sources`` are compiled."""
     faults = [f"it lacks {name}" for name in [*WANTED, *sources] if name not in names]
     return [*faults, *(f"it has {name}" for name in names if UNWANTED.search(name))]
 
 
 def wheel_faults(names: list[str], kernels: bool) -> list[str]:
-    """What is wrong with a wheel of these files."""
+    """Return the faults of a wheel with the files ``names``."""
     faults = [f"it lacks {name}" for name in ("eaml_ext/__init__.py", "eaml_ext/py.typed") if name not in names]
     if kernels != any(re.match(r"eaml_ext/_C\..*(so|pyd)$", name) for name in names):
         faults.append("it lacks the kernels" if kernels else "it has kernels")
@@ -46,13 +46,13 @@ def wheel_faults(names: list[str], kernels: bool) -> list[str]:
     return [*faults, *(f"it has {top}" for top in sorted(tops) if not re.match(r"eaml_ext(-.*)?$", top))]
 
 
-def paths_named(texts: dict[str, bytes], here: str) -> list[str]:
-    """The files in which a path of this machine stands."""
-    return [f"{name} names {here}" for name, text in texts.items() if here.encode() in text]
+def files_with_path(texts: dict[str, bytes], path: str) -> list[str]:
+    """Return a fault for each file that contains the path."""
+    return [f"{name} contains {path}" for name, text in texts.items() if path.encode() in text]
 
 
 def check(folder: Path) -> list[str]:
-    """All faults of the sdist and the wheel in a folder."""
+    """Return all faults of the sdist and the wheel in a folder."""
     (sdist,), (wheel,) = folder.glob("*.tar.gz"), folder.glob("*.whl")
     faults = []
     for path in (sdist, wheel):
@@ -63,17 +63,18 @@ def check(folder: Path) -> list[str]:
         texts = {name: archive.extractfile(member).read() for name, member in files.items()}  # type: ignore[union-attr]
     sources = [str(path.relative_to(ROOT)) for path in (ROOT / "csrc").rglob("*.*")]
     faults += [f"{sdist.name}: {fault}" for fault in sdist_faults(list(files), sources)]
-    faults += [f"{sdist.name}: {fault}" for fault in paths_named(texts, str(ROOT))]
+    faults += [f"{sdist.name}: {fault}" for fault in files_with_path(texts, str(ROOT))]
     with zipfile.ZipFile(wheel) as archive:
         names = archive.namelist()
         texts = {name: archive.read(name) for name in names}
     faults += [f"{wheel.name}: {fault}" for fault in wheel_faults(names, "none-any" not in wheel.name)]
     if sys.platform == "linux" and "none-any" in wheel.name:
-        faults.append(f"{wheel.name} was built without kernels: no torch or no compiler was there")
-    return [*faults, *(f"{wheel.name}: {fault}" for fault in paths_named(texts, str(ROOT)))]
+        faults.append(f"{wheel.name} was built without kernels: no torch or no compiler was found")
+    return [*faults, *(f"{wheel.name}: {fault}" for fault in files_with_path(texts, str(ROOT)))]
 
 
 def pyproject() -> dict[str, Any]:
+    """Return the content of pyproject.toml."""
     if sys.version_info >= (3, 11):
         import tomllib
     else:

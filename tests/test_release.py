@@ -1,4 +1,4 @@
-"""What a release is made of: how setup.py chooses flags, one version, the workflows, what the packages must hold."""
+"""Releases: the flags that setup.py chooses, the version, the contents of the packages, workflows and the site."""
 
 import os
 import re
@@ -21,74 +21,76 @@ README = (ROOT / "README.md").read_text(encoding="utf-8")
 # ---- flags -------------------------------------------------------------------------------------------------------
 
 
-def test_a_flag_that_the_compiler_does_not_know_is_left_out():
+def test_supported_flags_unknown_to_the_compiler_are_left_out():
     known = {"-O3", "-std=c++20", "-fvisibility=hidden", "-mprefer-vector-width=512"}
-    asked = []
+    tried = []
 
-    def accepted(command, flag):
-        asked.append((tuple(command), flag))
+    def supports(command, flag):
+        tried.append((tuple(command), flag))
         return flag in known
 
-    assert SETUP["flags"](["cc"], "x86_64", accepted) == [
+    assert SETUP["supported_flags"](["cc"], "x86_64", supports) == [
         "-O3",
         "-std=c++20",
         "-fvisibility=hidden",
         "-mprefer-vector-width=512",
     ]
-    assert {command for command, _ in asked} == {("cc",)} and {flag for _, flag in asked} > known
-    assert SETUP["flags"](["cc"], "arm64", accepted) == ["-O3", "-std=c++20", "-fvisibility=hidden"]
+    assert {command for command, _ in tried} == {("cc",)} and {flag for _, flag in tried} > known
+    assert SETUP["supported_flags"](["cc"], "arm64", supports) == ["-O3", "-std=c++20", "-fvisibility=hidden"]
 
 
-def test_without_cpp20_there_are_no_kernels():
-    assert SETUP["flags"](["old-cc"], "x86_64", lambda command, flag: flag != "-std=c++20") is None
+def test_supported_flags_without_cpp20_are_none():
+    assert SETUP["supported_flags"](["old-cc"], "x86_64", lambda command, flag: flag != "-std=c++20") is None
 
 
-def test_the_compiler_itself_is_asked():
-    command = SETUP["compiler"]()
+def test_supports_unknown_flags_are_refused_by_the_real_compiler():
+    command = SETUP["cxx_command"]()
     if command is None:
         pytest.skip("no C++ compiler")
-    assert SETUP["accepts"](command, "-O2")
-    assert not SETUP["accepts"](command, "-fno-such-flag-anywhere")
-    assert not SETUP["accepts"](command, "-mno-such-machine")
+    assert SETUP["supports"](command, "-O2")
+    assert not SETUP["supports"](command, "-fno-such-flag-anywhere")
+    assert not SETUP["supports"](command, "-mno-such-machine")
 
 
-def test_the_users_compiler_is_taken_first_and_none_is_none(monkeypatch):
-    for CXX, there, wanted in (
+def test_cxx_command_cxx_comes_before_the_defaults(monkeypatch):
+    for cxx, installed, wanted in (
         ("ccache g++-99", {"ccache", "g++"}, ["ccache", "g++-99"]),
         ("no-such", {"clang++"}, ["clang++"]),
         ("", {"g++", "clang++"}, ["g++"]),
         ("no-such", set(), None),
     ):
-        monkeypatch.setenv("CXX", CXX)
-        monkeypatch.setattr(shutil, "which", lambda name, there=there: name if name in there else None)
-        assert SETUP["compiler"]() == wanted
+        monkeypatch.setenv("CXX", cxx)
+        monkeypatch.setattr(shutil, "which", lambda name, installed=installed: name if name in installed else None)
+        assert SETUP["cxx_command"]() == wanted
 
 
-def test_where_kernels_cannot_be_built_the_package_is_python_only_and_says_why(monkeypatch, capsys):
+def test_extension_that_cannot_be_compiled_is_empty_and_logs_the_reason(monkeypatch, capsys):
     extension = SETUP["extension"]
-    here = extension.__globals__
+    namespace = extension.__globals__
     cases = {
         "MSVC does not have": lambda at: at.setattr(sys, "platform", "win32"),
         "torch.utils.cpp_extension": lambda at: at.setitem(sys.modules, "torch.utils.cpp_extension", None),
-        "no C++ compiler": lambda at: at.setitem(here, "compiler", lambda: None),
-        "does not know C++20": lambda at: at.setitem(here, "flags", lambda *_: None),
+        "no C++ compiler": lambda at: at.setitem(namespace, "cxx_command", lambda: None),
+        "does not support C++20": lambda at: at.setitem(namespace, "supported_flags", lambda *_: None),
     }
-    for why, change in cases.items():
+    for reason, change in cases.items():
         with monkeypatch.context() as at:
-            at.setitem(here, "compiler", lambda: ["c++"])
+            at.setitem(namespace, "cxx_command", lambda: ["c++"])
             change(at)
             assert extension() == {}
-        said = capsys.readouterr().err
-        assert said.startswith("eaml_ext: building without kernels (") and why in said and said.count("\n") == 1
+        logged = capsys.readouterr().err
+        assert logged.startswith("eaml_ext: building without kernels (")
+        assert reason in logged and logged.count("\n") == 1
 
 
-def test_a_build_that_fails_is_an_error_on_linux_and_python_only_elsewhere(monkeypatch, capsys):
+def test_build_that_fails_raises_on_linux_and_leaves_python_only_elsewhere(monkeypatch, capsys):
     from torch.utils.cpp_extension import BuildExtension
 
     monkeypatch.chdir(ROOT)
-    monkeypatch.setitem(SETUP["extension"].__globals__, "compiler", lambda: ["c++"])
-    monkeypatch.setitem(SETUP["extension"].__globals__, "flags", lambda *_: ["-std=c++20"])
-    monkeypatch.setitem(SETUP["extension"].__globals__, "add_cuda", lambda module: None)
+    namespace = SETUP["extension"].__globals__
+    monkeypatch.setitem(namespace, "cxx_command", lambda: ["c++"])
+    monkeypatch.setitem(namespace, "supported_flags", lambda *_: ["-std=c++20"])
+    monkeypatch.setitem(namespace, "add_cuda", lambda module: None)
     options = SETUP["extension"]()
     (module,) = options["ext_modules"]
     assert module.name == "eaml_ext._C" and "csrc/module.cpp" in module.sources
@@ -110,17 +112,17 @@ def test_a_build_that_fails_is_an_error_on_linux_and_python_only_elsewhere(monke
 # ---- one version ---------------------------------------------------------------------------------------------------
 
 
-def test_the_version_stands_in_one_place():
+def test_version_is_written_in_one_file():
     assert RELEASE["version"]() == eaml_ext.__version__
     project = (ROOT / "pyproject.toml").read_text()
     assert 'dynamic = ["version"]' in project and not re.search(r'^version = "', project, flags=re.MULTILINE)
     assert f"## {eaml_ext.__version__}" in (ROOT / "CHANGELOG.md").read_text()
 
 
-# ---- what the packages hold ----------------------------------------------------------------------------------------
+# ---- contents of the packages --------------------------------------------------------------------------------------
 
 
-def test_faults_of_an_sdist_are_named():
+def test_sdist_faults_lists_missing_and_unwanted_files():
     faults, wanted = RELEASE["sdist_faults"], RELEASE["WANTED"]
     assert all((ROOT / name).exists() for name in wanted)
     assert faults([*wanted, "csrc/a.cpp"], ["csrc/a.cpp"]) == []
@@ -129,7 +131,7 @@ def test_faults_of_an_sdist_are_named():
     assert "it lacks csrc/common/simd.h" in faults([name for name in wanted if "simd" not in name], [])
 
 
-def test_faults_of_a_wheel_are_named():
+def test_wheel_faults_lists_missing_kernels_and_foreign_files():
     faults = RELEASE["wheel_faults"]
     plain = ["eaml_ext/__init__.py", "eaml_ext/py.typed", "eaml_ext-0.1.0.dist-info/METADATA"]
     assert faults(plain, kernels=False) == []
@@ -138,17 +140,17 @@ def test_faults_of_a_wheel_are_named():
     assert faults([*plain[:1], "tests/conftest.py"], kernels=False) == ["it lacks eaml_ext/py.typed", "it has tests"]
 
 
-def test_a_path_of_this_machine_is_found():
-    assert RELEASE["paths_named"]({"a": b"/x/y/z", "b": b"/x"}, "/x/y") == ["a names /x/y"]
+def test_files_with_path_of_this_machine_are_found():
+    assert RELEASE["files_with_path"]({"a": b"/x/y/z", "b": b"/x"}, "/x/y") == ["a contains /x/y"]
 
 
-def test_requirements_of_an_extra_are_printed():
+def test_release_check_requirements_of_an_extra_are_printed():
     command = [sys.executable, str(ROOT / "tests" / "release_check.py"), "--requirements", "docs"]
     out = subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()
     assert any(line.startswith("mkdocs-material") for line in out) and len(out) == 3
 
 
-def test_everything_a_manifest_names_is_there():
+def test_manifest_names_only_existing_files():
     for line in (ROOT / "MANIFEST.in").read_text().splitlines():
         kind, *names = line.split()
         assert kind == "global-exclude" or all((ROOT / name).exists() for name in names), line
@@ -158,7 +160,7 @@ def test_everything_a_manifest_names_is_there():
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / ".github" / "workflows").glob("*.yml")), ids=lambda p: p.name)
-def test_workflows_are_valid_and_their_commands_are_there(path):
+def test_workflow_is_valid_and_its_commands_exist(path):
     yaml = pytest.importorskip("yaml", reason="PyYAML is not installed")
     workflow = yaml.safe_load(path.read_text())
     assert set(workflow) == {"name", True, "permissions", "jobs"} | ({"concurrency"} & set(workflow))  # `on` is True
@@ -172,13 +174,13 @@ def test_workflows_are_valid_and_their_commands_are_there(path):
                 assert target in targets, target
             for script in re.findall(r"(?<!\S)(?:\.ci/run|tests/[\w/.]+)", step.get("run", "")):
                 assert (ROOT / script).exists(), script
-    # every workflow that installs torch installs the release that the Makefile names
+    # every workflow that installs torch installs the Makefile's release
     releases = set(re.findall(r"install (torch\S*)", path.read_text()))
     assert releases <= set(re.findall(r"^TORCH_RELEASE := (\S+)$", (ROOT / "Makefile").read_text(), re.MULTILINE))
     assert releases or "make test-latest" in path.read_text()
 
 
-def test_continuous_integration_here_and_there_run_the_same():
+def test_continuous_integration_of_github_runs_the_local_script():
     assert ".ci/run" in (ROOT / ".github" / "workflows" / "ci.yml").read_text()
     assert os.access(ROOT / ".ci" / "run", os.X_OK) or sys.platform == "win32"
 
@@ -192,7 +194,7 @@ def pages():
     return runpy.run_path(str(ROOT / "docs" / "site" / "pages.py"))
 
 
-def test_every_public_name_has_an_entry(pages):
+def test_api_pages_have_an_entry_for_every_public_name(pages):
     text = "\n".join(pages["api_pages"]().values())
     entries = set(re.findall(r"^::: (?:\w+\.)*(\w+)$", text, flags=re.MULTILINE))
     subpackages = [getattr(eaml_ext, name) for name in pages["SUBPACKAGES"]]
@@ -201,7 +203,7 @@ def test_every_public_name_has_an_entry(pages):
     assert public <= entries, public - entries
 
 
-def test_links_of_the_repository_become_links_of_the_site(pages):
+def test_turned_repository_links_become_site_links(pages):
     turned = pages["turned"]
     assert turned("[a](docs/ops.md) [b](CONTRIBUTING.md#x)", "index.md") == "[a](ops.md) [b](contributing.md#x)"
     assert turned("![p](benchmarks/results/a-1.png)", "index.md") == "![p](figures/a-1.png)"
@@ -211,7 +213,7 @@ def test_links_of_the_repository_become_links_of_the_site(pages):
     assert turned("[o](../api/meta.md)", "tutorials/x.md") == "[o](../api/meta.md)"
 
 
-def test_docstrings_become_markdown(pages):
+def test_as_markdown_docstring_becomes_markdown(pages):
     turned = runpy.run_path(str(ROOT / "docs" / "site" / "docstrings.py"))["as_markdown"]
     assert turned("A :class:`~eaml_ext.nn.SSM` and :func:`eaml_ext.ops.knn`.") == "A `SSM` and `eaml_ext.ops.knn`."
     example = ">>> f(\n...     1)\n2\n>>> g()"
@@ -220,14 +222,14 @@ def test_docstrings_become_markdown(pages):
     assert turned("    x = a >>> b") == "    x = a >>> b"
 
 
-def test_links_and_pictures_of_readme_and_docs_are_there():
+def test_docs_links_and_pictures_exist():
     for page in [ROOT / "README.md", *(ROOT / "docs").rglob("*.md")]:
         for target in re.findall(r"\]\(([^)#\s]+)(?:#[\w-]*)?\)", page.read_text(encoding="utf-8")):
             if not target.startswith(("http", "mailto")) and "api/" not in target:  # generated with the site
                 assert (page.parent / target).exists(), f"{page.name}: {target}"
 
 
-def test_readme_sells_in_its_first_screen():
+def test_readme_first_screen_has_formula_pictures_and_commands():
     screen = README[: README.index("## Install")]
     assert "h_t = exp(dt_t A)" in screen and screen.count("![") == 2
     assert re.findall(r"^make (\w+)", screen, flags=re.MULTILINE) == ["demo", "test"]
