@@ -6,12 +6,10 @@ import ctypes
 import functools
 import gc
 import json
-import math
 import multiprocessing
 import os
 import platform
 import re
-import statistics
 import subprocess
 import time
 from collections.abc import Callable, Sequence
@@ -20,9 +18,9 @@ from typing import Any
 from unittest import mock
 
 import torch
-from torch import Tensor
 
 import eaml_ext
+from eaml_ext._files import atomic_write
 
 RESULTS = Path(__file__).parent / "results"
 
@@ -205,23 +203,6 @@ def copy_rate(size: int) -> float:
     return 2 * size / fastest(lambda: target.copy_(source))
 
 
-# --- statistics ------------------------------------------------------------------------------------------------------
-
-
-def interval(values: Tensor) -> dict[str, float]:
-    """The mean of independent values, 30 or more, and half the width of its 95 % interval; NaN is left out."""
-    values = values[~values.isnan()].double()
-    return {"mean": float(values.mean()), "half": float(1.96 * values.std() / len(values) ** 0.5), "n": len(values)}
-
-
-def student(values: Sequence[float]) -> dict[str, float]:
-    """The mean of 2 to 10 independent values, and half the width of its 95 % interval (Student's t)."""
-    quantiles = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)  # of 1 to 9 degrees of freedom
-    n = len(values)
-    half = quantiles[n - 2] * statistics.stdev(values) / n**0.5 if n > 1 else math.inf
-    return {"mean": statistics.mean(values), "half": half, "n": n}
-
-
 # --- results ---------------------------------------------------------------------------------------------------------
 
 
@@ -239,7 +220,64 @@ def brief_path(name: str) -> Path:
 
 
 def write(name: str, results: Any, *, timed: bool = True) -> Path:
-    """The results and the machine, as JSON in :func:`result_path`, without the CPU in its name if they are no times."""
+    """Save the results and the machine in :func:`result_path`; results without times need no CPU in their name."""
     path = result_path(name) if timed else RESULTS / f"{name}.json"
-    path.write_text(json.dumps({"machine": machine(), "results": results}, indent=1) + "\n")
+    save(path, {"machine": machine(), "results": results})
     return path
+
+
+def line_plot(path: Path, curves: dict[str, tuple[Sequence[float], Sequence[float], str]], **axes: Any) -> None:
+    """Plot one curve per label, each as ``(x, y, style)``, on a logarithmic y axis; ``axes`` goes to ``Axes.set``."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(7, 4), layout="constrained")
+    FigureCanvasAgg(figure)
+    plot = figure.subplots()
+    for label, (x, y, style) in curves.items():
+        plot.plot(x, y, style, label=label)
+    plot.set(yscale="log", **axes)
+    plot.grid(alpha=0.3, which="both")
+    plot.legend(fontsize=7, ncols=2)
+    figure.savefig(path, dpi=150)
+
+
+def save(path: Path, contents: dict[str, Any]) -> None:
+    """Write a result file: numbers of six digits, one line per entry, records of equal keys as a table.
+
+    :func:`load` restores the nest, with rounded numbers.
+    """
+    path.parent.mkdir(exist_ok=True)
+    lines = (f" {json.dumps(key)}:{dumps(value)}" for key, value in contents.items())
+    with atomic_write(path) as temporary:
+        Path(temporary).write_text("{\n" + ",\n".join(lines) + "\n}\n")
+
+
+def load(path: Path) -> dict[str, Any]:
+    """Read a file that :func:`save` wrote."""
+    return unpack(json.loads(path.read_text()))
+
+
+def dumps(value: Any) -> str:
+    """Compact JSON of a nest; a list of three or more records of equal keys becomes ``{"columns": ..., "rows": ...}``.
+
+    >>> dumps([{"a": 1.2345601, "b": i} for i in range(3)])
+    '{"columns":["a","b"],"rows":[\\n  [1.23456,0],\\n  [1.23456,1],\\n  [1.23456,2]]}'
+    """
+    if isinstance(value, dict):
+        return "{" + ",".join(f"{json.dumps(str(key))}:{dumps(item)}" for key, item in value.items()) + "}"
+    if isinstance(value, (list, tuple)):
+        if len(value) > 2 and all(isinstance(item, dict) and item.keys() == value[0].keys() for item in value):
+            rows = ",".join("\n  " + dumps(list(item.values())) for item in value)
+            return f'{{"columns":{json.dumps(list(value[0]), separators=(",", ":"))},"rows":[{rows}]}}'
+        return "[" + ",".join(dumps(item) for item in value) + "]"
+    return json.dumps(float(f"{value:.6g}") if isinstance(value, float) else value)
+
+
+def unpack(value: Any) -> Any:
+    """Restore the records of :func:`dumps`."""
+    if isinstance(value, dict):
+        if value.keys() == {"columns", "rows"}:
+            return [dict(zip(value["columns"], map(unpack, row), strict=True)) for row in value["rows"]]
+        return {key: unpack(item) for key, item in value.items()}
+    return [unpack(item) for item in value] if isinstance(value, list) else value

@@ -108,7 +108,7 @@ def searches(sizes: list[int], seconds: float) -> list[dict[str, Any]]:
     for n in sizes:
         with tempfile.TemporaryDirectory() as folder:
             buffer, disk = filled(n), filled(n, folder)
-            fields = dict(buffer._store)
+            fields = dict(buffer.storage.columns)
             keys, norms = fields["context_embedding"], fields["context_embedding"].square().sum(1)
             cells = retrieval.ivf(K)
             queries = keys[torch.randint(n, (64,))] + 0.1 * torch.randn(64, DIM)
@@ -143,7 +143,7 @@ def strategies(tasks: int, seconds: float) -> dict[str, Any]:
     buffer = filled(40 * tasks)
     maml = MetaMAML(nn.Sequential(nn.Linear(8, 32), nn.Tanh(), nn.Linear(32, 8)), inner_lr=0.05, outer_lr=1e-3)
     ids = torch.arange(40 * tasks) // 40
-    buffer._store["task"].copy_(ids)
+    buffer.storage.columns["task"].copy_(ids)
     models = AdaptedTaskModels(maml, buffer, F.mse_loss, 5)
     query = buffer.get_batch(1).context_embedding[0]
     batch = {"states": torch.randn(10, 8), "targets": torch.randn(10, 8), "context_embedding": query}

@@ -22,7 +22,6 @@ reduce the loss most. The tasks are leaky integrators of white noise, each with 
 
 import copy
 import inspect
-import json
 import statistics
 import warnings
 from collections.abc import Callable
@@ -33,7 +32,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from benchmarks.common import RESULTS, flags, machine
+from benchmarks.common import RESULTS, flags, machine, save
 from eaml_ext import SSM, MetaMAML
 from eaml_ext.ops import selective_scan, selective_scan_reference
 from eaml_ext.ops.selective_scan import ARGUMENTS
@@ -204,6 +203,17 @@ def spread(rows: list[dict[str, Any]], way: str, steps: int, measure: str = "err
     return statistics.median(values), min(values), max(values)
 
 
+def summary(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """For each number of steps: losses, and each way's median, least and largest error and cosine over seeds."""
+    table = []
+    for steps in sorted({row["steps"] for row in rows}):
+        of = [row for row in rows if row["steps"] == steps]
+        losses = {name: statistics.median(row[name] for row in of) for name in ("loss before", "loss after")}
+        ways = {f"{way}, {m}": spread(rows, way, steps, m) for way in of[0]["ways"] for m in ("error", "cosine")}
+        table.append({"steps": steps, "seeds": len(of), **losses, **ways})
+    return table
+
+
 def show(setting: str, rows: list[dict[str, Any]]) -> None:
     """The console table of one setting."""
     print(f"\n{setting}: relative error of the meta-gradient, median over seeds (cosine to the truth)")
@@ -296,10 +306,9 @@ def main() -> None:
         show(setting, rows)
     if arguments.quick:
         return
-    RESULTS.mkdir(exist_ok=True)
     path = RESULTS / "gradient_figure.json"
     options = {"inner_lr": INNER_LR, "tasks": TASKS, "sequences": SEQUENCES, "length": LENGTH, "meta-updates": updates}
-    path.write_text(json.dumps({"machine": machine(), "options": options, "settings": settings}, indent=1) + "\n")
+    save(path, {"machine": machine(), "options": options, "settings": {k: summary(v) for k, v in settings.items()}})
     plot(path.with_suffix(".png"), settings)
     print(f"\n{path}\n{path.with_suffix('.png')}")
 

@@ -29,9 +29,9 @@ SHAPES = [(8, 50), (8, 200), (32, 50)]  # (tasks, steps)
 
 def gradient(maml: MetaMAML, tasks: Any) -> list[Tensor]:
     """The meta-gradient of a batch of tasks, as a meta-update takes it."""
-    leaves = list(maml.parameters().values())
-    grads = maml._meta_gradient(tasks, [F.mse_loss] * len(tasks), leaves, 0.0)[1]
-    return [torch.zeros_like(p) if g is None else g for p, g in zip(leaves, grads, strict=True)]
+    computation = maml._meta_gradient()
+    grads = computation.run(tasks, [F.mse_loss] * len(tasks))[1]
+    return [torch.zeros_like(p) if g is None else g for p, g in zip(computation.leaves, grads, strict=True)]
 
 
 # --- the MLP of the sinusoids ----------------------------------------------------------------------------------------

@@ -5,14 +5,13 @@ but means and ratios of what the files hold. --check writes nothing and fails wh
 """
 
 import argparse
-import json
 import math
 import statistics
 import textwrap
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
-from benchmarks.common import RESULTS
+from benchmarks.common import RESULTS, load
 
 PAGE = RESULTS.parents[1] / "docs" / "results.md"
 HEAD = """# What the experiments show
@@ -26,10 +25,10 @@ small budget and one seed, in minutes; `make experiments-full` makes the files.
 Section = tuple[str, Sequence[str], list[Sequence[str]], str]  # prose, head and rows of a table, caption of a plot
 
 
-def load(name: str) -> Any:
-    """What a file of the name holds, with the CPU in it or not; None where there is none."""
+def result(name: str) -> Any:
+    """The contents of the result file of a name, with or without the CPU in it; None without a file."""
     for path in sorted(RESULTS.glob(f"{name}*.json")):
-        found = json.loads(path.read_text())
+        found = load(path)
         if path.stem in (name, f"{name}-{found['machine']['cpu']}"):
             return found
     return None
@@ -78,7 +77,7 @@ def noisy_sinusoid(found: Any) -> Section:
     variants = list(next(iter(settings.values()))["variants"])
     rows: list[Sequence[str]] = []
     for name, one in settings.items():
-        cells = [pm(one["variants"][variant]["mean"], one["variants"][variant]["interval"]) for variant in variants]
+        cells = [pm(one["variants"][variant]["mean"], one["variants"][variant]["half"]) for variant in variants]
         rows.append([name, str(len(one["runs"])), *cells])
     text = """A meta-trained MLP meets K noisy points of a new task and a memory of past tasks; every variant starts
         from the same parameters, with its own number of steps and weight chosen on other tasks. Retrieved:
@@ -213,7 +212,7 @@ def page() -> str:
     parts = [HEAD]
     for title, (module, name, section) in SECTIONS.items():
         parts.append(f"## {title}\n\n`python -m {module}`\n")
-        found = load(name)
+        found = result(name)
         if found is None:
             parts.append("Not run yet.\n")
             continue

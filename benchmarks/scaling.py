@@ -23,7 +23,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 
-from benchmarks.common import flags, result_path, write
+from benchmarks.common import flags, load, result_path, write
 from eaml_ext import SSM, ExperienceBuffer, MetaMAML
 from eaml_ext.distributed import Group
 from eaml_ext.experience import ShardedExperienceBuffer
@@ -49,7 +49,7 @@ def scan(n: int, calls: int) -> dict[str, Any]:
         "64 queries": median(lambda: buffer.retrieve(queries, K), calls),
     }
     adding = median(lambda: [buffer.add(**adds) for _ in range(20)], calls) / 20
-    stored = sum(s.element_size() * s.numel() for s in buffer._store.values())
+    stored = sum(s.element_size() * s.numel() for s in buffer.storage.columns.values())
     index = buffer._index
     assert index is not None
     packed = index._packed
@@ -233,7 +233,7 @@ def rank_main(rank: str, folder: str, seconds: str, keys: str) -> None:
 def written_tables() -> str:
     """What docs/scaling.md shows: the tables of the results in the repository."""
     paths = sorted(result_path("scaling").parent.glob("scaling-*.json"))
-    return tables(json.loads(paths[0].read_text())["results"])
+    return tables(load(paths[0])["results"])
 
 
 def update_page(path: str) -> None:

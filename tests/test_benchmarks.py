@@ -1,6 +1,5 @@
 """The benchmarks' plots: of the results that are committed, and of what a quick run has measured."""
 
-import json
 import sys
 from pathlib import Path
 
@@ -8,7 +7,7 @@ import pytest
 
 sys.path.append(str(Path(__file__).parents[1]))  # last, so as not to hide an installed eaml_ext
 
-from benchmarks import common
+from benchmarks import common, results_page
 from benchmarks.ops import knn, scan_plot
 
 QUICK = (8, 128, 64, 16)
@@ -16,7 +15,7 @@ QUICK = (8, 128, 64, 16)
 
 def results(stem: str) -> dict:
     path = next(common.RESULTS.glob(f"{stem}-1-thread-*.json"))
-    found = json.loads(path.read_text())["results"]
+    found = common.load(path)["results"]
     for row in found["rows"]:
         row["shape"] = tuple(row["shape"])
     return found
@@ -44,6 +43,18 @@ def test_knn_is_plotted_without_the_peers_that_are_absent(tmp_path):
 def test_labels_are_spread_in_their_order():
     places = scan_plot.spread([1.0, 1.01, 100.0], gap=2.0)
     assert places[1] / places[0] == pytest.approx(2, rel=1e-6) and places[2] == pytest.approx(100)
+
+
+def test_save_load_restores_a_nest_with_rounded_numbers(tmp_path):
+    contents = {"rows": [{"a": 1 / 3, "b": [i, None]} for i in range(4)], "deep": {"x": {"y": True}}, "few": [{"a": 1}]}
+    common.save(tmp_path / "file.json", contents)
+    wanted = {**contents, "rows": [{"a": 0.333333, "b": [i, None]} for i in range(4)]}
+    assert common.load(tmp_path / "file.json") == wanted
+
+
+def test_committed_results_are_compact_and_make_the_page():
+    assert sum(path.stat().st_size for path in common.RESULTS.glob("*.json")) < 150_000
+    assert results_page.PAGE.read_text(encoding="utf-8") == results_page.page()
 
 
 def test_quick_plots_stay_out_of_the_results():

@@ -17,8 +17,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from benchmarks.common import RESULTS, flags, interval, write
+from benchmarks.common import RESULTS, flags, line_plot, write
 from eaml_ext import SSM
+from eaml_ext._statistics import confidence_interval
 from eaml_ext.tasks import LDSTasks
 from eaml_ext.tasks.baselines import fit_linear
 
@@ -96,19 +97,10 @@ def references(x: Tensor, tasks: list[Any], modes: Tensor) -> dict[str, Tensor]:
 
 
 def plot(curves: dict[str, list[float]]) -> None:
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    figure, axes = pyplot.subplots(figsize=(7, 4))
-    for name, curve in curves.items():
-        if name != "persistence":
-            axes.plot(range(FRAMES, FRAMES + LENGTH), curve, "-" if name in MODELS else ":", label=name)
-    axes.set(xlabel="steps seen", ylabel="squared error of the next frame", yscale="log")
-    axes.grid(alpha=0.3, which="both")
-    axes.legend(fontsize=8)
-    figure.savefig(RESULTS / "hidden_rotation.png", dpi=150, bbox_inches="tight")
+    x = range(FRAMES, FRAMES + LENGTH)
+    styles = {name: "-" if name in MODELS else ":" for name in curves if name != "persistence"}
+    lines = {name: (x, curves[name], style) for name, style in styles.items()}
+    line_plot(RESULTS / "hidden_rotation.png", lines, xlabel="steps seen", ylabel="squared error of the next frame")
 
 
 def main() -> None:
@@ -125,9 +117,13 @@ def main() -> None:
         found[name] = torch.stack([errors(trained(name, lr, seed, steps), x) for seed in range(seeds)]).mean(0)
         print(f"{name}: {chosen[name]}, {time.perf_counter() - start:.0f} s", flush=True)
     table = {
-        name: {"whole run": interval(e.mean(1)), "late": interval(e[:, LATE:].mean(1))} for name, e in found.items()
+        name: {
+            "whole run": confidence_interval(e.mean(1).tolist()),
+            "late": confidence_interval(e[:, LATE:].mean(1).tolist()),
+        }
+        for name, e in found.items()
     }
-    gap = {name: interval((e - found["Kalman"]).mean(1)) for name, e in found.items()}
+    gap = {name: confidence_interval((e - found["Kalman"]).mean(1).tolist()) for name, e in found.items()}
     print(f"| model | whole run | from step {FRAMES + LATE} on | above Kalman, paired |")
     for name, row in table.items():
         cells = [row["whole run"], row["late"], gap[name]]

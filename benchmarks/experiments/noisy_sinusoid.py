@@ -23,7 +23,6 @@ seed and setting is not run again; --quick makes 3,000 meta-updates, one seed, o
 """
 
 import argparse
-import json
 import math
 from collections.abc import Callable
 from typing import Any
@@ -33,11 +32,11 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.func import functional_call, vmap
 
-from benchmarks.common import RESULTS, machine
+from benchmarks.common import RESULTS, load, machine, save
 from benchmarks.experiments.sinusoid import ITERATIONS, train
 from eaml_ext import AdaptationConfig, Adapter, ExperienceBuffer, MetaMAML
+from eaml_ext._statistics import half_width
 from eaml_ext.experience import retrieval
-from eaml_ext.jobs import report
 from eaml_ext.meta import AdaptedTaskModels
 from eaml_ext.tasks import SinusoidTasks
 
@@ -55,7 +54,7 @@ SETTINGS = [  # noise, past tasks in memory, K, amplitudes of the new tasks
 ]
 CLIP = 30.0  # of gradients on amplitudes beyond: some are larger than any of the training, and plain steps diverge
 Setting = tuple[float, int, int, tuple[float, float]]
-ARMS = ("no adaptation", "plain", "uniform", "retrieved", "lookup only", "oracle")
+VARIANTS = ("no adaptation", "plain", "uniform", "retrieved", "lookup only", "oracle")
 Split = tuple[Tensor, Tensor, Tensor, Tensor]
 
 
@@ -176,12 +175,12 @@ def run(setting: Setting, maml: MetaMAML, seed: int, iterations: int, tasks: int
 def summary(runs: dict[str, Any]) -> dict[str, dict[str, float]]:
     """Mean, half width of its 95 % interval and variance of each variant over the tasks of all seeds."""
     table = {}
-    for variant in ARMS:
+    for variant in VARIANTS:
         means = torch.tensor([run[variant]["mean"] for run in runs.values()], dtype=torch.float64)
         within = torch.tensor([run[variant]["variance"] for run in runs.values()], dtype=torch.float64)
         variance = float(within.mean() + means.var(correction=0))
-        half = 1.96 * math.sqrt(variance / (TEST_TASKS * len(runs)))
-        table[variant] = {"mean": float(means.mean()), "interval": half, "variance": variance}
+        half = half_width(math.sqrt(variance), TEST_TASKS * len(runs))
+        table[variant] = {"mean": float(means.mean()), "half": half, "variance": variance}
     return table
 
 
@@ -193,8 +192,8 @@ def plot(settings: dict[str, Any]) -> None:
     FigureCanvasAgg(figure)
     axes = figure.subplots()
     rows = [settings[key((0.3, 1000, k, KNOWN))]["variants"] for k in SHOTS]
-    for variant in ARMS:
-        mean, half = ([row[variant][part] for row in rows] for part in ("mean", "interval"))
+    for variant in VARIANTS:
+        mean, half = ([row[variant][part] for row in rows] for part in ("mean", "half"))
         axes.errorbar(SHOTS, mean, half, marker="o", capsize=3, label=variant)
     title = "Noisy sinusoids, noise 0.3, memory of 1000 tasks"
     axes.set(xlabel="points of the new task", ylabel="mean squared error", xscale="log", yscale="log", title=title)
@@ -220,7 +219,7 @@ def main() -> None:
     path = RESULTS / "noisy_sinusoid.json"
     results: dict[str, Any] = {}
     if path.exists() and not arguments.quick:
-        results = json.loads(path.read_text())["settings"]
+        results = load(path)["settings"]
     for seed in arguments.seeds[:1] if arguments.quick else arguments.seeds:
         mamls: dict[tuple[float, int], MetaMAML] = {}
         for setting in SETTINGS[:1] if arguments.quick else SETTINGS:
@@ -240,11 +239,11 @@ def main() -> None:
             for variant, row in results[key(setting)]["variants"].items():
                 chosen = runs[str(seed)][variant]["chosen"]
                 print(
-                    f"  {variant:<14}{row['mean']:>9.4f} +- {row['interval']:.4f}{row['variance']:>10.4f}  {chosen}",
+                    f"  {variant:<14}{row['mean']:>9.4f} +- {row['half']:.4f}{row['variance']:>10.4f}  {chosen}",
                     flush=True,
                 )
             if not arguments.quick:
-                report.write_json(path, {"machine": machine(), "settings": results})
+                save(path, {"machine": machine(), "settings": results})
     if not arguments.quick:
         plot(results)
 

@@ -8,7 +8,6 @@ points. One thread. The results file keeps the seeds run before; --quick: 3,000 
 """
 
 import argparse
-import json
 import statistics
 import time
 from typing import Any
@@ -18,9 +17,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.func import vmap
 
-from benchmarks.common import RESULTS, machine
+from benchmarks.common import RESULTS, load, machine, save
 from eaml_ext import MetaMAML
-from eaml_ext.jobs import report
 from eaml_ext.tasks import SinusoidTasks
 
 ITERATIONS, TASKS, TEST_TASKS = 15_000, 25, 5_000
@@ -74,7 +72,7 @@ def summary(runs: dict[str, Any]) -> dict[str, Any]:
 
 def results() -> dict[str, Any]:
     """The settings in the results file."""
-    return json.loads(PATH.read_text())["settings"] if PATH.exists() else {}
+    return load(PATH)["settings"] if PATH.exists() else {}
 
 
 def plot(settings: dict[str, Any]) -> None:
@@ -122,7 +120,7 @@ def main() -> None:
             setting = {**summary(runs), "baselines": baselines, "runs": dict(sorted(runs.items()))}
             if not arguments.quick:
                 settings = {**results(), name: setting}
-                report.write_json(PATH, {"machine": machine(), "test_tasks": TEST_TASKS, "settings": settings})
+                save(PATH, {"machine": machine(), "test_tasks": TEST_TASKS, "settings": settings})
         mean, spread = setting["mean"], setting["spread"]
         row = "".join(f"{f'{mean[s]:.3f} +- {spread[s]:.3f}':>18}" for s in SHOWN)
         seconds = statistics.median(run["seconds"] for run in runs.values())

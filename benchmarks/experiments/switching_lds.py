@@ -32,8 +32,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.func import functional_call, vmap
 
-from benchmarks.common import RESULTS, flags, interval, write
+from benchmarks.common import RESULTS, flags, line_plot, write
 from eaml_ext import SSM, AdaptationConfig, Adapter, ExperienceBuffer, MetaMAML
+from eaml_ext._statistics import confidence_interval
 from eaml_ext.experience import retrieval
 from eaml_ext.tasks import LDSTasks, baselines
 
@@ -292,20 +293,10 @@ def references(runs: Runs, model: SSM) -> dict[str, Tensor]:
 
 
 def plot(curves: dict[str, list[float]]) -> None:
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    figure, axes = pyplot.subplots(figsize=(7, 4))
-    for name, curve in curves.items():
-        if name != "persistence":
-            style = "k:" if name.startswith("Kalman") else "-"
-            axes.plot([LENGTH * (b + 0.5) for b in range(len(curve))], curve, style, label=name)
-    axes.set(xlabel="steps since the regime switched", ylabel="squared error", yscale="log")
-    axes.grid(alpha=0.3, which="both")
-    axes.legend(fontsize=7, ncols=2)
-    figure.savefig(RESULTS / "switching_lds.png", dpi=150, bbox_inches="tight")
+    styles = {name: "k:" if name.startswith("Kalman") else "-" for name in curves if name != "persistence"}
+    x = [LENGTH * (batch + 0.5) for batch in range(len(next(iter(curves.values()))))]
+    lines = {name: (x, curves[name], style) for name, style in styles.items()}
+    line_plot(RESULTS / "switching_lds.png", lines, xlabel="steps since the regime switched", ylabel="squared error")
 
 
 def main() -> None:
@@ -325,9 +316,10 @@ def main() -> None:
         said[variant] = predictions(models, test, variant, settings)
         print(f"{variant}: {chosen[variant]}, {time.perf_counter() - start:.0f} s", flush=True)
     parts = {name: windows(test, y) for name, y in said.items()}
-    table = {name: {part: interval(v) for part, v in row.items()} for name, row in parts.items()}
+    table = {name: {part: confidence_interval(v.tolist()) for part, v in row.items()} for name, row in parts.items()}
     paired = {  # by system, what retrieval takes off the other's error
-        name: {part: interval(row[part] - parts["retrieved"][part]) for part in row} for name, row in parts.items()
+        name: {part: confidence_interval((row[part] - parts["retrieved"][part]).tolist()) for part in row}
+        for name, row in parts.items()
     }
     print("| variant | shock | of a regime met before | steady | whole run | shock: variant - retrieved, paired |")
     for name, row in table.items():

@@ -10,7 +10,6 @@ with bfloat16 numbers on tensor cores, and takes exact values of a few keys, may
 says so and measures nothing.
 """
 
-import json
 from collections.abc import Callable
 from typing import Any
 
@@ -18,7 +17,7 @@ import torch
 from torch import Tensor
 
 import eaml_ext
-from benchmarks.common import RESULTS
+from benchmarks.common import RESULTS, save
 from benchmarks.gpu import copy_rate, elapsed, medians, start
 from benchmarks.ops import knn_peers
 from benchmarks.ops.knn_peers import OURS, Call, K, Prepare, failure, indices, nearest, offset_cluster, recall
@@ -179,11 +178,10 @@ def main() -> None:
     shares = recalls(peers)
     if quick:
         return
-    RESULTS.mkdir(exist_ok=True)
     machine = {"gpu": gpu, "torch": torch.__version__, "build": eaml_ext.build_info()}
     results = {"copy": copy, "product": product, "rows": rows, "recall": shares}
     path = RESULTS / f"knn-{gpu.replace(' ', '-')}.json"
-    path.write_text(json.dumps({"machine": machine, "results": results}, indent=1) + "\n")
+    save(path, {"machine": machine, "results": results})
     print(path)
 
 

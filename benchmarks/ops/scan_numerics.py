@@ -17,7 +17,6 @@ out, which is half an eps. Second derivatives: the gradient of a random function
 arguments and to the cotangents of y and of the last state.
 """
 
-import json
 import math
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -25,7 +24,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks.common import RESULTS, flags, machine
+from benchmarks.common import flags, write
 from eaml_ext.ops import selective_scan, selective_scan_reference
 
 SHAPES = {64: (2, 16), 1024: (2, 16), 65536: (1, 4)}  # length: (batch, dim)
@@ -160,10 +159,7 @@ def main() -> None:
     rows.sort(key=lambda row: [str(d).removeprefix("torch.") for d in DTYPES].index(row["dtype"]))
     print("\nWorst tensor of each group, max error (which), worst rms:\n\n" + table(rows))
     if not arguments.quick:
-        RESULTS.mkdir(exist_ok=True)
-        path = RESULTS / "scan_numerics.json"
-        path.write_text(json.dumps({"machine": machine(), "results": rows}, indent=1) + "\n")
-        print(path)
+        print(write("scan_numerics", rows, timed=False))
 
 
 if __name__ == "__main__":

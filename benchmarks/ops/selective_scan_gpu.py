@@ -6,7 +6,6 @@ Writes `benchmarks/results/selective_scan-<gpu>.json` and a plot. A peer that is
 reference in float64 is named with the reason. Without a GPU it says so and measures nothing.
 """
 
-import json
 import math
 from collections.abc import Callable
 from pathlib import Path
@@ -16,7 +15,7 @@ import torch
 from torch import Tensor
 
 import eaml_ext
-from benchmarks.common import RESULTS
+from benchmarks.common import RESULTS, save
 from benchmarks.gpu import copy_rate, medians, start
 from benchmarks.ops import scan_peers
 from benchmarks.ops.scan_peers import PASSES, Peer, Problem, Torch, failures, problem
@@ -280,11 +279,10 @@ def main() -> None:
     tasks_rows, complex_rows = per_task(seconds), complex_states(seconds)
     if quick:
         return
-    RESULTS.mkdir(exist_ok=True)
     machine = {"gpu": gpu, "torch": torch.__version__, "build": eaml_ext.build_info()}
     path = RESULTS / f"selective_scan-{gpu.replace(' ', '-')}.json"
     results = {"copy": limit, "rows": rows, "per task": tasks_rows, "complex": complex_rows}
-    path.write_text(json.dumps({"machine": machine, "results": results}, indent=1) + "\n")
+    save(path, {"machine": machine, "results": results})
     print(path, plot(rows, gpu, path.with_suffix(".png")))
 
 
