@@ -1,9 +1,9 @@
 """Adaptation along a stream with corrupted targets: python -m benchmarks.adaptation [--quick] [--threads 1].
 
-An SSM is trained on linear systems with hidden rotations (LDSTasks, split train), meets one system of the split test
-and adapts along one long run of it, one step per batch; 1 % of the batches have corrupted targets: one NaN, a factor of
-1e4, another sign, or noise. Every 100 steps it predicts clean held-out runs. Per seed: the error before, the worst and
-the last of the guarded Adapter, the worst of the first 1000 steps without guards, and what other predictors reach.
+An SSM is trained on linear systems with hidden rotations (LDSTasks, split train). It then adapts along one long run of
+a system of the split test, one step per batch. 1 % of the batches have corrupted targets: one NaN, a factor of 1e4, the
+other sign, or noise. Every 100 steps it predicts clean held-out runs. For each seed the table has the error before, the
+worst and the last of the guarded Adapter, the worst of the first 1000 steps without guards, and the baselines.
 """
 
 import dataclasses
@@ -26,7 +26,7 @@ GUARDED = AdaptationConfig(max_steps_per_call=1)
 UNGUARDED = dataclasses.replace(GUARDED, grad_clip_norm=None, trust_region_eps=None, ema_decay=None)
 BATCH = (2, 32)  # sequences, steps
 CORRUPTED = 0.01
-FRAMES = 4  # of a sequence that are not scored: the predictors of the bounds see as many
+FRAMES = 4  # first frames of a sequence, not scored: the baselines read that many
 
 
 def pretrained(seed: int, steps: int = 400) -> SSM:

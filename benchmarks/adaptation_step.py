@@ -1,7 +1,7 @@
-"""What one adaptation step of the default SSM costs: python -m benchmarks.adaptation_step [--quick] [--threads 1].
+"""The cost of one adaptation step of the default SSM: python -m benchmarks.adaptation_step [--quick] [--threads 1].
 
-Its time beside that of a forward pass and of a bare loss with its gradient, and by how much the process grows over
-20,000 steps. Then the memory of the whole main job (a minute), and what of it the modules take that it has imported.
+The table has its time beside those of a forward pass and of a loss with its gradient, and the growth of the process
+over 20,000 steps. It also has the memory of the whole main job (a minute), and the part that imported modules take.
 """
 
 import gc
@@ -55,7 +55,7 @@ def resident() -> int:
 
 
 def growth(steps: int) -> int:
-    """By how many bytes the resident memory grows over ``steps`` steps, after as many to warm up."""
+    """The growth of resident memory in bytes over ``steps`` steps, after the same number to warm up."""
     model = SSM(4)
     adapter = Adapter(model, AdaptationConfig(1e-4, max_steps_per_call=1))
     batch = {"states": torch.randn(1, 16, 4), "targets": torch.randn(1, 16, 32)}

@@ -1,4 +1,4 @@
-"""Timing that can be believed: everything in one process, interleaved, medians; limits measured in the same run."""
+"""Timing in one process: interleaved calls, medians, and limits measured in the same run."""
 
 import argparse
 import concurrent.futures
@@ -37,7 +37,7 @@ def cpu_name() -> str:
 
 
 def machine() -> dict[str, Any]:
-    """What a result was measured on."""
+    """Describe the CPU, torch and the build."""
     return {"cpu": cpu_name(), "torch": torch.__version__, "build": eaml_ext.build_info()}
 
 
@@ -47,7 +47,7 @@ def cpus() -> int:
 
 
 def flags(text: str | None, shape: Sequence[str] = (), peers: Sequence[str] = ()) -> argparse.Namespace:
-    """The flags every benchmark takes, and what is asked for of shapes and peers; seeds torch and sets its threads."""
+    """Parse the flags that benchmarks share; seed torch and set its number of threads."""
     parser = argparse.ArgumentParser(description=text, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="fewer shapes, less time; plots go to build/bench")
     parser.add_argument("--threads", type=int, default=1)
@@ -101,7 +101,7 @@ def medians(
 
 
 def cores(function: Callable[[], Any], seconds: float = 0.2) -> float:
-    """CPU seconds of all threads per second, at its highest over a few tries: how many cores a function keeps busy."""
+    """The number of cores that a function keeps busy: CPU seconds per second, the largest of a few tries."""
     function()
     calls = 1 + int(seconds / wall_time(function))
     busy = []
@@ -116,7 +116,7 @@ def cores(function: Callable[[], Any], seconds: float = 0.2) -> float:
 
 
 def in_fresh_process(function: Callable[..., Any], *arguments: Any) -> Any:
-    """The function's value in a new interpreter whose malloc gives freed memory back at once, as peak_bytes needs."""
+    """The function's value in a new interpreter whose malloc returns freed memory at once, as peak_bytes requires."""
     settings = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536", "MALLOC_TOP_PAD_": "0"}
     context = multiprocessing.get_context("spawn")
     with mock.patch.dict(os.environ, settings), concurrent.futures.ProcessPoolExecutor(1, context) as pool:
@@ -124,7 +124,7 @@ def in_fresh_process(function: Callable[..., Any], *arguments: Any) -> Any:
 
 
 def peak_bytes(function: Callable[[], Any]) -> int:
-    """How far one call, after another that warms up, raises the process's resident memory. Linux only."""
+    """The largest increase of resident memory during one call, after a call that warms up. Linux only."""
 
     def resident(field: str) -> int:
         match = re.search(rf"^{field}:\s+(\d+) kB", Path("/proc/self/status").read_text(), re.MULTILINE)
@@ -137,7 +137,7 @@ def peak_bytes(function: Callable[[], Any]) -> int:
     if trim is not None:
         trim(0)
     before = resident("VmRSS")
-    Path("/proc/self/clear_refs").write_text("5")  # the high-water mark starts again at what is resident now
+    Path("/proc/self/clear_refs").write_text("5")  # resets the high-water mark to the resident memory
     function()
     return max(0, resident("VmHWM") - before)
 
@@ -192,7 +192,7 @@ def exp_rates() -> dict[str, float]:
 
 
 def l2_bytes() -> int:
-    """The size of the second-level cache; 1 MiB where the system does not say."""
+    """The size of the second-level cache in bytes; 1 MiB where the system does not report it."""
     size = Path("/sys/devices/system/cpu/cpu0/cache/index2/size")
     return 1024 * int(size.read_text().strip().rstrip("K")) if size.exists() else 2**20
 

@@ -1,13 +1,13 @@
-"""The cores of nn.SSM side by side: what each costs, and what each learns in the same number of steps.
+"""The cores of nn.SSM side by side: their cost, and their error after the same number of steps.
 
     python -m benchmarks.cores [--quick] [--threads 1]
 
-Time: CPU seconds of one core alone, 64 channels, a batch of 8 sequences of 128 steps. Tasks, for two layers of 32
-channels, mean squared error on unseen sequences in variances of the target, mean over seeds:
+Times are CPU seconds of one core, 64 channels, a batch of 8 sequences of 128 steps. The tasks, for two layers of 32
+channels, report the mean squared error on unseen sequences in variances of the target, as a mean over seeds:
 
-- delay: the input of 8 steps ago, at every step;
-- recall: one of 31 random inputs is marked; what it was, at the end;
-- frequency: the next value of a noisy sine whose frequency differs from sequence to sequence.
+- delay: output the input of 8 steps ago, at every step;
+- recall: one of 31 random inputs is marked; output it at the end;
+- frequency: predict the next value of a noisy sine whose frequency differs between sequences.
 """
 
 import math

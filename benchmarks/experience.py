@@ -1,10 +1,10 @@
-"""The experience memory: what an add, a search, a draw and each retrieval strategy cost, in memory and on disk.
+"""The experience buffer: the cost of an add, a search, a draw and each retriever, in memory and on disk.
 
     python -m benchmarks.experience [--quick] [--threads 1]
 
-Adds: a transition of CartPole with an embedding of 16 numbers, six fields. Beside them the bare copies, the same six
-slices written without a check or a count: what no buffer of tensors can go below. Searches: embeddings of 64 numbers in
-clusters, beside addmm + topk + gather, and with cells (retrieval.ivf) at their recall.
+An add stores a transition of CartPole with an embedding of 16 numbers, six fields. The bare copies are the same six
+slices, written without checks and counters: a lower bound for a buffer of tensors. Searches use clustered embeddings of
+64 numbers, beside addmm + topk + gather, and with inverted lists (retrieval.ivf) at their recall.
 """
 
 import itertools

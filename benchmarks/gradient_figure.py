@@ -1,23 +1,23 @@
-"""The meta-gradient of state-space models through our scan, and through the pattern that fused scans use.
+"""The meta-gradient of state-space models through our scan, and through the usual pattern of fused scans.
 
     python -m benchmarks.gradient_figure [--quick] [--threads 1]
 
-MAML (Finn et al. 2017, "Model-Agnostic Meta-Learning", eq. 1): the gradient, with respect to the initial weights, of
-the query loss after 1-5 inner steps of gradient descent. The truth is autograd through the reference loop in float64.
-Against it:
+MAML (Finn et al. 2017, "Model-Agnostic Meta-Learning", eq. 1): the gradient of the query loss after 1 to 5 inner steps
+of gradient descent, with respect to the initial weights. The truth is autograd through the reference loop in float64.
+The compared ways are:
 
 - ours: ``selective_scan`` in float32 and in float64.
 - usual: an ``autograd.Function`` whose backward calls a kernel, as in mamba_ssm. Under ``create_graph=True`` the
-  kernel's results enter the graph as constants. Forward, losses and first-order gradients are those of ours to the last
-  bit, and nothing warns; but how the scan's gradients depend on the weights is lost. It runs our own kernels, so that
-  the difference is autograd's and nothing else's. ``once_differentiable`` would make ``backward()`` raise, but not
-  ``torch.autograd.grad``, which visits only what leads to its inputs: there the answer is the same wrong one.
-- first order: the gradient of the query loss at the adapted weights (FOMAML), which neglects the same on purpose.
+  kernel's results enter the graph as constants. Forward, losses and first-order gradients equal ours to the last bit,
+  and no warning appears. The dependence of the scan's gradients on the weights is lost. This way runs our own kernels,
+  so the difference is autograd's alone. ``once_differentiable`` would make ``backward()`` raise an error, but
+  ``torch.autograd.grad`` would still return the wrong gradient.
+- first order: the gradient of the query loss at the adapted weights (FOMAML), which omits the same term on purpose.
 
-Three settings. "scan": the weights are the scan's arguments; here ``usual`` comes out as first order, whatever
-create_graph says. "SSM, untrained": a whole model; what surrounds the scan keeps its second order, and ``usual`` is
-neither exact nor first order. "SSM, meta-trained": the same after meta-training with exact gradients, when inner steps
-reduce the loss most. The tasks are leaky integrators of white noise, each with its own time constant, gain and sign.
+There are three settings. In "scan" the weights are the scan's arguments, and ``usual`` equals first order. "SSM,
+untrained" is a whole model, whose other layers keep their second order: ``usual`` is neither exact nor first order.
+"SSM, meta-trained" is the same model after meta-training with exact gradients, when inner steps reduce the loss most.
+The tasks are leaky integrators of white noise, each with its own time constant, gain and sign.
 """
 
 import copy

@@ -1,11 +1,12 @@
-"""Mamba of transformers at the size of mamba-130m, its path without mamba_ssm against the same model accelerated.
+"""Mamba of transformers at the size of mamba-130m: its path without mamba_ssm against the accelerated model.
 
     python -m benchmarks.mamba [--quick] [--threads 1]
 
-Random weights, float32. Prefill: logits of the last token of a prompt, no gradients. Training step: loss, backward and
-AdamW on one batch. Decoding: one token from a cache. Beside them the scans of all layers: one scan alone, on the same
-shape, times the layers. Two models of equal weights, calls interleaved; logits and gradients are compared first. Times
-are CPU seconds of the process: calls take tens of them, and on a clock other work would count. --quick: two layers.
+Weights are random, in float32. Prefill computes the logits of the last token of a prompt, without gradients. A training
+step is loss, backward and AdamW on one batch. Decoding computes one token from a cache. The time of the scans of all
+layers is that of one scan on the same shape, times the layers. Two models of equal weights are called in turn, after
+their logits and gradients have been compared. Times are CPU seconds of the process, because calls take tens of them and
+other work would count on a clock. --quick uses two layers.
 """
 
 import copy

@@ -1,13 +1,18 @@
-"""Second-order meta-updates: ours against the same gradient by Python loops.
+"""Second-order meta-updates: MetaMAML against the same gradient by Python loops.
 
     python -m benchmarks.meta [--quick] [--threads 1]
 
-The MLP of MAML's sinusoids (1-40-40-1, 25 tasks of 10 + 10 points, 5 inner steps), three ways to the same gradient:
-MetaMAML (tasks in one vmapped batch), MetaMAML(compile=True), and the textbook's Python loop over tasks, plain autograd
-with create_graph (of the two ways to write it, through functional_call and by hand with F.linear, the faster one).
+The MLP of MAML's sinusoids (1-40-40-1, 25 tasks of 10 + 10 points, 5 inner steps) gets its gradient in three ways:
 
-An SSM, four ways: MetaMAML with the fused scan; the same with compile=True; the scan as a Python loop over steps under
-vmap; a Python loop over tasks and steps.
+- MetaMAML (tasks in one vmapped batch);
+- MetaMAML(compile=True);
+- a Python loop over tasks with create_graph, the faster of two: through functional_call, and by hand with F.linear.
+
+An SSM gets it in four ways:
+
+- MetaMAML with the fused scan, and the same with compile=True;
+- the scan as a Python loop over steps under vmap;
+- a Python loop over tasks and steps.
 """
 
 import time

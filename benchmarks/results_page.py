@@ -1,7 +1,8 @@
-"""docs/results.md from the files in benchmarks/results: python -m benchmarks.results_page [--check].
+"""Write docs/results.md from the files in benchmarks/results: python -m benchmarks.results_page [--check].
 
-One function per experiment, each the text of a section; what has no file says how to make it. Nothing is computed here
-but means and ratios of what the files hold. --check writes nothing and fails where the page is not what the files say.
+One function per experiment returns the text and the table of its section. A section without a file has the command that
+makes it. The page computes only means and ratios of the numbers in the files. --check writes nothing and fails where
+the page differs from the files.
 """
 
 import argparse
@@ -14,11 +15,11 @@ from typing import Any
 from benchmarks.common import RESULTS, load
 
 PAGE = RESULTS.parents[1] / "docs" / "results.md"
-HEAD = """# What the experiments show
+HEAD = """# Results of the experiments
 
-Made by `python -m benchmarks.results_page` from the files in `benchmarks/results`; every file names the command's
-settings and the machine. All variants of an experiment are shown, those that hurt us too. "±" is half the width of a
-95 % interval unless a line says otherwise; errors are mean squared. `make experiments` runs every experiment on a
+`python -m benchmarks.results_page` makes this page from the files in `benchmarks/results`; every file has the settings
+of its command and the machine. The tables have all variants of an experiment, also those that lose. "±" is half the width of a
+95 % interval unless a section states another; errors are mean squared. `make experiments` runs every experiment on a
 small budget and one seed, in minutes; `make experiments-full` makes the files.
 """
 
@@ -52,8 +53,8 @@ def main_job(found: Any) -> Section:
         error, acted = found["variants"].get(name), found["returns"].get(name)
         cells = [pm(error["mean"], error["half"], 4), f"{error['median']:.4f}"] if error else ["", ""]
         rows.append([name, *cells, pm(acted["mean"], acted["half"], 1) if acted else ""])
-    text = f"""Dynamics of held-out CartPoles (physics per task, action sign flipped in half of them) after a few
-        shots: error, and return of a planner that acts with the model of each variant;
+    text = f"""Dynamics of held-out CartPoles after a few shots; physics differ between tasks, and half of the tasks
+        flip the action. The table has the error, and the return of a planner with the model of each variant.
         {len(found["seconds"])} seeds, {statistics.median(found["seconds"]):.0f} s each."""
     return text, ["variant", "error", "median over tasks", "return"], rows, ""
 
@@ -79,10 +80,10 @@ def noisy_sinusoid(found: Any) -> Section:
     for name, one in settings.items():
         cells = [pm(one["variants"][variant]["mean"], one["variants"][variant]["half"]) for variant in variants]
         rows.append([name, str(len(one["runs"])), *cells])
-    text = """A meta-trained MLP meets K noisy points of a new task and a memory of past tasks; every variant starts
-        from the same parameters, with its own number of steps and weight chosen on other tasks. Retrieved:
-        also on the points of the five past tasks whose adapted models fit the K points best; lookup only:
-        the mean of those models, no step; oracle: 100 points of the very task."""
+    text = """A meta-trained MLP adapts to K noisy points of a new task, with a memory of past tasks. Every variant
+        starts from the same parameters; its number of steps and its weight are chosen on other tasks. Retrieved steps
+        also on the points of the five past tasks whose adapted models fit the K points best. Lookup only is the mean
+        of those models, without a step. Oracle steps on 100 points of the same task."""
     return text, ["setting", "seeds", *variants], rows, "error over points of the new task, per variant"
 
 
@@ -95,9 +96,9 @@ def hidden_rotation(found: Any) -> Section:
         cells = [pm(c["mean"], c["half"], 4) for c in (*row.values(), found["above Kalman"][name])]
         rows.append([name, size, *cells])
     heads = list(next(iter(found["errors"].values())))
-    text = """Linear systems of which two mixed coordinates of four are seen; every run is of another system.
-        Error of the next frame, over unseen systems; the last column is what is left above the Kalman
-        filter that knows the system, paired."""
+    text = """Linear systems whose observations show two mixed coordinates of four; every run has its own system.
+        The table has the error of the next frame over unseen systems. The last column is the error above that of the
+        Kalman filter with the true parameters, paired."""
     return text, ["model", "parameters", *heads, "above Kalman"], rows, "error over steps seen"
 
 
@@ -109,9 +110,9 @@ def switching_lds(found: Any) -> Section:
         paired = found["minus retrieved"][name]["shock"]
         cells = [pm(row[p]["mean"], row[p]["half"], 4) for p in parts]
         rows.append([name, *cells, pm(paired["mean"], paired["half"], 4)])
-    text = """A system switches between three hidden rotations; an SSM predicts along one long run and adapts as
-        it goes. Shock: the 64 steps after a switch, steady: later ones. The last column is the variant's error
-        in the shock minus that of retrieval, paired by system."""
+    text = """A system switches between three hidden rotations. An SSM predicts along one long run and adapts to it.
+        Shock is the 64 steps after a switch, and steady is later. The last column is the variant's error in the shock
+        minus that of retrieval, paired by system."""
     return text, ["variant", *parts, "shock, minus retrieved"], rows, "error over steps since the regime switched"
 
 
@@ -122,9 +123,9 @@ def cartpole_rl(found: Any) -> Section:
         cells = [f"{m:.0f} ± {h:.0f}" for m, h in zip(row["mean"], row["half"], strict=True)]
         rows.append([name, str(row["parameters"]), str(row["seeds"]), *cells, f"{row['cpu_seconds']:.0f}"])
     episodes = len(next(iter(found["table"].values()))["mean"])
-    text = """CartPole with the action's sign flipped in half of the tasks and velocities hidden; return of each
-        episode of a trial on unseen tasks, 500 is the most; the same budget and tuning for all. The SSM is Mamba's
-        block; the adapter takes guarded steps of policy gradient between the episodes of a trial."""
+    text = """CartPole with the action's sign flipped in half of the tasks and velocities hidden. The table has the
+        return of each episode of a trial on unseen tasks, at most 500. Budget and tuning are equal for all. The SSM is
+        Mamba's block; the adapter takes guarded steps of policy gradient between the episodes of a trial."""
     head = ["policy", "parameters", "seeds", *(f"episode {i + 1}" for i in range(episodes)), "CPU seconds"]
     return text, head, rows, "return over environment steps"
 
@@ -138,31 +139,31 @@ def adaptation(found: Any) -> Section:
         cells = [f"{e[0]:.4f}", f"{worst:.4f} ({worst / e[0]:.2f}x)", f"{e[-1]:.4f} ({e[-1] / e[0]:.2f}x)", astray]
         rows.append([str(s["seed"]), *cells, str(s["corrupted"]), str(s["rollbacks"])])
     head = ["seed", "before", "worst after", "last", "worst without guards", "corrupted", "rollbacks"]
-    text = """10,000 adaptation steps of the default SSM on an unseen linear system, targets of 1 % of the batches
-        corrupted (NaN, a factor of 1e4, another sign, noise); error on clean held-out runs every 100 steps, and of the
-        first 1,000 steps without the guards. Parameters are finite after every step."""
+    text = """10,000 adaptation steps of the default SSM on an unseen linear system. 1 % of the batches have corrupted
+        targets (NaN, a factor of 1e4, the other sign, noise). The table has the error on clean held-out runs every 100
+        steps, and of the first 1,000 steps without the guards. Parameters are finite after every step."""
     return text, head, rows, ""
 
 
 def adaptation_step(found: Any) -> Section:
-    """What adaptation takes."""
+    """The cost of an adaptation step."""
     rows = [
         [shape, *(f"{1e3 * t[part]:.2f}" for part in ("forward", "gradient", "adapt"))]
         for shape, t in found["seconds"].items()
     ]
     memory = found["bytes"]
-    text = f"""Milliseconds of one step of the default SSM on one thread, all guards on. 20,000 steps more let the
-        process grow by {found["bytes grown"] / 1024:.0f} kB; the whole main job takes
+    text = f"""Milliseconds of one step of the default SSM on one thread, with all guards. Over 20,000 steps the
+        process grows by {found["bytes grown"] / 1024:.0f} kB. The whole main job takes
         {(memory["main job"] - memory["its imports"]) / 2**20:.0f} MB over the
-        {memory["its imports"] / 2**20:.0f} MB that its imports take."""
+        {memory["its imports"] / 2**20:.0f} MB of its imports."""
     return text, ["states", "forward", "loss and gradient", "`Adapter.adapt`"], rows, ""
 
 
 def soak(found: Any) -> Section:
     """Memory along a million steps."""
-    text = f"""{found["gradient steps"]:,} gradient steps, a memory that is written and searched all the time,
-        {found["rollbacks"]:,} rollbacks of corrupted batches: resident memory after warming up, and after each tenth of
-        the rest."""
+    text = f"""{found["gradient steps"]:,} gradient steps, with a memory that is written and searched at every call, and
+        {found["rollbacks"]:,} rollbacks of corrupted batches. The table has resident memory after warming up, and
+        after each tenth of the rest."""
     return text, [str(i) for i in range(len(found["MB"]))], [[f"{mb:.1f} MB" for mb in found["MB"]]], ""
 
 
@@ -189,7 +190,7 @@ def meta(found: Any) -> Section:
             ]
         )
     head = ["second-order meta-update", "ms", "compiled, ms", "against the Python loop", "against it under vmap"]
-    text = "One thread; speed-ups of the usual path and of `compile=True`, whose compilation takes the seconds said."
+    text = "One thread. Speed-ups are for eager mode and for `compile=True`, whose compilation takes the seconds in brackets."
     return text, head, rows, ""
 
 
@@ -201,7 +202,7 @@ SECTIONS: dict[str, tuple[str, str, Callable[[Any], Section]]] = {  # title: mod
     "Switching regimes": ("benchmarks.experiments.switching_lds", "switching_lds", switching_lds),
     "Meta-RL on CartPole": ("benchmarks.experiments.cartpole_rl", "cartpole_rl-flip-position-v1", cartpole_rl),
     "A corrupted stream": ("benchmarks.adaptation", "adaptation", adaptation),
-    "What adaptation takes": ("benchmarks.adaptation_step", "adaptation-step-1-thread", adaptation_step),
+    "The cost of adaptation": ("benchmarks.adaptation_step", "adaptation-step-1-thread", adaptation_step),
     "A million steps": ("benchmarks.soak", "soak", soak),
     "Speed of meta-updates": ("benchmarks.meta", "meta-1-thread", meta),
 }

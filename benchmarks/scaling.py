@@ -1,12 +1,11 @@
-"""What many ranks cost: the constants of docs/scaling.md, measured on one machine with two processes, and its tables.
+"""The cost of many ranks: the constants of docs/scaling.md, measured on one machine with two processes, and its tables.
 
     python -m benchmarks.scaling [--quick]
 
-The two processes are those of torch.distributed's gloo over the loopback device, one thread each: a bound for what
-software costs, a network comes on top. Messages are the fastest of many, computing is counted in CPU seconds, so that
-other work on the machine shows as little as may be.
+Two processes of one thread each use gloo over the loopback device. This measures the cost of the software; a network
+adds its own. Messages are the fastest of many, and computing is in CPU seconds, to exclude other work on the machine.
 
-    python -m benchmarks.scaling --page docs/scaling.md    puts the tables of the results into the page
+    python -m benchmarks.scaling --page docs/scaling.md    writes the tables of the results into the page
 """
 
 import json
@@ -28,7 +27,7 @@ from eaml_ext import SSM, ExperienceBuffer, MetaMAML
 from eaml_ext.distributed import Group
 from eaml_ext.experience import ShardedExperienceBuffer
 
-DIM, K, ITEM = 64, 8, 512  # an embedding's numbers, neighbours asked for, bytes of a stored item's other fields
+DIM, K, ITEM = 64, 8, 512  # size of an embedding, neighbours, bytes of an item's other fields
 
 
 def filled(n: int) -> ExperienceBuffer:
@@ -80,7 +79,7 @@ def median(function: Callable[[], Any], calls: int) -> float:
 
 
 def fastest(group: Group, function: Callable[[], Any], seconds: float) -> float:
-    """Wall seconds of the fastest call on this rank; all ranks make as many."""
+    """Wall seconds of the fastest call on this rank; all ranks make the same number of calls."""
     for _ in range(3):
         function()
     start = time.perf_counter()

@@ -1,10 +1,10 @@
-"""Does memory stay what it is while a model adapts and adapts? Resident memory along a million gradient steps.
+"""Resident memory along a million gradient steps of adaptation.
 
     python -m benchmarks.soak [--quick] [--threads 1]
 
-Each call adapts an SSM by five gradient steps on a new batch and on retrieved experience, and adds the batch to the
-experience buffer, whose ring turns all the time; every hundredth batch is corrupted, so that rollbacks happen too.
-An hour, or half a minute with --quick.
+Each call adapts an SSM by five gradient steps on a new batch and on retrieved experience, and adds the batch to a full
+experience buffer. Every hundredth batch is corrupted and causes a rollback. The run takes an hour, with --quick half a
+minute.
 """
 
 import gc

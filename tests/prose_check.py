@@ -9,6 +9,7 @@ from pathlib import Path
 MOST_WORDS = 30
 OPENING = re.compile(r"(What(?! is| are| does| do)|Of|Which|Those (that|of)|One (that|of which))\b(?!.*\?)")
 WORDS = "anew|likewise|mend(s|ed)?|tells?|told|nobody|somebody|refuge|so many|as many|thereof|be it"
+EXAMPLE = re.compile(r"^\s*>>>.*?(?=\n\s*\n|\Z)|::\n\n.*?\n\n|^\s*\|[^\n]*$", re.DOTALL | re.MULTILINE)
 CODE = re.compile(r"``.*?``|`.*?`|:\w+:`.*?`|\(https?:.*?\)|<https?:.*?>", re.DOTALL)
 
 
@@ -27,9 +28,7 @@ def prose(path: Path) -> str:
             parts.append(("" if follows else "\n\n") + token.string.lstrip("#: "))
             row = token.start[0]
         elif token.type == tokenize.STRING and token.line.lstrip().lstrip("rR").startswith('"""'):
-            parts.append(
-                re.sub(r"(?ms)^\s*>>>.*?(?=\n\s*\n|\Z)|::\n\n.*?\n\n", "\n\n", token.string.strip('rR"')) + "\n\n"
-            )
+            parts.append("\n\n" + re.sub(EXAMPLE, "\n\n", token.string.strip('rR"')) + "\n\n")
     return "\n".join(parts)
 
 

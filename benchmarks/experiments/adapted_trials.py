@@ -43,7 +43,7 @@ class _Continued:
         self._policy, self._params, self._last = policy, params, last
         steps, memory = _Steps(policy), _Memory(policy)
         self._call = vmap(lambda params, *args: functional_call(steps, params, args))
-        # What the adapted parameters remember of the trial, not what those before them did.
+        # The state of the trial under the adapted parameters, not under the previous ones.
         states = [policy.init_hidden(1)] * len(past)
         for i, x in enumerate(past):
             if len(x):

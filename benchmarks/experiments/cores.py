@@ -1,4 +1,4 @@
-"""What the SSM is measured against, as cores of the very same policy: no memory, a window of four frames, a GRU."""
+"""Baselines for the SSM, as cores of the same policy: no memory, a window of four frames, a GRU."""
 
 import torch
 import torch.nn.functional as F

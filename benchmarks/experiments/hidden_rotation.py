@@ -1,11 +1,13 @@
-"""Which model finds a hidden rotation from what it sees? python -m benchmarks.experiments.hidden_rotation [--quick]
+"""Compare models that must find a hidden rotation: python -m benchmarks.experiments.hidden_rotation [--quick]
 
-Linear systems of which two mixed coordinates of four are seen (LDSTasks); every run is of another system, so that a
-predictor has to find the rotation while it predicts the next frame. An SSM, a GRU and an MLP of equally many parameters
-see the last four frames; SSM and GRU have their state besides. All train on the same runs with the same schedule and
-number of steps, each with the learning rate that did best on other systems (split valid). Squared errors, in variances
-of an observation: means over 256 unseen systems and three trainings, with 95 % intervals over the systems. Beside them:
-persistence, least squares on four frames of the very system, and the Kalman filter that knows the system.
+The systems are linear (LDSTasks), and observations show two mixed coordinates of four. Every run has its own system, so
+a predictor must find the rotation while it predicts the next frame. An SSM, a GRU and an MLP with about the same number
+of parameters get the last four frames; SSM and GRU also have a state. All train on the same runs with the same schedule
+and number of steps, each with the learning rate that is best on other systems (split valid).
+
+Errors are squared, in variances of an observation: means over 256 unseen systems and three trainings, with 95 %
+intervals over systems. The baselines are persistence, least squares on four frames of the same system, and the Kalman
+filter with the true parameters.
 """
 
 import math

@@ -1,25 +1,26 @@
-"""Noisy sinusoids: does experience help, and which?
+"""Noisy sinusoids: compare adaptation with and without experience.
 
     python -m benchmarks.experiments.noisy_sinusoid [--seeds 0 1 2] [--quick]
 
-An MLP 1-40-40-1 is meta-trained as in benchmarks.experiments.sinusoid, with K and with 10 noisy support points (10
-noisy query points, 5 inner steps); the one of the two that adapts better to K points alone, on the split "valid", then
-meets unseen tasks with K noisy points in every variant. The memory
-holds 20 noisy points of each of many training tasks.
-Six variants, all from the same meta-trained parameters:
+Two MLPs 1-40-40-1 are meta-trained as in benchmarks.experiments.sinusoid, one with K and one with 10 noisy support
+points (10 noisy query points, 5 inner steps). The MLP that adapts better to K points alone, on the split "valid", then
+adapts to unseen tasks with K noisy points. The memory holds 20 noisy points of each of many training tasks. All
+variants start from the same meta-trained parameters:
 
-no adaptation   the meta-trained network as it is
-plain           gradient steps on the K points
-uniform         on the K points and 100 points of the memory at random
-retrieved       on the K points and the points of the 5 past tasks whose adapted models fit the K points best
-lookup only     no gradient step: the mean prediction of those 5 models
-oracle          on the K points and 100 noisy points of the very same task
+| variant | data of the gradient steps |
+|---|---|
+| no adaptation | none |
+| plain | the K points |
+| uniform | the K points and 100 points drawn from the memory |
+| retrieved | the K points and the points of the 5 past tasks whose adapted models fit the K points best |
+| lookup only | none; the mean prediction of those 5 models |
+| oracle | the K points and 100 noisy points of the same task |
 
-Number of steps (up to 50) and weight of the experience of each variant are those with the least error on 100 tasks of
-the split "valid"; reported is the error, against the noiseless sinusoid, on tasks of the split "test", with the half
-width of its 95 % interval over all tasks. Where new tasks have larger amplitudes than any trained on or remembered, so
-have those that settings are chosen by, and gradients are clipped in all variants. One thread. What the file has of a
-seed and setting is not run again; --quick makes 3,000 meta-updates, one seed, one setting, no file.
+Each variant has the number of steps (up to 50) and the weight of experience with the least error on 100 tasks of the
+split "valid". The reported error is against the noiseless sinusoid, on tasks of the split "test", with half the width
+of its 95 % interval over all tasks. Where new tasks have larger amplitudes than the training tasks, so have those of
+the split "valid". Gradients are clipped in all variants. One thread. A seed and setting in the results file is not run
+again. --quick makes 3,000 meta-updates for one seed and one setting, and writes no file.
 """
 
 import argparse

@@ -1,24 +1,32 @@
-"""Does the memory of regimes help when one of them returns? python -m benchmarks.experiments.switching_lds [--quick]
+"""Switching regimes: does experience help when a regime returns?
 
-A linear system with a hidden rotation switches between three rotations of its own (LDSTasks, modes=3), every 128 steps
-on average. An SSM that sees the last four frames is trained to predict the next one on switching runs of other such
-systems, and then meta-trained (MetaMAML, second order) to do so after a few gradient steps on 32 to 128 steps of a
-regime. It goes along one long run, 4 steps at a time: first it predicts, then it adapts, from the meta-trained
-parameters. What it has met goes to an ExperienceBuffer in chunks of 32 steps, with the parameters at the end of each;
-nobody tells it the regime. Errors are squared, in variances of an observation, in the 64 steps after a switch ("shock")
-and later ("steady"): means over unseen systems with 95 % intervals. Each variant has the settings that did best on
-other systems (split valid), of equally many tried for each.
+    python -m benchmarks.experiments.switching_lds [--quick]
 
-An adapted model is not asked alone: what is said is the mean of its prediction and that of the model before it was
-meta-trained, by the odds of their last errors, forgotten within some batches. So all variants fall back on no
-adaptation.
+A linear system with a hidden rotation switches between three rotations (LDSTasks, modes=3), every 128 steps on average.
+An SSM with the last four frames as input is trained to predict the next one, on switching runs of other systems. It is
+then meta-trained (MetaMAML, second order) to predict after a few gradient steps on 32 to 128 steps of a regime.
 
-Variants: no adaptation (the model before it is meta-trained, whose state adapts: in-context only); plain adaptation, to
-the last batch or, going on from the last parameters, to all; with experience: recent (the last four chunks), uniform
-(any four), retrieved (the four whose parameters predict the last batch best), oracle (the latest four of the true
-regime);
-lookup-only (the parameters of the best chunk of the variant retrieved, as they are). Beside them: persistence, an MLP
-on four frames, the Kalman filter that is told the regime. The spike rule is off: here a loss that jumps is a switch.
+At test time the model follows one long run, 4 steps at a time. It predicts, then adapts from the meta-trained
+parameters. An ExperienceBuffer receives chunks of 32 steps with the parameters at the end of each. The regime is not
+given. Errors are squared, in variances of an observation, in the 64 steps after a switch ("shock") and later
+("steady"): means over unseen systems with 95 % intervals. Each variant has the settings that are best on other systems
+(split valid), out of the same number of settings.
+
+The prediction of a variant is the mean of the adapted model's and the one of the model before meta-training. Their
+weights are the odds of their last errors, with a decay over some batches. All variants thus fall back on no adaptation.
+
+| variant | adapts to |
+|---|---|
+| no adaptation | nothing; the model before meta-training, whose state adapts in context |
+| plain | the last batch or, continuing from the last parameters, all batches |
+| recent | also the last four chunks |
+| uniform | also any four chunks |
+| retrieved | also the four chunks whose parameters predict the last batch best |
+| oracle | also the latest four chunks of the true regime |
+| lookup-only | nothing; the parameters of the best chunk |
+
+The baselines are persistence, an MLP on four frames, and the Kalman filter with the true regime. The spike rule is off,
+because a loss that jumps is a switch here.
 """
 
 import copy
@@ -53,7 +61,7 @@ FORGET = 0.7  # what counts of the batch before, in odds and in scores of chunks
 
 @dataclasses.dataclass(frozen=True)
 class Settings:
-    """Of one variant."""
+    """The settings of one variant."""
 
     lr: float
     anew: bool = True  # each batch is adapted to from the trained parameters, not from the last ones
@@ -149,7 +157,7 @@ class Models:
 
 
 class Memory:
-    """What all runs have met, each its own: batches in a buffer, parameters at the end of each chunk."""
+    """The past of each run: its batches in a buffer, and the parameters at the end of each chunk."""
 
     def __init__(self, runs: int):
         self.buffer = ExperienceBuffer(10**5, seed=0)
@@ -194,7 +202,7 @@ class Memory:
 
 
 def predictions(models: Models, runs: Runs, variant: str, settings: Settings) -> Tensor:
-    """Of all runs side by side, ``(tasks, steps, obs_dim)``, each batch predicted before it is learned from."""
+    """Predictions of all runs, ``(tasks, steps, obs_dim)``; each batch is predicted before the step on it."""
     model = models.adaptable
     inputs, targets, users = runs.inputs, runs.targets, len(runs.x)
     memory, everyone = Memory(users), torch.arange(users)
@@ -212,7 +220,7 @@ def predictions(models: Models, runs: Runs, variant: str, settings: Settings) ->
     history = adapter.history(users)
     params = served = {name: p.detach().expand(users, *p.shape) for name, p in model.named_parameters()}
     scan = vmap(lambda p, x, h: functional_call(Scan(model), {f"model.{n}": v for n, v in p.items()}, (x, h)))
-    hidden, said = torch.stack([model.init_hidden(1)] * users), []
+    hidden, predicted = torch.stack([model.init_hidden(1)] * users), []
     with torch.no_grad():
         plain = models.trained(inputs)
     trust = torch.zeros(users)  # log odds of the adapted model against the other
@@ -223,7 +231,7 @@ def predictions(models: Models, runs: Runs, variant: str, settings: Settings) ->
         with torch.no_grad():
             y, after = scan(served, batch["states"], hidden)
         share = trust.sigmoid().view(-1, 1, 1)
-        said.append(share * y[:, 0] + (1 - share) * plain[:, here])
+        predicted.append(share * y[:, 0] + (1 - share) * plain[:, here])
         errors = [(x - targets[:, here]).square().sum((1, 2)) for x in (plain[:, here], y[:, 0])]
         trust = FORGET * trust + (errors[0] - errors[1]) / (2 * models.error)
         mode = runs.modes[:, FRAMES + here.stop - 1]
@@ -245,7 +253,7 @@ def predictions(models: Models, runs: Runs, variant: str, settings: Settings) ->
         if variant == "lookup-only" and memory.scores.shape[1]:
             best = memory.scores.argmin(1)
             served = {name: torch.stack([p[name] for p in memory.params], 1)[everyone, best] for name in params}
-    return torch.cat(said, 1)
+    return torch.cat(predicted, 1)
 
 
 # ------------------------------------------------------------------------------------------------------------- figures
@@ -305,7 +313,7 @@ def main() -> None:
     model = pretrained(0, 200 if quick else 400)
     valid = Runs.draw(8, 256 if quick else 512, "valid", 0)
     test = Runs.draw(16 if quick else 256, 512 if quick else 1536, "test", 0)
-    said, chosen = references(test, model), {}
+    predicted, chosen = references(test, model), {}
     with torch.no_grad():
         error = float((model(valid.inputs) - valid.targets).square().mean())
     models = Models(model, meta_trained(model, 0, 100 if quick else 300), error)
@@ -313,9 +321,9 @@ def main() -> None:
     for variant in ("plain", "recent", "uniform", "retrieved", "lookup-only", "oracle"):
         settings = Settings(LRS[0]) if quick else tune(models, valid, variant)
         chosen[variant] = dataclasses.asdict(settings)
-        said[variant] = predictions(models, test, variant, settings)
+        predicted[variant] = predictions(models, test, variant, settings)
         print(f"{variant}: {chosen[variant]}, {time.perf_counter() - start:.0f} s", flush=True)
-    parts = {name: windows(test, y) for name, y in said.items()}
+    parts = {name: windows(test, y) for name, y in predicted.items()}
     table = {name: {part: confidence_interval(v.tolist()) for part, v in row.items()} for name, row in parts.items()}
     paired = {  # by system, what retrieval takes off the other's error
         name: {part: confidence_interval((row[part] - parts["retrieved"][part]).tolist()) for part in row}
@@ -326,7 +334,7 @@ def main() -> None:
         cells = [*(row[part] for part in ("shock", "back", "steady", "whole")), paired[name]["shock"]]
         print(f"| {name} | " + " | ".join(f"{c['mean']:.4f} +- {c['half']:.4f}" for c in cells) + " |")
     if not quick:
-        curves = {name: after_a_switch(test, y) for name, y in said.items()}
+        curves = {name: after_a_switch(test, y) for name, y in predicted.items()}
         plot(curves)
         results = {
             "tasks": TASKS.name,

@@ -1,11 +1,11 @@
-"""Exact nearest neighbours against the ways Python has to compute them: time, gradients, recall, the machine's limits.
+"""Exact nearest neighbours against their peers in Python: time, gradients, recall, and the machine's limits.
 
     python -m benchmarks.ops.knn [--quick] [--threads 1]
 
-`pip install '.[bench]'` brings the peers; one that is absent, fails, or misses neighbours of random keys is named with
-the reason. "packed" is a PackedKeys written beforehand, "knn" packs inside the call; the other peers' keys are prepared
-beforehand as far as they can be. Times include the call from Python. The limit is that of float32: multiply-adds in
-registers, or reading the keys once; where the machine multiplies bfloat16 numbers, a search may stay below it.
+`pip install '.[bench]'` installs the peers. The tables list a peer that is absent, fails, or misses neighbours of
+random keys, with the reason. "packed" is a PackedKeys written beforehand, and "knn" packs inside the call; the keys
+of the other peers are prepared beforehand where possible. Times include the call from Python. The limits are float32
+multiply-adds in registers and one read of the keys; a search with bfloat16 products may take less than the first.
 """
 
 import importlib.metadata
@@ -217,7 +217,7 @@ def scaling(bench: Bench, shapes: list[Shape]) -> list[Row]:
 
 
 def recalls(bench: Bench) -> list[Row]:
-    """Of keys around a centre, the share of the K nearest that each peer finds."""
+    """The share of the K nearest that each peer finds among keys around a centre."""
     print(f"\nrecall@{K}, keys of spread 0.05 around a centre of norm" + "".join(f"{norm:>9}" for norm in NORMS))
     drawn = [offset_cluster(norm) for norm in NORMS]
     want = [nearest(queries, keys) for queries, keys in drawn]

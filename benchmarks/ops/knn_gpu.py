@@ -1,13 +1,12 @@
-"""Exact nearest neighbours on a GPU against the ways people compute them there: the GPU's own clock, and its limits.
+"""Exact nearest neighbours on a GPU against its peers there, by the GPU's clock, with its limits.
 
     python -m benchmarks.ops.knn_gpu [--quick]
 
-Writes `benchmarks/results/knn-<gpu>.json`. "packed" is a PackedKeys written beforehand, "knn" packs inside the call;
-what peers can prepare is prepared beforehand. A peer that is absent, fails, or misses neighbours of random keys is
-named with the reason. Float32 throughout; torch's products are those of float32, not of TF32. The limits: reading the
-keys once as fast as a copy, and the products of all pairs as fast as a matrix product in float32. A search that screens
-with bfloat16 numbers on tensor cores, and takes exact values of a few keys, may stay below the second. Without a GPU it
-says so and measures nothing.
+Writes `benchmarks/results/knn-<gpu>.json`. "packed" is a PackedKeys written beforehand, and "knn" packs inside the
+call; peers prepare their keys beforehand where possible. The tables list a peer that is absent, fails, or misses
+neighbours of random keys, with the reason. All products are float32, not TF32. The limits are one read of the keys at
+the rate of a copy, and the products of all pairs at the rate of a float32 matrix product. A search with bfloat16
+products on tensor cores may take less than the second. Without a GPU the command ends with one sentence.
 """
 
 from collections.abc import Callable

@@ -1,8 +1,8 @@
 """The nearest-neighbour searches that the benchmark compares: one or many memories, prepared once, then queried.
 
 A peer's ``prepare(queries, keys)`` takes queries ``(memories, Q, d)`` and keys ``(memories, M, d)`` and returns the
-call that is timed, whose result :func:`indices` reads. Packages that know one memory loop over them. What can be
-prepared is: faiss copies the keys, scann builds, torch takes the norms. Packages are imported with their peer.
+timed call, whose result :func:`indices` reads. Packages that search one memory loop over them. Preparation copies the
+keys (faiss), builds an index (scann) or computes norms (torch). Packages are imported with their peer.
 """
 
 import os
@@ -148,7 +148,7 @@ PACKAGES = {
 
 
 def threads_of_packages(threads: int) -> None:
-    """Before packages are imported: their pools are to have as many threads as torch."""
+    """Limit the thread pools of packages to torch's number of threads, before they are imported."""
     for name in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"):
         os.environ.setdefault(name, str(threads))
 

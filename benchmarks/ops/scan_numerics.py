@@ -1,20 +1,20 @@
-"""How far the scan's results are from a float64 loop: outputs, every gradient, every second derivative.
+"""Errors of the scan against a float64 loop: outputs, every gradient, every second derivative.
 
     python -m benchmarks.ops.scan_numerics [--quick] [--threads 1]
 
-About ten minutes, nearly all of it the loop at length 65536, which ``--quick`` leaves out.
+About ten minutes, mostly for the loop at length 65536, which ``--quick`` leaves out.
 
-A = -(1..16) and step sizes log-uniform in [0.001, 1], so that states forget within 1 to 1000 steps; all arguments are
-given, softplus on. The truth is the reference in float64 on the same, already rounded, inputs: a loop over steps, run
-in pieces of 64 with the state handed on, which changes no sum and spares autograd quadratic work. Errors of a tensor:
+A = -(1..16), and step sizes are log-uniform in [0.001, 1], so states decay within 1 to 1000 steps. All arguments are
+given, with softplus. The truth is the reference in float64 on the same, already rounded, inputs. It runs in segments of
+64 steps with the state passed on, which changes no sum and avoids quadratic work in autograd. Errors of a tensor:
 
-- max: max|got - want| / max|want|, and in units of the dtype's rounding (eps);
+- max: max|got - want| / max|want|, also in units of the dtype's rounding (eps);
 - rms: rms(got - want) / rms(want).
 
-In float64 the two sides are equally rounded: that row is how far they are apart, an upper bound in order of magnitude.
-bfloat16 and float16 inputs are widened to float32; y and the gradients of half arguments are rounded once on the way
-out, which is half an eps. Second derivatives: the gradient of a random functional of all gradients, with respect to all
-arguments and to the cotangents of y and of the last state.
+In float64 both sides have the same rounding, so that row is an upper bound in order of magnitude. bfloat16 and float16
+inputs are computed in float32; y and the gradients of half arguments are rounded once at the end, half an eps. A second
+derivative is the gradient of a random functional of all gradients, with respect to all arguments and to the cotangents
+of y and of the last state.
 """
 
 import math

@@ -1,6 +1,6 @@
 """The selective scans that the benchmark compares. Each prepares the same passes over the same numbers.
 
-A peer of PyTorch is one function of (u, delta, A, B, C), the sequences ``(batch, channels, length)``; PyTorch
+A PyTorch peer is one function of (u, delta, A, B, C), with sequences ``(batch, channels, length)``, and PyTorch
 differentiates it. JAX differentiates its own. Packages are imported when their peer is loaded.
 """
 
@@ -62,7 +62,7 @@ def problem(
 class Peer(Protocol):
     """``prepare`` returns one pass, ready to be timed; ``outputs`` is what that pass computes."""
 
-    growth: int  # the power of the length by which its gradients' time grows; 0 where nobody needs to foresee it
+    growth: int  # the time of its gradients grows with this power of the length; 0: not predicted
 
     def prepare(self, name: str, p: Problem) -> Pass: ...
 

@@ -1,11 +1,11 @@
-"""Selective scan against the ways PyTorch and JAX have to compute one: time, memory, and the machine's limits.
+"""Selective scan against its peers in PyTorch and JAX: time, memory, and the machine's limits.
 
     python -m benchmarks.ops.selective_scan [--quick] [--threads 1] [--shape BATCH LENGTH DIM STATE]
             [--peers loop jax ...]
 
-`pip install '.[bench]'` brings the peers; one that is absent, fails, or differs from the reference in float64 is
-named with the reason. The passes start from scratch ("+double backward" is forward, backward and double backward
-together) but for "double backward alone", which goes through a kept graph.
+`pip install '.[bench]'` installs the peers. The tables list a peer that is absent, fails, or differs from the reference
+in float64, with the reason. Each pass starts from scratch: "+double backward" is forward, backward and double backward
+together. Only "double backward alone" uses a kept graph.
 """
 
 import importlib.metadata
@@ -206,9 +206,11 @@ def times(bench: Bench, shape: Shape, limit: dict[str, float]) -> Row:
 
 
 def multiplications(task: str, length: int) -> float:
-    """Vector multiplications, fused with an addition or not, that a state takes at a step with AVX-512: its decay one,
-    the exponential two; a product of duals three, two where the tangent alone is wanted. Additions and shuffles go
-    beside them. Before a double backward, duals go forward through all chunks but the last."""
+    """Vector multiplications per state and step with AVX-512, fused with an addition or not.
+
+    A decay takes one and its exponential two. A product of duals takes three, or two for the tangent alone.
+    Additions and shuffles run beside them. Before a double backward, duals run forward through all chunks but the last.
+    """
     forward, backward, dual_forward, dual_backward = 6, 13, 11, 32
     chunks = math.ceil(length / CHUNK)
     again = dual_forward * (chunks - 1) / chunks + dual_backward
@@ -232,7 +234,7 @@ def peaks(peer: str, jobs: list[tuple[str, Shape]], threads: int) -> list[int]:
 
 
 def memory(bench: Bench, shapes: list[Shape]) -> list[Row]:
-    """What a pass adds to resident memory at its highest."""
+    """The largest addition of a pass to resident memory."""
     jobs = [(task, shape) for shape in shapes for task in bench.passes if task in SCRATCH]
     found: dict[tuple[str, str, Shape], Row] = {}
     for name in PEERS:

@@ -1,9 +1,9 @@
-"""Selective scan on a GPU against the scans people use there: the GPU's own clock, and copying as a limit.
+"""Selective scan on a GPU against its peers there, by the GPU's clock, with the rate of copying as a limit.
 
     python -m benchmarks.ops.selective_scan_gpu [--quick]
 
-Writes `benchmarks/results/selective_scan-<gpu>.json` and a plot. A peer that is absent, fails, or differs from the
-reference in float64 is named with the reason. Without a GPU it says so and measures nothing.
+Writes `benchmarks/results/selective_scan-<gpu>.json` and a plot. The tables list a peer that is absent, fails, or
+differs from the reference in float64, with the reason. Without a GPU the command ends with one sentence.
 """
 
 import math
@@ -153,7 +153,7 @@ def per_task(seconds: float) -> list[dict[str, Any]]:
 
 
 def complex_states(seconds: float) -> list[dict[str, Any]]:
-    """S4D-Lin with packed B and C that vary in time: against mamba_ssm, and a real scan of as many numbers."""
+    """S4D-Lin with packed, varying B and C, against mamba_ssm and against a real scan of the same size."""
     p = on_gpu(problem(8, 2048, 768, 16))
     u, delta, A, B, C = p.arguments
     packed = [torch.stack((x, x.flip(-1)), -1).flatten(-2).contiguous() for x in (B, C)]
