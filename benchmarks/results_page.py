@@ -18,8 +18,8 @@ PAGE = RESULTS.parents[1] / "docs" / "results.md"
 HEAD = """# Results of the experiments
 
 `python -m benchmarks.results_page` makes this page from the files in `benchmarks/results`; every file has the settings
-of its command and the machine. The tables have all variants of an experiment, also those that lose. "±" is half the width of a
-95 % interval unless a section states another; errors are mean squared. `make experiments` runs every experiment on a
+of its command and the machine. The tables have all variants of an experiment, also those that lose. "±" is half the
+width of a 95 % interval unless a section states another; errors are mean squared. `make experiments` runs every experiment on a
 small budget and one seed, in minutes; `make experiments-full` makes the files.
 """
 
@@ -190,7 +190,7 @@ def meta(found: Any) -> Section:
             ]
         )
     head = ["second-order meta-update", "ms", "compiled, ms", "against the Python loop", "against it under vmap"]
-    text = "One thread. Speed-ups are for eager mode and for `compile=True`, whose compilation takes the seconds in brackets."
+    text = "One thread. Speed-ups are for eager mode and `compile=True`; compilation takes the seconds in brackets."
     return text, head, rows, ""
 
 
