@@ -1,4 +1,4 @@
-"""Documentation is code: blocks of README and docs run, tutorials print what they say, examples in docstrings run."""
+"""Documentation is code: blocks of README and docs run, tutorials print their text blocks, docstring examples run."""
 
 import contextlib
 import doctest
@@ -25,13 +25,15 @@ MODULES = sorted(
 
 
 @pytest.fixture(autouse=True)
-def _registrations_end_with_their_example(monkeypatch):
+def _restored_task_registry(monkeypatch):
+    """Remove the tasks that an example registers."""
     from eaml_ext.tasks import registry
 
     monkeypatch.setattr(registry, "_FACTORIES", dict(registry._FACTORIES))
 
 
 def blocks(path: Path) -> list:
+    """Return the Python blocks of a page as test parameters."""
     code = re.findall(r"^```python\n(.*?)^```", path.read_text(), flags=re.M | re.S)
     return [pytest.param(c, id=f"{path.name}-{i}") for i, c in enumerate(code)]
 
@@ -43,23 +45,24 @@ def test_documentation_blocks_run(code, tmp_path, monkeypatch):
     exec(compile(code, "README.md", "exec"), {"__name__": "__readme__"})
 
 
-FIGURE = re.compile(r"-?\d+\.\d+(?:e[-+]\d+)?|-?\d+e[-+]\d+")
+NUMBER = re.compile(r"-?\d+\.\d+(?:e[-+]\d+)?|-?\d+e[-+]\d+")
 
 
-def alike(printed: str, promised: str, relative: str, units: int = 1) -> bool:
-    """Equal text and whole numbers; other figures differ by at most ``relative`` of the promised one, and ``units``.
+def alike(printed: str, expected: str, relative: str, units: int = 1) -> bool:
+    """Return whether two texts agree: text and integers exactly, other numbers within a tolerance.
 
-    A unit is that of the last printed digit: numbers that differ by x differ by up to x and one unit once rounded.
+    The tolerance is ``relative`` of the expected number plus ``units`` of the last printed digit, because numbers that
+    differ by x can differ by x and one unit after rounding.
     """
-    if FIGURE.split(printed) != FIGURE.split(promised):
+    if NUMBER.split(printed) != NUMBER.split(expected):
         return False
-    pairs = [(Decimal(a), Decimal(b)) for a, b in zip(FIGURE.findall(printed), FIGURE.findall(promised), strict=True)]
+    pairs = [(Decimal(a), Decimal(b)) for a, b in zip(NUMBER.findall(printed), NUMBER.findall(expected), strict=True)]
     lasts = [Decimal(units).scaleb(min(x.as_tuple().exponent for x in pair)) for pair in pairs]
     return all(abs(a - b) <= Decimal(relative) * abs(b) + last for (a, b), last in zip(pairs, lasts, strict=True))
 
 
 class Checker(doctest.OutputChecker):
-    """Examples in docstrings train nothing: instructions and thread counts change the last digits of float32 alone."""
+    """Compare docstring examples up to the last digits of float32, which depend on instruction set and threads."""
 
     def check_output(self, want: str, got: str, optionflags: int) -> bool:
         return super().check_output(want, got, optionflags) or alike(got, want, relative="1e-4", units=0)
@@ -77,27 +80,27 @@ def test_docstring_examples_run(name):
 
 
 @pytest.mark.parametrize("path", TUTORIALS, ids=lambda p: p.stem)
-def test_tutorials_print_what_they_say(path, tmp_path, monkeypatch):
-    """The blocks of a page are one program; a ``text`` block after one of ``python`` is what that one prints."""
+def test_tutorials_print_their_text_blocks(path, tmp_path, monkeypatch):
+    """The Python blocks of a page are one program; a ``text`` block after one of them is its output."""
     monkeypatch.chdir(tmp_path)
     space = {"__name__": "__tutorial__"}
     found = re.findall(r"^```python\n(.*?)^```\n(?:\n```text\n(.*?)^```\n)?", path.read_text(), flags=re.M | re.S)
-    assert sum(bool(promised) for _, promised in found) >= 2
-    for code, promised in found:
+    assert sum(bool(expected) for _, expected in found) >= 2
+    for code, expected in found:
         out = io.StringIO()
         with contextlib.redirect_stdout(out):
             exec(compile(code, path.name, "exec"), space)
-        if promised:
-            # training on other instructions, or another torch, ends a few hundredths of an error elsewhere
-            same = alike(out.getvalue(), promised, relative="0.1")
-            assert same, f"{path.name} printed\n{out.getvalue()}instead of\n{promised}"
+        if expected:
+            # After training, errors depend on instruction set and torch release by a few hundredths of their value.
+            same = alike(out.getvalue(), expected, relative="0.1")
+            assert same, f"{path.name} printed\n{out.getvalue()}instead of\n{expected}"
 
 
 @pytest.mark.parametrize(
-    "printed, promised, relative, same",
+    "printed, expected, relative, same",
     [
         ("error 0.51 of 12", "error 0.50 of 12", "0.1", True),
-        ("0.006", "0.007", "0.1", True),  # 0.0064 and 0.0066, say
+        ("0.006", "0.007", "0.1", True),  # may be 0.0064 and 0.0066
         ("0.0064", "0.0066", "0.01", False),
         ("0.005", "0.007", "0.1", False),
         ("49.3%, 1.18", "48.9%, 1.25", "0.1", True),
@@ -114,8 +117,8 @@ def test_tutorials_print_what_they_say(path, tmp_path, monkeypatch):
         ("nan", "0.5", "0.1", False),
     ],
 )
-def test_alike_figures_within_tolerance_and_rounding_are_accepted(printed, promised, relative, same):
-    assert alike(printed, promised, relative) is same
+def test_alike_numbers_within_tolerance_and_rounding_are_accepted(printed, expected, relative, same):
+    assert alike(printed, expected, relative) is same
 
 
 @pytest.mark.parametrize("printed, same", [("2.0", True), ("1.9999998", True), ("1.9", False), ("1.999", False)])
@@ -124,5 +127,5 @@ def test_checker_last_digits_of_float32_are_accepted(printed, same):
     assert not Checker().check_output("(2.0, 3)\n", f"({printed}, 4)\n", 0)
 
 
-def test_docs_have_an_example_per_layer():
+def test_docs_have_fifteen_examples_or_more():
     assert sum(len(blocks(page)) for page in PAGES) >= 15

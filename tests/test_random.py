@@ -1,4 +1,4 @@
-"""No two uses of random numbers share a seed, and the streams of task distributions keep their values."""
+"""Seeds: different uses have different keys, and the streams of task distributions keep their values."""
 
 import ast
 import itertools
@@ -34,13 +34,13 @@ def test_seed_sequence_no_two_uses_share_a_stream():
 
 @pytest.mark.parametrize("bits", [32, 63])
 def test_derive_seed_neighbouring_seeds_purposes_and_indices_differ(bits):
-    """Sums such as ``seed + 1`` and ``seed * steps + step`` made one use's seed another's."""
+    """Sums such as ``seed + 1`` and ``seed * steps + step`` gave two uses the same seed."""
     keys = list(itertools.product(range(8), Purpose, range(8)))
     seeds = {derive_seed(seed, purpose, index, bits=bits) for seed, purpose, index in keys}
     assert len(seeds) == len(keys) and max(seeds) < 2**bits and max(seeds) > 2 ** (bits - 1)
 
 
-def test_task_streams_keep_the_values_that_results_rest_on():
+def test_task_streams_keep_the_values_of_published_results():
     for split, seed, epoch, index in (("train", 0, 0, 0), ("valid", 3, 5, 7), ("test", 2**32 - 1, 2**32 - 1, 9)):
         key = (("train", "valid", "test").index(split), epoch, index)
         want = np.random.SeedSequence(seed, spawn_key=key).generate_state(4)
@@ -54,18 +54,18 @@ def test_task_streams_keep_the_values_that_results_rest_on():
     assert np.allclose(x, -5 + 10 * draw.random(5)[:2])
 
 
-def test_purpose_splits_come_first_in_the_order_of_the_distributions():
+def test_purpose_splits_are_first_in_the_order_of_splits():
     assert [Purpose(i).name for i in range(len(SPLITS))] == [f"{split}_tasks".upper() for split in SPLITS]
 
 
-def test_purpose_every_one_has_one_use_in_the_package():
+def test_purpose_each_member_has_one_use_in_the_package():
     text = "\n".join(source for path, source in SOURCES.items() if path.name != "_random.py")
     uses = re.findall(r"Purpose\.(\w+)", text)
     assert sorted(uses) == sorted(p.name for p in Purpose if p >= len(SPLITS))
     assert text.count("Purpose(SPLITS.index(split))") == 1
 
 
-def test_package_makes_seed_sequences_in_one_place_and_adds_nothing_to_seeds():
+def test_package_makes_seed_sequences_in_one_module_and_does_no_arithmetic_on_seeds():
     for path, source in SOURCES.items():
         assert "SeedSequence(" not in source or path.name == "_random.py", path
         for node in ast.walk(ast.parse(source)):
@@ -74,7 +74,7 @@ def test_package_makes_seed_sequences_in_one_place_and_adds_nothing_to_seeds():
                 assert "seed" not in names, f"{path}, line {node.lineno}"
 
 
-def test_task_batch_draws_order_choice_and_data_from_streams_of_their_own(monkeypatch):
+def test_task_batch_order_choice_and_data_have_separate_streams(monkeypatch):
     seen = []
     monkeypatch.setattr("eaml_ext.meta.task_batch.derive_seed", lambda *key: seen.append(key) or derive_seed(*key))
 
@@ -96,7 +96,7 @@ def test_task_batch_draws_order_choice_and_data_from_streams_of_their_own(monkey
 
 
 @pytest.mark.parametrize("make", [int, np.int64, np.uint8, torch.tensor])
-def test_seed_sequence_any_integral_type_is_taken(make):
+def test_seed_sequence_any_integral_type_is_accepted(make):
     want = seed_sequence(3, Purpose.PLANNING, 2).generate_state(4)
     assert np.array_equal(seed_sequence(make(3), Purpose.PLANNING, make(2)).generate_state(4), want)
     assert type(check_seed("f", "seed", make(3))) is int
@@ -113,7 +113,7 @@ def test_seed_sequence_any_integral_type_is_taken(make):
         (lambda: check_seed("f", "s", True), TypeError, "f: s must be an integer, got True"),
     ],
 )
-def test_seeds_and_indices_out_of_range_are_named(call, error, text):
+def test_seed_or_index_out_of_range_raises(call, error, text):
     with pytest.raises(error, match=f"^{text}$"):
         call()
 

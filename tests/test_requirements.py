@@ -1,4 +1,4 @@
-"""The locks in requirements/ and the bounds of pyproject.toml that they come from."""
+"""The locks in requirements/, the bounds of pyproject.toml, and ``latest_check.py``, which compares them."""
 
 import itertools
 import re
@@ -72,7 +72,7 @@ def test_lock_every_requirement_of_pyproject_has_one_version_within_its_bounds(u
 
 
 @pytest.mark.parametrize("environment", ENVIRONMENTS)
-def test_locks_a_package_of_two_of_them_has_one_version(environment):
+def test_locks_package_in_two_locks_has_one_version(environment):
     for a, b in itertools.combinations(LOCKS, 2):
         one, other = pins(a, environment), pins(b, environment)
         assert one.keys() & other.keys() and all(one[name] == other[name] for name in one.keys() & other.keys())
@@ -97,17 +97,17 @@ def test_pyproject_extras_that_repeat_others_agree_with_them():
     assert set(BUILD) < set(EXTRAS["dev"]) and PROJECT["dependency-groups"]["build"] == BUILD
 
 
-def test_pyproject_packages_that_move_have_an_upper_bound():
-    """torch has none: pip would replace the one that the kernels were compiled against."""
-    moving = {"numpy", "gymnasium", "transformers", "mujoco", "matplotlib", "tensorboard", "ruff", "mypy"}
+def test_pyproject_packages_with_breaking_releases_have_an_upper_bound():
+    """torch has none, because pip would replace the torch that the kernels were compiled against."""
+    breaking = {"numpy", "gymnasium", "transformers", "mujoco", "matplotlib", "tensorboard", "ruff", "mypy"}
     found = set()
     for requirement in map(Requirement, [*ALWAYS, *itertools.chain(*EXTRAS.values())]):
         operators = {specifier.operator for specifier in requirement.specifier}
-        if requirement.name in moving:
+        if requirement.name in breaking:
             assert {">=", "<"} <= operators, requirement
             found.add(requirement.name)
         assert requirement.name != "torch" or operators == {">="}
-    assert found == moving
+    assert found == breaking
 
 
 # ---- the newest releases ---------------------------------------------------------------------------------------------
@@ -119,7 +119,7 @@ def test_locked_lines_of_another_python_are_left_out():
     assert dict(LATEST["locked"](text, {"python_full_version": "3.12.0"})) == {"a": "2", "b-c": "3.0.post1"}
 
 
-def test_moved_differing_and_new_packages_are_named():
+def test_moved_differing_and_new_packages_are_listed():
     assert LATEST["moved"]({"a": "1", "b": "2", "gone": "1"}, {"b": "3", "a": "1", "c": "4"}) == {
         "b": "2 → 3",
         "c": "new → 4",

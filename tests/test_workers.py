@@ -1,7 +1,7 @@
 """Ops and draws in the workers of a DataLoader, forked from a process that has used several threads, or spawned.
 
-A plain fork is another matter: after a parallel region, GNU's OpenMP waits in the child for threads that are not there,
-in torch's own products as in ours. DataLoader workers are safe because torch gives them one thread.
+DataLoader workers are safe because torch gives them one thread. After a plain fork from a process with a parallel
+region, GNU's OpenMP waits in the child for threads that do not exist, in torch's products and in this package's.
 """
 
 import os
@@ -20,7 +20,7 @@ from eaml_ext.ops import PackedKeys, knn, selective_scan
 ENV = {**os.environ, "PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
 
 
-class Answers(Dataset):
+class OpResults(Dataset):
     """Results of the ops, which must be the same in every process."""
 
     def __init__(self, folder):
@@ -50,8 +50,8 @@ class Answers(Dataset):
         }
 
 
-class Draws(Answers):
-    """Draws of the buffers; each call draws other items."""
+class Draws(OpResults):
+    """Random draws of the buffers, which differ from call to call."""
 
     def __getitem__(self, index):
         draws = {
@@ -60,15 +60,15 @@ class Draws(Answers):
             "weighted": self.memory.get_batch(8, weighted=True).indices,
             "disk": self.disk.get_batch(8).state,
         }
-        return {"answers": super().__getitem__(index), "draws": draws, "worker": get_worker_info().id}
+        return {"results": super().__getitem__(index), "draws": draws, "worker": get_worker_info().id}
 
 
-def draws_of(loader, answers):
-    """The draws of one epoch, item by item. Answers must equal those of the parent process."""
+def draws_of(loader, results):
+    """Return the draws of one epoch, item by item; the results must equal those of the parent process."""
     draws = []
     for index, item in enumerate(loader):
         assert item["worker"] == index % 2
-        assert all(torch.equal(item["answers"][name], own) for name, own in answers[index].items())
+        assert all(torch.equal(item["results"][name], own) for name, own in results[index].items())
         draws.append(item["draws"])
     return draws
 
@@ -80,30 +80,30 @@ def same(a, b):
 def main():
     torch.set_num_threads(4)
     draws = Draws(tempfile.mkdtemp())
-    answers = [Answers.__getitem__(draws, i) for i in range(len(draws))]
+    results = [OpResults.__getitem__(draws, i) for i in range(len(draws))]
 
     def epochs(context, count, **options):
         generator = torch.Generator().manual_seed(5)
         options |= {"batch_size": None, "num_workers": 2, "multiprocessing_context": context}
         loader = DataLoader(draws, generator=generator, **options)
-        return [draws_of(loader, answers) for _ in range(count)]
+        return [draws_of(loader, results) for _ in range(count)]
 
     forked = epochs("fork", 2)
     for one, other in combinations([item for epoch in forked for item in epoch], 2):  # two workers, two epochs
         for name in one:
             assert not torch.equal(one[name], other[name]), name
-    draws.memory.get_batch(3)  # and the parent goes on
-    assert all(same(a, b) for a, b in zip(forked, epochs("fork", 2), strict=True)), "the seed repeats the draws"
+    draws.memory.get_batch(3)  # draws of the parent do not change those of workers
+    assert all(same(a, b) for a, b in zip(forked, epochs("fork", 2), strict=True)), "the seed does not repeat the draws"
     first, second = epochs("fork", 2, persistent_workers=True)
     assert same(first, forked[0]) and not same(second, first)
-    assert same(*epochs("spawn", 1), forked[0]), "spawned workers draw what forked ones draw"  # this takes seconds
-    print("alike")
+    assert same(*epochs("spawn", 1), forked[0]), "spawned workers draw other items than forked ones"
+    print("passed")
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="elsewhere fork is missing, or unsafe beside threads")
-def test_workers_answer_as_their_parent_and_draw_by_their_seeds():
+def test_workers_ops_equal_those_of_the_parent_and_draws_follow_the_seed():
     child = subprocess.run([sys.executable, __file__], capture_output=True, text=True, timeout=120, env=ENV)
-    assert child.returncode == 0 and child.stdout == "alike\n", child.stderr
+    assert child.returncode == 0 and child.stdout == "passed\n", child.stderr
 
 
 if __name__ == "__main__":
