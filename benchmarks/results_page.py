@@ -17,10 +17,10 @@ from benchmarks.common import RESULTS, load
 PAGE = RESULTS.parents[1] / "docs" / "results.md"
 HEAD = """# Results of the experiments
 
-`python -m benchmarks.results_page` makes this page from the files in `benchmarks/results`; every file has the settings
-of its command and the machine. The tables have all variants of an experiment, also those that lose. "±" is half the
-width of a 95 % interval unless a section states another; errors are mean squared. `make experiments` runs every experiment on a
-small budget and one seed, in minutes; `make experiments-full` makes the files.
+`python -m benchmarks.results_page` makes this page from the files in `benchmarks/results`; every file has the
+settings of its command and the machine. The tables have all variants of an experiment, also those that lose. "±" is
+half the width of a 95 % interval unless a section states another; errors are mean squared. `make experiments` runs
+every experiment on a small budget and one seed, in minutes; `make experiments-full` makes the files.
 """
 
 Section = tuple[str, Sequence[str], list[Sequence[str]], str]  # prose, head and rows of a table, caption of a plot
