@@ -1,7 +1,7 @@
-"""SeedSequence(seed, spawn_key=(purpose, *indices)): the seeds of all random draws, no two uses with one key.
+"""SeedSequence(seed, spawn_key=(purpose, *indices)): seeds of all random draws, with a different key for each use.
 
-Two kinds of seed have no key. A job seeds torch's global generator with the user's seed itself, for initial parameters.
-Planner and RandomPolicy draw theirs from a generator that has one.
+Two kinds of seed have no key. A job seeds torch's global generator with the user's seed, for initial parameters.
+Planner and RandomPolicy draw their seeds from a generator whose seed has a key.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from eaml_ext import _check
 
 @unique
 class Purpose(IntEnum):
-    """First word of a key; comments name the indices that follow it.
+    """First word of a key; comments list the indices that follow it.
 
     Each use has its own number. Numbers never change, because results depend on them.
     """
@@ -53,12 +53,12 @@ def check_seed(where: str, name: str, value: Any) -> int:
 
 
 def seed_sequence(seed: int, purpose: Purpose, *indices: int) -> np.random.SeedSequence:
-    """Return the seed sequence of one use; other arguments give an independent one.
+    """Return the seed sequence of one use; other arguments give an independent sequence.
 
     Args:
         seed: the user's, in [0, 2**128).
-        purpose: what the numbers are drawn for.
-        indices: which draw it is, as many as the purpose lists; each in [0, 2**32), one word of the key.
+        purpose: the use.
+        indices: the indices that :class:`Purpose` lists for it, each in [0, 2**32), one word of the key.
 
     Raises:
         TypeError, ValueError: an argument is of another type or out of its range.
@@ -67,7 +67,7 @@ def seed_sequence(seed: int, purpose: Purpose, *indices: int) -> np.random.SeedS
     (0, 3, 7)
     """
     where = "seed_sequence"
-    # With a spawn key NumPy pads the seed to four words, so each word of the key has one place whatever the seed.
+    # NumPy pads the seed to four words before a spawn key, so each word of the key has one position for all seeds.
     seed = _check.integer(where, "seed", seed, 0, 2**128)
     key = (int(purpose), *(_check.integer(where, "indices", index, 0, 2**32) for index in indices))
     return np.random.SeedSequence(seed, spawn_key=key)
@@ -87,7 +87,7 @@ def collection_sequence(seed: int, ids: Sequence[str]) -> np.random.SeedSequence
 
     The key is a 64-bit digest of the ids. It equals a key of :func:`seed_sequence` with a probability below 2**-50.
     """
-    # Ids with a newline get digests of their own, because joined by newlines they would equal other lists.
+    # Ids with a newline are hashed as a repr, because joined by newlines they would equal other lists.
     text, person = ("\n".join(ids), b"") if not any("\n" in name for name in ids) else (repr(list(ids)), b"newline")
     digest = blake2b(text.encode(), digest_size=8, person=person).digest()
     return np.random.SeedSequence(seed, spawn_key=(int.from_bytes(digest, "little"),))
