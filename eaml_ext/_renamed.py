@@ -4,7 +4,7 @@ Files of later versions carry ``FORMAT``; :mod:`eaml_ext.checkpoint` applies the
 """
 
 import re
-from collections.abc import Iterable, Set
+from collections.abc import Iterable, Mapping, Set
 from typing import Any
 
 FORMAT = 2
@@ -12,6 +12,9 @@ FORMAT = 2
 
 SETTINGS = {"shift_levels": "kl_radii"}
 """Settings in the checkpoints of a ``MetaMAMLTrainer``."""
+
+FLAGS = {"rows": "rollouts_per_task"}
+"""Flags in the settings.toml of a job."""
 
 _PARAMETER = re.compile(
     r"(?P<core>(?:.*\.)?)(?:(?P<layer>mix|project|expand|blend)(?P<rest>(?:\.(?:weight|bias))?)|(?P<lru>nu|theta|gamma))"
@@ -78,3 +81,13 @@ def rename_items(items: list[Any], file_keys: Set[str] = frozenset()) -> list[An
     """
     names = core_parameters((item for item in items if isinstance(item, str)), file_keys=file_keys)
     return [names.get(item, item) if isinstance(item, str) else item for item in items]
+
+
+def adapter_statistics(statistics: Mapping[str, Any]) -> dict[str, Any]:
+    """Replace the names of version 0.1 in the loss statistics of an Adapter's state.
+
+    >>> adapter_statistics({"count": 3, "early": (1.0, 2.0, 1.5), "scatter": 0.2, "strange": 0})
+    {'count': 3, 'warmup_losses': (1.0, 2.0, 1.5), 'ema_sq_dev': 0.2, 'consecutive_spikes': 0}
+    """
+    names = {"early": "warmup_losses", "scatter": "ema_sq_dev", "strange": "consecutive_spikes"}
+    return {names.get(name, name): value for name, value in statistics.items()}

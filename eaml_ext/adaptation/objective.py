@@ -1,6 +1,5 @@
-"""What an adaptation steps on: the checked batch, its loss, the loss of its experience, the entropy."""
+"""The objective of an adaptation: the checked batch, its loss, the loss of its experience, the entropy."""
 
-import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -13,6 +12,9 @@ from eaml_ext.meta._batching import Batching
 from eaml_ext.meta._types import LossFn
 from eaml_ext.meta.functional import recordable
 
+Losses = Callable[[Callable[..., Any], dict[str, Any], dict[str, Tensor] | None], tuple[Tensor, Tensor]]
+"""``(call, batch, experience) -> (total, objective)``: the last arguments of :func:`losses`."""
+
 
 def check_loss(where: str, loss_fn: LossFn) -> None:
     """Raise TypeError unless ``loss_fn`` can be called."""
@@ -21,10 +23,20 @@ def check_loss(where: str, loss_fn: LossFn) -> None:
 
 
 def check_batch(where: str, loss_fn: LossFn, batch: Mapping[str, Any], like: Tensor, lead: int) -> dict[str, Any]:
-    """The batch, detached; ``lead`` leading dimensions must agree; floating values match ``like`` in dtype and device.
+    """Return a copy of the batch, its tensors detached.
 
-    The mask becomes ``rows``, the indices where it is True, and ``mask_dims``, how many dimensions they run over:
-    boolean indexing has no fixed size, so vmap could not do it.
+    The mask becomes ``rows``, the indices of its True entries, and ``mask_dims``, the number of its dimensions after
+    the users. Boolean indexing has no fixed size, so vmap cannot do it.
+
+    Args:
+        where: the beginning of messages.
+        loss_fn: checked to be callable.
+        batch: the argument of ``Adapter.adapt`` or ``Adapter.adapt_many``.
+        like: a tensor of the dtype and device that floating states and targets must have.
+        lead: the number of leading dimensions that must agree: 1 for ``(n, ...)``, 2 for ``(users, n, ...)``.
+
+    Raises:
+        TypeError, ValueError: an entry is missing or does not fit.
     """
     check_loss(where, loss_fn)
     if not isinstance(batch, Mapping):
@@ -77,49 +89,29 @@ def check_batch(where: str, loss_fn: LossFn, batch: Mapping[str, Any], like: Ten
     return recordable(checked)
 
 
-def check_experience(where: str, found: Any, like: Tensor) -> dict[str, Tensor] | None:
-    """What a retriever returned, detached; None when there is nothing in it."""
-    if found is None:
-        return None
-    if not isinstance(found, Mapping) or not {"states", "targets"} <= set(found):
-        kind = type(found).__name__
-        raise TypeError(f"{where}: the retriever must return a dict with states and targets, or None, got {kind}")
-    for name in ("states", "targets"):
-        _check.tensor(where, f"the retriever's {name}", found[name])
-        _check.device(where, f"the retriever's {name}", found[name], like.device, "the model")
-        if found[name].is_floating_point():
-            _check.dtype(where, f"the retriever's {name}", found[name], (like.dtype,))
-    states, targets = found["states"].detach(), found["targets"].detach()
-    if states.shape[:1] != targets.shape[:1]:
-        got, wanted = tuple(targets.shape), tuple(states.shape)
-        raise ValueError(f"{where}: the retriever's targets have shape {got}, its states {wanted}")
-    experience = {"states": states, "targets": targets}
-    weights = found.get("weights")
-    if weights is not None:
-        name = "the retriever's weights"
-        _check.tensor(where, name, weights)
-        _check.device(where, name, weights, like.device, "the model")
-        _check.dtype(where, name, weights, (like.dtype,))
-        _check.shape(where, name, weights, states.shape[:1], str(tuple(states.shape[:1])))
-        weights = experience["weights"] = weights.detach()
-        if len(weights) and not (weights.min() >= 0 and 0 < weights.sum() < math.inf):
-            raise ValueError(f"{where}: {name} must be finite, >= 0 and not all 0")
-    return recordable(experience) if states.numel() else None
-
-
 def losses(
     where: str,
-    call: Callable[..., Any],
     loss_fn: LossFn,
-    batch: Mapping[str, Any],
-    experience: Mapping[str, Tensor] | None,
     experience_weight: float,
     entropy_weight: float,
     batching: Batching,
+    call: Callable[..., Any],
+    batch: Mapping[str, Any],
+    experience: Mapping[str, Tensor] | None,
 ) -> tuple[Tensor, Tensor]:
-    """``(total, objective)`` of one batch and its experience, with the model ``call``.
+    """Return ``(total, objective)`` of one batch and its experience, scalars.
 
-    ``batching`` maps the loss over experience items that have weights.
+    Args:
+        where: the beginning of messages.
+        loss_fn: ``(predictions, targets) -> scalar``.
+        experience_weight, entropy_weight: the weights of the formulas in Adapter.
+        batching: maps the loss over experience items that have weights.
+        call: the model.
+        batch: the result of :func:`check_batch`.
+        experience: states ``(n, ...)``, targets ``(n, ...)`` and perhaps weights ``(n,)``; None: none.
+
+    Raises:
+        TypeError, ValueError: the model or ``loss_fn`` returns something of another type or shape.
     """
     hidden = batch.get("hidden_state")
     inputs = (batch["states"],) if hidden is None else (batch["states"], hidden)
@@ -146,7 +138,7 @@ def losses(
 def _experience_loss(
     where: str, loss_fn: LossFn, predictions: Tensor, experience: Mapping[str, Tensor], batching: Batching
 ) -> Tensor:
-    """Of all items at once; where they have weights w, the mean of the items' own losses: sum_i w_i l_i / sum_i w_i."""
+    """Return the loss of all items, or with weights w the mean of their own losses: sum_i w_i l_i / sum_i w_i."""
     targets = experience["targets"]
     if "weights" not in experience:
         return _scalar(where, loss_fn(predictions, targets))
@@ -160,9 +152,10 @@ def _experience_loss(
 
 
 def gradients(where: str, objective: Tensor, leaves: Sequence[Tensor]) -> list[Tensor]:
-    """Gradients of the objective by leaf; zeros for a frozen leaf and for one that it does not depend on.
+    """Return the gradient of the objective with respect to each leaf; zeros for a frozen or unused leaf.
 
-    Raises ValueError when it depends on no leaf.
+    Raises:
+        ValueError: the objective depends on no leaf.
     """
     moving = [p for p in leaves if p.requires_grad]
     grads: Sequence[Tensor | None] = [None]
@@ -191,9 +184,10 @@ def _scalar(where: str, loss: Any) -> Tensor:
 
 
 def _entropy(predictions: Tensor, targets: Tensor) -> Tensor | None:
-    """Mean entropy of the softmax over classes; None unless these are logits with integer class targets.
+    """Return the mean entropy of the softmax over classes; None unless these are logits with integer targets.
 
-    Classes stand last, ``(n, ..., classes)``, or second, ``(n, classes, ...)``, as in ``cross_entropy``.
+    The dimension of the classes is the last, ``(n, ..., classes)``, or the second, ``(n, classes, ...)``, as in
+    ``cross_entropy``.
     """
     if targets.is_floating_point() or targets.is_complex() or targets.dtype == torch.bool:
         return None
@@ -206,5 +200,5 @@ def _entropy(predictions: Tensor, targets: Tensor) -> Tensor | None:
     else:
         return None
     logs = predictions.log_softmax(dim)
-    # A class ruled out by a logit of -inf adds 0, not 0 times -inf.
+    # The clamp makes a class with the logit -inf add 0, not 0 times -inf.
     return -(logs.exp() * logs.clamp(min=torch.finfo(logs.dtype).min)).sum(dim).mean()

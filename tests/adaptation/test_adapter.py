@@ -11,7 +11,7 @@ from torch.func import functional_call
 from torch.nn import functional as F
 
 from eaml_ext.adaptation import AdaptationConfig, Adapter
-from eaml_ext.adaptation.guards import LossStatistics
+from eaml_ext.adaptation.guards import UserHistory
 from eaml_ext.experience import ExperienceBuffer, retrieval
 
 OFF = {"grad_clip_norm": None, "trust_region_eps": None, "ema_decay": None}
@@ -352,17 +352,17 @@ def test_a_corrupted_stream(guarded):
 
 
 def test_loss_statistics_are_the_weighted_mean_and_variance():
-    statistics, decay, values = LossStatistics(0.9), 0.9, torch.randn(25, dtype=torch.float64) - 3
+    history, decay, values = UserHistory(2, 0.9), 0.9, torch.randn(25, dtype=torch.float64) - 3
     for value in values.tolist():
-        statistics.update(value)
+        history.add_loss(1, value)
     weights = decay ** torch.arange(24, -1, -1, dtype=torch.float64)
     weights /= weights.sum()
     mean = (weights * values).sum()
     variance = (weights * (values - mean) ** 2).sum()
-    assert statistics.mean == pytest.approx(float(mean))
+    assert history.mean == [0.0, pytest.approx(float(mean))]
     threshold = float(mean + max(6 * variance.sqrt(), abs(mean)))
-    assert not statistics.spikes(threshold - 1e-6, first=False)
-    assert statistics.spikes(threshold + 1e-6, first=False)
+    assert not history.is_spike(1, threshold - 1e-6)
+    assert history.is_spike(1, threshold + 1e-6)
 
 
 # --------------------------------------------------------------------------------------------------- experience
@@ -670,7 +670,10 @@ def test_load_state_dict_refuses():
             {**state, "snapshot_buffers": [torch.ones(2)]},
             "snapshot_buffers has the shapes [(2,)], the model's buffers []",
         ),
-        ({**state, "statistics": {"mean": 1.0}}, "statistics must be a dict with the entries count, early, mean"),
+        (
+            {**state, "statistics": {"mean": 1.0}},
+            "statistics must be a dict with the entries consecutive_spikes, count, ema_sq_dev",
+        ),
     ]
     for bad, text in cases:
         with pytest.raises(ValueError, match="^Adapter.load_state_dict: " + re.escape(text)):

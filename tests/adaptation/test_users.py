@@ -122,7 +122,7 @@ def test_refusals_of_histories():
     history = adapter.history(5)
     with pytest.raises(ValueError, match="loss_fn must return a scalar"):
         adapter.adapt_many(lambda p, t: p, batch, None, history)
-    assert history.average is None and history.statistics[0].count == 0, "an error leaves the history alone"
+    assert history.average is None and history.count[0] == 0, "an error leaves the history alone"
 
 
 # ------------------------------------------------------------------------------------------------------- retrieval
