@@ -24,7 +24,7 @@ def progress_bar(
 
     >>> with progress_bar(range(3), desc="squares") as bar:
     ...     for i in bar:
-    ...         bar.write(f"{i * i}")
+    ...         write_line(f"{i * i}")
     0
     1
     4
@@ -37,8 +37,22 @@ def progress_bar(
     return tqdm(items, desc=desc, unit=unit, total=total, initial=initial, leave=False, disable=disable)
 
 
+def write_line(text: str) -> None:
+    """Print a line above the progress bars that are drawn.
+
+    >>> write_line("Epoch 0")
+    Epoch 0
+    """
+    try:
+        from tqdm import tqdm
+    except ImportError:
+        print(text)
+    else:
+        tqdm.write(text)
+
+
 class PlainProgress:
-    """The part of tqdm's interface that :mod:`eaml_ext` uses, without a bar: lines are printed, moves are ignored."""
+    """The part of tqdm's interface that :mod:`eaml_ext` uses, without a bar: moves are ignored."""
 
     def __init__(self, items: Iterable[Any] | None = None) -> None:
         self._items = items
@@ -57,9 +71,6 @@ class PlainProgress:
 
     def set_postfix(self, *, refresh: bool = True, **values: Any) -> None:
         pass
-
-    def write(self, text: str) -> None:
-        print(text)
 
 
 def table(rows: Sequence[Sequence[str]], first: int, width: int, align: str = ">", gap: int = 2) -> list[str]:

@@ -123,7 +123,7 @@ def _read(path: str | os.PathLike[str], kind: str | None) -> tuple[dict[str, Ten
         raise ValueError(f"checkpoint.load: {path} was not written by eaml_ext")
     if header.get("crc32") != str(_checksum(tensors, header[_KEY])):
         raise ValueError(f"checkpoint.load: {path} is damaged (its checksum does not match)")
-    with sound("checkpoint.load", path):
+    with content_errors("checkpoint.load", path):
         content = json.loads(header[_KEY])
         came, _ = content["kind"], content["metadata"]
     if kind is not None and came != kind:
@@ -155,17 +155,17 @@ def save_state(path: str | os.PathLike[str], state: Any, *, kind: str | None = N
 def load_state(path: str | os.PathLike[str], device: torch.device | str = "cpu", *, kind: str | None = None) -> Any:
     """What :func:`save_state` wrote. Arguments and errors are those of :func:`load`."""
     tensors, content = _read(path, kind)
-    with sound("checkpoint.load_state", path):
+    with content_errors("checkpoint.load_state", path):
         # A list of names may hold some of a core's parameters; the names of the tensors end with all of them.
         old_keys = None if "format" in content else {name.rpartition("/")[2] for name in tensors}
         return _unpack(content["metadata"], tensors, device, old_keys)
 
 
 @contextlib.contextmanager
-def sound(where: str, path: str | os.PathLike[str]) -> Iterator[None]:
-    """A block that takes over what a file holds: whatever a file of other content leads to is a ValueError.
+def content_errors(where: str, path: str | os.PathLike[str]) -> Iterator[None]:
+    """Turn the errors of a block that reads a file's content into ValueErrors that name the file.
 
-    >>> with sound("load", "model.safetensors"):
+    >>> with content_errors("load", "model.safetensors"):
     ...     {"width": 3}["height"]
     Traceback (most recent call last):
     ValueError: load: model.safetensors is whole, but does not hold what it should (KeyError: 'height')
@@ -182,6 +182,9 @@ def sound(where: str, path: str | os.PathLike[str]) -> Iterator[None]:
     else:
         return
     raise ValueError(f"{where}: {os.fspath(path)} is whole, but does not hold what it should ({reason})") from None
+
+
+sound = content_errors
 
 
 def save_module(
@@ -211,7 +214,7 @@ def load_module(
     Raises: as :func:`load`; ValueError where tensors and metadata do not belong together.
     """
     tensors, options = load(path, kind=kind)
-    with sound(where, path):
+    with content_errors(where, path):
         if not isinstance(options, dict) or options.get("num_layers", 0) > len(tensors):
             raise ValueError(f"{where}: {os.fspath(path)} has options that its tensors do not fit: {options!r:.200}")
         with torch.device("meta"):  # however large, it takes no memory

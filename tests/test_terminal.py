@@ -5,7 +5,7 @@ import sys
 
 import pytest
 
-from eaml_ext._terminal import PlainProgress, progress_bar, table
+from eaml_ext._terminal import PlainProgress, progress_bar, table, write_line
 
 
 @pytest.fixture(params=["tqdm", "plain"])
@@ -22,7 +22,7 @@ def test_progress_bar_with_and_without_tqdm_iterates_and_writes_lines(bar_kind, 
         assert isinstance(bar, PlainProgress) == (bar_kind == "plain")
         for letter in bar:
             bar.set_postfix(letter=letter, refresh=False)
-            bar.write(letter)
+            write_line(letter)
     assert capsys.readouterr() == ("a\nb\nc\n", "")
 
 

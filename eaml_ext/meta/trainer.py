@@ -15,7 +15,7 @@ from torch.optim.lr_scheduler import LRScheduler
 from eaml_ext import _check
 from eaml_ext._random import Purpose, derive_seed
 from eaml_ext._terminal import progress_bar
-from eaml_ext.checkpoint import deferred_interrupt, load_state, save_state, sound
+from eaml_ext.checkpoint import content_errors, deferred_interrupt, load_state, save_state
 from eaml_ext.distributed import Group, any_rank, run_on_rank_zero
 from eaml_ext.meta._types import LossFn, Stateful
 from eaml_ext.meta.functional import check_parameters, detached_copy, outside_inference_mode, recordable
@@ -331,10 +331,12 @@ class MetaMAMLTrainer:
 
     # ------------------------------------------------------------------------------------------------ checkpoints
 
-    def _settings(self, task_batch: TaskSource) -> dict[str, Any]:
+    def describe(self, task_batch: TaskSource) -> dict[str, Any]:
+        """Return the settings, by name, that must be equal for a run on ``task_batch`` to be continued."""
         maml = self.maml
         schedulers = {"lr_scheduler": type(self._schedulers[0]).__name__} if self._schedulers else {}
         return {
+            **task_batch.describe(),
             "inner_lr": maml.inner_lr,
             "meta_lr": maml.outer_lr,
             "inner_steps": maml.inner_steps,
@@ -346,7 +348,6 @@ class MetaMAMLTrainer:
             "optimizer": type(maml.optimizer).__name__,
             "loss_fn": getattr(self.loss_fn, "__name__", type(self.loss_fn).__name__),
             **schedulers,
-            **task_batch.describe(),
         }
 
     def _save(
@@ -354,7 +355,7 @@ class MetaMAMLTrainer:
     ) -> None:
         def save() -> None:
             state = {
-                "settings": self._settings(task_batch),
+                "settings": self.describe(task_batch),
                 "began": began,
                 "losses": torch.tensor(self.losses, dtype=torch.float64),
                 **self._learned(),
@@ -405,7 +406,7 @@ class MetaMAMLTrainer:
             return self.iteration
         before = copy.deepcopy((self._learned(), task_batch.state_dict(), self.losses))
         try:
-            with sound(where, path):
+            with content_errors(where, path):
                 began = self._take_over(where, path, state, task_batch, wanted)
                 if extra_state is not None:
                     run_on_rank_zero(self.group, lambda: extra_state.load_state_dict(extra))
@@ -423,14 +424,14 @@ class MetaMAMLTrainer:
         done = len(losses) - began
         if not 0 <= began <= len(losses):
             raise LookupError(f"a run began at {began} of {len(losses)} losses")
-        if done > wanted:
-            text = f"checkpoint {os.fspath(path)} holds {done} meta-updates, num_meta_iterations is {wanted}"
-            raise ValueError(f"{where}: {text}")
-        mine, came = self._settings(task_batch), state["settings"]
+        mine, came = self.describe(task_batch), state["settings"]
         for name in mine:
             if came.get(name) != mine[name]:
                 text = f"{name}={came.get(name)!r}, this one has {mine[name]!r}"
                 raise ValueError(f"{where}: checkpoint {os.fspath(path)} is of a run with {text}")
+        if done > wanted:
+            text = f"checkpoint {os.fspath(path)} holds {done} meta-updates, num_meta_iterations is {wanted}"
+            raise ValueError(f"{where}: {text}")
         if len(state["mamls"]) != len(self.mamls):
             raise LookupError(f"there are {len(state['mamls'])} policies, not {len(self.mamls)}")
         self._load_learned(state)

@@ -1,4 +1,4 @@
-"""The main job under torchrun: printed once, the meta-parameters and the report of one process to rounding, resumed."""
+"""The main job under torchrun: lines printed once, and the results of one process to rounding, also when resumed."""
 
 import json
 import os
@@ -35,17 +35,16 @@ def torchrun(folder, *flags):
     return subprocess.run([*command, *flags], capture_output=True, text=True, env=environment, timeout=120)
 
 
-def test_two_processes_are_as_one_and_go_on_from_its_checkpoint(tmp_path, monkeypatch):
+def test_run_two_ranks_continue_the_checkpoint_of_one_process(tmp_path, monkeypatch):
     wanted = run(DynamicsConfig(out=str(tmp_path / "one"), **SMALL))
-    update = dynamics.update
+    batch = dynamics.Transitions.batch
 
-    def interrupted(*args):
-        loss = update(*args)
-        if args[-1] == 1:
+    def interrupted(self, iteration):
+        if iteration == 1:
             signal.raise_signal(signal.SIGINT)
-        return loss
+        return batch(self, iteration)
 
-    monkeypatch.setattr(dynamics, "update", interrupted)
+    monkeypatch.setattr(dynamics.Transitions, "batch", interrupted)
     with pytest.raises(KeyboardInterrupt):
         run(DynamicsConfig(out=str(tmp_path / "two"), **SMALL))
     monkeypatch.undo()

@@ -154,7 +154,9 @@ def test_extra_state_that_raises_leaves_trainer_unchanged(tmp_path):
     assert all(torch.equal(p, before["model"][name]) for name, p in t.maml.model.state_dict().items())
 
 
-@pytest.mark.parametrize(("first", "then", "text"), [(Memory(), None, "an"), (None, Memory(), "no")], ids=str)
+@pytest.mark.parametrize(
+    ("first", "then", "text"), [(Memory(), None, "an"), (None, Memory(), "no")], ids=["file with", "file without"]
+)
 def test_checkpoint_with_and_without_extra_state_cannot_continue_each_other(first, then, text, tmp_path):
     trainer().meta_train(Sinusoids(), 1, checkpoint=tmp_path / "run", extra_state=first)
     with pytest.raises(ValueError, match=rf"^MetaMAMLTrainer.meta_train: checkpoint .*run holds {text} extra_state$"):

@@ -1,0 +1,190 @@
+"""``o_{t+1} = o_t + scale * SSM((o_t - mean) / std, a_t)``: the dynamics model of the main job."""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.func import vmap
+
+from eaml_ext import _check
+from eaml_ext.meta.functional import functional_call
+from eaml_ext.nn import SSM
+from eaml_ext.rl import Trajectories
+
+RIDGE = 0.1  # penalty of task embeddings, chosen on the split "valid" of CartPole-v1
+
+
+class DynamicsModel(nn.Module):
+    """Predicts the step ``next_observation - observation``, in units of ``scale``, with an SSM over the episode.
+
+    Input features: observation, action, and 1 where an episode starts, else 0. The state is zeroed there.
+
+    Args:
+        obs_dim, action_dim: sizes of observation and encoded action.
+        hidden_dim, state_size, num_layers: of the :class:`eaml_ext.nn.SSM`.
+
+    Raises:
+        TypeError, ValueError: a size that is no positive integer.
+
+    >>> model = DynamicsModel(4, 2, hidden_dim=8)
+    >>> model(torch.zeros(20, 7)).shape, model(torch.zeros(3, 20, 7)).shape
+    (torch.Size([20, 4]), torch.Size([3, 20, 4]))
+    """
+
+    mean: Tensor
+    std: Tensor
+    scale: Tensor
+
+    def __init__(
+        self, obs_dim: int, action_dim: int, hidden_dim: int = 32, state_size: int = 16, num_layers: int = 1
+    ) -> None:
+        super().__init__()
+        obs_dim, action_dim = (
+            _check.positive("DynamicsModel", name, value, integer=True)
+            for name, value in (("obs_dim", obs_dim), ("action_dim", action_dim))
+        )
+        self.sizes = (obs_dim, action_dim, 1)
+        self.ssm = SSM(obs_dim + action_dim, hidden_dim, obs_dim, state_size=state_size, num_layers=num_layers)
+        self.register_buffer("mean", torch.zeros(obs_dim))  # of observations
+        self.register_buffer("std", torch.ones(obs_dim))
+        self.register_buffer("scale", torch.ones(obs_dim))  # of steps
+
+    def normalise(self, data: Trajectories) -> None:
+        """Set the units from data: standard deviations of observations, root mean squares of steps.
+
+        An observation that moves by a constant, such as a clock, thus has steps of size 1. Where all steps are rounding
+        errors of the observation's dtype, their unit is the standard deviation of the observation. The units of a
+        constant are its size, at least 1.
+
+        Args:
+            data: any number of tasks and steps.
+        """
+        observations, following = (t.flatten(0, -2).double() for t in (data.observations, data.next_observations))
+        size, steps = observations.abs().amax(0), following - observations
+        # Absolute part: rounding errors of a simulator that computes zeros from numbers of order one in float64.
+        ulp = (torch.finfo(data.observations.dtype).eps * size).clamp(min=2 * torch.finfo(torch.float64).eps)
+        std, step = observations.std(0), steps.square().mean(0).sqrt()
+        std = torch.where(std > 2 * ulp, std, size.clamp(min=1))
+        self.mean.copy_(observations.mean(0))
+        self.std.copy_(std)
+        # A clock may step by one ulp, more than eps * size / 2. Rounding errors of that size have a mean near 0.
+        moves = (step > 2 * ulp) | (steps.mean(0).abs() > ulp / 2)
+        self.scale.copy_(torch.where(moves, step, std))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Predict the steps of whole episodes from a zero state.
+
+        Args:
+            x: ``(time, obs_dim + action_dim + 1)`` or ``(batch, time, obs_dim + action_dim + 1)``.
+
+        Returns:
+            Steps in units of ``scale``, the same shape with ``obs_dim`` last.
+        """
+        if x.dim() == 2:
+            return self.forward(x.unsqueeze(0)).squeeze(0)
+        inputs = self.in_units(x)
+        return self.ssm.scan(inputs[..., :-1], reset=inputs[..., -1] > 0.5)[0]
+
+    def step(self, x: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
+        """One step of :meth:`forward`. The caller zeroes the state where an episode starts.
+
+        Args:
+            x: ``(batch, obs_dim + action_dim + 1)``.
+            state: ``(batch, ...)``, of the SSM.
+
+        Returns:
+            Step ``(batch, obs_dim)``, and the SSM's next state.
+        """
+        return self.ssm.step(self.in_units(x)[..., :-1], state)
+
+    def in_units(self, x: Tensor) -> Tensor:
+        """The features ``(..., obs_dim + action_dim + 1)`` with the observation less ``mean``, over ``std``."""
+        observation, rest = x.tensor_split([self.sizes[0]], dim=-1)
+        return torch.cat([(observation - self.mean) / self.std, rest], dim=-1)
+
+    def targets(self, observation: Tensor, following: Tensor) -> Tensor:
+        """The steps between observations ``(..., obs_dim)`` and those that follow, in units of ``scale``."""
+        return (following - observation).to(self.scale.device) / self.scale
+
+
+class BatchedWorldModel(nn.Module):
+    """A dynamics model with parameters of each task, as :class:`eaml_ext.rl.Planner` steps it.
+
+    Args:
+        model: the dynamics model.
+        params: its parameters by name, each ``(tasks, *shape)``.
+    """
+
+    def __init__(self, model: DynamicsModel, params: dict[str, Tensor]) -> None:
+        super().__init__()
+        self.model = model
+        self._params = {f"model.{name}": p for name, p in params.items()}
+        self._call: Callable[..., Any] = vmap(lambda params, *args: functional_call(self, params, args))
+
+    def forward(self, x: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
+        """:meth:`DynamicsModel.step` with the parameters of one task."""
+        return self.model.step(x, state)
+
+    def init_hidden(self, tasks: int) -> Tensor:
+        """The zero state, ``(tasks, 1, ...)``."""
+        return self.model.ssm.init_hidden(tasks).unsqueeze(1)
+
+    def step(self, obs: Tensor, action: Tensor, start: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
+        """Predict the next observations.
+
+        Args:
+            obs: ``(tasks, candidates, obs_dim)``.
+            action: ``(tasks, candidates, action_dim)``, encoded.
+            start: ``(tasks, candidates)``, bool, an episode starts here.
+            state: ``(tasks, candidates, ...)``.
+
+        Returns:
+            Next observations, ``(tasks, candidates, obs_dim)``, and the next state.
+        """
+        if start.any():  # not a product, because the state of a finished episode may be infinite
+            state = state.masked_fill(start.view(*start.shape, *[1] * (state.dim() - 2)), 0.0)
+        change, state = self._call(self._params, features(obs, action, start), state)
+        return obs + change * self.model.scale, state
+
+
+def features(observation: Tensor, action: Tensor, start: Tensor) -> Tensor:
+    """The model's input, ``(..., obs_dim + action_dim + 1)``.
+
+    Args:
+        observation: ``(..., obs_dim)``.
+        action: ``(..., action_dim)``, encoded.
+        start: ``(...,)``, bool, an episode starts here.
+
+    >>> features(torch.zeros(4), torch.ones(2), torch.tensor(True))
+    tensor([0., 0., 0., 0., 1., 1., 1.])
+    """
+    return torch.cat([observation, action, start.unsqueeze(-1).to(observation.dtype)], dim=-1)
+
+
+def model_data(data: Trajectories, model: DynamicsModel) -> tuple[Tensor, Tensor]:
+    """Features and targets of all transitions, ``(tasks, time, ...)`` each, on the model's device."""
+    x = features(data.observations, data.actions, data.resets).to(model.scale.device)
+    return x, model.targets(data.observations, data.next_observations)
+
+
+def task_embedding(x: Tensor, y: Tensor) -> Tensor:
+    """A task's context embedding: ridge-regression weights of steps on features.
+
+    It depends on no learned parameter, so it never goes stale. In float64, because clocks and constants are nearly
+    collinear.
+
+    Args:
+        x: ``(tasks, time, obs_dim + action_dim + 1)``, as of :meth:`DynamicsModel.in_units`.
+        y: ``(tasks, time, obs_dim)``, steps in units of ``scale``.
+
+    Returns:
+        ``(tasks, (obs_dim + action_dim + 1) * obs_dim)``.
+
+    >>> task_embedding(torch.zeros(3, 20, 7), torch.zeros(3, 20, 4)).shape
+    torch.Size([3, 28])
+    """
+    inputs = torch.cat([x[..., :-1], torch.ones_like(x[..., :1])], dim=-1).double()
+    gram = inputs.mT @ inputs + RIDGE * torch.eye(inputs.shape[-1], dtype=inputs.dtype, device=x.device)
+    weights: Tensor = torch.linalg.solve(gram, inputs.mT @ y.double()).flatten(1).to(y.dtype)
+    return weights
