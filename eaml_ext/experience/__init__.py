@@ -1,4 +1,4 @@
-"""What was met on the way, and how to find what matters now: a ring of tensors with exact similarity search."""
+"""A memory of past experience: a ring buffer with exact similarity search, its shards, and retrieval strategies."""
 
 from eaml_ext.experience import retrieval
 from eaml_ext.experience.buffer import ExperienceBuffer

@@ -1,4 +1,4 @@
-"""What a look into the memory returns."""
+"""Experiences: items that a buffer returned, and the batches, weights and means made from them."""
 
 from __future__ import annotations
 
@@ -23,9 +23,10 @@ class Experiences:
     Attributes:
         fields: name to tensor ``(n, *item shape)``, in the dtypes stored; ``(queries, n, ...)`` after a search with
             several queries, where ``experiences[i]`` are those of query i.
-        indices: int64 ``(n,)``, the slots they came from.
-        generations: int64 ``(n,)``, how often each slot had been reused: with ``indices`` it names an item for good.
-        distances: ``(n,)``, ascending, of a search (less the log-weights of a buffer that has weights); None otherwise.
+        indices: int64 ``(n,)``, the slots of the items.
+        generations: int64 ``(n,)``, the number of times each slot had been reused. An index and a generation name one
+            item for good.
+        distances: ``(n,)``, ascending, after a search (less the log-weights of a buffer that has weights); else None.
 
     >>> import torch
     >>> from eaml_ext.experience import ExperienceBuffer
@@ -57,7 +58,7 @@ class Experiences:
         return len(self.indices)
 
     def __getitem__(self, index: Any) -> Experiences:
-        """The chosen items; an integer gives one item, its fields without the leading dimension."""
+        """Return the chosen items. An integer gives one item, whose fields have no leading dimension."""
         return Experiences(
             {name: value[index] for name, value in self.fields.items()},
             self.indices[index],
@@ -73,14 +74,14 @@ class Experiences:
         return f"Experiences({fields})"
 
     def batch(self, states: Selector | None = None, targets: Selector | None = None) -> dict[str, Tensor]:
-        """What the Adapter trains on: ``{"states": (n, ...), "targets": (n, ...)}``.
+        """Return a batch for the Adapter: ``{"states": (n, ...), "targets": (n, ...)}``.
 
         Args:
-            states: the name of a stored field; or several, concatenated along the last dimension in the dtype of the
-                first (a field with one dimension fewer, a discrete action, counts as one column); or a function of the
-                experiences that returns a tensor. Default: ``state``, or ``observation`` where items were added as
-                ``(observation, target)``.
-            targets: a field or several, as ``states``. Default: ``next_state``, or ``target``.
+            states: a selector, which is the name of a stored field, several names, or a function of the experiences
+                that returns a tensor. Several fields are concatenated along the last dimension in the dtype of the
+                first; one with one dimension fewer, such as a discrete action, is one column. Default: ``state``, or
+                ``observation`` if items were added as ``(observation, target)``.
+            targets: a selector. Default: ``next_state``, or ``target``.
 
         Raises:
             ValueError: a field is not stored, or a function returned another number of items.
@@ -92,31 +93,32 @@ class Experiences:
         }
 
     def attention(self, temperature: float = 1.0) -> Tensor:
-        """How much each item found counts: ``softmax(-distances / temperature)`` over the items, shaped as distances.
+        """Return ``softmax(-distances / temperature)`` over the items: ``(n,)``, or ``(queries, n)``.
 
-        Differentiable with respect to the query of the search.
+        The weights are differentiable with respect to the query of the search.
 
         Raises:
-            ValueError: the items were not found by a search, or ``temperature`` is not positive and finite.
+            ValueError: the items do not come from a search, or ``temperature`` is not positive and finite.
             TypeError: ``temperature`` is not a number.
         """
-        temperature = _check_temperature("Experiences.attention", temperature)
+        temperature = check_temperature("Experiences.attention", temperature)
         if self.distances is None:
             raise ValueError("Experiences.attention: there are no distances, the items do not come from retrieve")
         return torch.softmax(-self.distances / temperature, dim=-1)
 
     def read(self, values: Selector, temperature: float = 1.0) -> Tensor:
-        """The mean of ``values`` over the items found, weighted by :meth:`attention`: ``(..., item shape)``.
+        """Return the mean of ``values`` over the items, weighted by :meth:`attention`: ``(*item shape)``.
+
+        After a search with several queries the shape is ``(queries, *item shape)``. The mean is differentiable with
+        respect to the query. Without items it is 0.
 
         Args:
-            values: the name of a stored floating field, several or a function, as in :meth:`batch`.
-            temperature: of the attention; small: the nearest alone; large: all alike.
-
-        Differentiable with respect to the query. Of no items the read is 0.
+            values: a selector of floating values, as in :meth:`batch`.
+            temperature: of the attention. A small one selects the nearest item, a large one gives all equal weight.
 
         Raises:
             ValueError: as :meth:`attention` and :meth:`batch`.
-            TypeError: as they, or the values are not floating.
+            TypeError: as :meth:`attention` and :meth:`batch`, or the values are not floating.
 
         Source: the soft read of Graves et al., "Neural Turing machines", 2014, over the k nearest only (Rae et al.,
         "Scaling memory-augmented neural networks with sparse reads and writes", 2016).
@@ -127,7 +129,7 @@ class Experiences:
         >>> buffer.add(value=torch.tensor([1.0, 3.0, 100.0]), context_embedding=torch.tensor([[-1.0], [1.0], [50.0]]))
         >>> query = torch.zeros(1, requires_grad=True)
         >>> read = buffer.retrieve(query, k=2).read("value")
-        >>> read.item(), torch.autograd.grad(read, query)[0].item()  # moving right brings the 3 nearer
+        >>> read.item(), torch.autograd.grad(read, query)[0].item()  # the item of value 3 is on the right
         (2.0, 2.0)
         """
         weights = self.attention(temperature)
@@ -167,7 +169,7 @@ class Experiences:
         return torch.cat(parts, dim=-1)
 
 
-def _check_temperature(where: str, temperature: Any) -> float:
+def check_temperature(where: str, temperature: Any) -> float:
     temperature = _check.positive(where, "temperature", temperature)
     if math.isinf(temperature):
         raise ValueError(f"{where}: temperature must be finite, got {temperature!r}")

@@ -24,9 +24,10 @@ import torch
 from torch import Tensor
 
 from eaml_ext import _check
+from eaml_ext.experience._schema import task_ids
 from eaml_ext.experience.buffer import ExperienceBuffer
-from eaml_ext.experience.experiences import Experiences, Selector, _check_temperature
-from eaml_ext.experience.ivf import InvertedLists
+from eaml_ext.experience.experiences import Experiences, Selector, check_temperature
+from eaml_ext.experience.ivf import InvertedFile
 
 Retriever = Callable[[ExperienceBuffer, Mapping[str, Any]], "dict[str, Tensor] | None"]
 
@@ -59,7 +60,7 @@ def _uniform(
     states: Selector | None,
     targets: Selector | None,
 ) -> dict[str, Tensor] | None:
-    with buffer._lock:
+    with buffer.storage.lock:
         found = buffer.get_batch(n, weighted=weighted) if len(buffer) else None
     return None if found is None else found.batch(states, targets)
 
@@ -90,7 +91,7 @@ def _nearest(
     targets: Selector | None,
 ) -> dict[str, Tensor] | None:
     query = _query(where, batch)
-    with buffer._lock:
+    with buffer.storage.lock:
         found = buffer.retrieve(query, k, exclude_task=batch.get("task")) if len(buffer) else None
     if not found:
         return None
@@ -121,7 +122,7 @@ def attention(
     """
     where = "retrieval.attention"
     k = _check.positive(where, "k", k, integer=True)
-    temperature = _check_temperature(where, temperature)
+    temperature = check_temperature(where, temperature)
     return partial(_nearest, where=where, k=k, temperature=temperature, states=states, targets=targets)
 
 
@@ -180,11 +181,11 @@ class ivf:
             nlist = _check.positive(where, "nlist", nlist, integer=True)
         seed = _check.positive(where, "seed", seed, integer=True, zero=True)
         seed = _check.integer(where, "seed", seed, 0, 2**128)
-        self._lists = None if nprobe is None else InvertedLists(nprobe, nlist, seed)
+        self._inverted_file = None if nprobe is None else InvertedFile(nprobe, nlist, seed)
 
     def __call__(self, buffer: ExperienceBuffer, batch: Mapping[str, Any]) -> dict[str, Tensor] | None:
         query = _query("retrieval.ivf", batch)
-        with buffer._lock:
+        with buffer.storage.lock:
             found = self.search(buffer, query, batch.get("task")) if len(buffer) else None
         return found.batch(self.states, self.targets) if found else None
 
@@ -193,10 +194,10 @@ class ivf:
 
         Where these make up more than a quarter of the memory all of it is searched, which is faster then.
         """
-        if self._lists is None:
+        if self._inverted_file is None:
             return buffer.retrieve(query_embedding, self.k, exclude_task)
-        with buffer._lock:
-            among = self._lists.candidates(buffer, query_embedding)
+        with buffer.storage.lock:
+            among = self._inverted_file.candidates(buffer, query_embedding)
             if 4 * len(among) <= len(buffer):
                 found = buffer.retrieve(query_embedding, self.k, exclude_task, among=among)
                 if found.indices.shape[-1] == self.k:
@@ -215,7 +216,7 @@ class ivf:
         if queries.dim() != 2 or not len(queries):
             got = tuple(queries.shape)
             raise ValueError(f"retrieval.ivf.recall: queries must have shape (n, dim) with n > 0, got {got}")
-        with buffer._lock:
+        with buffer.storage.lock:
             exact = buffer.retrieve(queries, self.k).indices
             found = [self.search(buffer, query).indices for query in queries]
         hits = sum(int(torch.isin(wanted, got).sum()) for wanted, got in zip(exact, found, strict=True))
@@ -270,11 +271,11 @@ def _best_fit(
     targets: Selector | None,
 ) -> dict[str, Tensor] | None:
     where = "retrieval.best_fit"
-    with buffer._lock:
+    with buffer.storage.lock:
         tasks, own = _stored_tasks(buffer), batch.get("task")
         if own is not None and len(tasks):
             own = own.to(tasks.device) if isinstance(own, Tensor) else own
-            tasks = tasks[~torch.isin(tasks, buffer._task_ids(where, own, "the task of the batch"))]
+            tasks = tasks[~torch.isin(tasks, task_ids(where, own, tasks.device, "the task of the batch"))]
     while True:  # each round has fewer tasks
         if not len(tasks):
             return None
@@ -291,7 +292,7 @@ def _best_fit(
     scores = scores.detach()
     order = scores.argsort(stable=True)
     ranked = tasks[order[torch.isfinite(scores[order])]].tolist()
-    with buffer._lock:
+    with buffer.storage.lock:
         stored = set(_stored_tasks(buffer).tolist())
         parts = [buffer.of_task(task) for task in islice((task for task in ranked if task in stored), num_tasks)]
     batches = [part.batch(states, targets) for part in parts]
@@ -300,7 +301,7 @@ def _best_fit(
 
 def _stored_tasks(buffer: ExperienceBuffer) -> Tensor:
     """As :meth:`ExperienceBuffer.tasks`, and none where the buffer is empty."""
-    with buffer._lock:
+    with buffer.storage.lock:
         return buffer.tasks() if len(buffer) else torch.empty(0, dtype=torch.int64, device=buffer.device)
 
 

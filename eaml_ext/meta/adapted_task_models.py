@@ -87,7 +87,7 @@ class AdaptedTaskModels:
     @outside_inference_mode()
     def update(self) -> None:
         """Recompute the models of all tasks in the buffer."""
-        with self._buffer._lock:  # a task that is listed must still be there when its items are read
+        with self._buffer.storage.lock:  # a task that is listed must still be there when its items are read
             parts = self._parts(self._buffer.tasks().tolist() if len(self._buffer) else [])
         self._models: tuple[dict[int, int], Params] = self._extended(({}, {}), parts)  # replaced whole, never modified
 
@@ -135,7 +135,7 @@ class AdaptedTaskModels:
 
     def _parts(self, tasks: list[int]) -> dict[int, Experiences]:
         """The items of each task, without tasks that ``length`` leaves out or the buffer no longer stores."""
-        with self._buffer._lock:
+        with self._buffer.storage.lock:
             stored = set(self._buffer.tasks().tolist()) if tasks and len(self._buffer) else set()
             parts = {task: self._buffer.of_task(task) for task in tasks if task in stored}
         return {task: part for task, part in parts.items() if self._length in (None, len(part))}

@@ -507,8 +507,8 @@ def test_the_constructor_refuses(arguments, error, text):
 def test_a_read_and_a_write_do_not_overlap(first):
     buffer = ExperienceBuffer(64)
     buffer.add(state=torch.zeros(64, 1))
-    inner = "_gather" if first == "read" else "_write"
-    original = getattr(buffer, inner)
+    inner = "gather" if first == "read" else "write"
+    original = getattr(buffer.storage, inner)
     done = threading.Event()
 
     def other():
@@ -518,12 +518,12 @@ def test_a_read_and_a_write_do_not_overlap(first):
     thread = threading.Thread(target=other)
 
     def interrupted(*arguments):
-        setattr(buffer, inner, original)
+        setattr(buffer.storage, inner, original)
         thread.start()
         assert not done.wait(0.1), "the other operation ran in the middle of this one"
         return original(*arguments)
 
-    setattr(buffer, inner, interrupted)
+    setattr(buffer.storage, inner, interrupted)
     buffer.get_batch(8) if first == "read" else buffer.add(state=torch.ones(64, 1))
     assert done.wait(10)
     thread.join()
@@ -556,13 +556,13 @@ def test_packed_keys_find_what_stored_keys_find(metric, weighted, monkeypatch):
     queries = torch.randn(5, dim, generator=draw)
     packed = ExperienceBuffer(capacity, metric=metric, seed=0)
     results = history(packed)
-    assert packed._index is not None and packed._index._packed is not None
-    monkeypatch.setattr("eaml_ext.experience.index._WORTH", math.inf)
+    assert packed._index._packed is not None
+    monkeypatch.setattr("eaml_ext.experience._index._MIN_PACKED", math.inf)
     stored = ExperienceBuffer(capacity, metric=metric, seed=0)
     for got, want in zip(results, history(stored), strict=True):
         assert torch.equal(got.indices, want.indices) and torch.equal(got.generations, want.generations)
         assert torch.equal(got.distances, want.distances)
-    assert stored._index is not None and stored._index._packed is None
+    assert stored._index._packed is None
 
 
 def test_task_embeddings_float16_mean_does_not_overflow():
@@ -570,3 +570,16 @@ def test_task_embeddings_float16_mean_does_not_overflow():
     embeddings = torch.full((1000, 4), 100.0, dtype=torch.float16)
     buffer.add(state=torch.zeros(1000, 1), action=torch.zeros(1000, 1), context_embedding=embeddings, task=3)
     assert torch.equal(buffer.task_embeddings(), torch.full((1, 4), 100.0, dtype=torch.float16))
+
+
+def test_retrieve_after_clear_of_a_packed_memory_finds_new_items_only():
+    buffer = ExperienceBuffer(4096, seed=0)  # enough to be packed
+    old = torch.randn(700, 16)
+    buffer.add(state=old, context_embedding=old)
+    buffer.retrieve(torch.zeros(16), 3)
+    buffer.clear()
+    new = 10 + torch.randn(5, 16)
+    buffer.add(state=new, context_embedding=new)
+    found = buffer.retrieve(torch.zeros(16), 9)
+    assert sorted(found.indices.tolist()) == list(range(5))
+    assert torch.equal(found.state, new[found.indices])

@@ -113,7 +113,7 @@ def test_hierarchical_in_workers_makes_the_cells_of_the_parent(worker):
     buffer.add(state=keys, context_embedding=keys)
     for seed in (None, 7, 8):
         worker(seed)
-        found.append(retrieval.ivf(10, nprobe=2)._lists.candidates(buffer, keys[0]))
+        found.append(retrieval.ivf(10, nprobe=2)._inverted_file.candidates(buffer, keys[0]))
     assert torch.equal(found[0], found[1]) and torch.equal(found[0], found[2])
 
 
@@ -151,14 +151,14 @@ def test_retriever_pickled_answers_as_the_original(retriever):
 def test_fork_during_a_write_waits_and_leaves_the_child_a_free_lock():
     buffer = ExperienceBuffer(8, seed=0)
     buffer.add(state=torch.zeros(3, 2))
-    entered, leave, write = threading.Event(), threading.Event(), buffer._write
+    entered, leave, write = threading.Event(), threading.Event(), buffer.storage.write
 
     def paused(items):
         entered.set()
         leave.wait(10)
         write(items)
 
-    buffer._write = paused
+    buffer.storage.write = paused
     thread = threading.Thread(target=buffer.add, kwargs={"state": torch.ones(4, 2)})
     thread.start()
     assert entered.wait(10)

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from eaml_ext.experience import ExperienceBuffer, retrieval
-from eaml_ext.experience.ivf import InvertedLists
+from eaml_ext.experience.ivf import InvertedFile
 
 
 def memory():
@@ -149,7 +149,7 @@ def test_hierarchical_looks_at_a_fraction_and_finds_what_nearest_finds():
     retriever = retrieval.ivf(80, nprobe=8)
     queries = torch.cat([world.embeddings(kind, 1) for kind in range(100)])
     assert retriever.recall(world.buffer, queries) > 0.98
-    looked_at = [len(retriever._lists.candidates(world.buffer, query)) for query in queries]
+    looked_at = [len(retriever._inverted_file.candidates(world.buffer, query)) for query in queries]
     assert sum(looked_at) / 100 < 0.05 * len(world.buffer)  # and 400 centroids, 0.02 of it
     found = world.errors(nearest=retrieval.nearest(80), ivf=retriever)
     assert found["ivf"] < 1.5 * found["nearest"]
@@ -254,7 +254,7 @@ def test_cells_follow_what_is_stored(change):
     for part in (50 + clustered(8000, clusters=80)).split(500):
         buffer.add(state=part, context_embedding=part)
         retriever.search(buffer, part[0])
-    looked_at = [len(retriever._lists.candidates(buffer, query)) for query in part[:50]]
+    looked_at = [len(retriever._inverted_file.candidates(buffer, query)) for query in part[:50]]
     assert sum(looked_at) / 50 < 0.15 * len(buffer)  # the old cells: all that is new is in one or two of them
     assert retriever.recall(buffer, part[:50]) > 0.8
 
@@ -275,15 +275,15 @@ def test_hierarchical_is_exact_when_asked_and_when_the_cells_run_dry():
 
 @pytest.fixture
 def trained(monkeypatch):
-    """The buffers for which centroids were made, in order."""
-    buffers, train = [], InvertedLists._train
+    """The storages for which centroids were made, in order."""
+    storages, train = [], InvertedFile._train
 
-    def counted(self, buffer, keys):
-        buffers.append(weakref.ref(buffer))
-        return train(self, buffer, keys)
+    def counted(self, storage, metric):
+        storages.append(weakref.ref(storage))
+        return train(self, storage, metric)
 
-    monkeypatch.setattr(InvertedLists, "_train", counted)
-    return lambda: [reference() for reference in buffers]
+    monkeypatch.setattr(InvertedFile, "_train", counted)
+    return lambda: [reference() for reference in storages]
 
 
 def blobs(seed, capacity=600):
@@ -307,11 +307,11 @@ def test_hierarchical_on_several_buffers_trains_once_for_each(way, trained):
         for buffer, keys in ((first, x), (second, y)):
             found = retriever.search(buffer, keys[i])
             assert found.indices[0] == i and torch.equal(found.state, keys[found.indices])
-    assert trained()[before:] == [first, second]
+    assert trained()[before:] == [first.storage, second.storage]
     other = copy.deepcopy(first)  # a buffer of its own
     other.add(state=x[:60] - 50, context_embedding=x[:60] - 50)
     assert retriever.search(other, x[0] - 50).indices[0] == 0 and retriever.search(first, x[0]).indices[0] == 0
-    assert trained()[before:] == [first, second, other]
+    assert trained()[before:] == [first.storage, second.storage, other.storage]
 
 
 def test_hierarchical_keeps_no_buffer_alive_and_finds_nothing_of_one_that_is_gone(trained):
@@ -319,7 +319,7 @@ def test_hierarchical_keeps_no_buffer_alive_and_finds_nothing_of_one_that_is_gon
     for seed in range(8):
         buffer, x = blobs(seed)
         addresses.add(id(buffer))
-        seen.append((weakref.ref(buffer), weakref.ref(buffer._store["context_embedding"])))
+        seen.append((weakref.ref(buffer), weakref.ref(buffer.storage.columns["context_embedding"])))
         found = retriever.search(buffer, x[7])
         assert found.indices[0] == 7 and torch.equal(found.state, x[found.indices])
         assert retriever.recall(buffer, x[:30]) > 0.8
@@ -340,7 +340,7 @@ def test_hierarchical_after_the_content_is_replaced_trains_again(change, trained
         buffer.add(state=y, context_embedding=y)
     found = retriever.search(buffer, y[3])
     assert found.indices[0] == 3 and torch.equal(found.state, y[found.indices])
-    assert trained() == [buffer, buffer]
+    assert trained() == [buffer.storage] * 2
 
 
 def test_a_search_among_slots():

@@ -11,6 +11,7 @@ import torch
 
 from eaml_ext.distributed import torchrun_group
 from eaml_ext.experience import ExperienceBuffer, ShardedExperienceBuffer, retrieval
+from eaml_ext.experience._options import BufferOptions
 
 
 def z(*shape):
@@ -110,7 +111,7 @@ def test_first_add_of_ambiguous_shapes_is_refused(fields):
     text = f"ExperienceBuffer.add: {shapes} can be one item or {len(fields['state'])}, add one item first or give"
     with pytest.raises(ValueError, match="^" + re.escape(text)):
         buffer.add(**fields)
-    assert not buffer._store
+    assert not buffer.storage.columns
     buffer.add(**{name: torch.as_tensor(value).unsqueeze(0) for name, value in fields.items()}, task=ints(1))
     assert len(buffer) == 1  # a leading dimension in every field
 
@@ -203,7 +204,7 @@ def test_add_refuses_a_name_that_is_nearly_one_with_a_meaning(name, meant):
     text = f"ExperienceBuffer.add: a field cannot be called {name!r}, which is nearly {meant!r}"
     with pytest.raises(ValueError, match=f"^{text}$"):
         buffer.add(**{"value": z(3, 4), name: z(3, 4)})
-    assert not buffer._store
+    assert not buffer.storage.columns
 
 
 def test_add_accepts_other_names():
@@ -241,7 +242,7 @@ REALS = [np.float64, np.float32, np.float16]
 @pytest.mark.parametrize("integer", INTEGERS)
 def test_buffer_accepts_any_integer(integer):
     plain, buffer = filled(), filled(integer)
-    json.dumps([buffer._options(), buffer.state_dict()["capacity"]])
+    json.dumps([BufferOptions.of(buffer), buffer.state_dict()["capacity"]])
     assert repr(buffer) == repr(plain) and type(buffer.capacity) is int and type(buffer.state_dim) is int
     query, one, two = torch.zeros(3), integer(1), integer(2)
     for got, wanted in (
@@ -256,7 +257,7 @@ def test_buffer_accepts_any_integer(integer):
     state = {**buffer.state_dict(), "written": integer(30), "cleared": integer(0), "capacity": integer(30)}
     other = filled()
     other.load_state_dict(state)
-    assert type(other._written) is int and len(other) == 30
+    assert type(other.storage.written) is int and len(other) == 30
 
 
 @pytest.mark.parametrize(

@@ -11,8 +11,7 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
-from eaml_ext.experience import ExperienceBuffer
-from eaml_ext.experience import buffer as module
+from eaml_ext.experience import ExperienceBuffer, _ring
 
 
 class Buffers(RuleBasedStateMachine):
@@ -31,10 +30,10 @@ class Buffers(RuleBasedStateMachine):
         margin=st.integers(1, 6),
     )
     def start(self, capacity, half_life, on_disk, margin):
-        kept, module.MARGIN = module.MARGIN, margin
+        kept, _ring.SPARE_SLOTS = _ring.SPARE_SLOTS, margin
         directory = self.folder / "b" if on_disk else None
         self.buffer = ExperienceBuffer(capacity, state_dim=2, age_half_life=half_life, seed=0, directory=directory)
-        module.MARGIN = kept
+        _ring.SPARE_SLOTS = kept
         self.capacity, self.half_life, self.on_disk = capacity, half_life, on_disk
 
     def teardown(self):
@@ -80,7 +79,7 @@ class Buffers(RuleBasedStateMachine):
             "priority": torch.ones(2),
         }
         if bad == "missing":
-            del fields["number" if self.buffer._store else "state"]
+            del fields["number" if self.buffer.storage.columns else "state"]
             fields["context_embedding"] = torch.zeros(2, 1, 1)
         else:
             name, value = {
@@ -103,7 +102,7 @@ class Buffers(RuleBasedStateMachine):
     @rule(chosen=st.lists(st.integers(0, 8), min_size=1, max_size=4), priority=st.sampled_from([0.25, 1.0, 8.0]))
     def set_priority(self, chosen, priority):
         items = [self.items[i % len(self.items)] for i in chosen]
-        slots = torch.tensor([item[0] % self.buffer._slots for item in items])
+        slots = torch.tensor([item[0] % self.buffer.storage.num_slots for item in items])
         self.buffer.set_priority(slots, torch.full((len(items),), priority))
         for item in items:
             item[3] = priority
@@ -146,7 +145,9 @@ class Buffers(RuleBasedStateMachine):
         assert found.state.tolist() == [[item[1]] * 2 for item in items]
         assert found.task.tolist() == [item[2] for item in items]
         assert found.priority.tolist() == [item[3] for item in items]
-        assert (found.generations * self.buffer._slots + found.indices).tolist() == [item[0] for item in items]
+        assert (found.generations * self.buffer.storage.num_slots + found.indices).tolist() == [
+            item[0] for item in items
+        ]
 
     def distance(self, item, query):
         age = self.written - 1 - item[0]
@@ -182,7 +183,7 @@ class Buffers(RuleBasedStateMachine):
             with pytest.raises(ValueError, match=r"^ExperienceBuffer.tasks: the buffer is empty$"):
                 self.buffer.tasks()
             return
-        slots = torch.tensor([item[0] % self.buffer._slots for item in self.items])
+        slots = torch.tensor([item[0] % self.buffer.storage.num_slots for item in self.items])
         self.check(self.buffer.get(slots), self.items)
         ids = sorted({item[2] for item in self.items})
         assert self.buffer.tasks().tolist() == ids

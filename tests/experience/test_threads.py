@@ -13,6 +13,7 @@ import torch
 
 from eaml_ext.distributed import torchrun_group
 from eaml_ext.experience import ExperienceBuffer, Experiences, ShardedExperienceBuffer, retrieval
+from eaml_ext.experience._ring import RingStorage
 
 WIDTH = 512
 
@@ -41,7 +42,7 @@ def torn(found):
 def test_no_reader_sees_a_torn_item(place, tmp_path):
     options = {} if place == "memory" else {"directory": tmp_path / "b"}
     buffer = ExperienceBuffer(64, age_half_life=30.0, seed=0, **options)
-    slots = buffer._slots
+    slots = buffer.storage.num_slots
     buffer.add(**items(torch.arange(64)))
     buffer.retrieve(torch.zeros(4), 1)  # imports the ops, which under such contention takes minutes
     stop, failures, reads = threading.Event(), [], []
@@ -115,21 +116,21 @@ def test_a_torn_item_would_be_seen():
     buffer = ExperienceBuffer(64)
     buffer.add(**items(torch.arange(64)))
     assert not torn(buffer.get_batch(8))
-    buffer._store["state"][5, WIDTH // 2 :] += 1
+    buffer.storage.columns["state"][5, WIDTH // 2 :] += 1
     assert torn(buffer.get(torch.tensor([5])))
 
 
-class Raced(ExperienceBuffer):
-    """A buffer in which another thread's write begins in the middle of a read, whenever ``race`` is set."""
+class RacedStorage(RingStorage):
+    """A storage in which another thread's write begins in the middle of a read, whenever ``race`` is set."""
 
     race = None
 
     @property
-    def _first(self):
+    def first(self):
         race, self.race = self.race, None
         if race is not None:
             race()
-        return super()._first
+        return super().first
 
 
 READS = {
@@ -167,7 +168,8 @@ def test_read_beside_a_writer_sees_one_state(read, place, tmp_path):
     found = []
     for raced in (False, True):
         options = {} if place == "memory" else {"directory": tmp_path / "buffer"}
-        buffer = Raced(8, seed=0, **options)
+        buffer = ExperienceBuffer(8, seed=0, **options)
+        buffer.storage.__class__ = RacedStorage
         buffer.add(**items(torch.arange(8)))
         thread = threading.Thread(target=buffer.add, kwargs=items(torch.arange(8, 13)))
 
@@ -176,11 +178,11 @@ def test_read_beside_a_writer_sees_one_state(read, place, tmp_path):
             thread.join(0.05)
 
         if raced:
-            buffer.race = race
+            buffer.storage.race = race
         found.append(plain(READS[read](buffer)))
         if raced:
             thread.join()  # an error if the read has not started it
-            assert buffer._written == 13
+            assert buffer.storage.written == 13
         buffer.close()
         shutil.rmtree(tmp_path / "buffer", ignore_errors=True)
     assert found[0] == found[1]
@@ -228,14 +230,14 @@ def test_retriever_beside_clear_finds_all_or_nothing(retriever, turn):
     wanted = retriever(buffer, batch)
     buffer = ExperienceBuffer(8, seed=0)
     buffer.add(**items(torch.arange(8)))
-    lock = buffer._lock
+    lock = buffer.storage.lock
 
     def write():
-        buffer._lock = lock
+        buffer.storage.lock = lock
         buffer.clear()
-        buffer._lock = interleaved
+        buffer.storage.lock = interleaved
 
-    buffer._lock = interleaved = Interleaved(lock, turn, write)
+    buffer.storage.lock = interleaved = Interleaved(lock, turn, write)
     found = retriever(buffer, batch)
     assert interleaved.count == 1, "a retriever that locks twice sees two states"
     if turn == 1:
@@ -306,13 +308,13 @@ def test_sharded_retrieve_beside_clear_finds_nothing_or_says_so(turn):
     with torchrun_group(alone=True) as group:
         sharded = ShardedExperienceBuffer(8, group=group)
         sharded.add(**items(torch.arange(8)))
-        lock = sharded.local._lock
+        lock = sharded.local.storage.lock
 
         def write():
-            sharded.local._lock = lock
+            sharded.local.storage.lock = lock
             sharded.local.clear()
 
-        sharded.local._lock = Interleaved(lock, turn, write)
+        sharded.local.storage.lock = Interleaved(lock, turn, write)
         if turn == 1:
             with pytest.raises(ValueError, match=r"^ShardedExperienceBuffer.retrieve: the buffer is empty$"):
                 sharded.retrieve(torch.zeros(4), 3)
@@ -326,13 +328,13 @@ def test_shard_learning_a_schema_keeps_what_a_thread_adds_meanwhile():
         sharded.add(**items(torch.arange(3)))
         schema = sharded._schema()
         sharded = ShardedExperienceBuffer(8, group=group)
-        lock = sharded.local._lock
+        lock = sharded.local.storage.lock
 
         def write():
-            sharded.local._lock = lock
+            sharded.local.storage.lock = lock
             sharded.add(**items(torch.arange(3)))
 
-        sharded.local._lock = Interleaved(lock, 1, write)
+        sharded.local.storage.lock = Interleaved(lock, 1, write)
         sharded.group = SimpleNamespace(broadcast_object=lambda rank, text: schema)
         assert sharded._agree_on_schema("where", torch.tensor([-1, 5]))
         assert sharded.local.get(torch.arange(3)).action[:, 0].tolist() == [0, 1, 2]

@@ -11,14 +11,13 @@ import textwrap
 import pytest
 import torch
 
-from eaml_ext.experience import ExperienceBuffer
-from eaml_ext.experience import buffer as module
+from eaml_ext.experience import ExperienceBuffer, _ring
 
 
 @pytest.fixture
 def narrow(monkeypatch):
     """Few spare slots, so that the buffer flushes by itself often."""
-    monkeypatch.setattr(module, "MARGIN", 5)
+    monkeypatch.setattr(_ring, "SPARE_SLOTS", 5)
 
 
 def items(n, task=0):
@@ -134,8 +133,8 @@ def test_loaded_copied_and_saved(tmp_path, narrow):
 
 CRASH = """
 import os, signal, sys, torch
-from eaml_ext.experience import ExperienceBuffer, buffer as module
-module.MARGIN = int(sys.argv[4])
+from eaml_ext.experience import ExperienceBuffer, _ring
+_ring.SPARE_SLOTS = int(sys.argv[4])
 folder, flushed, after = sys.argv[1], int(sys.argv[2]), int(sys.argv[3])
 b = ExperienceBuffer(50, directory=folder, seed=0)
 def add(first, count):
@@ -147,7 +146,7 @@ for first in range(0, flushed, 7):
 b.flush()
 for first in range(flushed, flushed + after):
     add(first, 1)
-print(b._flushed, flush=True)
+print(b.storage.flushed, flush=True)
 os.kill(os.getpid(), signal.SIGKILL)
 """
 
@@ -275,8 +274,8 @@ def test_a_directory_cannot_point_outside_of_itself(tmp_path, monkeypatch):
     _, disk = pair(tmp_path)
     disk.add(**items(3))
     outside = tmp_path / "outside"
-    (tmp_path / "b" / disk._directory._files["state"]).rename(outside)
-    disk._directory._files["state"] = os.path.join("..", "outside")
+    (tmp_path / "b" / disk.storage.files._files["state"]).rename(outside)
+    disk.storage.files._files["state"] = os.path.join("..", "outside")
     disk.close()
     with pytest.raises(ValueError, match=r"outside of field state is missing or damaged"):
         ExperienceBuffer.open(tmp_path / "b")
