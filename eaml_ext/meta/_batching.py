@@ -2,7 +2,8 @@
 
 import sys
 import warnings
-from collections.abc import Callable
+from collections import defaultdict
+from collections.abc import Callable, Hashable, Iterable, Sequence
 from typing import Any, TypeVar
 
 import torch
@@ -52,7 +53,7 @@ class Batching:
         if self.vmapped:
             self.vmapped = False
             text = f"{self.where}: vmap cannot run the model, so {self.item}s run one at a time from now on: {reason}"
-            warnings.warn(text, RuntimeWarning, stacklevel=_caller_level())
+            warnings.warn(text, RuntimeWarning, stacklevel=caller_level())
         return result
 
 
@@ -78,7 +79,29 @@ def looped(function: Callable[..., Any], in_dims: Any = 0, chunk_size: int | Non
     return call
 
 
-def _caller_level() -> int:
+def buckets(keys: Iterable[Hashable]) -> list[list[int]]:
+    """Return the positions of equal keys, bucket by bucket, in the order of each bucket's first key.
+
+    >>> buckets("abca")
+    [[0, 3], [1], [2]]
+    """
+    positions: dict[Hashable, list[int]] = defaultdict(list)
+    for i, key in enumerate(keys):
+        positions[key].append(i)
+    return list(positions.values())
+
+
+def stack(items: Sequence[Sequence[Tensor]]) -> list[Tensor]:
+    """Return the columns of items of equal shapes, each stacked to ``(len(items), ...)``.
+
+    >>> x, y = stack([(torch.zeros(3), torch.zeros(2, 1))] * 4)
+    >>> x.shape, y.shape
+    (torch.Size([4, 3]), torch.Size([4, 2, 1]))
+    """
+    return [torch.stack(column) for column in zip(*items, strict=True)]
+
+
+def caller_level() -> int:
     """The stacklevel of the first frame outside the package, for a warning by the caller of this function."""
     level, frame = 1, sys._getframe(1)
     while frame.f_back and frame.f_globals.get("__name__", "").partition(".")[0] in ("eaml_ext", "contextlib"):

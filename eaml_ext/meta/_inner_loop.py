@@ -1,20 +1,64 @@
 """theta <- theta - lr dL(theta)/dtheta, repeated: the inner loop of every meta-learner."""
 
+from __future__ import annotations  # Dynamo cannot evaluate annotations of functions that it traces
+
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 from torch.func import grad
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from eaml_ext._torch_compat import transforms_active
-from eaml_ext.meta._types import Params
+from eaml_ext.meta._types import LossFn, Params
+from eaml_ext.meta._validation import check_scalar
+from eaml_ext.meta.functional import uses_tape
 
 _attention_lock = threading.Lock()
 _attention_users = 0  # blocks of all threads that are open
 _attention_settings = ExitStack()  # restores the settings from before the first of them
+
+
+@dataclass(frozen=True)
+class InnerLoop:
+    """theta_i = theta - lr dL(call(theta, x), y)/dtheta, ``steps`` times: adaptation to one task.
+
+    Args:
+        call: ``(params, x) -> prediction``, the model under other parameters.
+        names: the parameters that are adapted.
+        lr: step size, unless each number has a learned one.
+        steps: gradient steps.
+        first_order: treat the gradients as constants.
+    """
+
+    call: Callable[[Params, Tensor], Tensor]
+    names: tuple[str, ...]
+    lr: float
+    steps: int
+    first_order: bool
+
+    def loss(self, params: Params, x: Tensor, y: Tensor, loss_fn: LossFn) -> Tensor:
+        """``loss_fn`` of the model under ``params``, a scalar."""
+        return check_scalar("MetaMAML", loss_fn(self.call(params, x), y))
+
+    def adapt(self, params: Params, rates: Params, x: Tensor, y: Tensor, loss_fn: LossFn) -> Params:
+        """Return all of ``params``, those in ``names`` adapted; ``rates`` are their learned step sizes, if any."""
+
+        def loss(fast: Params) -> Tensor:
+            return self.loss({**params, **fast}, x, y, loss_fn)
+
+        fast = {name: params[name] for name in self.names}
+        return {**params, **descend(loss, fast, rates or self.lr, self.steps, self.first_order)}
+
+    def query_loss(self, params: Params, rates: Params, loss_fn: LossFn) -> Callable[..., Tensor]:
+        """Return ``(support_x, support_y, query_x, query_y) -> scalar``: the query loss after adaptation."""
+
+        def query_loss(support_x: Tensor, support_y: Tensor, query_x: Tensor, query_y: Tensor) -> Tensor:
+            return self.loss(self.adapt(params, rates, support_x, support_y, loss_fn), query_x, query_y, loss_fn)
+
+        return query_loss
 
 
 def descend(
@@ -47,13 +91,6 @@ def gradient(loss: Callable[[Params], Tensor], params: Params, first_order: bool
         leaves, keep = list(points.values()), recorded and not first_order
         tape_grads = torch.autograd.grad(value, leaves, create_graph=keep, materialize_grads=True)
     return dict(zip(points, tape_grads, strict=True))
-
-
-def uses_tape() -> bool:
-    """Whether autograd's tape alone records: no transform of torch.func runs, no forward mode, no compilation."""
-    if torch.compiler.is_compiling() or torch.is_inference_mode_enabled():
-        return False
-    return not transforms_active()
 
 
 @contextmanager

@@ -30,6 +30,35 @@ def take_step(where: str, optimizer: Any) -> None:
         raise ValueError(f"{_wanted(where, optimizer)}, whose step raised {error!r}") from error
 
 
+def finite(*tensors: Tensor | None) -> bool:
+    """Return whether every number in the tensors is finite; None has none."""
+    return all(bool(torch.isfinite(t).all()) for t in tensors if t is not None)
+
+
+def step_if_finite(
+    where: str, optimizer: Any, leaves: Sequence[Tensor], grads: Sequence[Tensor | None], loss: Tensor
+) -> bool:
+    """Take a step with these gradients; return False, without a step, if the loss or a gradient is not finite.
+
+    Args:
+        where: begins the error.
+        optimizer: holds the leaves.
+        leaves: learned tensors of any shape. Gradients that they hold before are discarded.
+        grads: one of its shape for each leaf; None: the optimizer skips the leaf.
+        loss: scalar.
+    """
+    if not finite(loss, *grads):
+        return False
+    optimizer.zero_grad()  # a frozen parameter may hold a gradient of its own
+    for p, g in zip(leaves, grads, strict=True):
+        p.grad = g
+    try:
+        take_step(where, optimizer)
+    finally:
+        optimizer.zero_grad()
+    return True
+
+
 def check_state(
     where: str, state: Any, optimizer: torch.optim.Optimizer, params: Sequence[Tensor] = (), moments: Sequence[str] = ()
 ) -> None:

@@ -11,6 +11,9 @@ LossFn = Callable[[Tensor, Tensor], Tensor]
 Params = dict[str, Tensor]
 """Parameters by their names in the model."""
 
+Task = tuple[Tensor, Tensor, Tensor, Tensor]
+"""``(support_x, support_y, query_x, query_y)``; x and y of a set have equally many rows."""
+
 
 @runtime_checkable
 class Stateful(Protocol):

@@ -13,6 +13,7 @@ from eaml_ext.experience import ExperienceBuffer
 from eaml_ext.experience.experiences import Experiences, Selector
 from eaml_ext.meta._batching import Batching, Map
 from eaml_ext.meta._types import LossFn, Params
+from eaml_ext.meta._validation import check_loss_fn, check_scalar
 from eaml_ext.meta.functional import outside_inference_mode, recordable
 from eaml_ext.meta.maml import MetaMAML
 
@@ -65,8 +66,7 @@ class AdaptedTaskModels:
         for name, value, wanted in (("maml", maml, MetaMAML), ("buffer", buffer, ExperienceBuffer)):
             if not isinstance(value, wanted):
                 raise TypeError(f"{where}: {name} must be of type {wanted.__name__}, got {type(value).__name__}")
-        if not callable(loss_fn):
-            raise TypeError(f"{where}: loss_fn must be callable, got {type(loss_fn).__name__}")
+        check_loss_fn(where, loss_fn)
         if num_steps is not None:
             num_steps = _check.positive(where, "num_steps", num_steps, integer=True, zero=True)
         if length is not None:
@@ -107,11 +107,7 @@ class AdaptedTaskModels:
             return torch.full((len(numbers),), torch.inf, device=tasks.device)
 
         def loss(params: Params) -> Tensor:
-            value = self._loss_fn(self._maml.call(params, x), y)
-            if not isinstance(value, Tensor) or value.dim():
-                came = tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
-                raise ValueError(f"AdaptedTaskModels.score: loss_fn must return a scalar tensor, got {came}")
-            return value
+            return check_scalar("AdaptedTaskModels.score", self._loss_fn(self._maml.call(params, x), y))
 
         with torch.no_grad():
             losses = self._batching.run(partial(self._map, loss, [past]), x.device)

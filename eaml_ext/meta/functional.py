@@ -3,7 +3,7 @@
 import copy
 import threading
 from collections import deque
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import is_dataclass
 from types import SimpleNamespace
@@ -13,15 +13,14 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from eaml_ext._torch_compat import own_buffers, own_parameters, tree_map
-from eaml_ext.meta._inner_loop import uses_tape
+from eaml_ext._torch_compat import own_buffers, own_parameters, transforms_active, tree_map
+from eaml_ext.meta._types import Params
 
 T = TypeVar("T")
 # Held while a model has substituted tensors, and by other threads while they read parameters.
 SUBSTITUTION_LOCK = threading.RLock()
 HOOKS_ERROR = "hooks of saved tensors (torch.utils.checkpoint) call the model again in the backward pass"
 
-_NORMS = (nn.modules.batchnorm._BatchNorm, nn.modules.instancenorm._InstanceNorm)
 _MODULE_ATTRIBUTES = frozenset(vars(nn.Module()))
 
 
@@ -170,45 +169,29 @@ def recordable(value: T) -> T:
     )
 
 
-def check_model(where: str, model: Any) -> None:
-    """Raise unless ``model`` is a module that autograd can train."""
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"{where}: model must be a torch.nn.Module, got {type(model).__name__}")
-    for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
-        if tensor.is_inference():
-            raise ValueError(f"{where}: model must be made outside torch.inference_mode, got {name} made inside")
+def uses_tape() -> bool:
+    """Return whether only autograd's tape records: no transform of torch.func, forward mode or compilation runs."""
+    if torch.compiler.is_compiling() or torch.is_inference_mode_enabled():
+        return False
+    return not transforms_active()
 
 
-def check_buffers_constant(where: str, model: nn.Module) -> None:
-    """Raise ValueError if ``forward`` would update running statistics: the updates would be lost."""
-    for name, module in model.named_modules():
-        if isinstance(module, _NORMS) and module.training and module.running_mean is not None:
-            kind = f"{name or 'model'} ({type(module).__name__})"
-            raise ValueError(f"{where}: {kind} must be in eval mode, got training mode, which updates its statistics")
-
-
-def check_parameters(where: str, owner: str, model: nn.Module, known: Iterable[Tensor]) -> None:
-    """Raise ValueError if a parameter that requires grad is not among those with which ``owner`` was made."""
-    known_ids = set(map(id, known))
+def trainable_parameters(model: nn.Module) -> Params:
+    """Return the parameters that require grad by name."""
     with SUBSTITUTION_LOCK:
-        named = list(model.named_parameters())
-    for name, p in named:
-        if p.requires_grad and id(p) not in known_ids:
-            raise ValueError(
-                f"{where}: {name} was unfrozen or replaced after this {owner} was made: make a new {owner}"
-            )
+        return {name: p for name, p in model.named_parameters() if p.requires_grad}
 
 
-def check_tensors(where: str, part: str, given: Any, own: Mapping[str, Tensor]) -> None:
-    """Raise unless ``given``, the part of a state with this name, has the names and shapes of ``own``."""
-    if not isinstance(given, Mapping):
-        raise TypeError(f"{where}: {part} must be a dict of tensors, got {type(given).__name__}")
-    wanted = {name: tuple(t.shape) for name, t in own.items()}
-    got = {name: tuple(t.shape) if isinstance(t, Tensor) else type(t).__name__ for name, t in given.items()}
-    for name in [*wanted, *got]:
-        if got.get(name) != wanted.get(name):
-            text = f"{name} of shape {got.get(name, 'none')}, wanted {wanted.get(name, 'none')}"
-            raise ValueError(f"{where}: {part} has {text}")
+def select_parameters(model: nn.Module, prefixes: Sequence[str]) -> list[str]:
+    """Return the names of the parameters that require grad and have a name with one of the prefixes.
+
+    A shared parameter has several names. The prefix "" selects all.
+    """
+    with SUBSTITUTION_LOCK:
+        every_name = list(model.named_parameters(remove_duplicate=False))
+        trainable = trainable_parameters(model)
+    chosen = {id(p) for name, p in every_name if any(not x or f"{name}.".startswith(f"{x}.") for x in prefixes)}
+    return [name for name, p in trainable.items() if id(p) in chosen]
 
 
 def _aliases(model: nn.Module) -> dict[str, Tensor]:

@@ -12,9 +12,10 @@ from eaml_ext import _check
 from eaml_ext.experience import Experiences
 from eaml_ext.meta._batching import Batching, Map
 from eaml_ext.meta._inner_loop import descend
+from eaml_ext.meta._optimizer import step_if_finite
 from eaml_ext.meta._types import LossFn, Params
-from eaml_ext.meta.functional import check_parameters, functional_call, outside_inference_mode, recordable
-from eaml_ext.meta.maml import _check_loss_fn, _check_rate, finite
+from eaml_ext.meta._validation import check_loss_fn, check_parameters, check_rate
+from eaml_ext.meta.functional import functional_call, outside_inference_mode, recordable
 
 Pairs = tuple[Tensor, Tensor]
 
@@ -68,9 +69,9 @@ class MetaLearner(nn.Module):
         self.output_dim = output_dim = _check.positive(where, "output_dim", output_dim, integer=True)
         hidden_dim = _check.positive(where, "hidden_dim", hidden_dim, integer=True)
         self.inner_steps = _check.positive(where, "inner_steps", inner_steps, integer=True)
-        meta_lr, temperature = _check_rate(where, "meta_lr", meta_lr), _check_rate(where, "temperature", temperature)
-        self.inner_lr = _check_rate(where, "inner_lr", inner_lr)
-        _check_loss_fn(where, loss_fn)
+        meta_lr, temperature = check_rate(where, "meta_lr", meta_lr), check_rate(where, "temperature", temperature)
+        self.inner_lr = check_rate(where, "inner_lr", inner_lr)
+        check_loss_fn(where, loss_fn)
         self.loss_fn = loss_fn
         self.network = nn.Sequential(
             nn.Linear(input_dim, hidden_dim),
@@ -164,14 +165,8 @@ class MetaLearner(nn.Module):
 
         with torch.enable_grad():
             loss, grads = self._batching.run(compute, self.log_temperature.device)
-        if not finite(loss, *grads):
+        if not step_if_finite(where, self.optimizer, leaves, grads, loss):
             self.skipped_updates += 1
-            return float(loss)
-        self.optimizer.zero_grad()  # a frozen parameter may hold a gradient of its own
-        for p, g in zip(leaves, grads, strict=True):
-            p.grad = g
-        self.optimizer.step()
-        self.optimizer.zero_grad()
         return float(loss)
 
     # ------------------------------------------------------------------------------------------------- inside

@@ -10,9 +10,9 @@ from torch import Tensor
 
 from eaml_ext import _check
 from eaml_ext._random import Purpose, derive_seed
-from eaml_ext.meta._types import LossFn
+from eaml_ext.meta._types import LossFn, Task
+from eaml_ext.meta._validation import check_tasks
 from eaml_ext.meta.functional import outside_inference_mode
-from eaml_ext.meta.maml import Task, _check_tasks
 
 SAMPLINGS = ("uniform", "adaptive")
 _DECAY = 0.7  # of a task's running loss, by each new loss
@@ -147,7 +147,7 @@ class TaskBatch:
             torch.default_generator.manual_seed(derive_seed(self.seed, Purpose.TASK_DATA, iteration))
             data: list[Any] = [task if isinstance(task, (tuple, list)) else task.sample() for task in chosen]
         loss_fns: list[Any] = [None if isinstance(task, (tuple, list)) else task.loss for task in chosen]
-        return MetaBatch(_check_tasks("TaskBatch.batch", data), loss_fns, indices)
+        return MetaBatch(check_tasks("TaskBatch.batch", data), loss_fns, indices)
 
     def update(self, indices: Sequence[int], losses: Tensor) -> None:
         """Tell how the tasks at ``indices`` fared: their losses after adaptation, ``(len(indices),)``.

@@ -18,8 +18,9 @@ from eaml_ext._terminal import progress_bar
 from eaml_ext.checkpoint import content_errors, deferred_interrupt, load_state, save_state
 from eaml_ext.distributed import Group, any_rank, run_on_rank_zero
 from eaml_ext.meta._types import LossFn, Stateful
-from eaml_ext.meta.functional import check_parameters, detached_copy, outside_inference_mode, recordable
-from eaml_ext.meta.maml import MetaMAML, _check_loss_fn, _check_pair, _check_rate
+from eaml_ext.meta._validation import check_loss_fn, check_pair, check_parameters, check_rate
+from eaml_ext.meta.functional import detached_copy, outside_inference_mode, recordable
+from eaml_ext.meta.maml import MetaMAML
 from eaml_ext.meta.task_batch import MetaBatch, TaskSource
 
 _KIND = "MetaMAMLTrainer"
@@ -94,8 +95,8 @@ class MetaMAMLTrainer:
         where = "MetaMAMLTrainer"
         if not isinstance(policy, nn.Module):
             raise TypeError(f"{where}: policy must be a torch.nn.Module, got {type(policy).__name__}")
-        meta_lr, inner_lr = _check_rate(where, "meta_lr", meta_lr), _check_rate(where, "inner_lr", inner_lr)
-        _check_loss_fn(where, loss_fn)
+        meta_lr, inner_lr = check_rate(where, "meta_lr", meta_lr), check_rate(where, "inner_lr", inner_lr)
+        check_loss_fn(where, loss_fn)
         _check.flag(where, "progress", progress)
         if not (lr_scheduler is None or callable(lr_scheduler)):
             raise TypeError(f"{where}: lr_scheduler must be callable, got {type(lr_scheduler).__name__}")
@@ -456,7 +457,7 @@ def _support(where: str, new_task_data: Any) -> tuple[Tensor, Tensor]:
     if not isinstance(new_task_data, (tuple, list)) or len(new_task_data) != 2:
         raise TypeError(f"{where}: new_task_data must be (support_x, support_y)")
     x, y = new_task_data
-    _check_pair(where, "support", x, y)
+    check_pair(where, "support", x, y)
     return x, y
 
 

@@ -14,9 +14,9 @@ from torch import Tensor
 from eaml_ext import _check
 from eaml_ext._random import Purpose, check_seed, derive_seed
 from eaml_ext._terminal import progress_bar
-from eaml_ext.meta._optimizer import check_state, load_state
-from eaml_ext.meta.functional import check_parameters, check_tensors, outside_inference_mode
-from eaml_ext.meta.maml import finite
+from eaml_ext.meta._optimizer import check_state, finite, load_state
+from eaml_ext.meta._validation import check_parameters, check_tensors
+from eaml_ext.meta.functional import outside_inference_mode
 from eaml_ext.rl.policy import SSMMetaPolicy
 from eaml_ext.rl.rollout import NonFiniteError
 from eaml_ext.rl.trials import Trials, check_learner

@@ -11,8 +11,8 @@ from torch import Tensor
 
 from eaml_ext import _check
 from eaml_ext._random import Purpose, check_seed, derive_seed
+from eaml_ext.meta._optimizer import finite
 from eaml_ext.meta.functional import outside_inference_mode, recordable
-from eaml_ext.meta.maml import finite
 from eaml_ext.rl._learner import Learner
 from eaml_ext.rl.losses import a2c_loss, fraction, normalised, ppo_loss
 from eaml_ext.rl.policy import SSMMetaPolicy

@@ -47,9 +47,9 @@ def test_limits():
         ([1.0], 1.0, TypeError, "losses must be a torch.Tensor, got list"),
         (torch.ones(2, 2), 1.0, ValueError, r"losses must have shape \(n,\), n at least 1, got \(2, 2\)"),
         (torch.ones(0), 1.0, ValueError, r"losses must have shape \(n,\), n at least 1, got \(0,\)"),
-        (torch.ones(2), -1.0, ValueError, "level must be >= 0, got -1.0"),
-        (torch.ones(2), None, TypeError, "level must be a number, got None"),
-        (torch.ones(2), math.nan, ValueError, "level must be >= 0, got nan"),
+        (torch.ones(2), -1.0, ValueError, "kl_radius must be >= 0, got -1.0"),
+        (torch.ones(2), None, TypeError, "kl_radius must be a number, got None"),
+        (torch.ones(2), math.nan, ValueError, "kl_radius must be >= 0, got nan"),
     ],
 )
 def test_refusals(losses, level, error, text):

@@ -150,9 +150,8 @@ def test_a_gradient_that_is_not_finite_is_left_out_though_the_loss_is():
 
 def gradients(maml, tasks, kl_radius=0.0):
     """Losses and meta-gradient by name, rates under a name of their own."""
-    leaves = {**maml.parameters(), **{f"rate of {k}": v for k, v in maml.inner_lrs.items()}}
-    losses, grads = maml._meta_gradient(tasks, [mse_loss] * len(tasks), list(leaves.values()), kl_radius)
-    return losses, dict(zip(leaves, grads, strict=True))
+    losses, grads = maml._meta_gradient().run(tasks, [mse_loss] * len(tasks), kl_radius)
+    return losses, dict(zip([*maml.parameters(), *(f"rate of {k}" for k in maml.inner_lrs)], grads, strict=True))
 
 
 def assert_same_gradient(one, other, tolerance=1e-10):
@@ -271,7 +270,7 @@ def test_micro_batches_give_the_same_gradient_with_fewer_tasks_at_once(options, 
 @pytest.mark.parametrize("first_order", [False, True])
 @pytest.mark.parametrize("options", [{}, {"learn_inner_lr": True, "inner_parameters": "2"}], ids=str)
 def test_the_function_that_is_compiled_gives_the_same_gradient(options, first_order, monkeypatch):
-    monkeypatch.setattr("eaml_ext.meta.maml._compiled", lambda function: function)
+    monkeypatch.setattr("eaml_ext.meta._meta_gradient.try_compile", lambda function: function)
     model, tasks = mlp(), [task(m=6 if i % 2 else 3) for i in range(5)]
     plain = gradients(MetaMAML(model, 0.1, 1e-3, first_order, inner_steps=2, **options), tasks, 0.2)
     pure = gradients(MetaMAML(model, 0.1, 1e-3, first_order, inner_steps=2, compile=True, **options), tasks, 0.2)
@@ -522,7 +521,7 @@ def test_meta_update_parameter_frozen_later_stays_and_unfrozen_again_is_learned(
 
 
 def test_meta_update_compiled_parameter_frozen_later_stays(monkeypatch):
-    monkeypatch.setattr("eaml_ext.meta.maml._compiled", lambda function: function)
+    monkeypatch.setattr("eaml_ext.meta._meta_gradient.try_compile", lambda function: function)
     model, tasks = mlp(), [task(), task()]
     maml = MetaMAML(model, 0.1, 0.1, compile=True)
     maml.meta_update(tasks, mse_loss)

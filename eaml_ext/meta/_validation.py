@@ -1,0 +1,128 @@
+"""Checks of models, tasks and losses, which several meta-learners share; each raises one sentence."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+from torch import Tensor, nn
+
+from eaml_ext import _check
+from eaml_ext.meta._types import LossFn, Task
+from eaml_ext.meta.functional import SUBSTITUTION_LOCK, select_parameters
+
+_NORMS = (nn.modules.batchnorm._BatchNorm, nn.modules.instancenorm._InstanceNorm)
+
+
+def check_rate(where: str, name: str, value: Any) -> float:
+    """Return ``value`` as a positive, finite float."""
+    rate = _check.positive(where, name, value)
+    if math.isinf(rate):
+        raise ValueError(f"{where}: {name} must be finite, got {rate!r}")
+    return float(rate)
+
+
+def check_loss_fn(where: str, loss_fn: Any) -> None:
+    """Raise TypeError unless ``loss_fn`` is callable."""
+    if not callable(loss_fn):
+        raise TypeError(f"{where}: loss_fn must be callable, got {type(loss_fn).__name__}")
+
+
+def check_loss_fns(where: str, loss_fn: Any, count: int) -> list[LossFn]:
+    """Return one loss for each of ``count`` tasks, from one for all or a list."""
+    if not isinstance(loss_fn, (list, tuple)):
+        check_loss_fn(where, loss_fn)
+        return [loss_fn] * count
+    if len(loss_fn) != count:
+        raise ValueError(f"{where}: loss_fn must be one or as many as the {count} tasks, got {len(loss_fn)}")
+    for one in loss_fn:
+        check_loss_fn(where, one)
+    return list(loss_fn)
+
+
+def check_scalar(where: str, loss: Any) -> Tensor:
+    """Return the value of a loss; raise ValueError unless it is a tensor without dimensions."""
+    if not isinstance(loss, Tensor) or loss.dim() != 0:
+        got = tuple(loss.shape) if isinstance(loss, Tensor) else type(loss).__name__
+        raise ValueError(f"{where}: loss_fn must return a scalar tensor, got {got}")
+    return loss
+
+
+def check_pair(where: str, name: str, x: Any, y: Any) -> None:
+    """Raise unless x and y are tensors on one device with equally many rows, at least one."""
+    _check.tensor(where, f"{name}_x", x)
+    _check.tensor(where, f"{name}_y", y)
+    if x.dim() == 0 or y.dim() == 0 or x.shape[0] != y.shape[0]:
+        raise ValueError(f"{where}: {name}_x has shape {tuple(x.shape)}, {name}_y has shape {tuple(y.shape)}")
+    if x.shape[0] == 0:
+        raise ValueError(f"{where}: {name}_x is empty")
+    _check.device(where, f"{name}_y", y, x.device, f"{name}_x")
+
+
+def check_tasks(where: str, tasks: Iterable[Task], *, empty: bool = False) -> list[Task]:
+    """Return the tasks as a list; ``empty``: there may be none."""
+    tasks = list(tasks)
+    if not tasks and not empty:
+        raise ValueError(f"{where}: tasks is empty")
+    for i, task in enumerate(tasks):
+        if not isinstance(task, (tuple, list)) or len(task) != 4:
+            raise ValueError(f"{where}: tasks[{i}] must be (support_x, support_y, query_x, query_y)")
+        check_pair(f"{where}, tasks[{i}]", "support", task[0], task[1])
+        check_pair(f"{where}, tasks[{i}]", "query", task[2], task[3])
+    return tasks
+
+
+def check_prefixes(where: str, model: nn.Module, prefixes: Any) -> list[str]:
+    """Return the prefixes of names that choose the inner parameters; raise unless each begins a trainable name."""
+    if prefixes is None:
+        return [""]
+    prefixes = [prefixes] if isinstance(prefixes, str) else prefixes
+    if not isinstance(prefixes, Sequence) or not all(isinstance(prefix, str) for prefix in prefixes):
+        raise TypeError(f"{where}: inner_parameters must be a prefix of names or several, got {prefixes!r}")
+    for prefix in prefixes or [""]:
+        if not prefix or not select_parameters(model, [prefix]):
+            names = ", ".join(select_parameters(model, [""]))
+            raise ValueError(f"{where}: inner_parameters {prefix!r} begins no trainable name of {names}")
+    return list(prefixes)
+
+
+def check_model(where: str, model: Any) -> None:
+    """Raise unless ``model`` is a module that autograd can train."""
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"{where}: model must be a torch.nn.Module, got {type(model).__name__}")
+    for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
+        if tensor.is_inference():
+            raise ValueError(f"{where}: model must be made outside torch.inference_mode, got {name} made inside")
+
+
+def check_buffers_constant(where: str, model: nn.Module) -> None:
+    """Raise ValueError if ``forward`` would update running statistics: the updates would be lost."""
+    for name, module in model.named_modules():
+        if isinstance(module, _NORMS) and module.training and module.running_mean is not None:
+            kind = f"{name or 'model'} ({type(module).__name__})"
+            raise ValueError(f"{where}: {kind} must be in eval mode, got training mode, which updates its statistics")
+
+
+def check_parameters(where: str, owner: str, model: nn.Module, known: Iterable[Tensor]) -> None:
+    """Raise ValueError if a parameter that requires grad is not among those with which ``owner`` was made."""
+    known_ids = set(map(id, known))
+    with SUBSTITUTION_LOCK:
+        named = list(model.named_parameters())
+    for name, p in named:
+        if p.requires_grad and id(p) not in known_ids:
+            raise ValueError(
+                f"{where}: {name} was unfrozen or replaced after this {owner} was made: make a new {owner}"
+            )
+
+
+def check_tensors(where: str, part: str, given: Any, own: Mapping[str, Tensor]) -> None:
+    """Raise unless ``given``, the part of a state with this name, has the names and shapes of ``own``."""
+    if not isinstance(given, Mapping):
+        raise TypeError(f"{where}: {part} must be a dict of tensors, got {type(given).__name__}")
+    wanted = {name: tuple(t.shape) for name, t in own.items()}
+    got = {name: tuple(t.shape) if isinstance(t, Tensor) else type(t).__name__ for name, t in given.items()}
+    for name in [*wanted, *got]:
+        if got.get(name) != wanted.get(name):
+            text = f"{name} of shape {got.get(name, 'none')}, wanted {wanted.get(name, 'none')}"
+            raise ValueError(f"{where}: {part} has {text}")
