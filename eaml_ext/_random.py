@@ -35,7 +35,7 @@ class Purpose(IntEnum):
     WORKER_DRAWS = 21  # seed of a DataLoader's worker, high and low word
     CENTROIDS = 22
     PLANNING = 30
-    OBSERVATION_UNITS = 40
+    OBSERVATION_NORMALISATION = 40
     RL2_TRIALS = 41  # update
     RL2_MINIBATCHES = 42  # update
     RL2_EVALUATION = 43

@@ -11,6 +11,7 @@ from typing import Any
 
 from eaml_ext import __version__
 from eaml_ext._files import atomic_write
+from eaml_ext._renamed import FLAGS
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -31,16 +32,17 @@ def closest(name: str, known: Collection[str]) -> str:
 
 
 def read(path: str | os.PathLike[str]) -> dict[str, Any]:
-    """The keys and values of a settings file.
+    """The keys and values of a settings file; keys of version 0.1 become those of this version.
 
     Raises FileNotFoundError where there is none, ValueError for a file that is not TOML.
     """
     try:
-        return tomllib.loads(Path(path).read_text(encoding="utf-8"))
+        settings = tomllib.loads(Path(path).read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise FileNotFoundError(f"config: there is no file {os.fspath(path)}") from None
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise ValueError(f"config: {os.fspath(path)} is not a TOML file ({error})") from None
+    return {FLAGS.get(key, key): value for key, value in settings.items()}
 
 
 def check_keys(path: str | os.PathLike[str], keys: Collection[str], known: Collection[str], algo: str) -> None:

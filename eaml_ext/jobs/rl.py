@@ -113,7 +113,7 @@ def maml(
         outer_lr=settings.outer_lr,
         inner_steps=settings.inner_steps,
         tasks_per_update=settings.tasks_per_update,
-        rows=settings.rows,
+        rollouts_per_task=settings.rollouts_per_task,
         steps=settings.steps,
         gamma=settings.gamma,
         reward_scale=settings.reward_scale,

@@ -68,5 +68,5 @@ class MAMLConfig(RLConfig):
     outer_lr: float = flag(3e-3, "learning rate of the meta-update (Adam)")
     inner_steps: int = flag(1, "gradient steps of the inner loop, each on new trajectories")
     tasks_per_update: int = flag(16, "tasks in a meta-batch")
-    rows: int = flag(8, "environments a task is played in")
-    steps: int = flag(100, "steps in each of them, for every inner step")
+    rollouts_per_task: int = flag(8, "environments of each task, for every inner step")
+    steps: int = flag(100, "steps of each rollout")

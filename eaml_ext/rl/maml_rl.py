@@ -1,12 +1,11 @@
 """theta -= outer_lr d/dtheta mean_i L(theta_i; D_i'),  theta_i = theta - inner_lr dL(theta; D_i)/dtheta: MAML for RL.
 
-D_i is played with theta, D_i' with theta_i, L is the policy gradient's loss (Finn et al. 2017, algorithm 3).
+D_i are rollouts with theta, D_i' with theta_i; L is the loss of the policy gradient (Finn et al. 2017, algorithm 3).
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -20,49 +19,49 @@ from eaml_ext.meta import MetaMAML
 from eaml_ext.meta._types import Params
 from eaml_ext.meta.functional import detached_copy, functional_call, outside_inference_mode
 from eaml_ext.rl._learner import Learner
-from eaml_ext.rl.losses import a2c_loss, fraction, normalised
+from eaml_ext.rl.losses import a2c_loss, normalised
 from eaml_ext.rl.policy import SSMMetaPolicy
 from eaml_ext.rl.trials import MAX_EPISODE_STEPS, Trials, rollout
 from eaml_ext.tasks.base import Task, TaskDistribution, check_tasks
 
 
 class MAMLRL(Learner):
-    """Learns initial parameters from which a step of policy gradient goes far, to exact second order.
+    """Meta-learn initial parameters for adaptation by policy gradient, to exact second order.
 
-    All tasks run as one batch: they act, each with the parameters of its own, by one vmapped step of the policy; the
-    inner loop is that of :class:`eaml_ext.meta.MetaMAML`, vmapped over tasks. The policy's memory starts anew with
-    every episode: what is kept of a task is in the parameters. As in the paper, the outer gradient leaves out how the
-    first parameters choose the data of the inner step.
+    All tasks run as one batch. Each task acts with its own parameters; the step of the policy is vmapped over tasks,
+    and so is the inner loop of :class:`eaml_ext.meta.MetaMAML`. The policy's state is zeroed at every episode, so that
+    only the parameters hold information about a task. As in the paper, the outer gradient does not include the
+    dependence of D_i on theta.
 
     Args:
-        policy: of ``state_dim`` ``feature_dim(dist)``; its parameters are meta-learned in place. Its first trajectories
-            give it the units of its observations, unless it has units already, as a trained policy does.
-        dist: of the tasks to learn.
+        policy: of ``state_dim`` ``feature_dim(dist)``; its parameters are meta-learned in place. The first update sets
+            its observation normalisation, unless it is set already.
+        dist: the distribution of the training tasks.
         inner_lr: step size of the inner loop.
         outer_lr: learning rate of Adam.
-        inner_steps: inner steps, each on trajectories played with the parameters it starts from.
+        inner_steps: inner steps, each on rollouts with the parameters before it.
         first_order: treat inner gradients as constants.
-        tasks_per_update: tasks of a meta-batch, drawn anew for each.
-        rows, steps: a task is played in so many environments for so many steps each, before every inner step and after
-            the last one.
-        gamma, gae_lambda: as in :func:`eaml_ext.rl.losses.advantages`.
-        vf_coef, ent_coef: as in :func:`eaml_ext.rl.losses.a2c_loss`, which is the loss inside and outside.
-        reward_scale: rewards are multiplied by it for learning, so that values are of the order of 1.
+        tasks_per_update: tasks of a meta-batch, newly drawn for each update.
+        rollouts_per_task: environments of each task, before every inner step and after the last one.
+        steps: steps of each rollout.
+        gamma, gae_lambda: as in :func:`eaml_ext.rl.advantages`.
+        vf_coef, ent_coef: as in :func:`eaml_ext.rl.a2c_loss`, which is the inner and the outer loss.
+        reward_scale: factor of the rewards in the losses, so that values are of the order of 1.
         max_grad_norm: outer gradients are scaled down to this norm.
-        seed: of tasks, starts and actions.
+        seed: in [0, 2**32); tasks, starting states and actions depend on it.
 
     Attributes:
-        updates: meta-updates made so far, skipped ones included; each has tasks of its own.
+        updates: meta-updates made so far, including skipped ones; each has tasks of its own.
         skipped_updates: meta-updates skipped because a reward, an observation, a loss or a gradient was not finite.
 
     Raises:
-        TypeError, ValueError: an argument of the wrong kind or out of its range.
+        TypeError, ValueError: an argument has another type or is out of its range.
 
     >>> from eaml_ext.tasks import CartPoleTasks
     >>> dist = CartPoleTasks()
     >>> from eaml_ext.rl import feature_dim
     >>> policy = SSMMetaPolicy(feature_dim(dist), dist.action_dim, hidden_dim=16, state_size=4)
-    >>> maml = MAMLRL(policy, dist, tasks_per_update=4, rows=4, steps=30)
+    >>> maml = MAMLRL(policy, dist, tasks_per_update=4, rollouts_per_task=4, steps=30)
     >>> returns = maml.train(updates=2)
     >>> adapted = maml.adapt(dist.sample(1, "test")[0])
     >>> maml.evaluate(dist.sample(4, "test")).shape  # before and after the inner step
@@ -79,7 +78,7 @@ class MAMLRL(Learner):
         inner_steps: int = 1,
         first_order: bool = False,
         tasks_per_update: int = 16,
-        rows: int = 8,
+        rollouts_per_task: int = 8,
         steps: int = 100,
         gamma: float = 0.99,
         gae_lambda: float = 0.95,
@@ -96,52 +95,57 @@ class MAMLRL(Learner):
             dist,
             {"lr": outer_lr},
             tasks_per_update=tasks_per_update,
+            gamma=gamma,
+            gae_lambda=gae_lambda,
+            vf_coef=vf_coef,
+            ent_coef=ent_coef,
             reward_scale=reward_scale,
             max_grad_norm=max_grad_norm,
             seed=seed,
         )
         inner_lr = _check.positive(where, "inner_lr", inner_lr)
         inner_steps = _check.positive(where, "inner_steps", inner_steps, integer=True)
-        self.rows = _check.positive(where, "rows", rows, integer=True)
+        self.rollouts_per_task = _check.positive(where, "rollouts_per_task", rollouts_per_task, integer=True)
         self.steps = _check.positive(where, "steps", steps, integer=True)
-        self._discount: dict[str, Any] = {
-            name: fraction(where, name, number) for name, number in (("gamma", gamma), ("gae_lambda", gae_lambda))
-        }
-        weights = {"vf_coef": vf_coef, "ent_coef": ent_coef}
-        self._weights: dict[str, Any] = {
-            name: _check.positive(where, name, weight, zero=True) for name, weight in weights.items()
-        }
         _check.flag(where, "first_order", first_order)
         self.maml = MetaMAML(_Sequences(policy), inner_lr, outer_lr, first_order, inner_steps=inner_steps)
 
     def train(self, updates: int) -> list[float]:
         """Make ``updates`` meta-updates.
 
+        Args:
+            updates: how many, > 0.
+
         Returns:
-            For each the mean reward of a step after adaptation, NaN if the update was skipped before that. A
-            RuntimeWarning at the end counts the skipped updates.
+            The mean reward of a step after adaptation, for each update; NaN if a reward or an observation was not
+            finite. A RuntimeWarning at the end counts the skipped updates.
 
         Raises:
             TypeError, ValueError: ``updates`` is no positive integer, or as :meth:`update`.
         """
         updates = _check.positive("MAMLRL.train", "updates", updates, integer=True)
-        return [self.update() for _ in self._numbers("MAMLRL.train", updates)]
+        return [self.update() for _ in self._progress("MAMLRL.train", updates)]
 
-    def _trials(self, tasks: Sequence[Task], seed: int) -> Trials:
-        return self._rollout(tasks, self._spread(len(tasks)), seed, steps=self.steps)
+    def _rollout(self, tasks: Sequence[Task], seed: int) -> Trials:
+        return self._rollout_with(tasks, self._expand_params(len(tasks)), seed, steps=self.steps)
 
     def _update(self, tasks: Sequence[Task]) -> float:
-        adapted, inner = self._inner_loop(tasks, self._spread(len(tasks)))
-        after = self._play(tasks, adapted, self.maml.inner_steps)
-        if not self._step(self.task_losses([*inner, self._batch(after, len(tasks))]).mean()):
+        adapted, inner_batches = self._inner_loop(tasks, self._expand_params(len(tasks)))
+        query = self._rollout_for_step(tasks, adapted, self.maml.inner_steps)
+        if not self._step(self.task_losses([*inner_batches, self._batch(query, len(tasks))]).mean()):
             self._skip("MAMLRL.update: loss and gradients must be finite")
-        return float(after.rewards.mean())
+        return float(query.rewards.mean())
 
     def task_losses(self, batches: Sequence[tuple[Tensor, Tensor]]) -> Tensor:
-        """The loss of each task on the last batch, after one inner step on each batch before it, ``(tasks,)``.
+        """Return the loss of each task on the last batch, after one inner step on each batch before it.
 
-        Differentiable in the policy's parameters. A batch is the inputs and the targets of all trajectories of a step,
-        ``(tasks, rows, time, ...)``.
+        The losses are differentiable in the policy's parameters.
+
+        Args:
+            batches: inputs and targets of rollouts, ``(tasks, rollouts_per_task, time, ...)`` each.
+
+        Returns:
+            ``(tasks,)``.
         """
 
         def task_loss(*batches: tuple[Tensor, Tensor]) -> Tensor:
@@ -155,15 +159,19 @@ class MAMLRL(Learner):
 
     @outside_inference_mode()
     def adapt(self, task: Task, seed: int = 0) -> SSMMetaPolicy:
-        """A copy of the policy after the inner loop on trajectories of one task. Detached.
+        """Return a detached copy of the policy after the inner loop on rollouts of one task.
+
+        Args:
+            task: of the distribution.
+            seed: in [0, 2**32); starting states and actions depend on it.
 
         Raises:
-            TypeError, ValueError: an argument is of another type or out of its range, or as
+            TypeError, ValueError: an argument has another type or is out of its range, or as
                 :func:`eaml_ext.rl.rollout`.
         """
         if not isinstance(task, Task):
             raise TypeError(f"MAMLRL.adapt: task must be a Task, got {type(task).__name__}")
-        params, _ = self._inner_loop([task], self._spread(1), check_seed("MAMLRL.adapt", "seed", seed))
+        params, _ = self._inner_loop([task], self._expand_params(1), check_seed("MAMLRL.adapt", "seed", seed))
         policy = detached_copy(self.policy)
         with torch.no_grad():
             for name, p in policy.named_parameters():
@@ -173,40 +181,42 @@ class MAMLRL(Learner):
 
     @outside_inference_mode()
     def evaluate(self, tasks: Sequence[Task], seed: int = 0, *, max_episode_steps: int = MAX_EPISODE_STEPS) -> Tensor:
-        """Mean return of an episode, over ``rows`` of them, before the inner loop and after each of its steps.
+        """Return the mean return of ``rollouts_per_task`` episodes before the inner loop and after each inner step.
 
-        The episodes have starts and actions of their own, the same after every step.
+        Evaluation and adaptation use different starting states and actions. All evaluations use the same ones.
 
         Args:
             tasks: of the distribution.
-            seed: of adaptation and evaluation.
+            seed: in [0, 2**32); starting states and actions of adaptation and evaluation depend on it.
             max_episode_steps: as in :func:`eaml_ext.rl.rollout`.
 
         Returns:
-            ``(len(tasks), inner_steps + 1)``.
+            ``(len(tasks), inner_steps + 1)``, float32.
 
         Raises:
-            TypeError, ValueError: an argument is of another type or out of its range, or as
+            TypeError, ValueError: an argument has another type or is out of its range, or as
                 :func:`eaml_ext.rl.rollout`.
         """
         check_tasks("MAMLRL.evaluate", tasks, Task)
         seed = check_seed("MAMLRL.evaluate", "seed", seed)
         options: dict[str, Any] = {"episodes": 1, "max_episode_steps": max_episode_steps}
-        params, returns = self._spread(len(tasks)), []
+        params, returns = self._expand_params(len(tasks)), []
         for step in range(self.maml.inner_steps + 1):
-            trials = self._rollout(tasks, params, derive_seed(seed, Purpose.MAML_RL_EVALUATION, bits=32), **options)
-            returns.append(trials.episode_returns(1).view(len(tasks), self.rows).mean(1))
+            stream = derive_seed(seed, Purpose.MAML_RL_EVALUATION, bits=32)
+            trials = self._rollout_with(tasks, params, stream, **options)
+            returns.append(trials.episode_returns(1).view(len(tasks), self.rollouts_per_task).mean(1))
             if step < self.maml.inner_steps:
-                params = self._inner_step(params, self._batch(self._play(tasks, params, step, seed), len(tasks)))
+                trials = self._rollout_for_step(tasks, params, step, seed)
+                params = self._inner_step(params, self._batch(trials, len(tasks)))
         return torch.stack(returns, dim=1)
 
     def _inner_loop(
         self, tasks: Sequence[Task], params: Params, seed: int | None = None
     ) -> tuple[Params, list[tuple[Tensor, Tensor]]]:
-        """Parameters of each task after the inner loop, detached, and the data of each of its steps."""
+        """Return the detached parameters of each task after the inner loop, and the batch of each inner step."""
         batches = []
         for step in range(self.maml.inner_steps):
-            batches.append(self._batch(self._play(tasks, params, step, seed), len(tasks)))
+            batches.append(self._batch(self._rollout_for_step(tasks, params, step, seed), len(tasks)))
             params = self._inner_step(params, batches[-1])
         return params, batches
 
@@ -217,46 +227,47 @@ class MAMLRL(Learner):
         with torch.no_grad():
             return vmap(adapt)(params, *batch)
 
-    def _spread(self, tasks: int) -> Params:
-        """The meta-parameters, once for each task."""
+    def _expand_params(self, tasks: int) -> Params:
+        """Return the meta-parameters, expanded to ``(tasks, ...)``."""
         return {name: p.detach().expand(tasks, *p.shape) for name, p in self.maml.parameters().items()}
 
-    def _play(self, tasks: Sequence[Task], params: Params, step: int, seed: int | None = None) -> Trials:
-        """Trajectories for inner step ``step``: of a meta-update, or with a ``seed`` of an adaptation."""
+    def _rollout_for_step(self, tasks: Sequence[Task], params: Params, step: int, seed: int | None = None) -> Trials:
+        """Roll out the data of inner step ``step`` of a meta-update, or with ``seed`` of an adaptation."""
         purpose = Purpose.MAML_RL_TRAINING if seed is None else Purpose.MAML_RL_ADAPTATION
         indices = (self.updates, step) if seed is None else (step,)
         stream = derive_seed(self.seed if seed is None else seed, purpose, *indices, bits=32)
-        return self._rollout(tasks, params, stream, steps=self.steps)
+        return self._rollout_with(tasks, params, stream, steps=self.steps)
 
-    def _rollout(self, tasks: Sequence[Task], params: Params, stream: int, **options: Any) -> Trials:
-        """Trajectories of all tasks, each played with its own parameters, task-major: rows of a task are neighbours."""
-        repeated = [task for task in tasks for _ in range(self.rows)]
-        return rollout(
-            self.dist, repeated, _PerTask(self.policy, params, self.rows), stream, keep_state=False, **options
-        )
+    def _rollout_with(self, tasks: Sequence[Task], params: Params, seed: int, **options: Any) -> Trials:
+        """Roll out each task with its own parameters; the rollouts of a task are adjacent rows."""
+        repeated = [task for task in tasks for _ in range(self.rollouts_per_task)]
+        policy = _PerTaskPolicy(self.policy, params, self.rollouts_per_task)
+        return rollout(self.dist, repeated, policy, seed, keep_state=False, **options)
 
     def _batch(self, trials: Trials, tasks: int) -> tuple[Tensor, Tensor]:
-        """What the model and the loss take, ``(tasks, rows, time, ...)``; all a loss needs is in one tensor."""
-        trials = replace(trials, rewards=self.reward_scale * trials.rewards)
-        advantages = trials.advantages(**self._discount)
-        targets = advantages + trials.values
+        """Return inputs of the model and targets of the loss, ``(tasks, rollouts_per_task, time, ...)`` each.
+
+        The last entry of the inputs is the reset flag. Targets are the action, the advantage and the critic's target.
+        """
+        advantages, targets = self._advantages(trials)
         x = torch.cat([trials.inputs, trials.resets.unsqueeze(-1).to(trials.inputs.dtype)], dim=-1)
         actions = trials.actions if self.policy.continuous else trials.actions.unsqueeze(-1)
         x, actions, advantages, targets = (
-            t.reshape(tasks, self.rows, *t.shape[1:]) for t in (x, actions.to(x.dtype), advantages, targets)
+            t.reshape(tasks, self.rollouts_per_task, *t.shape[1:])
+            for t in (x, actions.to(x.dtype), advantages, targets)
         )
-        advantages = torch.stack([normalised(a) for a in advantages])  # of each task by itself
+        advantages = torch.stack([normalised(a) for a in advantages])  # separately for each task
         return x, torch.cat([actions, advantages.unsqueeze(-1), targets.unsqueeze(-1)], dim=-1)
 
     def _loss(self, outputs: Tensor, targets: Tensor) -> Tensor:
         action, advantages, targets = targets[..., :-2], targets[..., -2], targets[..., -1]
         distribution, values = self.policy.distribution(outputs[..., :-1]), outputs[..., -1]
         log_probs = distribution.log_prob(action if self.policy.continuous else action.squeeze(-1).long())
-        return a2c_loss(log_probs, values, distribution.entropy(), advantages, targets, **self._weights)
+        return a2c_loss(log_probs, values, distribution.entropy(), advantages, targets, **self._loss_coefs)
 
 
 class _Sequences(nn.Module):
-    """A policy as MetaMAML calls it: inputs with the reset flag as last entry -> distribution parameters and value."""
+    """A policy as MetaMAML's model: inputs with the reset flag as last entry -> distribution parameters and value."""
 
     def __init__(self, policy: SSMMetaPolicy):
         super().__init__()
@@ -268,7 +279,7 @@ class _Sequences(nn.Module):
 
 
 class _Steps(nn.Module):
-    """A policy's step as functional_call calls it."""
+    """The step of a policy as a module, for functional_call."""
 
     def __init__(self, policy: SSMMetaPolicy):
         super().__init__()
@@ -278,11 +289,11 @@ class _Steps(nn.Module):
         return self.policy.step_tensors(*args)
 
 
-class _PerTask:
-    """One policy under parameters of each task; ``rows`` neighbours in the batch are of one task."""
+class _PerTaskPolicy:
+    """A policy with parameters of its own for each task; a task has ``rollouts`` adjacent rows of the batch."""
 
-    def __init__(self, policy: SSMMetaPolicy, params: Params, rows: int):
-        self._policy, self._params, self._rows = policy, params, rows
+    def __init__(self, policy: SSMMetaPolicy, params: Params, rollouts: int):
+        self._policy, self._params, self._rollouts = policy, params, rollouts
         module = _Steps(policy)
         self._call = vmap(lambda params, *args: functional_call(module, params, args))
 
@@ -290,6 +301,6 @@ class _PerTask:
         return self._policy.init_hidden(batch)
 
     def step(self, *args: Tensor) -> tuple[Distribution, Tensor, Tensor]:
-        out = self._call(self._params, *(t.reshape(-1, self._rows, *t.shape[1:]) for t in args))
+        out = self._call(self._params, *(t.reshape(-1, self._rollouts, *t.shape[1:]) for t in args))
         parameters, value, state = (t.flatten(0, 1) for t in out)
         return self._policy.distribution(parameters), value, state

@@ -1,7 +1,7 @@
-"""a_0..a_H = argmax sum_h gamma^h r_h alive_h,  o_{h+1} = model(o_h, a_h); act by a_0: planning with learned models.
+"""a_0..a_H = argmax sum_h gamma^h r_h alive_h,  o_{h+1} = model(o_h, a_h): model-predictive control, acting by a_0.
 
-Random shooting takes the best of sequences drawn at random (Nagabandi et al. 2018, "Neural network dynamics for
-model-based deep reinforcement learning"); the cross-entropy method then draws again, around the best of them
+Random shooting takes the best of random action sequences (Nagabandi et al. 2018, "Neural network dynamics for
+model-based deep reinforcement learning"). The cross-entropy method draws further sequences around the best ones
 (Rubinstein 1999).
 """
 
@@ -16,53 +16,63 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from eaml_ext import _check
-from eaml_ext.rl.losses import fraction
-from eaml_ext.rl.rollout import Policy, collect
+from eaml_ext.rl.losses import check_fraction
+from eaml_ext.rl.trajectories import Policy, collect
 from eaml_ext.tasks.base import Task, TaskDistribution, action_width
 
 if TYPE_CHECKING:
     from gymnasium.spaces import Space
 
-SMOOTHING = 0.1  # of what was drawn from stays in what is drawn from next, so that no action is ever out of reach
+SMOOTHING = 0.1  # weight of the last proposal in the next one, which keeps the probability of every action above 0
 
 Outcomes = Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
-"""``(obs, action, next_obs)``, each ``(tasks, candidates, ...)`` -> rewards, terminations; ``(tasks, candidates)``."""
+"""``(obs, action, next_obs)``, ``(tasks, candidates, ...)`` each -> rewards, terminations, ``(tasks, candidates)``."""
 
 
 class WorldModel(Protocol):
-    """What a :class:`Planner` imagines with; rows ``(tasks, candidates)`` are stepped as one batch."""
+    """The dynamics model of a :class:`Planner`; rows ``(tasks, candidates)`` step as one batch."""
 
     def init_hidden(self, tasks: int) -> Tensor:
-        """The state before the first step, ``(tasks, 1, ...)``."""
+        """Return the state before the first step, ``(tasks, 1, ...)``."""
 
     def step(self, obs: Tensor, action: Tensor, start: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
-        """``obs`` ``(tasks, candidates, obs_dim)``, ``action`` ``(tasks, candidates, action_dim)`` as ``encode_action``
-        writes it, ``start`` bool ``(tasks, candidates)``, an episode starts here -> next observations, next state."""
+        """Predict the next observations.
+
+        Args:
+            obs: ``(tasks, candidates, obs_dim)``, float32.
+            action: ``(tasks, candidates, action_dim)``, float32, as ``encode_action`` encodes it.
+            start: ``(tasks, candidates)``, bool; an episode starts here.
+            state: ``(tasks, candidates, ...)``; the state that the last step returned.
+
+        Returns:
+            Next observations ``(tasks, candidates, obs_dim)`` and the next state.
+        """
 
 
 class Planner:
-    """Acts, in many tasks at once, by the first action of the best imagined sequence, and plans anew at each step.
+    """Act in many tasks at once by the first action of the best predicted sequence; plan at every step.
 
-    A ``Policy`` for :func:`eaml_ext.rl.collect`. It keeps the model's state over the episode so far. The rest of the
-    plan that was begun is one of the candidates, and wins where others are only as good.
+    A ``Policy`` for :func:`eaml_ext.rl.collect`. The model's state covers the episode so far. The rest of the last plan
+    is one of the candidates, and is preferred among equally good ones.
 
     Args:
-        model: imagines; on whatever device its states are.
-        outcomes: rewards and terminations of what was imagined; of a distribution that has them,
+        model: the dynamics model. Planning runs on the device of its states.
+        outcomes: rewards and terminations of predicted transitions. For a distribution that has ``outcomes``:
             ``functools.partial(dist.outcomes, tasks)``.
         action_space: of one task, ``Discrete`` or a bounded ``Box``.
         horizon: steps of a sequence.
-        candidates: sequences imagined for each task, at least 2.
-        iterations: 1 is random shooting: drawn uniformly. More is the cross-entropy method.
-        elites: so many of the best sequences are drawn around; a tenth of ``candidates`` if absent, at least 2.
-        gamma: discount of a step, in [0, 1].
+        candidates: sequences per task, at least 2.
+        iterations: 1: random shooting, with uniformly drawn actions. More: the cross-entropy method.
+        elites: number of best sequences to which the next proposal is fitted. Default: a tenth of ``candidates``, at
+            least 2.
+        gamma: discount of one step, in [0, 1].
 
     Raises:
-        TypeError, ValueError: an argument of the wrong kind or out of its range.
+        TypeError, ValueError: an argument has another type or is out of its range.
 
     >>> from functools import partial
     >>> from eaml_ext.tasks import CartPoleTasks
-    >>> class Still:  # predicts that nothing ever moves
+    >>> class Still:  # predicts that nothing moves
     ...     def init_hidden(self, tasks):
     ...         return torch.zeros(tasks, 1, 0)
     ...     def step(self, obs, action, start, state):
@@ -104,13 +114,22 @@ class Planner:
         self.elites = _check.positive("Planner", "elites", elites, integer=True)
         if self.elites > self.candidates:
             raise ValueError(f"Planner: elites must be <= candidates {self.candidates}, got {self.elites}")
-        self.gamma = fraction("Planner", "gamma", gamma)
+        self.gamma = check_fraction("Planner", "gamma", gamma)
         self._state: Tensor | None = None
         self._plan: Tensor | None = None  # (tasks, horizon, action_dim)
 
     @torch.no_grad()
     def __call__(self, observations: np.ndarray, resets: np.ndarray, generator: np.random.Generator) -> np.ndarray:
-        """Actions of all tasks, as :class:`eaml_ext.rl.Policy` says."""
+        """Return the actions of all tasks.
+
+        Args:
+            observations: ``(tasks, *observation shape)``, float32.
+            resets: ``(tasks,)``, bool; an episode starts here.
+            generator: the source of all randomness.
+
+        Returns:
+            ``(tasks,)`` integers or ``(tasks, *shape)`` floats.
+        """
         n = len(observations)
         if self._state is None or len(self._state) != n:
             self._state, self._plan = self.model.init_hidden(n), None
@@ -124,17 +143,17 @@ class Planner:
             best = torch.where(start.view(n, 1, 1, 1), best, torch.cat([self._plan[:, None, 1:], best[:, :, -1:]], 2))
         for _ in range(self.iterations):
             sequences = torch.cat([best, self._draw(proposal, self.candidates - 1, draw)], dim=1)
-            score = self._imagine(obs, start, sequences)
-            # The first of the best: what is kept, where nothing is better.
+            score = self._predicted_returns(obs, start, sequences)
+            # argmax returns the first maximum, which is the last plan unless another sequence is better.
             best = sequences.take_along_dim(score.argmax(1).view(n, 1, 1, 1), dim=1)
             elite = sequences.take_along_dim(score.topk(self.elites, dim=1).indices[..., None, None], dim=1)
-            proposal = self._around(proposal, elite)
+            proposal = self._fit_proposal(proposal, elite)
         self._plan = best.squeeze(1)
         self._state = self.model.step(obs, best[:, :, 0], start, self._state)[1]
         return self._decode(self._plan[:, 0].cpu().numpy())
 
-    def _imagine(self, obs: Tensor, start: Tensor, sequences: Tensor) -> Tensor:
-        """The score of ``sequences`` ``(tasks, candidates, horizon, action_dim)``, ``(tasks, candidates)``."""
+    def _predicted_returns(self, obs: Tensor, start: Tensor, sequences: Tensor) -> Tensor:
+        """Sequences ``(tasks, candidates, horizon, action_dim)`` -> discounted returns, ``(tasks, candidates)``."""
         rows = sequences.shape[:2]
         obs, start = obs.expand(*rows, -1), start.expand(rows)
         assert self._state is not None
@@ -143,7 +162,7 @@ class Planner:
         for h, action in enumerate(sequences.unbind(2)):
             following, state = self.model.step(obs, action, start, state)
             reward, terminated = self.outcomes(obs, action, following)
-            # Masked, not multiplied: what follows an end may be infinite.
+            # Not a product, because a reward after the end may be infinite.
             score = score + self.gamma**h * reward.masked_fill(~alive, 0.0)
             alive, obs, start = alive & ~terminated, following, torch.zeros_like(start)
         return score.nan_to_num(nan=-torch.inf, posinf=-torch.inf)
@@ -162,7 +181,7 @@ class Planner:
         return low, high
 
     def _draw(self, proposal: tuple[Tensor, ...], count: int, generator: torch.Generator) -> Tensor:
-        """``(tasks, count, horizon, action_dim)``, of probabilities or of means and standard deviations."""
+        """Draw ``(tasks, count, horizon, action_dim)`` from probabilities, or from means and standard deviations."""
         if len(proposal) == 1:
             (probs,) = proposal
             n, horizon, width = probs.shape
@@ -171,11 +190,11 @@ class Planner:
         mean, std = (p.unsqueeze(1) for p in proposal)
         shape = (mean.shape[0], count, *mean.shape[2:])
         low, high = self._bounds(mean.device)
-        # Uniform of the same mean and deviation, as at first, and within the bounds as far as they allow.
+        # A uniform distribution of this mean and standard deviation, as in the first iteration, clipped to the bounds.
         noise = (torch.rand(shape, generator=generator, device=mean.device) - 0.5) * 12**0.5
         return (mean + std * noise).clamp(low, high)
 
-    def _around(self, proposal: tuple[Tensor, ...], elite: Tensor) -> tuple[Tensor, ...]:
+    def _fit_proposal(self, proposal: tuple[Tensor, ...], elite: Tensor) -> tuple[Tensor, ...]:
         fit = (elite.mean(1),) if len(proposal) == 1 else (elite.mean(1), elite.std(1, correction=0))
         return tuple(SMOOTHING * old + (1 - SMOOTHING) * new for old, new in zip(proposal, fit, strict=True))
 
@@ -189,9 +208,19 @@ class Planner:
 def planned_returns(
     dist: TaskDistribution[Any], tasks: Sequence[Task], policy: Policy | None, steps: int, seed: int = 0
 ) -> Tensor:
-    """The return of one episode of each task by a :class:`Planner`, or any policy, cut after ``steps``; ``(tasks,)``.
+    """Return the return of the first episode of each task under a :class:`Planner` or any other policy.
 
-    Arguments and errors as of :func:`eaml_ext.rl.collect`: the same seed is, for the same tasks, the same starts.
+    One seed gives the same tasks the same starting states, whatever the policy.
+
+    Args:
+        dist, tasks, seed, policy: as in :func:`eaml_ext.rl.collect`.
+        steps: steps of each task, after which an episode is cut.
+
+    Returns:
+        ``(tasks,)``, float32.
+
+    Raises:
+        TypeError, ValueError: as :func:`eaml_ext.rl.collect`.
     """
     data = collect(dist, tasks, steps, seed, policy)
     first = data.resets.long().cumsum(1) == 1

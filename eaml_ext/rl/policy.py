@@ -12,29 +12,30 @@ from eaml_ext import _check, checkpoint
 from eaml_ext.nn import SSM
 from eaml_ext.nn.cores import CORES_WITH_STEP_SIZE
 
-# Ten times Mamba's: what an action does must show within a few steps, and what a task is within one episode.
-STEP_SIZES = 0.01, 1.0
+# Ten times Mamba's step sizes, because the effect of an action must show within a few steps.
+DT_MIN, DT_MAX = 0.01, 1.0
 
 
 class SSMMetaPolicy(nn.Module):
-    """Actor and critic on one SSM, for tasks that only a history tells apart. States are explicit and never hidden.
+    """Actor and critic on one SSM, for tasks that a single observation does not identify. States are explicit.
 
-    Whole sequences, as a loss wants them, are one :meth:`scan`; acting, for all environments at once, is one
-    :meth:`step` a time step. Both give the same numbers. ``reset`` says where the history starts anew: at every episode
-    for a policy that adapts by gradient, at every trial for one that adapts in context (Duan et al. 2016, "RL^2").
+    :meth:`scan` evaluates whole sequences, for a loss; :meth:`step` advances all environments by one time step. Both
+    return the same numbers. ``reset`` marks the steps before which the state is zeroed. A policy that adapts by
+    gradient is reset at every episode; a policy that adapts in context, at every trial (Duan et al. 2016, "RL^2").
 
     **Two-dimensional input is a batch** of single steps, as in :class:`eaml_ext.nn.SSM`.
 
     Args:
-        state_dim: size of an observation, with whatever is appended to it (last action, reward, ...).
-        action_dim: number of actions, or of their entries if ``continuous``.
-        hidden_dim: width of the SSM and of the features both heads read.
-        device: where the parameters live.
-        continuous: actions are real vectors of independent normals, whose standard deviations are parameters that do
-            not depend on the observation; else integers in [0, action_dim).
+        state_dim: size of an observation, including appended entries (last action, last reward, ...).
+        action_dim: number of discrete actions, or size of a continuous action.
+        hidden_dim: width of the SSM and of the features that actor and critic read.
+        device: device of the parameters.
+        continuous: True: actions are ``(action_dim,)`` floats, drawn from independent normals. Their standard
+            deviations are parameters and do not depend on the observation. False: actions are integers in
+            [0, action_dim).
         state_size, num_layers, core: as in :class:`eaml_ext.nn.SSM`.
-        dt_min, dt_max: as there, but 0.01 and 1 if absent: a language model's step sizes take hundreds of steps to see
-            what an action does.
+        dt_min, dt_max: as in :class:`eaml_ext.nn.SSM`. Default: 0.01 and 1, because with the step sizes of a language
+            model the effect of an action shows only after hundreds of steps.
 
     Raises:
         TypeError, ValueError: a size is not a positive integer, or an input has the wrong shape.
@@ -75,7 +76,7 @@ class SSMMetaPolicy(nn.Module):
         _check.flag(where, "continuous", continuous)
         if not callable(core) and core in CORES_WITH_STEP_SIZE:
             dt_min, dt_max = (
-                ours if given is None else given for given, ours in zip((dt_min, dt_max), STEP_SIZES, strict=True)
+                default if given is None else given for given, default in ((dt_min, DT_MIN), (dt_max, DT_MAX))
             )
         ssm: dict[str, Any] = {
             "state_size": _check.positive(where, "state_size", state_size, integer=True),
@@ -97,20 +98,24 @@ class SSMMetaPolicy(nn.Module):
         self.critic = nn.Linear(hidden_dim, 1)
         if continuous:
             self.log_std = nn.Parameter(torch.zeros(action_dim))
-        with torch.no_grad():  # actions start all but uniform (or standard normal), whatever the observation
+        with torch.no_grad():  # the initial policy is close to uniform, or standard normal
             self.actor.weight.mul_(0.01)
             self.actor.bias.zero_()
-        self.register_buffer("mean", torch.zeros(state_dim))  # of observations
+        self.register_buffer("mean", torch.zeros(state_dim))  # of observations, for their normalisation
         self.register_buffer("std", torch.ones(state_dim))
         self.to(device)
 
     def normalise(self, obs: Tensor) -> None:
-        """Takes the units of observations from data, ``(..., state_dim)``; entries that do not vary keep theirs.
+        """Set mean and standard deviation of the observation normalisation from data.
 
-        A pole's angle in radians is a hundredth of what the other inputs are: unscaled, it takes long to be noticed.
+        Entries that do not vary are not normalised. Without normalisation training is slow, because some observations
+        are a hundredth of others: a pole's angle in radians.
+
+        Args:
+            obs: ``(..., state_dim)``, floating.
 
         Raises:
-            TypeError, ValueError: ``obs`` is no tensor of that shape, or not finite; the units are as before.
+            TypeError, ValueError: ``obs`` is no tensor of that shape, is empty, or is not finite; nothing is modified.
         """
         _check.tensor("SSMMetaPolicy.normalise", "obs", obs)
         if obs.dim() == 0 or obs.shape[-1] != self.state_dim or obs.numel() == 0:
@@ -121,38 +126,42 @@ class SSMMetaPolicy(nn.Module):
             got = float(rows[~rows.isfinite()][0])
             raise ValueError(f"SSMMetaPolicy.normalise: obs must be finite, got {got}")
         std = rows.std(0, correction=0)
-        # 1e-7 is the rounding of float32: a large entry that differs by no more than that is constant.
+        # 1e-7 is the relative rounding error of float32: an entry that varies by less is constant.
         varies = std > torch.clamp(1e-7 * rows.abs().amax(0), min=1e-6)
         self.mean.copy_(torch.where(varies, rows.mean(0), 0.0))
         self.std.copy_(torch.where(varies, std, 1.0))
 
     @property
-    def has_units(self) -> bool:
-        """True if :meth:`normalise` or a loaded state has set the units of observations."""
+    def has_normalisation(self) -> bool:
+        """True if :meth:`normalise` or a loaded state has set mean or standard deviation."""
         return bool((self.mean != 0).any() or (self.std != 1).any())
 
     def forward(self, obs: Tensor, hidden_state: Tensor | None = None) -> Tensor:
-        """Logits, or means if continuous.
+        """Return logits, or means if continuous.
 
-        ``(batch, state_dim)`` or ``(batch, time, state_dim)`` -> the same with ``action_dim`` last.
-        ``hidden_state`` is the state to start from, zero if absent.
+        Args:
+            obs: ``(batch, state_dim)`` or ``(batch, time, state_dim)``, floating.
+            hidden_state: ``(batch, ...)``; the state before the first step. Default: zero.
+
+        Returns:
+            ``(batch, action_dim)`` or ``(batch, time, action_dim)``.
         """
-        out: Tensor = self.actor(torch.tanh(self.ssm(self._scaled(obs), hidden_state)))
+        out: Tensor = self.actor(torch.tanh(self.ssm(self._normalised(obs), hidden_state)))
         return out
 
     def init_hidden(self, batch: int) -> Tensor:
-        """The zero state, ``(batch, ...)``."""
+        """Return the zero state, ``(batch, ...)``."""
         return self.ssm.init_hidden(batch)
 
     def scan(
         self, obs: Tensor, state: Tensor | None = None, reset: Tensor | None = None
     ) -> tuple[Distribution, Tensor, Tensor]:
-        """A sequence at once.
+        """Evaluate a whole sequence.
 
         Args:
-            obs: ``(batch, time, state_dim)``.
-            state: the state before the first step; zero if absent.
-            reset: ``(batch, time)`` bool: the state is zeroed before step t.
+            obs: ``(batch, time, state_dim)``, floating.
+            state: ``(batch, ...)``; the state before the first step. Default: zero.
+            reset: ``(batch, time)``, bool; the state is zeroed before step t. Default: never.
 
         Returns:
             The distribution of actions, of batch shape ``(batch, time)``; values ``(batch, time)``; the last state.
@@ -163,54 +172,72 @@ class SSMMetaPolicy(nn.Module):
     def step(
         self, obs: Tensor, state: Tensor | None = None, reset: Tensor | None = None
     ) -> tuple[Distribution, Tensor, Tensor]:
-        """One step of :meth:`scan`: ``obs`` ``(batch, state_dim)``, ``reset`` ``(batch,)`` bool."""
+        """Advance by one step of :meth:`scan`.
+
+        Args:
+            obs: ``(batch, state_dim)``, floating.
+            state: ``(batch, ...)``; the state that the last step returned. Default: zero.
+            reset: ``(batch,)``, bool; the state is zeroed before the step. Default: never.
+
+        Returns:
+            The distribution of actions, of batch shape ``(batch,)``; values ``(batch,)``; the next state.
+        """
         parameters, value, state = self.step_tensors(obs, state, reset)
         return self.distribution(parameters), value, state
 
     def scan_tensors(
         self, obs: Tensor, state: Tensor | None = None, reset: Tensor | None = None
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """:meth:`scan` with the parameters of the distribution in its place, which a vmapped function can return."""
-        y, state = self.ssm.scan(self._scaled(obs), state, reset)
+        """:meth:`scan`, but returns the distribution's parameters, which a vmapped function can return."""
+        y, state = self.ssm.scan(self._normalised(obs), state, reset)
         return (*self._heads(y), state)
 
     def step_tensors(
         self, obs: Tensor, state: Tensor | None = None, reset: Tensor | None = None
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """:meth:`step` with the parameters of the distribution in its place."""
+        """:meth:`step`, but returns the distribution's parameters."""
         if reset is not None:
             _check.tensor("SSMMetaPolicy.step", "reset", reset)
             _check.dtype("SSMMetaPolicy.step", "reset", reset, (torch.bool,))
             _check.shape("SSMMetaPolicy.step", "reset", reset, obs.shape[:1], str(tuple(obs.shape[:1])))
             if state is not None:
-                # Not a product: what a finished episode left may be infinite.
+                # Not a product, because the state of the last episode may be infinite.
                 state = state.masked_fill(reset.view(-1, *[1] * (state.dim() - 1)), 0.0)
-        y, state = self.ssm.step(self._scaled(obs), state)
+        y, state = self.ssm.step(self._normalised(obs), state)
         return (*self._heads(y), state)
 
     def distribution(self, parameters: Tensor) -> Distribution:
-        """Of actions, from what ``scan_tensors`` and ``step_tensors`` return: logits, or means beside log stds."""
+        """Return the distribution of actions with the parameters that :meth:`scan_tensors` returned.
+
+        Args:
+            parameters: ``(..., action_dim)`` logits; if continuous ``(..., 2 action_dim)``, means and log standard
+                deviations.
+        """
         if not self.continuous:
             return Categorical(logits=parameters, validate_args=False)
         mean, log_std = parameters.chunk(2, dim=-1)
         return Independent(Normal(mean, log_std.exp(), validate_args=False), 1, validate_args=False)
 
     def save(self, path: str | PathLike[str]) -> None:
-        """Writes weights and options (no code); policies with a custom ``core`` save their ``state_dict``."""
+        """Write weights and options to a file, without code.
+
+        Raises:
+            ValueError: ``core`` is a custom callable; save the ``state_dict`` of such a policy.
+        """
         checkpoint.save_module("SSMMetaPolicy.save", self, self.options, path, kind="SSMMetaPolicy")
 
     @classmethod
     def load(cls, path: str | PathLike[str], device: str | torch.device = "cpu") -> "SSMMetaPolicy":
-        """The policy that :meth:`save` wrote. Loading never runs code from the file.
+        """Return the policy that :meth:`save` wrote. Loading never runs code from the file.
 
         Raises:
             FileNotFoundError: there is no such file.
-            ValueError: the file is damaged, or holds something else.
+            ValueError: the file is damaged, or holds no SSMMetaPolicy.
         """
         return checkpoint.load_module("SSMMetaPolicy.load", cls, path, device, kind="SSMMetaPolicy")
 
-    def _scaled(self, obs: Tensor) -> Tensor:
-        # What has another shape or dtype goes on to the SSM, which says so.
+    def _normalised(self, obs: Tensor) -> Tensor:
+        # The SSM raises an error for an argument of another shape or dtype.
         fits = isinstance(obs, Tensor) and obs.shape[-1:] == self.mean.shape and obs.dtype == self.mean.dtype
         return (obs - self.mean) / self.std if fits else obs
 

@@ -1,4 +1,4 @@
-"""max E[sum of rewards of a trial]: a policy with memory learns to learn, in context (Duan et al. 2016, "RL^2")."""
+"""max E[sum of the rewards of a trial]: train a policy with memory to adapt in context (Duan et al. 2016, "RL^2")."""
 
 from __future__ import annotations
 
@@ -14,45 +14,47 @@ from eaml_ext._random import Purpose, check_seed, derive_seed
 from eaml_ext.meta._optimizer import finite
 from eaml_ext.meta.functional import outside_inference_mode, recordable
 from eaml_ext.rl._learner import Learner
-from eaml_ext.rl.losses import a2c_loss, fraction, normalised, ppo_loss
+from eaml_ext.rl.losses import a2c_loss, normalised, ppo_loss
 from eaml_ext.rl.policy import SSMMetaPolicy
 from eaml_ext.rl.trials import MAX_EPISODE_STEPS, Trials, check_length, rollout
 from eaml_ext.tasks.base import Task, TaskDistribution
 
 
 class RL2(Learner):
-    """Trains a policy whose memory outlives the episodes of a trial, by PPO or A2C on whole trials.
+    """Train a policy with memory by PPO or A2C on whole trials.
 
-    A trial is several episodes of one task. Beside the observation the policy sees the last action, the last reward and
-    where an episode starts. Its state is kept from episode to episode and zeroed between trials: what is particular to
-    the task it can only find out by acting. Gradients run through whole trials: one scan each.
+    A trial is several episodes of one task. The policy's inputs are the observation, the last action, the last reward
+    and a flag at the start of an episode. Its state is kept from episode to episode and zeroed between trials, so that
+    the policy can identify the task by acting. Gradients flow through whole trials; each is one scan.
 
     Args:
-        policy: of ``state_dim`` ``feature_dim(dist)``; learns in place. Its first trials give it the units of its
-            observations, unless it has units already, as a trained policy does.
-        dist: of the tasks to learn.
-        steps: length of a training trial in steps, whatever episodes they hold; or
-        episodes: of a training trial in whole episodes. One of the two.
-        loss: "ppo" or "a2c" (which takes one gradient step for each batch of trials).
-        tasks_per_update: trials played side by side, each of a task drawn anew.
-        lr: step size of Adam, falling linearly to 0 over :meth:`train` where ``anneal_lr``.
-        update_epochs, num_minibatches: of PPO; a minibatch is of whole trials.
-        gamma, gae_lambda, across_episodes: as in :meth:`Trials.advantages`.
-        clip_coef, vf_coef, ent_coef: as in :func:`eaml_ext.rl.losses.ppo_loss`.
-        reward_scale: rewards are multiplied by it for learning, so that values are of the order of 1. Else the critic's
-            gradient is all that passes ``max_grad_norm``.
+        policy: of ``state_dim`` ``feature_dim(dist)``; trained in place. The first update sets its observation
+            normalisation, unless it is set already.
+        dist: the distribution of the training tasks.
+        steps: steps of a training trial; or
+        episodes: episodes of a training trial. Exactly one of the two is given.
+        loss: "ppo", or "a2c", which takes one gradient step per update.
+        tasks_per_update: trials per update, each of a newly drawn task.
+        lr: learning rate of Adam.
+        anneal_lr: decrease the learning rate linearly to 0 over :meth:`train`.
+        update_epochs: epochs of PPO over the trials of an update.
+        num_minibatches: minibatches per epoch of PPO; a minibatch consists of whole trials.
+        gamma, gae_lambda, episodic: as in ``Trials.advantages``.
+        clip_coef, vf_coef, ent_coef: as in :func:`eaml_ext.rl.ppo_loss`.
+        reward_scale: factor of the rewards in the losses, so that values are of the order of 1. With larger values the
+            critic's gradient dominates under ``max_grad_norm``.
         max_grad_norm: gradients are scaled down to this norm.
         max_episode_steps: as in :func:`eaml_ext.rl.rollout`, for training trials of whole ``episodes``.
-        seed: of tasks, starts, actions and num_minibatches.
+        seed: in [0, 2**32); tasks, starting states, actions and minibatches depend on it.
 
     Attributes:
-        updates: updates made so far, skipped ones included; each has tasks of its own.
-        skipped_updates: updates skipped, or some of whose gradient steps were, because a reward, an observation, a loss
-            or a gradient was not finite.
-        steps: environment steps learned from so far.
+        updates: updates made so far, including skipped ones; each has tasks of its own.
+        skipped_updates: updates in which a gradient step was skipped, because a reward, an observation, a loss or a
+            gradient was not finite.
+        steps: environment steps in all updates so far.
 
     Raises:
-        TypeError, ValueError: an argument of the wrong kind or out of its range.
+        TypeError, ValueError: an argument has another type or is out of its range.
 
     >>> from eaml_ext.tasks import CartPoleTasks
     >>> dist = CartPoleTasks(hide_velocity=True)
@@ -63,7 +65,7 @@ class RL2(Learner):
     >>> trainer.evaluate(dist.sample(4, "test"), episodes=3).shape
     torch.Size([4, 3])
 
-    Another trainer continues where this one is:
+    Another trainer continues from the state of this one:
 
     >>> again = RL2(policy, dist, steps=40, tasks_per_update=8)
     >>> again.load_state_dict(trainer.state_dict())
@@ -88,7 +90,7 @@ class RL2(Learner):
         num_minibatches: int = 4,
         gamma: float = 0.99,
         gae_lambda: float = 0.95,
-        across_episodes: bool = False,
+        episodic: bool = True,
         clip_coef: float = 0.2,
         vf_coef: float = 0.5,
         ent_coef: float = 0.01,
@@ -104,32 +106,27 @@ class RL2(Learner):
             dist,
             {"lr": self.lr, "eps": 1e-5},
             tasks_per_update=tasks_per_update,
+            gamma=gamma,
+            gae_lambda=gae_lambda,
+            vf_coef=vf_coef,
+            ent_coef=ent_coef,
             reward_scale=reward_scale,
             max_grad_norm=max_grad_norm,
             seed=seed,
         )
         limit = _check.positive(where, "max_episode_steps", max_episode_steps, integer=True)
         self._length: dict[str, Any] = {**check_length(where, episodes, steps), "max_episode_steps": limit}
-        passes = {"update_epochs": update_epochs, "num_minibatches": num_minibatches}
-        update_epochs, num_minibatches = (_check.positive(where, name, n, integer=True) for name, n in passes.items())
+        update_epochs = _check.positive(where, "update_epochs", update_epochs, integer=True)
+        num_minibatches = _check.positive(where, "num_minibatches", num_minibatches, integer=True)
         if self.tasks_per_update < num_minibatches:
             wanted = f"<= tasks_per_update {self.tasks_per_update}"
             raise ValueError(f"{where}: num_minibatches must be {wanted}, got {num_minibatches}")
         if loss not in ("ppo", "a2c"):
             raise ValueError(f"{where}: loss must be 'ppo' or 'a2c', got {loss!r}")
-        for name, flag in (("anneal_lr", anneal_lr), ("across_episodes", across_episodes)):
-            _check.flag(where, name, flag)
-        self.anneal_lr = bool(anneal_lr)
-        self._loss, self._clip = loss, _check.positive(where, "clip_coef", clip_coef)
-        self._passes = (update_epochs, num_minibatches) if loss == "ppo" else (1, 1)
-        weights = {"vf_coef": vf_coef, "ent_coef": ent_coef}
-        self._weights: dict[str, Any] = {
-            name: _check.positive(where, name, weight, zero=True) for name, weight in weights.items()
-        }
-        self._discount: dict[str, Any] = {
-            name: fraction(where, name, n) for name, n in (("gamma", gamma), ("gae_lambda", gae_lambda))
-        }
-        self._discount["across_episodes"] = bool(across_episodes)
+        self.anneal_lr = _check.flag(where, "anneal_lr", anneal_lr)
+        self._gae_options["episodic"] = _check.flag(where, "episodic", episodic)
+        self._loss, self._clip_coef = loss, _check.positive(where, "clip_coef", clip_coef)
+        self._update_epochs, self._num_minibatches = (update_epochs, num_minibatches) if loss == "ppo" else (1, 1)
         self.steps = 0
 
     def train(
@@ -138,25 +135,25 @@ class RL2(Learner):
         """Make ``updates`` updates.
 
         Args:
-            updates: how many.
-            report: ``report(update, mean return)`` is called after each, with numbers from 0.
-            total: number of updates, counted from the first of this trainer, after which the step size would be 0;
-                ``updates`` of this call if absent. With it, training in several calls, or continued by
+            updates: how many, > 0.
+            report: called as ``report(update, mean return)`` after each update; ``update`` counts from 0.
+            total: number of updates since the first one of this trainer after which the annealed learning rate is 0.
+                Default: ``updates``, counted from this call. With ``total``, training in several calls, or after
                 :meth:`load_state_dict`, equals training in one call.
 
         Returns:
-            For each update the mean return of its finished episodes, NaN if none finished or the update was skipped.
-            A RuntimeWarning at the end counts the skipped updates.
+            The mean return of the finished episodes of each update; NaN if none finished or the update was skipped. A
+            RuntimeWarning at the end counts the skipped updates.
 
         Raises:
-            TypeError, ValueError: an argument is of another type or out of its range, or as :meth:`update`.
+            TypeError, ValueError: an argument has another type or is out of its range, or as :meth:`update`.
         """
         where = "RL2.train"
         updates = _check.positive(where, "updates", updates, integer=True)
         before = 0 if total is None else self.updates
         total = before + updates if total is None else _check.integer(where, "total", total, before + updates)
         returns = []
-        for i in self._numbers(where, updates):
+        for i in self._progress(where, updates):
             for group in self.optimizer.param_groups:
                 group["lr"] = self.lr * (1 - (before + i) / total) if self.anneal_lr else self.lr
             returns.append(self.update())
@@ -164,11 +161,11 @@ class RL2(Learner):
                 report(i, returns[-1])
         return returns
 
-    def _trials(self, tasks: Sequence[Task], seed: int) -> Trials:
+    def _rollout(self, tasks: Sequence[Task], seed: int) -> Trials:
         return rollout(self.dist, tasks, self.policy, seed, **self._length)
 
     def _update(self, tasks: Sequence[Task]) -> float:
-        trials = self._trials(tasks, derive_seed(self.seed, Purpose.RL2_TRIALS, self.updates, bits=32))
+        trials = self._rollout(tasks, derive_seed(self.seed, Purpose.RL2_TRIALS, self.updates, bits=32))
         self.steps += int(trials.mask.sum())
         self.learn(trials)
         return float(trials.finished_returns().mean())
@@ -176,22 +173,23 @@ class RL2(Learner):
     @outside_inference_mode()
     @torch.enable_grad()
     def learn(self, trials: Trials) -> None:
-        """The gradient steps on trials that the policy, as it is, has just played."""
+        """Take the gradient steps of one update.
+
+        Args:
+            trials: trials of the current policy.
+        """
         trials = replace(trials, **recordable(vars(trials)))
-        trials = replace(trials, rewards=self.reward_scale * trials.rewards)
-        advantages = trials.advantages(**self._discount)
-        targets = advantages + trials.values
+        advantages, targets = self._advantages(trials)
         if not finite(trials.inputs[trials.mask], targets[trials.mask]):
             self._skip("RL2.learn: inputs, rewards and values must be finite")
             return
         generator = torch.Generator().manual_seed(derive_seed(self.seed, Purpose.RL2_MINIBATCHES, self.updates))
-        update_epochs, num_minibatches = self._passes
         taken = True
-        for _ in range(update_epochs):
-            for rows in torch.randperm(len(advantages), generator=generator).tensor_split(num_minibatches):
-                part = trials[rows.to(advantages.device)]
-                time = int(part.mask.sum(1).max())  # the padding of the longest trial of all need not be scanned
-                loss = self._objective(part[:, :time], advantages[rows, :time], targets[rows, :time])
+        for _ in range(self._update_epochs):
+            for rows in torch.randperm(len(advantages), generator=generator).tensor_split(self._num_minibatches):
+                minibatch = trials[rows.to(advantages.device)]
+                time = int(minibatch.mask.sum(1).max())  # padding common to all rows is not scanned
+                loss = self._objective(minibatch[:, :time], advantages[rows, :time], targets[rows, :time])
                 taken = self._step(loss) and taken
         if not taken:
             self._skip("RL2.learn: losses and gradients must be finite")
@@ -199,10 +197,10 @@ class RL2(Learner):
     def _objective(self, trials: Trials, advantages: Tensor, targets: Tensor) -> Tensor:
         distribution, values, _ = self.policy.scan(trials.inputs, None, trials.resets)
         log_probs, mask = distribution.log_prob(trials.actions), trials.mask
-        now = (log_probs, values, distribution.entropy(), normalised(advantages, mask), targets)
+        args = (log_probs, values, distribution.entropy(), normalised(advantages, mask), targets)
         if self._loss == "a2c":
-            return a2c_loss(*now, mask, **self._weights)
-        return ppo_loss(*now, trials.log_probs, mask, clip_coef=self._clip, **self._weights)
+            return a2c_loss(*args, mask, **self._loss_coefs)
+        return ppo_loss(*args, trials.log_probs, mask, clip_coef=self._clip_coef, **self._loss_coefs)
 
     def evaluate(
         self,
@@ -213,9 +211,18 @@ class RL2(Learner):
         *,
         max_episode_steps: int = MAX_EPISODE_STEPS,
     ) -> Tensor:
-        """The return of each episode of one trial per task, ``(len(tasks), episodes)``.
+        """Return the returns of all episodes of one trial per task.
 
-        Arguments and errors as of :func:`eaml_ext.rl.rollout`.
+        Args:
+            tasks: the tasks to evaluate on.
+            episodes: episodes of each trial.
+            seed, greedy, max_episode_steps: as in :func:`eaml_ext.rl.rollout`.
+
+        Returns:
+            ``(len(tasks), episodes)``, float32.
+
+        Raises:
+            TypeError, ValueError: as :func:`eaml_ext.rl.rollout`.
         """
         seed = derive_seed(check_seed("RL2.evaluate", "seed", seed), Purpose.RL2_EVALUATION, bits=32)
         length: dict[str, Any] = {"episodes": episodes, "max_episode_steps": max_episode_steps}

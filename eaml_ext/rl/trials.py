@@ -1,4 +1,4 @@
-"""A policy with memory plays several episodes of each of many tasks at once: a trial, one environment per task."""
+"""Roll out a policy with memory in many tasks at once: trials of several episodes, one environment per task."""
 
 from __future__ import annotations
 
@@ -13,34 +13,46 @@ from torch import Tensor
 from torch.distributions import Categorical, Distribution
 
 from eaml_ext import _check
-from eaml_ext._random import check_seed
+from eaml_ext.rl._rollout_loop import RolloutLoop, check_collection, check_dist, check_finite
 from eaml_ext.rl.losses import advantages
 from eaml_ext.rl.policy import SSMMetaPolicy
-from eaml_ext.rl.rollout import check_finite
-from eaml_ext.tasks.base import Task, TaskDistribution, check_tasks, collection_stream
+from eaml_ext.tasks.base import Task, TaskDistribution
 
 MAX_EPISODE_STEPS = 10_000
 
 
 class Recurrent(Protocol):
-    """What :func:`rollout` asks of a policy; :class:`eaml_ext.rl.SSMMetaPolicy` is one."""
+    """The policy interface of :func:`rollout`, which :class:`eaml_ext.rl.SSMMetaPolicy` has."""
 
     def init_hidden(self, batch: int) -> Tensor:
-        """The state before the first step, ``(batch, ...)``, on the policy's device."""
+        """Return the state before the first step, ``(batch, ...)``, on the policy's device."""
 
     def step(self, obs: Tensor, state: Tensor, reset: Tensor) -> tuple[Distribution, Tensor, Tensor]:
-        """``obs`` ``(batch, features)``, ``reset`` ``(batch,)`` bool -> distribution of actions, values, next state."""
+        """Advance by one time step.
+
+        Args:
+            obs: ``(batch, features)``, float32.
+            state: ``(batch, ...)``; the state that the last step returned.
+            reset: ``(batch,)``, bool; the state is zeroed before the step.
+
+        Returns:
+            The distribution of actions, of batch shape ``(batch,)``; values ``(batch,)``; the next state.
+        """
 
 
 def feature_dim(dist: TaskDistribution[Any]) -> int:
-    """The ``state_dim`` of a policy in :func:`rollout`: observation, last action, last reward, start flag."""
+    """``obs_dim + action_dim + 2``: the ``state_dim`` of a policy in :func:`rollout`, see :class:`Trials`.
+
+    >>> from eaml_ext.tasks import CartPoleTasks
+    >>> feature_dim(CartPoleTasks())
+    8
+    """
     return int(dist.obs_dim) + int(dist.action_dim) + 2
 
 
-def check_learner(where: str, policy: SSMMetaPolicy, dist: TaskDistribution[Any]) -> None:
-    """Raise unless ``policy`` can act in the tasks of ``dist``."""
-    if isinstance(dist, type) or not isinstance(dist, TaskDistribution):
-        raise TypeError(f"{where}: dist must be a task distribution as of make_tasks, got {type(dist).__name__}")
+def check_policy(where: str, policy: SSMMetaPolicy, dist: TaskDistribution[Any]) -> None:
+    """Raise TypeError or ValueError unless ``policy`` fits observations and actions of ``dist``."""
+    check_dist(where, dist)
     if not isinstance(policy, SSMMetaPolicy):
         raise TypeError(f"{where}: policy must be an SSMMetaPolicy, got {type(policy).__name__}")
     if policy.state_dim != feature_dim(dist) or policy.action_dim != dist.action_dim:
@@ -49,7 +61,7 @@ def check_learner(where: str, policy: SSMMetaPolicy, dist: TaskDistribution[Any]
 
 
 def check_length(where: str, episodes: Any, steps: Any) -> dict[str, int]:
-    """Return name and value of the argument that is given; raise unless one is, a positive integer."""
+    """Return name and value of the argument that is not None; raise unless one is, a positive integer."""
     if (episodes is None) == (steps is None):
         raise ValueError(f"{where}: one of episodes and steps must be given, got {episodes} and {steps}")
     name, value = ("steps", steps) if episodes is None else ("episodes", episodes)
@@ -58,20 +70,29 @@ def check_length(where: str, episodes: Any, steps: Any) -> dict[str, int]:
 
 @dataclass(frozen=True)
 class Trials:
-    """What was met and done, ``(tasks, time)``; trials shorter than the longest are padded at the end.
+    """The record of one trial per task; trials shorter than the longest are padded at their end.
 
-    - ``inputs``: float32 ``(tasks, time, features)``, what the policy saw: the observation, the action before it
-      (one-hot if discrete), the reward before it, and 1 where an episode starts. Action and reward are zeros at a
-      trial's start, and at every episode's where the state is not kept.
-    - ``actions``: int64 ``(tasks, time)`` in [0, number of actions), or float32 ``(tasks, time, action_dim)`` as drawn,
-      before they were clipped to the space's bounds.
-    - ``log_probs``, ``values``: of the policy at the time; ``next_values``: its value of the observation that came of
-      the action, the true final one where an episode ended, with the memory it had then.
-    - ``rewards``: float32; ``starts``: bool, an episode starts here; ``terminations``: bool, it ended here of itself;
-      ``ends``: bool, it ended here, or the recording did.
-    - ``mask``: bool, what is no padding.
-    - ``resets``: bool, where the policy's state was zeroed: at a trial's start, or at every episode's.
-    - ``truncations``: bool, the episode was ended here by a time limit; nowhere if absent.
+    An index applies to all tensors.
+
+    Attributes:
+        inputs: ``(tasks, time, features)``, float32; the policy's inputs. Features are the observation, the last action
+            (one-hot if discrete), the last reward, and 1 where an episode starts. Last action and last reward are 0
+            where the state is zeroed.
+        actions: ``(tasks, time)``, int64 in [0, number of actions); or ``(tasks, time, action_dim)``, float32, before
+            they were clipped to the bounds of the action space.
+        log_probs: ``(tasks, time)``, float32; log-probabilities of the actions when they were taken.
+        values: ``(tasks, time)``, float32; the policy's values of the observations acted on.
+        next_values: ``(tasks, time)``, float32; its values of the next observations. At the end of an episode that is
+            the episode's final observation, valued with the memory of that time.
+        rewards: ``(tasks, time)``, float32.
+        episode_starts: ``(tasks, time)``, bool; an episode starts at this step.
+        terminations: ``(tasks, time)``, bool; the episode terminated at this step.
+        episode_ends: ``(tasks, time)``, bool; the episode or the recording ended at this step. True in the padding that
+            follows.
+        mask: ``(tasks, time)``, bool; False in the padding.
+        resets: ``(tasks, time)``, bool; the policy's state was zeroed before this step: at the start of the trial, or
+            of every episode.
+        truncations: ``(tasks, time)``, bool; a time limit ended the episode at this step.
     """
 
     inputs: Tensor
@@ -80,33 +101,37 @@ class Trials:
     values: Tensor
     next_values: Tensor
     rewards: Tensor
-    starts: Tensor
+    episode_starts: Tensor
     terminations: Tensor
-    ends: Tensor
+    episode_ends: Tensor
     mask: Tensor
     resets: Tensor
-    truncations: Tensor = None  # type: ignore[assignment]
-
-    def __post_init__(self) -> None:
-        if self.truncations is None:
-            object.__setattr__(self, "truncations", torch.zeros_like(self.mask))
+    truncations: Tensor
 
     def __getitem__(self, index: Any) -> Trials:
         return Trials(*(getattr(self, field.name)[index] for field in fields(self)))
 
     def episode_returns(self, episodes: int) -> Tensor:
-        """The sum of rewards in each task's first ``episodes`` episodes, ``(tasks, episodes)``; NaN: not played.
+        """Return the sums of rewards of each task's first ``episodes`` episodes.
 
-        The last episode may have been cut by the end of the recording; :meth:`finished_returns` leaves it out.
+        The end of the recording may have cut the last episode; :meth:`finished_returns` leaves such an episode out.
+
+        Args:
+            episodes: how many, > 0.
+
+        Returns:
+            ``(tasks, episodes)``, float32; NaN where a trial has fewer episodes.
+
+        Raises:
+            TypeError, ValueError: ``episodes`` is no positive integer.
         """
         episodes = _check.positive("Trials.episode_returns", "episodes", episodes, integer=True)
-        number = self.starts.long().cumsum(1) - 1
         rewards = self.rewards.masked_fill(~self.mask, 0.0)
-        number = number.clamp(min=0)
+        number = (self.episode_starts.long().cumsum(1) - 1).clamp(min=0)
         width = max(episodes, int(number.max()) + 1)
         sums = rewards.new_zeros(len(rewards), width).scatter_add_(1, number, rewards)
-        played = torch.arange(width, device=number.device) <= number.masked_fill(~self.mask, 0).amax(1, keepdim=True)
-        return torch.where(played, sums, torch.nan)[:, :episodes]
+        recorded = torch.arange(width, device=number.device) <= number.masked_fill(~self.mask, 0).amax(1, keepdim=True)
+        return torch.where(recorded, sums, torch.nan)[:, :episodes]
 
     def finished_returns(self) -> Tensor:
         """Return the returns of all episodes that terminated or were truncated, ``(episodes,)``, task by task."""
@@ -114,22 +139,32 @@ class Trials:
         returns = self.episode_returns(max(1, int(finished.max())))
         return returns[torch.arange(returns.shape[1], device=returns.device) < finished]
 
-    def advantages(self, gamma: float = 0.99, gae_lambda: float = 0.95, *, across_episodes: bool = False) -> Tensor:
-        """:func:`eaml_ext.rl.losses.advantages`, of each episode for itself or of the whole trial.
+    def advantages(self, gamma: float = 0.99, gae_lambda: float = 0.95, *, episodic: bool = True) -> Tensor:
+        """Return :func:`eaml_ext.rl.advantages` of each episode, or of the trial as a whole.
 
-        ``across_episodes`` lets an action answer for what it brings in later episodes of its trial, as exploration
-        does; the end of an episode then costs nothing by itself.
+        Args:
+            gamma: discount of one step, in [0, 1].
+            gae_lambda: in [0, 1].
+            episodic: True: returns stop at the end of an episode. False: non-episodic returns (Burda et al. 2018,
+                "Exploration by random network distillation") continue to the end of the trial. They credit exploration
+                with the rewards of later episodes; the end of an episode costs nothing by itself.
+
+        Returns:
+            ``(tasks, time)``, without a gradient.
+
+        Raises:
+            TypeError, ValueError: an argument has another type or is out of its range.
         """
-        _check.flag("Trials.advantages", "across_episodes", across_episodes)
-        if not across_episodes:
+        _check.flag("Trials.advantages", "episodic", episodic)
+        if episodic:
             return advantages(
-                self.rewards, self.values, self.next_values, self.terminations, self.ends, gamma, gae_lambda
+                self.rewards, self.values, self.next_values, self.terminations, self.episode_ends, gamma, gae_lambda
             )
         last = self.mask & ~F.pad(self.mask[:, 1:], (0, 1))
-        following = torch.cat([self.values[:, 1:], self.next_values[:, -1:]], dim=1)
-        following = torch.where(last, self.next_values, following)
+        next_values = torch.cat([self.values[:, 1:], self.next_values[:, -1:]], dim=1)
+        next_values = torch.where(last, self.next_values, next_values)
         return advantages(
-            self.rewards, self.values, following, self.terminations & last, last | ~self.mask, gamma, gae_lambda
+            self.rewards, self.values, next_values, self.terminations & last, last | ~self.mask, gamma, gae_lambda
         )
 
 
@@ -145,26 +180,26 @@ def rollout(
     greedy: bool = False,
     max_episode_steps: int = MAX_EPISODE_STEPS,
 ) -> Trials:
-    """Act in all ``tasks`` side by side, the policy stepped as one batch, for so many episodes or steps of each.
+    """Roll out one trial in each of ``tasks``, all at the same time; the policy steps as one batch.
 
-    The result is a pure function of the arguments: starts and actions are drawn from the seed *and* the tasks' ids.
-    Gymnasium's vector environments spend a call on starting the next episode (autoreset mode NEXT_STEP): it is left
-    out, moves nothing, and leaves the policy's state alone, but lets the critic see the final observation.
+    The result is a pure function of the arguments. Starting states and actions depend on the seed *and* the tasks' ids.
+    The call in which Gymnasium resets an environment (autoreset mode NEXT_STEP) is no transition and leaves the
+    policy's state unchanged. In that call the critic values the final observation of the episode.
 
     Args:
-        dist: the distribution the tasks were sampled from.
-        tasks: one environment each; repeat a task to play it several times over.
-        policy: as :class:`Recurrent`; its observations have ``feature_dim(dist)`` entries, see ``Trials.inputs``.
-        seed: an integer in [0, 2**32).
-        episodes: play so many whole episodes of each task; or
-        steps: so many steps, whatever they hold. One of the two.
-        keep_state: the policy remembers from episode to episode (RL²); else each starts from nothing.
-        greedy: the likeliest action in place of a drawn one.
-        max_episode_steps: with ``episodes``, the number of steps within which every episode must end. It keeps an
-            environment without a time limit from being played forever.
+        dist: the distribution of the tasks.
+        tasks: one environment each; a task may be repeated.
+        policy: its observations have ``feature_dim(dist)`` entries, see ``Trials.inputs``.
+        seed: in [0, 2**32).
+        episodes: episodes of each trial; or
+        steps: steps of each trial. Exactly one of the two is given.
+        keep_state: keep the policy's state from episode to episode (RL²); False: zero it at every start of an episode.
+        greedy: take the most probable action instead of a sampled one.
+        max_episode_steps: with ``episodes``, the number of steps within which every episode must end. It bounds the
+            run in an environment without a time limit.
 
     Raises:
-        TypeError, ValueError: naming the argument, before anything is simulated.
+        TypeError, ValueError: an argument has another type or is out of its range, before any environment is made.
         ValueError: an episode has not ended within ``max_episode_steps``.
         NonFiniteError: a reward, an observation or an action distribution is not finite. This ValueError names the
             environment, the task and the step.
@@ -177,124 +212,98 @@ def rollout(
     >>> trials.episode_returns(3).shape
     torch.Size([8, 3])
     """
-    from gymnasium.spaces import Box, Discrete
-    from gymnasium.vector import AutoresetMode
-
     where = "rollout"
-    if isinstance(dist, type) or not isinstance(dist, TaskDistribution):
-        raise TypeError(f"{where}: dist must be a task distribution as of make_tasks, got {type(dist).__name__}")
-    check_tasks(where, tasks, Task)
-    seed = check_seed(where, "seed", seed)
+    seed = check_collection(where, dist, tasks, seed)
     if not (hasattr(policy, "step") and hasattr(policy, "init_hidden")):
         raise TypeError(f"{where}: policy must have step and init_hidden, got {type(policy).__name__}")
-    ((unit, length),) = check_length(where, episodes, steps).items()
-    max_episode_steps = _check.positive(where, "max_episode_steps", max_episode_steps, integer=True)
+    length = check_length(where, episodes, steps)
+    max_steps = _check.positive(where, "max_episode_steps", max_episode_steps, integer=True)
     _check.flag(where, "keep_state", keep_state)
     _check.flag(where, "greedy", greedy)
 
-    env_seed, action_seed = (int(word) for word in collection_stream(tasks, seed).generate_state(2))
     n, space, action_dim = len(tasks), dist.action_space, int(dist.action_dim)
-    env = dist.make_env(tasks)
-    record: dict[str, list[Any]] = {name: [] for name in ("input", "action", "log_prob", "value", "reset")}
-    names = ("reward", "start", "termination", "truncation", "moved")
-    happened: dict[str, list[np.ndarray]] = {name: [] for name in names}
-    try:
-        mode = env.metadata.get("autoreset_mode")
-        if mode is not AutoresetMode.NEXT_STEP:
-            raise ValueError(f"{where}: dist must make environments in autoreset mode NEXT_STEP, got {mode}")
-        seeds: Any = dist.reset_seeds(tasks, env_seed)
-        # Copies: vector environments may hand out the same array again.
-        observation = np.array(env.reset(seed=seeds)[0], np.float32).reshape(n, -1)
-        check_finite(where, dist, tasks, np.zeros(n, int), observation=observation)
-        with torch.no_grad():
-            state = policy.init_hidden(n)
-            device = state.device
-            generator = torch.Generator(device).manual_seed(action_seed)
-            last_action = torch.zeros(n, action_dim, device=device)
-            last_reward, start, done = np.zeros(n, np.float32), np.ones(n, bool), np.zeros(n, bool)
-            ended, moves, since_start, first = np.zeros(n, int), np.zeros(n, int), np.zeros(n, int), True
-            while True:
-                seen = torch.from_numpy(observation).to(device)
-                flags = torch.from_numpy(np.stack([last_reward, start.astype(np.float32)], axis=1)).to(device)
-                inputs = torch.cat([seen, last_action, flags], dim=1)
-                reset = torch.from_numpy(start & (first or not keep_state)).to(device)
-                distribution, value, following = policy.step(inputs, state, reset)
-                record["value"].append(value)
-                alive = (ended if unit == "episodes" else moves) < length
-                if not alive.any():
-                    break
-                check_finite(where, dist, tasks, moves, **{"policy's action distribution": _numbers(distribution)})
-                action = _choose(distribution, generator, greedy)
-                for name, tensor in (("input", inputs), ("action", action), ("reset", reset)):
-                    record[name].append(tensor)
-                record["log_prob"].append(distribution.log_prob(action))
-                chosen: Any = action.cpu().numpy()
-                if isinstance(space, Discrete):
-                    chosen = chosen.astype(space.dtype) + space.start
-                elif isinstance(space, Box):
-                    chosen = chosen.reshape(n, *space.shape).clip(space.low, space.high).astype(space.dtype)
-                observation, reward, terminated, truncated, _ = env.step(chosen)
+    record: dict[str, list[Tensor]] = {name: [] for name in ("inputs", "actions", "log_probs", "values", "resets")}
+    limit = max_steps if "episodes" in length else None
+    with RolloutLoop(where, dist, tasks, seed, **length, max_episode_steps=limit) as loop, torch.no_grad():
+        state = policy.init_hidden(n)
+        device = state.device
+        generator = torch.Generator(device).manual_seed(loop.action_seed)
+        observation, start_of_trial = loop.observation.reshape(n, -1), True
+        last_action, last_reward = torch.zeros(n, action_dim, device=device), np.zeros(n, np.float32)
+        while True:
+            starts = loop.episode_starts
+            seen = torch.from_numpy(observation).to(device)
+            scalars = torch.from_numpy(np.stack([last_reward, starts.astype(np.float32)], axis=1)).to(device)
+            inputs = torch.cat([seen, last_action, scalars], dim=1)
+            reset = torch.from_numpy(starts & (start_of_trial or not keep_state)).to(device)
+            distribution, value, next_state = policy.step(inputs, state, reset)
+            record["values"].append(value)
+            active = loop.active
+            if not active.any():
+                break
+            action_params = {"policy's action distribution": _finite_summary(distribution)}
+            check_finite(where, dist, tasks, loop.num_steps, **action_params)
+            action = _sample_action(distribution, generator, greedy)
+            for name, tensor in (("inputs", inputs), ("actions", action), ("resets", reset)):
+                record[name].append(tensor)
+            record["log_probs"].append(distribution.log_prob(action))
+            loop.step(_as_env_action(action, space))
 
-                dead = done  # the environment reset instead of moving
-                moved = alive & ~dead
-                done = np.logical_or(terminated, truncated)
-                moves, ended = moves + moved, ended + (done & moved)
-                # Zeros for tasks that have played all they should: what they return is not recorded.
-                observation = np.where(alive[:, None], np.array(observation, np.float32).reshape(n, -1), 0.0)
-                reward = np.where(moved, np.array(reward, np.float32), 0.0)
-                check_finite(where, dist, tasks, moves, reward=reward, observation=observation)
-                happened["reward"].append(reward)
-                happened["start"].append(start)
-                happened["termination"].append(np.array(terminated, bool))
-                happened["truncation"].append(np.array(truncated, bool))
-                happened["moved"].append(moved)
-                since_start = np.where(dead, 0, since_start + moved)
-                endless = moved & ~done & (since_start >= max_episode_steps)
-                if unit == "episodes" and endless.any():
-                    i = int(endless.argmax())
-                    place = f"tasks[{i}] of {dist.name}, {tasks[i].id}"
-                    text = f"episodes must end within max_episode_steps, got {max_episode_steps} steps without an end"
-                    raise ValueError(f"{where}: {text} in {place}")
-                frozen = torch.from_numpy(dead).to(device)
-                state = torch.where(frozen.view(-1, *[1] * (state.dim() - 1)), state, following)
-                encoded = F.one_hot(action, action_dim).float() if isinstance(space, Discrete) else action
-                start, first = dead, False
-                if keep_state:
-                    last_action = torch.where(frozen[:, None], last_action, encoded)
-                    last_reward = np.where(dead, last_reward, reward).astype(np.float32)
-                else:
-                    last_action = encoded.masked_fill(frozen[:, None], 0.0)
-                    last_reward = np.where(dead, 0.0, reward).astype(np.float32)
-    finally:
-        env.close()
+            # Tasks that have made all their steps go on with zeros, which are not recorded.
+            observation = np.where(active[:, None], loop.observation.reshape(n, -1), 0.0)
+            resetting, start_of_trial = loop.episode_starts, False
+            frozen = torch.from_numpy(resetting).to(device)
+            state = torch.where(frozen.view(-1, *[1] * (state.dim() - 1)), state, next_state)
+            encoded = F.one_hot(action, action_dim).float() if _is_discrete(space) else action
+            if not keep_state:
+                last_action, last_reward = torch.zeros_like(last_action), np.zeros_like(last_reward)
+            last_action = torch.where(frozen[:, None], last_action, encoded)
+            last_reward = np.where(resetting, last_reward, loop.reward).astype(np.float32)
 
-    # (tasks, time): the calls at which each task moved, first to last; what follows them is padding.
-    order = np.argsort(~np.array(happened["moved"]), axis=0, kind="stable")[: moves.max()].T
-    calls = torch.from_numpy(np.ascontiguousarray(order)).to(device)
+    done = loop.transitions()
     rows = torch.arange(n, device=device)[:, None]
-    stacked = {name: torch.stack(column) for name, column in record.items()}
-    stacked |= {name: torch.from_numpy(np.array(column)).to(device) for name, column in happened.items()}
-    mask = torch.from_numpy(np.arange(order.shape[1]) < moves[:, None]).to(device)
-    final = torch.from_numpy(np.arange(order.shape[1]) >= moves[:, None] - 1).to(device)
-    terminations, truncations = (stacked[name][calls, rows] & mask for name in ("termination", "truncation"))
+    calls = torch.from_numpy(np.ascontiguousarray(done.calls)).to(device)
+    columns = {name: torch.stack(column) for name, column in record.items()}
+    mask, rewards, episode_starts, terminations, truncations = (
+        torch.from_numpy(np.ascontiguousarray(column)).to(device) for column in done[1:]
+    )
+    final = torch.from_numpy(np.arange(mask.shape[1]) >= loop.num_steps[:, None] - 1).to(device)
     return Trials(
-        inputs=stacked["input"][calls, rows],
-        actions=stacked["action"][calls, rows],
-        log_probs=stacked["log_prob"][calls, rows],
-        values=stacked["value"][calls, rows],
-        next_values=stacked["value"][calls + 1, rows],
-        rewards=stacked["reward"][calls, rows].masked_fill(~mask, 0.0),
-        starts=stacked["start"][calls, rows] & mask,
+        inputs=columns["inputs"][calls, rows],
+        actions=columns["actions"][calls, rows],
+        log_probs=columns["log_probs"][calls, rows],
+        values=columns["values"][calls, rows],
+        next_values=columns["values"][calls + 1, rows],
+        rewards=rewards,
+        episode_starts=episode_starts,
         terminations=terminations,
-        ends=terminations | truncations | final,
+        episode_ends=terminations | truncations | final,
         mask=mask,
-        resets=stacked["reset"][calls, rows] & mask,
+        resets=columns["resets"][calls, rows] & mask,
         truncations=truncations,
     )
 
 
-def _numbers(distribution: Distribution) -> np.ndarray:
-    """Probabilities, or sums of mean and standard deviation: finite where the parameters are."""
+def _is_discrete(space: Any) -> bool:
+    from gymnasium.spaces import Discrete
+
+    return isinstance(space, Discrete)
+
+
+def _as_env_action(action: Tensor, space: Any) -> np.ndarray:
+    """Convert a policy's actions to an array of the environment: shifted to the space's start, or clipped to it."""
+    from gymnasium.spaces import Box
+
+    array: np.ndarray = action.cpu().numpy()
+    if _is_discrete(space):
+        array = array.astype(space.dtype) + space.start
+    elif isinstance(space, Box):
+        array = array.reshape(len(array), *space.shape).clip(space.low, space.high).astype(space.dtype)
+    return array
+
+
+def _finite_summary(distribution: Distribution) -> np.ndarray:
+    """Return probabilities, or means plus standard deviations; they are finite where the parameters are."""
     if isinstance(distribution, Categorical):
         numbers: Tensor = distribution.probs
     else:
@@ -302,8 +311,8 @@ def _numbers(distribution: Distribution) -> np.ndarray:
     return np.asarray(numbers.float().cpu())
 
 
-def _choose(distribution: Distribution, generator: torch.Generator, greedy: bool) -> Tensor:
-    """Actions drawn with ``generator``, which ``Distribution.sample`` does not take."""
+def _sample_action(distribution: Distribution, generator: torch.Generator, greedy: bool) -> Tensor:
+    """Sample with ``generator``, which ``Distribution.sample`` does not accept."""
     if isinstance(distribution, Categorical):
         if greedy:
             return distribution.logits.argmax(-1)

@@ -48,6 +48,14 @@ def test_same_seed_same_numbers_and_the_settings_that_a_run_leaves_repeat_it(kin
     assert a["returns"] == b["returns"] and a["training"] == b["training"]
 
 
+def test_run_settings_file_of_version_0_1_sets_rollouts_per_task(tmp_path):
+    small = {**SMALL, "steps": 4, "test_tasks": 2, "out": str(tmp_path / "run")}
+    lines = [f"{name} = {json.dumps(value)}" for name, value in {"algo": "maml", "rows": 2, **small}.items()]
+    (tmp_path / "settings.toml").write_text("\n".join(lines))
+    assert cli.main(["--config", str(tmp_path / "settings.toml")]) == 0
+    assert json.loads((tmp_path / "run" / "report.json").read_text())["settings"]["rollouts_per_task"] == 2
+
+
 def test_continuous_actions_work(tmp_path):
     settings = RL2Config(env_name="Pendulum-v1", out=str(tmp_path), **{**SMALL, "test_tasks": 2})
     assert run(settings)["returns"]["episode 3"]["mean"] < 0
@@ -61,7 +69,7 @@ def test_continuous_actions_work(tmp_path):
         (["--algo", "maml", "--episodes", "2"], "unrecognized arguments: --episodes"),
         (["--algo", "rl2", "--lr", "0"], "lr must be > 0"),
         (["--algo", "rl2", "--core", "gru"], "invalid choice: 'gru'"),
-        (["--algo", "maml", "--rows", "0"], "rows must be > 0"),
+        (["--algo", "maml", "--rollouts_per_task", "0"], "rollouts_per_task must be > 0"),
         (["--algo", "maml", "--gamma", "1.5"], "gamma must be <= 1"),
         (["--algo", "rl2", "--reward_scale", "inf"], "reward_scale must be finite"),
         (["--episodes", "2"], "unrecognized arguments: --episodes"),

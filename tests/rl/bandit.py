@@ -1,4 +1,4 @@
-"""The smallest tasks that only acting tells apart: one step an episode, one of the arms pays 1, the others 0."""
+"""Bandits, which are identified only by acting: episodes have one step; one arm has reward 1, the others 0."""
 
 from dataclasses import dataclass
 
@@ -16,7 +16,7 @@ class Arm(Task):
 
 
 class BanditEnv(VectorEnv):
-    """Continuous: the arm is a number in [-1, 1] and an action pays 1 - its squared distance from it."""
+    """Continuous arms are numbers in [-1, 1]; the reward is 1 minus the squared distance of the action."""
 
     metadata = {"autoreset_mode": AutoresetMode.NEXT_STEP}  # noqa: RUF012
 
@@ -46,7 +46,7 @@ class Bandit:
     def __init__(self, arms=4, continuous=False):
         self.arms, self.continuous, self.name = arms, continuous, "bandit-v1"
         self.action_dim = 1 if continuous else arms
-        # The first arm is not action 0: spaces may start anywhere.
+        # The first arm is not action 0, because a Discrete space may start anywhere.
         self.action_space = spaces.Box(-1.0, 1.0, (1,)) if continuous else spaces.Discrete(arms, start=5)
 
     def sample(self, n, split="train", seed=0, epoch=0):

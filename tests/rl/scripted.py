@@ -1,4 +1,4 @@
-"""An environment whose episodes, rewards and faults are written down, for tests of what is recorded of it."""
+"""A vector environment with scripted episodes, rewards and faults."""
 
 import numpy as np
 from gymnasium import spaces
@@ -38,16 +38,21 @@ class ScriptedEnv(VectorEnv):
 
     def _faulty(self, kind, values):
         if self.script.fault is not None:
-            what, row, move, value = self.script.fault
-            if what == kind and self.moves[row] == move:
+            faulty, row, move, value = self.script.fault
+            if faulty == kind and self.moves[row] == move:
                 values[row] = value
         return values
 
 
 class Script:
-    """Episodes of ``length`` steps (inf: without an end), of which the last pays; ``returns`` come in turn.
+    """A task distribution whose episodes have ``length`` steps and the returns ``returns``, cyclically.
 
-    ``truncates``: episodes end by a time limit. ``fault``: ("reward" or "observation", row, move of that row, value).
+    Args:
+        returns: the reward of the last step of each episode; other steps have reward 0.
+        length: steps of an episode; inf: episodes do not end.
+        truncates: episodes end by a time limit, not by a termination.
+        continuous: actions are in a Box.
+        fault: ("reward" or "observation", row, step of that row, value): the value replaces the scripted one.
     """
 
     name, obs_dim = "script-v1", 2

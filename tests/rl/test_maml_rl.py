@@ -3,25 +3,15 @@ import copy
 import pytest
 import torch
 from bandit import Bandit
+from learners import CARTPOLE, make_learner, make_policy
 from torch.func import functional_call
 
-from eaml_ext.rl import MAMLRL, SSMMetaPolicy, a2c_loss, feature_dim, normalised, rollout
+from eaml_ext.rl import MAMLRL, SSMMetaPolicy, a2c_loss, maml_rl, normalised, rollout
 from eaml_ext.tasks import CartPoleTasks
-
-DIST = CartPoleTasks()
-
-
-@pytest.fixture(autouse=True)
-def _one_thread():
-    torch.set_num_threads(1)  # nothing here is large enough for two
-
-
-def policy(dist=DIST, **options):
-    return SSMMetaPolicy(feature_dim(dist), dist.action_dim, 8, state_size=4, **options)
 
 
 def objective(net, params, trials):
-    """The loss of one task by autograd alone, step by step, under ``params``."""
+    """The loss of one task, step by step with plain autograd, under ``params``."""
 
     class Steps(torch.nn.Module):
         def __init__(self):
@@ -29,11 +19,11 @@ def objective(net, params, trials):
             self.net = net
 
         def forward(self):
-            state, said = net.init_hidden(len(trials.inputs)), []
+            state, outputs = net.init_hidden(len(trials.inputs)), []
             for t in range(trials.inputs.shape[1]):
                 *out, state = net.step_tensors(trials.inputs[:, t], state, trials.resets[:, t])
-                said.append(out)
-            return (torch.stack(column, 1) for column in zip(*said, strict=True))
+                outputs.append(out)
+            return (torch.stack(column, 1) for column in zip(*outputs, strict=True))
 
     parameters, values = functional_call(Steps(), {f"net.{n}": p for n, p in params.items()}, ())
     distribution = net.distribution(parameters)
@@ -43,22 +33,24 @@ def objective(net, params, trials):
 
 
 @pytest.mark.parametrize("first_order", [False, True])
-def test_the_outer_gradient_is_that_of_plain_autograd_through_the_inner_steps(first_order):
-    net = policy().double()
-    maml = MAMLRL(net, DIST, inner_lr=0.3, inner_steps=2, first_order=first_order, rows=3, reward_scale=1.0)
+def test_task_losses_gradient_equals_autograd_through_the_inner_steps(first_order):
+    net = make_policy().double()
+    maml = MAMLRL(
+        net, CARTPOLE, inner_lr=0.3, inner_steps=2, first_order=first_order, rollouts_per_task=3, reward_scale=1.0
+    )
     params = dict(net.named_parameters())
     with torch.no_grad():
         for p in params.values():
-            p.add_(0.2 * torch.randn_like(p))  # away from the all but constant policy of the start
-    tasks = DIST.sample(2)
+            p.add_(0.2 * torch.randn_like(p))  # away from the almost constant initial policy
+    tasks = CARTPOLE.sample(2)
 
-    def rows(seed):  # a float64 log of what a float32 twin played
+    def trials_of(seed):  # rollouts of a float32 copy, in float64
         trials = rollout(
-            DIST, [t for t in tasks for _ in range(3)], copy.deepcopy(net).float(), seed, steps=12, keep_state=False
+            CARTPOLE, [t for t in tasks for _ in range(3)], copy.deepcopy(net).float(), seed, steps=12, keep_state=False
         )
         return type(trials)(**{k: v.double() if v.is_floating_point() else v for k, v in vars(trials).items()})
 
-    data = [rows(seed) for seed in range(3)]
+    data = [trials_of(seed) for seed in range(3)]
     got = torch.autograd.grad(maml.task_losses([maml._batch(d, 2) for d in data]).mean(), list(params.values()))
     total = 0.0
     for i in range(2):
@@ -74,11 +66,11 @@ def test_the_outer_gradient_is_that_of_plain_autograd_through_the_inner_steps(fi
         assert torch.allclose(g, w, rtol=1e-6, atol=1e-9)
 
 
-def test_every_task_acts_and_adapts_with_parameters_of_its_own():
-    maml = MAMLRL(policy(), DIST, inner_lr=1.0, rows=3, steps=20)
-    tasks = DIST.sample(4)
-    params, _ = maml._inner_loop(tasks, maml._spread(4))
-    trials = maml._play(tasks, params, 1)
+def test_inner_loop_each_task_acts_and_adapts_with_its_own_parameters():
+    maml = MAMLRL(make_policy(), CARTPOLE, inner_lr=1.0, rollouts_per_task=3, steps=20)
+    tasks = CARTPOLE.sample(4)
+    params, _ = maml._inner_loop(tasks, maml._expand_params(4))
+    trials = maml._rollout_for_step(tasks, params, 1)
     for i in range(4):
         alone = copy.deepcopy(maml.policy)
         alone.load_state_dict({n: params[f"policy.{n}"][i] for n, _ in alone.named_parameters()}, strict=False)
@@ -90,10 +82,12 @@ def test_every_task_acts_and_adapts_with_parameters_of_its_own():
 
 
 @pytest.mark.parametrize("continuous", [False, True])
-def test_it_learns_parameters_from_which_one_step_finds_the_arm(continuous):
+def test_maml_rl_train_bandit_one_inner_step_raises_the_return(continuous):
     dist = Bandit(arms=3, continuous=continuous)
-    net = policy(dist, continuous=continuous)
-    maml = MAMLRL(net, dist, inner_lr=1.0, outer_lr=3e-2, tasks_per_update=32, rows=8, steps=3, reward_scale=1.0)
+    net = make_policy(dist, continuous=continuous)
+    maml = MAMLRL(
+        net, dist, inner_lr=1.0, outer_lr=3e-2, tasks_per_update=32, rollouts_per_task=8, steps=3, reward_scale=1.0
+    )
     tasks = dist.sample(100, "test")
     untrained = maml.evaluate(tasks).mean(0)
     maml.train(35)
@@ -102,18 +96,18 @@ def test_it_learns_parameters_from_which_one_step_finds_the_arm(continuous):
     assert maml.skipped_updates == 0
 
 
-def test_adapt_gives_a_detached_copy_that_is_the_tasks_row_of_the_batch():
-    maml = MAMLRL(policy(), DIST, inner_lr=1.0, rows=3, steps=20)
+def test_adapt_returns_a_detached_copy():
+    maml = MAMLRL(make_policy(), CARTPOLE, inner_lr=1.0, rollouts_per_task=3, steps=20)
     before = copy.deepcopy(maml.policy.state_dict())
-    adapted = maml.adapt(DIST.sample(1)[0])
+    adapted = maml.adapt(CARTPOLE.sample(1)[0])
     assert all(torch.equal(v, before[n]) for n, v in maml.policy.state_dict().items())
     assert not torch.equal(adapted.actor.weight, maml.policy.actor.weight)
     assert isinstance(adapted, SSMMetaPolicy) and adapted.actor.weight.grad_fn is None
 
 
-def test_a_meta_update_that_is_not_finite_is_left_out():
-    maml = MAMLRL(policy(), DIST, inner_lr=1e30, rows=2, steps=10, tasks_per_update=2)
-    maml.updates = 1  # past the first, which takes the units
+def test_maml_rl_update_non_finite_loss_is_skipped():
+    maml = MAMLRL(make_policy(), CARTPOLE, inner_lr=1e30, rollouts_per_task=2, steps=10, tasks_per_update=2)
+    maml.updates = 1  # the first update sets the normalisation
     before = copy.deepcopy(maml.policy.state_dict())
     maml.task_losses = lambda batches: sum(p.sum() for p in maml.policy.parameters()) * torch.full((2,), torch.nan)
     maml._inner_loop = lambda tasks, params: (params, [])
@@ -133,7 +127,7 @@ def test_a_meta_update_that_is_not_finite_is_left_out():
         ({"inner_steps": 0}, ValueError, "inner_steps must be > 0, got 0"),
         ({"first_order": 1}, TypeError, "first_order must be True or False, got int"),
         ({"tasks_per_update": 0}, ValueError, "tasks_per_update must be > 0, got 0"),
-        ({"rows": 1.5}, TypeError, "rows must be an integer, got 1.5"),
+        ({"rollouts_per_task": 1.5}, TypeError, "rollouts_per_task must be an integer, got 1.5"),
         ({"steps": -1}, ValueError, "steps must be > 0, got -1"),
         ({"gamma": 2}, ValueError, "gamma must be <= 1, got 2"),
         ({"gae_lambda": -0.5}, ValueError, "gae_lambda must be >= 0, got -0.5"),
@@ -144,11 +138,81 @@ def test_a_meta_update_that_is_not_finite_is_left_out():
         ({"seed": 0.5}, TypeError, "seed must be an integer, got 0.5"),
     ],
 )
-def test_refuses(kwargs, error, text):
+def test_maml_rl_bad_argument_raises(kwargs, error, text):
     with pytest.raises(error, match=f"^MAMLRL: {text}$"):
-        MAMLRL(**{"policy": policy(), "dist": DIST, **kwargs})
+        MAMLRL(**{"policy": make_policy(), "dist": CARTPOLE, **kwargs})
 
 
-def test_train_refuses():
+def test_maml_rl_train_bad_argument_raises():
     with pytest.raises(ValueError, match=r"^MAMLRL.train: updates must be > 0, got 0$"):
-        MAMLRL(policy(), DIST).train(0)
+        MAMLRL(make_policy(), CARTPOLE).train(0)
+
+
+def test_maml_rl_evaluate_shares_no_seed_with_adaptation_or_training(monkeypatch):
+    seen = {}
+
+    def record(dist, tasks, policy, seed, **options):
+        seen.setdefault(seed, set()).add((use, options.get("episodes"), number if use == "train" else None))
+        return rollout(dist, tasks, policy, seed, **options)
+
+    monkeypatch.setattr(maml_rl, "rollout", record)
+    dist = Bandit(arms=3)
+    net = make_policy(dist)
+    net.normalise(torch.randn(20, net.state_dim))
+    for inner_steps in (1, 2, 3):
+        for number in (0, 1, 2):
+            trainer = make_learner(
+                MAMLRL, net, dist, inner_steps=inner_steps, rollouts_per_task=1, steps=1, seed=number
+            )
+            use = "train"
+            trainer._update(dist.sample(1))
+            use = "test"
+            trainer.evaluate(dist.sample(1, "test"), seed=number)
+    assert all(len(uses) == 1 for uses in seen.values()), seen
+    assert len(seen) == 3 * (4 + 3 + 1)  # seeds times (training steps and query, adaptation steps, evaluation)
+
+
+def test_maml_rl_updates_have_seeds_of_their_own(monkeypatch):
+    seeds = []
+
+    def record(dist, tasks, policy, seed, **options):
+        seeds.append(seed)
+        return rollout(dist, tasks, policy, seed, **options)
+
+    monkeypatch.setattr(maml_rl, "rollout", record)
+    net = make_policy(CARTPOLE)
+    net.normalise(torch.randn(20, net.state_dim))
+    make_learner(MAMLRL, net, CARTPOLE, inner_steps=2, steps=4).train(3)
+    assert len(seeds) == len(set(seeds)) == 3 * (2 + 1)
+
+
+@pytest.mark.parametrize(("inner_steps", "seed"), [(1, 0), (1, 1), (2, 0), (2, 1)])
+def test_maml_rl_evaluate_starts_are_not_those_of_adaptation(inner_steps, seed, monkeypatch):
+    trainer, initial = make_learner(MAMLRL, make_policy(CARTPOLE), CARTPOLE, inner_steps=inner_steps), []
+
+    def record(*args, **options):
+        trials = rollout(*args, **options)
+        initial.append((options.get("episodes"), trials.inputs[:, 0, :4]))
+        return trials
+
+    monkeypatch.setattr(maml_rl, "rollout", record)
+    trainer.evaluate(CARTPOLE.sample(1, "test"), seed=seed)
+    evaluated = [obs for episodes, obs in initial if episodes]
+    adapted = [obs for episodes, obs in initial if not episodes]
+    assert len(evaluated) == inner_steps + 1 and len(adapted) == inner_steps
+    assert all(torch.equal(obs, evaluated[0]) for obs in evaluated)
+    assert not any((obs == evaluated[0]).any() for obs in adapted)
+
+
+@pytest.mark.parametrize(
+    ("call", "error", "text"),
+    [
+        (lambda t, task: t.adapt([task]), TypeError, "MAMLRL.adapt: task must be a Task, got list"),
+        (lambda t, task: t.adapt(task, -1), ValueError, r"MAMLRL.adapt: seed must be in \[0, 2\*\*32\), got -1"),
+        (lambda t, task: t.evaluate([]), ValueError, "MAMLRL.evaluate: tasks must hold at least one Task, got none"),
+        (lambda t, task: t.evaluate([task], 0.5), TypeError, "MAMLRL.evaluate: seed must be an integer, got 0.5"),
+    ],
+)
+def test_maml_rl_methods_bad_argument_raises(call, error, text):
+    with pytest.raises(error, match=f"^{text}$"):
+        call(make_learner(MAMLRL, make_policy(CARTPOLE), CARTPOLE), CARTPOLE.sample(1)[0])

@@ -13,7 +13,7 @@ DIST = CartPoleTasks()
 
 
 class Physics:
-    """The cart-pole itself (Barto, Sutton & Anderson 1983), as Gymnasium integrates it: a model without error."""
+    """A model without error: the equations of Barto, Sutton & Anderson (1983), integrated as in Gymnasium."""
 
     def __init__(self, tasks):
         names = ("length", "masscart", "masspole", "force_mag", "gravity", "flip")
@@ -34,7 +34,7 @@ class Physics:
 
 
 class Counter:
-    """A point that moves by its action, and whose state counts the steps since the episode's start."""
+    """A model of a point that moves by its action; its state counts the steps since the start of the episode."""
 
     def __init__(self):
         self.seen = []
@@ -49,7 +49,7 @@ class Counter:
 
 
 def towards(goal):
-    """Reward for being near ``goal`` ``(tasks, 2)``; nothing ends."""
+    """Rewards minus the squared distance from ``goal`` ``(tasks, 2)``; no termination."""
 
     def outcomes(obs, action, next_obs):
         reward = -(next_obs - goal[:, None]).square().sum(-1)
@@ -58,7 +58,7 @@ def towards(goal):
     return outcomes
 
 
-def test_the_physics_of_these_tests_are_gymnasiums():
+def test_physics_predict_gymnasiums_transitions():
     tasks = DIST.sample(6, "test")
     data = collect(DIST, tasks, 40, seed=0)
     predicted, _ = Physics(tasks).step(data.observations, data.actions, None, None)
@@ -68,7 +68,7 @@ def test_the_physics_of_these_tests_are_gymnasiums():
 
 
 @pytest.mark.parametrize("iterations", [1, 2])
-def test_it_balances_poles_with_the_right_model_and_not_with_one_of_flipped_actions(iterations):
+def test_planner_balances_poles_with_the_right_model_only(iterations):
     tasks = DIST.sample(6, "test")
     returns = {}
     for name, shown in (("right", tasks), ("flipped", [replace(task, flip=not task.flip) for task in tasks])):
@@ -83,7 +83,7 @@ def test_it_balances_poles_with_the_right_model_and_not_with_one_of_flipped_acti
 
 
 @pytest.mark.parametrize("iterations", [1, 8])
-def test_continuous_actions_reach_for_the_goal_of_each_task(iterations):
+def test_planner_continuous_actions_approach_the_goal_of_each_task(iterations):
     goal = torch.tensor([[0.3, -0.4], [-0.2, 0.1], [0.0, 0.45]])
     planner = Planner(
         Counter(), towards(goal), Box(-0.5, 0.5, (2,)), horizon=2, candidates=200, iterations=iterations, elites=20
@@ -92,10 +92,10 @@ def test_continuous_actions_reach_for_the_goal_of_each_task(iterations):
     action = planner(np.zeros((3, 2), np.float32), np.ones(3, bool), generator)
     assert action.shape == (3, 2) and action.dtype == np.float32 and (np.abs(action) <= 0.5).all()
     error = np.abs(action - goal.numpy()).max()
-    assert error < (0.02 if iterations > 1 else 0.3), error  # 200 draws lie about 0.07 apart; CEM closes in
+    assert error < (0.02 if iterations > 1 else 0.3), error  # 200 draws are about 0.07 apart; CEM gets closer
 
 
-def test_the_models_state_runs_over_the_episode_and_starts_anew_with_the_next():
+def test_planner_state_is_kept_over_an_episode_and_zeroed_at_the_next():
     model = Counter()
     planner = Planner(model, towards(torch.zeros(2, 2)), Box(-1, 1, (2,)), horizon=3, candidates=5)
     generator = np.random.default_rng(0)
@@ -107,7 +107,7 @@ def test_the_models_state_runs_over_the_episode_and_starts_anew_with_the_next():
     assert before.tolist() == [2.0, 0.0] and model.seen[2][1][:, 0, 0].tolist() == [4.0, 2.0]
 
 
-def test_the_plan_that_was_begun_goes_on_where_nothing_is_better():
+def test_planner_equal_returns_continue_the_last_plan():
     def nothing_matters(obs, action, next_obs):
         return torch.zeros(obs.shape[:2]), torch.zeros(obs.shape[:2], dtype=torch.bool)
 
@@ -120,10 +120,10 @@ def test_the_plan_that_was_begun_goes_on_where_nothing_is_better():
     np.testing.assert_array_equal(np.concatenate(done), plan)
 
 
-def test_what_an_episode_earns_after_its_end_and_what_is_not_finite_do_not_count():
+def test_planner_rewards_after_termination_or_not_finite_do_not_count():
     def outcomes(obs, action, next_obs):
         over = next_obs[..., 0] > 0.5
-        reward = torch.where(obs[..., 0] > 0.5, torch.inf, action[..., 0])  # riches beyond the end
+        reward = torch.where(obs[..., 0] > 0.5, torch.inf, action[..., 0])  # after the end
         return torch.where(action[..., 1] > 0.5, torch.nan, reward), over
 
     planner = Planner(Counter(), outcomes, Box(-1, 1, (2,)), horizon=2, candidates=400)
@@ -131,7 +131,7 @@ def test_what_an_episode_earns_after_its_end_and_what_is_not_finite_do_not_count
     assert np.isfinite(action).all() and action[0, 0] > 0.3 and action[0, 1] <= 0.5, action
 
 
-def test_the_same_seed_plans_the_same():
+def test_planner_same_seed_gives_same_actions():
     tasks = DIST.sample(4, "test")
     actions = []
     for seed in (0, 0, 1):
@@ -140,7 +140,7 @@ def test_the_same_seed_plans_the_same():
     assert torch.equal(actions[0], actions[1]) and not torch.equal(actions[0], actions[2])
 
 
-def test_returns_are_those_of_the_first_episode():
+def test_planned_returns_are_those_of_the_first_episode():
     tasks = DIST.sample(5, "test")
     data = collect(DIST, tasks, 60, seed=3)
     lengths = [int(ends.nonzero()[0]) + 1 if ends.any() else 60 for ends in data.terminations]
@@ -169,12 +169,12 @@ class Nothing:
         ({"gamma": -0.1}, ValueError, "gamma must be >= 0, got -0.1"),
     ],
 )
-def test_refuses(kwargs, error, text):
+def test_planner_bad_argument_raises(kwargs, error, text):
     with pytest.raises(error, match=f"^Planner: {text}$"):
         Planner(**{"model": Counter(), "outcomes": towards, "action_space": Discrete(2), **kwargs})
 
 
-def test_numpy_scalars_are_as_python_numbers():
+def test_planner_numpy_scalars_equal_python_numbers():
     counts = {"horizon": np.int64(3), "candidates": np.int32(40), "iterations": np.int8(2)}
     planner = Planner(Counter(), towards(torch.zeros(1, 2)), Box(-1, 1, (2,)), **counts, gamma=np.float32(0.5))
     numbers = (planner.horizon, planner.candidates, planner.iterations, planner.elites, planner.gamma)

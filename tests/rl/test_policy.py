@@ -21,7 +21,7 @@ def data(batch=4, time=9):
 
 
 @pytest.mark.parametrize("continuous", [False, True])
-def test_call_returns_one_tensor_of_logits_or_means(continuous):
+def test_forward_returns_one_tensor_of_logits_or_means(continuous):
     net = SSMMetaPolicy(state_dim=84, action_dim=4, continuous=continuous)
     x = torch.randn(2, 7, 84)
     assert net(torch.randn(32, 84)).shape == (32, 4) and net(x).shape == (2, 7, 4)
@@ -37,7 +37,7 @@ def test_call_returns_one_tensor_of_logits_or_means(continuous):
 def test_scan_with_resets_equals_steps_with_resets(continuous, num_layers):
     net, (x, reset) = policy(continuous=continuous, num_layers=num_layers), data()
     whole, values, last = net.scan_tensors(x, None, reset)
-    state = torch.full_like(net.init_hidden(4), torch.inf)  # must not reach past the reset at step 0
+    state = torch.full_like(net.init_hidden(4), torch.inf)  # the reset at step 0 must remove it
     steps = []
     for t in range(x.shape[1]):
         start = reset[:, t] if t else torch.ones(4, dtype=torch.bool)
@@ -47,7 +47,7 @@ def test_scan_with_resets_equals_steps_with_resets(continuous, num_layers):
     assert torch.allclose(parameters, whole) and torch.allclose(v, values) and torch.allclose(state, last)
 
 
-def test_resets_cut_outputs_and_gradients_at_the_start_of_an_episode():
+def test_scan_resets_cut_outputs_and_gradients():
     net, (x, reset) = policy(), data()
     x.requires_grad_()
     _, values, _ = net.scan(x, torch.randn_like(net.init_hidden(4)), reset)
@@ -57,7 +57,7 @@ def test_resets_cut_outputs_and_gradients_at_the_start_of_an_episode():
 
 
 @pytest.mark.parametrize("continuous", [False, True])
-def test_gradients_of_the_policy_gradient_are_right_to_second_order(continuous):
+def test_scan_policy_gradient_loss_passes_gradgradcheck(continuous):
     net, (x, reset) = SSMMetaPolicy(5, 2, 4, state_size=2, continuous=continuous).double(), data(2, 8)
     distribution, _, _ = net.scan(x, None, reset)
     action = distribution.sample()
@@ -80,14 +80,14 @@ def test_gradients_of_the_policy_gradient_are_right_to_second_order(continuous):
 
 
 @pytest.mark.parametrize("continuous", [False, True])
-def test_every_parameter_has_a_gradient(continuous):
+def test_scan_every_parameter_has_a_gradient(continuous):
     net, (x, reset) = policy(continuous=continuous), data()
     distribution, value, _ = net.scan(x, None, reset)
     (distribution.log_prob(distribution.sample()).sum() + value.sum()).backward()
     assert all(p.grad is not None and p.grad.abs().max() > 0 for p in net.parameters())
 
 
-def test_per_task_parameters_under_vmap_are_a_loop_over_tasks():
+def test_step_per_task_parameters_under_vmap_equal_a_loop():
     net, (x, reset) = policy(continuous=True), data()
     many = {n: p.detach() + 0.1 * torch.randn(3, *p.shape, dtype=p.dtype) for n, p in net.named_parameters()}
 
@@ -112,12 +112,12 @@ def test_per_task_parameters_under_vmap_are_a_loop_over_tasks():
             assert torch.allclose(a[i], b)
 
 
-def test_observations_are_taken_in_the_units_of_the_data_and_constants_as_they_are():
+def test_normalise_scales_observations_and_leaves_constants():
     net, scale = policy(), torch.tensor([1.0, 0.01, 100.0, 3.0, 1.0], dtype=torch.float64)
     x = torch.randn(6, 50, 5, dtype=torch.float64)
-    units = (x - x.mean((0, 1))) / x.std((0, 1), correction=0)
-    units[..., 3] = 7.0
-    want, obs = net.scan(units)[1], x * scale - 5 * scale
+    scaled = (x - x.mean((0, 1))) / x.std((0, 1), correction=0)
+    scaled[..., 3] = 7.0
+    want, obs = net.scan(scaled)[1], x * scale - 5 * scale
     obs[..., 3] = 7.0
     net.normalise(obs)
     assert torch.allclose(net.scan(obs)[1], want)
@@ -125,7 +125,7 @@ def test_observations_are_taken_in_the_units_of_the_data_and_constants_as_they_a
     assert torch.allclose(net(obs).log_softmax(-1), net.scan(obs)[0].logits)
 
 
-def test_save_and_load(tmp_path):
+def test_load_returns_the_saved_policy(tmp_path):
     net, (x, _) = SSMMetaPolicy(5, 3, 8, continuous=True, dt_min=0.2, dt_max=0.3), data()
     net.normalise(x.float() * 3 + 1)
     net.save(tmp_path / "policy")
@@ -138,10 +138,10 @@ def test_save_and_load(tmp_path):
         custom.save(tmp_path / "custom")
 
 
-def test_step_sizes_start_ten_times_as_large_as_those_of_a_language_model():
+def test_init_step_sizes_are_ten_times_those_of_mamba():
     step = torch.nn.functional.softplus(SSMMetaPolicy(5, 3, 512).ssm.cores[0].delta_bias)
     assert 0.0099 < step.min() < 0.02 and 0.5 < step.max() < 1.01
-    assert SSMMetaPolicy(5, 3, core="lru").options["dt_min"] is None  # which has none
+    assert SSMMetaPolicy(5, 3, core="lru").options["dt_min"] is None  # it has no step sizes
 
 
 @pytest.mark.parametrize(
@@ -155,13 +155,13 @@ def test_step_sizes_start_ten_times_as_large_as_those_of_a_language_model():
         ({"dt_max": 0.001}, ValueError, "dt_max must be finite and at least dt_min, 0.01, got 0.001"),
     ],
 )
-def test_refuses_options(kwargs, error, text):
+def test_init_bad_argument_raises(kwargs, error, text):
     where = "S6" if "dt_" in text else "SSMMetaPolicy"
     with pytest.raises(error, match=f"^{where}: {text}$"):
         SSMMetaPolicy(**{"state_dim": 5, "action_dim": 3, **kwargs})
 
 
-def test_refuses_inputs():
+def test_policy_bad_input_raises():
     net = policy()
     x = torch.randn(4, 5, dtype=torch.float64)
     with pytest.raises(TypeError, match=r"^SSMMetaPolicy.step: reset must be bool, got int64$"):
@@ -182,7 +182,7 @@ def test_refuses_inputs():
 
 
 @pytest.mark.parametrize("continuous", [False, True])
-def test_it_is_a_model_like_any_other_for_maml(continuous):
+def test_meta_maml_trains_and_adapts_the_policy(continuous):
     net = SSMMetaPolicy(state_dim=6, action_dim=2, hidden_dim=8, continuous=continuous)
     maml = MetaMAML(net, inner_lr=0.1, outer_lr=1e-2)
     x, y = torch.randn(10, 6), torch.randn(10, 2)
@@ -192,7 +192,7 @@ def test_it_is_a_model_like_any_other_for_maml(continuous):
     assert mse_loss(adapted(x), y) < mse_loss(net(x), y)
 
 
-def test_numpy_scalars_leave_python_numbers_that_are_saved(tmp_path):
+def test_init_numpy_scalars_become_python_numbers(tmp_path):
     sizes = {"hidden_dim": np.int32(8), "state_size": np.int16(4), "num_layers": np.uint8(2)}
     net = SSMMetaPolicy(np.int64(5), np.int64(3), **sizes, dt_min=np.float32(0.125), dt_max=np.float64(0.5))
     kinds = {name: type(value) for name, value in net.options.items()}
@@ -203,7 +203,7 @@ def test_numpy_scalars_leave_python_numbers_that_are_saved(tmp_path):
 
 
 @pytest.mark.parametrize("value", [torch.nan, torch.inf])
-def test_normalise_non_finite_observation_is_refused_and_units_stay(value):
+def test_normalise_non_finite_observation_raises_and_changes_nothing(value):
     net = policy()
     net.normalise(torch.randn(20, 5))
     mean, std = net.mean.clone(), net.std.clone()
@@ -214,7 +214,7 @@ def test_normalise_non_finite_observation_is_refused_and_units_stay(value):
     assert torch.equal(net.mean, mean) and torch.equal(net.std, std)
 
 
-def test_normalise_large_constants_keep_their_units_and_large_entries_that_vary_do_not():
+def test_normalise_large_constants_are_left_and_large_entries_that_vary_are_scaled():
     net = SSMMetaPolicy(3, 2, 8)
     obs = torch.full((1001, 3), 1e6 + 0.3125)
     obs[::2, 1] += 0.0625  # one unit in the last place of float32
@@ -224,12 +224,12 @@ def test_normalise_large_constants_keep_their_units_and_large_entries_that_vary_
     assert abs(net.mean[2] - 1e6) < 1 and abs(net.std[2] - 10 / 3**0.5) < 0.02
 
 
-def test_has_units_is_true_after_normalise_and_in_copies():
+def test_has_normalisation_is_true_after_normalise_and_in_copies():
     net = policy()
-    assert not net.has_units
+    assert not net.has_normalisation
     net.normalise(torch.ones(4, 5))
-    assert not net.has_units  # nothing varies
+    assert not net.has_normalisation  # nothing varies
     net.normalise(torch.randn(4, 5))
     again = policy()
     again.load_state_dict(net.state_dict())
-    assert net.has_units and again.has_units
+    assert net.has_normalisation and again.has_normalisation

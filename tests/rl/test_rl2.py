@@ -1,47 +1,39 @@
 import copy
 
+import numpy as np
 import pytest
 import torch
 from bandit import Bandit
+from learners import CARTPOLE, HIDDEN, copied_state, equal_states, make_learner, make_policy
+from scripted import Script
 
-from eaml_ext.rl import RL2, SSMMetaPolicy, Trials, feature_dim, rollout
+from eaml_ext.rl import RL2, Trials, rollout
 from eaml_ext.tasks import CartPoleTasks
-
-HIDDEN = CartPoleTasks(hide_velocity=True)
-
-
-@pytest.fixture(autouse=True)
-def _one_thread():
-    torch.set_num_threads(1)  # nothing here is large enough for two
-
-
-def policy(dist, **options):
-    return SSMMetaPolicy(feature_dim(dist), dist.action_dim, 16, state_size=4, **options)
 
 
 @pytest.mark.parametrize(("loss", "updates", "lr"), [("ppo", 25, 1e-2), ("a2c", 120, 1e-2)])
-def test_it_learns_to_find_the_arm_that_pays_and_to_stay_with_it(loss, updates, lr):
+def test_rl2_train_bandit_finds_the_rewarded_arm_within_a_trial(loss, updates, lr):
     dist = Bandit(arms=3)
-    trainer = RL2(policy(dist), dist, episodes=6, loss=loss, lr=lr, gamma=1.0, gae_lambda=0.9, across_episodes=True)
+    trainer = RL2(make_policy(dist), dist, episodes=6, loss=loss, lr=lr, gamma=1.0, gae_lambda=0.9, episodic=False)
     trainer.train(updates)
     returns = trainer.evaluate(dist.sample(200, "test"), episodes=6).mean(0)
-    # Three arms tried in turn pay 1/3, 2/3 and then 1; without memory no episode pays more than 1/3 on average.
+    # Trying three arms in turn pays 1/3, 2/3 and then 1; without memory the mean of every episode is at most 1/3.
     assert returns[0] < 0.45 and returns[3:].min() > 0.9, returns
 
 
-def test_it_learns_with_continuous_actions():
+def test_rl2_train_continuous_bandit_raises_the_return():
     dist = Bandit(continuous=True)
-    trainer = RL2(policy(dist, continuous=True), dist, episodes=4, lr=1e-2)
+    trainer = RL2(make_policy(dist, continuous=True), dist, episodes=4, lr=1e-2)
     before = trainer.evaluate(dist.sample(100, "test"), 4).mean()
     returns = trainer.train(30)
     assert len(returns) == 30
     after = trainer.evaluate(dist.sample(100, "test"), 4).mean(0)
-    # Always 0 pays 1 - 1/3; the payoff tells the distance from the arm.
+    # Always acting 0 pays 1 - 1/3; the reward is a function of the distance from the arm.
     assert after[-1] > 0.75 and after.mean() > before + 0.02, (before, after)
 
 
-def test_an_update_is_the_gradient_step_of_the_loss_over_the_whole_trial():
-    net = policy(HIDDEN)
+def test_learn_gradient_equals_that_of_the_stepwise_loss():
+    net = make_policy(HIDDEN)
     trainer = RL2(
         net, HIDDEN, steps=30, tasks_per_update=4, loss="a2c", ent_coef=0.0, max_grad_norm=1e9, reward_scale=1.0
     )
@@ -62,11 +54,11 @@ def test_an_update_is_the_gradient_step_of_the_loss_over_the_whole_trial():
         assert torch.allclose(taken[name], p.grad, atol=1e-5, rtol=1e-3), name
 
 
-def test_training_is_reproducible_and_draws_new_tasks_at_every_update():
+def test_rl2_train_same_seed_gives_same_parameters():
     nets = []
     for seed in (0, 0, 1):
         torch.manual_seed(0)
-        net = policy(HIDDEN)
+        net = make_policy(HIDDEN)
         trainer = RL2(net, HIDDEN, steps=20, tasks_per_update=4, seed=seed)
         trainer.train(2)
         nets.append(torch.cat([p.detach().flatten() for p in net.parameters()]))
@@ -74,12 +66,12 @@ def test_training_is_reproducible_and_draws_new_tasks_at_every_update():
     assert torch.equal(nets[0], nets[1]) and not torch.equal(nets[0], nets[2])
 
 
-def test_padding_changes_nothing():
-    net = policy(HIDDEN)
+def test_learn_padding_changes_nothing():
+    net = make_policy(HIDDEN)
     trials = rollout(HIDDEN, HIDDEN.sample(4), net, 0, episodes=2)
     wide = Trials(
         **{
-            name: torch.cat([value, torch.full_like(value[:, :3], name == "ends" or 0)], dim=1)
+            name: torch.cat([value, torch.full_like(value[:, :3], name == "episode_ends" or 0)], dim=1)
             for name, value in vars(trials).items()
         }
     )
@@ -109,7 +101,7 @@ def test_padding_changes_nothing():
         ({"num_minibatches": "4"}, TypeError, "num_minibatches must be an integer, got '4'"),
         ({"gamma": 1.01}, ValueError, "gamma must be <= 1, got 1.01"),
         ({"gae_lambda": -0.1}, ValueError, "gae_lambda must be >= 0, got -0.1"),
-        ({"across_episodes": "no"}, TypeError, "across_episodes must be True or False, got str"),
+        ({"episodic": "no"}, TypeError, "episodic must be True or False, got str"),
         ({"clip_coef": 0}, ValueError, "clip_coef must be > 0, got 0"),
         ({"vf_coef": -1.0}, ValueError, "vf_coef must be >= 0, got -1.0"),
         ({"ent_coef": None}, TypeError, "ent_coef must be a number, got None"),
@@ -118,11 +110,91 @@ def test_padding_changes_nothing():
         ({"seed": -1}, ValueError, r"seed must be in \[0, 2\*\*32\), got -1"),
     ],
 )
-def test_refuses(kwargs, error, text):
+def test_rl2_bad_argument_raises(kwargs, error, text):
     with pytest.raises(error, match=f"^RL2: {text}$"):
-        RL2(**{"policy": policy(HIDDEN), "dist": HIDDEN, "steps": 10, **kwargs})
+        RL2(**{"policy": make_policy(HIDDEN), "dist": HIDDEN, "steps": 10, **kwargs})
 
 
-def test_train_refuses():
+def test_rl2_train_bad_argument_raises():
     with pytest.raises(ValueError, match=r"^RL2.train: updates must be > 0, got 0$"):
-        RL2(policy(HIDDEN), HIDDEN, steps=10).train(0)
+        RL2(make_policy(HIDDEN), HIDDEN, steps=10).train(0)
+
+
+def test_rl2_train_total_in_two_calls_equals_one_call():
+    net = make_policy(CARTPOLE)
+    twin = copy.deepcopy(net)
+    returns = make_learner(RL2, net, CARTPOLE).train(4)
+    first = make_learner(RL2, twin, CARTPOLE)
+    parts = first.train(1, total=np.int64(4))
+    again = make_learner(RL2, make_policy(CARTPOLE), CARTPOLE)
+    again.load_state_dict(first.state_dict())
+    parts += again.train(3, total=4)
+    np.testing.assert_array_equal(parts, returns)
+    assert equal_states(copied_state(again.policy), copied_state(net))
+    with pytest.raises(ValueError, match=r"^RL2.train: total must be >= 5, got 4$"):
+        again.train(1, total=4)
+
+
+@pytest.mark.parametrize("loss", ["ppo", "a2c"])
+def test_learn_loss_beyond_float32_leaves_policy_finite_and_is_counted(loss):
+    dist = Script((3e38,), length=2, continuous=True)
+    net = make_policy(dist, continuous=True)
+    net.normalise(torch.randn(20, net.state_dim))
+    trainer = make_learner(RL2, net, dist, loss=loss, reward_scale=1.0, tasks_per_update=2, num_minibatches=2)
+    trials = rollout(dist, dist.sample(2), net, 0, steps=1)  # finite, because only the second step has a reward
+    trials.rewards[0, 0] = 3e38
+    before = copied_state(net)
+    trainer.learn(trials)
+    assert trainer.skipped_updates == 1 and all(p.isfinite().all() for p in net.state_dict().values())
+    assert equal_states(copied_state(net), before) == (loss == "a2c")  # PPO's other minibatch is finite
+
+
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+def test_learn_without_gradient_mode_equals_learn_with_it(mode):
+    found = []
+    for context in (torch.enable_grad, mode):
+        torch.manual_seed(0)
+        net = make_policy(CARTPOLE)
+        trainer = make_learner(RL2, net, CARTPOLE)
+        with context():
+            trials = rollout(CARTPOLE, CARTPOLE.sample(4), net, 0, steps=12)
+            trainer.learn(trials)
+        found.append(copied_state(net))
+        trainer.learn(trials)  # made in that mode, used outside it
+    assert equal_states(*found) and trainer.skipped_updates == 0
+
+
+def test_learn_non_finite_trials_change_nothing():
+    net = make_policy(CARTPOLE)
+    trainer = make_learner(RL2, net, CARTPOLE)
+    trials = rollout(CARTPOLE, CARTPOLE.sample(4), net, 0, steps=12)
+    trials.rewards[2, 3] = torch.nan
+    before = copied_state(net)
+    trainer.learn(trials)
+    assert trainer.skipped_updates == 1 and equal_states(copied_state(net), before)
+
+
+def test_rl2_updates_and_evaluation_have_seeds_of_their_own(monkeypatch):
+    seeds = []
+    monkeypatch.setattr(
+        "eaml_ext.rl.rl2.rollout", lambda *args, **options: seeds.append(args[3]) or rollout(*args, **options)
+    )
+    for seed in (0, 1, 2):
+        trainer = make_learner(RL2, make_policy(CARTPOLE), CARTPOLE, seed=seed)
+        trainer.train(3)
+        trainer.evaluate(CARTPOLE.sample(1), 1, seed=seed)
+    assert len(set(seeds)) == len(seeds) == 3 * (1 + 3 + 1)
+
+
+def test_rl2_update_episode_without_an_end_raises_at_the_limit():
+    dist = Script(length=np.inf)
+    trainer = make_learner(RL2, make_policy(dist), dist, steps=None, episodes=1, max_episode_steps=15)
+    with pytest.raises(ValueError, match=r"^rollout: episodes must end within max_episode_steps, got 15 steps"):
+        trainer.update()
+    with pytest.raises(ValueError, match=r"^RL2: max_episode_steps must be > 0, got 0$"):
+        make_learner(RL2, make_policy(dist), dist, max_episode_steps=0)
+
+
+def test_rl2_evaluate_bad_seed_raises():
+    with pytest.raises(ValueError, match=r"^RL2.evaluate: seed must be in \[0, 2\*\*32\), got -1$"):
+        make_learner(RL2, make_policy(CARTPOLE), CARTPOLE).evaluate(CARTPOLE.sample(1), 1, -1)

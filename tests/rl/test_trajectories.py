@@ -13,7 +13,7 @@ CARTPOLE = CartPoleTasks()
 
 
 class Counter(gymnasium.Env):
-    """Observes (episode, time); the episode ends of itself after 3 steps when its number is even, else never."""
+    """Observe (episode, time); episodes with an even number terminate after 3 steps, others never."""
 
     observation_space = spaces.Box(-np.inf, np.inf, (2,))
     action_space = spaces.Box(-np.inf, np.inf, (1, 2))
@@ -37,7 +37,7 @@ def names(trajectories):
     return {name: getattr(trajectories, name) for name in Trajectories.__dataclass_fields__}
 
 
-def test_shapes_dtypes_and_contiguity():
+def test_collect_returns_contiguous_float32_and_bool_tensors():
     trajectories = collect(CARTPOLE, CARTPOLE.sample(3), 50, seed=0)
     shapes = {"observations": (3, 50, 4), "actions": (3, 50, 2), "next_observations": (3, 50, 4)}
     for name, value in names(trajectories).items():
@@ -47,14 +47,14 @@ def test_shapes_dtypes_and_contiguity():
     assert torch.equal(trajectories.actions.sum(-1), torch.ones(3, 50))
 
 
-def test_index_applies_to_every_field():
+def test_trajectories_index_applies_to_every_field():
     trajectories = collect(CARTPOLE, CARTPOLE.sample(3), 20, seed=0)
     for name, value in names(trajectories[1:, :7]).items():
         assert torch.equal(value, getattr(trajectories, name)[1:, :7])
 
 
 @pytest.mark.parametrize("name", ["CartPole-v1", "Pendulum-v1", "MountainCar-v0", "Acrobot-v1"])
-def test_same_arguments_same_bits_and_other_seeds_other_actions(name):
+def test_collect_same_arguments_give_same_bits_and_other_seeds_other_actions(name):
     distribution = make_tasks(name)
     tasks = distribution.sample(2)
     first, again, other = (collect(distribution, tasks, 30, seed) for seed in (1, 1, 2))
@@ -63,14 +63,14 @@ def test_same_arguments_same_bits_and_other_seeds_other_actions(name):
     assert not torch.equal(first.actions, other.actions)
 
 
-def test_other_tasks_meet_other_starts_and_actions_under_one_seed():
+def test_collect_other_tasks_of_one_seed_have_other_starts_and_actions():
     epochs = [collect(CARTPOLE, CARTPOLE.sample(4, epoch=epoch), 30, seed=0) for epoch in (0, 1)]
     assert not torch.equal(epochs[0].observations[:, 0], epochs[1].observations[:, 0])
     assert not torch.equal(epochs[0].actions, epochs[1].actions)
 
 
 @pytest.mark.parametrize("name", ["CartPole-v1", "Pendulum-v1", "MountainCar-v0", "Acrobot-v1"])
-def test_observations_join_up_within_an_episode_and_only_there(name):
+def test_collect_next_observations_are_the_following_ones_within_an_episode_only(name):
     distribution = make_tasks(name)
     steps = 450 if name in ("Pendulum-v1", "MountainCar-v0") else 120
     tr = collect(distribution, distribution.sample(2, seed=1), steps, seed=1)
@@ -82,7 +82,7 @@ def test_observations_join_up_within_an_episode_and_only_there(name):
     assert torch.equal(jumped, ~inside)
 
 
-def test_recorded_transitions_obey_the_cartpole_equations_of_their_task():
+def test_collect_transitions_satisfy_the_cartpole_equations_of_their_task():
     tasks = CARTPOLE.sample(16, seed=2)
     tr = collect(CARTPOLE, tasks, 300, seed=3)
     x, x_dot, theta, theta_dot = tr.observations.double().numpy().transpose(2, 0, 1)
@@ -104,21 +104,21 @@ def test_recorded_transitions_obey_the_cartpole_equations_of_their_task():
     assert flip.sum() == 8 and tr.resets.sum() > 100
 
 
-def test_an_episode_ends_with_its_true_final_observation():
+def test_collect_next_observation_at_termination_is_the_final_one():
     tr = collect(CARTPOLE, CARTPOLE.sample(8), 200, seed=0)
     x, theta = tr.next_observations[..., 0].abs(), tr.next_observations[..., 2].abs()
     fallen = (x > 2.4) | (theta > np.deg2rad(12))
     assert torch.equal(fallen, tr.terminations)
-    # The next recorded step after a fall is a start, near the origin, and no start comes otherwise.
+    # The step after a fall is a start, near the origin; there are no other starts.
     assert torch.equal(tr.resets[:, 1:], fallen[:, :-1])
     assert tr.observations[tr.resets].abs().max() <= 0.05
     assert (tr.rewards == 1).all()
 
 
-def test_terminations_and_time_limits():
+def test_collect_time_limit_is_a_reset_without_termination():
     distribution = SeedTasks("EamlCounter-v0")
     tr = collect(distribution, distribution.sample(2), 10, seed=0)
-    # Episode 0 ends of itself after 3 steps, episode 1 is cut after 4, episode 2 ends after 3.
+    # Episode 0 terminates after 3 steps, episode 1 is truncated after 4, episode 2 terminates after 3.
     for task in (0, 1):
         assert tr.observations[task].tolist() == [
             [0, 0], [0, 1], [0, 2], [1, 0], [1, 1], [1, 2], [1, 3], [2, 0], [2, 1], [2, 2]
@@ -130,10 +130,10 @@ def test_terminations_and_time_limits():
     assert tr.actions.shape == (2, 10, 2)
 
 
-def test_pendulum_transitions_stay_physical():
+def test_collect_pendulum_transitions_satisfy_its_equations():
     distribution = make_tasks("Pendulum-v1")
     tr = collect(distribution, distribution.sample(3), 450, seed=0)
-    # Pendulum turns by its new speed times 0.05 s; a reset would break that relation.
+    # The pendulum turns by its new speed times 0.05 s; across a reset that relation would not hold.
     angle, turned = (torch.atan2(o[..., 1], o[..., 0]) for o in (tr.observations, tr.next_observations))
     turn = torch.remainder(turned - angle + torch.pi, 2 * torch.pi) - torch.pi
     torch.testing.assert_close(turn, 0.05 * tr.next_observations[..., 2], rtol=0, atol=1e-5)
@@ -141,7 +141,7 @@ def test_pendulum_transitions_stay_physical():
     assert tr.actions.abs().max() <= 2
 
 
-def test_mountain_car_transitions_stay_physical():
+def test_collect_mountain_car_transitions_satisfy_its_equations():
     distribution = make_tasks("MountainCar-v0")
     tr = collect(distribution, distribution.sample(3), 450, seed=0)
     position, velocity = tr.observations.unbind(-1)
@@ -153,7 +153,7 @@ def test_mountain_car_transitions_stay_physical():
     assert tr.resets.nonzero()[:3, 1].tolist() == [0, 200, 400]
 
 
-def test_a_policy_sees_every_observation_and_start_and_its_action_is_recorded():
+def test_collect_policy_receives_observations_and_resets_and_its_actions_are_recorded():
     seen = []
 
     def policy(observations, resets, generator):
@@ -167,7 +167,7 @@ def test_a_policy_sees_every_observation_and_start_and_its_action_is_recorded():
     assert seen[0][1].all()
     started = {tuple(row) for observations, resets in seen for row in observations[resets].tolist()}
     assert {tuple(row) for row in tr.observations[tr.resets].tolist()} <= started
-    # Pushing towards the fall keeps a pole up, away from it drops it sooner.
+    # Pushing towards the fall keeps a pole up; pushing away from it makes the pole fall sooner.
     episodes = tr.resets.sum(1).tolist()
     flipped = [t.flip for t in tasks]
     assert max(e for e, f in zip(episodes, flipped, strict=True) if not f) < min(
@@ -175,11 +175,11 @@ def test_a_policy_sees_every_observation_and_start_and_its_action_is_recorded():
     )
 
 
-def test_random_policy_holds_and_covers():
+def test_random_policy_repeats_actions_and_draws_uniformly():
     policy = RandomPolicy(spaces.MultiDiscrete([2] * 500), hold=0.5)
     generator = np.random.default_rng(0)
     actions = np.stack([policy(np.zeros((500, 1)), np.zeros(500, bool), generator) for _ in range(100)])
-    # Held with probability 1/2, drawn alike with 1/4; the standard error is 0.002.
+    # Repeated with probability 1/2, drawn equal with 1/4; the standard error is 0.002.
     assert abs((actions[1:] == actions[:-1]).mean() - 0.75) < 0.01
     assert abs(actions.mean() - 0.5) < 0.02
 
@@ -200,7 +200,7 @@ def test_random_policy_is_normal_where_unbounded_and_uniform_where_bounded():
         (spaces.Discrete(2), 1.0, ValueError, "hold must be < 1, got 1.0"),
     ],
 )
-def test_random_policy_refuses(space, hold, error, text):
+def test_random_policy_bad_argument_raises(space, hold, error, text):
     with pytest.raises(error, match=f"^RandomPolicy: {text}$"):
         RandomPolicy(space, hold)
 
@@ -220,7 +220,7 @@ def test_random_policy_refuses(space, hold, error, text):
         ({"policy": 3}, TypeError, "policy must be callable, got int"),
     ],
 )
-def test_collect_refuses(changed, error, text):
+def test_collect_bad_argument_raises(changed, error, text):
     arguments = {"dist": CARTPOLE, "tasks": CARTPOLE.sample(1), "steps": 2, "seed": 0, **changed}
     with pytest.raises(error, match=f"^collect: {text}$"):
         collect(**arguments)
@@ -235,12 +235,12 @@ def test_collect_refuses(changed, error, text):
         (None, r"object of shape \(\)"),
     ],
 )
-def test_collect_refuses_what_the_action_space_does_not_hold(action, got):
+def test_collect_action_outside_the_space_raises(action, got):
     with pytest.raises(ValueError, match=rf"^collect: policy must return actions of MultiDiscrete.*, got {got}$"):
         collect(CARTPOLE, CARTPOLE.sample(2), 5, 0, policy=lambda *_: action)
 
 
-def test_collect_refuses_another_autoreset_mode():
+def test_collect_other_autoreset_mode_raises():
     class SameStep(SeedTasks):
         def make_env(self, tasks):
             kwargs = {"autoreset_mode": AutoresetMode.SAME_STEP}
@@ -288,7 +288,7 @@ def test_collect_non_finite_number_after_a_tasks_last_step_does_not_count(kind):
     assert trajectories.rewards.isfinite().all() and trajectories.next_observations.isfinite().all()
 
 
-def test_collect_numpy_scalars_are_as_python_numbers():
+def test_collect_numpy_scalars_equal_python_numbers():
     tasks = CARTPOLE.sample(2)
     first, again = collect(CARTPOLE, tasks, np.int64(9), np.uint32(1)), collect(CARTPOLE, tasks, 9, 1)
     assert all(torch.equal(value, getattr(again, name)) for name, value in names(first).items())
