@@ -1,4 +1,4 @@
-"""accelerate(): transformers' Mamba on the fused scan gives what its own slow path gives."""
+"""accelerate(): transformers' Mamba on the fused scan has the outputs of transformers' slow path."""
 
 import copy
 import functools
@@ -27,7 +27,7 @@ CACHE = "cache" if "cache" in inspect.signature(MambaForCausalLM.forward).parame
 
 
 def models(cls=MambaForCausalLM, **options):
-    """Theirs and ours, of the same random weights, large enough for logits of order one."""
+    """Return transformers' model and ours with equal random weights, large enough for logits of order one."""
     options = {"vocab_size": 61, "hidden_size": 32, "num_hidden_layers": 3, "state_size": 5, **options}
     theirs = cls(MambaConfig(**options, pad_token_id=60, eos_token_id=59)).eval()
     with torch.no_grad():
@@ -45,7 +45,7 @@ def tokens(length=40, batch=3):
     [{}, {"use_bias": True, "use_conv_bias": False, "conv_kernel": 3, "expand": 3}, {"hidden_act": "gelu"}],
     ids=str,
 )
-def test_logits_are_those_of_the_slow_path(options):
+def test_accelerate_logits_equal_the_slow_path(options):
     theirs, ours = models(**options)
     x = tokens()
     mask = torch.ones_like(x)
@@ -58,7 +58,7 @@ def test_logits_are_those_of_the_slow_path(options):
             torch.testing.assert_close(ours(x, **kind).logits, want, rtol=0, atol=1e-4)
 
 
-def test_gradients_are_those_of_the_slow_path():
+def test_accelerate_gradients_equal_the_slow_path():
     theirs, ours = (m.train() for m in models())
     x = tokens()
     losses = [m(x, labels=x).loss for m in (theirs, ours)]
@@ -70,7 +70,7 @@ def test_gradients_are_those_of_the_slow_path():
 
 
 @pytest.mark.parametrize("options", [{}, {"num_beams": 3}, {"do_sample": True}], ids=str)
-def test_generation_writes_the_same_tokens(options):
+def test_accelerate_generation_equals_the_slow_path(options):
     theirs, ours = models()
     x = tokens(6)
     mask = torch.ones_like(x)
@@ -83,7 +83,7 @@ def test_generation_writes_the_same_tokens(options):
     assert torch.equal(*written) and written[0].shape[1] > 6
 
 
-def test_one_token_at_a_time_and_prompts_in_parts_equal_the_whole():
+def test_accelerate_tokens_in_parts_equal_the_whole():
     _, ours = models()
     x = tokens(12)
     whole = ours(x).logits
@@ -98,7 +98,7 @@ def test_one_token_at_a_time_and_prompts_in_parts_equal_the_whole():
     torch.testing.assert_close(ours(x, **{CACHE: cache}, use_cache=True).logits, whole, rtol=0, atol=1e-4)
 
 
-def test_a_cache_that_keeps_its_past_is_left_to_transformers():
+def test_accelerate_recording_cache_equals_the_slow_path():
     theirs, ours = models()
     x, logits = tokens(9), []
     for m in (theirs, ours):
@@ -114,12 +114,12 @@ def test_a_cache_that_keeps_its_past_is_left_to_transformers():
 
 
 def mixers():
-    """The first layers of :func:`models`, and their input."""
+    """Return the first layers of :func:`models`, and an input."""
     return *(m.backbone.layers[0].mixer for m in models()), torch.randn(2, 6, 32)
 
 
 def last_step(mixer, x, *args, **kwargs):
-    """The output of the last step; the earlier ones reach it only through the cache."""
+    """Return the output of the last step, which depends on earlier steps through the cache alone."""
     cache = DynamicCache(config=mixer.config)
     mixer(x[:, :-1], *(cache if value is CACHE else value for value in args), **dict.fromkeys(kwargs, cache))
     return mixer(x[:, -1:], *(cache if value is CACHE else value for value in args), **dict.fromkeys(kwargs, cache))
@@ -135,7 +135,7 @@ def test_mixer_cache_positional_or_named_continues_the_sequence():
 
 @torch.no_grad()
 @pytest.mark.filterwarnings("ignore:`cache_params` is deprecated:FutureWarning")
-@pytest.mark.skipif(CACHE != "cache", reason="this transformers knows one name")
+@pytest.mark.skipif(CACHE != "cache", reason="this transformers has one name")
 def test_mixer_deprecated_cache_name_continues_the_sequence():
     _, ours, x = mixers()
     torch.testing.assert_close(last_step(ours, x, cache_params=None), ours(x)[:, -1:], rtol=0, atol=1e-5)
@@ -171,7 +171,7 @@ def test_mixer_wrong_arguments_raise_type_error():
 
 @pytest.fixture
 def own_forward_calls(monkeypatch):
-    """Records the caches with which transformers' own forward runs."""
+    """Record the caches with which transformers' own forward runs."""
     caches, original = [], MambaMixer.forward
 
     @functools.wraps(original)
@@ -210,7 +210,7 @@ def test_mixer_cache_with_other_methods_runs_transformers_forward(method, monkey
         return original(self, *args, **kwargs)
 
     monkeypatch.setattr(Cache, method, renamed)
-    assert integration._cache_is_supported()  # it still takes the calls
+    assert integration._cache_is_supported()  # the calls are still valid
     monkeypatch.setattr(Cache, method, lambda self, *, layer: original(self, layer))
     assert not integration._cache_is_supported()
     monkeypatch.setattr(Cache, method, original)
@@ -234,11 +234,11 @@ def test_mixer_renamed_cache_argument_continues_the_sequence(monkeypatch):
     torch.testing.assert_close(last_step(ours, x, memory=None), want, rtol=0, atol=1e-5)
 
 
-# --- what is attached to a mixer's layers ----------------------------------------------------------------------------
+# --- adapters and hooks of a mixer's layers -------------------------------------------------------------------------
 
 
 class Scaled(nn.Module):
-    """An adapter of a base layer, without a ``weight``."""
+    """An adapter without a ``weight``."""
 
     def __init__(self, base):
         super().__init__()
@@ -250,7 +250,7 @@ class Scaled(nn.Module):
 
 @pytest.mark.parametrize("name", ["conv1d", "dt_proj"])
 def test_mixer_adapter_around_a_layer_takes_effect_in_sequences_and_steps(name):
-    """The slow path of transformers reads ``weight`` itself, so the expected numbers are of folded weights."""
+    """transformers' slow path reads ``weight``, so the expected values are computed with multiplied weights."""
     theirs, ours, x = mixers()
     setattr(ours, name, Scaled(getattr(ours, name)))
     with torch.no_grad():
@@ -301,16 +301,16 @@ def test_model_quantised_outputs_are_close_to_float():
     assert 0 < (small(x).last_hidden_state - want).std() < 0.1 * want.std()
 
 
-def test_bfloat16_and_the_model_without_head():
+def test_accelerate_bfloat16_and_the_model_without_head_equal_the_slow_path():
     theirs, ours = models(MambaModel)
     x = tokens()
     torch.testing.assert_close(ours(x).last_hidden_state, theirs(x).last_hidden_state, rtol=0, atol=1e-4)
     exact = theirs(x).last_hidden_state
     want, got = (m.bfloat16()(x).last_hidden_state.float() for m in (theirs, ours))
-    assert (got - exact).square().mean() <= 1.5 * (want - exact).square().mean()  # as near to float32
+    assert (got - exact).square().mean() <= 1.5 * (want - exact).square().mean()  # as close to float32
 
 
-def test_weights_names_and_copies_stay(tmp_path):
+def test_accelerate_weights_names_and_copies_are_kept(tmp_path):
     theirs, ours = models()
     assert accelerate(ours) is ours  # a second time changes nothing
     assert list(ours.state_dict()) == list(theirs.state_dict())
@@ -323,7 +323,7 @@ def test_weights_names_and_copies_stay(tmp_path):
         assert all(type(block.mixer) is FusedMambaMixer for block in other.backbone.layers)
 
 
-def test_gradient_checkpointing_gives_the_same_gradients():
+def test_accelerate_gradient_checkpointing_keeps_the_gradients():
     _, ours = models()
     x, ours = tokens(), ours.train()
     want = torch.autograd.grad(ours(x, labels=x).loss, list(ours.parameters()))
@@ -333,7 +333,7 @@ def test_gradient_checkpointing_gives_the_same_gradients():
     torch.testing.assert_close(got, want)
 
 
-def test_a_layer_s_weights_load_into_nn_mamba():
+def test_mixer_weights_load_into_nn_mamba():
     theirs, _ = models(state_size=16)
     block = Mamba(32)
     mixer = theirs.backbone.layers[0].mixer
@@ -342,14 +342,14 @@ def test_a_layer_s_weights_load_into_nn_mamba():
     torch.testing.assert_close(block(x), mixer(x), rtol=1e-4, atol=1e-5)
 
 
-def test_refuses_what_holds_no_mamba():
+def test_accelerate_without_mamba_layers_raises():
     with pytest.raises(TypeError, match=r"model must be a torch\.nn\.Module, got str"):
         accelerate("state-spaces/mamba-130m")
     with pytest.raises(ValueError, match="model must hold MambaMixer layers of transformers, got Linear"):
         accelerate(nn.Linear(2, 2))
 
 
-def test_without_transformers_one_sentence_says_what_to_install(monkeypatch):
+def test_import_without_transformers_raises_with_the_package_to_install(monkeypatch):
     monkeypatch.delitem(sys.modules, "eaml_ext.integrations.transformers")
     monkeypatch.setitem(sys.modules, "transformers.models.mamba.modeling_mamba", None)
     with pytest.raises(ImportError, match=r"pip install 'eaml_ext\[transformers\]'"):

@@ -1,4 +1,4 @@
-"""higher, which derives classes from modules, and TorchOpt, which swaps parameters, differentiate every model."""
+"""higher derives classes from modules and TorchOpt swaps parameters: both differentiate every model."""
 
 import pytest
 import torch
@@ -13,7 +13,7 @@ RATE = 0.1
 
 
 def task(core):
-    """A model, its loss as a function of the parameters, and the meta-gradient of one inner step by torch.func."""
+    """Return a model, its data, its loss of the parameters, and the meta-gradient of one inner step by torch.func."""
     net = SSM(3, 8, 2, state_size=2, core=core).double()
     x, y = torch.randn(2, 6, 3, dtype=torch.float64), torch.randn(2, 6, 2, dtype=torch.float64)
     params = {name: p.detach().clone() for name, p in net.named_parameters()}
@@ -62,7 +62,7 @@ MODELS = {
 
 
 @pytest.mark.parametrize("name", MODELS)
-def test_modules_have_the_metaclass_type_so_that_classes_derive_from_them(name):
+def test_module_has_the_metaclass_type_and_classes_derive_from_it(name):
     """higher derives a class from its own base and the type of each submodule."""
     base = type("Patched", (nn.Module,), {})
     for module in MODELS[name]().modules():

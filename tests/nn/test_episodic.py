@@ -1,4 +1,4 @@
-"""Episodic layers: the formula, what they learn, second order, per-task memories."""
+"""EpisodicRead and KNNAttention: formula, learning, second order, memories per task, errors."""
 
 import copy
 import math
@@ -15,7 +15,7 @@ from eaml_ext.nn import EpisodicRead, KNNAttention
 
 
 def small(kind, slots=9, k=3):
-    """A layer from 4 to 4 features in float64 whose every parameter matters."""
+    """Return a float64 layer from 4 to 4 features, with random parameters."""
     layer = EpisodicRead(slots, 4, 4, k, delta=0.1) if kind == "read" else KNNAttention(4, slots, 2, k)
     layer = layer.double()
     with torch.no_grad():
@@ -25,7 +25,7 @@ def small(kind, slots=9, k=3):
 
 
 def dense(layer, params, x):
-    """The same by plain operations over all slots, the smaller weights masked out."""
+    """Compute the layer over all slots with torch's operations, and mask those beyond the k nearest."""
     if isinstance(layer, EpisodicRead):
         d = (x[:, None] - params["keys"]).square().sum(-1)
         live = torch.zeros_like(d).scatter(1, d.detach().topk(layer.k, largest=False).indices, 1.0)
@@ -49,31 +49,31 @@ def train(layer, x, y, steps, lr):
         optimizer.step()
 
 
-both = pytest.mark.parametrize("kind", ["read", "attention"])
+each_layer = pytest.mark.parametrize("kind", ["read", "attention"])
 
 
-@both
+@each_layer
 @pytest.mark.parametrize("k", [1, 3, 9])
-def test_it_computes_the_formula(kind, k):
+def test_layer_output_equals_the_formula(kind, k):
     layer, x = small(kind, k=k), torch.randn(7, 4, dtype=torch.float64)
     torch.testing.assert_close(layer(x), dense(layer, dict(layer.named_parameters()), x))
 
 
-def test_attention_to_all_slots_is_full_attention():
+def test_knn_attention_of_all_slots_is_full_attention():
     layer, x = KNNAttention(6, 11, 3, 11).double(), torch.randn(5, 6, dtype=torch.float64)
     q = layer.query(x).unflatten(1, (3, 2)).transpose(0, 1)
     read = F.scaled_dot_product_attention(q, layer.keys, layer.values)
     torch.testing.assert_close(layer(x), layer.out(read.transpose(0, 1).flatten(1)))
 
 
-def test_a_read_at_a_key_is_its_value():
+def test_episodic_read_at_a_key_is_its_value():
     layer = EpisodicRead(50, 3, 2, 8, delta=1e-12).double()
     torch.nn.init.normal_(layer.values)
     torch.testing.assert_close(layer(layer.keys.detach()), layer.values, rtol=0, atol=1e-6)
 
 
 def test_episodic_read_learns_a_function_to_a_hundredth_of_its_variance():
-    """Without a hidden layer: a linear map explains nothing of it."""
+    """A linear map explains nothing of the target."""
     torch.manual_seed(0)
     x, fresh = torch.randn(2000, 2), torch.randn(1000, 2)
 
@@ -89,7 +89,7 @@ def test_episodic_read_learns_a_function_to_a_hundredth_of_its_variance():
 
 
 def test_knn_attention_learns_associations_to_a_hundredth_of_their_variance():
-    """128 random answers to 128 noisy questions: a linear map of 16 features cannot hold them."""
+    """A linear map of 16 features cannot represent 128 random answers to 128 noisy questions."""
     torch.manual_seed(0)
     questions, answers = torch.randn(128, 16), torch.randn(128, 16)
     x = questions.repeat(8, 1) + 0.05 * torch.randn(1024, 16)
@@ -100,8 +100,8 @@ def test_knn_attention_learns_associations_to_a_hundredth_of_their_variance():
     assert F.mse_loss(layer(questions), answers) < 0.01 * answers.var()
 
 
-@both
-def test_gradients_to_second_order(kind):
+@each_layer
+def test_layer_has_first_and_second_derivatives(kind):
     layer, x = small(kind), torch.randn(3, 4, dtype=torch.float64, requires_grad=True)
     names = [name for name, _ in layer.named_parameters()]
 
@@ -113,7 +113,7 @@ def test_gradients_to_second_order(kind):
 
 
 def outer_loss(call, params, x, y):
-    """Of MAML with one inner step."""
+    """Return the outer loss of MAML with one inner step."""
 
     def inner(p):
         return F.mse_loss(call(p, x[:6]), y[:6])
@@ -122,9 +122,9 @@ def outer_loss(call, params, x, y):
     return F.mse_loss(call({name: p - 0.1 * g[name] for name, p in params.items()}, x[6:]), y[6:])
 
 
-@both
-def test_meta_gradients_of_tasks_with_memories_of_their_own(kind):
-    """vmap over tasks, each with its own parameters, against a loop and against plain operations."""
+@each_layer
+def test_layer_meta_gradients_under_vmap_equal_a_loop_and_dense_operations(kind):
+    """Each task has its own parameters."""
     layer, tasks = small(kind), 3
     x, y = torch.randn(tasks, 12, 4, dtype=torch.float64), torch.randn(tasks, 12, 4, dtype=torch.float64)
     params = {name: torch.randn(tasks, *p.shape, dtype=p.dtype) for name, p in layer.named_parameters()}
@@ -147,26 +147,26 @@ def test_meta_gradients_of_tasks_with_memories_of_their_own(kind):
             torch.testing.assert_close(shared[name][i], first[name], rtol=1e-7, atol=1e-9)
 
 
-@both
+@each_layer
 @pytest.mark.parametrize("lead", [(), (0,), (1,), (2, 3), (2, 0, 3)])
-def test_any_leading_shape(kind, lead):
+def test_layer_any_leading_shape_equals_flat_input(kind, lead):
     layer, x = small(kind), torch.randn(*lead, 4, dtype=torch.float64)
     y = layer(x)
     assert y.shape == x.shape
     flat = x.reshape(-1, 4) if x.numel() else x.reshape(0, 4)
     torch.testing.assert_close(y.reshape(-1, 4) if y.numel() else y.reshape(0, 4), layer(flat))
-    y.sum().backward()  # of nothing too
+    y.sum().backward()  # also for an empty input
     assert all(p.grad is not None for p in layer.parameters())
 
 
-@both
-def test_copies_weights_and_autocast(kind):
+@each_layer
+def test_layer_copies_repr_and_autocast(kind):
     layer, x = small(kind).float(), torch.randn(5, 4)
     for other in (copy.deepcopy(layer), pickle.loads(pickle.dumps(layer))):
         assert torch.equal(layer(x), other(x))
     assert repr(layer).startswith(("EpisodicRead(9, 4, 4, k=3, delta=0.1)", "KNNAttention(\n  4, 9, num_heads=2, k=3"))
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        half = layer(x.bfloat16())  # as a layer before it would make it
+        half = layer(x.bfloat16())  # as the output of a layer under autocast
     torch.testing.assert_close(half.float(), layer(x.bfloat16().float()), rtol=0.1, atol=0.1)
 
 
@@ -213,6 +213,6 @@ def test_copies_weights_and_autocast(kind):
         ),
     ],
 )
-def test_refusals(call, error, text):
+def test_layer_bad_input_raises(call, error, text):
     with pytest.raises(error, match="^" + re.escape(text) + "$"):
         call()

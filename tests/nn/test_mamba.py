@@ -1,4 +1,4 @@
-"""nn.Mamba: mamba_ssm's parameters, the published block, states, resets, derivatives."""
+"""nn.Mamba: the parameters of mamba_ssm, the published block, states, resets, derivatives, errors."""
 
 import math
 from types import SimpleNamespace
@@ -10,7 +10,6 @@ from torch import nn
 from torch.func import functional_call, grad, vmap
 
 from eaml_ext.nn import Mamba
-from eaml_ext.nn._causal_conv import causal_conv
 from eaml_ext.ops import selective_scan_reference
 
 
@@ -23,7 +22,7 @@ def sequence(batch=2, length=9, width=6):
 
 
 def published(m, x):
-    """Figure 3 and algorithm 2 of the paper, zeros before the sequence, gradients by autograd through the loop."""
+    """Figure 3 and algorithm 2 of the paper with a loop over time, from zero states."""
     x, z = m.in_proj(x).mT.chunk(2, dim=1)
     x = F.silu(F.conv1d(F.pad(x, (m.d_conv - 1, 0)), m.conv1d.weight, m.conv1d.bias, groups=m.d_inner))
     delta, B, C = m.x_proj(x.mT).split((m.dt_rank, m.d_state, m.d_state), dim=-1)
@@ -38,16 +37,16 @@ def published(m, x):
     [{}, {"d_conv": 1}, {"d_conv": 7, "expand": 3, "bias": True}, {"conv_bias": False, "dt_rank": 4}],
     ids=str,
 )
-def test_block_is_the_published_one(options):
+def test_mamba_computes_the_published_block(options):
     m, x = block(**options), sequence()
     torch.testing.assert_close(m(x), published(m, x))
-    with torch.no_grad():  # another way through the convolution
+    with torch.no_grad():  # the convolution has another path without gradients
         torch.testing.assert_close(m(x), published(m, x))
         torch.testing.assert_close(m(x[:, :2]), published(m, x[:, :2]))
 
 
-def test_loads_a_checkpoint_of_mamba_ssm():
-    """The names and shapes of mamba_ssm.Mamba(768), written down from it."""
+def test_mamba_loads_a_checkpoint_of_mamba_ssm():
+    """Names and shapes are copied from mamba_ssm.Mamba(768)."""
     inner, state, width, rank = 1536, 16, 4, 48
     checkpoint = {
         "A_log": (inner, state),
@@ -68,7 +67,7 @@ def test_loads_a_checkpoint_of_mamba_ssm():
     assert {"in_proj.bias", "out_proj.bias"} < set(biased) and "conv1d.bias" not in biased
 
 
-def test_initialisation_draws_what_mamba_ssm_draws():
+def test_mamba_initialisation_equals_that_of_mamba_ssm():
     torch.manual_seed(3)
     m = Mamba(32, d_state=5, dt_min=0.01, dt_max=0.2)
     torch.manual_seed(3)
@@ -91,13 +90,13 @@ def test_initialisation_draws_what_mamba_ssm_draws():
 
 
 @pytest.mark.parametrize("no_grad", [False, True])
-def test_scan_equals_steps_equals_split_scans(no_grad):
+def test_mamba_scan_equals_steps_and_split_scans(no_grad):
     m, x = block(), sequence()
     with torch.set_grad_enabled(not no_grad):
         whole, (conv, ssm) = m.scan(x)
-        for cut in (1, 2, 7):  # shorter and longer than the convolution
-            a, state = m.scan(x[:, :cut])
-            b, last = m.scan(x[:, cut:], state)
+        for split in (1, 2, 7):  # shorter and longer than the convolution
+            a, state = m.scan(x[:, :split])
+            b, last = m.scan(x[:, split:], state)
             torch.testing.assert_close(torch.cat([a, b], dim=1), whole)
             torch.testing.assert_close(last, (conv, ssm))
         state, ys = m.allocate_inference_cache(2, max_seqlen=9), []
@@ -110,7 +109,7 @@ def test_scan_equals_steps_equals_split_scans(no_grad):
         assert empty.shape == (2, 0, 6) and torch.equal(unchanged[0], conv) and torch.equal(unchanged[1], ssm)
 
 
-def test_resets_cut_sequence_state_and_convolution():
+def test_mamba_resets_separate_episodes_in_state_and_convolution():
     m, x = block(), sequence(length=12)
     reset = torch.zeros(2, 12, dtype=torch.bool)
     reset[0, [0, 5, 6]] = True
@@ -129,20 +128,7 @@ def test_resets_cut_sequence_state_and_convolution():
     assert g[0, :6].abs().max() == 0 and g[0, 6:].abs().max() > 0  # exactly
 
 
-@pytest.mark.parametrize("with_reset", [False, True])
-def test_convolution_has_right_derivatives(with_reset):
-    x, window = sequence(width=2, length=4), torch.randn(2, 2, 3, dtype=torch.float64)
-    weight, bias = torch.randn(2, 1, 3, dtype=torch.float64), torch.randn(2, dtype=torch.float64)
-    reset = torch.tensor([[0, 0, 1, 0], [1, 0, 0, 1]]).bool() if with_reset else None
-    inputs = tuple(v.requires_grad_() for v in (x, window, weight, bias))
-
-    def conv(*v):
-        return causal_conv(*v, reset)
-
-    assert torch.autograd.gradcheck(conv, inputs) and torch.autograd.gradgradcheck(conv, inputs)
-
-
-def test_steps_pass_gradients_back_in_time():
+def test_mamba_steps_have_the_gradient_of_the_scan():
     m, x = block(), sequence(length=3).requires_grad_()
     state, total = m.allocate_inference_cache(2), 0
     for t in range(3):
@@ -153,7 +139,7 @@ def test_steps_pass_gradients_back_in_time():
     torch.testing.assert_close(by_steps, by_scan)
 
 
-def test_per_task_weights_under_vmap_equal_a_loop():
+def test_mamba_per_task_weights_under_vmap_equal_a_loop():
     m, x = block(), torch.randn(3, 2, 6, 6, dtype=torch.float64)
     params = {k: p.detach() + 0.1 * torch.randn(3, *p.shape, dtype=p.dtype) for k, p in m.named_parameters()}
 
@@ -166,7 +152,7 @@ def test_per_task_weights_under_vmap_equal_a_loop():
         torch.testing.assert_close({k: g[i] for k, g in together.items()}, alone)
 
 
-def test_maml_outer_gradient_equals_the_published_block_s():
+def test_mamba_maml_outer_gradient_equals_that_of_the_published_block():
     m, x, target = block(), sequence(), sequence()
     params = {k: p.detach() for k, p in m.named_parameters()}
 
@@ -189,7 +175,7 @@ def test_maml_outer_gradient_equals_the_published_block_s():
     torch.testing.assert_close(ours, by_loop)
 
 
-def test_half_precision_and_autocast():
+def test_mamba_in_bfloat16_and_under_autocast_is_close_to_float32():
     m = Mamba(16)
     x = torch.randn(2, 9, 16)
     want = m(x)
@@ -205,7 +191,7 @@ def test_half_precision_and_autocast():
     torch.testing.assert_close(y.float(), want[:, :1], rtol=0.05, atol=0.05)
 
 
-def test_inference_params_keep_the_states_of_a_layer():
+def test_mamba_inference_params_keep_the_states_of_a_layer():
     m, x = block(layer_idx=4), sequence()
     memory = SimpleNamespace(seqlen_offset=0, key_value_memory_dict={})
     ys = []
@@ -218,7 +204,7 @@ def test_inference_params_keep_the_states_of_a_layer():
     torch.testing.assert_close(m(x[:, :3], inference_params=memory), m(x[:, :3]))
 
 
-def test_inference_params_preallocated_states_are_continued():
+def test_mamba_inference_params_preallocated_states_are_continued():
     """mamba_ssm's generation allocates the cache before the first call."""
     m, x = block(layer_idx=0), sequence()
     _, states = m.scan(x[:, :5])
@@ -258,12 +244,12 @@ def test_inference_params_preallocated_states_are_continued():
         ),
     ],
 )
-def test_inference_params_without_states_or_attributes_are_refused(attributes, error, text):
+def test_mamba_inference_params_without_states_or_attributes_raise(attributes, error, text):
     m, memory = block(layer_idx=4), SimpleNamespace(**attributes)
     with pytest.raises(error) as caught:
         m(sequence(), inference_params=memory)
     assert str(caught.value) == text
-    assert getattr(memory, "key_value_memory_dict", {}) in ({}, {1: None})  # nothing is written
+    assert getattr(memory, "key_value_memory_dict", {}) in ({}, {1: None})  # unchanged
 
 
 def bad_calls():
@@ -304,7 +290,7 @@ def bad_calls():
 
 
 @pytest.mark.parametrize("call, error, text", list(bad_calls()), ids=lambda v: v if isinstance(v, str) else "")
-def test_bad_input_gets_one_sentence(call, error, text):
+def test_mamba_bad_input_raises_one_sentence(call, error, text):
     with pytest.raises(error) as info:
         call()
     assert text in str(info.value) and "\n" not in str(info.value)

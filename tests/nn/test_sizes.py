@@ -1,4 +1,4 @@
-"""Sizes of every module: NumPy scalars become Python numbers, and what no tensor can hold is refused in a sentence."""
+"""Sizes of every module: NumPy scalars become Python numbers, and sizes that no tensor can have raise one sentence."""
 
 import fractions
 import json
@@ -33,7 +33,7 @@ CASES = {
 
 
 def plain(value):
-    """Whether ``value`` is made of Python's own numbers and strings, which JSON and torch.save write."""
+    """Return whether ``value`` consists of Python's numbers and strings, which JSON and torch.save can write."""
     if isinstance(value, (list, tuple)):
         return all(map(plain, value))
     return (
@@ -68,7 +68,7 @@ def test_ssm_numpy_sizes_are_saved_and_loaded(tmp_path):
     assert Mamba(4).allocate_inference_cache(N(2))[0].shape == (2, 8, 4)
 
 
-def refused():
+def bad_sizes():
     for value, error, text in (
         (2**31, ValueError, "must be < 2147483648, got 2147483648"),
         (2**63, ValueError, f"must be < 2147483648, got {2**63}"),
@@ -100,15 +100,15 @@ def refused():
             yield pytest.param(call, value, error, f"{where}: {name} {text}", id=f"{where}-{name}-{value!r}")
 
 
-@pytest.mark.parametrize(("call", "value", "error", "text"), list(refused()))
-def test_module_size_out_of_range_is_refused_in_a_sentence(call, value, error, text):
+@pytest.mark.parametrize(("call", "value", "error", "text"), list(bad_sizes()))
+def test_module_size_out_of_range_raises_one_sentence(call, value, error, text):
     with pytest.raises(error) as caught:
         call(value)
     assert str(caught.value).startswith(text) and "\n" not in str(caught.value)
 
 
 @pytest.mark.parametrize("batch", [2**31, 2**70, -1, True, 2.0])
-def test_state_of_a_batch_out_of_range_is_refused_in_a_sentence(batch):
+def test_initial_state_batch_out_of_range_raises_one_sentence(batch):
     for where, call in (
         ("SSM.init_hidden: batch", SSM(3, 4).init_hidden),
         ("Mamba.allocate_inference_cache: batch_size", Mamba(4).allocate_inference_cache),
@@ -118,6 +118,6 @@ def test_state_of_a_batch_out_of_range_is_refused_in_a_sentence(batch):
 
 
 @pytest.mark.parametrize("expand", [1e300, float("inf"), 0.01])
-def test_mamba_width_out_of_range_is_refused_in_a_sentence(expand):
+def test_mamba_expand_out_of_range_raises_one_sentence(expand):
     with pytest.raises(ValueError, match=r"^Mamba: expand must make d_model 8 at least 1 channel and less than"):
         Mamba(8, expand=expand)

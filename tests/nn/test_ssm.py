@@ -1,22 +1,20 @@
-"""SSM, SSMLayer, Stateful and the S6 core."""
+"""SSM, SSMLayer and Stateful: calls, states, saving, errors; the tests of their cores are in test_cores.py."""
 
 import copy
 import pickle
 
 import pytest
 import torch
-from torch.func import functional_call, grad, vmap
 
 from eaml_ext.nn import SSM, SSMLayer, Stateful
 from eaml_ext.nn.cores import S6, make_core
-from eaml_ext.ops import selective_scan_reference
 
 
 def model(**options):
     return SSM(5, 8, 3, state_size=4, **options).double()
 
 
-def test_call_returns_one_tensor_for_steps_and_sequences():
+def test_ssm_call_returns_one_tensor_for_steps_and_sequences():
     net = SSM(state_dim=10)
     assert net(torch.randn(32, 10)).shape == (32, 32)
     assert net.forward(torch.randn(4, 7, 10)).shape == (4, 7, 32)
@@ -24,7 +22,7 @@ def test_call_returns_one_tensor_for_steps_and_sequences():
 
 
 @pytest.mark.parametrize("num_layers", [1, 3])
-def test_scan_equals_steps_equals_split_scans(num_layers):
+def test_ssm_scan_equals_steps_and_split_scans(num_layers):
     net, x = model(num_layers=num_layers), torch.randn(2, 9, 5, dtype=torch.float64)
     whole, last = net.scan(x)
     a, state = net.scan(x[:, :4])
@@ -38,7 +36,7 @@ def test_scan_equals_steps_equals_split_scans(num_layers):
     assert torch.allclose(net(x[:, 4:], a_state := net.scan(x[:, :4])[1]), b) and a_state.shape == last.shape
 
 
-def test_resets_cut_a_sequence_into_episodes():
+def test_ssm_scan_reset_zeroes_the_state():
     net, x = model(num_layers=2), torch.randn(2, 9, 5, dtype=torch.float64)
     reset = torch.zeros(2, 9, dtype=torch.bool)
     reset[:, 6] = True
@@ -47,7 +45,7 @@ def test_resets_cut_a_sequence_into_episodes():
     assert not torch.allclose(y[:, :6], net(x[:, :6]))
 
 
-def test_every_parameter_learns_and_the_memory_is_used():
+def test_ssm_every_parameter_has_a_gradient_and_memory_is_learned():
     net = model()
     x = torch.randn(8, 20, 5, dtype=torch.float64)
     target = x.cumsum(dim=1)[..., :3] / 5  # needs memory
@@ -63,7 +61,7 @@ def test_every_parameter_learns_and_the_memory_is_used():
     assert losses[-1] < 0.2 * losses[0]
 
 
-def test_parameters_named_in_the_recurrence_can_be_read_and_set():
+def test_s6_parameters_can_be_read_and_set():
     core = model().cores[0]
     assert isinstance(core, S6)
     assert torch.allclose(core.A_log.exp()[0], torch.arange(1.0, 5.0, dtype=torch.float64))
@@ -74,49 +72,7 @@ def test_parameters_named_in_the_recurrence_can_be_read_and_set():
     assert step.min() >= 0.99e-3 and step.max() <= 1.01e-1
 
 
-def test_core_computes_the_published_formula():
-    core, x = S6(6, 4).double(), torch.randn(2, 5, 6, dtype=torch.float64)
-    delta, B, C = core.x_proj(x).split(core.split, dim=-1)
-    y = selective_scan_reference(
-        x.mT, core.dt_proj(delta).mT, -core.A_log.exp(), B.mT, C.mT, core.D, core.gate(x).mT, core.delta_bias, True
-    )
-    assert torch.allclose(core.scan(x)[0], core.out_proj(y.mT))
-
-
-def test_per_task_weights_under_vmap_equal_a_loop():
-    net, x = model(), torch.randn(3, 2, 6, 5, dtype=torch.float64)
-    params = {k: p.detach() + 0.1 * torch.randn(3, *p.shape, dtype=p.dtype) for k, p in net.named_parameters()}
-
-    def loss(p, x):
-        return functional_call(net, p, (x,)).square().sum()
-
-    together = vmap(grad(loss))(params, x)
-    for i in range(3):
-        alone = grad(loss)({k: p[i] for k, p in params.items()}, x[i])
-        assert all(torch.allclose(together[k][i], alone[k]) for k in alone)
-
-
-def test_maml_outer_gradient_equals_the_reference_loop(monkeypatch):
-    """One inner step, fp64: 1e-6 relative is asked, rounding is what comes."""
-    net = model()
-    x, y = torch.randn(2, 40, 5, dtype=torch.float64), torch.randn(2, 40, 3, dtype=torch.float64)
-    params = {k: p.detach() for k, p in net.named_parameters()}
-
-    def outer(p):
-        def inner(q):
-            return (functional_call(net, q, (x,)) - y).square().mean()
-
-        g = grad(inner)(p)
-        return inner({k: v - 0.1 * g[k] for k, v in p.items()})
-
-    ours = grad(outer)(params)
-    monkeypatch.setattr("eaml_ext.nn.cores.s6.selective_scan", selective_scan_reference)
-    reference = grad(outer)(params)
-    for k in ours:
-        assert (ours[k] - reference[k]).abs().max() <= 1e-6 * reference[k].abs().max(), k
-
-
-def test_save_and_load_keep_weights_and_options(tmp_path):
+def test_ssm_save_and_load_keep_weights_and_options(tmp_path):
     net = SSM(5, 8, 3, state_size=4, num_layers=2, dt_min=0.2, dt_max=0.5)
     net.save(tmp_path / "m.safetensors")
     back = SSM.load(tmp_path / "m.safetensors")
@@ -129,7 +85,7 @@ def test_save_and_load_keep_weights_and_options(tmp_path):
         SSM(5, 8, 3, core=lambda dim, n: S6(dim, n)).save(tmp_path / "c")
 
 
-def test_save_quantised_layers_is_refused(tmp_path):
+def test_ssm_save_of_quantised_layers_raises(tmp_path):
     model = torch.ao.quantization.quantize_dynamic(SSM(3, 8, 2), {torch.nn.Linear})
     with pytest.raises(ValueError, match="its layer is quantised"):
         model.save(tmp_path / "model")
@@ -137,7 +93,7 @@ def test_save_quantised_layers_is_refused(tmp_path):
 
 
 @pytest.mark.parametrize("copied", [copy.deepcopy, lambda net: pickle.loads(pickle.dumps(net))], ids=["copy", "pickle"])
-def test_a_copy_is_equal_and_independent(copied):
+def test_stateful_copy_is_equal_and_independent(copied):
     net, x = Stateful(model(num_layers=2)), torch.randn(2, 4, 5, dtype=torch.float64)
     net(x)
     other = copied(net)
@@ -150,11 +106,11 @@ def test_a_copy_is_equal_and_independent(copied):
     assert torch.equal(net(x), want)
 
 
-def test_autocast_takes_a_core_on_full_precision_input():
+def test_s6_under_autocast_accepts_float32_input():
     core, x = S6(6, 4), torch.randn(2, 5, 6)
     want, want_state = core.scan(x)
     with torch.autocast("cpu", torch.bfloat16):
-        y, state = core.scan(x)  # u stays float32 where the projections come in bfloat16, as after CUDA's RMSNorm
+        y, state = core.scan(x)  # u is float32 and the projections are bfloat16, as after CUDA's RMSNorm
         stepped, _ = core.step(x[:, 0], core.scan(x[:, :0])[1])
     assert y.dtype == stepped.dtype == torch.bfloat16 and state.dtype == torch.float32
     torch.testing.assert_close(y.float(), want, rtol=0.05, atol=0.05)
@@ -162,7 +118,7 @@ def test_autocast_takes_a_core_on_full_precision_input():
     torch.testing.assert_close(stepped.float(), want[:, 0], rtol=0.05, atol=0.05)
 
 
-def test_exported_model_takes_every_size():
+def test_ssm_exported_with_dynamic_sizes_equals_the_model():
     net = model()
     shapes = ({0: torch.export.Dim("batch", max=64), 1: torch.export.Dim("time", min=2, max=4096)},)
     program = torch.export.export(net, (torch.randn(2, 5, 5, dtype=torch.float64),), dynamic_shapes=shapes)
@@ -170,7 +126,7 @@ def test_exported_model_takes_every_size():
     torch.testing.assert_close(program.module()(x), net(x))
 
 
-def test_custom_core_plugs_in():
+def test_ssm_custom_core_is_used():
     class Leaky(torch.nn.Module):
         def __init__(self, dim, state_size):
             super().__init__()
@@ -192,15 +148,15 @@ def test_custom_core_plugs_in():
     assert net(torch.randn(2, 4, 5)).shape == (2, 4, 3) and net.init_hidden(2).shape == (2, 1, 8)
 
 
-def test_encoder_reads_two_dimensions_as_time():
+def test_ssm_layer_two_dimensions_are_one_sequence():
     encoder = SSMLayer(4, 16)
     x = torch.randn(50, 4)
     assert encoder(x).shape == (50, 16)
     assert torch.allclose(encoder(x.unsqueeze(0))[0], encoder(x), atol=1e-6)
-    assert not torch.allclose(encoder(x)[-1], encoder(x[-1:])[-1])  # what came before matters
+    assert not torch.allclose(encoder(x)[-1], encoder(x[-1:])[-1])  # earlier steps have an effect
 
 
-def test_stateful_remembers_and_forgets():
+def test_stateful_keeps_its_state_until_reset():
     net = model()
     wrapped, x = Stateful(net), torch.randn(2, 9, 5, dtype=torch.float64)
     whole = net(x)
@@ -212,7 +168,7 @@ def test_stateful_remembers_and_forgets():
     assert torch.allclose(after[0], net(x[:1, 6])[0]) and torch.allclose(after[1], whole[1, 6])
     wrapped.reset()
     assert torch.allclose(wrapped(x[:, :5]), whole[:, :5])
-    assert wrapped(x[:1]).shape == (1, 9, 3)  # another batch size starts anew
+    assert wrapped(x[:1]).shape == (1, 9, 3)  # another batch size starts from zero
 
 
 def bad_calls():
@@ -245,13 +201,13 @@ def bad_calls():
 
 
 @pytest.mark.parametrize("call, error, text", list(bad_calls()), ids=lambda v: v if isinstance(v, str) else "")
-def test_bad_input_gets_one_sentence(call, error, text):
+def test_ssm_bad_input_raises_one_sentence(call, error, text):
     with pytest.raises(error) as info:
         call()
     assert text in str(info.value) and "\n" not in str(info.value)
 
 
-def test_stateful_reset_refuses_bad_rows():
+def test_stateful_reset_bad_rows_raise():
     wrapped = Stateful(SSM(5, 8, 3))
     wrapped(torch.randn(2, 5))
     with pytest.raises(TypeError, match="rows must be bool"):
@@ -261,7 +217,7 @@ def test_stateful_reset_refuses_bad_rows():
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
-def test_stateful_remembers_in_every_dtype(dtype):
-    """The scan's state is float32 beside half types."""
+def test_stateful_keeps_its_state_in_every_dtype(dtype):
+    """The state is float32 when the input is bfloat16."""
     layer, x = Stateful(SSM(3, 32, 2).to(dtype)), torch.randn(2, 3, dtype=dtype)
     assert not torch.equal(layer(x), layer(x))

@@ -12,7 +12,7 @@ from eaml_ext.nn.cores import CORES, make_core
 from eaml_ext.nn.submodule import is_plain, reference_weight
 
 PROJECTIONS = ["in_proj", "conv1d", "x_proj", "dt_proj", "out_proj"]
-READ = ["conv1d", "dt_proj"]  # their weights go to the op past their forward
+READ = ["conv1d", "dt_proj"]  # their weights go to the op without a call of the layer
 
 
 def block(**options):
@@ -24,7 +24,7 @@ def sequence(length=9):
 
 
 class Scaled(nn.Module):
-    """An adapter: a base layer and a learned factor on its output, without a ``weight``."""
+    """An adapter without a ``weight``: a base layer and a learned factor on its output."""
 
     def __init__(self, base):
         super().__init__()
@@ -36,7 +36,7 @@ class Scaled(nn.Module):
 
 
 def folded(m, name):
-    """The block whose own weights have the adapter's factor in them."""
+    """Return a block whose weights are multiplied by the adapter's factor."""
     other, layer = block(), getattr(m, name)
     other.load_state_dict({k.replace(".base", ""): v for k, v in m.state_dict().items() if "factor" not in k})
     with torch.no_grad():
@@ -46,7 +46,7 @@ def folded(m, name):
 
 
 def assert_equal_in_every_call(m, want):
-    """``m`` computes what the plain block ``want`` computes: scan, steps, split scans, resets, lengths, no steps."""
+    """Compare ``m`` with the plain block ``want``: scan, steps, split scans, resets, lengths, zero steps."""
     x = sequence()
     reset = torch.zeros(2, 9, dtype=torch.bool)
     reset[0, [0, 4, 5]] = reset[1, 8] = True
@@ -193,7 +193,7 @@ def test_mamba_denser_convolution_is_called(replacement):
 
 
 @pytest.mark.parametrize("options", [{"dilation": 2}, {"stride": 2}, {"padding": 0}], ids=str)
-def test_mamba_convolution_of_another_length_is_refused(options):
+def test_mamba_convolution_of_another_length_raises(options):
     m = block()
     m.conv1d = nn.Conv1d(12, 12, 4, **{"padding": 3, "groups": 12, **options}).double()
     if "padding" in options:
@@ -202,7 +202,7 @@ def test_mamba_convolution_of_another_length_is_refused(options):
         m(sequence())
 
 
-def test_is_plain_only_without_anything_attached():
+def test_is_plain_with_hooks_or_another_type_is_false():
     layer = nn.Linear(2, 2)
     assert is_plain(layer, nn.Linear) and not is_plain(layer, nn.Conv1d)
     assert not is_plain(prune.identity(nn.Linear(2, 2), "weight"), nn.Linear)
@@ -210,7 +210,7 @@ def test_is_plain_only_without_anything_attached():
     assert not is_plain(type("Adapter", (nn.Linear,), {})(2, 2), nn.Linear)
 
 
-def test_reference_weight_skips_weights_that_are_no_floating_point_tensors():
+def test_reference_weight_skips_weights_that_are_not_floating_point():
     quantised, layer = nn.Module(), nn.Linear(2, 2, dtype=torch.float64)
     quantised.weight = nn.Parameter(torch.zeros(2, dtype=torch.int8), requires_grad=False)
     assert reference_weight(quantised, layer) is layer.weight
@@ -281,7 +281,7 @@ def quantised(module):
 def test_ssm_quantised_outputs_are_close_to_float(core):
     net, x = SSM(4, 32, 3, core=core), torch.randn(2, 20, 4)
     small = quantised(net)
-    assert not isinstance(small.embed, nn.Linear)  # it is quantised
+    assert not isinstance(small.embed, nn.Linear)
     want = net(x)
     assert 0 < (small(x) - want).abs().max() < 0.1 * want.abs().max()
     y, state = small.step(x[:, 0], small.init_hidden(2))
