@@ -33,7 +33,7 @@ from benchmarks.common import (
 )
 from benchmarks.ops.scan_peers import PASSES, PEERS, Peer, failures, problem
 from benchmarks.ops.scan_plot import plot
-from eaml_ext.ops.selective_scan import CHUNK
+from eaml_ext.ops.selective_scan import CHUNK_SIZE
 
 Shape = tuple[int, int, int, int]  # (batch, length, dim, state)
 Row = dict[str, Any]
@@ -212,7 +212,7 @@ def multiplications(task: str, length: int) -> float:
     Additions and shuffles run beside them. Before a double backward, duals run forward through all chunks but the last.
     """
     forward, backward, dual_forward, dual_backward = 6, 13, 11, 32
-    chunks = math.ceil(length / CHUNK)
+    chunks = math.ceil(length / CHUNK_SIZE)
     again = dual_forward * (chunks - 1) / chunks + dual_backward
     return {"forward": forward, "+backward": forward + backward, "+double backward": forward + backward + again}[task]
 

@@ -1,4 +1,4 @@
-"""What torch leaves without types, with types, so that decorated functions keep theirs; the objects are torch's own."""
+"""Names of torch that lack types, with types, so that decorated functions keep theirs."""
 
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, TypeVar

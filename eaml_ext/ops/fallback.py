@@ -1,4 +1,4 @@
-"""A reference that runs on a GPU says so, once: it is there, it is right, and it is slow."""
+"""A warning, once per op, where a slow reference runs on a GPU."""
 
 import functools
 import warnings
@@ -13,7 +13,7 @@ _warned: set[str] = set()
 
 
 def warn_once(op: str, device: torch.device) -> None:
-    """Warn, the first time in a process, that the reference of ``op`` runs on ``device``, if that is a GPU."""
+    """Warn, once per process, that the reference of ``op`` runs on ``device``, if that is a GPU."""
     if device.type == "cuda" and op not in _warned:
         _warned.add(op)
         text = f"{op}: no CUDA kernel takes these tensors, the slow pure-PyTorch reference runs on {device}"
@@ -21,7 +21,7 @@ def warn_once(op: str, device: torch.device) -> None:
 
 
 def reference_of(op: str) -> Callable[[Callable[..., _Result]], Callable[..., _Result]]:
-    """Decorates what the dispatcher calls where there is no kernel."""
+    """Decorate the function that the dispatcher calls where ``op`` has no kernel: a call on a GPU warns."""
 
     def decorate(function: Callable[..., _Result]) -> Callable[..., _Result]:
         @functools.wraps(function)

@@ -6,7 +6,6 @@ length 1024.
 
 import functools
 import math
-import sys
 from collections.abc import Sequence
 from typing import Any
 
@@ -16,8 +15,8 @@ from op_conformance import Call, derivatives, gradients, leaves, outputs, to_flo
 from torch import Tensor
 
 from eaml_ext.ops import selective_scan, selective_scan_reference
+from eaml_ext.ops.selective_scan import ARGUMENTS
 
-ARGUMENTS = sys.modules["eaml_ext.ops.selective_scan"].ARGUMENTS
 SEQUENCES = ("u", "delta", "B", "C", "z")
 # The tensors that `results` returns.
 NAMES = (

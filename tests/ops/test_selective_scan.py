@@ -14,10 +14,10 @@ from op_conformance import DTYPES, Battery, Build, Call, Op, close, derivatives,
 from torch import Tensor
 
 from eaml_ext.ops import selective_scan, selective_scan_reference, selective_scan_step
+from eaml_ext.ops.selective_scan import ARGUMENTS
 
-module = sys.modules["eaml_ext.ops.selective_scan"]
+functional = sys.modules["eaml_ext.ops.selective_scan._functional"]
 ops = torch.ops.eaml_ext
-ARGUMENTS = module.ARGUMENTS
 OPTIONAL = ("D", "z", "delta_bias", "initial_state", "reset")
 
 # Roundings in a row that an output or gradient sees: a dozen in a step and its exp, for the steps that the state
@@ -620,8 +620,8 @@ def test_step_fault_of_a_kernel_is_raised_and_not_computed_again(fault, monkeypa
     with torch.no_grad():
         selective_scan_step(**GOOD_STEP)  # the raw op takes these arguments
         kernels = type("Ops", (), {"selective_scan_step": staticmethod(fails), "selective_scan": staticmethod(never)})
-        monkeypatch.setattr(module, "_ops", kernels)
-        monkeypatch.setattr(module, "_reference", never)
+        monkeypatch.setattr(functional, "library", kernels)
+        monkeypatch.setattr(functional, "reference", never)
         with pytest.raises(type(fault)) as caught:
             selective_scan_step(**GOOD_STEP)
     assert caught.value is fault
@@ -631,13 +631,13 @@ def test_step_refusal_of_the_raw_op_alone_is_raised(monkeypatch):
     def refuses(*_: Any) -> None:
         raise ValueError("selective_scan: u has a wrong dtype")
 
-    monkeypatch.setattr(module, "_ops", type("Ops", (), {"selective_scan_step": staticmethod(refuses)}))
+    monkeypatch.setattr(functional, "library", type("Ops", (), {"selective_scan_step": staticmethod(refuses)}))
     with pytest.raises(ValueError, match=r"^selective_scan: u has a wrong dtype$"):
         selective_scan_step(**GOOD_STEP)
 
 
 def test_examples():
-    failures, examples = doctest.testmod(module)
+    failures, examples = doctest.testmod(functional)
     assert examples and not failures
 
 
