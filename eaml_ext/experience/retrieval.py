@@ -1,18 +1,18 @@
-"""Which experience to adapt on: the strategies, each a maker of ``retriever(buffer, batch) -> dict | None``.
+"""Strategies that choose the experience to adapt on: each returns a ``retriever(buffer, batch) -> dict | None``.
 
-A retriever looks at the buffer and at the batch that the Adapter was given and returns ``{"states", "targets"}``, or
-None when it has nothing to offer; with ``"weights"`` ``(n,)`` too, the items count in that proportion. ``states`` and
-``targets`` of the makers go to ``Experiences.batch``. Experiences of ``batch["task"]``, where it is given, are left out
-by all but ``uniform``. A retriever returns one state of the buffer, whatever other threads write meanwhile. It can be
-pickled if its selectors can.
+A retriever receives the buffer and the Adapter's batch, and returns ``{"states", "targets"}``, or None if it finds no
+items. With ``"weights"`` ``(n,)`` too, the items count in that proportion. The arguments ``states`` and ``targets`` of
+the strategies go to ``Experiences.batch``. All but ``uniform`` leave out experiences of ``batch["task"]``, if it is
+given. A retriever returns one state of the buffer, whatever other threads write meanwhile. It can be pickled if its
+selectors can.
 
-=================  ==================================================================================================
-``uniform``        all experience is of one kind, or as the control variant
-``nearest``        the context embedding tells tasks apart
-``attention``      it does, but how many stored items are relevant differs from query to query
-``ivf``   it does, and the memory is so large that comparing with all of it takes too long
-``best_fit``       it does not, but a model adapted to a past task recognises the data
-=================  ==================================================================================================
+When each helps:
+
+- ``uniform``: all experience is of one kind. It is also the control variant.
+- ``nearest``: the context embedding separates tasks.
+- ``attention``: the embedding separates tasks, but the number of relevant items differs from query to query.
+- ``ivf``: the embedding separates tasks, but the memory is so large that an exact search takes too long.
+- ``best_fit``: the embedding does not separate tasks, but a model adapted to a past task fits the data.
 """
 
 from collections.abc import Callable, Mapping
@@ -35,10 +35,15 @@ Retriever = Callable[[ExperienceBuffer, Mapping[str, Any]], "dict[str, Tensor] |
 def uniform(
     n: int, *, weighted: bool = False, states: Selector | None = None, targets: Selector | None = None
 ) -> Retriever:
-    """``n`` experiences at random, ``weighted`` by priority and age where asked.
+    """Return a retriever of ``n`` random experiences.
 
-    Helps when what was met before is what is met now: one task, few data at a time. Where tasks differ it tends to
-    hurt, which makes it the control variant.
+    It helps when past and present data have one distribution: one task, few data at a time. If tasks differ, it tends
+    to hurt, which makes it the control variant.
+
+    Args:
+        n: number of experiences.
+        weighted: draw in proportion to priority and age.
+        states, targets: arguments of ``Experiences.batch``.
 
     >>> import torch
     >>> buffer = ExperienceBuffer(100)
@@ -66,9 +71,13 @@ def _uniform(
 
 
 def nearest(k: int, *, states: Selector | None = None, targets: Selector | None = None) -> Retriever:
-    """The ``k`` experiences with the context embeddings nearest to ``batch["context_embedding"]``.
+    """Return a retriever of the ``k`` experiences with the embeddings nearest to ``batch["context_embedding"]``.
 
-    Helps when the embedding tells tasks apart.
+    It helps when the embedding separates tasks.
+
+    Args:
+        k: number of experiences.
+        states, targets: arguments of ``Experiences.batch``.
 
     >>> import torch
     >>> buffer = ExperienceBuffer(100)
@@ -102,16 +111,20 @@ def _nearest(
 def attention(
     k: int, temperature: float = 1.0, *, states: Selector | None = None, targets: Selector | None = None
 ) -> Retriever:
-    """The ``k`` nearest experiences, each with a weight: ``softmax(-distances / temperature)``.
+    """Return a retriever of the ``k`` nearest experiences with weights: ``softmax(-distances / temperature)``.
 
-    Helps when how many stored items are relevant differs from query to query: ``k`` may then be generous, what is far
-    counts for nothing. ``temperature`` is in units of the metric, about the distance between the embeddings of what
-    belongs together.
+    It helps when the number of relevant items differs from query to query: ``k`` may then be large, because far items
+    have no weight.
 
-    Returned are the pairs with their weights and not one averaged pair: a mean of states with the mean of their targets
-    is no sample of any task, unless the tasks are linear. The Adapter weighs the loss of each pair. The weights are
-    differentiable with respect to ``batch["context_embedding"]``, for those who train the embedding through them;
-    :meth:`Experiences.read` is the weighted mean itself.
+    The retriever returns pairs with weights, by which the Adapter weighs their losses, and not one averaged pair. The
+    mean of states with the mean of their targets is no sample of any task, unless the tasks are linear.
+    :meth:`Experiences.read` is that mean. The weights are differentiable with respect to
+    ``batch["context_embedding"]``, so that an embedding can be trained through them.
+
+    Args:
+        k: number of experiences.
+        temperature: in units of the metric, about the distance between embeddings of one task.
+        states, targets: arguments of ``Experiences.batch``.
 
     >>> import torch
     >>> buffer = ExperienceBuffer(100)
@@ -127,33 +140,34 @@ def attention(
 
 
 class ivf:
-    """The ``k`` nearest experiences, sought in the ``nprobe`` lists nearest to the query only.
+    """A retriever of the ``k`` nearest experiences that searches only the ``nprobe`` lists nearest to the query.
 
-    The embeddings are parted into lists around centroids found by k-means; a search compares the query with the
-    centroids, then exactly with what stands in the nearest lists. Helps when the memory is large: with the default
-    number of lists one search looks at about ``2 · sqrt(nprobe · n)`` of n embeddings. What it misses is what stands
-    beyond a border of lists; :meth:`recall` says how much that is. Where the probed lists hold fewer than ``k``
-    candidates, or most of the memory, all of it is searched.
+    k-means divides the embeddings into inverted lists, one around each centroid of the coarse quantizer. A search
+    compares the query with the centroids, and then exactly with the items of the nearest lists. It helps when the
+    memory is large: with the default ``nlist`` one search compares about ``2 · sqrt(nprobe · n)`` of n embeddings. It
+    misses neighbours in other lists; :meth:`recall` measures their share. All of the memory is searched if the probed
+    lists hold fewer than ``k`` candidates, or more than a quarter of it.
 
-    Items added since the lists were made are searched one and all, until they are a tenth of the memory and are put
-    into lists too; when all have been replaced, the lists are made anew. That search then takes long (k-means).
+    Items added after the lists were made are all searched, until they are a tenth of the memory and are assigned to
+    lists too. When all items have been replaced, or their number has doubled, k-means runs again, and that search
+    takes long.
 
     Each buffer that is searched has its own lists, which live as long as the buffer. They depend on ``seed`` and the
     stored items alone, also in a DataLoader worker. A copied or pickled retriever makes new lists at its first search.
 
     Args:
-        k: how many experiences.
-        nprobe: how many lists are searched; None: all, which is exact (and plain ``nearest``).
-        nlist: how many there are; None: ``sqrt(nprobe · n)``, which balances the two comparisons.
+        k: number of experiences.
+        nprobe: number of lists searched for each query; None: all, which is exact and equals ``nearest``.
+        nlist: number of lists; None: ``sqrt(nprobe · n)``, which balances the two comparisons.
         seed: of k-means' first centroids.
-        states, targets: go to ``Experiences.batch``.
+        states, targets: arguments of ``Experiences.batch``.
 
     Source: inverted files, Jégou et al., "Product quantization for nearest neighbor search", 2011, section IV.
 
     >>> import torch
     >>> buffer = ExperienceBuffer(10_000)
-    >>> places = torch.randn(50, 8).repeat(200, 1)  # embeddings come in clusters, as those of tasks do
-    >>> x = places + 0.05 * torch.randn(10_000, 8)
+    >>> centers = torch.randn(50, 8).repeat(200, 1)  # embeddings in clusters, one for each task
+    >>> x = centers + 0.05 * torch.randn(10_000, 8)
     >>> buffer.add(x, x, context_embedding=x)
     >>> retriever = ivf(10, nprobe=4)
     >>> retriever(buffer, {"context_embedding": x[0]})["states"].shape
@@ -190,9 +204,16 @@ class ivf:
         return found.batch(self.states, self.targets) if found else None
 
     def search(self, buffer: ExperienceBuffer, query_embedding: Tensor, exclude_task: Any = None) -> Experiences:
-        """As :meth:`ExperienceBuffer.retrieve`; several queries share the lists that any of them probes.
+        """Return the ``k`` nearest experiences in the probed lists, nearest first.
 
-        Where these make up more than a quarter of the memory all of it is searched, which is faster then.
+        Several queries share the lists that any of them probes. If these hold more than a quarter of the memory, all
+        of it is searched, which is faster then.
+
+        Args:
+            query_embedding: ``(dim,)``, or ``(queries, dim)`` for several at once, in the embeddings' dtype, finite.
+            exclude_task: id of a task, or several, whose experiences are left out.
+
+        Returns, raises: as :meth:`ExperienceBuffer.retrieve`.
         """
         if self._inverted_file is None:
             return buffer.retrieve(query_embedding, self.k, exclude_task)
@@ -205,9 +226,10 @@ class ivf:
             return buffer.retrieve(query_embedding, self.k, exclude_task)
 
     def recall(self, buffer: ExperienceBuffer, queries: Tensor) -> float:
-        """The share of the ``k`` nearest experiences that :meth:`search` finds, each query by itself.
+        """Return the share of the ``k`` nearest experiences that :meth:`search` finds, each query by itself.
 
-        ``queries`` is ``(n, dim)``: embeddings such as will be asked for.
+        Args:
+            queries: ``(n, dim)``, in the embeddings' dtype, with the distribution of later queries.
 
         Raises:
             ValueError, TypeError: as :meth:`ExperienceBuffer.retrieve`, or there are no queries.
@@ -230,17 +252,17 @@ def best_fit(
     states: Selector | None = None,
     targets: Selector | None = None,
 ) -> Retriever:
-    """All experiences of the ``num_tasks`` past tasks that explain the batch best.
+    """Return a retriever of all experiences of the ``num_tasks`` past tasks that fit the batch best.
+
+    It helps when few noisy data suffice to recognise a past task, and no embedding separates tasks.
 
     Args:
-        score_fn: ``(buffer, tasks, batch) -> (len(tasks),)``, the loss on the batch of a model adapted to each of
-            the tasks (int64 ids); the smallest finite ones win. One is ``eaml_ext.meta.AdaptedTaskModels``.
-            Other threads may overwrite tasks while it runs: those are left out, and a ValueError that it raises
-            because of them is followed by a call with the remaining tasks.
-        num_tasks: how many tasks to take.
-
-    Helps when few noisy data say little by themselves but enough to recognise a task met before, and no embedding
-    is at hand that does.
+        score_fn: ``(buffer, tasks, batch) -> (len(tasks),)``, floating: for each task, the loss on the batch of a model
+            adapted to it. ``tasks`` is int64 ``(n,)``, ids. The smallest finite losses win.
+            ``eaml_ext.meta.AdaptedTaskModels`` has such a function. Other threads may overwrite tasks while it runs:
+            those are left out. After a ValueError because of them it is called again with the remaining tasks.
+        num_tasks: number of tasks.
+        states, targets: arguments of ``Experiences.batch``.
 
     >>> import torch
     >>> buffer = ExperienceBuffer(100)
@@ -300,7 +322,7 @@ def _best_fit(
 
 
 def _stored_tasks(buffer: ExperienceBuffer) -> Tensor:
-    """As :meth:`ExperienceBuffer.tasks`, and none where the buffer is empty."""
+    """Return the ids of the stored tasks, int64 ``(tasks,)``, also of an empty buffer."""
     with buffer.storage.lock:
         return buffer.tasks() if len(buffer) else torch.empty(0, dtype=torch.int64, device=buffer.device)
 

@@ -48,7 +48,7 @@ class ShardedExperienceBuffer:
 
     With different numbers of items, a rank's ring drops that rank's oldest. A search then equals one in a buffer with
     all live items in the order of their indices. With ``age_half_life`` the age of an item is the number of items
-    between it and the newest of all ranks; weights are rounded by the turn of their own ring.
+    between it and the newest of all ranks. The rounding of weights depends on the counters of each rank.
 
     *Tasks* have the same ids on all ranks: ``exclude_task=3`` leaves out task 3 of all shards.
 

@@ -10,13 +10,14 @@ import textwrap
 
 import pytest
 import torch
+from buffer_helpers import same
 
 from eaml_ext.experience import ExperienceBuffer, _ring
 
 
 @pytest.fixture
 def narrow(monkeypatch):
-    """Few spare slots, so that the buffer flushes by itself often."""
+    """Reduce the spare slots, so that the buffer flushes by itself often."""
     monkeypatch.setattr(_ring, "SPARE_SLOTS", 5)
 
 
@@ -33,20 +34,12 @@ def items(n, task=0):
 
 
 def pair(tmp_path, capacity=20, **options):
-    """One buffer in memory and one on disk."""
+    """Return one buffer in memory and one on disk."""
     options = {"seed": 1, **options}
     return ExperienceBuffer(capacity, **options), ExperienceBuffer(capacity, directory=tmp_path / "b", **options)
 
 
-def same(a, b):
-    if isinstance(a, torch.Tensor):
-        return torch.equal(a, b)
-    if isinstance(a, dict):
-        return a.keys() == b.keys() and all(same(a[key], b[key]) for key in a)
-    return a == b
-
-
-def test_on_disk_answers_as_in_memory(tmp_path, narrow):
+def test_buffer_on_disk_answers_as_in_memory(tmp_path, narrow):
     memory, disk = pair(tmp_path, age_half_life=11.0)
     for step, size in enumerate((3, 1, 0, 20, 4, 13, 1, 1, 67, 5, 2)):
         more = items(size, step % 3)
@@ -72,11 +65,11 @@ def test_on_disk_answers_as_in_memory(tmp_path, narrow):
         assert same(memory.state_dict(), disk.state_dict())
 
 
-def test_indices_on_disk_go_stale_too(tmp_path, narrow):
+def test_get_on_disk_after_overwriting_refuses_stale_indices(tmp_path, narrow):
     _, disk = pair(tmp_path, capacity=8)
     disk.add(**items(8))
     old = disk.get_batch(30)
-    numbers = old.generations * 13 + old.indices  # 8 and 5 spare slots
+    numbers = old.generations * 13 + old.indices  # 8 slots and 5 spare ones
     disk.add(**items(3))
     fresh = disk.is_current(old.indices, old.generations)
     assert torch.equal(fresh, numbers >= 3) and not fresh.all()
@@ -87,7 +80,7 @@ def test_indices_on_disk_go_stale_too(tmp_path, narrow):
 
 
 @pytest.mark.parametrize("closed", [True, False])
-def test_reopened_it_goes_on_as_before(tmp_path, closed, narrow):
+def test_open_after_close_or_flush_continues_as_in_memory(tmp_path, closed, narrow):
     memory, disk = pair(tmp_path, age_half_life=11.0, metric="cosine")
     for size in (17, 9, 30):
         more = items(size)
@@ -96,7 +89,7 @@ def test_reopened_it_goes_on_as_before(tmp_path, closed, narrow):
     memory.get_batch(3)
     disk.get_batch(3)
     disk.close() if closed else disk.flush()
-    del disk  # lets go of the lock
+    del disk  # releases the lock
     disk = ExperienceBuffer.open(tmp_path / "b")
     assert same(memory.state_dict(), disk.state_dict())
     assert repr(disk) == repr(memory)[:-1] + f", directory={tmp_path / 'b'})"
@@ -108,11 +101,11 @@ def test_reopened_it_goes_on_as_before(tmp_path, closed, narrow):
     assert same(memory.get_batch(7).fields, disk.get_batch(7).fields)
 
 
-def test_loaded_copied_and_saved(tmp_path, narrow):
+def test_load_state_dict_on_disk_replaces_files_and_copies_are_independent(tmp_path, narrow):
     memory, disk = pair(tmp_path)
     for size in (13, 22):
         memory.add(**items(size))
-    disk.add(state=torch.zeros(3))  # of another schema: its files are replaced
+    disk.add(state=torch.zeros(3))  # has another schema, so that its files are replaced
     disk.load_state_dict(memory.state_dict())
     assert same(memory.state_dict(), disk.state_dict())
     assert len(list((tmp_path / "b").glob("field-*"))) == 7
@@ -122,13 +115,13 @@ def test_loaded_copied_and_saved(tmp_path, narrow):
         other.add(**items(4))
         assert same({**other.state_dict(), "generator": 0}.keys(), memory.state_dict().keys())
         assert "directory" not in repr(other)
-    assert same(memory.state_dict(), disk.state_dict())  # its copies are their own
+    assert same(memory.state_dict(), disk.state_dict())  # changes of copies do not reach it
     more = items(30)
     memory.add(**more)
     disk.add(**more)
     del disk
     kept = ExperienceBuffer.open(tmp_path / "b")
-    assert 13 < len(kept) <= 20  # the last flush by itself
+    assert 13 < len(kept) <= 20  # the buffer has flushed by itself
 
 
 CRASH = """
@@ -153,12 +146,12 @@ os.kill(os.getpid(), signal.SIGKILL)
 
 @pytest.mark.skipif(not hasattr(signal, "SIGKILL"), reason="needs a POSIX kill")
 @pytest.mark.parametrize(("flushed", "after"), [(30, 9), (120, 16), (333, 130)])
-def test_after_a_crash_everything_flushed_is_there(tmp_path, flushed, after):
+def test_open_after_a_crash_restores_the_last_flush(tmp_path, flushed, after):
     margin = 16
     run = [sys.executable, "-c", textwrap.dedent(CRASH), str(tmp_path / "b"), *map(str, (flushed, after, margin))]
     child = subprocess.run(run, capture_output=True, text=True)
     assert child.returncode == -signal.SIGKILL, child.stderr
-    last = int(child.stdout)  # it may have flushed by itself since
+    last = int(child.stdout)  # the buffer may have flushed by itself later
     assert last == flushed if after <= margin else flushed < last <= flushed + after
     buffer = ExperienceBuffer.open(tmp_path / "b")
     wanted = torch.arange(max(0, last - 50), last)
@@ -172,7 +165,7 @@ def test_after_a_crash_everything_flushed_is_there(tmp_path, flushed, after):
 
 
 @pytest.mark.parametrize("moment", ["map", "checkpoint"])
-def test_a_crash_in_the_middle_of_a_flush_leaves_the_flush_before(tmp_path, monkeypatch, moment, narrow):
+def test_flush_interrupted_keeps_the_flush_before(tmp_path, monkeypatch, moment, narrow):
     _, disk = pair(tmp_path)
     disk.add(**items(24))
     disk.flush()
@@ -190,7 +183,7 @@ def test_a_crash_in_the_middle_of_a_flush_leaves_the_flush_before(tmp_path, monk
     assert same(ExperienceBuffer.open(tmp_path / "b").state_dict(), before)
 
 
-def test_one_buffer_at_a_time(tmp_path):
+def test_open_directory_in_use_raises_blocking_error(tmp_path):
     _, disk = pair(tmp_path)
     disk.add(**items(3))
     folder = re.escape(str(tmp_path / "b"))
@@ -205,7 +198,7 @@ def test_one_buffer_at_a_time(tmp_path):
     assert len(ExperienceBuffer.open(tmp_path / "b")) == 3
 
 
-def test_a_closed_buffer_says_so(tmp_path):
+def test_calls_on_a_closed_buffer_raise(tmp_path):
     _, disk = pair(tmp_path)
     disk.add(**items(3))
     disk.close()
@@ -225,7 +218,7 @@ def test_a_closed_buffer_says_so(tmp_path):
             call()
 
 
-def test_refusals(tmp_path):
+def test_directory_wrong_argument_raises(tmp_path):
     with pytest.raises(TypeError, match=r"^ExperienceBuffer: directory must be a path, got int"):
         ExperienceBuffer(5, directory=3)
     with pytest.raises(
@@ -245,7 +238,7 @@ def test_refusals(tmp_path):
         ExperienceBuffer.open(tmp_path)
 
 
-def test_damaged_files_are_refused(tmp_path):
+def test_open_damaged_files_raises(tmp_path):
     _, disk = pair(tmp_path)
     disk.add(**items(3))
     disk.close()
@@ -267,10 +260,10 @@ def test_damaged_files_are_refused(tmp_path):
     with pytest.raises(ValueError, match=r"^checkpoint\.load: "):
         ExperienceBuffer.open(tmp_path / "b")
     about.write_bytes(kept)
-    assert len(ExperienceBuffer.open(tmp_path / "b")) == 3  # a failed open has let go of the lock
+    assert len(ExperienceBuffer.open(tmp_path / "b")) == 3  # a failed open releases the lock
 
 
-def test_a_directory_cannot_point_outside_of_itself(tmp_path, monkeypatch):
+def test_open_file_outside_of_the_directory_raises(tmp_path, monkeypatch):
     _, disk = pair(tmp_path)
     disk.add(**items(3))
     outside = tmp_path / "outside"
@@ -281,12 +274,12 @@ def test_a_directory_cannot_point_outside_of_itself(tmp_path, monkeypatch):
         ExperienceBuffer.open(tmp_path / "b")
 
 
-def test_an_empty_buffer_is_kept_too(tmp_path):
+def test_open_empty_buffer_or_field_without_numbers_works(tmp_path):
     _, disk = pair(tmp_path)
     disk.close()
     disk = ExperienceBuffer.open(tmp_path / "b")
     assert len(disk) == 0
-    disk.add(state=torch.zeros(3, 0), task=1)  # nothing in a field is no reason to fail
+    disk.add(state=torch.zeros(3, 0), task=1)  # a field without numbers has no file to map
     disk.close()
     assert ExperienceBuffer.open(tmp_path / "b").of_task(1).state.shape == (3, 0)
 
@@ -298,8 +291,8 @@ def test_open_after_close_while_a_forked_process_lives_holds_the_directory(tmp_p
     (ask, tell), child = os.pipe(), os.fork()
     if child == 0:
         os.close(tell)
-        os.read(ask, 1)  # until the parent closes the pipe
-        buffer.close()  # must not unlock what the parent holds then
+        os.read(ask, 1)  # returns when the parent closes the pipe
+        buffer.close()  # must not release the lock of the parent
         os._exit(0)
     try:
         buffer.close()

@@ -1,4 +1,4 @@
-"""One item or many, names and types of fields: what the first add decides."""
+"""One item or many, names and types of fields, and integers of any type."""
 
 import copy
 import json
@@ -89,7 +89,7 @@ def test_first_add_of_many_items_stores_many(case):
     count = len(next(iter(fields.values())))
     assert len(buffer) == count
     if count:
-        buffer.add(**stored_as(buffer))  # one item, by the schema
+        buffer.add(**stored_as(buffer))  # the schema makes it one item
         assert len(buffer) == count + 1
     buffer.add(**fields)
     assert len(buffer) == 2 * count + bool(count)
@@ -113,7 +113,7 @@ def test_first_add_of_ambiguous_shapes_is_refused(fields):
         buffer.add(**fields)
     assert not buffer.storage.columns
     buffer.add(**{name: torch.as_tensor(value).unsqueeze(0) for name, value in fields.items()}, task=ints(1))
-    assert len(buffer) == 1  # a leading dimension in every field
+    assert len(buffer) == 1  # every field has a leading dimension
 
 
 def test_first_add_of_unequal_sizes_names_the_field_and_the_way_out():
@@ -133,7 +133,7 @@ def test_first_add_of_unequal_sizes_names_the_field_and_the_way_out():
     ("fields", "count"),
     [
         ({"state": z(32, 4), "action": z(32, 2), "reward": z(32), "done": False}, 32),
-        ({"state": z(10, 4), "action": z(10, 2), "reward": 1.0}, 10),  # of a sequence, each step has a reward
+        ({"state": z(10, 4), "action": z(10, 2), "reward": 1.0}, 10),  # in a sequence each step would have a reward
         ({"state": z(10, 4), "reward": 1.0}, 10),
         ({"state": z(4), "action": z(2), "reward": z(4)}, 1),
         ({"state": z(4, 4), "action": z(4, 2), "reward": z(4)}, 4),
@@ -164,7 +164,9 @@ def test_sequence_without_state_dim_is_checked_by_its_actions():
 def test_add_after_the_first_decides_by_the_schema_in_any_order_of_fields(order):
     buffer = ExperienceBuffer(10)
     buffer.add(**{name: {"flag": torch.tensor([1.0, 2.0]), "grid": z(2, 3, 3)}[name] for name in order})
-    buffer.add(**{name: {"flag": 5.0, "grid": torch.ones(4, 3, 3)}[name] for name in order})  # a scalar for all
+    buffer.add(
+        **{name: {"flag": 5.0, "grid": torch.ones(4, 3, 3)}[name] for name in order}
+    )  # the scalar holds for all items
     assert buffer.get(torch.arange(6)).flag.tolist() == [1, 2, 5, 5, 5, 5]
     buffer.add(**{name: {"flag": 6.0, "grid": z(3, 3)}[name] for name in order})
     assert len(buffer) == 7
@@ -209,7 +211,7 @@ def test_add_refuses_a_name_that_is_nearly_one_with_a_meaning(name, meant):
 
 def test_add_accepts_other_names():
     names = ["mask", "stage", "next_observation", "next_context_embedding", "context_embedding_2", "proprio", "tag"]
-    names += ["states", "actions", "rewards"]  # nothing is lost where there is no state_dim or action_dim
+    names += ["states", "actions", "rewards"]  # without state_dim and action_dim these names have no meaning
     buffer = ExperienceBuffer(10)
     buffer.add(**{name: z(3, 4) for name in names}, task=ints(3), tasks=ints(3))
     assert buffer.get_batch(2).next_observation.shape == (2, 4)
@@ -304,7 +306,7 @@ def test_retrievers_accept_any_integer_and_task(integer):
         got = make(integer)(buffer, {"context_embedding": torch.zeros(3), "task": integer(0)})
         wanted = make(int)(plain, {"context_embedding": torch.zeros(3), "task": 0})
         assert all(torch.equal(got[key], value) for key, value in wanted.items()), name
-    assert torch.equal(got["states"], plain.of_task(1).state)  # task 0 explains best, but it is the batch's own
+    assert torch.equal(got["states"], plain.of_task(1).state)  # task 0 fits best, but is the batch's own
 
 
 @pytest.mark.parametrize("integer", INTEGERS)
@@ -317,7 +319,7 @@ def test_sharded_buffer_accepts_any_integer(integer):
 
 
 @pytest.mark.parametrize("bad", [True, np.True_, 1.0, np.float32(1), "1", None, torch.tensor(True), torch.tensor(1.0)])
-def test_what_is_no_integer_is_refused_by_name(bad):
+def test_calls_non_integer_argument_raises(bad):
     buffer, query = filled(), torch.zeros(3)
     before = copy.deepcopy(buffer.state_dict())
     for name, call in {
@@ -340,14 +342,14 @@ def test_what_is_no_integer_is_refused_by_name(bad):
     assert all(torch.equal(before["fields"][n], value) for n, value in buffer.state_dict()["fields"].items())
 
 
-def test_a_task_beyond_int64_is_refused():
+def test_task_beyond_int64_raises():
     for call in (lambda: filled().of_task(2**63), lambda: filled().retrieve(torch.zeros(3), 1, -(2**63) - 1)):
         with pytest.raises(ValueError, match=r"task must be in \[-9223372036854775808, 9223372036854775808\), got "):
             call()
 
 
 @pytest.mark.parametrize("task", [True, np.True_, torch.tensor(True), [True, False]])
-def test_add_boolean_task_is_refused_at_every_add(task):
+def test_add_boolean_task_raises_at_every_add(task):
     buffer = ExperienceBuffer(10)
     with pytest.raises(TypeError, match=r"^ExperienceBuffer.add: task must be int64, got bool"):
         buffer.add(state=z(2, 4), task=task)
@@ -358,7 +360,7 @@ def test_add_boolean_task_is_refused_at_every_add(task):
 
 
 @pytest.mark.parametrize("make", [lambda s: ExperienceBuffer(9, seed=s), lambda s: retrieval.ivf(3, seed=s)])
-def test_seed_beyond_128_bits_is_refused_by_the_class_that_was_called(make):
+def test_seed_beyond_128_bits_raises_in_the_name_of_the_class(make):
     make(2**128 - 1)
     with pytest.raises(ValueError, match=r"^(ExperienceBuffer|retrieval.ivf): seed must be in \[0, 3402823"):
         make(2**128)

@@ -16,9 +16,9 @@ CASES = 1000
 
 
 def draw(case, kind):
-    """What a case is about, the same on both ranks."""
+    """Return the sizes and options of a case, equal on both ranks."""
     draws = random.Random(case)
-    big = draws.random() < 0.03  # keys enough to be packed
+    big = draws.random() < 0.03  # large enough to be packed
     return {
         "turn": draws.randint(300, 400) if big else draws.randint(1, 12),  # slots of a shard
         "dim": 64 if big else draws.randint(1, 3),
@@ -33,7 +33,7 @@ def draw(case, kind):
 
 
 def items(n, case, rank, generator):
-    """Embeddings are small integers: many are equal."""
+    """Return items whose embeddings are small integers, so that many are equal."""
     fields = {
         "number": torch.arange(n) * 2 + rank,
         "state": torch.randn(n, 2, generator=generator),
@@ -49,7 +49,7 @@ def items(n, case, rank, generator):
 
 
 def same(found, wanted, *, places):
-    """Bit by bit; without places, where the one buffer numbers its items otherwise."""
+    """Compare bit by bit. Without ``places``, indices differ because the one buffer has another numbering."""
     assert found.fields.keys() == wanted.fields.keys()
     for name, value in wanted.fields.items():
         assert found.fields[name].dtype == value.dtype and torch.equal(found.fields[name], value), name
@@ -76,7 +76,7 @@ def compare(group, seed, kind):
         if case["clear"]:
             sharded.local.clear()
             whole.clear()
-    if kind == "uneven":  # the live items, in the order of their places
+    if kind == "uneven":  # the live items in the order of their indices
         shards = [{name: torch.cat([part[name] for part in parts]) for name in parts[0]} for parts in added]
         counts = [len(shard["task"]) for shard in shards]
         live = sorted(
@@ -86,7 +86,7 @@ def compare(group, seed, kind):
         )
         chosen = torch.tensor([number + rank * counts[0] for _, rank, number in live], dtype=torch.int64)
         whole.add(**{name: torch.cat([shard[name] for shard in shards])[chosen] for name in shards[0]})
-    draws = random.Random(10_000 + seed * 2 + group.rank)  # the ranks ask for different things
+    draws = random.Random(10_000 + seed * 2 + group.rank)  # each rank has other queries
     k, exclude = draws.randint(1, 20), draws.choice([None, None, 1, [0, 2], torch.tensor([2]), []])
     query = torch.randint(-2, 3, (draws.choice([1, 3]), case["dim"])).to(case["dtype"])
     query = query[0] if draws.random() < 0.3 else query
@@ -98,27 +98,27 @@ def compare(group, seed, kind):
     return 1
 
 
-def on_ranks_as_one_buffer(group, folder):
+def on_ranks_retrieve_equals_one_buffer(group, folder):
     torch.manual_seed(group.rank)
     compared = sum(compare(group, seed, "even") for seed in range(CASES * 7 // 10))
     compared += sum(compare(group, seed, "uneven") for seed in range(CASES * 3 // 10))
-    assert compared > 0.85 * CASES  # the others were empty
+    assert compared > 0.85 * CASES  # the other buffers were empty
 
 
-def on_ranks_ages_of_uneven_shards(group, folder):
-    """Rank 0 has turned its ring, rank 1 has three items: weights by place, rounded."""
+def on_ranks_retrieve_uneven_shards_weighs_ages_over_all_ranks(group, folder):
+    """Rank 0 has overwritten two items, rank 1 has three: weights follow the numbers over all ranks."""
     sharded = ShardedExperienceBuffer(8, group=group, age_half_life=4.0)
     counts = (6, 3)
     for s in range(counts[group.rank]):
         sharded.add(number=s * 2 + group.rank, context_embedding=torch.zeros(1))
     found = sharded.retrieve(torch.zeros(1), 8)
-    numbers = [10, 8, 6, 5, 4, 3, 1]  # rank 0's 0 and 2 are overwritten
+    numbers = [10, 8, 6, 5, 4, 3, 1]  # items 0 and 2, on rank 0, are overwritten
     assert found.number.tolist() == numbers
-    ages = [10 - number for number in numbers]  # the newest of all is number 10
+    ages = [10 - number for number in numbers]  # item 10 is the newest of all ranks
     torch.testing.assert_close(found.distances, torch.tensor(ages) * math.log(2) / 4)
 
 
-def on_ranks_gradients(group, folder):
+def on_ranks_retrieve_differentiates_the_query(group, folder):
     sharded, whole = ShardedExperienceBuffer(20, group=group), ExperienceBuffer(20)
     keys = torch.randn(20, 3, generator=torch.Generator().manual_seed(0))
     sharded.add(context_embedding=keys[group.rank :: 2])
@@ -131,7 +131,7 @@ def on_ranks_gradients(group, folder):
     torch.testing.assert_close(*grads)
 
 
-def on_ranks_one_that_has_nothing_learns_the_schema(group, folder):
+def on_ranks_rank_without_items_receives_the_schema(group, folder):
     sharded = ShardedExperienceBuffer(8, state_dim=2, group=group)
     with pytest.raises(ValueError, match=r"^ShardedExperienceBuffer.retrieve: the buffer is empty$"):
         sharded.retrieve(torch.zeros(3), 1)
@@ -141,12 +141,12 @@ def on_ranks_one_that_has_nothing_learns_the_schema(group, folder):
     assert found.state.tolist() == [[1.0, 1.0]] and found.indices.tolist() == [1]
     with pytest.raises(ValueError, match=r"state has shape \(3,\), wanted \(2,\)"):
         sharded.add(state=torch.ones(3), context_embedding=torch.zeros(3), task=4)
-    queries = torch.zeros(3 * group.rank, 3)  # rank 0 asks for nothing
+    queries = torch.zeros(3 * group.rank, 3)  # rank 0 has no queries
     assert sharded.retrieve(queries, 2).state.shape == (3 * group.rank, 1, 2)
     assert sharded.retrieve(queries, 2, exclude_task=4).state.shape[1] == (1 - group.rank)
 
 
-def on_ranks_different_schemas(group, folder):
+def on_ranks_different_schemas_raise(group, folder):
     sharded = ShardedExperienceBuffer(8, group=group)
     sharded.add(state=torch.ones(2 + group.rank), context_embedding=torch.zeros(3))
     with pytest.raises(
@@ -155,7 +155,7 @@ def on_ranks_different_schemas(group, folder):
         sharded.retrieve(torch.zeros(3), 2)
 
 
-def on_ranks_what_one_is_refused_ends_all(group, folder):
+def on_ranks_wrong_argument_on_one_rank_raises_on_all(group, folder):
     sharded = ShardedExperienceBuffer(8, group=group)
     sharded.add(state=torch.ones(2), context_embedding=torch.zeros(3))
     good = (torch.zeros(3), 2)
@@ -183,10 +183,10 @@ def on_ranks_what_one_is_refused_ends_all(group, folder):
     plain.add(state=torch.ones(2))
     with pytest.raises(ValueError, match="the buffer stores no context_embedding, only state"):
         plain.retrieve(*good)
-    assert len(sharded.retrieve(*good)) == 2  # the ranks are still in step
+    assert len(sharded.retrieve(*good)) == 2  # the ranks still make the same calls
 
 
-def on_ranks_kept(group, folder):
+def on_ranks_restored_shards_answer_as_before(group, folder):
     options = {"age_half_life": 6.0, "metric": "cosine"}
     sharded = ShardedExperienceBuffer(10, group=group, **options)
     whole = ExperienceBuffer(10, **options)
@@ -211,13 +211,13 @@ def on_ranks_kept(group, folder):
         ShardedExperienceBuffer(9, group=group)
 
 
-def test_on_two_processes(tmp_path):
+def test_sharded_buffer_on_two_processes_equals_one_buffer(tmp_path):
     functions = [function for name, function in globals().items() if name.startswith("on_ranks_")]
     failed = ranks.failures(__file__, functions, tmp_path)
     assert not failed, "\n".join(failed)
 
 
-def test_refusals(tmp_path):
+def test_sharded_wrong_argument_raises(tmp_path):
     with pytest.raises(TypeError, match=r"^ShardedExperienceBuffer: group must be .*, got NoneType"):
         ShardedExperienceBuffer(8, group=None)
     with torchrun_group(alone=True) as group:

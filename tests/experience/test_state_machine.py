@@ -1,4 +1,4 @@
-"""Any sequence of calls leaves the buffer where a plain Python list would be."""
+"""Any sequence of calls leaves a buffer with the items that a plain Python list has."""
 
 import math
 import shutil
@@ -15,12 +15,12 @@ from eaml_ext.experience import ExperienceBuffer, _ring
 
 
 class Buffers(RuleBasedStateMachine):
-    """The model: a list of ``[number, value, task, priority]``, oldest first, and how many items there ever were."""
+    """The model is a list of ``[number, value, task, priority]``, oldest first, and the number of items ever added."""
 
     def __init__(self):
         super().__init__()
         self.folder = Path(tempfile.mkdtemp())
-        self.kept = []  # (indices, generations, numbers) of earlier looks
+        self.kept = []  # (indices, generations, numbers) of earlier reads
         self.items, self.written, self.flushed = [], 0, None
 
     @initialize(
@@ -41,7 +41,7 @@ class Buffers(RuleBasedStateMachine):
             self.buffer.close()
         shutil.rmtree(self.folder)
 
-    # ---- what may happen
+    # ---- rules
 
     @rule(
         values=st.lists(st.integers(-3, 3), max_size=24),
@@ -138,7 +138,7 @@ class Buffers(RuleBasedStateMachine):
         self.buffer.close()
         self.buffer = ExperienceBuffer.open(self.folder / "b")
 
-    # ---- what must hold
+    # ---- checks
 
     def check(self, found, items):
         assert found.number.tolist() == [item[0] for item in items]

@@ -1,4 +1,4 @@
-"""Reads during writes: no item that a reader sees is half of one and half of another."""
+"""Reads during writes: no read returns an item that is half of one and half of another."""
 
 import shutil
 import sys
@@ -19,7 +19,7 @@ WIDTH = 512
 
 
 def items(numbers):
-    """All that an item holds says which it is."""
+    """Return items whose every value follows from their number."""
     wide = numbers.unsqueeze(1).expand(-1, WIDTH)
     return {
         "state": wide.float(),
@@ -31,7 +31,7 @@ def items(numbers):
 
 
 def torn(found):
-    """Whether an item does not agree with itself."""
+    """Return whether the values of an item belong to different numbers."""
     numbers = found.task.new_tensor(found.action[:, 0].tolist())
     whole = items(numbers)
     fields = (torch.equal(found.fields[name], whole[name]) for name in ("state", "context_embedding", "action", "task"))
@@ -39,12 +39,12 @@ def torn(found):
 
 
 @pytest.mark.parametrize("place", ["memory", "disk"])
-def test_no_reader_sees_a_torn_item(place, tmp_path):
+def test_reads_during_writes_return_no_torn_item(place, tmp_path):
     options = {} if place == "memory" else {"directory": tmp_path / "b"}
     buffer = ExperienceBuffer(64, age_half_life=30.0, seed=0, **options)
     slots = buffer.storage.num_slots
     buffer.add(**items(torch.arange(64)))
-    buffer.retrieve(torch.zeros(4), 1)  # imports the ops, which under such contention takes minutes
+    buffer.retrieve(torch.zeros(4), 1)  # imports the ops, which takes minutes beside busy threads
     stop, failures, reads = threading.Event(), [], []
     counter, lock = iter(range(64, 1 << 40)), threading.Lock()
 
@@ -52,7 +52,7 @@ def test_no_reader_sees_a_torn_item(place, tmp_path):
         try:
             while not stop.is_set():
                 for size in sizes:
-                    with lock:  # numbers rise in the order of the adds, so a number says its slot
+                    with lock:  # numbers rise in the order of the adds, so that a number gives its slot
                         numbers = torch.tensor([next(counter) for _ in range(size)])
                         buffer.add(**items(numbers))
         except BaseException as error:
@@ -82,7 +82,7 @@ def test_no_reader_sees_a_torn_item(place, tmp_path):
         other = ExperienceBuffer(64, seed=0)
         other.load_state_dict(buffer.state_dict())
         found = other.get(torch.arange(64))
-        found.indices = found.action[:, 0] % slots  # a copy in memory has slots of its own
+        found.indices = found.action[:, 0] % slots  # a copy in memory has other slots
         found.generations = found.action[:, 0] // slots
         return found
 
@@ -112,7 +112,7 @@ def test_no_reader_sees_a_torn_item(place, tmp_path):
     assert len(reads) == len(looks) and min(reads) > 3 and next(counter) > 1000
 
 
-def test_a_torn_item_would_be_seen():
+def test_torn_half_written_item_is_detected():
     buffer = ExperienceBuffer(64)
     buffer.add(**items(torch.arange(64)))
     assert not torn(buffer.get_batch(8))
@@ -121,7 +121,7 @@ def test_a_torn_item_would_be_seen():
 
 
 class RacedStorage(RingStorage):
-    """A storage in which another thread's write begins in the middle of a read, whenever ``race`` is set."""
+    """A storage that starts another thread's write in the middle of a read, if ``race`` is set."""
 
     race = None
 
@@ -131,6 +131,32 @@ class RacedStorage(RingStorage):
         if race is not None:
             race()
         return super().first
+
+
+@pytest.mark.parametrize("first", ["read", "write"])
+def test_read_and_write_in_two_threads_do_not_overlap(first):
+    buffer = ExperienceBuffer(64)
+    buffer.add(state=torch.zeros(64, 1))
+    inner = "gather" if first == "read" else "write"
+    original = getattr(buffer.storage, inner)
+    done = threading.Event()
+
+    def other():
+        buffer.add(state=torch.ones(64, 1)) if first == "read" else buffer.get_batch(8)
+        done.set()
+
+    thread = threading.Thread(target=other)
+
+    def interrupted(*arguments):
+        setattr(buffer.storage, inner, original)
+        thread.start()
+        assert not done.wait(0.1), "the other operation ran in the middle of this one"
+        return original(*arguments)
+
+    setattr(buffer.storage, inner, interrupted)
+    buffer.get_batch(8) if first == "read" else buffer.add(state=torch.ones(64, 1))
+    assert done.wait(10)
+    thread.join()
 
 
 READS = {
@@ -152,7 +178,7 @@ READS = {
 
 
 def plain(value):
-    """Nested lists of what a read returned."""
+    """Return tensors and experiences as nested lists."""
     if isinstance(value, (torch.Tensor, np.ndarray)):
         return value.tolist()
     if isinstance(value, Experiences):
@@ -164,7 +190,7 @@ def plain(value):
 
 @pytest.mark.parametrize("read", READS)
 @pytest.mark.parametrize("place", ["memory", "disk"])
-def test_read_beside_a_writer_sees_one_state(read, place, tmp_path):
+def test_read_during_a_write_returns_one_state(read, place, tmp_path):
     found = []
     for raced in (False, True):
         options = {} if place == "memory" else {"directory": tmp_path / "buffer"}
@@ -181,7 +207,7 @@ def test_read_beside_a_writer_sees_one_state(read, place, tmp_path):
             buffer.storage.race = race
         found.append(plain(READS[read](buffer)))
         if raced:
-            thread.join()  # an error if the read has not started it
+            thread.join()  # raises if the read has not started it
             assert buffer.storage.written == 13
         buffer.close()
         shutil.rmtree(tmp_path / "buffer", ignore_errors=True)
@@ -189,7 +215,7 @@ def test_read_beside_a_writer_sees_one_state(read, place, tmp_path):
 
 
 class Interleaved:
-    """A lock before whose n-th acquisition another thread writes."""
+    """A lock that calls ``write`` before acquisition number ``turn``."""
 
     def __init__(self, lock, turn, write):
         self.lock, self.turn, self.write = lock, turn, write
@@ -223,7 +249,7 @@ def score(buffer, tasks, batch):
     ],
     ids=["uniform", "nearest", "attention", "ivf"],
 )
-def test_retriever_beside_clear_finds_all_or_nothing(retriever, turn):
+def test_retriever_during_clear_finds_all_or_nothing(retriever, turn):
     batch = {"context_embedding": torch.zeros(4)}
     buffer = ExperienceBuffer(8, seed=0)
     buffer.add(**items(torch.arange(8)))
@@ -291,7 +317,7 @@ def test_best_fit_error_of_score_fn_is_raised_once():
     assert len(calls) == 1
 
 
-def test_best_fit_score_fn_may_read_the_buffer_from_other_threads():
+def test_best_fit_score_fn_reading_in_other_threads_finishes():
     buffer = ExperienceBuffer(8)
     buffer.add(**items(torch.arange(8)))
 
@@ -304,7 +330,7 @@ def test_best_fit_score_fn_may_read_the_buffer_from_other_threads():
 
 
 @pytest.mark.parametrize("turn", [1, 2])
-def test_sharded_retrieve_beside_clear_finds_nothing_or_says_so(turn):
+def test_sharded_retrieve_during_clear_finds_nothing_or_raises(turn):
     with torchrun_group(alone=True) as group:
         sharded = ShardedExperienceBuffer(8, group=group)
         sharded.add(**items(torch.arange(8)))
@@ -322,7 +348,7 @@ def test_sharded_retrieve_beside_clear_finds_nothing_or_says_so(turn):
             assert len(sharded.retrieve(torch.zeros(4), 3)) == 0
 
 
-def test_shard_learning_a_schema_keeps_what_a_thread_adds_meanwhile():
+def test_sharded_schema_received_during_an_add_keeps_the_items():
     with torchrun_group(alone=True) as group:
         sharded = ShardedExperienceBuffer(8, group=group)
         sharded.add(**items(torch.arange(3)))

@@ -11,7 +11,7 @@ from eaml_ext.experience import ExperienceBuffer
 
 
 def log_weights(buffer, priority):
-    """float64, by slot, of a full ring in memory, straight from the definition."""
+    """Return the log-weights of a full ring in memory by their definition: float64, by slot."""
     slots = torch.arange(len(buffer))
     numbers = buffer.get(slots).generations * buffer.capacity + slots
     age = numbers.max() - numbers
@@ -37,8 +37,8 @@ def filled(n, capacity=50, priority=True, **options):
 @pytest.mark.parametrize("metric", ["sqeuclidean", "cosine"])
 @pytest.mark.parametrize("half_life", [None, 20.0, 0.5])
 @pytest.mark.parametrize("priority", [False, True])
-@pytest.mark.parametrize("n", [30, 50, 91, 260])  # 260: the origin of age has moved
-def test_the_bias_of_a_search_is_the_log_weight(metric, half_life, priority, n):
+@pytest.mark.parametrize("n", [30, 50, 91, 260])  # with 260 items the origin of age has moved
+def test_retrieve_weighted_subtracts_the_log_weight(metric, half_life, priority, n):
     buffer = filled(n, priority=priority, metric=metric, age_half_life=half_life)
     everything = buffer.get(torch.arange(len(buffer)))
     keys, query = everything.context_embedding.double(), torch.randn(3)
@@ -53,7 +53,7 @@ def test_the_bias_of_a_search_is_the_log_weight(metric, half_life, priority, n):
 
 
 @pytest.mark.parametrize(("half_life", "priority"), [(None, True), (9.0, False), (9.0, True)])
-def test_weighted_draws_follow_the_weights(half_life, priority):
+def test_get_batch_weighted_follows_the_weights(half_life, priority):
     buffer = filled(91, age_half_life=half_life, priority=priority)
     weights = log_weights(buffer, buffer.get(torch.arange(50)).priority if priority else None).exp()
     wanted = weights / weights.sum()
@@ -65,7 +65,7 @@ def test_weighted_draws_follow_the_weights(half_life, priority):
     assert ((uniform - n / 50) / math.sqrt(n / 50)).abs().max() < 5
 
 
-def test_extreme_weights_are_drawn_right():
+def test_get_batch_extreme_weights_draws_in_proportion():
     buffer = ExperienceBuffer(3, seed=0)
     buffer.add(state=torch.arange(3.0).unsqueeze(1), priority=torch.tensor([1e-300, 1e300, 1e300], dtype=torch.float64))
     counts = torch.bincount(buffer.get_batch(10_000, weighted=True).indices, minlength=3)
@@ -75,7 +75,7 @@ def test_extreme_weights_are_drawn_right():
     assert ancient.retrieve(torch.zeros(3), 3).indices.tolist() == [49, 48, 47]
 
 
-def test_a_higher_priority_comes_nearer_and_can_be_changed():
+def test_set_priority_higher_value_brings_the_item_nearer():
     buffer = ExperienceBuffer(10)
     buffer.add(state=torch.arange(3.0), context_embedding=torch.tensor([[0.0], [1.0], [2.0]]), priority=[1.0, 1.0, 1.0])
     assert buffer.retrieve(torch.zeros(1), 3).state.tolist() == [0, 1, 2]
@@ -89,19 +89,19 @@ def test_a_higher_priority_comes_nearer_and_can_be_changed():
     assert buffer.retrieve(torch.zeros(1), 3).state.tolist() == [0, 1, 2]
 
 
-def test_priorities_of_items_that_are_gone_are_left_alone():
+def test_set_priority_overwritten_items_are_left_unchanged():
     buffer = filled(50)
     seen = buffer.get(torch.arange(50))
     buffer.add(state=torch.zeros(20), context_embedding=torch.zeros(20, 3), priority=torch.ones(20))
     changed = buffer.set_priority(seen.indices, torch.full((50,), 5.0), seen.generations)
     assert changed.tolist() == [False] * 20 + [True] * 30
     assert buffer.get(torch.arange(50)).priority.tolist() == [1.0] * 20 + [5.0] * 30
-    again = copy.deepcopy(buffer)  # its index is made from what is stored
+    again = copy.deepcopy(buffer)  # its index is made from the stored items
     query = torch.randn(3)
     assert torch.equal(buffer.retrieve(query, 50).indices, again.retrieve(query, 50).indices)
 
 
-def test_weights_are_the_same_bits_after_any_turn_of_the_ring():
+def test_retrieve_after_overwriting_equals_a_fresh_copy_bit_by_bit():
     buffer = filled(50, age_half_life=10.0)
     query = torch.randn(3)
     for _ in range(30):
@@ -111,7 +111,7 @@ def test_weights_are_the_same_bits_after_any_turn_of_the_ring():
         assert torch.equal(ours.indices, theirs.indices) and torch.equal(ours.distances, theirs.distances)
 
 
-def test_gradients_reach_the_query_past_the_bias():
+def test_retrieve_weighted_query_gradient_ignores_the_bias():
     buffer = filled(50, age_half_life=10.0)
     query = torch.randn(3, requires_grad=True)
     found = buffer.retrieve(query, 4)
@@ -134,7 +134,7 @@ STORED = {"state": torch.zeros(2), "context_embedding": torch.zeros(2, 3), "prio
         ("high", TypeError, "priority must be a tensor, an array or a number, got str"),
     ],
 )
-def test_add_refuses_a_priority(priority, error, text):
+def test_add_wrong_priority_raises_and_modifies_nothing(priority, error, text):
     buffer = filled(20)
     before = copy.deepcopy(buffer.state_dict())
     with pytest.raises(error, match="^ExperienceBuffer.add: " + re.escape(text)):
@@ -152,7 +152,7 @@ def test_add_refuses_a_priority(priority, error, text):
         (torch.tensor([0.0, 1.0]), ValueError, "priority must be > 0, got 0.0"),
     ],
 )
-def test_a_first_add_refuses_a_priority(priority, error, text):
+def test_first_add_wrong_priority_raises(priority, error, text):
     buffer = ExperienceBuffer(10)
     with pytest.raises(error, match="^ExperienceBuffer.add: " + re.escape(text)):
         buffer.add(**{**STORED, "priority": priority})
@@ -175,7 +175,7 @@ def test_a_first_add_refuses_a_priority(priority, error, text):
         ({"generations": 0}, TypeError, "generations must be a torch.Tensor, got int"),
     ],
 )
-def test_set_priority_refuses_and_modifies_nothing(arguments, error, text):
+def test_set_priority_wrong_argument_raises_and_modifies_nothing(arguments, error, text):
     buffer = filled(20)
     before = buffer.get(torch.arange(20)).priority
     with pytest.raises(error, match="^ExperienceBuffer.set_priority: " + re.escape(text)):
@@ -183,7 +183,7 @@ def test_set_priority_refuses_and_modifies_nothing(arguments, error, text):
     assert torch.equal(before, buffer.get(torch.arange(20)).priority)
 
 
-def test_what_has_no_weights_says_so():
+def test_weighted_calls_without_weights_raise():
     buffer = filled(20, priority=False)
     with pytest.raises(
         ValueError, match=r"^ExperienceBuffer.get_batch: weighted draws need a field priority or an age"
@@ -206,12 +206,12 @@ def test_what_has_no_weights_says_so():
         ("1", TypeError, "age_half_life must be a number, got '1'"),
     ],
 )
-def test_an_age_half_life_is_refused(half_life, error, text):
+def test_init_wrong_age_half_life_raises(half_life, error, text):
     with pytest.raises(error, match="^ExperienceBuffer: " + re.escape(text)):
         ExperienceBuffer(10, age_half_life=half_life)
 
 
-def test_priorities_of_float64_stay_what_was_given():
+def test_add_float64_priorities_are_stored_exactly():
     buffer = ExperienceBuffer(8)
     for value in (4.0, 0.25):
         one = {"context_embedding": torch.zeros(3, 2), "priority": torch.full((3,), value, dtype=torch.float64)}
