@@ -18,7 +18,7 @@ def progress_bar(
     """Return a tqdm bar that is drawn on terminals only, or :class:`PlainProgress` where tqdm is not installed.
 
     Args:
-        items: what to iterate over; None for a bar that is moved by ``update``.
+        items: the iterable; None for a bar that ``update`` moves.
         desc, unit, total, initial: as of ``tqdm.tqdm``.
         hidden: never draw the bar.
 
@@ -77,7 +77,7 @@ def table(rows: Sequence[Sequence[str]], first: int, width: int, align: str = ">
     """Return one line per row; a column is as wide as its longest cell and a gap, so columns never run together.
 
     Args:
-        rows: cells, as many in every row.
+        rows: cells, the same number in every row.
         first, width: least width of the first column, which is aligned to the left, and of the others.
         align: ``">"`` or ``"<"``, alignment of all columns but the first.
         gap: least number of spaces between two cells.

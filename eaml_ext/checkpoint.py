@@ -1,7 +1,7 @@
-"""Tensors and JSON on disk: written atomically, checked when read, never executed; Ctrl-C between two writes.
+"""Checkpoints: one safetensors file each, written atomically, read without running code; and deferred Ctrl-C.
 
-A checkpoint is one safetensors file. A reader sees the old file or the new one, whole: the bytes go to a temporary file
-beside it, are flushed to the disk, and take its name in one step. A checksum over everything stands in the header.
+The header holds the format, the kind, the metadata as JSON, and a CRC-32 of all of it and of the tensors. A reader sees
+the whole old file or the whole new one (:func:`eaml_ext._files.atomic_write`).
 """
 
 import contextlib
@@ -29,18 +29,18 @@ _Module = TypeVar("_Module", bound=torch.nn.Module)
 def save(
     path: str | os.PathLike[str], tensors: Mapping[str, Tensor], metadata: Any = None, *, kind: str | None = None
 ) -> None:
-    """Write ``tensors`` and ``metadata`` to the file ``path``, all of it or nothing.
+    """Write tensors and metadata to one file, whole or not at all.
 
     Args:
         path: the file; its directory must exist, an existing file is replaced.
-        tensors: name to tensor, any shape, dtype (as far as safetensors knows it) and device.
-        metadata: anything JSON can hold; a NumPy scalar is written as a number, true or false.
-        kind: what the file holds; ``load(kind=...)`` refuses any other.
+        tensors: name to tensor; any shape and device, any dtype that safetensors can store.
+        metadata: JSON values; NumPy scalars are written as numbers and booleans.
+        kind: name of the content's type; :func:`load` raises where another one is required.
 
     Raises:
         TypeError: a value is not a tensor, its dtype cannot be stored, or the metadata are not JSON.
         FileNotFoundError: the directory does not exist.
-        OSError: the disk is full, or another reason not to write; an existing file is as it was.
+        OSError: the file cannot be written, for example because the disk is full; an existing file stays.
 
     >>> import tempfile, torch
     >>> path = os.path.join(tempfile.mkdtemp(), "model.safetensors")
@@ -62,7 +62,7 @@ def save(
         if value.layout != torch.strided or value.device.type == "meta":
             raise TypeError(f"checkpoint.save: {name} must be a dense tensor with data, got one on {value.device}")
         value = value.detach().cpu().contiguous()
-        # safetensors refuses tensors that share memory (tied weights): the second one is written as a copy.
+        # safetensors cannot store two tensors that share memory (tied weights): the second one is copied.
         if value.numel() and value.untyped_storage().data_ptr() in storages:
             value = value.clone()
         storages.add(value.untyped_storage().data_ptr())
@@ -87,16 +87,19 @@ def save(
 def load(
     path: str | os.PathLike[str], device: torch.device | str = "cpu", *, kind: str | None = None
 ) -> tuple[dict[str, Tensor], Any]:
-    """Read a file that :func:`save` wrote: ``(tensors, metadata)``. No code in the file is ever run.
+    """Read a file that :func:`save` wrote. Code in the file is never run.
 
     Args:
         path: the file.
-        device: where the tensors go.
-        kind: what the file must hold, as given to :func:`save`; None accepts anything.
+        device: device of the tensors.
+        kind: the required kind, as given to :func:`save`; None accepts any.
+
+    Returns:
+        Tensors by name, and the metadata. Files of version 0.1 get the names of today.
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: the file is damaged, is not a checkpoint, or holds something of another kind.
+        ValueError: the file is damaged, is not a checkpoint, or is of another kind.
     """
     tensors, content = _read(path, kind)
     if "format" not in content:
@@ -105,7 +108,7 @@ def load(
 
 
 def _read(path: str | os.PathLike[str], kind: str | None) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """The tensors of a file, and its header: format, kind and metadata."""
+    """Return the tensors of a file, and its header: format, kind and metadata."""
     from safetensors import SafetensorError, safe_open
 
     path = os.fspath(path)
@@ -132,14 +135,14 @@ def _read(path: str | os.PathLike[str], kind: str | None) -> tuple[dict[str, Ten
 
 
 def save_state(path: str | os.PathLike[str], state: Any, *, kind: str | None = None) -> None:
-    """:func:`save` of a nest such as ``state_dict`` methods return.
+    """Write a nest, as ``state_dict`` methods return it, to one file.
 
     Args:
-        path, kind: as in :func:`save`.
-        state: dicts (keys strings or integers), lists and tuples, of tensors, NumPy scalars and what JSON holds.
+        path, kind: as of :func:`save`.
+        state: dicts with strings and integers as keys, lists and tuples, of tensors, NumPy scalars and JSON values.
 
     Raises:
-        TypeError, FileNotFoundError: as :func:`save`, or a key is neither string nor integer.
+        TypeError, FileNotFoundError, OSError: as :func:`save`; TypeError also for another key.
 
     >>> import tempfile, torch
     >>> path = os.path.join(tempfile.mkdtemp(), "run.safetensors")
@@ -153,7 +156,17 @@ def save_state(path: str | os.PathLike[str], state: Any, *, kind: str | None = N
 
 
 def load_state(path: str | os.PathLike[str], device: torch.device | str = "cpu", *, kind: str | None = None) -> Any:
-    """What :func:`save_state` wrote. Arguments and errors are those of :func:`load`."""
+    """Read the nest that :func:`save_state` wrote.
+
+    Args:
+        path, device, kind: as of :func:`load`.
+
+    Returns:
+        The nest. Files of version 0.1 get the names of today.
+
+    Raises:
+        FileNotFoundError, ValueError: as :func:`load`.
+    """
     tensors, content = _read(path, kind)
     with content_errors("checkpoint.load_state", path):
         # A list of names may hold some of a core's parameters; the names of the tensors end with all of them.
@@ -163,7 +176,14 @@ def load_state(path: str | os.PathLike[str], device: torch.device | str = "cpu",
 
 @contextlib.contextmanager
 def content_errors(where: str, path: str | os.PathLike[str]) -> Iterator[None]:
-    """Turn the errors of a block that reads a file's content into ValueErrors that name the file.
+    """Turn the errors of a block that uses a file's content into a ValueError that names the file.
+
+    Args:
+        where: the function that reads the file.
+        path: the file.
+
+    Raises:
+        ValueError: the block raised an error that wrong content can cause.
 
     >>> with content_errors("load", "model.safetensors"):
     ...     {"width": 3}["height"]
@@ -184,15 +204,20 @@ def content_errors(where: str, path: str | os.PathLike[str]) -> Iterator[None]:
     raise ValueError(f"{where}: {os.fspath(path)} is whole, but does not hold what it should ({reason})") from None
 
 
-sound = content_errors
-
-
 def save_module(
     where: str, module: torch.nn.Module, options: dict[str, Any], path: str | os.PathLike[str], *, kind: str
 ) -> None:
-    """The module's tensors, and the options that made it, for :func:`load_module`.
+    """Write a module's tensors and the options that made it.
 
-    Raises: as :func:`save`; ValueError for an option that is a callable, and for quantised layers.
+    Args:
+        where: the public function, which errors name.
+        module: the module.
+        options: keyword arguments of its class.
+        path, kind: as of :func:`save`.
+
+    Raises:
+        ValueError: an option is a callable, or a layer is quantised.
+        FileNotFoundError, OSError: as :func:`save`.
     """
     for name, value in options.items():
         if callable(value):
@@ -209,15 +234,22 @@ def save_module(
 def load_module(
     where: str, make: Callable[..., _Module], path: str | os.PathLike[str], device: torch.device | str, *, kind: str
 ) -> _Module:
-    """The module that ``make(**metadata)`` builds, with the file's tensors; none is built that they do not fit.
+    """Read the module that :func:`save_module` wrote.
 
-    Raises: as :func:`load`; ValueError where tensors and metadata do not belong together.
+    Args:
+        where: the public function, which errors name.
+        make: builds a module from the options and ``device``.
+        path, device, kind: as of :func:`load`.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: as :func:`load`, or the tensors do not fit the options. No module is built then.
     """
     tensors, options = load(path, kind=kind)
     with content_errors(where, path):
         if not isinstance(options, dict) or options.get("num_layers", 0) > len(tensors):
             raise ValueError(f"{where}: {os.fspath(path)} has options that its tensors do not fit: {options!r:.200}")
-        with torch.device("meta"):  # however large, it takes no memory
+        with torch.device("meta"):  # takes no memory, whatever the size
             wanted = {name: tuple(t.shape) for name, t in make(**options, device="meta").state_dict().items()}
         for name in [*wanted, *tensors]:
             came = tuple(tensors[name].shape) if name in tensors else None
@@ -231,10 +263,10 @@ def load_module(
 
 @contextlib.contextmanager
 def deferred_interrupt() -> Iterator[list[int]]:
-    """A list that the first Ctrl-C makes non-empty, so that a loop can end where its state is whole.
+    """Yield a list that the first Ctrl-C makes non-empty, so that a loop can end where its state is whole.
 
-    The second Ctrl-C does what Ctrl-C did before. Only the main thread may set handlers, and Ctrl-C reaches no other:
-    elsewhere the list stays empty.
+    The second Ctrl-C has its former effect. Only the main thread may set handlers and receives Ctrl-C, so the list
+    stays empty in others.
 
     >>> with deferred_interrupt() as interrupted:
     ...     signal.raise_signal(signal.SIGINT)
@@ -243,7 +275,7 @@ def deferred_interrupt() -> Iterator[list[int]]:
     """
     seen: list[int] = []
     before = signal.getsignal(signal.SIGINT)
-    # None: Python did not set it. Ignored: as of a job in the background, which stays so.
+    # None: a handler that Python did not set. SIG_IGN: a job in the background, which stays as it is.
     if threading.current_thread() is not threading.main_thread() or before in (None, signal.SIG_IGN):
         yield seen
         return
@@ -260,9 +292,9 @@ def deferred_interrupt() -> Iterator[list[int]]:
 
 
 def _pack(tree: Any, name: str, tensors: dict[str, Tensor]) -> Any:
-    """The tree as JSON, its tensors moved to ``tensors``; dicts as pairs, since JSON knows no integer keys."""
+    """Return the tree as JSON with its tensors moved to ``tensors``; dicts as pairs: JSON has no integer keys."""
     if isinstance(tree, Tensor):
-        name = f"{len(tensors)} {name}"  # the number, because keys may hold slashes too
+        name = f"{len(tensors)} {name}"  # the number keeps names apart, because keys may hold slashes
         tensors[name] = tree
         return {"tensor": name}
     if isinstance(tree, Mapping):
@@ -274,7 +306,7 @@ def _pack(tree: Any, name: str, tensors: dict[str, Tensor]) -> Any:
 
 
 def _key(key: Any, name: str) -> str | int:
-    """The key of a dict as JSON holds it in a pair."""
+    """Return the key of a dict as a JSON value."""
     if isinstance(key, str):
         return str(key)
     if isinstance(key, numbers.Integral) and not isinstance(key, bool):
@@ -283,7 +315,7 @@ def _key(key: Any, name: str) -> str | int:
 
 
 def _number(value: Any) -> Any:
-    """A NumPy scalar as Python's, for ``json.dumps``."""
+    """Return a NumPy scalar as Python's, for ``json.dumps``."""
     if isinstance(value, np.floating):
         return float(value)  # item() of a longdouble is a longdouble again
     if isinstance(value, np.generic) and not isinstance(value, np.clongdouble):

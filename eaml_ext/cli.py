@@ -1,4 +1,4 @@
-"""The command line: ``eaml-ext`` and ``python -m eaml_ext``. Nothing heavy is imported before the flags are parsed."""
+"""The command line: ``eaml-ext`` and ``python -m eaml_ext``. Flags are parsed before torch is imported."""
 
 import argparse
 import contextlib
@@ -20,16 +20,16 @@ ABOUT = {
     "rl2": "Meta-train a policy on an SSM that learns unseen tasks in context, over the episodes of a trial (RL^2).",
     "maml": "Meta-train a policy on an SSM that learns unseen tasks by steps of policy gradient (MAML).",
 }
-MORE = """Each --algo has settings of its own: eaml-ext --algo rl2 --help tells them.
-eaml-ext info says what is compiled and installed, and how to get what is missing."""
+MORE = """Each --algo has settings of its own: eaml-ext --algo rl2 --help lists them.
+eaml-ext info lists compiled kernels, installed packages, and the commands that install the missing ones."""
 
 
 class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
-    """Defaults beside the flags, line breaks kept."""
+    """Prints defaults beside the flags and keeps line breaks."""
 
 
 def parser(algo: str = "dynamics") -> argparse.ArgumentParser:
-    """The flags of one algorithm: ``--algo``, ``--config`` and one per setting."""
+    """Return the parser of one algorithm: ``--algo``, ``--config`` and one flag per setting."""
     p = argparse.ArgumentParser(
         prog="eaml-ext", description=ABOUT[algo], epilog=MORE, formatter_class=HelpFormatter, allow_abbrev=False
     )
@@ -47,9 +47,17 @@ def parser(algo: str = "dynamics") -> argparse.ArgumentParser:
 
 
 def parse(argv: Sequence[str]) -> tuple[str, argparse.ArgumentParser, dict[str, Any]]:
-    """The algorithm, its parser, and its settings: of the flags, else of ``--config``, else the defaults.
+    """Parse the flags. A setting without a flag is that of ``--config``, or else the default.
 
-    Raises OSError or ValueError, one sentence, for a file that cannot be taken.
+    Args:
+        argv: the flags.
+
+    Returns:
+        The algorithm, its parser, and its settings.
+
+    Raises:
+        OSError, ValueError: the file of ``--config`` cannot be read or does not fit the algorithm.
+        SystemExit: a flag does not exist or has no valid value.
     """
     first = argparse.ArgumentParser(prog="eaml-ext", add_help=False, allow_abbrev=False)
     first.add_argument("--algo")
@@ -73,18 +81,25 @@ def parse(argv: Sequence[str]) -> tuple[str, argparse.ArgumentParser, dict[str, 
 
 
 def info(argv: Sequence[str]) -> int:
-    """``eaml-ext info``."""
-    text = "What is compiled and installed, what is missing, and the command that mends it."
+    """Run ``eaml-ext info``; return the exit code."""
+    text = "List compiled kernels, installed packages, and the commands that install the missing ones."
     argparse.ArgumentParser(prog="eaml-ext info", description=text).parse_args(argv)
     with contextlib.suppress(BrokenPipeError):  # `eaml-ext info | head`
         print(import_module("eaml_ext.info").report(), flush=True)
         return 0
-    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # what Python flushes when it ends
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python flushes stdout when it ends
     return 0
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs the job; returns the exit code: 0, 2 for bad settings or a lost rank of torchrun, 130 for Ctrl-C."""
+    """Run the job.
+
+    Args:
+        argv: the flags; those of the process if absent.
+
+    Returns:
+        The exit code: 0, 2 for bad settings or a lost rank of torchrun, 130 for Ctrl-C.
+    """
     argv = sys.argv[1:] if argv is None else list(argv)
     if argv[:1] == ["info"]:
         return info(argv[1:])

@@ -1,4 +1,4 @@
-"""What is installed, what is compiled, what is missing, and the command that mends it: ``eaml-ext info``."""
+"""``eaml-ext info``: installed packages, compiled kernels, and the commands that install the missing ones."""
 
 import platform
 import shlex
@@ -18,7 +18,7 @@ OPS = ("selective_scan", "knn")
 
 
 def report() -> str:
-    """The text of ``eaml-ext info``.
+    """Return the text of ``eaml-ext info``.
 
     >>> print(report().splitlines()[0].split()[0])
     eaml_ext
@@ -36,7 +36,7 @@ def report() -> str:
     if not wanted:
         lines.append(f"  unknown: eaml_ext runs from a folder and is not installed; in that folder: {INSTALL} .")
     if unmet:
-        lines.append(f"  to mend: {install(unmet)}")
+        lines.append(f"  to fix it: {install(unmet)}")
     for extra, needs in wanted.items():
         if extra:
             missing = [r for r in needs if problem(r)]
@@ -48,9 +48,9 @@ def report() -> str:
 
 
 def kernels() -> list[str]:
-    """Lines on the compiled extension and on torch."""
+    """Return lines on the compiled extension and on torch."""
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # the one of eaml_ext.ops says what stands here
+        warnings.simplefilter("ignore")  # that of eaml_ext.ops repeats these lines
         import torch
 
         from eaml_ext.ops._library import load_error  # registers the ops
@@ -60,7 +60,7 @@ def kernels() -> list[str]:
     lines = [f"torch      {torch.__version__}, {', '.join(gpus) or 'sees no GPU'}"]
     if not info["kernels"]:
         lines += [f"kernels    missing ({load_error}): the slow reference runs"]
-        return [*lines, f"  to mend, with gcc or clang installed, in the source folder: {BUILD}"]
+        return [*lines, f"  to fix it, with gcc or clang installed, in the source folder: {BUILD}"]
     lines.append(f"kernels    {info['compiler']}, {info['simd']}, for torch {info['torch_target']} and later")
     lines.append(f"CUDA       {info['cuda'] or 'not compiled'}")
     if info["cuda"] is None:
@@ -70,14 +70,17 @@ def kernels() -> list[str]:
 
 
 def runs(op: str, device: str) -> str:
-    """Whether an op has a kernel of its own on a device."""
+    """Return whether the kernel of an op on a device is compiled or the reference."""
     from eaml_ext._torch_compat import has_kernel
 
     return "compiled" if has_kernel(f"eaml_ext::{op}", device) else "reference"
 
 
 def requirements() -> dict[str, list[Requirement]]:
-    """What the installed package wants, by extra, "" being what it always wants; empty where it is not installed."""
+    """Return the requirements of the installed package by extra; empty where it is not installed.
+
+    Requirements without an extra have the key "".
+    """
     try:
         declared = metadata.requires("eaml_ext") or []
         extras = metadata.metadata("eaml_ext").get_all("Provides-Extra") or []
@@ -95,7 +98,7 @@ def requirements() -> dict[str, list[Requirement]]:
 
 
 def problem(r: Requirement) -> str:
-    """``missing``, the version that does not do, or nothing."""
+    """Return ``missing``, or the installed version where it is not accepted, or an empty string."""
     try:
         version = metadata.version(r.name)
     except metadata.PackageNotFoundError:
@@ -104,6 +107,6 @@ def problem(r: Requirement) -> str:
 
 
 def install(missing: Sequence[Requirement]) -> str:
-    """The command that installs them."""
+    """Return the command that installs the missing requirements."""
     names = [f"{r.name}[{','.join(sorted(r.extras))}]" if r.extras else r.name for r in missing]
     return " ".join([INSTALL, *(shlex.quote(f"{n}{r.specifier}") for n, r in zip(names, missing, strict=True))])

@@ -31,7 +31,7 @@ def test_report_names_versions_and_the_command_for_what_is_missing(wants, capsys
     lines = capsys.readouterr().out.splitlines()
     assert lines[0].startswith(f"eaml_ext {eaml_ext.__version__}, Python 3.")
     assert f"torch           {torch.__version__}" in "\n".join(lines)
-    assert f"  to mend: {info.INSTALL} 'no-such-package>=3'" in lines
+    assert f"  to fix it: {info.INSTALL} 'no-such-package>=3'" in lines
     assert f"  to get it: {info.INSTALL} 'nor-this-one[a,b]'" in lines
     assert f"  to get it: {info.INSTALL} 'numpy>=999'" in lines
     assert sum("to get it: " in line and "FORCE_CUDA" not in line for line in lines) == 2
@@ -85,7 +85,7 @@ cli.main(["info"])
 
 def test_without_torch_the_command_for_it_stands_there():
     out = subprocess.run([sys.executable, "-c", WITHOUT_TORCH], capture_output=True, text=True, check=True).stdout
-    assert "unknown: torch is missing" in out and f"to mend: {info.INSTALL} 'torch>=2.11'" in out
+    assert "unknown: torch is missing" in out and f"to fix it: {info.INSTALL} 'torch>=2.11'" in out
 
 
 def test_a_reader_that_goes_away_is_no_error():

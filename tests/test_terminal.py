@@ -50,8 +50,8 @@ def test_table_cells_longer_than_columns_stay_apart(align):
 
 
 def test_table_short_cells_keep_the_least_widths():
-    assert table([["arm", "mean"], ["plain", "0.5"]], first=16, width=10) == [
-        "arm                   mean",
+    assert table([["variant", "mean"], ["plain", "0.5"]], first=16, width=10) == [
+        "variant               mean",
         "plain                  0.5",
     ]
     assert table([], first=16, width=10) == []

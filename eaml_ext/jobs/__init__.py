@@ -1,1 +1,1 @@
-"""Jobs: whole runs, from collecting data to a report."""
+"""Jobs: whole runs, from the collection of data to a report."""

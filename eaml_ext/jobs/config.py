@@ -1,4 +1,4 @@
-"""What a run can be told. No torch here: the command line reads its flags and defaults from these fields."""
+"""Settings of the main job. Needs no torch: the command line reads its flags and defaults from these fields."""
 
 import math
 from collections.abc import Collection
@@ -11,14 +11,18 @@ RETRIEVALS = ("best_fit", "nearest", "uniform")
 
 
 def flag(default: Any, text: str, **options: Any) -> Any:
+    """Return a dataclass field that is a flag of the command line, with its help text and argparse's options."""
     return field(default=default, metadata={"help": text, **options})
 
 
 def check_fields(settings: Any, zero: Collection[str]) -> None:
-    """Raises TypeError or ValueError, one sentence, for a field that is not what :func:`flag` said of it.
+    """Check the fields of frozen settings against their defaults and choices.
 
-    Numbers are positive, or zero in the fields named by ``zero``, and finite; what has choices is one of them.
-    NumPy scalars become Python's, because settings are written as TOML and JSON.
+    Numbers must be finite and positive, or zero in the fields named by ``zero``. NumPy scalars become Python's,
+    because settings are written as TOML and JSON.
+
+    Raises:
+        TypeError, ValueError: a field has another type than its default, or is out of range.
     """
     where = type(settings).__name__
     for f in fields(settings):
@@ -37,15 +41,16 @@ def check_fields(settings: Any, zero: Collection[str]) -> None:
             if math.isinf(value):
                 raise ValueError(f"{where}: {f.name} must be finite, got {value!r}")
             if isinstance(f.default, int):
-                value = _check.integer(where, f.name, value, 0, 2**64)  # what torch takes as a seed
+                value = _check.integer(where, f.name, value, 0, 2**64)  # the range of torch's seeds
         object.__setattr__(settings, f.name, value)  # the dataclass is frozen
 
 
 @dataclass(frozen=True)
 class DynamicsConfig:
-    """The main job's settings; each is a flag of ``eaml-ext``.
+    """Settings of the main job; each is a flag of ``eaml-ext``.
 
-    Raises TypeError or ValueError, one sentence, for a value out of its range.
+    Raises:
+        TypeError, ValueError: a value has another type than its default, or is out of range.
 
     >>> DynamicsConfig(num_epochs=5).env_name
     'CartPole-v1'
@@ -53,15 +58,15 @@ class DynamicsConfig:
 
     env_name: str = flag("CartPole-v1", "Gymnasium id; any with Box observations")
     num_epochs: int = flag(50, "epochs of meta-training")
-    seed: int = flag(0, "seed of everything random")
-    device: str = flag("cpu", "where the model lives: cpu, cuda, cuda:1, ...")
+    seed: int = flag(0, "seed of all random numbers")
+    device: str = flag("cpu", "device of the model: cpu, cuda, cuda:1, ...")
     experience_weight: float = flag(0.3, "weight of the experience in the hybrid loss")
     inner_lr: float = flag(0.05, "step size of the inner loop, and of adaptation")
     outer_lr: float = flag(3e-3, "learning rate of the meta-update (Adam)")
     buffer_size: int = flag(50_000, "transitions the experience buffer holds")
-    retrieval: str = flag("best_fit", "which experience the hybrid loss takes", choices=RETRIEVALS)
-    shots: int = flag(10, "transitions a task is adapted on")
-    query: int = flag(64, "transitions a task is judged on")
+    retrieval: str = flag("best_fit", "how the experience of the hybrid loss is retrieved", choices=RETRIEVALS)
+    shots: int = flag(10, "transitions on which the model adapts to a task")
+    query: int = flag(64, "transitions on which the adapted model is evaluated")
     tasks_per_update: int = flag(16, "tasks in a meta-batch")
     updates_per_epoch: int = flag(8, "meta-updates in an epoch")
     inner_steps: int = flag(3, "gradient steps of the inner loop")
@@ -71,12 +76,12 @@ class DynamicsConfig:
     test_tasks: int = flag(64, "held-out tasks")
     adaptation_calls: int = flag(21, "calls of the Adapter per held-out task, 5 gradient steps each")
     plan_tasks: int = flag(16, "held-out tasks in which a planner acts with the model of each variant; 0: in none")
-    plan_steps: int = flag(100, "steps after which such an episode is cut")
+    plan_steps: int = flag(100, "most steps of such an episode")
     plan_horizon: int = flag(15, "steps that the planner looks ahead")
-    plan_candidates: int = flag(32, "sequences of actions that it imagines at every step, at least 2")
+    plan_candidates: int = flag(32, "sequences of actions that it evaluates at every step, at least 2")
     threads: int = flag(1, "threads torch may use; the model is too small to gain from more")
     checkpoint_every: int = flag(5, "epochs between two checkpoints of meta-training")
-    resume: bool = flag(False, "go on from the checkpoint in the folder; from the beginning where there is none")
+    resume: bool = flag(False, "continue from the checkpoint in the folder, or start where there is none")
     out: str = flag("", "folder of the results; runs/<env_name>-seed<seed> if empty")
 
     def __post_init__(self) -> None:
@@ -90,11 +95,11 @@ class DynamicsConfig:
 
     @property
     def decisive(self) -> dict[str, Any]:
-        """The settings that meta-training depends on: only a run in which they are alike can be resumed."""
+        """The settings that meta-training depends on; they must be equal for a run to be resumed."""
         kept = ("checkpoint_every", "resume", "out", "plan_tasks", "plan_steps", "plan_horizon", "plan_candidates")
         return {name: value for name, value in vars(self).items() if name not in kept}
 
     @property
     def folder(self) -> str:
-        """Where the results go."""
+        """Folder of the results."""
         return self.out or f"runs/{self.env_name.replace('/', '-')}-seed{self.seed}"

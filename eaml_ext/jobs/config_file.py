@@ -1,4 +1,4 @@
-"""Settings as a TOML file: read for ``--config``, and written beside what a run leaves. No torch here."""
+"""Settings as a TOML file: read for ``--config``, and written into the folder of a run. Needs no torch."""
 
 import difflib
 import json
@@ -22,7 +22,7 @@ NAME = "settings.toml"
 
 
 def closest(name: str, known: Collection[str]) -> str:
-    """``"; the closest is 'x'"``, or nothing where none of the known names is near.
+    """Return ``"; the closest is 'x'"``, or an empty string where no known name is close.
 
     >>> closest("num_epoch", ["num_epochs", "seed"])
     "; the closest is 'num_epochs'"
@@ -32,9 +32,11 @@ def closest(name: str, known: Collection[str]) -> str:
 
 
 def read(path: str | os.PathLike[str]) -> dict[str, Any]:
-    """The keys and values of a settings file; keys of version 0.1 become those of this version.
+    """Return the keys and values of a settings file; keys of version 0.1 become those of this version.
 
-    Raises FileNotFoundError where there is none, ValueError for a file that is not TOML.
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: the file is not TOML.
     """
     try:
         settings = tomllib.loads(Path(path).read_text(encoding="utf-8"))
@@ -46,7 +48,7 @@ def read(path: str | os.PathLike[str]) -> dict[str, Any]:
 
 
 def check_keys(path: str | os.PathLike[str], keys: Collection[str], known: Collection[str], algo: str) -> None:
-    """Raises ValueError, one sentence, for the first key that is no setting of the algorithm."""
+    """Raise ValueError for the first key that is no setting of the algorithm."""
     for key in keys:
         if key not in known:
             text = f"{os.fspath(path)} has the key {key!r}, which is no setting of --algo {algo}"
@@ -54,10 +56,18 @@ def check_keys(path: str | os.PathLike[str], keys: Collection[str], known: Colle
 
 
 def write(folder: str | os.PathLike[str], settings: Any) -> Path:
-    """Writes the settings of a run to ``settings.toml`` in its folder, whole or not at all; returns the path.
+    """Write the settings of a run to ``settings.toml`` in its folder, whole or not at all.
 
-    ``settings`` is a dataclass of strings, numbers and booleans named ``<Algo>Config``. ``resume`` stays out: the
-    file repeats a run, it does not go on with it. Raises OSError where the folder cannot be written.
+    Args:
+        folder: of the run.
+        settings: a dataclass of strings, numbers and booleans, named ``<Algo>Config``. ``resume`` is left out: the
+            file repeats a run and does not continue it.
+
+    Returns:
+        The path.
+
+    Raises:
+        OSError: the folder cannot be written.
 
     >>> import tempfile
     >>> from eaml_ext.jobs.config import DynamicsConfig
@@ -77,5 +87,5 @@ def write(folder: str | os.PathLike[str], settings: Any) -> Path:
 
 
 def _toml(value: str | int | float | bool) -> str:
-    """A scalar; JSON's notation is TOML's for those, but for DEL, which TOML wants escaped."""
+    """Return a scalar in TOML's notation: that of JSON, except that DEL is escaped."""
     return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")

@@ -1,4 +1,4 @@
-"""The device that a setting names."""
+"""The device of a setting."""
 
 import os
 
@@ -6,9 +6,17 @@ import torch
 
 
 def torch_device(where: str, name: str) -> torch.device:
-    """``name`` as a device that is there; ValueError, a sentence that begins with ``where``, for any other.
+    """Return the device ``name``. For ``cuda`` without a number, the ranks of a machine use its GPUs in turn.
 
-    The processes that torchrun has started on one machine take its GPUs in turn for ``cuda`` without a number.
+    Args:
+        where: the start of error messages.
+        name: ``cpu``, ``cuda`` or ``cuda:<n>``.
+
+    Raises:
+        ValueError: another name, or the machine has no such device.
+
+    >>> torch_device("DynamicsConfig", "cpu")
+    device(type='cpu')
     """
     try:
         device = torch.device(name)

@@ -1,4 +1,4 @@
-"""What a run leaves behind: numbers as JSON, curves as PNG, a table to read."""
+"""Reports of a run: numbers as JSON, curves as PNG, tables as text."""
 
 import json
 import math
@@ -12,13 +12,27 @@ from eaml_ext._files import atomic_write
 
 
 def summary(errors: Tensor) -> dict[str, float | None]:
-    """Mean over tasks, half width of its 95 % interval (normal), and median, of ``(tasks,)``."""
+    """Return the mean over tasks, the half width of its 95 % interval (normal), and the median.
+
+    Args:
+        errors: ``(tasks,)``, floating.
+
+    >>> import torch
+    >>> summary(torch.tensor([1.0, 2.0, 6.0]))["median"]
+    2.0
+    """
     half = 1.96 * float(errors.std()) / math.sqrt(len(errors)) if len(errors) > 1 else None
     return {"mean": float(errors.mean()), "interval": half, "median": float(errors.median())}
 
 
 def table(variants: dict[str, Any], returns: dict[str, Any], steps: int) -> str:
-    """The variants as text; ``returns`` are those of a planner with its model, in episodes of at most ``steps``."""
+    """Return the table of the variants.
+
+    Args:
+        variants: :func:`summary` of the errors by variant.
+        returns: :func:`summary` of the planner's returns by variant; may be empty.
+        steps: most steps of the planner's episodes.
+    """
     title = "Prediction error on held-out tasks (mean squared, in mean squares of a step)"
     rows = [["variant", "mean", "95 % +-", "median"]]
     if returns:
@@ -32,7 +46,7 @@ def table(variants: dict[str, Any], returns: dict[str, Any], steps: int) -> str:
 
 
 def cells(row: dict[str, Any] | None, digits: int) -> list[str]:
-    """Mean, interval and median of a :func:`summary` as text: "-" for a missing one, exponents from a million on.
+    """Return mean, interval and median of a :func:`summary` as text: "-" for None, exponents from a million on.
 
     >>> cells({"mean": 0.5, "interval": None, "median": 6e8}, 2)
     ['0.50', '-', '6.00e+08']
@@ -42,7 +56,7 @@ def cells(row: dict[str, Any] | None, digits: int) -> list[str]:
 
 
 def write_json(path: str | Path, results: dict[str, Any]) -> None:
-    """Writes the results and what they were made with, whole or not at all."""
+    """Write the results and :func:`eaml_ext.build_info` to a JSON file, whole or not at all."""
     with atomic_write(path) as temporary:
         Path(temporary).write_text(json.dumps({**results, "build": build_info()}, indent=1) + "\n")
 
@@ -50,7 +64,7 @@ def write_json(path: str | Path, results: dict[str, Any]) -> None:
 def plot(path: str | Path, results: dict[str, Any]) -> None:
     """Plot the meta-loss over epochs and the error of each variant over adaptation steps.
 
-    Without matplotlib a printed line names the extra, and no earlier plot is left at ``path``.
+    Without matplotlib a printed line names the extra, and an earlier plot at ``path`` is removed.
     """
     try:
         from matplotlib.backends.backend_agg import FigureCanvasAgg

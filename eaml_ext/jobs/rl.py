@@ -1,4 +1,4 @@
-"""The jobs of meta-RL: a policy on an SSM adapts to held-out tasks in context (rl2) or by gradient (maml)."""
+"""The meta-RL jobs: a policy on an SSM adapts to held-out tasks in context (rl2) or by gradient (maml)."""
 
 import math
 from pathlib import Path
@@ -15,14 +15,20 @@ from eaml_ext.jobs.rl_config import MAMLConfig, RL2Config, RLConfig
 from eaml_ext.rl import MAMLRL, RL2, SSMMetaPolicy, feature_dim
 from eaml_ext.tasks import TaskDistribution, make_tasks
 
-UPDATES = 10  # of an epoch
+UPDATES = 10  # per epoch
 
 
 def run(settings: RLConfig) -> dict[str, Any]:
-    """Runs the job, prints its progress and writes ``settings.folder``; returns the report.
+    """Run the job, print its progress and write ``settings.folder``.
 
-    The folder gets ``settings.toml``, ``report.json`` and ``policy.safetensors``. Raises ValueError under ``torchrun``,
-    which only the dynamics job knows how to use.
+    The folder gets ``settings.toml``, ``report.json`` and ``policy.safetensors``.
+
+    Returns:
+        The report.
+
+    Raises:
+        ValueError: a bad device or environment, or several processes of ``torchrun``: this job is one process.
+        OSError: the folder cannot be written.
     """
     if world_size() > 1:
         raise ValueError(f"{type(settings).__name__}: this job is one process, torchrun has started {world_size()}")
@@ -51,17 +57,17 @@ def run(settings: RLConfig) -> dict[str, Any]:
     return results
 
 
-# Per update, what the job reports (None: nothing to report), and the number of updates that were skipped.
 Learned = tuple[list["float | None"], int]
+"""The number reported for each update (None: no number), and the count of skipped updates."""
 
 
 def numbers(values: list[float]) -> list[float | None]:
-    """NaN becomes None: JSON has no NaN."""
+    """Replace NaN by None, because JSON has no NaN."""
     return [None if math.isnan(value) else value for value in values]
 
 
 def make_policy(settings: RLConfig, distribution: TaskDistribution[Any], device: torch.device) -> SSMMetaPolicy:
-    """The policy that fits a distribution's observations and actions."""
+    """Return a policy for a distribution's observations and actions."""
     from gymnasium.spaces import Discrete
 
     return SSMMetaPolicy(
@@ -79,7 +85,12 @@ def make_policy(settings: RLConfig, distribution: TaskDistribution[Any], device:
 def rl2(
     settings: RL2Config, distribution: TaskDistribution[Any], policy: SSMMetaPolicy
 ) -> tuple[Learned, Tensor, list[str]]:
-    """Mean return of each update (None: no episode finished), returns ``(tasks, episodes)``, and the columns' names."""
+    """Train by RL^2 and evaluate in context.
+
+    Returns:
+        The mean return of each update (None: no episode finished), returns on held-out tasks ``(tasks, episodes)``,
+        and the names of their columns.
+    """
     trainer = RL2(
         policy,
         distribution,
@@ -105,7 +116,12 @@ def rl2(
 def maml(
     settings: MAMLConfig, distribution: TaskDistribution[Any], policy: SSMMetaPolicy
 ) -> tuple[Learned, Tensor, list[str]]:
-    """Mean adapted reward of each update (None: skipped), returns ``(tasks, inner_steps + 1)``, the columns' names."""
+    """Train by MAML and evaluate after every gradient step.
+
+    Returns:
+        The mean reward of a step after adaptation in each update (None: skipped), returns on held-out tasks
+        ``(tasks, inner_steps + 1)``, and the names of their columns.
+    """
     trainer = MAMLRL(
         policy,
         distribution,

@@ -1,4 +1,4 @@
-"""What the jobs of meta-RL can be told. No torch here: the command line reads its flags from these fields."""
+"""Settings of the meta-RL jobs. Needs no torch: the command line reads its flags from these fields."""
 
 from dataclasses import dataclass
 
@@ -9,15 +9,16 @@ CORES = ("s6", "mamba", "s4d", "s5", "lru", "ssd", "retention", "rwkv")
 
 @dataclass(frozen=True)
 class RLConfig:
-    """What both jobs can be told; each is a flag of ``eaml-ext``.
+    """Settings of both jobs; each is a flag of ``eaml-ext``.
 
-    Raises TypeError or ValueError, one sentence, for a value out of its range.
+    Raises:
+        TypeError, ValueError: a value has another type than its default, or is out of range.
     """
 
     env_name: str = flag("CartPole-v1", "Gymnasium id, or a name registered in eaml_ext.tasks")
     num_epochs: int = flag(12, "epochs of meta-training, 10 updates each")
-    seed: int = flag(0, "seed of everything random")
-    device: str = flag("cpu", "where the policy lives: cpu, cuda, cuda:1, ...")
+    seed: int = flag(0, "seed of all random numbers")
+    device: str = flag("cpu", "device of the policy: cpu, cuda, cuda:1, ...")
     hidden_dim: int = flag(64, "width of the policy's SSM")
     state_size: int = flag(8, "states per channel of the SSM")
     num_layers: int = flag(1, "layers of the SSM")
@@ -35,7 +36,7 @@ class RLConfig:
 
     @property
     def folder(self) -> str:
-        """Where the results go."""
+        """Folder of the results."""
         algo = type(self).__name__.removesuffix("Config").lower()
         return self.out or f"runs/{algo}-{self.env_name.replace('/', '-')}-seed{self.seed}"
 
@@ -48,10 +49,10 @@ class RL2Config(RLConfig):
     'runs/rl2-CartPole-hidden-velocity-v1-seed0'
     """
 
-    # Its convolution shows what an action changes from step to step; s6 alone loses a hidden velocity.
+    # A hidden velocity needs the convolution, which sees the change between steps; s6 alone does not find it.
     core: str = flag("mamba", "recurrence of the SSM", choices=CORES)
     lr: float = flag(3e-3, "learning rate (Adam), falling to 0")
-    tasks_per_update: int = flag(64, "trials played side by side, each of a new task")
+    tasks_per_update: int = flag(64, "trials in parallel, each of a new task")
     steps: int = flag(128, "steps of a training trial")
     episodes: int = flag(3, "episodes of a trial on held-out tasks")
 
