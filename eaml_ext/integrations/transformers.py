@@ -19,7 +19,7 @@ except ImportError as error:
 
 _SIGNATURE = inspect.signature(MambaMixer.forward)
 _DEFAULTS = {name: parameter.default for name, parameter in _SIGNATURE.parameters.items()}
-_EXTRA = next((name for name, p in _SIGNATURE.parameters.items() if p.kind is p.VAR_KEYWORD), "")
+_KWARGS = next((name for name, p in _SIGNATURE.parameters.items() if p.kind is p.VAR_KEYWORD), "")
 _CACHE = "cache" if "cache" in _DEFAULTS else "cache_params"  # renamed in transformers 5.24
 
 
@@ -67,7 +67,7 @@ class FusedMambaMixer(MambaMixer):
             ``(batch, length, hidden_size)``.
         """
         given = _SIGNATURE.bind(self, *args, **kwargs).arguments
-        given.update(given.pop(_EXTRA, {}))
+        given.update(given.pop(_KWARGS, {}))
         hidden_states, cache, mask = (given.pop(name, None) for name in ("hidden_states", _CACHE, "attention_mask"))
         layer = given.pop("self").layer_idx
         unsupported = hidden_states is None or any(value is not _DEFAULTS.get(name) for name, value in given.items())

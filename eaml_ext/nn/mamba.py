@@ -28,9 +28,10 @@ class Mamba(nn.Module):
         d_conv: width of the causal convolution.
         expand: the block is ``int(expand * d_model)`` channels wide inside.
         dt_rank: rank of ``dt_proj``; ``"auto"``: ``ceil(d_model / 16)``.
-        dt_min, dt_max: step sizes start log-uniform between them, and at least ``dt_init_floor``.
-        dt_init: ``"random"`` or ``"constant"`` weights of ``dt_proj``, of scale ``dt_scale * dt_rank ** -0.5``.
-        dt_scale, dt_init_floor: see ``dt_init`` and ``dt_min``.
+        dt_min, dt_max: step sizes start log-uniform between them.
+        dt_init: ``"random"`` or ``"constant"`` weights of ``dt_proj``.
+        dt_scale: the weights of ``dt_proj`` start with the scale ``dt_scale * dt_rank ** -0.5``.
+        dt_init_floor: the smallest initial step size.
         conv_bias: whether the convolution has a bias.
         bias: whether ``in_proj`` and ``out_proj`` have one.
         use_fast_path: accepted for compatibility; there is one path.
@@ -93,12 +94,8 @@ class Mamba(nn.Module):
         d_inner = int(expand * d_model)
 
         self.d_model, self.d_state, self.d_conv, self.expand = d_model, d_state, d_conv, expand
-        self.d_inner, self.dt_rank, self.layer_idx, self.use_fast_path = (
-            d_inner,
-            dt_rank,
-            layer_idx,
-            bool(use_fast_path),
-        )
+        self.d_inner, self.dt_rank = d_inner, dt_rank
+        self.layer_idx, self.use_fast_path = layer_idx, bool(use_fast_path)
         conv_bias, bias = bool(conv_bias), bool(bias)
         factory: dict[str, Any] = {"device": device, "dtype": dtype}
         self.in_proj = nn.Linear(d_model, 2 * d_inner, bias=bias, **factory)
