@@ -93,7 +93,8 @@ TORCH = $(shell $(BIN)/python -c 'import torch; print(torch.__path__[0])')
 CUDA_SOURCES := $(wildcard tests/cuda_emulator/*.cpp csrc/*/cuda/*.cpp csrc/*/cuda/*.cu)
 EMULATOR_TESTS := close_to or numerical or half or strides or equals or extreme or drawn or exact or long or fault or \
 	states or tiling
-EMULATOR_SCAN := tests/cuda_emulator/test_emulator.py tests/ops/test_selective_scan.py tests/ops/test_complex_scan.py
+EMULATOR_SCAN := tests/cuda_emulator/test_emulator.py $(addprefix tests/ops/,test_scan_conformance.py \
+	test_selective_scan.py test_selective_scan_step.py test_complex_scan.py)
 EMULATOR_KNN := exact_ or slots_that or more_neighbors or close_to or strides or equals_ or dead or history
 
 $(EMULATOR)/%.o: % | $(VENV)/test

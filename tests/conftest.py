@@ -12,17 +12,17 @@ from hypothesis import settings
 THREADS = min(4, os.cpu_count() or 1)
 DEVICES = ["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"]
 
-# Drawn examples are the same in every run; the references are slow and get fewer.
+# Drawn examples are the same in every run; the slow references get fewer.
 for name, examples in {"exhaustive": 200, "kernels": 60, "few": 25}.items():
     settings.register_profile(name, max_examples=examples, deadline=None, derandomize=True)
 
-pytest.register_assert_rewrite("op_conformance")
+pytest.register_assert_rewrite("op_calls", "op_conformance", "parametrisations", "scan_cases")
 
 
 def pytest_addoption(parser):
     parser.addoption("--reference", action="store_true", help="hide the compiled kernels: test the references")
     parser.addoption(
-        "--cuda-emulator", metavar="LIBRARY", help="the CUDA kernels, run on the CPU by a stand-in for CUDA"
+        "--cuda-emulator", metavar="LIBRARY", help="run the CUDA kernels on the CPU, on an emulator of CUDA"
     )
 
 
@@ -36,7 +36,7 @@ def pytest_configure(config):
         config.addinivalue_line("filterwarnings", "ignore:eaml_ext. compiled kernels are not available:RuntimeWarning")
     if library:
         torch.ops.load_library(library)
-        # What a kernel forgets to write is NaN.
+        # Outputs that a kernel does not write are NaN.
         torch.use_deterministic_algorithms(True)
         torch.utils.deterministic.fill_uninitialized_memory = True  # type: ignore[attr-defined]
 
@@ -45,8 +45,8 @@ def pytest_configure(config):
 def pytest_collection_modifyitems(config, items):
     """Without the compiled kernels, tests marked ``kernels`` are exhaustive.
 
-    With ``--reference`` a test is, too, each of whose parameters had its value in a test before: one implementation of
-    all dtypes and layouts needs every value once, the kernels need every combination.
+    With ``--reference`` a test is exhaustive too if each of its parameters had the same value in an earlier test. The
+    kernels need every combination of values; the reference, one implementation for all, needs every value once.
     """
     reference = config.getoption("--reference")
     if not (reference or config.getoption("--cuda-emulator")):
@@ -63,8 +63,8 @@ def pytest_collection_modifyitems(config, items):
 
 def pytest_report_header(config):
     if config.getoption("--cuda-emulator"):
-        return "eaml_ext: the CUDA kernels, on a stand-in for CUDA"
-    return "eaml_ext: references alone" if config.getoption("--reference") else None
+        return "eaml_ext: the CUDA kernels, on an emulator of CUDA"
+    return "eaml_ext: references only" if config.getoption("--reference") else None
 
 
 @pytest.fixture(scope="session")
@@ -74,8 +74,8 @@ def reference_only(request) -> bool:
 
 
 @pytest.fixture(scope="session")
-def on_stand_in(request) -> bool:
-    """Whether CUDA kernels stand for the CPU's (``--cuda-emulator``)."""
+def on_cuda_emulator(request) -> bool:
+    """Whether CUDA kernels replace the CPU's (``--cuda-emulator``)."""
     return bool(request.config.getoption("--cuda-emulator"))
 
 
@@ -85,18 +85,18 @@ def device(request) -> str:
 
 
 @pytest.fixture(autouse=True, scope="session")
-def _interrupts():
-    """SIGINT raises KeyboardInterrupt, also where the suite was started with SIGINT ignored (nohup, background jobs).
+def _raise_on_interrupt():
+    """Make SIGINT raise KeyboardInterrupt, also where the suite was started with SIGINT ignored (nohup).
 
-    Child processes inherit an ignored signal, so this holds for them too.
+    Child processes inherit an ignored signal, so they need it too.
     """
     if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
         signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(autouse=True)
-def _reproducible(request):
-    """Every test starts from the same seed and thread count: several for the ops, elsewhere they would only wait."""
+def _seed_and_threads(request):
+    """Start every test from the same seed and thread count: several threads for the ops, elsewhere one."""
     random.seed(0)
     torch.manual_seed(0)
     torch.set_num_threads(THREADS if request.path.parent.name == "ops" else 1)

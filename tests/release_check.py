@@ -18,7 +18,8 @@ ROOT = Path(__file__).parents[1]
 WANTED = [
     *("pyproject.toml", "setup.py", "MANIFEST.in", "Makefile", "README.md", "LICENSE", "CHANGELOG.md", "mkdocs.yml"),
     *("csrc/module.cpp", "csrc/common/simd.h", "csrc/selective_scan/cuda/kernel.cuh", "csrc/knn/cpu/vector_inl.h"),
-    *("eaml_ext/__init__.py", "eaml_ext/py.typed", "tests/conftest.py", "tests/ops/op_conformance.py", "docs/ops.md"),
+    *("eaml_ext/__init__.py", "eaml_ext/py.typed", "eaml_ext/_C.pyi", "tests/conftest.py", "docs/ops.md"),
+    *("tests/ops/op_conformance.py", "tests/ops/op_calls.py"),
     *("benchmarks/run.py", "benchmarks/results/gradient_figure.png", "requirements/demo.txt", "requirements/test.txt"),
 ]
 UNWANTED = re.compile(r"\.(so|pyc|o|part)$|__pycache__|\.git/|\.venv|(^|/)(build|runs)/")
@@ -39,7 +40,8 @@ def sdist_faults(names: list[str], sources: list[str]) -> list[str]:
 
 def wheel_faults(names: list[str], kernels: bool) -> list[str]:
     """Return the faults of a wheel with the files ``names``."""
-    faults = [f"it lacks {name}" for name in ("eaml_ext/__init__.py", "eaml_ext/py.typed") if name not in names]
+    wanted = ("eaml_ext/__init__.py", "eaml_ext/py.typed", "eaml_ext/_C.pyi")
+    faults = [f"it lacks {name}" for name in wanted if name not in names]
     if kernels != any(re.match(r"eaml_ext/_C\..*(so|pyd)$", name) for name in names):
         faults.append("it lacks the kernels" if kernels else "it has kernels")
     tops = {name.split("/")[0] for name in names}

@@ -1,4 +1,4 @@
-"""The selection of tests: each pass leaves the exhaustive ones to `make test-all`."""
+"""The selection of tests: only `make test-all` runs the exhaustive ones."""
 
 import itertools
 from types import SimpleNamespace
@@ -10,7 +10,7 @@ DTYPES, SHAPES, CASES = ["float32", "float64"], [(2, 3), (4, 5), (6, 7)], ["all"
 
 
 def collected(option: str, marked: tuple[str, ...] = ()) -> dict[str, bool]:
-    """Whether each test of two functions is exhaustive; those of the functions in ``marked`` are of the kernels."""
+    """Return whether each test is exhaustive; tests of the functions in ``marked`` have the mark ``kernels``."""
     exhaustive: dict[str, bool] = {}
 
     def item(function: str, **params: object) -> SimpleNamespace:
@@ -46,7 +46,7 @@ def test_selection_reference_every_value_of_every_parameter_is_kept():
 
 
 @pytest.mark.parametrize("option, kept", [("--reference", 4), ("--cuda-emulator", 5)])
-def test_selection_without_kernels_their_tests_are_left_out(option, kept):
+def test_selection_without_kernels_leaves_out_their_tests(option, kept):
     exhaustive = collected(option, ("a", "c"))
     assert [name[0] for name, left in exhaustive.items() if not left] == ["b"] * (kept - 1) + ["d"]
     assert all(left for name, left in exhaustive.items() if name[0] in "ac")

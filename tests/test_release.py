@@ -133,11 +133,11 @@ def test_sdist_faults_lists_missing_and_unwanted_files():
 
 def test_wheel_faults_lists_missing_kernels_and_foreign_files():
     faults = RELEASE["wheel_faults"]
-    plain = ["eaml_ext/__init__.py", "eaml_ext/py.typed", "eaml_ext-0.1.0.dist-info/METADATA"]
+    plain = ["eaml_ext/__init__.py", "eaml_ext/py.typed", "eaml_ext/_C.pyi", "eaml_ext-0.1.0.dist-info/METADATA"]
     assert faults(plain, kernels=False) == []
     assert faults([*plain, "eaml_ext/_C.cpython-311-x86_64-linux-gnu.so"], kernels=True) == []
     assert faults(plain, kernels=True) == ["it lacks the kernels"]
-    assert faults([*plain[:1], "tests/conftest.py"], kernels=False) == ["it lacks eaml_ext/py.typed", "it has tests"]
+    assert faults([plain[0], plain[2], "tests/conftest.py"], kernels=False) == ["it lacks eaml_ext/py.typed", "it has tests"]
 
 
 def test_files_with_path_of_this_machine_are_found():

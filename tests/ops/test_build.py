@@ -1,4 +1,4 @@
-"""The compiled extension: what it says of itself, what it links to, what its hot loops became; and its absence."""
+"""The compiled extension: build_info, linked symbols, vector instructions of the hot loops; and its absence."""
 
 import ctypes
 import platform
@@ -22,7 +22,7 @@ STABLE_C = re.compile(r"^(?:aoti_torch_|torch_)\w+$")
 @pytest.fixture(scope="module")
 def library(reference_only):
     if reference_only:
-        pytest.skip("looks into the library of kernels, which this pass hides")
+        pytest.skip("inspects the library of kernels, which this pass hides")
     return ops._C.__file__
 
 
@@ -39,7 +39,7 @@ def python(code: str) -> subprocess.CompletedProcess:
 # ---- build_info --------------------------------------------------------------------------------------------------
 
 
-def test_build_info(reference_only):
+def test_build_info_has_every_key(reference_only):
     info = eaml_ext.build_info()
     assert info["torch"] == torch.__version__
     assert info["kernels"] is not reference_only
@@ -54,14 +54,14 @@ def test_build_info(reference_only):
         assert info["simd"] in ("x86-64-v4 (AVX-512)", "x86-64-v3 (AVX2)", "x86-64 (SSE2)")
 
 
-def test_runs_on_the_torch_it_was_built_for_or_a_later_one(library):
+def test_build_info_torch_target_is_not_newer_than_torch(library):
     def release(version: str) -> list[int]:
         return [int(part) for part in version.split(".")[:2]]
 
     assert release(eaml_ext.build_info()["torch_target"]) <= release(torch.__version__)
 
 
-def test_kernels_are_registered_for_the_cpu(library):
+def test_kernels_every_op_is_registered_for_cpu(library):
     names = [name for name in torch._C._dispatch_get_all_op_names() if name.startswith("eaml_ext::")]
     assert {"eaml_ext::knn", "eaml_ext::selective_scan"} <= set(names)
     for name in names:
@@ -77,9 +77,9 @@ def undefined(library: str) -> list[str]:
 
 
 def allowed(name: str) -> bool:
-    """Of torch's stable C functions, Python, the C++ standard library and its runtime, or the C library."""
+    """Return whether a symbol is of torch's stable C functions, Python, the C++ standard library or the C library."""
     if name.startswith("_Z"):
-        # std:: and its members, operators new and delete, and type information of the runtime
+        # std:: and its members, operators new and delete, the runtime's type information
         return bool(
             re.match(r"_ZN?[KVRO]*(?:S[a-z]|St)|_ZT[IVS]N?(?:St|S[a-z]|10__cxxabiv1|[a-z])|_Z(?:n|d)[wal]", name)
         )
@@ -92,7 +92,7 @@ def libc(name: str) -> bool:
     return hasattr(ctypes.CDLL(None), name)
 
 
-def test_only_the_stable_abi_of_torch_is_used(library):
+def test_symbols_of_torch_are_of_stable_abi(library):
     names = undefined(library)
     demangled = tool("nm", "-D", "-C", "--undefined-only", library)
     assert not re.findall(r"\b(?:at|c10|caffe2|torch)::", demangled)
@@ -105,7 +105,7 @@ def test_only_the_stable_abi_of_torch_is_used(library):
 
 
 def kernels(library: str, namespace: str, isa: str, precision: str, kernel: str) -> list[str]:
-    """Instructions of the functions of one instruction set that hold a kernel's loops over time."""
+    """Return the instructions of a kernel's loops over time, of one instruction set."""
     if not X86:
         pytest.skip("x86-64 alone has AVX-512")
     kernel, dual = kernel.removesuffix("_dual"), kernel.endswith("_dual")
@@ -113,8 +113,8 @@ def kernels(library: str, namespace: str, isa: str, precision: str, kernel: str)
     number = rf"Dv{vector}_{precision}"
     state = rf"N\w*4DualI{number}E" if dual else number
     state = rf"N\w*7ComplexI{state}E" if namespace == "complex_states" else state
-    name, count = rf"{kernel}_partILb[01]ELb[01]E{state}", 4  # y or the gate; B and C of numbers or of vectors
-    if eaml_ext.build_info()["compiler"].startswith("clang"):  # inlines all of them into the entry
+    name, count = rf"{kernel}_partILb[01]ELb[01]E{state}", 4  # y or the gate; B and C as numbers or as vectors
+    if eaml_ext.build_info()["compiler"].startswith("clang"):  # clang inlines all of them into the entry
         name, count = rf"{len(kernel)}{kernel}ERK\w*InputsI{precision}E", 1
     names = re.findall(rf"\b\w*{namespace}\w*?{len(isa)}{isa}\w*?{name}\w*", tool("nm", library))
     bodies = [
@@ -132,18 +132,18 @@ def kernels(library: str, namespace: str, isa: str, precision: str, kernel: str)
 def test_kernel_loops_use_full_vectors_and_no_wider_ones(library, isa, register, namespace, kernel, precision, suffix):
     body = kernels(library, namespace, isa, precision, kernel)
     fma = [line for line in body if re.search(rf"vf\w*m\w*{suffix} .*%{register}", line)]
-    # exp multiplies by 2^n: AVX-512 has an instruction; elsewhere an integer is shifted into the exponent's place
+    # exp multiplies by 2^n: by an instruction of AVX-512, else by a shift into the exponent's bits
     power = rf"vscalef{suffix}" if register == "zmm" else f"vpsll{'d' if suffix == 'ps' else 'q'}"
     powers = [line for line in body if re.search(rf"{power} .*%{register}", line)]
     assert len(fma) > 20 and len(powers) >= 4, (len(fma), len(powers))
     assert not [line for line in body if re.search(r"call.*\b(exp|sin|cos|fma)f?\b", line)]
     assert register == "zmm" or not [line for line in body if "%zmm" in line]
-    # gcc builds a vector of one number lane by lane where a callee is compiled for less than its caller
+    # gcc broadcasts lane by lane where a callee is compiled for a smaller instruction set than its caller
     assert not [line for line in body if re.search(r"vbroadcasts[sd] .*\(.*\{%k", line)]
 
 
-def test_wider_instruction_sets_stay_in_their_namespaces(library):
-    """The linker keeps one copy of a header's function for all machines: none may use AVX-512 or AVX2 registers."""
+def test_wide_registers_stay_in_namespaces_of_their_instruction_set(library):
+    """The linker keeps one copy of a header's function for all machines, so none may use wide registers."""
     if not X86:
         pytest.skip("x86-64 alone has AVX-512")
     current, wide = "", set()
@@ -153,7 +153,7 @@ def test_wider_instruction_sets_stay_in_their_namespaces(library):
         elif "%zmm" in line or "%ymm" in line:
             wide.add(current)
     assert wide
-    # clang wraps single instructions of AVX-512 in lambdas that no other set calls
+    # clang wraps single instructions of AVX-512 in lambdas that only AVX-512 code calls
     ours = re.compile(r"4avx2|6avx512|[.]arch_x86[_-]64[_-]v[34]|[.]avx|ENKUlvE_clEv")
     assert not [name for name in wide if not ours.search(name)]
 
@@ -161,7 +161,7 @@ def test_wider_instruction_sets_stay_in_their_namespaces(library):
 # ---- without kernels, without torch ------------------------------------------------------------------------------
 
 
-def test_without_kernels_one_warning_says_how_to_get_them():
+def test_import_without_kernels_warns_once_with_command():
     code = """
 import sys, warnings
 sys.modules["eaml_ext._C"] = None
@@ -183,6 +183,6 @@ print(ours[0].message)
     assert "pip install" in message and "eaml_ext" in message
 
 
-def test_import_is_silent_and_loads_no_torch():
+def test_import_of_package_is_silent_and_loads_no_torch():
     done = python("import sys, eaml_ext; dir(eaml_ext); assert 'torch' not in sys.modules, 'torch was imported'")
     assert done.stdout == done.stderr == ""

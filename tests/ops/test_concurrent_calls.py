@@ -1,4 +1,4 @@
-"""Several threads call both ops at once: every one gets the bits that a single one gets."""
+"""Concurrent calls of the ops give the bits of calls from one thread."""
 
 import threading
 
@@ -9,7 +9,7 @@ from eaml_ext.ops import PackedKeys, knn, selective_scan
 
 
 def calls():
-    """What each thread does: a name, and a function of nothing that returns tensors. The memory is shared by all."""
+    """Return the calls of each thread by name; all threads share the memory."""
     generator = torch.Generator().manual_seed(0)
     keys = torch.randn(6000, 32, generator=generator)
     memory = PackedKeys(6000, 32)
@@ -32,7 +32,7 @@ def calls():
 
 
 @pytest.mark.kernels
-def test_the_bits_of_one_thread():
+def test_concurrent_calls_of_ops_give_bits_of_one_thread():
     todo = calls()
     wanted = {name: call() for name, call in todo.items()}
     failures, start = [], threading.Barrier(8)

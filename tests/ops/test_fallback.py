@@ -1,4 +1,4 @@
-"""A reference on a GPU warns once for each op; elsewhere never."""
+"""A reference on a GPU warns once per op; elsewhere it does not warn."""
 
 import warnings
 from types import SimpleNamespace
@@ -14,8 +14,8 @@ def fresh(monkeypatch):
     monkeypatch.setattr(fallback, "_warned", set())
 
 
-def test_one_warning_for_each_op(fresh):
-    on_gpu = SimpleNamespace(device=torch.device("cuda", 1))  # as much of a tensor as is looked at
+def test_reference_of_gpu_tensor_warns_once_per_op(fresh):
+    on_gpu = SimpleNamespace(device=torch.device("cuda", 1))  # the only attribute that is read
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         for op in ("knn", "selective_scan", "knn"):
@@ -29,10 +29,10 @@ def test_one_warning_for_each_op(fresh):
 
 
 @pytest.mark.filterwarnings("error::RuntimeWarning")
-def test_none_on_a_cpu_and_every_op_would_be_told(fresh, monkeypatch, reference_only):
-    asked = []
-    monkeypatch.setattr(fallback, "warn_once", lambda op, device: asked.append((op, device.type)))
+def test_reference_of_cpu_tensor_calls_warn_once_without_warning(fresh, monkeypatch, reference_only):
+    calls = []
+    monkeypatch.setattr(fallback, "warn_once", lambda op, device: calls.append((op, device.type)))
     x = torch.randn(2, 3, 4)
     knn(x[0], x[1], 1)
     selective_scan(x, x.abs(), -torch.ones(3, 2), torch.ones(2, 2, 4), torch.ones(2, 2, 4))
-    assert asked == ([("knn", "cpu"), ("selective_scan", "cpu")] if reference_only else [])
+    assert calls == ([("knn", "cpu"), ("selective_scan", "cpu")] if reference_only else [])

@@ -1,11 +1,12 @@
-"""knn passes the op_conformance of every op; what is its own stands in test_knn.py."""
+"""knn passes the conformance tests of every op; test_knn.py tests its own properties."""
 
 import itertools
 from typing import Any
 
 import torch
 from hypothesis import strategies as st
-from op_conformance import Battery, Build, Call, Op
+from op_calls import Build, Call
+from op_conformance import Op, OpConformance
 from torch import Tensor
 
 from eaml_ext.ops import knn, knn_reference
@@ -43,7 +44,7 @@ def build(
 
 
 def finite(function: Any) -> Any:
-    """Values 0 instead of infinite where there are fewer than k neighbours."""
+    """Wrap knn so that values without a neighbour are 0 instead of infinite."""
 
     def run(**arguments: Any) -> tuple[Tensor, Tensor]:
         values, indices = function(**arguments)
@@ -62,7 +63,7 @@ def raw_calls(call: Call) -> list[tuple[Any, tuple[Any, ...]]]:
 OPTIONS = [(), ("valid",), ("bias",), ("valid", "bias")]
 
 
-class TestKnn(Battery):
+class TestKnn(OpConformance):
     op = Op(
         function=finite(knn),
         reference=finite(knn_reference),

@@ -265,9 +265,9 @@ def test_overwriting_touches_one_column(reference_only):
     assert changed == [[77 // 32, 77 % 32]]
 
 
-def test_the_centre_follows_the_keys(reference_only, on_stand_in):
+def test_the_centre_follows_the_keys(reference_only, on_cuda_emulator):
     """Kept sums give the mean of what is live; it is taken as the centre when keys have moved away from it."""
-    if reference_only and not on_stand_in:
+    if reference_only and not on_cuda_emulator:
         pytest.skip("the reference has no centre")
     model = filled(torch.randn(500, 8) + 50)
     for start in range(0, 500, 50):
@@ -549,14 +549,14 @@ def test_packed_keys_numpy_sizes_equal_python_sizes():
     assert_same(pickle.loads(pickle.dumps(memory)).search(queries, 2), memory.search(queries, 2))
 
 
-def test_raw_ops_refuse_what_does_not_fit(reference_only, on_stand_in):
-    if reference_only and not on_stand_in:
+def test_raw_ops_refuse_what_does_not_fit(reference_only, on_cuda_emulator):
+    if reference_only and not on_cuda_emulator:
         pytest.skip("the reference reads nothing beyond an end: it fails where torch does")
     memory = filled(torch.randn(40, 4)).memory
     contents = [memory._keys, memory._bias, memory._live, memory._panels, memory._state]
     slots, keys = torch.tensor([1]), torch.randn(1, 4)
     wrongs = [*((i, contents[i][:-1]) for i in range(5)), (6, keys[:, :3])]
-    if not on_stand_in:  # CUDA drops a slot that does not exist on the device: telling would take a synchronisation
+    if not on_cuda_emulator:  # CUDA drops a slot that does not exist on the device: telling would take a synchronisation
         wrongs.append((5, torch.tensor([40])))
     for wrong in wrongs:
         arguments = [*contents, slots, keys]

@@ -1,6 +1,6 @@
-"""Rounding errors of the scan against a float64 loop, underflow, and bits that do not depend on batch or threads.
+"""Rounding errors of the scan against a float64 loop, underflow, and bits independent of batch and threads.
 
-The bounds are four times the largest errors measured, here and by ``python -m benchmarks.ops.scan_numerics``, up to
+The bounds are four times the largest errors measured here and by ``python -m benchmarks.ops.scan_numerics``, up to
 length 1024.
 """
 
@@ -11,14 +11,14 @@ from typing import Any
 
 import pytest
 import torch
-from op_conformance import Call, derivatives, gradients, leaves, outputs, to_float64
+from op_calls import Call, derivatives, gradients, leaves, outputs, to_float64
 from torch import Tensor
 
 from eaml_ext.ops import selective_scan, selective_scan_reference
 from eaml_ext.ops.selective_scan import ARGUMENTS
 
 SEQUENCES = ("u", "delta", "B", "C", "z")
-# The tensors that `results` returns.
+# the tensors that `results` returns
 NAMES = (
     *("y", "last state"),
     *(f"d {name}" for name in ARGUMENTS),
@@ -29,7 +29,7 @@ NAMES = (
 def make(
     dtype: torch.dtype, length: int, batch: int = 2, dim: int = 16, state: int = 16, per_row: bool = False
 ) -> Call:
-    """All arguments, A = -(1..state), step sizes log-uniform in [0.001, 1]; float32 holds every number."""
+    """Draw all arguments, with A = -(1..dstate) and step sizes log-uniform in [0.001, 1]; float32 represents all."""
     draw = torch.Generator().manual_seed(0)
     rows = (batch,) * per_row
 
@@ -55,11 +55,11 @@ def make(
 
 
 def loop(delta_softplus: bool, return_last_state: bool, **x: Tensor) -> tuple[Tensor, Tensor]:
-    """The reference in pieces, the state handed on: the same sums, and autograd's work stays linear in length."""
+    """Run the reference in segments, which keeps autograd's work linear in length."""
     state, ys = x.pop("initial_state"), []
     rest = {n: v for n, v in x.items() if n not in SEQUENCES}
-    for piece in zip(*(x[n].split(64, dim=-1) for n in SEQUENCES), strict=True):
-        arguments = {**rest, **dict(zip(SEQUENCES, piece, strict=True))}
+    for segment in zip(*(x[n].split(64, dim=-1) for n in SEQUENCES), strict=True):
+        arguments = {**rest, **dict(zip(SEQUENCES, segment, strict=True))}
         y, state = selective_scan_reference(
             **arguments, initial_state=state, delta_softplus=delta_softplus, return_last_state=True
         )
@@ -68,19 +68,19 @@ def loop(delta_softplus: bool, return_last_state: bool, **x: Tensor) -> tuple[Te
 
 
 def results(function: Any, call: Call, dtype: torch.dtype) -> dict[str, Tensor]:
-    """Outputs, gradients and second derivatives, along directions that ``dtype`` holds."""
+    """Return outputs, gradients and second derivatives, along directions that ``dtype`` represents."""
     along = derivatives(function, call, ARGUMENTS, layout=lambda x: x.to(dtype).to(x.dtype))
     return dict(zip(NAMES, (*outputs(function, call), *along), strict=True))
 
 
 @functools.cache
 def truth(dtype: torch.dtype, length: int) -> dict[str, Tensor]:
-    torch.set_num_threads(1)  # its steps are too small to share
+    torch.set_num_threads(1)  # two threads are slower on steps as small as these
     return results(loop, to_float64(make(dtype, length)), dtype)
 
 
 def group(name: str) -> str:
-    """Bounds are shared by tensors that see alike sums: over states, or over batch and time too."""
+    """Return the group of a tensor; a group has one bound: sums over states, or over batch and time too."""
     order, _, argument = name.partition(" ")
     if order not in ("d", "dd"):
         return name
@@ -93,7 +93,7 @@ def moved(call: Call, device: str) -> Call:
 
 # ---- rounding ----------------------------------------------------------------------------------------------------
 
-# max|got - want| / max|want| in units of the tensor's own eps; the truth of float64 is rounded as often as the kernel.
+# max|got - want| / max|want| in units of the tensor's eps. The float64 truth is rounded too, once per operation.
 BOUNDS = {
     torch.float32: {
         "y": 5,
@@ -112,13 +112,13 @@ BOUNDS = {
         "dd parameters": 30,
     },
 }
-# A tensor of half type is rounded once, by half an eps of an entry; its computation is float32's.
+# A tensor in reduced precision is computed in float32 and rounded once, by half an eps of an entry.
 HALF = 0.51
 
 
 @pytest.mark.parametrize("length", [64, pytest.param(1024, marks=pytest.mark.kernels)])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
-def test_rounding(dtype, length, device):
+def test_rounding_full_precision_is_within_bounds(dtype, length, device):
     want = truth(torch.float32, length)
     for name, got in results(selective_scan, moved(make(dtype, length), device), torch.float32).items():
         error = (got.cpu().double() - want[name]).abs().max() / want[name].abs().max() / torch.finfo(dtype).eps
@@ -126,7 +126,7 @@ def test_rounding(dtype, length, device):
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-def test_rounding_of_half_types(dtype, device):
+def test_rounding_half_types_is_within_one_rounding(dtype, device):
     want = truth(dtype, 256)
     for name, got in results(selective_scan, moved(make(dtype, 256), device), dtype).items():
         error = (got.cpu().double() - want[name]).abs().max() / want[name].abs().max() / torch.finfo(got.dtype).eps
@@ -136,8 +136,8 @@ def test_rounding_of_half_types(dtype, device):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
-def test_decay_of_one_step(dtype, device):
-    """exp(delta A) from 1 down to underflow: rounding delta A costs |delta A| eps / 2, exp two roundings more."""
+def test_decay_of_one_step_is_within_roundings(dtype, device):
+    """Check exp(delta A) from 1 to underflow: rounding delta A costs |delta A| eps / 2, exp two roundings more."""
     info = torch.finfo(dtype)
     exponent = torch.linspace(0, -1.1 * abs(math.log(info.tiny)), 20001, dtype=dtype, device=device)
     one = torch.ones(1, len(exponent), 1, dtype=dtype, device=device)
@@ -154,7 +154,7 @@ def test_decay_of_one_step(dtype, device):
 
 
 def forgetful(dtype: torch.dtype, device: str, A: float) -> tuple[Call, Call]:
-    """A call whose states decay to exactly 0 within each step, and the same with A = 0 and a reset at each step."""
+    """Return a call whose states decay to exactly 0 in each step, and its equal with A = 0 and a reset at each step."""
     call = moved(make(dtype, 40, dim=5, state=3), device)
     call.tensors["delta"] = call.tensors["delta"].abs()  # steps above 0.5
     want = {**call.tensors, "A": torch.zeros_like(call.tensors["A"])}
@@ -167,8 +167,8 @@ def forgetful(dtype: torch.dtype, device: str, A: float) -> tuple[Call, Call]:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 @pytest.mark.parametrize("A", [-1e4, -1e10, -1e30])
-def test_underflow_forgets_exactly(A, dtype, device):
-    """To second order too: nothing is NaN, and all is as if the state had been zeroed before each step."""
+def test_decay_underflow_is_exact_reset(A, dtype, device):
+    """Results to second order are finite and equal those with a reset before each step."""
     got, want = (results(selective_scan, call, dtype) for call in forgetful(dtype, device, A))
     for name in NAMES:
         assert got[name].isfinite().all(), name
@@ -177,12 +177,12 @@ def test_underflow_forgets_exactly(A, dtype, device):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
-def test_minus_infinity_forgets_exactly(dtype, device):
+def test_decay_minus_infinity_is_exact_reset(dtype, device):
     got, want = forgetful(dtype, device, -math.inf)
     for a, b in zip(outputs(selective_scan, got), outputs(selective_scan, want), strict=True):
         torch.testing.assert_close(a, b, rtol=0, atol=0)
     got, want = (results(selective_scan, call, dtype) for call in (got, want))
-    for name in NAMES:  # d delta has A as a factor, 0 times infinity, in the reference as in the kernels
+    for name in NAMES:  # d delta has A as a factor: 0 times infinity, also in the reference
         if name.startswith("d ") and name not in ("d delta", "d delta_bias"):
             torch.testing.assert_close(got[name], want[name], rtol=0, atol=0, msg=name)
 
@@ -194,9 +194,9 @@ SIZES = {"plain": (5, 24, 300, 16), "units": (3, 130, 70, 5), "long": (2, 16, 20
 
 @pytest.fixture(params=SIZES)
 def rows(request, device, reference_only) -> Call:
-    """A call of independent rows: parameters per row too."""
+    """A call of independent rows, with parameters per row."""
     if reference_only or device != "cpu":
-        pytest.skip("the CPU kernels alone promise the same bits: in the reference, torch's sums depend on sizes")
+        pytest.skip("only the CPU kernels give the same bits: in the reference, torch's sums depend on sizes")
     batch, dim, length, state = SIZES[request.param]
     call = make(torch.float32, length, batch, dim, state, per_row=True)
     call.tensors["reset"] = torch.rand(batch, length) > 0.97
@@ -204,7 +204,7 @@ def rows(request, device, reference_only) -> Call:
 
 
 def results_of(call: Call, chosen: Any) -> tuple[Tensor, ...]:
-    """Outputs, gradients and second derivatives of these rows, along the rows' own directions."""
+    """Return outputs, gradients and second derivatives of these rows, along the rows' own directions."""
     draw = torch.Generator().manual_seed(0)
 
     def directions(like: Sequence[Tensor]) -> list[Tensor]:
@@ -218,7 +218,7 @@ def results_of(call: Call, chosen: Any) -> tuple[Tensor, ...]:
     return *outs, *first, *gradients(first, [*x.values(), *cotangents], directions(first))
 
 
-def test_bits_do_not_depend_on_batch_or_threads(rows):
+def test_bits_of_rows_independent_of_batch_and_threads(rows):
     count = len(rows.tensors["u"])
     torch.set_num_threads(1)
     want = results_of(rows, slice(None))
@@ -230,8 +230,8 @@ def test_bits_do_not_depend_on_batch_or_threads(rows):
                 assert torch.equal(a, b[chosen]), f"{name}: rows {chosen.tolist()}, {threads} threads"
 
 
-def test_bits_of_shared_parameters_do_not_depend_on_threads(rows):
-    """Sums over the batch depend on its order alone."""
+def test_bits_of_shared_parameters_independent_of_threads(rows):
+    """Sums over the batch have one order for any number of threads."""
     shared = {n: x[0] if n in ("A", "D", "delta_bias") else x for n, x in rows.tensors.items()}
     call, got = rows._replace(tensors=shared), []
     for threads in (1, 2):

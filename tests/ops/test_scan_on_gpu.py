@@ -1,6 +1,6 @@
-"""What only a GPU can show of the scan's CUDA kernels: streams, graphs, devices, offsets beyond 32 bits, no waiting.
+"""The scan's CUDA kernels on a GPU: streams, graphs, devices, offsets beyond 32 bits, no synchronisation.
 
-That they compute the right thing is the op_conformance's to say, on every device there is.
+The conformance tests check their results, on every device present.
 """
 
 from typing import Any
@@ -21,26 +21,26 @@ def arguments(batch: int = 4, dim: int = 40, length: int = 100, state: int = 16,
     return [u, delta - 2, -0.3 - torch.rand(dim, state, device=device), B, C]
 
 
-def complex_ones(x: list[Tensor]) -> list[Tensor]:
-    """The same problem with imaginary parts beside A, B and C."""
+def with_imaginary_parts(x: list[Tensor]) -> list[Tensor]:
+    """Return the same arguments with imaginary parts of A, B and C."""
     return [*x[:2], *(torch.complex(v, torch.randn_like(v)) for v in x[2:])]
 
 
-def size(v: Tensor) -> Tensor:
-    """Of half types and complex ones, too."""
+def squared(v: Tensor) -> Tensor:
+    """Return |v|^2 in at least float32, also of complex tensors."""
     return v.to(torch.promote_types(v.dtype, torch.float32)).abs().square()
 
 
 def gradients(x: list[Tensor], **others: Any) -> list[Tensor]:
-    """y, and first and second derivatives in the arguments of ``x`` and in those of ``others`` that have some."""
+    """Return y and its first and second derivatives in ``x`` and in the floating tensors of ``others``."""
     x = [v.detach().requires_grad_() for v in x]
     more = {
         n: v.detach().requires_grad_() for n, v in others.items() if isinstance(v, Tensor) and v.dtype != torch.bool
     }
     leaves = [*x, *more.values()]
     y = selective_scan(*x, delta_softplus=True, **{**others, **more})
-    first = torch.autograd.grad(size(y).mean(), leaves, create_graph=True)
-    second = torch.autograd.grad(torch.stack([size(g).sum() for g in first]).sum(), leaves)
+    first = torch.autograd.grad(squared(y).mean(), leaves, create_graph=True)
+    second = torch.autograd.grad(torch.stack([squared(g).sum() for g in first]).sum(), leaves)
     return [v.detach() for v in (y, *first, *second)]
 
 
@@ -54,7 +54,7 @@ def everything(batch: int, dim: int, length: int, kind: torch.dtype = torch.floa
     }
 
 
-def test_kernels_are_registered():
+def test_cuda_kernels_are_registered():
     for name in ("", "_step", "_backward", "_jvp", "_backward_jvp"):
         name = f"eaml_ext::selective_scan{name}"
         assert torch._C._dispatch_has_kernel_for_dispatch_key(name, "CUDA"), f"{name} was built without CUDA"
@@ -65,7 +65,7 @@ def exact(v: Tensor) -> Tensor:
 
 
 def check(x: list[Tensor], tolerance: float, **others: Any) -> None:
-    """The same bits twice, and what the CPU finds in double precision."""
+    """Assert that two calls give the same bits, close to the CPU's results in double precision."""
     got = gradients(x, **others)
     assert all(map(torch.equal, got, gradients(x, **others)))
     want = gradients([exact(v) for v in x], **{n: exact(v) for n, v in others.items()})
@@ -76,16 +76,16 @@ def check(x: list[Tensor], tolerance: float, **others: Any) -> None:
 @pytest.mark.parametrize("kind", ["real", "complex"])
 @pytest.mark.parametrize("length", [1, 100, 600, 20000])
 @pytest.mark.parametrize("state", [1, 16, 70])
-def test_the_same_as_on_the_cpu(state, length, kind):
+def test_cuda_scan_every_size_close_to_cpu(state, length, kind):
     x = arguments(2, 5, length, state)
-    check(complex_ones(x) if kind == "complex" else x, 1e-4)
+    check(with_imaginary_parts(x) if kind == "complex" else x, 1e-4)
 
 
 KINDS = ["everything", "per task", "groups", "invariant", "channel first", "bfloat16"]
 
 
 @pytest.mark.parametrize("kind", [*KINDS, "complex", *(f"complex, {kind}" for kind in KINDS)])
-def test_the_same_as_on_the_cpu_with(kind):
+def test_cuda_scan_every_layout_close_to_cpu(kind):
     states, kind = ("complex", kind[9:]) if kind.startswith("complex") else ("real", kind)
     x = arguments(4, 6, 70)
     if kind == "per task":
@@ -98,19 +98,19 @@ def test_the_same_as_on_the_cpu_with(kind):
     if kind == "channel first":
         x[:2] = [v.contiguous() for v in x[:2]]
     if states == "complex":
-        x = complex_ones(x)
+        x = with_imaginary_parts(x)
     if kind == "bfloat16":
         x = [v if i == 2 or v.is_complex() else v.bfloat16() for i, v in enumerate(x)]
     others = everything(4, 6, 70, x[2].dtype) if kind == "everything" else {}
     check(x, 0.05 if kind == "bfloat16" else 1e-4, **others)
 
 
-def test_on_the_current_stream():
+def test_cuda_scan_runs_on_current_stream():
     x = arguments()
     want = gradients(x)
     later, ahead = [torch.full_like(v, torch.nan) for v in x], torch.cuda.Stream()
     with torch.cuda.stream(ahead):
-        torch.cuda._sleep(100_000_000)  # a kernel on another stream would read what is not there yet
+        torch.cuda._sleep(100_000_000)  # a kernel on another stream would read the tensors before they are written
         for to, v in zip(later, x, strict=True):
             to.copy_(v)
         got = gradients(later)
@@ -118,9 +118,9 @@ def test_on_the_current_stream():
     assert all(map(torch.equal, got, want))
 
 
-def test_does_not_wait_for_the_gpu():
+def test_cuda_scan_does_not_synchronise():
     x = arguments()
-    gradients(x)  # what torch does once
+    gradients(x)  # runs torch's initialisation
     torch.cuda.synchronize()
     busy = torch.cuda.Event()
     torch.cuda.set_sync_debug_mode("error")
@@ -128,18 +128,18 @@ def test_does_not_wait_for_the_gpu():
         torch.cuda._sleep(2_000_000_000)
         gradients(x)
         busy.record()
-        assert not busy.query(), "the host waited until the GPU was done"
+        assert not busy.query(), "the host waited for the GPU"
     finally:
         torch.cuda.set_sync_debug_mode("default")
         torch.cuda.synchronize()
 
 
 @pytest.mark.parametrize("kind", ["real", "complex"])
-def test_captured_in_a_graph(kind):
-    def problem() -> list[Tensor]:
-        return complex_ones(arguments()) if kind == "complex" else arguments()
+def test_cuda_scan_captured_in_graph_replays_with_new_inputs(kind):
+    def inputs() -> list[Tensor]:
+        return with_imaginary_parts(arguments()) if kind == "complex" else arguments()
 
-    x = problem()
+    x = inputs()
     state = torch.zeros(4, 40, 16, device="cuda", dtype=x[2].dtype)
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
@@ -150,7 +150,7 @@ def test_captured_in_a_graph(kind):
     with torch.cuda.graph(graph):
         got = gradients(x)
         step = selective_scan_step(state, x[0][..., 0], x[1][..., 0], x[2], x[3][..., 0], x[4][..., 0])
-    for v, new in zip(x, problem(), strict=True):
+    for v, new in zip(x, inputs(), strict=True):
         v.copy_(new)
     graph.replay()
     assert all(map(torch.equal, got, gradients(x)))
@@ -158,7 +158,7 @@ def test_captured_in_a_graph(kind):
 
 
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
-def test_on_the_device_of_the_tensors():
+def test_cuda_scan_runs_on_device_of_tensors():
     x = arguments(device="cuda:1")
     with torch.cuda.device(0):
         got = gradients(x)
@@ -166,8 +166,8 @@ def test_on_the_device_of_the_tensors():
     assert all(map(torch.equal, got, gradients([v.to("cuda:0").to("cuda:1") for v in x])))
 
 
-def test_offsets_beyond_32_bits():
-    """The last steps of a sequence, behind a reset, are a scan of their own, and so is their gradient."""
+def test_cuda_scan_offsets_beyond_32_bits_give_same_bits():
+    """The last steps of a sequence, after a reset, equal a scan of these steps alone; so does their gradient."""
     batch, dim, length, tail = 1, 64, 2**25 + 8, 40
     if torch.cuda.mem_get_info()[0] < 48 * 2**30:
         pytest.skip("needs 48 GiB of free GPU memory")
@@ -185,5 +185,5 @@ def test_offsets_beyond_32_bits():
     assert torch.equal(y[..., -tail:], want)
     got = torch.autograd.grad(y[..., -tail:].float().square().sum(), whole)
     for a, b in zip(got, torch.autograd.grad(want.float().square().sum(), ends), strict=True):
-        a, b = a[..., -tail:].float(), b.float()  # the chunks are others, and so is the order of some sums
+        a, b = a[..., -tail:].float(), b.float()  # other chunks: some sums have another order
         assert (a - b).abs().max() <= 0.01 * b.abs().max()

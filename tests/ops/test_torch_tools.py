@@ -1,4 +1,4 @@
-"""What PyTorch offers around an op: dynamic shapes, export, checkpointing, autocast, operation counts."""
+"""PyTorch's tools around an op: dynamic shapes, export, checkpointing, autocast, operation counts."""
 
 from collections.abc import Callable
 from typing import Any
@@ -44,7 +44,7 @@ KNN_DYNAMIC = [{0: "batch", 1: "queries"}, {0: "batch", 1: "size"}, {0: "batch",
 
 Arguments = Callable[..., list[Tensor]]
 FUNCTIONS = [
-    # sizes on either side of what the kernels cut into pieces
+    # sizes below and above the kernels' chunks
     pytest.param(scan, scan_arguments, SCAN_DYNAMIC, [(2, 5), (4, 70), (3, 32), (5, 2)], id="scan"),
     pytest.param(nearest, knn_arguments, KNN_DYNAMIC, [(2, 5, 9), (4, 13, 80), (3, 2, 12)], id="knn"),
 ]
@@ -61,7 +61,7 @@ def with_gradients(function: Callable[..., tuple[Tensor, ...]], x: list[Tensor])
 
 @pytest.mark.parametrize("function, arguments, dynamic, sizes", FUNCTIONS)
 @pytest.mark.parametrize("gradients", [False, True])
-def test_one_compilation_serves_every_size(function, arguments, dynamic, sizes, gradients):
+def test_compile_dynamic_sizes_compiles_once(function, arguments, dynamic, sizes, gradients):
     torch._dynamo.reset()
     compiled = torch.compile(lambda *x: function(*x), fullgraph=True, backend="aot_eager")
     run = with_gradients if gradients else lambda f, x: f(*x)
@@ -85,7 +85,7 @@ class Module(nn.Module):
 
 
 @pytest.mark.parametrize("function, arguments, dynamic, sizes", FUNCTIONS)
-def test_exported_program_takes_every_size(function, arguments, dynamic, sizes):
+def test_export_dynamic_sizes_matches_eager(function, arguments, dynamic, sizes):
     dims = {name: torch.export.Dim(name, min=2, max=4096) for shape in dynamic for name in shape.values()}
     shapes = tuple({i: dims[name] for i, name in shape.items()} for shape in dynamic)
     program = torch.export.export(Module(function), tuple(arguments()), dynamic_shapes={"x": shapes})
@@ -101,7 +101,7 @@ def test_exported_program_takes_every_size(function, arguments, dynamic, sizes):
 
 @pytest.mark.parametrize("function, arguments", [p.values[:2] for p in FUNCTIONS], ids=["scan", "knn"])
 @pytest.mark.parametrize("reentrant", [False, True])
-def test_checkpoint_changes_no_bit(function, arguments, reentrant):
+def test_checkpoint_gives_same_bits(function, arguments, reentrant):
     calls = 0
 
     def counted(*x: Tensor) -> tuple[Tensor, ...]:
@@ -113,7 +113,7 @@ def test_checkpoint_changes_no_bit(function, arguments, reentrant):
     first, second = [], []
     for run in (function, lambda *x: checkpoint(counted, *x, use_reentrant=reentrant)):
         loss = sum(out.square().sum() for out in run(*x) if out.is_floating_point())
-        if reentrant:  # which refuses torch.autograd.grad and, with it, second order
+        if reentrant:  # reentrant checkpoints support neither torch.autograd.grad nor second order
             loss.backward()
             first.append([v.grad for v in x])
             for v in x:
@@ -121,7 +121,7 @@ def test_checkpoint_changes_no_bit(function, arguments, reentrant):
             continue
         first.append(torch.autograd.grad(loss, x, create_graph=True))
         second.append(torch.autograd.grad(sum(g.square().sum() for g in first[-1]), x))
-    assert calls > 1  # forward ran again in backward
+    assert calls > 1  # backward recomputes forward
     for plain, again in (first, *([] if reentrant else [second])):
         assert all(torch.equal(a, b) for a, b in zip(plain, again, strict=True))
 
@@ -130,7 +130,7 @@ def test_checkpoint_changes_no_bit(function, arguments, reentrant):
 
 
 @pytest.mark.parametrize("widest", [torch.float32, torch.bfloat16], ids=str)
-def test_autocast_takes_mixed_sequences_in_the_widest_dtype(widest):
+def test_autocast_mixed_sequences_promoted_to_widest_dtype(widest):
     x = scan_arguments(dtype=torch.float32)
     for i in (0, 3, 4, 6):
         x[i] = x[i].bfloat16()
@@ -149,10 +149,10 @@ def test_autocast_takes_mixed_sequences_in_the_widest_dtype(widest):
         assert grad.dtype == v.dtype and grad.isfinite().all()
 
 
-def test_autocast_leaves_parameters_and_float64_alone():
+def test_autocast_parameters_and_float64_keep_dtype():
     x = scan_arguments(dtype=torch.float32)
     halves = [v.bfloat16() if i in (0, 1, 6) else v for i, v in enumerate(x)]
-    halves[3] = halves[4] = -x[2]  # B and C the same at every step are parameters
+    halves[3] = halves[4] = -x[2]  # B and C without time are parameters
     with torch.autocast("cpu", torch.bfloat16):
         assert scan(*halves)[0].dtype == torch.bfloat16
         assert scan(*x)[0].dtype == torch.float32
@@ -174,7 +174,7 @@ def counted(run: Callable[[], Any]) -> dict[Any, int]:
 
 
 @pytest.mark.parametrize("states", [torch.float64, torch.complex128], ids=["real", "complex"])
-def test_operations_of_the_scan_are_counted(states):
+def test_flop_counter_scan_counts_per_state_and_step(states):
     def each(batch: int, length: int, dim: int, state: int) -> dict[Any, float]:
         x = scan_arguments(batch, length, dim, state)
         x = [(v.to(states) if i in (2, 3, 4, 8) else v).requires_grad_() for i, v in enumerate(x)]
@@ -190,9 +190,9 @@ def test_operations_of_the_scan_are_counted(states):
     cost = each(2, 5, 3, 4)
     assert set(packets) <= set(cost) and all(cost[op] > 0 for op in packets)
     assert each(4, 70, 5, 1) == cost
-    assert cost[ops.selective_scan] == 2 * (7 if states is torch.float64 else 21)  # alone, and in the jvp
+    assert cost[ops.selective_scan] == 2 * (7 if states is torch.float64 else 21)  # the scan runs alone and in the jvp
     assert cost[ops.selective_scan] < cost[ops.selective_scan_backward] < cost[ops.selective_scan_backward_jvp]
 
 
-def test_operations_of_knn_are_counted():
+def test_flop_counter_knn_counts_products():
     assert counted(lambda: nearest(*knn_arguments(2, 5, 9)))[ops.knn] == 2 * 2 * 5 * 9 * 4

@@ -1,0 +1,73 @@
+"""Bad arguments of the scan's public functions: each raises one sentence that names the argument."""
+
+from typing import Any
+
+import pytest
+import torch
+from scan_cases import OPTIONAL, as_step, build, check_error
+
+from eaml_ext.ops import selective_scan, selective_scan_reference, selective_scan_step
+
+GOOD = build(*OPTIONAL, batch=4, dim=6, length=5, state=3)(torch.float32, "cpu").tensors
+GOOD_STEP = as_step(build("initial_state", "D", "z", "delta_bias", batch=4, dim=6, length=1, state=3))(
+    torch.float32, "cpu"
+).tensors
+REQUIRED = ("state", "u", "delta", "A", "B", "C")
+
+BAD_SHAPES: dict[str, list[tuple[int, ...]]] = {
+    "u": [(), (6,), (4, 6), (4, 6, 5, 1)],
+    "delta": [(), (4, 6), (4, 6, 4), (4, 5, 5), (1, 6, 5), (4, 6, 5, 1)],
+    "A": [(), (6,), (6, 4), (5, 3), (3, 6, 3), (0, 6, 3), (2, 5, 3), (2, 2, 6, 3)],
+    "B": [(), (3,), (6, 4), (5, 3), (4, 3, 4), (4, 2, 5), (1, 3, 5), (4, 4, 3, 5), (4, 0, 3, 5), (4, 2, 3, 4)],
+    "C": [(), (3,), (6, 4), (5, 3), (4, 3, 4), (4, 2, 5), (1, 3, 5), (4, 4, 3, 5), (4, 2, 3, 5), (4, 1, 1, 3, 5)],
+    "D": [(), (5,), (1,), (3, 6), (4, 5), (2, 2, 6)],
+    "z": [(), (4, 6), (4, 6, 4), (4, 5, 5), (1, 6, 5)],
+    "delta_bias": [(), (5,), (3, 6), (4, 5), (2, 2, 6)],
+    "initial_state": [(), (4, 6), (4, 6, 4), (1, 6, 3), (4, 5, 3)],
+    "reset": [(), (5,), (4, 6), (1, 5), (4, 5, 1)],
+}
+BAD_STEP_SHAPES: dict[str, list[tuple[int, ...]]] = {
+    "state": [(), (4, 6), (4, 6, 4), (1, 6, 3), (4, 5, 3)],
+    "u": [(), (6,), (4, 6, 1)],
+    "delta": [(), (6,), (4, 5), (1, 6), (4, 6, 1)],
+    "A": BAD_SHAPES["A"],
+    "B": [(), (3,), (4, 4), (1, 3), (4, 4, 3), (4, 0, 3), (4, 1, 3, 1)],
+    "C": [(), (3,), (4, 4), (1, 3), (4, 4, 3), (4, 2, 3), (4, 1, 3, 1)],
+    "D": BAD_SHAPES["D"],
+    "z": [(), (6,), (4, 5), (4, 6, 1)],
+    "delta_bias": BAD_SHAPES["delta_bias"],
+}
+
+
+def mistakes() -> Any:
+    """Yield every argument of every public function with a wrong type, shape, dtype and device."""
+    for function, good, shapes in (
+        (selective_scan, GOOD, BAD_SHAPES),
+        (selective_scan_reference, GOOD, BAD_SHAPES),
+        (selective_scan_step, GOOD_STEP, BAD_STEP_SHAPES),
+    ):
+        for name, x in good.items():
+            types: list[Any] = [1.0, "x", [[0.0]], x.numpy(), *[None] * (name in REQUIRED)]
+            dtypes = [torch.int64, torch.complex64, torch.float64, *[torch.bool] * (name != "reset")]
+            if name == "reset":
+                dtypes.append(torch.float32)
+            wrong = [(f"type {type(v).__name__}", TypeError, v) for v in types]
+            wrong += [(f"shape {shape}", ValueError, x.new_zeros(shape)) for shape in shapes[name]]
+            wrong += [(f"dtype {dtype}", TypeError, x.to(dtype)) for dtype in dtypes]
+            wrong += [("device meta", ValueError, x.to("meta"))]
+            for what, error, value in wrong:
+                yield pytest.param(
+                    function, {**good, name: value}, name, error, id=f"{function.__name__}-{name}-{what}"
+                )
+        flags = ["delta_softplus"] + ["return_last_state"] * (function is not selective_scan_step)
+        for flag in flags:
+            for value in ("yes", 1, torch.ones(())):
+                identifier = f"{function.__name__}-{flag}-{type(value).__name__}"
+                yield pytest.param(function, {**good, flag: value}, flag, TypeError, id=identifier)
+        sparse = good["u"].to_sparse()
+        yield pytest.param(function, {**good, "u": sparse}, "u", TypeError, id=f"{function.__name__}-u-sparse")
+
+
+@pytest.mark.parametrize("function, arguments, name, error", list(mistakes()))
+def test_bad_argument_raises_one_sentence_that_names_it(function, arguments, name, error):
+    check_error(function, arguments, name, error)
