@@ -1,16 +1,18 @@
-"""What every task distribution shares: the protocol, the derivation of seeds, the encoding of actions."""
+"""The protocol and the base classes of task distributions, the seeds of their streams, the encoding of actions."""
 
 from __future__ import annotations
 
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Protocol, TypeVar, runtime_checkable
+from typing import TYPE_CHECKING, Any, Generic, Protocol, TypeVar, runtime_checkable
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from eaml_ext import _check
 from eaml_ext._random import Purpose, check_seed, collection_sequence, seed_sequence
 
 if TYPE_CHECKING:
@@ -23,9 +25,11 @@ SPLITS = ("train", "valid", "test")
 
 @dataclass(frozen=True)
 class Task:
-    """One task of a distribution; subclasses add what makes it this task.
+    """One task of a distribution; subclasses add its parameters.
 
-    ``id`` names it for good: distribution with version, split, seed, epoch, index. ``split`` is one of ``SPLITS``.
+    Attributes:
+        id: unique name: distribution with its version, split, seed, epoch, index.
+        split: one of ``SPLITS``.
     """
 
     id: str
@@ -37,11 +41,14 @@ T = TypeVar("T", bound=Task)
 
 @runtime_checkable
 class TaskDistribution(Protocol[T]):
-    """What a distribution of control tasks offers; ``register`` one to use it by its environment's name.
+    """The interface of a distribution of control tasks; :func:`eaml_ext.tasks.register` binds one to a name.
 
-    ``name`` carries a version, because results are comparable only if the tasks are the same. ``obs_dim`` is the length
-    of a flattened observation, ``action_dim`` that of an action as ``encode_action`` writes it, ``action_space`` the
-    Gymnasium space of one task's actions (``Discrete`` or ``Box``).
+    Attributes:
+        name: name with a version. Results are comparable only between equal names, because only then the tasks are the
+            same.
+        obs_dim: size of a flattened observation.
+        action_dim: size of an action as :func:`encode_action` encodes it: the number of choices of a ``Discrete``
+            space, the number of entries of a ``Box``.
     """
 
     name: str
@@ -50,21 +57,87 @@ class TaskDistribution(Protocol[T]):
 
     @property
     def action_space(self) -> Space[Any]:
-        """The space of one action of one task."""
+        """The Gymnasium space of one action of one task, ``Discrete`` or ``Box``."""
 
     def sample(self, n: int, split: str = "train", seed: int = 0, epoch: int = 0) -> list[T]:
-        """The first ``n`` tasks of the stream (split, seed, epoch): a pure function, no task of two splits alike."""
+        """Return the first ``n`` tasks of the stream (split, seed, epoch).
+
+        A pure function; task i does not depend on ``n``, and no task is in two splits.
+
+        Args:
+            n: number of tasks, at least 0.
+            split: one of ``SPLITS``.
+            seed, epoch: in [0, 2**32).
+        """
 
     def make_env(self, tasks: Sequence[T]) -> VectorEnv[Any, Any, Any]:
-        """A vector environment in autoreset mode NEXT_STEP, in which environment i is ``tasks[i]``."""
+        """Return a vector environment in autoreset mode NEXT_STEP whose environment i is ``tasks[i]``.
+
+        Its observations are ``(len(tasks), *shape)`` with ``prod(shape) == obs_dim``; its actions are
+        ``(len(tasks), *action_space.shape)``.
+        """
 
     def reset_seeds(self, tasks: Sequence[T], seed: int) -> int | list[int]:
-        """What to pass as ``seed`` to the first ``reset`` of that environment, for the collection ``seed``."""
+        """Return the argument ``seed`` of the first ``reset`` of that environment.
+
+        Args:
+            tasks: the tasks of the environment.
+            seed: of the collection of data, in [0, 2**32).
+        """
+
+
+class SampledTasks(ABC, Generic[T]):
+    """Base class of distributions that draw tasks from one random stream for each (split, seed, epoch)."""
+
+    name: str
+
+    def sample(self, n: int, split: str = "train", seed: int = 0, epoch: int = 0) -> list[T]:
+        """Return the first ``n`` tasks of the stream (split, seed, epoch), a pure function of its arguments.
+
+        Args:
+            n: number of tasks, at least 0; task i does not depend on it.
+            split: "train", "valid" or "test".
+            seed, epoch: in [0, 2**32).
+
+        Raises:
+            TypeError, ValueError: an argument has another type or is out of its range.
+
+        >>> from eaml_ext.tasks import LDSTasks
+        >>> LDSTasks().sample(2, "test") == LDSTasks().sample(3, "test")[:2]
+        True
+        """
+        n, split, seed, epoch = check_sample(f"{type(self).__name__}.sample", n, split, seed, epoch)
+        ids = [f"{self.name}/{split}/{seed}/{epoch}/{index}" for index in range(n)]
+        return self._draw_tasks(ids, split, seed, epoch)
+
+    @abstractmethod
+    def _draw_tasks(self, ids: Sequence[str], split: str, seed: int, epoch: int) -> list[T]:
+        """Return the first ``len(ids)`` tasks of the stream, named by ``ids``."""
+
+
+class ControlTasks(SampledTasks[T]):
+    """Base class of control tasks whose starting states depend on the seed of a collection, not on the task."""
+
+    def reset_seeds(self, tasks: Sequence[T], seed: int) -> int:
+        """Return ``seed``, from which the vector environment draws all starting states.
+
+        Args:
+            tasks: the tasks of the environment.
+            seed: in [0, 2**32).
+
+        Raises:
+            TypeError, ValueError: ``seed`` is no integer or out of its range.
+
+        >>> from eaml_ext.tasks import CartPoleTasks
+        >>> CartPoleTasks().reset_seeds(CartPoleTasks().sample(2), seed=3)
+        3
+        """
+        return check_seed(f"{type(self).__name__}.reset_seeds", "seed", seed)
 
 
 def check_sample(where: str, n: Any, split: Any, seed: Any, epoch: Any) -> tuple[int, str, int, int]:
     """Return the arguments of ``TaskDistribution.sample`` as ints and a str. Raises TypeError or ValueError."""
-    n = check_seed(where, "n", n)  # the same range
+    n = check_seed(where, "n", n)  # n has the range of a seed
     if not isinstance(split, str) or split not in SPLITS:
         raise ValueError(f"{where}: split must be one of {', '.join(map(repr, SPLITS))}, got {split!r}")
     return n, str(split), check_seed(where, "seed", seed), check_seed(where, "epoch", epoch)
@@ -81,18 +154,25 @@ def check_tasks(where: str, tasks: Any, kind: type[Task]) -> None:
             raise TypeError(f"{where}: tasks[{i}] must be a {kind.__name__}, got {type(task).__name__}")
 
 
+def check_rows(where: str, name: str, value: Any, tasks: Sequence[Task], width: int) -> None:
+    """Raise TypeError or ValueError unless ``value`` is a tensor ``(len(tasks), *, width)``."""
+    _check.tensor(where, name, value)
+    if value.dim() < 2 or (len(value), value.shape[-1]) != (len(tasks), width):
+        raise ValueError(f"{where}: {name} must have shape ({len(tasks)}, *, {width}), got {tuple(value.shape)}")
+
+
 def task_stream(split: str, seed: int, epoch: int, index: int) -> np.random.SeedSequence:
-    """The seed sequence of task ``index``: the split is a word of its own, so no two splits share a stream."""
+    """Return the seed sequence of task ``index``; the split is a word of its key, so no two splits share one."""
     return seed_sequence(seed, Purpose(SPLITS.index(split)), epoch, index)
 
 
 def collection_stream(tasks: Sequence[Task], seed: int) -> np.random.SeedSequence:
-    """The seed sequence of one collection from ``tasks``: other tasks meet other starts and actions."""
+    """Return the seed sequence of one collection; it depends on the tasks' ids, so other tasks have other starts."""
     return collection_sequence(seed, [task.id for task in tasks])
 
 
 def action_width(space: Space[Any]) -> int:
-    """The length of an action of ``space`` as ``encode_action`` writes it: choices of a Discrete, numbers of a Box.
+    """Return the size of an encoded action: the number of choices of a Discrete, the number of entries of a Box.
 
     Raises TypeError for any other space.
     """
@@ -106,13 +186,18 @@ def action_width(space: Space[Any]) -> int:
 
 
 def encode_action(space: Space[Any], action: Any) -> Tensor:
-    """Actions as a model reads them: one-hot for a Discrete space, flat numbers for a Box.
+    """Encode actions as inputs of a model: one-hot for a Discrete space, flattened and unscaled for a Box.
 
-    ``space`` is the space of *one* action; ``action`` one or many of them (array, tensor or number): ``(*)`` integers
-    for Discrete, ``(*, *space.shape)`` for Box. Returns float32 ``(*, action_dim)`` on the CPU, unscaled.
+    Args:
+        space: the space of *one* action.
+        action: ``(*)`` integers for Discrete, ``(*, *space.shape)`` numbers for Box; array, tensor or number.
 
-    Raises TypeError for another space or for non-integer Discrete actions, ValueError for a wrong shape or an action
-    that the Discrete space does not hold.
+    Returns:
+        ``(*, action_dim)``, float32, on the CPU.
+
+    Raises:
+        TypeError: another space, or actions of a Discrete space that are no integers.
+        ValueError: another shape, or an action that the Discrete space does not contain.
 
     >>> from gymnasium.spaces import Box, Discrete
     >>> encode_action(Discrete(3), [2, 0])

@@ -1,4 +1,4 @@
-"""Predictors of the next observation that frame what a sequence model can reach: windows of frames, Kalman filter."""
+"""Baseline predictors of the next observation: linear and MLP autoregression, and the optimal Kalman filter."""
 
 from __future__ import annotations
 
@@ -14,28 +14,28 @@ Predictor = Callable[[Tensor], Tensor]
 
 
 def fit_linear(x: Tensor, frames: int = 4) -> Predictor:
-    """The affine predictor of ``x[..., t, :]`` from the ``frames`` frames before it with the least squared error.
+    """Fit the affine predictor of ``x[..., t, :]`` from the last ``frames`` observations by least squares.
 
     Args:
-        x: ``(*, length, dim)`` float, sequences to fit, ``length > frames``.
-        frames: how many frames it sees.
+        x: ``(*, length, dim)``, floating; sequences with ``length > frames``.
+        frames: number of past observations that the predictor reads.
 
     Returns:
-        ``predict(x)``: ``(*, length, dim)`` -> ``(*, length − frames, dim)``, predictions of ``x[..., frames:, :]``.
+        ``predict(x)``: ``(*, length, dim)`` -> predictions of ``x[..., frames:, :]``, ``(*, length − frames, dim)``.
 
     Raises:
-        TypeError, ValueError: ``x`` is no floating tensor of such a shape, ``frames`` not a positive integer.
+        TypeError, ValueError: ``x`` is no floating tensor of such a shape, or ``frames`` is no positive integer.
 
-    >>> x = torch.tensor([0.5]).pow(torch.arange(8.0)).view(1, 8, 1)  # halves every step
+    >>> x = torch.tensor([0.5]).pow(torch.arange(8.0)).view(1, 8, 1)  # x_t = x_{t-1} / 2
     >>> predict = fit_linear(x, frames=1)
     >>> round(float(predict(torch.tensor([[[4.0], [0.0]]]))), 4)
     2.0
     """
     frames = _check_sequences("baselines.fit_linear", x, frames)
     inputs = _windows(x, frames).flatten(0, -2).double()
-    wanted = x[..., frames:, :].flatten(0, -2).double()
-    # On the CPU: only there is a driver that takes a rank below full.
-    solution = torch.linalg.lstsq(_affine(inputs).cpu(), wanted.cpu(), driver="gelsd").solution.to(x.device)
+    targets = x[..., frames:, :].flatten(0, -2).double()
+    # Only the CPU has a driver for matrices without full rank.
+    solution = torch.linalg.lstsq(_affine(inputs).cpu(), targets.cpu(), driver="gelsd").solution.to(x.device)
 
     def predict(x: Tensor) -> Tensor:
         _check_sequences("baselines.fit_linear", x, frames)
@@ -46,14 +46,22 @@ def fit_linear(x: Tensor, frames: int = 4) -> Predictor:
 
 
 def fit_mlp(x: Tensor, frames: int = 4, *, hidden: int = 64, steps: int = 500, seed: int = 0) -> Predictor:
-    """A two-layer network in place of :func:`fit_linear`'s affine map, beside which it stands: it can do no less.
+    """Fit :func:`fit_linear` plus a network with two hidden layers, which corrects the affine prediction.
 
-    Trained by Adam with a cosine schedule, in float32, on 1024 windows a step. Arguments as there, and
+    The correction is 0 before training. Adam trains it with a cosine schedule, in float32, on 1024 windows per step.
 
     Args:
-        hidden: width of both layers.
-        steps: how many steps of Adam.
-        seed: of initial weights and batches; the global generator is left as it is.
+        x: ``(*, length, dim)``, floating; sequences with ``length > frames``.
+        frames: number of past observations that the predictor reads.
+        hidden: width of both hidden layers.
+        steps: steps of Adam.
+        seed: of initial weights and batches, at least 0; the global generator is not changed.
+
+    Returns:
+        ``predict(x)``: ``(*, length, dim)`` -> predictions of ``x[..., frames:, :]``, ``(*, length − frames, dim)``.
+
+    Raises:
+        TypeError, ValueError: an argument has another type or is out of its range.
 
     >>> x = torch.rand(8, 50, 1).cumsum(1)
     >>> fit_mlp(x, frames=2, steps=5)(x).shape
@@ -67,7 +75,7 @@ def fit_mlp(x: Tensor, frames: int = 4, *, hidden: int = 64, steps: int = 500, s
     seed = _check.integer(where, "seed", seed, 0)
     linear, dim = fit_linear(x, frames), x.shape[-1]
     inputs = _windows(x, frames).flatten(0, -2).float()
-    wanted = (x[..., frames:, :] - linear(x)).flatten(0, -2).float()
+    targets = (x[..., frames:, :] - linear(x)).flatten(0, -2).float()
     with torch.random.fork_rng(devices=[]), torch.enable_grad():
         seed = derive_seed(seed, Purpose.MLP_FIT)
         torch.default_generator.manual_seed(seed)  # torch.manual_seed would seed every GPU
@@ -80,7 +88,7 @@ def fit_mlp(x: Tensor, frames: int = 4, *, hidden: int = 64, steps: int = 500, s
         for _ in range(steps):
             rows = torch.randint(len(inputs), (min(1024, len(inputs)),)).to(x.device)
             optimizer.zero_grad()
-            nn.functional.mse_loss(network(inputs[rows]), wanted[rows]).backward()
+            nn.functional.mse_loss(network(inputs[rows]), targets[rows]).backward()
             optimizer.step()
             schedule.step()
 
@@ -95,29 +103,27 @@ def fit_mlp(x: Tensor, frames: int = 4, *, hidden: int = 64, steps: int = 500, s
 def kalman_filter(x: Tensor, A: Tensor, C: Tensor, Q: Tensor, R: Tensor, P: Tensor) -> tuple[Tensor, Tensor]:
     """``E[x_t | x_0 … x_{t-1}]`` for t > 0, and its error's covariance, of z_t = A_t z_{t-1} + w_t, x_t = C z_t + v_t.
 
-    Args:
-        x: ``(*, length, d)`` observations.
-        A: ``(*, length, n, n)``, ``A[t]`` leads from step t − 1 to t (``A[0]`` is not used).
-        C: ``(*, d, n)``.
-        Q: ``(*, n, n)`` covariance of w.
-        R: ``(*, d, d)`` covariance of v; ``C P C' + R`` must be invertible at every step.
-        P: ``(*, n, n)`` covariance of z_0, whose mean is 0.
+    Leading dimensions broadcast; all computations are in float64. Source: Kalman, "A new approach to linear filtering
+    and prediction problems", 1960. The covariance is updated in Joseph's form, which stays positive under rounding.
 
-    Leading dimensions broadcast; all is computed in float64.
+    Args:
+        x: ``(*, length, d)``, floating; observations.
+        A: ``(*, length, n, n)``, floating; ``A[t]`` is the transition from step t − 1 to t. ``A[0]`` is not used.
+        C: ``(*, d, n)``, floating.
+        Q: ``(*, n, n)``, floating; covariance of w.
+        R: ``(*, d, d)``, floating; covariance of v. ``C P C' + R`` must be invertible at every step.
+        P: ``(*, n, n)``, floating; covariance of z_0, whose mean is 0.
 
     Returns:
-        ``(*, length − 1, d)`` predictions and ``(*, length − 1, d, d)`` covariances.
+        Predictions ``(*, length − 1, d)`` and covariances ``(*, length − 1, d, d)``, float64.
 
     Raises:
-        TypeError, ValueError: an argument is no tensor or its shape does not fit the others'.
-
-    Source: Kalman, "A new approach to linear filtering and prediction problems", 1960; the covariance's update is
-    Joseph's, which stays positive under rounding.
+        TypeError, ValueError: an argument is no tensor, or the shapes do not fit together.
 
     >>> one = torch.ones(1, 1)
     >>> x = torch.tensor([[1.0], [3.0], [2.0]])
     >>> predictions, _ = kalman_filter(x, one.expand(3, 1, 1), one, 0 * one, one, 1e9 * one)
-    >>> predictions.squeeze()  # a constant seen through noise: the mean so far
+    >>> predictions.squeeze()  # a constant with observation noise: the mean of the past
     tensor([1.0000, 2.0000], dtype=torch.float64)
     """
     where = "baselines.kalman_filter"
@@ -150,16 +156,17 @@ def kalman_filter(x: Tensor, A: Tensor, C: Tensor, Q: Tensor, R: Tensor, P: Tens
 
 
 def _windows(x: Tensor, frames: int) -> Tensor:
-    """``(*, length, dim)`` -> ``(*, length − frames, frames · dim)``: the frames before each of ``x[..., frames:]``."""
+    """Return the last ``frames`` observations before each step, ``(*, length − frames, frames · dim)``."""
     return x[..., :-1, :].unfold(-2, frames, 1).flatten(-2)
 
 
 def _affine(inputs: Tensor) -> Tensor:
+    """Append a 1 to each row."""
     return torch.cat([inputs, torch.ones_like(inputs[..., :1])], -1)
 
 
 def _check_sequences(where: str, x: Tensor, frames: int) -> int:
-    """Return ``frames`` as an int; raise TypeError or ValueError unless ``x`` holds longer sequences."""
+    """Return ``frames`` as an int; raise TypeError or ValueError unless ``x`` has longer sequences."""
     frames = _check.positive(where, "frames", frames, integer=True)
     _check.tensor(where, "x", x)
     if not x.is_floating_point():

@@ -1,4 +1,4 @@
-"""CartPole with physics drawn per task, the action's sign flipped in half of them, and observations that hide."""
+"""CartPole with random physics per task; optionally flipped actions, hidden velocities, projected observations."""
 
 from __future__ import annotations
 
@@ -12,8 +12,7 @@ import torch
 from torch import Tensor
 
 from eaml_ext import _check
-from eaml_ext._random import check_seed
-from eaml_ext.tasks.base import Task, check_sample, check_tasks, task_stream
+from eaml_ext.tasks.base import ControlTasks, Task, check_rows, check_tasks, task_stream
 
 if TYPE_CHECKING:
     from gymnasium.spaces import Space
@@ -26,10 +25,10 @@ RANGES = {
     "force_mag": (5.0, 20.0),
     "gravity": (5.0, 20.0),
 }
-"""The log-uniform range of each physical parameter: around ``NOMINAL``."""
+"""The log-uniform range of each physical parameter, around ``NOMINAL``."""
 
 X_LIMIT, ANGLE_LIMIT = 2.4, math.radians(12)
-"""Beyond them an episode ends: m, rad."""
+"""Bounds of cart position, m, and pole angle, rad, beyond which an episode terminates."""
 
 NOMINAL = {"length": 0.5, "masscart": 1.0, "masspole": 0.1, "force_mag": 10.0, "gravity": 9.8}
 """Gymnasium's physics: m, kg, kg, N, m/s²."""
@@ -37,10 +36,15 @@ NOMINAL = {"length": 0.5, "masscart": 1.0, "masspole": 0.1, "force_mag": 10.0, "
 
 @dataclass(frozen=True)
 class CartPoleTask(Task):
-    """One cart-pole: ``length`` is *half* the pole's (m), masses in kg, ``force_mag`` in N, ``gravity`` in m/s².
+    """One cart-pole.
 
-    ``flip``: action 0 pushes right and 1 pushes left, the other way round than in Gymnasium's CartPole.
-    ``projection``: rows of the matrix by which the observation is multiplied; None leaves it as it is.
+    Attributes:
+        length: *half* the length of the pole, m.
+        masscart, masspole: kg.
+        force_mag: N.
+        gravity: m/s².
+        flip: action 0 pushes right and 1 left, the opposite of Gymnasium's CartPole.
+        projection: rows of the matrix that multiplies the observation; None: no projection.
     """
 
     length: float
@@ -52,24 +56,27 @@ class CartPoleTask(Task):
     projection: tuple[tuple[float, ...], ...] | None = None
 
 
-class CartPoleTasks:
+class CartPoleTasks(ControlTasks[CartPoleTask]):
     """The cart-pole of Barto, Sutton & Anderson (1983), simulated by Gymnasium's CartPole-v1, with varied physics.
 
-    Each parameter is drawn log-uniformly from ``RANGES`` and the action is flipped in one task of each pair (2i, 2i+1),
-    which one by a coin: half of any even number of tasks is flipped. Physics alone hardly needs adaptation, since one
-    model can be right on average; under a flip no single model can. Observations are (cart position m, velocity m/s,
-    pole angle rad, velocity rad/s); actions 0 and 1, one-hot for models; an episode ends beyond 2.4 m or 12°, or is cut
-    after 500 steps. The version in ``name`` fixes ranges and seeding.
+    Each parameter is drawn log-uniformly from ``RANGES``. The action is flipped in one random task of each pair
+    (2i, 2i+1), so in half of any even number of tasks. Varied physics alone hardly requires adaptation, because one
+    model can be right on average; with flips no single model can.
+
+    Observations are cart position, m; velocity, m/s; pole angle, rad; angular velocity, rad/s. Actions are 0 and 1,
+    one-hot for models. An episode terminates beyond 2.4 m or 12° and is truncated after 500 steps. The version in
+    ``name`` fixes ranges and seeding.
 
     Args:
-        physics: draw the parameters; without, all tasks have Gymnasium's. The tasks are the same in all else.
+        physics: draw the parameters. False: all tasks have Gymnasium's; flips and projections stay the same.
         flip: flip the action in half of the tasks.
         hide_velocity: observations are (cart position, pole angle) alone.
-        projection: multiply the observation, per task, by a matrix of this many rows whose columns are orthonormal,
-            drawn uniformly (Haar), so that no entry means the same in two tasks; at least the length of an observation.
+        projection: number of rows of a random matrix per task that multiplies the observation. Its columns are
+            orthonormal and uniform (Haar), so that an entry has another meaning in each task. At least the size of an
+            observation.
 
-    Raises TypeError unless the first three are booleans and ``projection`` an integer or None, ValueError when it is
-    too small.
+    Raises:
+        TypeError, ValueError: an argument has another type, or ``projection`` is too small.
 
     >>> distribution = CartPoleTasks()
     >>> tasks = distribution.sample(8, split="train", seed=0)
@@ -94,19 +101,18 @@ class CartPoleTasks:
         for option, value in (("physics", physics), ("flip", flip), ("hide_velocity", hide_velocity)):
             _check.flag("CartPoleTasks", option, value)
         physics, flip, hide_velocity = bool(physics), bool(flip), bool(hide_velocity)
-        seen = 2 if hide_velocity else 4
+        observed = 2 if hide_velocity else 4
         if projection is not None:
             projection = _check.positive("CartPoleTasks", "projection", projection, integer=True)
-            if projection < seen:
-                raise ValueError(
-                    f"CartPoleTasks: projection must be >= {seen}, got {projection}: it would lose entries"
-                )
+            if projection < observed:
+                text = f"projection must be >= {observed}, got {projection}: it would lose entries"
+                raise ValueError(f"CartPoleTasks: {text}")
         self.physics, self.flip, self.hide_velocity, self.projection = physics, flip, hide_velocity, projection
-        parts = {"physics": physics, "flip": flip, "position": hide_velocity, f"project{projection}": projection}
-        on = [part for part, option in parts.items() if option]
-        if on != ["physics", "flip"]:  # a subclass may have a name of its own
+        options = {"physics": physics, "flip": flip, "position": hide_velocity, f"project{projection}": projection}
+        on = [name for name, option in options.items() if option]
+        if on != ["physics", "flip"]:  # the default keeps the class attribute, which a subclass may replace
             self.name = "-".join(["CartPole-v1", *on, "v1"])
-            self.obs_dim = projection or seen
+            self.obs_dim = projection or observed
 
     @property
     def action_space(self) -> Space[Any]:
@@ -115,26 +121,19 @@ class CartPoleTasks:
 
         return Discrete(2)
 
-    def sample(self, n: int, split: str = "train", seed: int = 0, epoch: int = 0) -> list[CartPoleTask]:
-        """The first ``n`` tasks of the stream (split, seed, epoch), a pure function of its arguments.
-
-        ``split`` is "train", "valid" or "test"; ``seed`` and ``epoch`` are integers in [0, 2**32). Task i is the same
-        whatever ``n``. Raises TypeError or ValueError naming the argument.
-        """
-        n, split, seed, epoch = check_sample("CartPoleTasks.sample", n, split, seed, epoch)
+    def _draw_tasks(self, ids: Sequence[str], split: str, seed: int, epoch: int) -> list[CartPoleTask]:
         low, high = np.array(list(RANGES.values())).T
         tasks = []
-        for index in range(n):
+        for index, task_id in enumerate(ids):
             pair, second = divmod(index, 2)
             generator = np.random.default_rng(task_stream(split, seed, epoch, pair))
             flip = bool(generator.integers(2)) != bool(second)
             values = low * (high / low) ** generator.random((2, len(RANGES)))[second]
             physics = dict(zip(RANGES, values.tolist(), strict=True)) if self.physics else NOMINAL
-            # Drawn last and for both of the pair, so that no option changes what another one draws.
+            # The projection is drawn last and for both of the pair, so that it does not change the other draws.
             size = (2, self.projection or 0, 4)
             matrix = self._projection(generator.standard_normal(size)[second]) if self.projection else None
-            name = f"{self.name}/{split}/{seed}/{epoch}/{index}"
-            tasks.append(CartPoleTask(name, split, **physics, flip=flip and self.flip, projection=matrix))
+            tasks.append(CartPoleTask(task_id, split, **physics, flip=flip and self.flip, projection=matrix))
         return tasks
 
     def _projection(self, normal: np.ndarray) -> tuple[tuple[float, ...], ...]:
@@ -143,10 +142,11 @@ class CartPoleTasks:
         return tuple(map(tuple, (q * np.sign(np.diag(r))).tolist()))
 
     def make_env(self, tasks: Sequence[CartPoleTask]) -> VectorEnv[Any, Any, Any]:
-        """Gymnasium's native vector CartPole in which environment i has physics, sign and projection of ``tasks[i]``.
+        """Return Gymnasium's vector CartPole with physics, flip and projection of ``tasks[i]`` in environment i.
 
-        Raises TypeError or ValueError unless ``tasks`` is a non-empty sequence of ``CartPoleTask``, of this ``obs_dim``
-        where they have a projection.
+        Raises:
+            TypeError, ValueError: ``tasks`` is no non-empty sequence of ``CartPoleTask``, or a projection has another
+                shape than this distribution's.
         """
         import gymnasium
         from gymnasium.spaces import Box
@@ -157,13 +157,13 @@ class CartPoleTasks:
         environment = gymnasium.make_vec("CartPole-v1", len(tasks), vectorization_mode="vector_entry_point")
         physics: Any = environment.unwrapped
         unknown = [name for name in (*RANGES, "total_mass", "polemass_length") if not hasattr(physics, name)]
-        if unknown:  # setting it would have no effect
+        if unknown:  # setting an unknown attribute would have no effect
             environment.close()
             text = f"the CartPole-v1 of gymnasium {gymnasium.__version__} has no attribute {unknown[0]}"
             raise ValueError(f"CartPoleTasks.make_env: {text}: install a version that eaml_ext supports")
         for parameter in RANGES:
             setattr(physics, parameter, np.array([getattr(task, parameter) for task in tasks]))
-        # The simulator reads these two products, not their factors.
+        # The simulator reads these two derived values, not the masses.
         physics.total_mass = physics.masspole + physics.masscart
         physics.polemass_length = physics.masspole * physics.length
         flip = np.array([task.flip for task in tasks])
@@ -171,38 +171,39 @@ class CartPoleTasks:
         if matrices is None:
             return flipped
         unbounded = [Box(-np.inf, np.inf, shape, np.float32) for shape in ((len(tasks), self.obs_dim), (self.obs_dim,))]
-        return TransformObservation(flipped, lambda seen: np.einsum("tij,tj->ti", matrices, seen), *unbounded)
+        return TransformObservation(flipped, lambda obs: np.einsum("tij,tj->ti", matrices, obs), *unbounded)
 
     def _matrices(self, tasks: Sequence[CartPoleTask], where: str) -> np.ndarray | None:
-        """From Gymnasium's observations to the tasks', ``(tasks, obs_dim, 4)``; None where they are the same."""
-        seen = np.eye(4, dtype=np.float32)[:: 2 if self.hide_velocity else 1]
-        shape = (self.projection, len(seen))
+        """Return the matrices from Gymnasium's observations to the tasks', ``(tasks, obs_dim, 4)``; None: identity."""
+        observed = np.eye(4, dtype=np.float32)[:: 2 if self.hide_velocity else 1]
+        shape = (self.projection, len(observed))
         for i, task in enumerate(tasks):
             got = None if task.projection is None else np.shape(task.projection)
             if got != (None if self.projection is None else shape):
                 wanted = "no projection" if self.projection is None else f"a projection of shape {shape}"
                 raise ValueError(f"{where}: tasks[{i}] must have {wanted}, got {got}")
         if self.projection is not None:
-            return np.array([task.projection for task in tasks], np.float32) @ seen
-        return np.broadcast_to(seen, (len(tasks), *seen.shape)) if self.hide_velocity else None
+            return np.array([task.projection for task in tasks], np.float32) @ observed
+        return np.broadcast_to(observed, (len(tasks), *observed.shape)) if self.hide_velocity else None
 
     def outcomes(
         self, tasks: Sequence[CartPoleTask], obs: Tensor, action: Tensor, next_obs: Tensor
     ) -> tuple[Tensor, Tensor]:
-        """What a step is worth, and whether it ends the episode, as Gymnasium would say of these observations.
+        """Return rewards and terminations of transitions, by the rules of Gymnasium's CartPole.
 
-        For a planner, whose observations are a model's predictions: one that is not finite ends the episode.
+        A planner passes predicted observations. An observation that is not finite terminates the episode.
 
         Args:
             tasks: one for each row of the first dimension.
-            obs, next_obs: before and after the step, ``(len(tasks), *, obs_dim)``.
-            action: not asked for; as ``encode_action`` writes it.
+            obs: ``(len(tasks), *, obs_dim)``, floating; before the step. Not used.
+            action: ``(len(tasks), *, action_dim)``, floating, as ``encode_action`` encodes it. Not used.
+            next_obs: ``(len(tasks), *, obs_dim)``, floating; after the step.
 
         Returns:
-            Rewards, 1 for each step, and terminations, bool: beyond 2.4 m or 12°; both ``(len(tasks), *)``.
+            Rewards ``(len(tasks), *)``, 1 each, and terminations ``(len(tasks), *)``, bool: beyond 2.4 m or 12°.
 
         Raises:
-            TypeError, ValueError: ``tasks`` as for :meth:`make_env`, ``next_obs`` of another shape.
+            TypeError, ValueError: ``tasks`` as for :meth:`make_env`, or ``next_obs`` has another shape.
 
         >>> import torch
         >>> distribution = CartPoleTasks(hide_velocity=True)
@@ -212,24 +213,11 @@ class CartPoleTasks:
         """
         where = "CartPoleTasks.outcomes"
         check_tasks(where, tasks, CartPoleTask)
-        _check.tensor(where, "next_obs", next_obs)
-        if next_obs.dim() < 2 or (len(next_obs), next_obs.shape[-1]) != (len(tasks), self.obs_dim):
-            wanted = f"({len(tasks)}, *, {self.obs_dim})"
-            raise ValueError(f"{where}: next_obs must have shape {wanted}, got {tuple(next_obs.shape)}")
+        check_rows(where, "next_obs", next_obs, tasks, self.obs_dim)
         matrices = None if self.projection is None else self._matrices(tasks, where)
         if matrices is None:
             x, angle = next_obs[..., 0], next_obs[..., -1 if self.hide_velocity else 2]
-        else:  # its columns are orthonormal: the transposed is its inverse
-            back = next_obs.new_tensor(matrices[..., [0, 2]])
-            x, angle = torch.einsum("t...i,tij->t...j", next_obs, back).unbind(-1)
-        ends = ~((x.abs() <= X_LIMIT) & (angle.abs() <= ANGLE_LIMIT))
-        return torch.ones_like(x), ends
-
-    def reset_seeds(self, tasks: Sequence[CartPoleTask], seed: int) -> int:
-        """The collection's seed itself: all the starting states come from it, the tasks differ in physics only.
-
-        >>> distribution = CartPoleTasks()
-        >>> distribution.reset_seeds(distribution.sample(2), seed=3)
-        3
-        """
-        return check_seed("CartPoleTasks.reset_seeds", "seed", seed)
+        else:  # columns are orthonormal, so the transposed matrix inverts the projection
+            inverse = next_obs.new_tensor(matrices[..., [0, 2]])
+            x, angle = torch.einsum("t...i,tij->t...j", next_obs, inverse).unbind(-1)
+        return torch.ones_like(x), ~((x.abs() <= X_LIMIT) & (angle.abs() <= ANGLE_LIMIT))

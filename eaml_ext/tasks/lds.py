@@ -1,4 +1,4 @@
-"""z_t = decay R(angles) z_{t-1} + w_t,  x_t = c C z_t + v_t: rotations of which a few mixed coordinates are seen."""
+"""z_t = decay R(angles) z_{t-1} + w_t,  x_t = c C z_t + v_t: rotations with partial, mixed observations."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torch import Tensor
 from eaml_ext import _check
 from eaml_ext._random import check_seed
 from eaml_ext.tasks import baselines
-from eaml_ext.tasks.base import Task, check_sample, check_tasks, collection_stream, task_stream
+from eaml_ext.tasks.base import SampledTasks, Task, check_tasks, collection_stream, task_stream
 
 ANGLES = (0.1, 1.5)
 """The log-uniform range of a rotation, in radians per step: periods of 63 to 4 steps."""
@@ -22,8 +22,10 @@ ANGLES = (0.1, 1.5)
 class LDSTask(Task):
     """One linear dynamical system.
 
-    ``angles``: one row per mode, the rotation of each plane in radians per step. ``observation``: C, ``obs_dim`` rows
-    of length ``2 * planes``, orthonormal. ``decay``, ``noise``, ``stay``: as in :class:`LDSTasks`.
+    Attributes:
+        angles: one row per mode; the rotation of each plane, radians per step.
+        observation: C, ``obs_dim`` orthonormal rows of length ``2 * planes``.
+        decay, noise, stay: as in :class:`LDSTasks`.
     """
 
     angles: tuple[tuple[float, ...], ...]
@@ -35,10 +37,13 @@ class LDSTask(Task):
 
 @dataclass(frozen=True)
 class LDSystem:
-    """The matrices of tasks, float64: z_t = A z_{t-1} + w_t, x_t = C z_t + v_t, in a basis where z has variance 1.
+    """The matrices of z_t = A z_{t-1} + w_t, x_t = C z_t + v_t, in a basis where the covariance of z is the identity.
 
-    ``A`` ``(tasks, modes, n, n)``, ``C`` ``(tasks, obs_dim, n)``, ``Q`` ``(tasks, n, n)`` the covariance of w,
-    ``R`` ``(tasks, obs_dim, obs_dim)`` that of v; the covariance of z is the identity, in every mode.
+    Attributes:
+        A: ``(tasks, modes, n, n)``, float64; n is ``2 * planes``.
+        C: ``(tasks, obs_dim, n)``, float64.
+        Q: ``(tasks, n, n)``, float64; the covariance of w.
+        R: ``(tasks, obs_dim, obs_dim)``, float64; the covariance of v.
     """
 
     A: Tensor
@@ -47,35 +52,34 @@ class LDSystem:
     R: Tensor
 
 
-class LDSTasks:
+class LDSTasks(SampledTasks[LDSTask]):
     """Partially observed linear systems with a hidden rotation; with ``modes > 1`` the rotation switches.
 
-    The latent state turns in ``planes`` planes, by angles that differ from task to task and are drawn log-uniformly
-    from ``ANGLES``, while ``obs_dim`` of its coordinates are seen, mixed by a random orthonormal C of the task. One
-    frame therefore says little about the next, and how to use several depends on the task. In a switching system
-    every mode has angles of its own and a Markov chain chooses the mode of each step. The state is stationary and
-    every observed coordinate has variance 1, so errors are in units of that variance: guessing 0 costs 1.
+    The latent state rotates in ``planes`` planes. The angles differ between tasks and are log-uniform in ``ANGLES``. A
+    random orthonormal C of the task maps the state to ``obs_dim`` observed coordinates. One observation therefore
+    predicts little of the next one, and the use of several depends on the task. In a switching system every mode has
+    its own angles, and a Markov chain selects the mode of each step. The state is stationary and every observed
+    coordinate has variance 1, so the squared error of predicting 0 is 1.
 
     Args:
         obs_dim: observed coordinates, fewer than ``2 * planes``.
         planes: planes of rotation; the state has ``2 * planes`` coordinates.
         modes: 1: linear; more: switching linear.
-        stay: probability that the mode of a step is that of the step before, in [0, 1]; otherwise all others are
-            equally likely.
-        decay: factor by which the state shrinks per step, in (0, 1); noise of variance ``1 − decay²`` replaces it.
-        noise: standard deviation of the observation noise, in [0, 1); ``noise²`` of an observation's variance is noise.
+        stay: probability that a step keeps the mode of the last step, in [0, 1]. Other modes are equally probable.
+        decay: factor of the state per step, in (0, 1); process noise has the variance ``1 − decay²``.
+        noise: standard deviation of the observation noise, in [0, 1).
 
-    ``name`` carries these numbers and the version, which fixes ranges and seeding.
+    ``name`` contains these numbers and the version, which fixes ranges and seeding.
 
     Raises:
-        TypeError, ValueError: an argument is of the wrong kind or out of its range.
+        TypeError, ValueError: an argument has another type or is out of its range.
 
     >>> distribution = LDSTasks()
     >>> tasks = distribution.sample(3, split="train", seed=0)
     >>> x = distribution.simulate(tasks, sequences=5, length=20)[0]
     >>> x.shape  # (tasks, sequences, time, obs_dim)
     torch.Size([3, 5, 20, 2])
-    >>> support_x, support_y = x[0, :, :-1], x[0, :, 1:]  # what a model learns: the next observation
+    >>> support_x, support_y = x[0, :, :-1], x[0, :, 1:]  # the next observation is the target
     """
 
     def __init__(
@@ -103,37 +107,23 @@ class LDSTasks:
         kind = "LDS" if modes == 1 else f"SwitchingLDS-{modes}modes-stay{self.stay!r}"
         self.name = f"{kind}-{obs_dim}of{2 * planes}-decay{self.decay!r}-noise{self.noise!r}-v1"
 
-    def sample(self, n: int, split: str = "train", seed: int = 0, epoch: int = 0) -> list[LDSTask]:
-        """The first ``n`` tasks of the stream (split, seed, epoch), a pure function of its arguments.
-
-        ``split`` is "train", "valid" or "test"; ``seed`` and ``epoch`` are integers in [0, 2**32). Task i is the same
-        whatever ``n``. Raises TypeError or ValueError naming the argument.
-
-        >>> LDSTasks().sample(2, "test") == LDSTasks().sample(3, "test")[:2]
-        True
-        """
-        n, split, seed, epoch = check_sample("LDSTasks.sample", n, split, seed, epoch)
+    def _draw_tasks(self, ids: Sequence[str], split: str, seed: int, epoch: int) -> list[LDSTask]:
         low, high = ANGLES
         tasks = []
-        for index in range(n):
+        for index, task_id in enumerate(ids):
             generator = np.random.default_rng(task_stream(split, seed, epoch, index))
             angles = low * (high / low) ** generator.random((self.modes, self.planes))
             basis = np.linalg.qr(generator.standard_normal((2 * self.planes, self.obs_dim)))[0].T
-            tasks.append(
-                LDSTask(
-                    f"{self.name}/{split}/{seed}/{epoch}/{index}",
-                    split,
-                    tuple(map(tuple, angles.tolist())),
-                    tuple(map(tuple, basis.tolist())),
-                    self.decay,
-                    self.noise,
-                    self.stay,
-                )
-            )
+            matrices = tuple(map(tuple, angles.tolist())), tuple(map(tuple, basis.tolist()))
+            tasks.append(LDSTask(task_id, split, *matrices, self.decay, self.noise, self.stay))
         return tasks
 
     def system(self, tasks: Sequence[LDSTask]) -> LDSystem:
-        """The matrices of ``tasks``, all of this distribution's sizes. Raises TypeError or ValueError otherwise."""
+        """Return the matrices of ``tasks``.
+
+        Raises:
+            TypeError, ValueError: ``tasks`` is no non-empty sequence of ``LDSTask`` of this distribution's sizes.
+        """
         self._check_tasks("LDSTasks.system", tasks)
         angles = torch.tensor([task.angles for task in tasks], dtype=torch.float64)
         n = 2 * self.planes
@@ -153,20 +143,21 @@ class LDSTasks:
     def simulate(
         self, tasks: Sequence[LDSTask], sequences: int, length: int, seed: int = 0, *, dtype: torch.dtype | None = None
     ) -> tuple[Tensor, Tensor]:
-        """Observations and modes of ``sequences`` independent runs of each task, each started at stationarity.
+        """Simulate ``sequences`` independent runs of each task from the stationary distribution.
 
         Args:
             tasks: a non-empty sequence of ``LDSTask`` of this distribution's sizes.
-            sequences, length: how many runs of each task, and of how many steps, > 0.
-            seed: of the collection, in [0, 2**32); other tasks or another seed meet other noise.
-            dtype: of the observations; default: torch's default.
+            sequences: runs of each task, > 0.
+            length: steps of a run, > 0.
+            seed: of the collection, in [0, 2**32); the noise depends on it and on the tasks' ids.
+            dtype: of the observations. Default: torch's default.
 
         Returns:
-            ``(tasks, sequences, length, obs_dim)`` on the CPU, and ``(tasks, sequences, length)`` int64, the mode by
-            which each step was reached from the one before (that of step 0 only starts the chain).
+            Observations ``(tasks, sequences, length, obs_dim)``, on the CPU, and modes ``(tasks, sequences, length)``,
+            int64. Step t was reached by its mode; the mode of step 0 only starts the Markov chain.
 
         Raises:
-            TypeError, ValueError: an argument is of the wrong kind or out of its range.
+            TypeError, ValueError: an argument has another type or is out of its range.
         """
         where = "LDSTasks.simulate"
         self._check_tasks(where, tasks)
@@ -182,34 +173,35 @@ class LDSTasks:
         generator = np.random.default_rng(collection_stream(tasks, seed))
         runs, n = (len(tasks), sequences), 2 * self.planes
         modes = self._modes(generator, tasks, runs, length)
-        kicks, errors = (
+        process_noise, observation_noise = (
             torch.from_numpy(generator.standard_normal((length, *runs, size))) for size in (n, self.obs_dim)
         )
         task = torch.arange(len(tasks)).unsqueeze(1)
-        spread = system.Q.diagonal(dim1=1, dim2=2).sqrt().unsqueeze(1)
-        z, states = kicks[0], [kicks[0]]
+        std = system.Q.diagonal(dim1=1, dim2=2).sqrt().unsqueeze(1)
+        z, states = process_noise[0], [process_noise[0]]
         for t in range(1, length):
-            z = (system.A[task, modes[:, :, t]] @ z.unsqueeze(-1)).squeeze(-1) + spread * kicks[t]
+            z = (system.A[task, modes[:, :, t]] @ z.unsqueeze(-1)).squeeze(-1) + std * process_noise[t]
             states.append(z)
-        v = errors.permute(1, 2, 0, 3) * system.R.diagonal(dim1=1, dim2=2).sqrt()[:, None, None]
+        v = observation_noise.permute(1, 2, 0, 3) * system.R.diagonal(dim1=1, dim2=2).sqrt()[:, None, None]
         return (torch.stack(states, 2) @ system.C.mT.unsqueeze(1) + v).to(dtype), modes
 
     def kalman(self, tasks: Sequence[LDSTask], observations: Tensor, modes: Tensor) -> tuple[Tensor, Tensor]:
-        """The best possible predictions: a Kalman filter that knows each task's matrices and every step's mode.
+        """Predict by a Kalman filter that is given each task's matrices and every step's mode.
 
-        No predictor of ``x_{t+1}`` from ``x_0 … x_t`` has a smaller expected squared error. Where modes switch, no
-        predictor can know the next one, so this is a bound from below that is not reached.
+        No predictor of ``x_{t+1}`` from ``x_0 … x_t`` has a smaller expected squared error. Where modes switch, the
+        next mode is unpredictable, so this error is a lower bound that no predictor reaches.
 
         Args:
-            tasks: whose matrices.
-            observations, modes: as :meth:`simulate` returns them.
+            tasks: a non-empty sequence of ``LDSTask`` of this distribution's sizes.
+            observations: ``(tasks, sequences, length, obs_dim)``, floating, as :meth:`simulate` returns them.
+            modes: ``(tasks, sequences, length)``, int64, as :meth:`simulate` returns them.
 
         Returns:
-            Float64 predictions of ``observations[:, :, 1:]`` and the covariances of their errors,
-            ``(tasks, sequences, length − 1, obs_dim[, obs_dim])``.
+            Predictions of ``observations[:, :, 1:]``, ``(tasks, sequences, length − 1, obs_dim)``, and the covariances
+            of their errors, ``(tasks, sequences, length − 1, obs_dim, obs_dim)``; float64.
 
         Raises:
-            TypeError, ValueError: the arguments do not fit together.
+            TypeError, ValueError: an argument has another type or shape, or a mode does not exist.
 
         >>> distribution = LDSTasks()
         >>> tasks = distribution.sample(4)
@@ -239,15 +231,29 @@ class LDSTasks:
     def baselines(
         self, tasks: Sequence[LDSTask], *, sequences: int = 16, length: int = 128, frames: int = 4, seed: int = 0
     ) -> dict[str, Tensor]:
-        """What simple predictors of the next observation reach on ``tasks``, and what none can beat.
+        """Return the errors of simple predictors of the next observation, and a lower bound for all predictors.
 
-        Each task is run ``2 * sequences`` times; predictors are fitted to one half and judged on the other, from step
-        ``frames`` on. Returns float64 mean squared errors, ``(tasks,)`` each, by name: ``"zero"`` (the mean of all
-        data), ``"persistence"`` (the last observation), ``"linear"`` (least squares on ``frames`` frames, for each task
-        its own), ``"mlp"`` (one network for all tasks on ``frames`` frames), ``"kalman"`` (see :meth:`kalman`).
+        Each task is simulated ``2 * sequences`` times. Predictors are fitted to one half and evaluated on the other,
+        from step ``frames`` on:
+
+        - ``"zero"``: the mean of all data;
+        - ``"persistence"``: the last observation;
+        - ``"linear"``: least squares on the last ``frames`` observations, fitted to each task;
+        - ``"mlp"``: one network for all tasks, on the last ``frames`` observations;
+        - ``"kalman"``: see :meth:`kalman`.
+
+        Args:
+            tasks: a non-empty sequence of ``LDSTask`` of this distribution's sizes.
+            sequences: runs of each task in a half, > 0.
+            length: steps of a run, > ``frames``.
+            frames: observations that ``"linear"`` and ``"mlp"`` read, > 0.
+            seed: in [0, 2**32).
+
+        Returns:
+            Mean squared errors by name, ``(tasks,)``, float64.
 
         Raises:
-            TypeError, ValueError: an argument is of the wrong kind, or ``length`` does not exceed ``frames``.
+            TypeError, ValueError: an argument has another type or is out of its range.
 
         >>> distribution = LDSTasks()
         >>> errors = distribution.baselines(distribution.sample(4, "test"))
@@ -264,22 +270,21 @@ class LDSTasks:
             raise ValueError(f"{where}: length must exceed frames = {frames}, got {length}")
         seed = check_seed(where, "seed", seed)
         x, modes = self.simulate(tasks, 2 * sequences, length, seed, dtype=torch.float64)
-        fit, judge, modes = x[:, :sequences], x[:, sequences:], modes[:, sequences:]
-        wanted = judge[:, :, frames:]
+        train, test, modes = x[:, :sequences], x[:, sequences:], modes[:, sequences:]
+        targets = test[:, :, frames:]
         predictions = {
-            "zero": torch.zeros_like(wanted),
-            "persistence": judge[:, :, frames - 1 : -1],
-            "linear": torch.stack(
-                [baselines.fit_linear(mine, frames)(other) for mine, other in zip(fit, judge, strict=True)]
-            ),
-            "mlp": baselines.fit_mlp(fit, frames, seed=seed)(judge),
-            "kalman": self.kalman(tasks, judge, modes)[0][:, :, frames - 1 :],
+            "zero": torch.zeros_like(targets),
+            "persistence": test[:, :, frames - 1 : -1],
+            "linear": torch.stack([baselines.fit_linear(a, frames)(b) for a, b in zip(train, test, strict=True)]),
+            "mlp": baselines.fit_mlp(train, frames, seed=seed)(test),
+            "kalman": self.kalman(tasks, test, modes)[0][:, :, frames - 1 :],
         }
-        return {name: (p - wanted).square().mean((1, 2, 3)) for name, p in predictions.items()}
+        return {name: (p - targets).square().mean((1, 2, 3)) for name, p in predictions.items()}
 
     def _modes(
         self, generator: np.random.Generator, tasks: Sequence[LDSTask], runs: tuple[int, int], length: int
     ) -> Tensor:
+        """Draw the modes of all steps, ``(*runs, length)``, int64."""
         modes = np.zeros((*runs, length), dtype=np.int64)
         if self.modes > 1:
             leaves = generator.random((*runs, length)) >= np.array([task.stay for task in tasks])[:, None, None]
@@ -289,6 +294,7 @@ class LDSTasks:
         return torch.from_numpy(modes)
 
     def _check_tasks(self, where: str, tasks: Sequence[LDSTask]) -> None:
+        """Raise TypeError or ValueError unless ``tasks`` are LDSTasks of this distribution's sizes."""
         check_tasks(where, tasks, LDSTask)
         wanted = (self.modes, self.planes, self.obs_dim)
         for i, task in enumerate(tasks):

@@ -1,4 +1,4 @@
-"""Which task distribution stands behind an environment's name."""
+"""The registry from names of environments to task distributions."""
 
 from __future__ import annotations
 
@@ -25,8 +25,12 @@ _FACTORIES: dict[str, Callable[[], TaskDistribution[Any]]] = {
 def register(env_name: str, distribution_factory: Callable[[], TaskDistribution[Any]]) -> None:
     """Make ``make_tasks(env_name)`` return ``distribution_factory()``; a later registration replaces an earlier one.
 
-    ``env_name`` is a Gymnasium id with its version, or a new name of your own. Raises TypeError unless ``env_name`` is
-    a string and ``distribution_factory`` callable.
+    Args:
+        env_name: a Gymnasium id with its version, or any other name.
+        distribution_factory: called without arguments by each ``make_tasks(env_name)``.
+
+    Raises:
+        TypeError: ``env_name`` is no string, or ``distribution_factory`` is not callable.
 
     >>> register("Pendulum-v1", lambda: SeedTasks("Pendulum-v1"))
     """
@@ -39,13 +43,16 @@ def register(env_name: str, distribution_factory: Callable[[], TaskDistribution[
 
 
 def make_tasks(env_name: str) -> TaskDistribution[Any]:
-    """The task distribution registered for ``env_name``, else one whose tasks are seeds of that environment.
+    """Return the task distribution registered for ``env_name``, else :class:`eaml_ext.tasks.SeedTasks` of it.
 
-    Registered from the start: ``CartPole-v1`` (``CartPoleTasks``) and ``CartPole-hidden-velocity-v1`` (the same with
-    ``hide_velocity``); with the extra ``mujoco``, ``HalfCheetah-Vel``, ``HalfCheetah-Dir`` and ``Ant-Dir``; with the
-    extra ``metaworld``, ``ML10`` and ``ML1-<environment>``. Raises TypeError unless ``env_name`` is a string;
-    ValueError when Gymnasium cannot make the environment, with Gymnasium's own suggestion, when its observations are
-    not a Box or its actions neither Discrete nor Box, and when an extra is missing.
+    Registered by default: ``CartPole-v1`` (:class:`eaml_ext.tasks.CartPoleTasks`) and ``CartPole-hidden-velocity-v1``
+    (with ``hide_velocity``); with the extra ``mujoco``, ``HalfCheetah-Vel``, ``HalfCheetah-Dir`` and ``Ant-Dir``; with
+    the extra ``metaworld``, ``ML10`` and ``ML1-<environment>``.
+
+    Raises:
+        TypeError: ``env_name`` is no string.
+        ValueError: Gymnasium cannot make the environment, its observations are no Box, its actions are neither Discrete
+            nor Box, or an extra is missing.
 
     >>> make_tasks("CartPole-v1").name
     'CartPole-v1-physics-flip-v1'
@@ -59,7 +66,7 @@ def make_tasks(env_name: str) -> TaskDistribution[Any]:
         factory = partial(MetaWorldTasks, env_name)
     if factory is None:
         seeds = SeedTasks(env_name)
-        # Gymnasium resolves an id without version, such as "CartPole", to the latest one.
+        # Gymnasium resolves an id without a version, such as "CartPole", to the latest version.
         if seeds.env_name not in _FACTORIES:
             return seeds
         factory = _FACTORIES[seeds.env_name]

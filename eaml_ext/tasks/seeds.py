@@ -1,4 +1,4 @@
-"""Any Gymnasium environment with Box observations as a distribution of tasks: its tasks are seeds."""
+"""Any Gymnasium environment with Box observations as a task distribution; a task is a seed."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from eaml_ext._random import check_seed
-from eaml_ext.tasks.base import SPLITS, Task, action_width, check_sample, check_tasks, task_stream
+from eaml_ext.tasks.base import SPLITS, SampledTasks, Task, action_width, check_tasks, task_stream
 
 if TYPE_CHECKING:
     from gymnasium.spaces import Space
@@ -17,19 +17,22 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class SeedTask(Task):
-    """The environment whose first reset takes ``seed``, in [0, 2**32); later episodes go on with the same stream."""
+    """An environment whose first reset has the seed ``seed``, in [0, 2**32); later episodes continue its stream."""
 
     seed: int
 
 
-class SeedTasks:
+class SeedTasks(SampledTasks[SeedTask]):
     """The tasks of an environment without a registered distribution: the seeds of its episodes.
 
-    ``env_name`` is a Gymnasium id with Box observations (flattened for models) and Discrete or Box actions. The last
-    two bits of a task's seed tell its split, so no seed serves two splits.
+    The last two bits of a task's seed encode its split, so no seed is in two splits.
 
-    Raises TypeError unless ``env_name`` is a string; ValueError when Gymnasium cannot make it, with Gymnasium's own
-    suggestion, or when its spaces are others.
+    Args:
+        env_name: a Gymnasium id, of an environment with Box observations and Discrete or Box actions.
+
+    Raises:
+        TypeError: ``env_name`` is no string.
+        ValueError: Gymnasium cannot make the environment, or its spaces are others. The message contains Gymnasium's.
 
     >>> distribution = SeedTasks("Pendulum-v1")
     >>> distribution.obs_dim, distribution.action_dim
@@ -61,25 +64,18 @@ class SeedTasks:
         self.action_space: Space[Any] = actions
         self._spec: Any = env_name if spec is None else spec
 
-    def sample(self, n: int, split: str = "train", seed: int = 0, epoch: int = 0) -> list[SeedTask]:
-        """The first ``n`` tasks of the stream (split, seed, epoch), a pure function of its arguments.
-
-        ``split`` is "train", "valid" or "test"; ``seed`` and ``epoch`` are integers in [0, 2**32). Task i is the same
-        whatever ``n``. Raises TypeError or ValueError naming the argument.
-        """
-        n, split, seed, epoch = check_sample("SeedTasks.sample", n, split, seed, epoch)
+    def _draw_tasks(self, ids: Sequence[str], split: str, seed: int, epoch: int) -> list[SeedTask]:
         tasks = []
-        for index in range(n):
+        for index, task_id in enumerate(ids):
             word = int(task_stream(split, seed, epoch, index).generate_state(1)[0])
-            tasks.append(
-                SeedTask(f"{self.name}/{split}/{seed}/{epoch}/{index}", split, word & ~3 | SPLITS.index(split))
-            )
+            tasks.append(SeedTask(task_id, split, word & ~3 | SPLITS.index(split)))
         return tasks
 
     def make_env(self, tasks: Sequence[SeedTask]) -> VectorEnv[Any, Any, Any]:
-        """One environment per task, stepped in turn; they become the tasks when reset with ``reset_seeds``.
+        """Return one environment per task; a reset with :meth:`reset_seeds` makes them the tasks.
 
-        Raises TypeError or ValueError unless ``tasks`` is a non-empty sequence of ``SeedTask``.
+        Raises:
+            TypeError, ValueError: ``tasks`` is no non-empty sequence of ``SeedTask``.
         """
         import gymnasium
 
@@ -87,6 +83,10 @@ class SeedTasks:
         return gymnasium.make_vec(self._spec, len(tasks), vectorization_mode="sync")
 
     def reset_seeds(self, tasks: Sequence[SeedTask], seed: int) -> list[int]:
-        """The tasks' own seeds, whatever the collection's ``seed``: that one decides the actions only."""
+        """Return the seeds of the tasks. The collection's ``seed`` affects actions only.
+
+        Raises:
+            TypeError, ValueError: ``tasks`` is no non-empty sequence of ``SeedTask``, or a seed is out of its range.
+        """
         check_tasks("SeedTasks.reset_seeds", tasks, SeedTask)
         return [check_seed("SeedTasks.reset_seeds", f"tasks[{i}].seed", task.seed) for i, task in enumerate(tasks)]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -12,7 +13,7 @@ from torch.nn.functional import mse_loss
 
 from eaml_ext import _check
 from eaml_ext._random import check_seed
-from eaml_ext.tasks.base import Task, check_sample, task_stream
+from eaml_ext.tasks.base import SampledTasks, Task, check_sample, task_stream
 
 AMPLITUDES = (0.1, 5.0)
 PHASES = (0.0, math.pi)
@@ -22,7 +23,7 @@ INPUTS = (-5.0, 5.0)
 
 @dataclass(frozen=True)
 class SinusoidTask(Task):
-    """One sinusoid, with ``shots`` support points and ``queries`` query points at each draw.
+    """One sinusoid; each call of :meth:`sample` draws ``shots`` support points and ``queries`` query points.
 
     >>> support_x, support_y, query_x, query_y = SinusoidTasks(shots=5).sample(1)[0].sample()
     >>> support_x.shape, query_y.shape
@@ -36,7 +37,11 @@ class SinusoidTask(Task):
     queries: int
 
     def sample(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """``(support_x, support_y, query_x, query_y)``, each ``(points, 1)``, from torch's global generator."""
+        """Draw support and query points from torch's global generator.
+
+        Returns:
+            ``support_x``, ``support_y``: ``(shots, 1)``; ``query_x``, ``query_y``: ``(queries, 1)``.
+        """
         x = torch.empty(self.shots + self.queries, 1).uniform_(*INPUTS)
         y = self.amplitude * torch.sin(x - self.phase) + self.noise * torch.randn_like(x)
         return x[: self.shots], y[: self.shots], x[self.shots :], y[self.shots :]
@@ -44,16 +49,19 @@ class SinusoidTask(Task):
     loss = staticmethod(mse_loss)
 
 
-class SinusoidTasks:
-    """The distribution of sinusoids: amplitude, phase and inputs uniform in ``AMPLITUDES``, ``PHASES``, ``INPUTS``.
+class SinusoidTasks(SampledTasks[SinusoidTask]):
+    """Sinusoids whose amplitude, phase and inputs are uniform in ``AMPLITUDES``, ``PHASES`` and ``INPUTS``.
+
+    The version in ``name`` fixes ranges and seeding.
 
     Args:
         shots: support points of a task.
-        queries: query points; None: as many as ``shots``.
-        noise: standard deviation of the Gaussian noise on every y, support and query.
-        amplitudes: the range of amplitudes, of other tasks than MAML's; it becomes part of ``name``.
+        queries: query points. Default: ``shots``.
+        noise: standard deviation of the Gaussian noise on every y, of support and query points.
+        amplitudes: another range of amplitudes than MAML's; it becomes part of ``name``.
 
-    The version in ``name`` fixes ranges and seeding. Raises TypeError or ValueError naming the argument.
+    Raises:
+        TypeError, ValueError: an argument has another type or is out of its range.
 
     >>> distribution = SinusoidTasks(shots=10)
     >>> distribution.sample(3, "test") == distribution.sample(5, "test")[:3]
@@ -92,26 +100,28 @@ class SinusoidTasks:
         amplitudes = f", amplitudes={self.amplitudes}" if self.amplitudes != AMPLITUDES else ""
         return f"SinusoidTasks(shots={self.shots}, queries={self.queries}, noise={self.noise}{amplitudes})"
 
-    def sample(self, n: int, split: str = "train", seed: int = 0, epoch: int = 0) -> list[SinusoidTask]:
-        """The first ``n`` tasks of the stream (split, seed, epoch), a pure function of its arguments.
-
-        ``split`` is "train", "valid" or "test"; ``seed`` and ``epoch`` are integers in [0, 2**32). Task i is the same
-        whatever ``n``. Raises TypeError or ValueError naming the argument.
-        """
-        n, split, seed, epoch = check_sample("SinusoidTasks.sample", n, split, seed, epoch)
+    def _draw_tasks(self, ids: Sequence[str], split: str, seed: int, epoch: int) -> list[SinusoidTask]:
+        parameters = self._parameters(len(ids), split, seed, epoch).tolist()
         return [
-            SinusoidTask(
-                f"{self.name}/{split}/{seed}/{epoch}/{i}", split, amplitude, phase, self.noise, self.shots, self.queries
-            )
-            for i, (amplitude, phase) in enumerate(self._parameters(n, split, seed, epoch).tolist())
+            SinusoidTask(task_id, split, amplitude, phase, self.noise, self.shots, self.queries)
+            for task_id, (amplitude, phase) in zip(ids, parameters, strict=True)
         ]
 
     def draw(
         self, n: int, split: str = "train", seed: int = 0, epoch: int = 0
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """One draw of data of the tasks that :meth:`sample` gives, stacked: support_x, support_y, query_x, query_y.
+        """Draw the data of the tasks that :meth:`sample` returns for the same arguments.
 
-        Each is float32 ``(n, points, 1)``; the data of task i are the same whatever ``n``.
+        Args:
+            n: number of tasks, at least 0; the data of task i do not depend on it.
+            split: "train", "valid" or "test".
+            seed, epoch: in [0, 2**32).
+
+        Returns:
+            ``support_x``, ``support_y``: ``(n, shots, 1)``; ``query_x``, ``query_y``: ``(n, queries, 1)``; float32.
+
+        Raises:
+            TypeError, ValueError: an argument has another type or is out of its range.
         """
         n, split, seed, epoch = check_sample("SinusoidTasks.draw", n, split, seed, epoch)
         amplitude, phase = self._parameters(n, split, seed, epoch).T[..., None]
@@ -125,14 +135,22 @@ class SinusoidTasks:
         return support_x, support_y, query_x, query_y
 
     def baselines(self, n: int = 2000, seed: int = 0) -> dict[str, float]:
-        """Mean squared errors on query points between which any learner's lies, over ``n`` test tasks.
+        """Return mean squared errors on query points of ``n`` test tasks: two upper baselines and a lower bound.
 
-        ``zero`` predicts 0 and ``mean`` the mean function of the distribution (the best without adaptation);
-        ``bayes`` is the posterior mean given the support set, by quadrature over amplitude and phase: no learner that
-        does not know the task is better, on average (with one or two shots and noise below 0.003 the posterior is
-        thinner than the grid, and the value too large). Without noise two points tell the task, and it is 0.
+        - ``"zero"``: predict 0.
+        - ``"mean"``: predict the mean function of the distribution, the best prediction without adaptation.
+        - ``"bayes"``: predict the posterior mean given the support set, by quadrature over amplitude and phase. No
+          learner without knowledge of the task is better on average. It is 0 without noise, because two points then
+          identify the task. With one or two shots and noise below 0.003 it is too large, because the posterior is
+          narrower than the grid.
 
-        Raises TypeError or ValueError naming the argument; ValueError for one shot without noise.
+        Args:
+            n: test tasks, > 0.
+            seed: in [0, 2**32).
+
+        Raises:
+            TypeError, ValueError: an argument has another type or is out of its range, or there is one shot without
+                noise.
 
         >>> baselines = SinusoidTasks(shots=5).baselines()
         >>> baselines["bayes"] < baselines["mean"] < baselines["zero"]
@@ -143,46 +161,46 @@ class SinusoidTasks:
         if not self.noise and self.shots < 2:
             raise ValueError("SinusoidTasks.baselines: shots must be at least 2 where noise is 0, got 1")
         support_x, support_y, query_x, query_y = (t.squeeze(-1).double() for t in self.draw(n, "test", seed))
-        mean = sum(self.amplitudes) / 2 * _sine_of_mean_phase(query_x)
+        mean = sum(self.amplitudes) / 2 * _mean_sine(query_x)
         baselines = {
             "zero": float(query_y.square().mean()),
             "mean": float((query_y - mean).square().mean()),
             "bayes": 0.0,
         }
         if self.noise:
-            places = (torch.arange(128).double() + 0.5) / 128
+            midpoints = (torch.arange(128).double() + 0.5) / 128
             error = 0.0
             for sx, sy, qx, qy in zip(support_x, support_y, query_x, query_y, strict=True):
-                # A grid of 128 x 128 cells, drawn closer around the posterior until its cells are finer than that.
+                # A grid of 128 x 128 cells shrinks towards the posterior until its cells are smaller than that.
                 low, high = torch.tensor([self.amplitudes, PHASES], dtype=torch.float64).T
                 for _ in range(4):
-                    cell = (high - low) / len(places)
-                    grid = torch.cartesian_prod(*(low + (high - low) * places[:, None]).T)
+                    cell = (high - low) / len(midpoints)
+                    grid = torch.cartesian_prod(*(low + (high - low) * midpoints[:, None]).T)
                     a, p = grid.T
-                    # a sin(x - p) is linear in (a cos p, a sin p): a product instead of a sine for each cell.
+                    # a sin(x - p) is linear in (a cos p, a sin p), so that a cell costs a product instead of a sine.
                     cells = torch.stack([a * p.cos(), -a * p.sin()])
-                    misfit = torch.stack([sx.sin(), sx.cos()], 1) @ cells - sy[:, None]
-                    posterior = torch.softmax(-misfit.square().sum(0) / (2 * self.noise**2), 0)
-                    middle = posterior @ grid
-                    around = 8 * (posterior @ (grid - middle).square()).sqrt() + 4 * cell
-                    low, high = torch.maximum(low, middle - around), torch.minimum(high, middle + around)
+                    residual = torch.stack([sx.sin(), sx.cos()], 1) @ cells - sy[:, None]
+                    posterior = torch.softmax(-residual.square().sum(0) / (2 * self.noise**2), 0)
+                    center = posterior @ grid
+                    radius = 8 * (posterior @ (grid - center).square()).sqrt() + 4 * cell
+                    low, high = torch.maximum(low, center - radius), torch.minimum(high, center + radius)
                 weights = cells @ posterior
                 error += float((torch.stack([qx.sin(), qx.cos()], 1) @ weights - qy).square().mean())
             baselines["bayes"] = error / n
         return baselines
 
     def _parameters(self, n: int, split: str, seed: int, epoch: int) -> np.ndarray:
-        """Amplitude and phase of each task, ``(n, 2)``."""
+        """Return amplitude and phase of each task, ``(n, 2)``."""
         low, high = np.array([self.amplitudes, PHASES]).T
         return np.asarray(low + (high - low) * _generator(split, seed, epoch, 0).random((n, 2)))
 
 
-def _sine_of_mean_phase(x: Tensor) -> Tensor:
-    """The mean of sin(x - phase) over the phases."""
+def _mean_sine(x: Tensor) -> Tensor:
+    """Return the mean of sin(x - phase) over the phases."""
     low, high = PHASES
     return (torch.cos(x - high) - torch.cos(x - low)) / (high - low)
 
 
 def _generator(split: str, seed: int, epoch: int, word: int) -> np.random.Generator:
-    """Numbers of one stream, task after task: the split is a word of its own, so no two splits share a stream."""
+    """Return the generator of one stream, which draws the numbers of all tasks in their order."""
     return np.random.default_rng(task_stream(split, seed, epoch, word))

@@ -20,7 +20,7 @@ def scalar_system(a, q, r, length=4000, rows=50):
 
 
 @pytest.mark.parametrize(("a", "q", "r"), [(0.9, 0.19, 0.5), (0.99, 0.02, 1.0), (0.5, 1.0, 0.1)])
-def test_the_kalman_filter_reaches_the_error_of_theory(a, q, r):
+def test_kalman_filter_error_equals_the_steady_state_of_theory(a, q, r):
     """In steady state the variance of z_{t+1} given the past solves p = a² p r / (p + r) + q."""
     b = r - a * a * r - q
     steady = (-b + math.sqrt(b * b + 4 * q * r)) / 2
@@ -33,11 +33,11 @@ def test_the_kalman_filter_reaches_the_error_of_theory(a, q, r):
     # Innovations are white: the relative standard error of their variance is sqrt(2 / count).
     assert abs(float(error) / (steady + r) - 1) < 5 * math.sqrt(2 / predictions.numel())
     linear = (fit_linear(x, 4)(x) - x[:, 4:]).square().mean()
-    # Where the past fades fast, four frames hold all of it: the affine predictor then ties, and was fitted to the data.
+    # With a short memory four frames suffice; the affine predictor, fitted to this data, is then equally good.
     assert float(error) < 1.001 * float(linear) < float((x[:, 1:] - x[:, :-1]).square().mean())
 
 
-def test_the_kalman_filter_is_conditioning_of_the_joint_gaussian():
+def test_kalman_filter_equals_conditioning_of_the_joint_gaussian():
     n, d, length = 3, 2, 6
     A = 0.6 * torch.randn(length, n, n, dtype=torch.float64)
     C = torch.randn(d, n, dtype=torch.float64)
@@ -63,7 +63,7 @@ def test_the_kalman_filter_is_conditioning_of_the_joint_gaussian():
         torch.testing.assert_close(covariances[t - 1], joint[now, now] - weights @ joint[past, now])
 
 
-def test_kalman_broadcasts_and_short_sequences_are_empty():
+def test_kalman_filter_broadcasts_and_short_sequences_are_empty():
     eye = torch.eye(2)
     predictions, covariances = kalman_filter(torch.randn(3, 1, 2), eye.expand(1, 2, 2), eye, eye, eye, eye)
     assert predictions.shape == (3, 0, 2) and covariances.shape[-3:] == (0, 2, 2)
@@ -71,7 +71,7 @@ def test_kalman_broadcasts_and_short_sequences_are_empty():
     assert many[0].shape == (5, 3, 6, 2)
 
 
-def test_linear_finds_an_autoregression_exactly():
+def test_fit_linear_autoregression_is_predicted_exactly():
     weights = torch.tensor([0.3, -0.2, 0.5], dtype=torch.float64)
     rows = [torch.randn(8, 3, dtype=torch.float64)]
     x = rows[0]
@@ -82,7 +82,7 @@ def test_linear_finds_an_autoregression_exactly():
     torch.testing.assert_close(predictions, x[:, 3:])
 
 
-def test_a_network_beats_the_affine_map_where_the_truth_is_curved_and_leaves_the_generator_alone():
+def test_fit_mlp_logistic_map_beats_linear_and_leaves_the_generator_unchanged():
     x = torch.rand(64, 1, 1)
     for _ in range(20):
         x = torch.cat([x, 3.8 * x[:, -1:] * (1 - x[:, -1:])], 1)  # the logistic map
@@ -109,26 +109,26 @@ X = torch.zeros(2, 6, 1)
         ((X, 1.0), TypeError, "frames must be an integer, got 1.0"),
     ],
 )
-def test_fits_refuse(fit, arguments, error, text):
+def test_fit_linear_and_fit_mlp_bad_argument_raises(fit, arguments, error, text):
     with pytest.raises(error, match=f"^baselines.{fit.__name__}: " + re.escape(text)):
         fit(*arguments)
 
 
 @pytest.mark.parametrize("name", ["hidden", "steps", "seed"])
-def test_the_network_refuses(name):
+def test_fit_mlp_bad_option_raises(name):
     with pytest.raises(ValueError, match=f"^baselines.fit_mlp: {name} must be >"):
         fit_mlp(X, **{name: -1})
     with pytest.raises(TypeError, match=f"^baselines.fit_mlp: {name} must be an integer, got 'many'"):
         fit_mlp(X, **{name: "many"})
 
 
-def test_predictors_refuse_what_is_too_short():
+def test_fit_linear_predict_too_short_sequence_raises():
     with pytest.raises(ValueError, match=r"^baselines.fit_linear: x must have shape"):
         fit_linear(X)(X[:, :4])
 
 
 @pytest.mark.parametrize("name", ["x", "A", "C", "Q", "R", "P"])
-def test_the_filter_refuses(name):
+def test_kalman_filter_bad_argument_raises(name):
     eye = torch.eye(2)
     good = {"x": torch.zeros(5, 2), "A": eye.expand(5, 2, 2), "C": eye, "Q": eye, "R": eye, "P": eye}
     with pytest.raises(TypeError, match=f"^baselines.kalman_filter: {name} must be a torch.Tensor, got int"):

@@ -1,4 +1,4 @@
-"""Tasks of the extra ``metaworld``: on a stand-in with its interface, and on itself where it is installed."""
+"""Tasks of the extra ``metaworld``, on a fake module, and on Meta-World where it is installed."""
 
 import sys
 from types import ModuleType, SimpleNamespace
@@ -14,7 +14,7 @@ GOALS = 50
 
 
 class Arm(gymnasium.Env):
-    """Shows its goal, which Meta-World's do not, at the place where they have zeros."""
+    """An environment whose last observed entry is the goal, where Meta-World's environments have zeros."""
 
     observation_space = gymnasium.spaces.Box(-np.inf, np.inf, (39,), np.float64)
     action_space = gymnasium.spaces.Box(-1.0, 1.0, (4,), np.float32)
@@ -39,7 +39,7 @@ class Arm(gymnasium.Env):
 
 
 def benchmark(train, test):
-    """As ``metaworld.Benchmark``: goals are numbers, those of the test set from 1000 on, 10000 apart by environment."""
+    """A fake ``metaworld.Benchmark``: goals are 10000 * environment + index, plus 1000 in the test set."""
     names = list(dict.fromkeys([*train, *test]))
     classes = {name: type(name, (Arm,), {"env_name": name}) for name in names}
 
@@ -57,11 +57,11 @@ def benchmark(train, test):
 
 
 @pytest.fixture
-def stand_in(monkeypatch):
+def fake_metaworld(monkeypatch):
     module = ModuleType("metaworld")
 
     def ml1(env_name, seed=None):
-        assert seed == metaworld.SEED
+        assert seed == metaworld.GOAL_SEED
         return benchmark([env_name], [env_name])
 
     ml1.ENV_NAMES = ["reach-v3", "push-v3", "pick-place-v3", "door-open-v3"]
@@ -72,7 +72,7 @@ def stand_in(monkeypatch):
 
 
 @pytest.mark.parametrize("name", ["ML1-reach-v3", "ML10"])
-def test_tasks_are_a_function_of_their_stream_and_splits_share_no_goal(stand_in, name):
+def test_sample_is_a_function_of_its_stream_and_splits_share_no_goal(fake_metaworld, name):
     dist = make_tasks(name)
     assert isinstance(dist, MetaWorldTasks) and isinstance(dist, TaskDistribution) and dist.name == f"{name}-v1"
     goals = {}
@@ -88,7 +88,7 @@ def test_tasks_are_a_function_of_their_stream_and_splits_share_no_goal(stand_in,
         assert [len(goals[split]) for split in ("train", "valid", "test")] == [40, 10, 50]
 
 
-def test_each_environment_keeps_the_goal_of_its_task_over_its_episodes(stand_in):
+def test_make_env_keeps_the_goal_of_each_task_over_episodes(fake_metaworld):
     dist = MetaWorldTasks("ML1-push-v3")
     for split in ("train", "test"):
         tasks = dist.sample(4, split)
@@ -112,12 +112,12 @@ def test_each_environment_keeps_the_goal_of_its_task_over_its_episodes(stand_in)
         ),
     ],
 )
-def test_refuses(stand_in, name, error, text):
+def test_init_bad_benchmark_raises(fake_metaworld, name, error, text):
     with pytest.raises(error, match=f"^MetaWorldTasks: {text}$"):
         MetaWorldTasks(name)
 
 
-def test_refuses_tasks_of_others(stand_in):
+def test_methods_bad_argument_raises(fake_metaworld):
     dist = MetaWorldTasks("ML1-push-v3")
     task = MetaWorldTask("x", "train", "reach-v3", 0)
     text = "tasks\\[0\\] must be of ML1-push-v3-v1, got goal 0 of 'reach-v3'"
@@ -133,7 +133,7 @@ def test_refuses_tasks_of_others(stand_in):
         dist.reset_seeds(dist.sample(1), 1.0)
 
 
-def test_without_meta_world_it_says_what_to_install(monkeypatch):
+def test_make_tasks_without_meta_world_names_the_extra(monkeypatch):
     monkeypatch.setattr(metaworld, "find_spec", lambda name: None)
     for name in ("ML10", "ML1-reach-v3"):
         text = r"MetaWorldTasks: needs Meta-World, which pip install 'eaml_ext\[metaworld\]' brings$"
@@ -141,7 +141,7 @@ def test_without_meta_world_it_says_what_to_install(monkeypatch):
             make_tasks(name)
 
 
-def test_on_meta_world_itself():
+def test_installed_meta_world_hides_goals_and_shares_none_between_splits():
     pytest.importorskip("metaworld", reason="the extra metaworld is not installed")
     dist = make_tasks("ML1-reach-v3")
     goals = {}

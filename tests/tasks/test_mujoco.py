@@ -1,4 +1,4 @@
-"""Tasks of the extra ``mujoco``; what needs no simulator is tested without it."""
+"""Tasks of the extra ``mujoco``; tests that need no simulator run without it."""
 
 import math
 
@@ -27,7 +27,7 @@ pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")
 
 @pytest.fixture(params=NAMES)
 def dist(request, monkeypatch):
-    """Each distribution, also where MuJoCo is missing: only ``make_env`` needs it."""
+    """Each distribution, also without MuJoCo: only ``make_env`` requires it."""
     monkeypatch.setattr(mujoco, "find_spec", lambda name: object())
     return make_tasks(request.param)
 
@@ -42,7 +42,7 @@ def goal(task):
     return task.velocity if hasattr(task, "velocity") else task.angle
 
 
-def test_tasks_are_a_function_of_their_stream_and_no_split_shares_one(dist):
+def test_sample_is_a_function_of_its_stream_and_splits_share_no_task(dist):
     assert isinstance(dist, TaskDistribution) and dist.action_space.shape == (dist.action_dim,)
     streams = {(s, e, x): dist.sample(40, s, e, x) for s in ("train", "valid", "test") for e in (0, 1) for x in (0, 1)}
     for stream, tasks in streams.items():
@@ -53,10 +53,10 @@ def test_tasks_are_a_function_of_their_stream_and_no_split_shares_one(dist):
     goals = [tuple(goal(task) for task in tasks) for tasks in streams.values()]
     assert len(set(goals)) == len(goals)
     if not isinstance(dist, HalfCheetahDirectionTasks):
-        assert len({g for stream in goals for g in stream}) == len(ids)  # no goal twice, so none in two splits
+        assert len({g for stream in goals for g in stream}) == len(ids)  # all goals differ, so no goal is in two splits
 
 
-def test_goals_are_spread_as_documented(dist):
+def test_sample_goals_have_the_documented_distribution(dist):
     goals = np.array([goal(task) for task in dist.sample(2000)])
     if isinstance(dist, HalfCheetahDirectionTasks):
         assert set(goals) == {0.0, math.pi} and (goals.reshape(-1, 2).sum(1) == math.pi).all()
@@ -67,7 +67,7 @@ def test_goals_are_spread_as_documented(dist):
         assert np.abs(place - np.arange(2000) / 2000).max() < 0.04  # Kolmogorov-Smirnov: 0.036 at one in a hundred
 
 
-def test_without_mujoco_it_says_what_to_install(monkeypatch):
+def test_make_tasks_without_mujoco_names_the_extra(monkeypatch):
     monkeypatch.setattr(mujoco, "find_spec", lambda name: None)
     for name, kind in NAMES.items():
         text = r"needs MuJoCo, which pip install 'eaml_ext\[mujoco\]' brings$"
@@ -77,7 +77,7 @@ def test_without_mujoco_it_says_what_to_install(monkeypatch):
             make_tasks(name)
 
 
-def test_rewards_are_those_of_the_goal(simulated):
+def test_make_env_rewards_are_those_of_the_goal(simulated):
     tasks = simulated.sample(4, "test")
     env = simulated.make_env(tasks)
     plain = [env.unwrapped.envs[i].unwrapped for i in range(4)]
@@ -85,20 +85,20 @@ def test_rewards_are_those_of_the_goal(simulated):
     generator = np.random.default_rng(0)
 
     def places():
-        # Ant's velocity is measured at its torso's frame, which the simulator updates before it moves the joints.
+        # Ant's velocity is that of its torso's frame, which the simulator updates before the joints move.
         ant = isinstance(simulated, AntDirectionTasks)
         return np.array([p.data.body("torso").xpos[:2] if ant else p.data.qpos[:2] for p in plain])
 
     before = places()
     rewards, ended = [], []
-    for t in range(mujoco.EPISODE + 2):
+    for t in range(mujoco.EPISODE_STEPS + 2):
         action = generator.uniform(-1, 1, (4, simulated.action_dim)).astype(np.float32)
         _, reward, terminated, truncated, info = env.step(action)
         after = places()
         v = (after - before) / plain[0].dt
         before = after
         for i, task in enumerate(tasks):
-            if t and ended[-1][i]:  # the call at which the next episode starts
+            if t and ended[-1][i]:  # the call that resets the environment
                 assert reward[i] == 0
                 continue
             if isinstance(simulated, HalfCheetahVelocityTasks):
@@ -114,23 +114,23 @@ def test_rewards_are_those_of_the_goal(simulated):
         ended.append(terminated | truncated)
     env.close()
     cut = np.array(ended)
-    assert cut[: mujoco.EPISODE].any(0).all()  # the time limit at the latest
+    assert cut[: mujoco.EPISODE_STEPS].any(0).all()  # every episode has ended by the time limit
     if "Cheetah" in simulated.name:
-        assert (cut.argmax(0) == mujoco.EPISODE - 1).all()
+        assert (cut.argmax(0) == mujoco.EPISODE_STEPS - 1).all()
 
 
-def test_outcomes_are_close_to_the_simulators(simulated):
+def test_outcomes_are_close_to_those_of_the_simulator(simulated):
     tasks = simulated.sample(3, "test")
     data = collect(simulated, tasks, 60, seed=0)
     assert data.observations.shape == (3, 60, simulated.obs_dim)
     reward, ends = simulated.outcomes(tasks, data.observations, data.actions, data.next_observations)
     assert torch.equal(ends, data.terminations)
-    # The mean of two velocities stands for that over the step between them, which foots on the ground jolt.
+    # Contacts with the ground change velocities within a step, so the mean of two velocities is not exact.
     assert torch.corrcoef(torch.stack([reward.flatten(), data.rewards.flatten()]))[0, 1] > 0.9
     assert (reward - data.rewards).abs().mean() < 0.35 * data.rewards.std()
 
 
-def test_one_that_stands_still_is_paid_for_what_it_lacks():
+def test_half_cheetah_standing_still_returns_minus_the_goal_velocity():
     pytest.importorskip("mujoco", reason="the extra mujoco is not installed")
     dist = HalfCheetahVelocityTasks()
     tasks = dist.sample(3, "test")
@@ -149,7 +149,7 @@ def test_one_that_stands_still_is_paid_for_what_it_lacks():
         ({"next_obs": None}, TypeError, "next_obs must be a torch.Tensor, got NoneType"),
     ],
 )
-def test_outcomes_refuse(change, error, text, monkeypatch):
+def test_outcomes_bad_argument_raises(change, error, text, monkeypatch):
     monkeypatch.setattr(mujoco, "find_spec", lambda name: object())
     dist = HalfCheetahVelocityTasks()
     good = {"tasks": dist.sample(1), "obs": torch.zeros(1, 17), "action": torch.zeros(1, 6)}
@@ -157,7 +157,7 @@ def test_outcomes_refuse(change, error, text, monkeypatch):
         dist.outcomes(**{**good, "next_obs": torch.zeros(1, 17), **change})
 
 
-def test_refuses(dist):
+def test_methods_bad_argument_raises(dist):
     where = type(dist).__name__
     with pytest.raises(ValueError, match=f"^{where}.sample: split must be one of 'train', 'valid', 'test', got 'dev'$"):
         dist.sample(1, "dev")
@@ -168,7 +168,7 @@ def test_refuses(dist):
 
 
 @pytest.mark.parametrize("algo", ["dynamics", "rl2"])
-def test_jobs_run_on_them(algo, tmp_path, capsys):
+def test_cli_jobs_run_on_half_cheetah(algo, tmp_path, capsys):
     pytest.importorskip("mujoco", reason="the extra mujoco is not installed")
     flags = {
         "dynamics": ["--updates_per_epoch=1", "--adaptation_calls=1", "--plan_tasks=1", "--plan_steps=2", "--query=8"],
@@ -179,7 +179,7 @@ def test_jobs_run_on_them(algo, tmp_path, capsys):
     assert (tmp_path / "report.json").exists() and "Results" in capsys.readouterr().out
 
 
-def test_step_simulator_that_reports_no_forward_reward_is_refused(simulated, monkeypatch):
+def test_step_simulator_without_forward_reward_raises(simulated, monkeypatch):
     env = simulated.make_env(simulated.sample(2))
     step = env.env.step
 

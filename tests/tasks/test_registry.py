@@ -11,17 +11,17 @@ def clean_registry(monkeypatch):
     monkeypatch.setattr(registry, "_FACTORIES", dict(registry._FACTORIES))
 
 
-def test_cartpole_has_its_distribution_and_others_their_seeds():
+def test_make_tasks_unregistered_name_gives_seed_tasks():
     assert isinstance(make_tasks("CartPole-v1"), CartPoleTasks)
     assert isinstance(make_tasks("Acrobot-v1"), SeedTasks)
 
 
 @pytest.mark.filterwarnings("ignore:.*latest versioned:UserWarning")
-def test_name_without_version_finds_the_registered_one():
+def test_make_tasks_name_without_version_gives_the_registered_one():
     assert isinstance(make_tasks("CartPole"), CartPoleTasks)
 
 
-def test_register_replaces(clean_registry):
+def test_register_replaces_an_earlier_registration(clean_registry):
     class Mine(CartPoleTasks):
         name = "mine-v1"
 
@@ -37,7 +37,7 @@ def test_register_replaces(clean_registry):
         (("X-v0", CartPoleTasks()), "distribution_factory must be callable without arguments, got CartPoleTasks"),
     ],
 )
-def test_register_refuses(clean_registry, args, text):
+def test_register_bad_argument_raises(clean_registry, args, text):
     with pytest.raises(TypeError, match=f"^register: {text}$"):
         register(*args)
 
@@ -52,13 +52,13 @@ def test_register_refuses(clean_registry, args, text):
         ("FrozenLake-v1", r"env_name 'FrozenLake-v1' must have Box observations, got Discrete\(16\)$"),
     ],
 )
-def test_make_tasks_refuses(env_name, text):
+def test_make_tasks_unusable_environment_raises(env_name, text):
     with pytest.raises(ValueError, match=f"^make_tasks: {text}") as caught:
         make_tasks(env_name)
     assert "\n" not in str(caught.value)
 
 
-def test_make_tasks_refuses_what_is_no_string():
+def test_make_tasks_name_that_is_no_string_raises():
     with pytest.raises(TypeError, match=r"^make_tasks: env_name must be a string, got int$"):
         make_tasks(1)
     with pytest.raises(TypeError, match=r"^make_tasks: env_name must be a string, got NoneType$"):

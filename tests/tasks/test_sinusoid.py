@@ -1,4 +1,4 @@
-"""Sinusoids: the paper's distribution, streams that never meet, bounds against quadrature and learners."""
+"""Sinusoids: the distribution of the paper, disjoint streams, baselines against theory and least squares."""
 
 import math
 
@@ -8,26 +8,23 @@ import torch
 from eaml_ext.tasks import SPLITS, SinusoidTasks
 
 
-def test_sample_is_pure_and_stable_in_n():
+def test_draw_is_prefix_of_longer_draws():
     tasks = SinusoidTasks()
-    assert tasks.sample(9, "test", 3, 4) == tasks.sample(9, "test", 3, 4)
-    assert tasks.sample(9, "test", 3, 4)[:5] == tasks.sample(5, "test", 3, 4)
-    assert tasks.sample(0) == []
     for whole, part in zip(tasks.draw(9, "test", 3, 4), tasks.draw(5, "test", 3, 4), strict=True):
         assert torch.equal(whole[:5], part)
 
 
-def test_no_task_and_no_input_serves_two_streams():
+def test_sample_and_draw_streams_share_no_task_and_no_input():
     tasks = SinusoidTasks()
     streams = [(split, seed, epoch) for split in SPLITS for seed in range(4) for epoch in range(4)]
     drawn = [(t.amplitude, t.phase) for stream in streams for t in tasks.sample(100, *stream)]
     assert len(set(drawn)) == len(drawn)
     assert len({t.id for stream in streams for t in tasks.sample(100, *stream)}) == len(drawn)
     inputs = torch.cat([torch.cat(tasks.draw(100, *stream)[::2]).flatten() for stream in streams])
-    assert len(inputs.unique()) > 0.99 * len(inputs)  # float32: some of 48,000 numbers coincide by chance
+    assert len(inputs.unique()) > 0.99 * len(inputs)  # some of 48,000 float32 numbers are equal by chance
 
 
-def test_the_paper_distribution():
+def test_sample_and_draw_are_uniform_in_the_ranges_of_the_paper():
     drawn = SinusoidTasks().sample(4000, "valid")
     amplitude, phase = (torch.tensor([getattr(t, name) for t in drawn]) for name in ("amplitude", "phase"))
     x = SinusoidTasks(10).draw(4000, "valid")[0].flatten()
@@ -38,7 +35,7 @@ def test_the_paper_distribution():
         assert abs(float(values.mean()) - (low + high) / 2) < 4 * (high - low) / math.sqrt(12 * len(values))
 
 
-def test_other_amplitudes_make_another_distribution():
+def test_init_other_amplitudes_have_another_name_and_other_tasks():
     beyond = SinusoidTasks(amplitudes=(5.0, 10.0))
     drawn = beyond.sample(500)
     assert all(5 <= t.amplitude <= 10 for t in drawn) and max(t.amplitude for t in drawn) > 9.9
@@ -47,7 +44,7 @@ def test_other_amplitudes_make_another_distribution():
     assert beyond.baselines(500)["zero"] == pytest.approx((10**3 - 5**3) / 15 * 0.53, rel=0.1)  # E[a^2] E[sin^2]
 
 
-def test_data_are_the_task_s_sinusoid():
+def test_task_data_are_its_sinusoid_plus_noise():
     for noise in (0.0, 0.3):
         tasks = SinusoidTasks(shots=5, queries=2000, noise=noise)
         one = tasks.sample(3, "test")[2]
@@ -57,22 +54,22 @@ def test_data_are_the_task_s_sinusoid():
         for x, y in ((query_x, query_y), (stacked[2], stacked[3])):
             left = y - one.amplitude * torch.sin(x - one.phase)
             assert float(left.std()) == pytest.approx(noise, rel=0.1, abs=1e-6)
-        assert not torch.equal(one.sample()[0], support_x)  # drawn anew
+        assert not torch.equal(one.sample()[0], support_x)  # a new draw
         assert one.loss(query_y, query_y + 1) == pytest.approx(1)
 
 
-def test_bounds():
+def test_baselines_equal_those_of_theory():
     exact = SinusoidTasks(5).baselines()
     assert exact["bayes"] == 0
-    # E[a^2] E[sin^2] over the ranges: (0.1^2 + 0.5 + 25) / 3 times nearly a half.
+    # E[a^2] E[sin^2] over the ranges: (0.1^2 + 0.5 + 25) / 3, times about a half.
     assert exact["zero"] == pytest.approx(25.51 / 3 * 0.53, rel=0.1)
     noisy = [SinusoidTasks(shots, queries=20, noise=0.5).baselines(80) for shots in (1, 5, 50)]
     errors = [b["bayes"] for b in noisy]
-    assert noisy[0]["mean"] > errors[0] > errors[1] > errors[2] > 0.25 * 0.95  # falls towards the noise itself
+    assert noisy[0]["mean"] > errors[0] > errors[1] > errors[2] > 0.25 * 0.95  # decreases towards the noise variance
     assert errors[2] == pytest.approx(0.25 * (1 + 2 / 50), rel=0.1)  # two parameters, fifty points
 
 
-def test_bayes_is_below_least_squares():
+def test_baselines_bayes_is_below_least_squares():
     tasks = SinusoidTasks(5, queries=50, noise=0.5)
     support_x, support_y, query_x, query_y = (t.double() for t in tasks.draw(300, "test"))
     basis = torch.cat([support_x.sin(), support_x.cos()], -1)
@@ -81,11 +78,11 @@ def test_bayes_is_below_least_squares():
     assert tasks.baselines(300)["bayes"] < error
 
 
-def test_the_best_constant_in_the_task_is_the_mean_function():
+def test_baselines_mean_is_that_of_the_best_function_for_all_tasks():
     tasks = SinusoidTasks(queries=200)
     *_, x, y = tasks.draw(4000, "test")
     basis = torch.cat([x.sin(), x.cos()], -1).flatten(0, 1)
-    fit = torch.linalg.lstsq(basis, y.flatten(0, 1)).solution  # of all functions of this form, the best for all tasks
+    fit = torch.linalg.lstsq(basis, y.flatten(0, 1)).solution  # the best function of this form for all tasks
     error = float((basis @ fit - y.flatten(0, 1)).square().mean())
     assert tasks.baselines(4000)["mean"] == pytest.approx(error, rel=2e-3)
 
@@ -116,7 +113,7 @@ def bad_calls():
 
 
 @pytest.mark.parametrize(("call", "error", "text"), list(bad_calls()), ids=lambda v: v if isinstance(v, str) else "")
-def test_bad_input_gets_one_sentence(call, error, text):
+def test_sinusoid_tasks_bad_argument_raises_one_sentence(call, error, text):
     with pytest.raises(error) as info:
         call()
     assert text in str(info.value) and "\n" not in str(info.value)
