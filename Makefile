@@ -85,12 +85,13 @@ sanitize: $(VENV)/test  ## the tests that reach every kernel, on kernels that st
 	$(SANITIZED) -m pytest -x -n 2 -m '' --hypothesis-profile=few --ignore=../../tests/ops/test_build.py \
 		-k '$(EVERY_KERNEL)' ../../tests/ops || { cat report.*; exit 1; }
 
-# The CUDA kernels, by the host compiler and on a stand-in for CUDA: what a machine without a GPU can run of them.
+# The CUDA kernels, compiled by the host compiler and run on an emulator of CUDA, for machines without a GPU.
 EMULATOR := build/cuda_emulator
 EMULATOR_FLAGS = -O1 -g1 -std=c++20 -fPIC -fno-math-errno -Wall -Wno-unknown-pragmas -Wno-psabi -U_FORTIFY_SOURCE \
-	-DEAML_CUDA_ON_CPU -DTORCH_TARGET_VERSION=0x020b000000000000 -Icsrc -Itests/cuda_emulator -isystem $(TORCH)/include
+	-fvisibility=hidden -DEAML_CUDA_EMULATOR -DTORCH_TARGET_VERSION=0x020b000000000000 -Icsrc -Itests/cuda_emulator \
+	-isystem $(TORCH)/include
 TORCH = $(shell $(BIN)/python -c 'import torch; print(torch.__path__[0])')
-CUDA_SOURCES := $(wildcard tests/cuda_emulator/*.cpp csrc/*/cuda/*.cpp csrc/*/cuda/*.cu)
+CUDA_SOURCES := $(wildcard tests/cuda_emulator/*.cpp csrc/*/op_common.cpp csrc/*/cuda/*.cpp csrc/*/cuda/*.cu)
 EMULATOR_TESTS := close_to or numerical or half or strides or equals or extreme or drawn or exact or long or fault or \
 	states or tiling
 EMULATOR_SCAN := tests/cuda_emulator/test_emulator.py $(addprefix tests/ops/,test_scan_conformance.py \
@@ -106,7 +107,7 @@ $(EMULATOR)/kernels.so: $(CUDA_SOURCES:%=$(EMULATOR)/%.o)
 
 KNN_TESTS := tests/cuda_emulator/test_knn_kernels.py tests/ops/test_knn_conformance.py
 
-cuda-emulator: $(EMULATOR)/kernels.so  ## the ops' tests on their CUDA kernels, on a stand-in for CUDA
+cuda-emulator: $(EMULATOR)/kernels.so  ## the tests of the ops on their CUDA kernels, run on an emulator of CUDA
 	$(BIN)/pytest -n 2 --cuda-emulator $< -k '$(EMULATOR_TESTS)' $(EMULATOR_SCAN)
 	$(BIN)/pytest -n 2 --cuda-emulator $< -k '$(EMULATOR_KNN)' $(KNN_TESTS) tests/ops/test_knn.py \
 		tests/ops/test_packed_keys.py

@@ -1,4 +1,4 @@
-// Complex numbers of two scalars, which may be duals. Components<Z> lets one template serve real and complex Z.
+// Complex numbers of two scalars, which may be duals. Components<Z> makes one template work for real and complex Z.
 #pragma once
 
 #include <cstdint>

@@ -1,6 +1,5 @@
-// All of CUDA that kernels and their launchers use, each thing under one name. Compiled by nvcc it is CUDA; compiled
-// with EAML_CUDA_EMULATOR, by a host compiler, it is the stand-in of tests/cuda_emulator/cuda_emulator.h, which runs the same
-// kernels on a CPU, a fiber a thread.
+// The functions of CUDA that kernels and their launchers use. nvcc compiles them to CUDA. With EAML_CUDA_EMULATOR, a
+// host compiler compiles them to calls of tests/cuda_emulator/cuda_emulator.h, which runs the same kernels on a CPU.
 #pragma once
 
 #include <cmath>
@@ -17,8 +16,8 @@
 #define EAML_UNROLL_BY(times)
 #else
 #include <cuda_runtime.h>
-#define EAML_KERNEL(...) __global__ void __launch_bounds__(__VA_ARGS__)  // threads of a block, blocks of a processor
-#define EAML_CONSTANT const __grid_constant__  // arguments of a kernel that stay in constant memory
+#define EAML_KERNEL(...) __global__ void __launch_bounds__(__VA_ARGS__)  // threads per block, blocks per multiprocessor
+#define EAML_CONSTANT const __grid_constant__                            // kernel arguments, read from constant memory
 #define EAML_PRAGMA(...) _Pragma(#__VA_ARGS__)
 #define EAML_UNROLL_BY(times) EAML_PRAGMA(unroll times)
 #endif
@@ -27,33 +26,33 @@ namespace eaml::cuda {
 
 constexpr int kWarp = 32;
 
-// What runs on the host.
+// ---- host ----
 
-// Leaves a kernel on a stream; returns nullptr, or what went wrong.
+// Enqueues a kernel on a stream; returns nullptr or an error message.
 template <class... Parameters, class... Arguments>
 const char* launch(void (*kernel)(Parameters...), std::int64_t blocks, int threads, std::size_t shared_bytes,
                    void* stream, const Arguments&... arguments) {
   if (blocks == 0) return nullptr;
   if (blocks > 0x7fffffff) return "too many blocks for one launch";
 #if defined(EAML_CUDA_EMULATOR)
-  return machine::run(blocks, threads, shared_bytes, [&] { kernel(arguments...); });
+  return emulator::run(blocks, threads, shared_bytes, [&] { kernel(arguments...); });
 #else
-  constexpr std::size_t kWithoutAsking = 48 << 10;
+  constexpr std::size_t kDefaultSharedBytes = 48 << 10;
   cudaError_t error = cudaSuccess;
-  if (shared_bytes > kWithoutAsking)
+  if (shared_bytes > kDefaultSharedBytes)
     error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared_bytes));
   cudaLaunchConfig_t config{};
   config.gridDim = dim3(static_cast<unsigned>(blocks)), config.blockDim = dim3(threads);
   config.dynamicSmemBytes = shared_bytes, config.stream = static_cast<cudaStream_t>(stream);
   if (error == cudaSuccess) error = cudaLaunchKernelEx(&config, kernel, Parameters(arguments)...);
   if (error == cudaSuccess) return nullptr;
-  cudaGetLastError();  // torch is not to find it behind some other kernel
+  cudaGetLastError();  // clears the error, which torch would else report for a later kernel
   return cudaGetErrorString(error);
 #endif
 }
 
 #if !defined(EAML_CUDA_EMULATOR)
-// Of the current device; 0 where there is none.
+// An attribute of the current device; 0 if there is no device.
 inline int device_attribute(cudaDeviceAttr attribute) {
   int device = 0, value = 0;
   const bool known =
@@ -61,8 +60,8 @@ inline int device_attribute(cudaDeviceAttr attribute) {
   return known ? value : 0;
 }
 #endif
-// How many times as many multiply-adds a second the current device does in single precision as in double. On the
-// stand-in without end, so that tests reach the kernels that avoid double precision.
+// The ratio of the current device's throughput in single precision to that in double precision. On the emulator it is
+// huge, so that tests reach the kernels that avoid double precision.
 inline int singles_to_a_double() {
 #if defined(EAML_CUDA_EMULATOR)
   return 1 << 20;
@@ -71,7 +70,7 @@ inline int singles_to_a_double() {
   return ratio > 0 ? ratio : 2;
 #endif
 }
-// Whether the current device has what multiply_add and copy_async are.
+// Whether the current device has the instructions of multiply_add and copy_async.
 inline bool multiplies_bfloat16() {
 #if defined(EAML_CUDA_EMULATOR)
   return true;
@@ -80,7 +79,7 @@ inline bool multiplies_bfloat16() {
 #endif
 }
 
-// What runs on the device. The host's pass of nvcc sees it too, and never calls it.
+// ---- device ---- nvcc compiles these functions in its host pass, too, where nothing calls them.
 
 #if defined(EAML_CUDA_EMULATOR)
 #define EAML_DEVICE inline
@@ -93,32 +92,32 @@ inline bool multiplies_bfloat16() {
 #endif
 
 EAML_DEVICE int thread() {
-  return EAML_DEVICE_CODE(threadIdx.x, machine::thread());
+  return EAML_DEVICE_CODE(threadIdx.x, emulator::thread());
 }
 EAML_DEVICE std::int64_t block() {
-  return EAML_DEVICE_CODE(blockIdx.x, machine::block());
+  return EAML_DEVICE_CODE(blockIdx.x, emulator::block());
 }
 EAML_DEVICE void sync_block() {
-  EAML_DEVICE_CODE(__syncthreads(), machine::sync_block());
+  EAML_DEVICE_CODE(__syncthreads(), emulator::sync_block());
 }
 EAML_DEVICE void sync_warp() {
-  EAML_DEVICE_CODE(__syncwarp(), machine::sync_warp());
+  EAML_DEVICE_CODE(__syncwarp(), emulator::sync_warp());
 }
-// The value of the thread of the warp whose number differs by the bits of `mask`. All threads take part.
+// The value of the thread of the warp whose number is this thread's xor `mask`. All threads of the warp must call it.
 template <class T>
 EAML_DEVICE T shuffle_xor(T value, int mask) {
-  return EAML_DEVICE_CODE(__shfl_xor_sync(0xffffffffu, value, mask), machine::shuffle_xor(value, mask));
+  return EAML_DEVICE_CODE(__shfl_xor_sync(0xffffffffu, value, mask), emulator::shuffle_xor(value, mask));
 }
-// Bit i: whether thread i of the warp says so.
+// Bit i is `yes` of thread i of the warp.
 EAML_DEVICE std::uint32_t ballot(bool yes) {
-  return EAML_DEVICE_CODE(__ballot_sync(0xffffffffu, yes), machine::ballot(yes));
+  return EAML_DEVICE_CODE(__ballot_sync(0xffffffffu, yes), emulator::ballot(yes));
 }
-// Read from memory that nothing writes while the kernel runs.
+// Reads memory that no thread writes while the kernel runs.
 template <class T>
 EAML_DEVICE T load(const T* from) {
   return EAML_DEVICE_CODE(__ldg(from), *from);
 }
-// K numbers side by side, 8 bytes or a multiple of 16, which they are aligned to.
+// Reads K adjacent numbers: 8 bytes or a multiple of 16, aligned to their size or to 16 bytes.
 template <int K, class T>
 EAML_DEVICE void load_row(T (&to)[K], const T* from) {
 #if defined(EAML_CUDA_EMULATOR)
@@ -139,11 +138,11 @@ EAML_DEVICE void load_row(T (&to)[K], const T* from) {
 EAML_DEVICE int count_bits(std::uint32_t x) {
   return EAML_DEVICE_CODE(__popc(x), __builtin_popcount(x));
 }
-// a b, rounded, whatever it is added to.
+// a b, rounded before it is added to anything.
 EAML_DEVICE double multiply(double a, double b) {
   return EAML_DEVICE_CODE(__dmul_rn(a, b), rounded(a * b));
 }
-// Adds to a number that other threads of the grid add to; what it was before, in no particular order.
+// Adds atomically for all threads of the grid; returns the number before the addition. The order is undefined.
 EAML_DEVICE std::uint32_t add_for_all(std::uint32_t* to, std::uint32_t x) {
 #if defined(EAML_CUDA_EMULATOR)
   const std::uint32_t before = *to;
@@ -161,12 +160,12 @@ EAML_DEVICE void max_for_all(std::uint32_t* to, std::uint32_t x) {
 #endif
 }
 
-// c += a b on matrices of pairs of bfloat16 numbers, a 16 x 16, b 16 x 8, c 16 x 8 of floats, shared out among the
-// threads of a warp as PTX says of mma.m16n8k16. Products are exact; sums are taken with single precision at least, in
-// any order and with any rounding.
+// c += a b on matrices, a: (16, 16) and b: (16, 8) bfloat16 numbers in pairs, c: (16, 8) floats. They are distributed
+// over the threads of a warp as PTX defines for mma.m16n8k16. Products are exact. Sums have at least single precision,
+// any order and any rounding.
 EAML_DEVICE void multiply_add(float (&c)[4], const std::uint32_t (&a)[4], const std::uint32_t (&b)[2]) {
 #if defined(EAML_CUDA_EMULATOR)
-  machine::multiply_add(c, a, b);
+  emulator::multiply_add(c, a, b);
 #elif defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 800
   asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
       "{%0, %1, %2, %3};"
@@ -199,23 +198,23 @@ template <class T>
 struct Shared {
   T* data;
   EAML_MEMBER T get(int i) const {
-    EAML_DEVICE_CODE(, machine::touch(data + i, sizeof(T), false));
+    EAML_DEVICE_CODE(, emulator::touch(data + i, sizeof(T), false));
     return data[i];
   }
   EAML_MEMBER void set(int i, T x) const {
-    EAML_DEVICE_CODE(, machine::touch(data + i, sizeof(T), true));
+    EAML_DEVICE_CODE(, emulator::touch(data + i, sizeof(T), true));
     data[i] = x;
   }
   EAML_MEMBER Shared at(int i) const { return {data + i}; }
 
-  // K numbers side by side, from a multiple of K on: one access of 16 bytes or few.
+  // K adjacent numbers from a multiple of K on, in accesses of up to 16 bytes.
   template <int K>
   struct alignas(K * sizeof(T) < 16 ? K * sizeof(T) : 16) Row {
     T x[K];
   };
   template <int K>
   EAML_MEMBER void get_row(T (&to)[K], int i) const {
-    EAML_DEVICE_CODE(, machine::touch(data + i, K * sizeof(T), false));
+    EAML_DEVICE_CODE(, emulator::touch(data + i, K * sizeof(T), false));
     const Row<K> row = *reinterpret_cast<const Row<K>*>(data + i);
     EAML_UNROLL
     for (int k = 0; k < K; ++k) to[k] = row.x[k];
@@ -223,17 +222,17 @@ struct Shared {
 
   template <int K>
   EAML_MEMBER void set_row(const T (&from)[K], int i) const {
-    EAML_DEVICE_CODE(, machine::touch(data + i, K * sizeof(T), true));
+    EAML_DEVICE_CODE(, emulator::touch(data + i, K * sizeof(T), true));
     Row<K> row;
     EAML_UNROLL
     for (int k = 0; k < K; ++k) row.x[k] = from[k];
     *reinterpret_cast<Row<K>*>(data + i) = row;
   }
 
-  // 16 bytes from global memory, aligned to that; there after wait_for_copies. All threads end a group of copies.
+  // Copies 16 aligned bytes from global memory; complete after wait_for_copies. All threads must end a group of copies.
   EAML_MEMBER void copy_async(int i, const void* from) const {
 #if defined(EAML_CUDA_EMULATOR)
-    machine::touch(data + i, 16, true);
+    emulator::touch(data + i, 16, true);
     std::memcpy(data + i, from, 16);
 #elif defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 800
     const auto to = static_cast<std::uint32_t>(__cvta_generic_to_shared(data + i));
@@ -247,18 +246,18 @@ EAML_DEVICE void end_copies() {
   asm volatile("cp.async.commit_group;" ::: "memory");
 #endif
 }
-// Until all of this thread's copies are there but those of the last kBehind groups.
-template <int kBehind>
+// Waits for all of this thread's copies except the last kPending groups.
+template <int kPending>
 EAML_DEVICE void wait_for_copies() {
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 800
-  asm volatile("cp.async.wait_group %0;" ::"n"(kBehind) : "memory");
+  asm volatile("cp.async.wait_group %0;" ::"n"(kPending) : "memory");
 #endif
 }
 
-// The shared memory that the launch asked for, aligned to 16 bytes.
+// The shared memory of the block, aligned to 16 bytes.
 EAML_DEVICE char* shared_memory() {
 #if defined(EAML_CUDA_EMULATOR)
-  return machine::shared_memory();
+  return emulator::shared_memory();
 #else
   extern __shared__ __align__(16) char memory[];
   return memory;

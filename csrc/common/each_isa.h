@@ -6,7 +6,7 @@
 // keep that copy for all machines.
 //
 // gcc compiles all functions between EAML_TARGET_BEGIN and EAML_TARGET_END for the set, templates and lambdas too.
-// clang refuses vectors as arguments between functions of different sets, and functions of headers belong to none:
+// clang rejects vectors as arguments between functions of different sets, and functions of headers belong to none:
 // there everything is inlined into the entries, and takes three times as long to compile.
 #include "common/simd.h"
 

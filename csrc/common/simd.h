@@ -1,5 +1,5 @@
-// Vectors and instruction sets. Kernels are templates on a vector type; they are compiled once per instruction set,
-// with vectors of its width, and the set of the machine is chosen when they are called.
+// Vectors and instruction sets. Kernels are templates on a vector type. They are compiled once per instruction set,
+// with vectors of its width; a call selects the version for the machine's instruction set.
 #pragma once
 
 #include <cstdint>
@@ -36,8 +36,8 @@
 #endif
 
 // Two ways to compile a kernel once per instruction set. each_isa.h includes a whole file per set: for kernels of many
-// functions. EAML_VERSIONS(DEFINE) expands DEFINE(attribute, bytes of a vector) per set, and the loader picks: for
-// plain functions whose callees are all inlined.
+// functions. EAML_VERSIONS(DEFINE) expands DEFINE(attribute, bytes of a vector) per set, and the loader selects one:
+// for plain functions whose callees are all inlined.
 #if defined(__x86_64__) && defined(__ELF__) && !defined(EAML_NO_CLONES)
 #define EAML_HAS_VERSIONS 1
 #define EAML_VERSIONS(DEFINE)                    \
@@ -53,9 +53,9 @@
 #endif
 
 #if defined(__x86_64__) && !defined(__CUDACC__)
-// One instruction of AVX-512, in assembler: gcc refuses an intrinsic in a function that is inlined into several
-// instruction sets. clang refuses such operands too; there each one is in a lambda compiled for AVX-512, which takes no
-// vector by value.
+// One instruction of AVX-512, in assembler: gcc rejects an intrinsic in a function that is inlined into several
+// instruction sets. clang also rejects the operands of such assembler. With clang, the instruction is in a lambda that
+// is compiled for AVX-512 and takes no vector by value.
 #if defined(__clang__)
 #define EAML_AVX512_ASM(...) [&]() __attribute__((target(EAML_AVX512))) { asm(__VA_ARGS__); }()
 #else
@@ -102,8 +102,8 @@ template <class V>
 EAML_INLINE void store(element_t<V>* to, V v) {
   std::memcpy(to, &v, sizeof(V));
 }
-// A vector of a constant. A variable must stay a number until an operation with a vector broadcasts it: gcc builds a
-// vector of a variable lane by lane where it inlines a function that returns it.
+// A vector of a constant. A variable must stay a number until an operation with a vector broadcasts it. gcc would build
+// its vector lane by lane where it inlines a function that returns one.
 template <class V>
 EAML_INLINE V splat(element_t<V> constant) {
   return constant - V{};

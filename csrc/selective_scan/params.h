@@ -1,5 +1,5 @@
-// Parameters of the scan kernels: sizes, and arrays as pointers with strides. Strides count real numbers, so a complex
-// number advances by two.
+// Parameters of the scan kernels: sizes, and arrays as pointers with strides. Strides count real numbers, so the next
+// complex number is two further.
 #pragma once
 
 #include <cstdint>
@@ -8,7 +8,7 @@
 
 namespace eaml::selective_scan {
 
-// Steps between two saved states. CHUNK in eaml_ext/ops/selective_scan.py is the same number.
+// Steps between two saved states. CHUNK_SIZE in eaml_ext/ops/selective_scan is the same number.
 constexpr std::int64_t kChunk = 32;
 
 // A strided input; a null pointer reads as zeros. Strides: batch row or task (outer), channel, step or state (inner).
@@ -32,12 +32,12 @@ struct Out {
 template <class T>
 struct Inputs {
   In<T> u, delta, z;         // (batch, dim, length)
-  In<T> A;                   // (tasks, dim, state)
-  In<T> B, C;                // (batch, groups, state, length) or, invariant, (tasks, dim, state)
+  In<T> A;                   // (tasks, dim, dstate)
+  In<T> B, C;                // (batch, groups, dstate, length) or, invariant in time, (tasks, dim, dstate)
   In<T> D, delta_bias;       // (tasks, dim)
-  In<T> initial_state;       // (batch, dim, state)
-  In<T> grad_y, grad_state;  // cotangents: (batch, dim, length), (batch, dim, state)
-  const T* carry = nullptr;  // CPU: replaces initial_state or grad_state, in the layout of a saved state
+  In<T> initial_state;       // (batch, dim, dstate)
+  In<T> grad_y, grad_state;  // (batch, dim, length), (batch, dim, dstate): cotangents
+  const T* carry = nullptr;  // (batch, all_dstate, dim): on the CPU, replaces initial_state or grad_state
 };
 
 struct ScanParams {
@@ -56,11 +56,11 @@ struct ScanParams {
 template <class T>
 struct Outputs {
   Out<T> y;                  // (batch, dim, length)
-  Out<T> last_state;         // (batch, dim, state)
+  Out<T> last_state;         // (batch, dim, dstate)
   T* checkpoints = nullptr;  // (batch, chunks - 1, all_dstate, dim): the state at the start of each chunk but the first
-  T* checkpoint_tangents = nullptr;  // of a Dual run
+  T* checkpoint_tangents = nullptr;  // (batch, chunks - 1, all_dstate, dim)
   T* carry = nullptr;                // (batch, all_dstate, dim): the state after the call's last chunk
-  T* carry_tangent = nullptr;
+  T* carry_tangent = nullptr;        // (batch, all_dstate, dim)
 };
 
 }  // namespace eaml::selective_scan

@@ -1,5 +1,7 @@
-// One step of the selective scan for one channel and one state, on a vector of lanes, one number, or a Dual of either.
+// One step of the selective scan for one channel and one state, on a vector of lanes, one number, or a Dual of either:
+//
 //   h_t = a h_{t-1} + x B,  a = exp(dt A),  x = dt u,  y += C h_t
+//
 // The backward step is the only derivation in the library: on duals it is the double backward. A, B, C, a and h may be
 // Complex; gradients are then dL/dRe + i dL/dIm, and of C h_t the real part counts.
 #pragma once

@@ -17,14 +17,14 @@
 #include <sanitizer/common_interface_defs.h>
 #endif
 
-namespace eaml::cuda::machine {
+namespace eaml::cuda::emulator {
 namespace {
 
 constexpr int kWarp = 32, kMostWarps = 8;
 constexpr std::size_t kStack = 256 << 10;
 
-// Switches between stacks: by _longjmp, as swapcontext asks the kernel each time; a sanitizer wants to be told, and
-// takes a long jump for the end of all frames it leaves.
+// A stack and the switch to it. _longjmp is used because swapcontext makes a system call each time. A sanitizer needs
+// calls around each switch, and treats a long jump as the end of all frames that it leaves; there swapcontext is used.
 class Fiber {
  public:
   Fiber() : stack_(std::make_unique<char[]>(kStack)) {}
@@ -37,7 +37,7 @@ class Fiber {
   }
 
 #if defined(__SANITIZE_ADDRESS__)
-  void enter() {  // called by the scheduler; comes back at leave()
+  void enter() {  // called by the scheduler; returns at leave()
     void* mine = nullptr;
     __sanitizer_start_switch_fiber(&mine, stack_.get(), kStack);
     swapcontext(&outside_, &context_);
@@ -75,24 +75,24 @@ class Fiber {
   bool started_ = false;
 };
 
-// Threads that wait for each other: all of a block, or of a warp.
+// A barrier of all threads of a block or of a warp.
 struct Gate {
   int members = 0, arrived = 0;
-  std::uint32_t passed = 0;  // how often it has opened
+  std::uint32_t passed = 0;  // how often it opened
   std::uint64_t values[2][kWarp];
 };
 
 struct Thread {
   Fiber fiber;
   const Gate* waits = nullptr;
-  std::uint32_t at = 0;  // gate's `passed` when it came
+  std::uint32_t at = 0;  // the gate's `passed` when the thread arrived
   bool done = false;
 };
 
-// Who last wrote a word of shared memory, or read it. `block` and `warp` count barriers, from one block to the next.
+// The last read or write of a word of shared memory. `block` and `warp` count barriers across all blocks.
 struct Access {
   std::uint32_t block = 0, warp = 0;
-  int thread = -1;  // kMany: several of a warp
+  int thread = -1;  // kMany: several threads of a warp
 };
 constexpr int kMany = -2;
 
@@ -102,13 +102,13 @@ struct Machine {
   std::vector<std::unique_ptr<Thread>> threads;
   std::vector<int> order;
   std::vector<std::int64_t> blocks;
-  Gate all, warps[kMostWarps], barriers[kMostWarps];  // barriers: sync_warp alone, which orders memory
+  Gate all, warps[kMostWarps], barriers[kMostWarps];  // barriers: of sync_warp, which orders memory
   Gate products[kMostWarps];
-  std::uint32_t fragments[kMostWarps][2][kWarp][6];  // of the matrices of a warp's product and of the one before
+  std::uint32_t fragments[kMostWarps][2][kWarp][6];  // operands of a warp's product and of the previous one
   const std::function<void()>* kernel = nullptr;
   std::unique_ptr<char[]> shared;
   std::size_t shared_bytes = 0;
-  std::vector<Access> written, read;  // by word; by word and warp
+  std::vector<Access> written, read;  // per word; per word and warp
   int thread = 0;
   std::int64_t block = 0;
   std::string error;
@@ -135,7 +135,7 @@ void enter() {
   for (;;) self.fiber.leave();
 }
 
-// Waits until all members are here.
+// Waits until all members have arrived.
 void pass(Gate& gate) {
   Thread& self = *m.threads[m.thread];
   const int index = m.thread;
@@ -147,7 +147,7 @@ void pass(Gate& gate) {
 
 void run_block() {
   const int count = static_cast<int>(m.order.size());
-  // An allocation of its own, so that a sanitizer sees a step beyond its end. 0xff: NaN in every precision.
+  // A separate allocation, so that a sanitizer reports accesses beyond its end. 0xff bytes are NaN in every precision.
   m.shared = std::make_unique<char[]>(m.shared_bytes);
   std::memset(m.shared.get(), 0xff, m.shared_bytes);
   const std::size_t words = m.shared_bytes / 4;
@@ -170,7 +170,7 @@ void run_block() {
       t.fiber.enter();
       done += t.done;
     }
-    if (!moved) fail("not all threads come to a barrier or an exchange");
+    if (!moved) fail("not all threads reach a barrier or an exchange");
   }
 }
 
@@ -178,7 +178,7 @@ Access now() {
   return {m.all.passed, m.barriers[m.thread / kWarp].passed, m.thread};
 }
 
-// Whether what `before` did is seen by what `after` does, or both are one thread.
+// Returns whether a barrier orders `before` and `after`, or both are accesses of one thread.
 bool ordered(const Access& before, const Access& after, int warp) {
   if (before.thread == -1 || before.thread == after.thread || before.block != after.block) return true;
   return warp == after.thread / kWarp && before.warp != after.warp;
@@ -189,7 +189,7 @@ bool ordered(const Access& before, const Access& after, int warp) {
 const char* run(std::int64_t blocks, int threads, std::size_t shared_bytes, const std::function<void()>& kernel) {
   static thread_local std::string message;
   const std::lock_guard<std::mutex> lock(m.one_at_a_time);
-  if (threads % kWarp != 0 || threads > kWarp * kMostWarps) return "a block is of whole warps";
+  if (threads % kWarp != 0 || threads > kWarp * kMostWarps) return "a block must have whole warps";
   while (static_cast<int>(m.threads.size()) < threads) m.threads.push_back(std::make_unique<Thread>());
   m.order.resize(threads), std::iota(m.order.begin(), m.order.end(), 0);
   m.blocks.resize(blocks), std::iota(m.blocks.begin(), m.blocks.end(), 0);
@@ -223,7 +223,7 @@ void sync_warp() {
 
 std::uint64_t exchange(std::uint64_t value, int mask) {
   Gate& gate = m.warps[m.thread / kWarp];
-  auto& values = gate.values[gate.passed % 2];  // those of the exchange before are still read
+  auto& values = gate.values[gate.passed % 2];  // threads may still read the previous exchange
   values[m.thread % kWarp] = value;
   pass(gate);
   return values[(m.thread ^ mask) % kWarp];
@@ -239,7 +239,7 @@ std::uint32_t ballot(bool yes) {
   return bits;
 }
 
-// Sums are rounded towards zero, which CUDA leaves open.
+// Sums are rounded towards zero; CUDA does not specify the rounding.
 void multiply_add(float (&c)[4], const std::uint32_t (&a)[4], const std::uint32_t (&b)[2]) {
   const int warp = m.thread / kWarp, lane = m.thread % kWarp;
   Gate& gate = m.products[warp];
@@ -292,4 +292,4 @@ void touch(const void* data, std::size_t bytes, bool write) {
   }
 }
 
-}  // namespace eaml::cuda::machine
+}  // namespace eaml::cuda::emulator

@@ -1,9 +1,9 @@
-// A stand-in for CUDA's execution model, for tests: the very kernels of the GPU run on a CPU, a fiber a thread.
+// Emulates CUDA's execution model for tests: the kernels of the GPU run on a CPU, one fiber per thread.
 //
-// Blocks run one after the other in a shuffled order, their threads in turns of a shuffled order, each up to its next
-// barrier or exchange. Shared memory starts as NaN in every block. What CUDA leaves undefined is an error: two threads
-// that touch one word of shared memory with no barrier between, of which one writes; a barrier or an exchange that not
-// all threads come to.
+// Blocks run one after the other in a shuffled order. The threads of a block take turns in a shuffled order, each up to
+// its next barrier or exchange. Shared memory is NaN at the start of every block. Undefined behaviour of CUDA is an
+// error: two accesses of different threads to a word of shared memory without a barrier in between, one of them a
+// write. A barrier or an exchange that some threads do not reach is an error, too.
 #pragma once
 
 #include <cstddef>
@@ -11,9 +11,9 @@
 #include <cstring>
 #include <functional>
 
-namespace eaml::cuda::machine {
+namespace eaml::cuda::emulator {
 
-// nullptr, or what went wrong.
+// Runs a kernel; returns nullptr or an error message.
 const char* run(std::int64_t blocks, int threads, std::size_t shared_bytes, const std::function<void()>& kernel);
 
 int thread();
@@ -23,7 +23,9 @@ void sync_warp();
 std::uint32_t ballot(bool yes);
 std::uint64_t exchange(std::uint64_t value, int mask);
 char* shared_memory();
+// The instructions of common/cuda_compat.h.
 void multiply_add(float (&c)[4], const std::uint32_t (&a)[4], const std::uint32_t (&b)[2]);
+// Checks and records an access to shared memory.
 void touch(const void* data, std::size_t bytes, bool write);
 
 template <class T>
@@ -36,4 +38,4 @@ T shuffle_xor(T value, int mask) {
   return value;
 }
 
-}  // namespace eaml::cuda::machine
+}  // namespace eaml::cuda::emulator

@@ -1,4 +1,4 @@
-// The search of one unit: fast scores select candidates, exact scores order them.
+// The search of one unit of work: fast scores select candidates, exact scores order them.
 #pragma once
 
 #include <algorithm>
@@ -18,100 +18,103 @@ namespace {
 template <class T>
 class CandidateFilter {
  public:
-  CandidateFilter(const KnnParams<T>& problem, const Plan& plan)
-      : problem_(problem),
+  CandidateFilter(const KnnParams<T>& params, const Plan& plan)
+      : params_(params),
         plan_(plan),
-        bound_(problem.features),
-        key_bounds_(bound_, problem.metric),
+        bound_(params.features),
+        packer_(bound_, params.metric),
         pairs_(has_pairs(sizeof(T) == 4)),
-        depth_(key_rows(problem.features, pairs_) + 1) {}
+        depth_(key_rows(params.features, pairs_) + 1) {}
 
-  void run(std::int64_t unit, KnnOutput<T> found) {
+  void run(std::int64_t unit, KnnOutput<T> output) {
     const std::int64_t key_block = unit % plan_.key_blocks, rest = unit / plan_.key_blocks;
     const std::int64_t memory_index = rest / plan_.query_blocks, query_block = rest % plan_.query_blocks;
-    const Memory<T> memory(problem_, memory_index);
+    const Memory<T> memory(params_, memory_index);
     begin_ = key_block * plan_.key_block;
-    end_ = std::min(begin_ + plan_.key_block, problem_.size);
+    end_ = std::min(begin_ + plan_.key_block, params_.size);
     const std::int64_t first = query_block * plan_.query_block;
-    count_ = std::min(plan_.query_block, problem_.queries_each - first);
-    const std::int64_t row = memory_index * problem_.queries_each + first;
-    queries_ = problem_.queries + row * problem_.features;
+    count_ = std::min(plan_.query_block, params_.queries_each - first);
+    const std::int64_t row = memory_index * params_.queries_each + first;
+    queries_ = params_.queries + row * params_.features;
 
     lists_.resize(std::max<std::size_t>(lists_.size(), count_));
-    if (count_ <= few()) {
+    if (count_ <= max_row_queries()) {
       for (std::int64_t q = 0; q < count_; ++q) search_rows(memory, q);
     } else {
-      search_panels(memory, memory_index / problem_.keys_share);
+      search_panels(memory, memory_index / params_.keys_share);
       for (std::int64_t q = 0; q < count_; ++q)
         if (lists_[q].overflowed()) search_rows(memory, q);
     }
 
-    const std::int64_t out = (key_block * problem_.memories * problem_.queries_each + row) * problem_.k;
+    const std::int64_t out = (key_block * params_.memories * params_.queries_each + row) * params_.k;
     for (std::int64_t q = 0; q < count_; ++q)
-      finish(memory, q, found.values + out + q * problem_.k, found.indices + out + q * problem_.k);
+      finish(memory, q, output.values + out + q * params_.k, output.indices + out + q * params_.k);
   }
 
  private:
-  // The number of queries up to which keys are searched row by row: too few to repay packing, or one query on a large
-  // memory, where reading takes the time and candidates are still in the cache when they are evaluated.
-  std::int64_t few() const {
+  // The number of queries up to which keys are searched row by row. So few queries do not repay packing. With packed
+  // keys, only one query on a large memory is searched so: reading dominates, and candidates are evaluated from the
+  // cache.
+  std::int64_t max_row_queries() const {
     constexpr std::int64_t kFew = 4, kCached = std::int64_t(1) << 25;
-    if (!problem_.panels) return kFew;
-    const std::int64_t keys = problem_.memories / problem_.keys_share * problem_.size * problem_.features;
-    return !pairs_ && problem_.half == Half::kNone && keys * std::int64_t(sizeof(T)) > kCached ? 1 : 0;
+    if (!params_.panels) return kFew;
+    const std::int64_t keys = params_.memories / params_.keys_share * params_.size * params_.features;
+    return !pairs_ && params_.half == Half::kNone && keys * std::int64_t(sizeof(T)) > kCached ? 1 : 0;
   }
 
-  bool cosine() const { return problem_.metric == Metric::kCosine; }
-  bool sqeuclidean() const { return problem_.metric == Metric::kSqeuclidean; }
+  bool cosine() const { return params_.metric == Metric::kCosine; }
+  bool sqeuclidean() const { return params_.metric == Metric::kSqeuclidean; }
 
-  // One query against keys as they are. The differences of a squared distance are taken directly and need no centre, so
-  // errors are relative: g (|q - x|² + |b|), g (|q||x| + |b|), and 2g (1 + |b|) as |x| is rounded like q.x.
+  // Searches one query against keys that are not packed. Differences of a squared distance are computed directly,
+  // without a centre, so errors are relative: g (|q - x|² + |b|), g (|q||x| + |b|), and 2g (1 + |b|), because |x| is
+  // rounded like q.x.
   void search_rows(const Memory<T>& memory, std::int64_t q) {
     using L = Limits<T>;
-    constexpr T kInfinity = std::numeric_limits<T>::infinity();
-    const std::int64_t features = problem_.features;
-    const T g = T(bound_.own), tiny = T(bound_.tiny);
+    constexpr T kInfinity = L::kInfinity;
+    const std::int64_t features = params_.features;
+    const T g = T(bound_.key), underflow = T(bound_.underflow);
     CandidateList<T>& list = lists_[q];
-    list.reset(problem_.k, 2 * tiny);
+    list.reset(params_.k, 2 * underflow);
     const T* query = queries_ + q * features;
     if (cosine()) {
-      const T factor = scale_of(query, features, problem_.metric);
+      const T factor = scale_of(query, features, params_.metric);
       row_query_.resize(features);
       for (std::int64_t i = 0; i < features; ++i) row_query_[i] = query[i] * factor;
       query = row_query_.data();
     }
     const T norm = T(std::sqrt(product(query, query, features)));
-    if (!bound_.holds() || !(norm <= L::kNorm)) return list.overflow();
+    if (!bound_.holds() || !(norm <= L::kMaxNorm)) return list.overflow();
     T sum[kPanel] = {}, square[kPanel] = {}, extent[kPanel] = {}, lower[kPanel], upper[kPanel];
     for (std::int64_t slot = begin_; slot < end_; slot += kPanel) {
       const int count = int(std::min<std::int64_t>(kPanel, end_ - slot));
       if (live_bits(memory, slot, count) == 0) continue;
-      const T* keys = memory.keys.read(slot, count, wide_);
+      const T* keys = memory.keys.read(slot, count, converted_);
       if (sqeuclidean())
         difference_rows(query, keys, count, features, sum);
       else
         product_rows(query, keys, count, features, sum, square);
-      T bias[kPanel] = {}, spread[kPanel] = {};
+      T bias[kPanel] = {}, clamped_width[kPanel] = {};
       for (int l = 0; memory.bias && l < count; ++l) {
         bias[l] = memory.bias[slot + l];
-        if (bias[l] < -L::kBias) bias[l] = -L::kBias, spread[l] = kInfinity;  // cut, as in KeyBounds
+        if (bias[l] < -L::kMaxBias) bias[l] = -L::kMaxBias, clamped_width[l] = kInfinity;  // as in key_bounds
       }
       if (cosine()) {
         for (int l = 0; l < count; ++l) {
           const bool safe = square[l] >= T(1e-30) && square[l] <= T(1e30);
-          sum[l] *= safe ? -1 / std::sqrt(square[l]) : -scale_of(keys + l * features, features, problem_.metric);
+          sum[l] *= safe ? -1 / std::sqrt(square[l]) : -scale_of(keys + l * features, features, params_.metric);
           extent[l] = 2 + std::abs(bias[l]);
         }
       } else if (sqeuclidean()) {
         std::copy(sum, sum + kPanel, extent);
       } else {
-        for (int l = 0; l < kPanel; ++l) sum[l] = -sum[l], extent[l] = norm * std::sqrt(square[l] + tiny) * (1 + g);
+        for (int l = 0; l < kPanel; ++l)
+          sum[l] = -sum[l], extent[l] = norm * std::sqrt(square[l] + underflow) * (1 + g);
       }
       for (int l = 0; l < kPanel; ++l) {
         const T value = sum[l] - bias[l], error = g * (extent[l] + std::abs(bias[l]));
-        const bool known = std::abs(value) + error <= L::kMax / 4;
-        lower[l] = known ? value - error : -L::kMax;
-        upper[l] = known ? value + error + spread[l] : kInfinity;
+        const bool finite = std::abs(value) + error <= L::kMax / 4;
+        lower[l] = finite ? value - error : -L::kMax;
+        upper[l] = finite ? value + error + clamped_width[l] : kInfinity;
       }
       for (int l = count; l < kPanel; ++l) lower[l] = kInfinity;
       if (memory.valid)
@@ -121,7 +124,7 @@ class CandidateFilter {
     }
   }
 
-  // A bit for each live key from `slot` on.
+  // Bit l is whether key `slot + l` is live.
   static std::uint32_t live_bits(const Memory<T>& memory, std::int64_t slot, int count) {
     const std::uint32_t all = ~std::uint32_t(0) >> (kPanel - count);
     if (!memory.valid) return all;
@@ -137,18 +140,18 @@ class CandidateFilter {
   }
 
   void search_panels(const Memory<T>& memory, std::int64_t keys_block) {
-    const std::int64_t features = problem_.features;
+    const std::int64_t features = params_.features;
     centre_.resize(features);
     const T* panels = nullptr;
-    if (problem_.panels) {
-      panels = problem_.panels + keys_block * panel_count(problem_.size) * panel_size<T>(features);
-      const double* state = problem_.state + keys_block * state_size(features);
+    if (params_.panels) {
+      panels = params_.panels + keys_block * panel_count(params_.size) * panel_size<T>(features);
+      const double* state = params_.state + keys_block * state_size(features);
       for (std::int64_t i = 0; i < features; ++i) centre_[i] = T(state[i]);
     } else {
-      const std::int64_t step = std::max<std::int64_t>(1, (end_ - begin_) / kSample);
-      Centre<T> centre(features, problem_.metric);
+      const std::int64_t step = std::max<std::int64_t>(1, (end_ - begin_) / kSampledKeys);
+      Centre<T> centre(features, params_.metric);
       for (std::int64_t slot = begin_; slot < end_; slot += step)
-        if (memory.live(slot)) centre.add(memory.keys.read(slot, 1, wide_));
+        if (memory.live(slot)) centre.add(memory.keys.read(slot, 1, converted_));
       centre.write(centre_.data());
       panel_.resize(panel_size<T>(features));
     }
@@ -159,23 +162,23 @@ class CandidateFilter {
       if (live == 0) continue;
       if (panels) {
         const T* panel = panels + slot / kPanel * panel_size<T>(features);
-        screen(slot, live, panel, slot + kPanel < end_ ? panel + panel_size<T>(features) : panel);
+        filter_panel(slot, live, panel, slot + kPanel < end_ ? panel + panel_size<T>(features) : panel);
       } else {
-        const T* keys = memory.keys.read(slot, count, wide_);
-        pack_panel(keys, memory.bias ? memory.bias + slot : nullptr, count, features, centre_.data(), problem_.metric,
-                   key_bounds_, wide_panel_, Panel<T>(panel_.data(), features));
-        screen(slot, live, panel_.data(), panel_.data());
+        const T* keys = memory.keys.read(slot, count, converted_);
+        pack_panel(keys, memory.bias ? memory.bias + slot : nullptr, count, features, centre_.data(), params_.metric,
+                   packer_, unrounded_, Panel<T>(panel_.data(), features));
+        filter_panel(slot, live, panel_.data(), panel_.data());
       }
     }
   }
 
-  // Tiles of nearly equal heights.
+  // The queries are divided into tiles of nearly equal heights.
   std::int64_t tiles() const { return (count_ + kRows - 1) / kRows; }
   std::int64_t tile_begin(std::int64_t tile) const { return tile * count_ / tiles(); }
 
-  // Negated and transposed, tiles [features + 1][rows]; the last row is g|q|.
+  // Packs the queries, negated and transposed, into tiles [features + 1][rows]; the last row is g|q|.
   void pack_queries() {
-    const std::int64_t features = problem_.features;
+    const std::int64_t features = params_.features;
     double centre_square = 0;
     for (const T x : centre_) centre_square += double(x) * double(x);
     packed_.resize(count_ * depth_);
@@ -187,33 +190,30 @@ class CandidateFilter {
       for (std::int64_t q = first; q < first + rows; ++q) {
         const T* query = queries_ + q * features;
         T* column = packed_.data() + first * depth_ + (q - first);
-        const T factor = scale_of(query, features, problem_.metric);
-        double squares[4] = {}, lost = 0;
+        const T factor = scale_of(query, features, params_.metric);
+        double squares[4] = {}, rounding_square = 0;
         for (std::int64_t i = 0; i < features; ++i) {
           const T x = sqeuclidean() ? query[i] - centre_[i] : query[i] * factor;
           squares[i % 4] += double(x) * double(x);
           if (pairs_)
-            lost += put_pair(column + i / 2 * rows, i % 2, float(-x));
+            rounding_square += put_pair(column + i / 2 * rows, i % 2, float(-x));
           else
             column[i * rows] = -x;
         }
         if (pairs_ && features % 2) put_pair(column + features / 2 * rows, 1, 0);
         const double norm = std::sqrt((squares[0] + squares[1]) + (squares[2] + squares[3]));
         T* last = column + (depth_ - 1) * rows;
-        slope_[q] = T(bound_.own * norm), extent_[q] = 0;
+        slope_[q] = T(bound_.key * norm), extent_[q] = 0;
         *last = -slope_[q];
         if constexpr (sizeof(T) == 4) {
           if (pairs_) {
-            const double rest = std::sqrt(lost) * (1 + bound_.own) + Limits<T>::kTiny, most = norm * (1 + bound_.own);
-            const std::uint32_t slope = round_up(float(2 * bound_.own * (most + rest) + rest)),
-                                whole = round_up(float(most) + Limits<T>::kTiny);
-            slope_[q] = low(slope), extent_[q] = low(whole);
-            *last = std::bit_cast<float>(slope | whole << 16 | 0x80008000u);
+            const QueryPair pair = query_pair(norm, rounding_square, bound_.key);
+            slope_[q] = low(pair.slope), extent_[q] = low(pair.norm);
+            *last = std::bit_cast<float>(pair.slope | pair.norm << 16 | 0x80008000u);  // negated
           }
         }
-        const double extent = sqeuclidean() ? norm : std::sqrt(centre_square) + (cosine() ? 1 : 0);
-        lists_[q].reset(problem_.k, T(2 * (bound_.shared * norm * extent + bound_.tiny)));
-        if (!bound_.holds() || !(norm <= Limits<T>::kNorm)) {
+        lists_[q].reset(params_.k, margin_of(bound_, norm, centre_square, params_.metric));
+        if (!bound_.holds() || !(norm <= Limits<T>::kMaxNorm)) {
           lists_[q].overflow();
           for (std::int64_t i = 0; i < depth_; ++i) column[i * rows] = 0;
         }
@@ -224,15 +224,15 @@ class CandidateFilter {
 
   // Stores half of a pair of bfloat16 numbers and returns the squared rounding error.
   static double put_pair(T* pair, int half, float x) {
-    const std::uint32_t bits = to_pairs(x);
-    const auto part = std::uint16_t(bits);
-    std::memcpy(reinterpret_cast<std::byte*>(pair) + 2 * half, &part, 2);
-    const double rest = double(x) - double(std::bit_cast<float>(bits << 16));
-    return rest * rest;
+    const std::uint32_t bits = to_bfloat16(x);
+    const auto number = std::uint16_t(bits);
+    std::memcpy(reinterpret_cast<std::byte*>(pair) + 2 * half, &number, 2);
+    const double rounding = double(x) - double(low(bits));
+    return rounding * rounding;
   }
 
-  // Twice the part of the bounds in |q||x|.
-  T spread(std::int64_t q, T norm) const {
+  // The part of the width of bounds in |q||x|.
+  T norm_width(std::int64_t q, T norm) const {
     if constexpr (sizeof(T) == 4) {
       if (pairs_) {
         const auto pair = std::bit_cast<std::uint32_t>(norm);
@@ -249,10 +249,10 @@ class CandidateFilter {
     return knn::tile(rows, tile);
   }
 
-  // Scores all queries against one panel while the next one is prefetched. Dead keys are skipped when they pass the
-  // threshold: masking all of them in advance would cost as much as the products of a few queries.
-  void screen(std::int64_t slot, std::uint32_t live, const T* at, const T* ahead) {
-    const Panel<const T> panel(at, problem_.features);
+  // Scores all queries against one panel and prefetches the next panel. Dead keys are skipped when they pass the
+  // threshold, because masking all of them would cost as much time as the products of a few queries.
+  void filter_panel(std::int64_t slot, std::uint32_t live, const T* at, const T* ahead) {
+    const Panel<const T> panel(at, params_.features);
     alignas(kAlignment) T scores[kRows * kPanel];
     std::uint32_t hits[kRows];
     Tile<T> tile{nullptr, panel.keys, panel.start, nullptr, ahead, depth_, scores, hits};
@@ -268,7 +268,8 @@ class CandidateFilter {
         for (std::uint32_t bits = hits[r] & live; bits != 0; bits &= bits - 1) {
           const int l = std::countr_zero(bits);
           const T lower = scores[r * kPanel + l];
-          list.add(lower, lower + panel.width[l] + spread(first + r, panel.norms[l]), std::int32_t(slot + l - begin_));
+          list.add(lower, lower + panel.width[l] + norm_width(first + r, panel.norms[l]),
+                   std::int32_t(slot + l - begin_));
         }
         thresholds_[first + r] = list.threshold;
       }
@@ -276,8 +277,8 @@ class CandidateFilter {
   }
 
   void finish(const Memory<T>& memory, std::int64_t q, T* values, std::int64_t* indices) {
-    const T* query = queries_ + q * problem_.features;
-    const double norm = cosine() ? std::sqrt(product(query, query, problem_.features)) : 0;
+    const T* query = queries_ + q * params_.features;
+    const double norm = cosine() ? std::sqrt(product(query, query, params_.features)) : 0;
     CandidateList<T>& list = lists_[q];
     ranked_.clear();
     list.prune();
@@ -285,13 +286,13 @@ class CandidateFilter {
       for (const auto& entry : list.entries) memory.keys.prefetch(begin_ + entry.slot);
       for (const auto& entry : list.entries) {
         const std::int64_t slot = begin_ + entry.slot;
-        ranked_.push_back({memory.score(query, norm, slot, wide_), slot});
+        ranked_.push_back({memory.score(query, norm, slot, converted_), slot});
       }
     } else {
-      const std::size_t k = std::size_t(problem_.k);
+      const std::size_t k = std::size_t(params_.k);
       for (std::int64_t slot = begin_; slot < end_; ++slot) {
         if (!memory.live(slot)) continue;
-        const Ranked<T> next{memory.score(query, norm, slot, wide_), slot};
+        const Ranked<T> next{memory.score(query, norm, slot, converted_), slot};
         if (ranked_.size() < k) {
           ranked_.push_back(next);
           std::push_heap(ranked_.begin(), ranked_.end());
@@ -302,18 +303,18 @@ class CandidateFilter {
         }
       }
     }
-    write_best(ranked_, problem_.k, problem_.metric, values, indices);
+    write_best(ranked_, params_.k, params_.metric, values, indices);
   }
 
-  const KnnParams<T>& problem_;
+  const KnnParams<T>& params_;
   const Plan& plan_;
-  const Bound<T> bound_;
-  const KeyBounds<T> key_bounds_;
+  const ErrorBound<T> bound_;
+  const KeyPacker<T> packer_;
   const bool pairs_;
-  const std::int64_t depth_;  // rows of a panel that the products run over
+  const std::int64_t depth_;  // rows of a panel in the products
   std::int64_t begin_ = 0, end_ = 0, count_ = 0;
   const T* queries_ = nullptr;
-  std::vector<T> centre_, packed_, slope_, extent_, thresholds_, panel_, wide_panel_, row_query_, wide_;
+  std::vector<T> centre_, packed_, slope_, extent_, thresholds_, panel_, unrounded_, row_query_, converted_;
   std::vector<CandidateList<T>> lists_;
   std::vector<Ranked<T>> ranked_;
 };

@@ -1,4 +1,4 @@
-// The candidates of one query: keys that the fast scores could not exclude.
+// The candidates of one query: keys that the fast scores do not exclude.
 #pragma once
 
 #include <algorithm>
@@ -10,8 +10,8 @@
 namespace eaml::knn {
 namespace {
 
-// Keys that may be among the k best of one query: k keys are proven better than every key that is left out. `margin` is
-// the part of the bounds' width that all keys share.
+// Keys that may be among the k best of one query: k keys are proven better than every excluded key. `margin` is the
+// part of the bounds' width that all keys share.
 template <class T>
 struct CandidateList {
   struct Entry {
@@ -21,16 +21,16 @@ struct CandidateList {
   std::vector<Entry> entries;
   std::vector<T> best;  // the k least upper bounds so far, ascending
   T threshold, margin;
-  std::size_t k, limit, most;
+  std::size_t k, limit, max_entries;
 
   void reset(std::int64_t k_, T margin_) {
     entries.clear();
     best.clear();
     threshold = std::numeric_limits<T>::max();
     margin = margin_;
-    k = k_, limit = 2 * k + 256, most = 8 * k + 4096;
+    k = k_, limit = 2 * k + 256, max_entries = 8 * k + 4096;
   }
-  // More candidates than the list holds: the query is searched without fast scores.
+  // Marks a query with too many candidates, which is then searched without fast scores.
   void overflow() {
     entries.clear();
     threshold = -std::numeric_limits<T>::infinity();
@@ -41,7 +41,7 @@ struct CandidateList {
     if (!(lower <= threshold)) return;
     if (entries.size() >= limit) {
       prune();
-      if (entries.size() > most) return overflow();
+      if (entries.size() > max_entries) return overflow();
       limit = std::max(limit, 2 * entries.size());
     }
     entries.push_back({lower, slot});

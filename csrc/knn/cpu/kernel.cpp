@@ -24,11 +24,12 @@ Plan plan(const KnnParams<T>& p, std::int64_t threads) {
   Plan plan;
   plan.query_block = ceil(ceil(p.queries_each, ceil(p.queries_each, most)), kRows) * kRows;
   plan.query_blocks = ceil(p.queries_each, plan.query_block);
-  // Few units are made a multiple of the threads by cutting the keys too, between panels.
+  // If units are few, keys are divided too, between panels, so that the units are a multiple of the threads.
   const std::int64_t whole = p.memories * plan.query_blocks;
   const std::int64_t even = whole < 8 * threads ? threads / std::gcd(whole, threads) : 1;
   const std::int64_t wanted = std::clamp<std::int64_t>(p.size / kKeyBlock, 1, even);
-  const std::int64_t blocks = std::max(wanted, ceil(p.size, std::int64_t(1) << 30));  // slots of a block fit 32 bits
+  const std::int64_t blocks =
+      std::max(wanted, ceil(p.size, std::int64_t(1) << 30));  // slots of a block fit into 32 bits
   plan.key_block = std::max<std::int64_t>(1, ceil(ceil(p.size, blocks), kPanel)) * kPanel;
   plan.key_blocks = std::max<std::int64_t>(1, ceil(p.size, plan.key_block));
   plan.units = whole * plan.key_blocks;
@@ -38,15 +39,15 @@ Plan plan(const KnnParams<T>& p, std::int64_t threads) {
 }
 
 template <class T>
-void search(const KnnParams<T>& problem, const Plan& plan, std::int64_t first, std::int64_t last, KnnOutput<T> found) {
-  CandidateFilter<T> screen(problem, plan);
-  for (std::int64_t unit = first; unit < last; ++unit) screen.run(unit, found);
+void search(const KnnParams<T>& params, const Plan& plan, std::int64_t first, std::int64_t last, KnnOutput<T> output) {
+  CandidateFilter<T> filter(params, plan);
+  for (std::int64_t unit = first; unit < last; ++unit) filter.run(unit, output);
 }
 
 template <class T>
-void merge(const KnnParams<T>& problem, const Plan& plan, KnnOutput<T> blocks, KnnOutput<T> found) {
-  const std::int64_t rows = problem.memories * problem.queries_each, k = problem.k;
-  const T sign = problem.metric == Metric::kSqeuclidean ? T(1) : T(-1);
+void merge(const KnnParams<T>& params, const Plan& plan, KnnOutput<T> blocks, KnnOutput<T> output) {
+  const std::int64_t rows = params.memories * params.queries_each, k = params.k;
+  const T sign = params.metric == Metric::kSqeuclidean ? T(1) : T(-1);
   std::vector<Ranked<T>> ranked;
   for (std::int64_t row = 0; row < rows; ++row) {
     ranked.clear();
@@ -55,19 +56,19 @@ void merge(const KnnParams<T>& problem, const Plan& plan, KnnOutput<T> blocks, K
       for (std::int64_t j = from; j < from + k && blocks.indices[j] >= 0; ++j)
         ranked.push_back({sign * blocks.values[j], blocks.indices[j]});
     }
-    write_best(ranked, k, problem.metric, found.values + row * k, found.indices + row * k);
+    write_best(ranked, k, params.metric, output.values + row * k, output.indices + row * k);
   }
 }
 
 template <class T>
-void write(const PackedKeysView<T>& store, const std::int64_t* slots, std::int64_t count, const void* keys,
+void write(const PackedKeysView<T>& view, const std::int64_t* slots, std::int64_t count, const void* keys,
            const void* bias) {
-  PackedKeysUpdater<T>(store).write(slots, count, keys, bias);
+  PackedKeysUpdater<T>(view).write(slots, count, keys, bias);
 }
 
 template <class T>
-void repack(const PackedKeysView<T>& store) {
-  PackedKeysUpdater<T>(store).repack();
+void repack(const PackedKeysView<T>& view) {
+  PackedKeysUpdater<T>(view).repack();
 }
 
 #define EAML_INSTANTIATE(T)                                                                                   \

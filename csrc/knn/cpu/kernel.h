@@ -1,5 +1,5 @@
-// Interface of the CPU kernels of knn. The search has two stages: fast scores in the keys' precision, with a proven
-// error bound, leave a list of candidates per query; these are evaluated in double and ordered by (value, index).
+// Interface of the CPU kernels of knn. The search has two stages. Fast scores in the keys' precision, with a proven
+// error bound, select a list of candidates per query. Candidates are evaluated in double and ordered by (value, index).
 #pragma once
 
 #include <cstdint>
@@ -9,9 +9,9 @@
 namespace eaml::knn {
 
 // A panel of keys for the fast scores, in rows of kPanel numbers: start and width of the bounds, one row per feature of
-// the centred keys, and the norms. Rows are in the order in which they are read, which matters where memory is the
-// limit. Where the machine multiplies bfloat16 numbers, a panel of floats has pairs of these: a row per two features,
-// and in the last row the norms beside the norms of the rounding errors.
+// the centred keys, and the norms. Rows are stored in the order in which they are read, because memory may limit the
+// speed. On processors with products of bfloat16 numbers, a panel of floats holds pairs of them: a row per two
+// features. Its last row holds the norms beside the norms of the rounding errors.
 bool has_pairs(bool is_float);
 inline std::int64_t key_rows(std::int64_t features, bool pairs) {
   return pairs ? (features + 1) / 2 : features;
@@ -39,24 +39,24 @@ struct Plan {
 };
 
 template <class T>
-Plan plan(const KnnParams<T>& problem, std::int64_t threads);
+Plan plan(const KnnParams<T>& params, std::int64_t threads);
 
 template <class T>
-void search(const KnnParams<T>& problem, const Plan& plan, std::int64_t first_unit, std::int64_t last_unit,
-            KnnOutput<T> found);
+void search(const KnnParams<T>& params, const Plan& plan, std::int64_t first_unit, std::int64_t last_unit,
+            KnnOutput<T> output);
 
-// Merges the results of several key blocks into the best k.
+// Merges the results of key blocks, (key_blocks, memories, queries_each, k), into the best k.
 template <class T>
-void merge(const KnnParams<T>& problem, const Plan& plan, KnnOutput<T> blocks, KnnOutput<T> found);
+void merge(const KnnParams<T>& params, const Plan& plan, KnnOutput<T> blocks, KnnOutput<T> output);
 
-// Writes `count` keys (count, features) and their bias (null: 0) to slots, in order; without keys the slots are erased.
-// The amortised time is proportional to count.
+// Writes to a memory, in order: slots: (count,), keys: (count, features), bias: (count,) or null for 0. Without keys
+// the slots are erased. The amortised time is proportional to count.
 template <class T>
-void write(const PackedKeysView<T>& store, const std::int64_t* slots, std::int64_t count, const void* keys,
+void write(const PackedKeysView<T>& view, const std::int64_t* slots, std::int64_t count, const void* keys,
            const void* bias);
 
-// Computes panels and state from the keys.
+// Computes panels and state from keys, bias and live.
 template <class T>
-void repack(const PackedKeysView<T>& store);
+void repack(const PackedKeysView<T>& view);
 
 }  // namespace eaml::knn

@@ -1,4 +1,4 @@
-// One memory as the search reads it: rows of keys, exact scores, and the order of results.
+// One memory: rows of keys, exact scores, and the order of results.
 #pragma once
 
 #include <algorithm>
@@ -29,7 +29,7 @@ bool operator<(const Ranked<T>& a, const Ranked<T>& b) {
   return a_nan != b_nan ? b_nan : a.index < b.index;
 }
 
-// Rows of numbers of T, or of reduced precision that are converted to T when read.
+// Rows of numbers of T or of reduced precision, which are converted to T when read.
 template <class T>
 struct Rows {
   const void* data;
@@ -46,9 +46,9 @@ struct Rows {
         scratch.resize(count * features);
         const auto* from = reinterpret_cast<const std::uint16_t*>(address(row));
         if (half == Half::kBfloat16)
-          widen_bfloat16(from, count * features, scratch.data());
+          convert_bfloat16(from, count * features, scratch.data());
         else
-          widen_float16(from, count * features, scratch.data());
+          convert_float16(from, count * features, scratch.data());
         return scratch.data();
       }
     }

@@ -1,4 +1,4 @@
-// Writes keys to a memory that keeps its panels, and chooses its centre.
+// Writes keys to a memory with panels, and updates its centre.
 #pragma once
 
 #include <algorithm>
@@ -15,25 +15,25 @@ namespace {
 template <class T>
 class PackedKeysUpdater {
  public:
-  explicit PackedKeysUpdater(const PackedKeysView<T>& store)
-      : store_(store),
-        rows_{store.keys, store.features, store.half},
-        biases_{store.bias, 1, store.half},
-        bounds_(Bound<T>(store.features), store.metric),
-        sum_(store.state + store.features),
-        square_(sum_[store.features]),
-        count_(sum_[store.features + 1]),
-        stale_(sum_[store.features + 2]),
-        centre_(store.features) {
-    for (std::int64_t i = 0; i < store.features; ++i) centre_[i] = T(store.state[i]);
+  explicit PackedKeysUpdater(const PackedKeysView<T>& view)
+      : view_(view),
+        rows_{view.keys, view.features, view.half},
+        biases_{view.bias, 1, view.half},
+        packer_(ErrorBound<T>(view.features), view.metric),
+        sum_(view.state + view.features),
+        square_(sum_[view.features]),
+        count_(sum_[view.features + 1]),
+        stale_(sum_[view.features + 2]),
+        centre_(view.features) {
+    for (std::int64_t i = 0; i < view.features; ++i) centre_[i] = T(view.state[i]);
   }
 
   void write(const std::int64_t* slots, std::int64_t count, const void* keys, const void* bias) {
     if (keys && count_ == 0) {
-      Centre<T> centre(store_.features, store_.metric);
-      const Rows<T> given{keys, store_.features, store_.half};
-      for (std::int64_t i = 0; i < count; i += std::max<std::int64_t>(1, count / kSample))
-        centre.add(given.read(i, 1, wide_));
+      Centre<T> centre(view_.features, view_.metric);
+      const Rows<T> given{keys, view_.features, view_.half};
+      for (std::int64_t i = 0; i < count; i += std::max<std::int64_t>(1, count / kSampledKeys))
+        centre.add(given.read(i, 1, converted_));
       centre.write(centre_.data());
       restart();
     }
@@ -41,8 +41,8 @@ class PackedKeysUpdater {
       const std::int64_t slot = slots[i];
       run = keys ? run_length(slots + i, count - i) : 1;
       for (std::int64_t s = slot; s < slot + run; ++s) {
-        if (store_.live[s]) tally(s, -1);
-        store_.live[s] = keys != nullptr;
+        if (view_.live[s]) tally(s, -1);
+        view_.live[s] = keys != nullptr;
       }
       if (!keys) continue;
       copy(rows_, slot, keys, i, run);
@@ -84,84 +84,84 @@ class PackedKeysUpdater {
   }
 
   Panel<T> panel_at(std::int64_t slot) const {
-    return {store_.panels + slot / kPanel * panel_size<T>(store_.features), store_.features};
+    return {view_.panels + slot / kPanel * panel_size<T>(view_.features), view_.features};
   }
 
   void pack_panel_at(std::int64_t slot) {
-    const auto count = std::min<std::int64_t>(kPanel, store_.capacity - slot);
-    pack_panel(rows_.read(slot, count, wide_), biases_.read(slot, count, wide_bias_), int(count), store_.features,
-               centre_.data(), store_.metric, bounds_, wide_panel_, panel_at(slot));
+    const auto count = std::min<std::int64_t>(kPanel, view_.capacity - slot);
+    pack_panel(rows_.read(slot, count, converted_), biases_.read(slot, count, converted_bias_), int(count),
+               view_.features, centre_.data(), view_.metric, packer_, unrounded_, panel_at(slot));
   }
 
   void pack_slot(std::int64_t slot) {
-    const std::int64_t features = store_.features;
+    const std::int64_t features = view_.features;
     const int lane = int(slot % kPanel);
-    const T* key = rows_.read(slot, 1, wide_);
-    const T scale = scale_of(key, features, store_.metric);
+    const T* key = rows_.read(slot, 1, converted_);
+    const T scale = scale_of(key, features, view_.metric);
     const Panel<T> panel = panel_at(slot);
-    T square = 0, lost = 0;
+    T square = 0, rounding_square = 0;
     for (std::int64_t i = 0; i < features; ++i) {
       const T x = key[i] * scale - centre_[i];
       square += x * x;
       if (has_pairs(sizeof(T) == 4)) {
-        const std::uint32_t bits = to_pairs(float(x));
-        const T rest = x - T(std::bit_cast<float>(bits << 16));
-        const auto part = std::uint16_t(bits);
-        std::memcpy(reinterpret_cast<std::byte*>(panel.keys + i / 2 * kPanel + lane) + 2 * (i % 2), &part, 2);
-        lost += rest * rest;
+        const std::uint32_t bits = to_bfloat16(float(x));
+        const T rounding = x - T(low(bits));
+        const auto number = std::uint16_t(bits);
+        std::memcpy(reinterpret_cast<std::byte*>(panel.keys + i / 2 * kPanel + lane) + 2 * (i % 2), &number, 2);
+        rounding_square += rounding * rounding;
       } else {
         panel.keys[i * kPanel + lane] = x;
       }
     }
-    const T bias = *biases_.read(slot, 1, wide_bias_);
-    if (!bounds_.set(square, lost, bias, panel, lane)) clear(panel, lane);
+    const T bias = *biases_.read(slot, 1, converted_bias_);
+    if (!packer_.set_bounds(square, rounding_square, bias, panel, lane)) clear(panel, lane);
   }
 
   void restart() {
-    std::fill(sum_, sum_ + store_.features + 3, 0.0);
-    std::copy(centre_.begin(), centre_.end(), store_.state);
+    std::fill(sum_, sum_ + view_.features + 3, 0.0);
+    std::copy(centre_.begin(), centre_.end(), view_.state);
   }
 
-  // Adds a key to the sums (sign 1) or subtracts it (-1). Keys too large for every centre are left out.
+  // Adds a key to the sums (sign 1) or subtracts it (-1). Keys that are too large for every centre are skipped.
   void tally(std::int64_t slot, int sign) {
-    const T* key = rows_.read(slot, 1, wide_);
-    const T scale = scale_of(key, store_.features, store_.metric);
-    const double square = offset_square(key, scale, centre_.data(), store_.features);
-    if (!(square <= double(Limits<T>::kNorm) * double(Limits<T>::kNorm))) return;
-    accumulate(key, scale, centre_.data(), T(sign), store_.features, sum_);
+    const T* key = rows_.read(slot, 1, converted_);
+    const T scale = scale_of(key, view_.features, view_.metric);
+    const double square = offset_square(key, scale, centre_.data(), view_.features);
+    if (!(square <= double(Limits<T>::kMaxNorm) * double(Limits<T>::kMaxNorm))) return;
+    accumulate(key, scale, centre_.data(), T(sign), view_.features, sum_);
     square_ += sign * square;
     count_ += sign;
   }
   void tally_all() {
-    for (std::int64_t slot = 0; slot < store_.capacity; ++slot)
-      if (store_.live[slot]) tally(slot, 1);
+    for (std::int64_t slot = 0; slot < view_.capacity; ++slot)
+      if (view_.live[slot]) tally(slot, 1);
   }
 
   // Whether the mean is farther from the centre than the keys are from the mean.
   bool drifted() const {
     double offset = 0;
-    for (std::int64_t i = 0; i < store_.features; ++i) offset += sum_[i] * sum_[i];
+    for (std::int64_t i = 0; i < view_.features; ++i) offset += sum_[i] * sum_[i];
     return count_ > 0 && 2 * offset > square_ * count_;
   }
 
   void recentre() {
-    for (std::int64_t i = 0; i < store_.features; ++i) {
+    for (std::int64_t i = 0; i < view_.features; ++i) {
       const T mean = T(centre_[i] + sum_[i] / std::max(count_, 1.0));
-      centre_[i] = std::abs(mean) <= Limits<T>::kNorm ? mean : 0;
+      centre_[i] = std::abs(mean) <= Limits<T>::kMaxNorm ? mean : 0;
     }
     restart();
-    for (std::int64_t slot = 0; slot < store_.capacity; slot += kPanel) {
-      const auto count = std::min<std::int64_t>(kPanel, store_.capacity - slot);
-      if (std::memchr(store_.live + slot, 1, count)) pack_panel_at(slot);
+    for (std::int64_t slot = 0; slot < view_.capacity; slot += kPanel) {
+      const auto count = std::min<std::int64_t>(kPanel, view_.capacity - slot);
+      if (std::memchr(view_.live + slot, 1, count)) pack_panel_at(slot);
     }
     tally_all();
   }
 
-  const PackedKeysView<T>& store_;
+  const PackedKeysView<T>& view_;
   const Rows<T> rows_, biases_;
-  const KeyBounds<T> bounds_;
+  const KeyPacker<T> packer_;
   double *sum_, &square_, &count_, &stale_;
-  std::vector<T> centre_, wide_, wide_bias_, wide_panel_;
+  std::vector<T> centre_, converted_, converted_bias_, unrounded_;
 };
 
 }  // namespace

@@ -1,60 +1,49 @@
-// Keys as panels of the fast scores: centred or normalised, with the bounds of their errors.
+// Packs keys into panels for the fast scores: centred or normalised, with the bounds of their errors.
 #pragma once
 
 #include <algorithm>
-#include <bit>
 #include <cmath>
 #include <limits>
 #include <vector>
 
-#include "knn/cpu/error_bounds.h"
 #include "knn/cpu/kernel.h"
 #include "knn/cpu/vector_inl.h"
+#include "knn/error_bounds.h"
 
 namespace eaml::knn {
 namespace {
 
-// Constants of the bounds of all keys: g, the underflow, and whether |x|² is part of the score.
+// The constants of the bounds of all keys.
 template <class T>
-struct KeyBounds {
-  T g, tiny;
-  bool square;
+struct KeyPacker {
+  T g, underflow;
+  bool sqeuclidean;
 
-  KeyBounds(const Bound<T>& bound, Metric metric)
-      : g(T(bound.own)), tiny(T(bound.tiny)), square(metric == Metric::kSqeuclidean) {}
+  KeyPacker(const ErrorBound<T>& bound, Metric metric)
+      : g(T(bound.key)), underflow(T(bound.underflow)), sqeuclidean(metric == Metric::kSqeuclidean) {}
 
-  // Sets norm, start and width of a key's bounds, without the part in |q||x|. `lost` is |x - y|². A bias below -kBias
-  // is clamped, because only the lower bound of such a key matters. Returns false if the key is too large or NaN; it is
-  // then always a candidate.
-  bool set(T squared, T lost, T bias, const Panel<T>& panel, int lane) const {
-    using L = Limits<T>;
-    constexpr T kInfinity = std::numeric_limits<T>::infinity();
-    const bool cut = bias < -L::kBias;
-    bias = cut ? -L::kBias : bias;
-    const T own = square ? squared : T(0), error = g * (own + std::abs(bias));
-    const T norm = std::sqrt(squared + tiny) * (1 + g);
-    const bool fits = norm <= L::kNorm && bias <= L::kBias;
-    panel.start[lane] = fits ? (square ? T(0.5) : T(1)) * (own - bias) - error : -L::kMax;
-    panel.width[lane] = fits && !cut ? 2 * error : kInfinity;
-    panel.norms[lane] = fits ? norm : T(0);
+  // Sets norm, start and width of a key's bounds. `square` is |x|², `rounding_square` |x - y|². Returns false if the
+  // key is too large or NaN; it is then always a candidate.
+  bool set_bounds(T square, T rounding_square, T bias, const Panel<T>& panel, int lane) const {
+    const T norm = norm_bound(square, g, underflow);
+    const KeyBounds<T> bounds = key_bounds(square, bias, norm <= Limits<T>::kMaxNorm, sqeuclidean, g);
+    panel.start[lane] = bounds.start;
+    panel.width[lane] = bounds.width;
+    panel.norms[lane] = bounds.fits ? norm : T(0);
     if constexpr (sizeof(T) == 4) {
       if (has_pairs(true)) {
-        const float rest = std::sqrt(lost + tiny) * (1 + g);
-        panel.norms[lane] = std::bit_cast<float>(fits ? round_up(norm + rest) | round_up(rest) << 16 : 0);
+        const float rounding = norm_bound(rounding_square, g, underflow);
+        panel.norms[lane] = __builtin_bit_cast(float, bounds.fits ? key_pair(norm, rounding) : 0);
       }
     }
-    return fits;
+    return bounds.fits;
   }
 };
 
-// 1 / |x| for the cosine: 0 for the zero vector, NaN if |x|² is outside the range of exact normalisation.
+// The factor that normalises x for the cosine; 1 for other metrics.
 template <class T>
 T scale_of(const T* x, std::int64_t features, Metric metric) {
-  if (metric != Metric::kCosine) return 1;
-  const double square = product(x, x, features);
-  if (square == 0) return 0;
-  const bool safe = square >= Limits<T>::kSquareMin && square <= Limits<T>::kSquareMax;
-  return safe ? T(1 / std::sqrt(square)) : std::numeric_limits<T>::quiet_NaN();
+  return metric == Metric::kCosine ? inverse_norm<T>(product(x, x, features)) : T(1);
 }
 
 // Zeroes a key of a panel.
@@ -63,17 +52,18 @@ void clear(const Panel<T>& panel, int lane) {
   for (T* x = panel.keys + lane; x < panel.norms; x += kPanel) *x = 0;
 }
 
-// Packs `count` keys and their bounds. Lanes beyond them have infinite scores.
+// Packs keys: (count, features), with bias: (count,) or null, and their bounds. Lanes beyond `count` get infinite
+// scores.
 template <class T>
 void pack_panel(const T* keys, const T* bias, int count, std::int64_t features, const T* centre, Metric metric,
-                const KeyBounds<T>& bounds, std::vector<T>& wide, const Panel<T>& panel) {
-  T scales[kPanel], square[kPanel], lost[kPanel] = {};
+                const KeyPacker<T>& packer, std::vector<T>& unrounded, const Panel<T>& panel) {
+  T scales[kPanel], square[kPanel], rounding_square[kPanel] = {};
   for (int l = 0; l < count; ++l) scales[l] = scale_of(keys + l * features, features, metric);
   if constexpr (sizeof(T) == 4) {
     if (has_pairs(true)) {
-      wide.resize(features * kPanel);
-      pack(keys, count, features, centre, scales, wide.data(), square);
-      round_panel(wide.data(), features, reinterpret_cast<std::uint32_t*>(panel.keys), lost);
+      unrounded.resize(features * kPanel);
+      pack(keys, count, features, centre, scales, unrounded.data(), square);
+      round_panel(unrounded.data(), features, reinterpret_cast<std::uint32_t*>(panel.keys), rounding_square);
     } else {
       pack(keys, count, features, centre, scales, panel.keys, square);
     }
@@ -81,7 +71,8 @@ void pack_panel(const T* keys, const T* bias, int count, std::int64_t features, 
     pack(keys, count, features, centre, scales, panel.keys, square);
   }
   bool fits = true;
-  for (int l = 0; l < count; ++l) fits &= bounds.set(square[l], lost[l], bias ? bias[l] : T(0), panel, l);
+  for (int l = 0; l < count; ++l)
+    fits &= packer.set_bounds(square[l], rounding_square[l], bias ? bias[l] : T(0), panel, l);
   for (int l = 0; l < count && !fits; ++l)
     if (panel.start[l] == -Limits<T>::kMax) clear(panel, l);
   for (int l = count; l < kPanel; ++l) {
@@ -90,8 +81,8 @@ void pack_panel(const T* keys, const T* bias, int count, std::int64_t features, 
   }
 }
 
-// The centre that keys are shifted by: the mean of a few keys. Every finite centre gives right results; one near the
-// mean keeps norms and error bounds small.
+// The centre that is subtracted from keys: the mean of a few keys. Every finite centre gives exact results; a centre
+// near the mean of all keys keeps norms and error bounds small.
 template <class T>
 class Centre {
  public:
@@ -106,7 +97,7 @@ class Centre {
   void write(T* centre) const {
     for (std::int64_t i = 0; i < features_; ++i) {
       const T mean = T(mean_[i] / double(std::max<std::int64_t>(used_, 1)));
-      centre[i] = std::abs(mean) <= Limits<T>::kNorm ? mean : 0;
+      centre[i] = std::abs(mean) <= Limits<T>::kMaxNorm ? mean : 0;
     }
   }
 
@@ -117,7 +108,7 @@ class Centre {
   std::int64_t used_ = 0;
 };
 
-constexpr std::int64_t kSample = 32;  // keys that the first centre is the mean of
+constexpr std::int64_t kSampledKeys = 32;  // keys whose mean is the first centre
 
 }  // namespace
 }  // namespace eaml::knn

@@ -1,4 +1,4 @@
-// Exact values of keys, their order, and the best k that a block has met.
+// Exact values of keys, their order, and the k best entries of a block.
 #pragma once
 
 #include <cmath>
@@ -22,8 +22,8 @@ constexpr int kThreads = 256, kWarps = kThreads / cuda::kWarp;
 
 // ---- exact values and their order ----
 
-// A score and a slot as one integer: the smaller, the better. A score is a squared distance less bias, or a negated
-// similarity; NaN comes last, equal ones in the order of slots.
+// A score and a slot as one integer: smaller is better. A score is a squared distance minus bias, or a negated
+// similarity. NaN comes last, and equal scores are ordered by slot.
 template <class T>
 using Word = std::conditional_t<sizeof(T) == 4, uint32_t, uint64_t>;
 template <class T>
@@ -38,7 +38,7 @@ constexpr T kNaN = std::numeric_limits<T>::quiet_NaN();
 template <class T>
 EAML_DEVICE Word<T> word_of(T score) {
   if (score != score) return ~Word<T>(0);
-  const auto bits = __builtin_bit_cast(Word<T>, score + T(0));  // one zero
+  const auto bits = __builtin_bit_cast(Word<T>, score + T(0));  // -0 becomes 0
   constexpr Word<T> kSign = Word<T>(1) << (8 * sizeof(T) - 1);
   return bits & kSign ? ~bits : bits | kSign;
 }
@@ -53,14 +53,14 @@ EAML_DEVICE Entry<T> entry_of(T score, uint32_t slot) {
   return Entry<T>(word_of(score)) << 32 | slot;
 }
 
-// One memory of the problem, as exact values need it.
+// One memory, as exact values read it.
 template <class T>
 struct Memory {
-  const char* keys;
+  const char* keys;  // (size, features)
   int64_t features, row_bytes;
   Half half;
-  const bool* valid;
-  const T* bias;
+  const bool* valid;  // (size,) or null
+  const T* bias;      // (size,) or null
   Metric metric;
 
   EAML_MEMBER Memory(const KnnParams<T>& p, int64_t memory)
@@ -87,7 +87,8 @@ EAML_DEVICE T read_number(const void* row, int64_t i, Half half) {
   return cuda::load(static_cast<const T*>(row) + i);
 }
 
-// Features i ... i + 3 of a row, 0 beyond its end. Plain rows are of T, aligned, and of a multiple of four features.
+// Reads features i ... i + 3 of a row, 0 beyond its end. Plain rows have dtype T, aligned rows and a multiple of four
+// features.
 template <bool kPlain, class T>
 EAML_DEVICE void read_four(T (&to)[4], const void* row, int64_t i, int64_t features, Half half) {
   if constexpr (kPlain) {
@@ -98,7 +99,7 @@ EAML_DEVICE void read_four(T (&to)[4], const void* row, int64_t i, int64_t featu
   }
 }
 
-// A query as numbers of T in global memory, or in double in shared memory, padded with zeros.
+// A query in global memory, of T.
 template <class T>
 struct Query {
   const T* row;
@@ -108,13 +109,14 @@ struct Query {
     for (int j = 0; j < 4; ++j) to[j] = i + j < features ? double(cuda::load(row + i + j)) : 0;
   }
 };
+// A query in shared memory, in double, padded with zeros.
 struct StagedQuery {
   Shared<double> row;
   EAML_MEMBER void four(double (&to)[4], int64_t i) const { row.get_row(to, static_cast<int>(i)); }
 };
 
-// Sums over features that two neighbouring threads share: lane l of eight sums features l, l + 8, ..., every product
-// rounded before it is added, and lanes join in pairs, in the order of csrc/knn/cpu/vector_inl.h.
+// Sums over features on two adjacent threads. Lane l of eight sums features l, l + 8, ..., and every product is rounded
+// before it is added. Then lanes are added in pairs, in the order of csrc/knn/cpu/rows_inl.h.
 EAML_DEVICE int lanes_begin() {
   return cuda::thread() % 2 * 4;
 }
@@ -124,7 +126,7 @@ EAML_DEVICE double join_lanes(double (&lane)[4]) {
   return (lane[0] + lane[2]) + (lane[1] + lane[3]);
 }
 
-// The sums of a metric between keys and queries; `square`: of the keys' squares, for the cosine.
+// The sums of a metric for each pair of keys and queries; for the cosine also `square`, the keys' |x|².
 template <Metric kMetric, bool kPlain, class T, class Q, int kKeys, int kQueries>
 EAML_DEVICE void sums(double (&sum)[kKeys][kQueries], double (&square)[kKeys], const void* const (&keys)[kKeys],
                       const Q (&queries)[kQueries], int64_t features, Half half) {
@@ -163,7 +165,7 @@ EAML_DEVICE void sums(double (&sum)[kKeys][kQueries], double (&square)[kKeys], c
   }
 }
 
-// The exact scores of keys, for both threads. `norms`: of the queries, for the cosine.
+// The exact scores of keys, on both threads. `norms` are |q| of the queries, read for the cosine.
 template <bool kPlain, class T, class Q, int kKeys, int kQueries>
 EAML_DEVICE void scores(T (&to)[kKeys][kQueries], const Memory<T>& memory, const int64_t (&slots)[kKeys],
                         const Q (&queries)[kQueries], const double (&norms)[kQueries]) {
@@ -196,7 +198,7 @@ EAML_DEVICE void scores(T (&to)[kKeys][kQueries], const Memory<T>& memory, const
   }
 }
 
-// |query|, for all threads.
+// |query|, on all threads.
 template <class T>
 EAML_DEVICE double norm_of(const T* query, int64_t features) {
   double sum[1][1], square[1];
@@ -208,8 +210,8 @@ EAML_DEVICE double norm_of(const T* query, int64_t features) {
 
 // ---- the best k ----
 
-// How a block shares out places: a thread's among those of the block that say yes. One barrier.
-struct Places {
+// Offsets of the threads of a block that vote yes: an exclusive prefix sum of votes, with one barrier.
+struct BlockOffsets {
   Shared<uint32_t> counts;  // [2][lists][kWarps]
   int parity = 0;
 
@@ -232,15 +234,15 @@ struct Places {
         place[i] += w < warp ? count : 0, total[i] += count;
       }
     }
-    parity ^= 1;  // who is slow still reads these
+    parity ^= 1;  // slower threads may still read these counts
   }
   EAML_INLINE static constexpr int size(int lists) { return 2 * lists * kWarps; }
 };
 
 constexpr int kFresh = 2 * kThreads;
 
-// Between two steps of a sort: threads of a warp exchange what is up to 32 apart.
-EAML_DEVICE void settle(int stride, int next) {
+// A barrier between two steps of a sort. Exchanges at strides up to a warp need only the warp's barrier.
+EAML_DEVICE void sync_for_stride(int stride, int next) {
   stride <= cuda::kWarp&& next <= cuda::kWarp ? cuda::sync_warp() : cuda::sync_block();
 }
 template <class E>
@@ -252,13 +254,13 @@ EAML_DEVICE void exchange(const Shared<E>& x, int n, int stride, int size) {
   }
 }
 
-// The k least entries that all threads of a block have come with, in shared memory.
+// The k least entries that the threads of a block pushed, in shared memory.
 template <class E>
-struct Best {
-  Shared<E> best;   // [kept], in order
-  Shared<E> fresh;  // [kFresh], what has come since
+struct TopK {
+  Shared<E> best;   // [kept], sorted
+  Shared<E> fresh;  // [kFresh], entries since the last flush
   int k = 0, kept = 0, count = 0;
-  E limit = kNone<E>;  // what is not less is not among them
+  E limit = kNone<E>;  // only smaller entries can be among the k least
 
   static int kept_for(int64_t k) {
     int kept = 2;
@@ -283,10 +285,10 @@ struct Best {
     for (int size = 2; size <= n; size *= 2)
       for (int stride = size / 2; stride > 0; stride /= 2) {
         exchange(fresh, n, stride, size);
-        settle(stride, stride > 1 ? stride / 2 : size < n ? size : kThreads);
+        sync_for_stride(stride, stride > 1 ? stride / 2 : size < n ? size : kThreads);
       }
     for (int i = cuda::thread(); i < kept; i += kThreads) {
-      const int from = kept - 1 - i;  // the least of a sequence and of one in reverse go up, then down
+      const int from = kept - 1 - i;  // minima of a sorted and a reversed sequence form a bitonic sequence
       if (from >= n) continue;
       const E e = fresh.get(from);
       if (e < best.get(i)) best.set(i, e);
@@ -294,21 +296,21 @@ struct Best {
     cuda::sync_block();
     for (int stride = kept / 2; stride > 0; stride /= 2) {
       exchange(best, kept, stride, 2 * kept);
-      settle(stride, stride > 1 ? stride / 2 : kThreads);
+      sync_for_stride(stride, stride > 1 ? stride / 2 : kThreads);
     }
     limit = best.get(k - 1);
     count = 0;
   }
 };
 
-// All threads come with an entry for each list, or with none. How many were taken of the first.
+// Each thread pushes an entry, or kNone, to each list. Returns the number of entries that the first list accepted.
 template <class E, int kLists>
-EAML_DEVICE int push(Best<E> (&lists)[kLists], const E (&entries)[kLists], Places& places) {
+EAML_DEVICE int push(TopK<E> (&lists)[kLists], const E (&entries)[kLists], BlockOffsets& offsets) {
   bool yes[kLists];
   int place[kLists], total[kLists];
   EAML_UNROLL
   for (int i = 0; i < kLists; ++i) yes[i] = entries[i] < lists[i].limit;
-  places.find(yes, place, total);
+  offsets.find(yes, place, total);
   EAML_UNROLL
   for (int i = 0; i < kLists; ++i) {
     if (yes[i]) lists[i].fresh.set(lists[i].count + place[i], entries[i]);
@@ -318,9 +320,9 @@ EAML_DEVICE int push(Best<E> (&lists)[kLists], const E (&entries)[kLists], Place
   return total[0];
 }
 
-// The results of a query; behind a flush.
+// Writes the results of a query. The list must be flushed.
 template <class T>
-EAML_DEVICE void write_best(const Best<Entry<T>>& list, const KnnParams<T>& p, const KnnOutput<T>& found, int64_t row) {
+EAML_DEVICE void write_best(const TopK<Entry<T>>& list, const KnnParams<T>& p, const KnnOutput<T>& found, int64_t row) {
   const T sign = p.metric == Metric::kSqeuclidean ? T(1) : T(-1);
   for (int64_t j = cuda::thread(); j < p.k; j += kThreads) {
     const Entry<T> e = j < list.k ? list.best.get(static_cast<int>(j)) : kNone<Entry<T>>;
@@ -330,7 +332,7 @@ EAML_DEVICE void write_best(const Best<Entry<T>>& list, const KnnParams<T>& p, c
   }
 }
 
-// ---- what runs on the host ----
+// ---- host ----
 
 constexpr int64_t ceil_div(int64_t a, int64_t b) {
   return (a + b - 1) / b;
@@ -340,8 +342,8 @@ constexpr V between(V least, V x, V most) {
   return x < least ? least : x > most ? most : x;
 }
 
-// Memory, one piece behind the other; without memory, how much it takes.
-struct Pieces {
+// Divides the scratch memory of a call into arrays. With null memory, only counts the bytes.
+struct Workspace {
   char* at;
   int64_t used = 0;
   template <class V>
@@ -351,7 +353,8 @@ struct Pieces {
   }
 };
 
-constexpr int64_t kFewBlocks = 132, kManyBlocks = 528;  // that do not fill a large GPU; that fill it several times over
+// Blocks that do not fill a large GPU, and blocks that fill it several times.
+constexpr int64_t kFewBlocks = 132, kManyBlocks = 528;
 
 }  // namespace
 }  // namespace eaml::knn

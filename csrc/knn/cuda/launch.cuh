@@ -1,49 +1,49 @@
-// The CUDA kernels of knn. Two ways lead to the k best of a query, and to the same bits.
+// The CUDA kernels of knn. A query is searched in one of two ways, with the same bits.
 //
-// `rows`: every key's value in double, directly; a block takes some queries and a range of keys and keeps the best of
-// them in shared memory. For few queries, which memory keeps waiting anyway, and for double precision.
+// Direct search, rows.cuh: the exact value of every key, in double. A block takes some queries and a range of keys, and
+// keeps their best entries in shared memory. It serves few queries, whose time is that of reading memory, and float64.
 //
-// `screen`: products on tensor cores, of keys and queries that are centred and rounded to bfloat16, give a lower bound
-// of each value. A sample of the keys yields for each query a threshold that k keys are certainly within; all keys with
-// a lower bound within it go on the query's list. `select` leaves those of the list that may be among the k best, and
-// takes their values in double. Queries whose lists overflow, because too many keys are too close to call, or whose
-// numbers are too large for bounds, go the other way.
+// Filtered search, candidate_filter.cuh: keys and queries are centred and rounded to bfloat16, and their products on
+// tensor cores give a lower bound of each value. A sample of the keys yields a threshold for each query that at least k
+// keys satisfy. All keys whose lower bound is within the threshold join the query's list. `select_kernel` reduces the
+// list to keys that may be among the k best, and evaluates them in double. Queries with too many candidates, or with
+// numbers too large for the bounds, are searched directly.
 //
-// No kernel waits for another but by their order, and none has a result that depends on the order of its threads.
+// Kernels synchronise only by their order on the stream. No result depends on the order of threads.
 #pragma once
 
+#include "knn/cuda/candidate_filter.cuh"
+#include "knn/cuda/packed_keys_updater.cuh"
 #include "knn/cuda/rows.cuh"
-#include "knn/cuda/screen.cuh"
-#include "knn/cuda/store.cuh"
 
 namespace eaml::knn {
 namespace {
 
 template <class T>
-const char* search_by(const KnnParams<T>& problem, KnnOutput<T> found, Pieces& pieces, void* stream) {
+const char* search_by(const KnnParams<T>& params, KnnOutput<T> found, Workspace& workspace, void* stream) {
   if constexpr (sizeof(T) == 4) {
-    if (!is_direct(problem)) {
-      const CandidateFilter p = plan_screen(problem, found, pieces);
-      return pieces.at == nullptr ? nullptr : launch_screen(p, stream);
+    if (!is_direct(params)) {
+      const CandidateFilter p = plan_filter(params, found, workspace);
+      return workspace.at == nullptr ? nullptr : launch_filter(p, stream);
     }
   }
-  const RowsTask<T> p = plan_rows(problem, found, pieces);
-  return pieces.at == nullptr ? nullptr : launch_rows(p, stream);
+  const RowsTask<T> p = plan_rows(params, found, workspace);
+  return workspace.at == nullptr ? nullptr : launch_rows(p, stream);
 }
 
 }  // namespace
 
-#define EAML_DEFINE(T)                                                                                  \
-  template <>                                                                                           \
-  std::int64_t search_bytes<T>(const KnnParams<T>& problem) {                                           \
-    Pieces pieces{nullptr};                                                                             \
-    search_by<T>(problem, {}, pieces, nullptr);                                                         \
-    return pieces.used + 1;                                                                             \
-  }                                                                                                     \
-  template <>                                                                                           \
-  const char* search<T>(const KnnParams<T>& problem, KnnOutput<T> found, void* scratch, void* stream) { \
-    Pieces pieces{static_cast<char*>(scratch)};                                                         \
-    return search_by<T>(problem, found, pieces, stream);                                                \
+#define EAML_DEFINE(T)                                                                                 \
+  template <>                                                                                          \
+  std::int64_t search_bytes<T>(const KnnParams<T>& params) {                                           \
+    Workspace workspace{nullptr};                                                                      \
+    search_by<T>(params, {}, workspace, nullptr);                                                      \
+    return workspace.used + 1;                                                                         \
+  }                                                                                                    \
+  template <>                                                                                          \
+  const char* search<T>(const KnnParams<T>& params, KnnOutput<T> found, void* scratch, void* stream) { \
+    Workspace workspace{static_cast<char*>(scratch)};                                                  \
+    return search_by<T>(params, found, workspace, stream);                                             \
   }
 
 }  // namespace eaml::knn

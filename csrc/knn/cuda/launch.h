@@ -1,5 +1,5 @@
-// The CUDA kernels of knn, seen from outside. Launchers return nullptr, or what went wrong, and leave the work on the
-// stream, a cudaStream_t.
+// Interface of the CUDA kernels of knn. A launcher enqueues its kernels on `stream`, a cudaStream_t, and returns
+// nullptr or an error message.
 #pragma once
 
 #include <cstdint>
@@ -8,11 +8,11 @@
 
 namespace eaml::knn {
 
-constexpr std::int64_t kMostNeighbors = 1024;        // that there are: k may exceed the keys
-constexpr std::int64_t kMostKeys = (1ll << 32) - 2;  // of a memory
+constexpr std::int64_t kMaxNeighbors = 1024;        // neighbours of a query that exist; k may exceed the keys
+constexpr std::int64_t kMaxKeys = (1ll << 32) - 2;  // keys of a memory
 
-// Panels of 32 keys, for tensor cores: the centred keys as bfloat16 numbers, [32][depth], of which the last columns are
-// norms; then rows of 32 words: the norms, where bounds start, their widths, and a word that writing uses.
+// Panels of kPanel keys for tensor cores: the centred keys as bfloat16 numbers, [kPanel][depth], with norms in the last
+// columns. Then come rows of kPanel words: norms, starts and widths of the bounds, and a word for updates.
 EAML_INLINE std::int64_t depth_of(std::int64_t features) {
   return (features + 2 + 15) / 16 * 16;
 }
@@ -20,15 +20,15 @@ EAML_INLINE std::int64_t panel_words(std::int64_t features) {
   return kPanel * (depth_of(features) / 2 + 4);
 }
 
-// Bytes of memory that a search needs for itself.
+// Bytes of scratch memory of a search.
 template <class T>
-std::int64_t search_bytes(const KnnParams<T>& problem);
+std::int64_t search_bytes(const KnnParams<T>& params);
 template <class T>
-const char* search(const KnnParams<T>& problem, KnnOutput<T> found, void* scratch, void* stream);
+const char* search(const KnnParams<T>& params, KnnOutput<T> found, void* scratch, void* stream);
 
-// Writes keys (memories, count, features) and their bias (none: 0) to slots (memories, count) of memories that lie one
-// behind the other; the last of those to one slot stays, slots that do not exist are left out. Without keys the slots
-// become dead. `rebuild`: derives panels and state of what is there.
+// Updates consecutive memories: slots: (memories, count), keys: (memories, count, features), bias: (memories, count) or
+// null for 0. The last write to a slot wins, and slots outside a memory are skipped. Without keys the slots are erased.
+// With `rebuild`, panels and state are computed from keys, bias and live.
 std::int64_t write_bytes(const PackedKeysView<float>& first, std::int64_t memories, bool rebuild, std::int64_t count);
 const char* write(const PackedKeysView<float>& first, std::int64_t memories, bool rebuild, const std::int64_t* slots,
                   std::int64_t count, const void* keys, const void* bias, void* scratch, void* stream);

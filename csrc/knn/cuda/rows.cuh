@@ -1,4 +1,4 @@
-// Queries that are searched directly: every key's value in double.
+// The direct search: the exact value of every key.
 #pragma once
 
 #include "knn/cuda/exact.cuh"
@@ -6,15 +6,15 @@
 namespace eaml::knn {
 namespace {
 
-// Queries that are searched directly: all, or those of a list of rows that an earlier kernel has written.
+// A direct search of all queries, or of a list of queries that an earlier kernel wrote.
 template <class T>
 struct RowsTask {
-  KnnParams<T> problem;
+  KnnParams<T> params;
   KnnOutput<T> found;
-  Entry<T>* partial;  // (query or place in the list, k, part), where there are several parts
-  const int64_t* list;
-  const uint32_t* list_count;
-  int64_t parts, part, groups, blocks;
+  Entry<T>* partial;                    // (queries or entries of the list, k, parts), if there are several parts
+  const int64_t* list;                  // (*list_count,) or null: all queries
+  const uint32_t* list_count;           // (1,)
+  int64_t parts, part, groups, blocks;  // parts of the keys, keys of a part, groups of queries, blocks
   int k, kept;
 };
 
@@ -23,29 +23,28 @@ EAML_KERNEL(kThreads, kQueries == 1 ? 2 : 1)
 rows_kernel(EAML_CONSTANT RowsTask<T> p) {
   using E = Entry<T>;
   constexpr bool kStaged = kPlain;
-  const KnnParams<T>& problem = p.problem;
-  const int64_t features = problem.features, padded = (features + 7) / 8 * 8;
+  const KnnParams<T>& params = p.params;
+  const int64_t features = params.features, padded = (features + 7) / 8 * 8;
   char* memory_at = cuda::shared_memory();
   const Shared<double> staged{reinterpret_cast<double*>(memory_at)};
   if constexpr (kStaged) memory_at += kQueries * padded * sizeof(double);
-  Places places{{reinterpret_cast<uint32_t*>(memory_at)}};
-  memory_at += Places::size(kQueries) * sizeof(uint32_t);
-  const int64_t units = p.parts * (p.list == nullptr ? problem.memories * p.groups : int64_t(*p.list_count));
+  BlockOffsets offsets{{reinterpret_cast<uint32_t*>(memory_at)}};
+  memory_at += BlockOffsets::size(kQueries) * sizeof(uint32_t);
+  const int64_t units = p.parts * (p.list == nullptr ? params.memories * p.groups : int64_t(*p.list_count));
   for (int64_t unit = cuda::block(); unit < units; unit += p.blocks) {
-    cuda::sync_block();  // what the unit before has left is still read
+    cuda::sync_block();  // the previous unit's shared memory is no longer read
     const int64_t part = unit % p.parts, index = unit / p.parts;
     const int64_t group = p.list == nullptr ? index % p.groups : 0;
-    const int64_t first =
-        p.list == nullptr ? index / p.groups * problem.queries_each + group * kQueries : p.list[index];
-    const int64_t left = problem.queries_each - group * kQueries;
+    const int64_t first = p.list == nullptr ? index / p.groups * params.queries_each + group * kQueries : p.list[index];
+    const int64_t left = params.queries_each - group * kQueries;
     const int count = static_cast<int>(p.list == nullptr ? (left < kQueries ? left : kQueries) : 1);
-    const Memory<T> memory(problem, first / problem.queries_each);
+    const Memory<T> memory(params, first / params.queries_each);
     std::conditional_t<kStaged, StagedQuery, Query<T>> queries[kQueries];
-    Best<E> lists[kQueries];
+    TopK<E> lists[kQueries];
     double norms[kQueries];
     EAML_UNROLL
     for (int q = 0; q < kQueries; ++q) {
-      const T* row = problem.queries + (first + (q < count ? q : 0)) * features;
+      const T* row = params.queries + (first + (q < count ? q : 0)) * features;
       lists[q].start(memory_at + q * (p.kept + kFresh) * sizeof(E), p.k, p.kept);
       norms[q] = memory.metric == Metric::kCosine ? norm_of(row, features) : 0;
       if constexpr (kStaged) {
@@ -57,8 +56,8 @@ rows_kernel(EAML_CONSTANT RowsTask<T> p) {
       }
     }
     cuda::sync_block();
-    const int64_t begin = part * p.part, end = begin + p.part < problem.size ? begin + p.part : problem.size;
-    // Two threads take two keys, at once where that leaves registers, and each of them keeps one.
+    const int64_t begin = part * p.part, end = begin + p.part < params.size ? begin + p.part : params.size;
+    // Two threads compute the scores of two keys, together if registers suffice; each keeps the score of one key.
     constexpr int kKeys = kPlain && kQueries == 1 ? 2 : 1;
     for (int64_t slot = begin; slot < end; slot += kThreads) {
       const int64_t mine = slot + cuda::thread(), pair = mine / 2 * 2;
@@ -78,14 +77,14 @@ rows_kernel(EAML_CONSTANT RowsTask<T> p) {
       EAML_UNROLL
       for (int q = 0; q < kQueries; ++q)
         entries[q] = live && q < count ? entry_of(score[q], static_cast<uint32_t>(mine)) : kNone<E>;
-      push(lists, entries, places);
+      push(lists, entries, offsets);
     }
     EAML_UNROLL
     for (int q = 0; q < kQueries; ++q) {
       if (q >= count) continue;
       lists[q].flush();
       if (p.partial == nullptr) {
-        write_best(lists[q], problem, p.found, first + q);
+        write_best(lists[q], params, p.found, first + q);
         continue;
       }
       const int64_t row = p.list == nullptr ? first + q : index;
@@ -96,58 +95,58 @@ rows_kernel(EAML_CONSTANT RowsTask<T> p) {
   }
 }
 
-// The best of what the parts have found.
+// Merges the best entries of the parts.
 template <class T>
 EAML_KERNEL(kThreads)
 merge_kernel(EAML_CONSTANT RowsTask<T> p) {
   using E = Entry<T>;
-  const KnnParams<T>& problem = p.problem;
-  Places places{{reinterpret_cast<uint32_t*>(cuda::shared_memory())}};
-  const int64_t rows = p.list == nullptr ? problem.memories * problem.queries_each : int64_t(*p.list_count);
+  const KnnParams<T>& params = p.params;
+  BlockOffsets offsets{{reinterpret_cast<uint32_t*>(cuda::shared_memory())}};
+  const int64_t rows = p.list == nullptr ? params.memories * params.queries_each : int64_t(*p.list_count);
   for (int64_t row = cuda::block(); row < rows; row += p.blocks) {
     cuda::sync_block();
-    Best<E> lists[1];
-    lists[0].start(cuda::shared_memory() + Places::size(1) * sizeof(uint32_t), p.k, p.kept);
+    TopK<E> lists[1];
+    lists[0].start(cuda::shared_memory() + BlockOffsets::size(1) * sizeof(uint32_t), p.k, p.kept);
     cuda::sync_block();
-    // Each part's best come first: where no part's next is good enough, none behind it is.
+    // Entries are ordered by rank within their part: once no part's next entry is accepted, no later one is.
     const int64_t count = p.parts * p.k;
     for (int64_t i = 0; i < count; i += kThreads) {
       const int64_t at = i + cuda::thread();
       const E entries[1] = {at < count ? p.partial[row * count + at] : kNone<E>};
-      if (push(lists, entries, places) == 0 && p.parts <= kThreads) break;
+      if (push(lists, entries, offsets) == 0 && p.parts <= kThreads) break;
     }
     lists[0].flush();
     cuda::sync_block();
-    write_best(lists[0], problem, p.found, p.list == nullptr ? row : p.list[row]);
+    write_best(lists[0], params, p.found, p.list == nullptr ? row : p.list[row]);
   }
 }
 
-// ---- what runs on the host ----
+// ---- host ----
 
-constexpr std::size_t kMostShared = 96 << 10;  // as much as a block has on the smaller GPUs
-constexpr int64_t kMostStagedFeatures = 512;
+constexpr std::size_t kMaxSharedBytes = 96 << 10;  // the shared memory of a block on the smaller GPUs
+constexpr int64_t kMaxStagedFeatures = 512;
 
 template <class T, int kQueries, bool kPlain>
 std::size_t rows_bytes(const RowsTask<T>& p) {
-  const std::size_t staged = kPlain ? (p.problem.features + 7) / 8 * 8 * sizeof(double) : 0;
-  return kQueries * (staged + Best<Entry<T>>::bytes(p.k)) + Places::size(kQueries) * sizeof(uint32_t);
+  const std::size_t staged = kPlain ? (p.params.features + 7) / 8 * 8 * sizeof(double) : 0;
+  return kQueries * (staged + TopK<Entry<T>>::bytes(p.k)) + BlockOffsets::size(kQueries) * sizeof(uint32_t);
 }
 
 template <class T>
 bool is_plain(const KnnParams<T>& p) {
-  return p.half == Half::kNone && p.features % 4 == 0 && p.features <= kMostStagedFeatures &&
+  return p.half == Half::kNone && p.features % 4 == 0 && p.features <= kMaxStagedFeatures &&
          reinterpret_cast<std::uintptr_t>(p.keys) % 16 == 0;
 }
 
-// Calls f(number of queries of a block, whether keys are plain), both as constants.
+// Calls f(queries per block, whether keys are plain), both as constants.
 template <class T, class F>
 const char* with_rows(const RowsTask<T>& p, F f) {
   constexpr int kGroup = 4;
-  const bool plain = is_plain(p.problem);
-  if (p.list == nullptr && p.problem.queries_each > 1) {
-    if (plain && rows_bytes<T, kGroup, true>(p) <= kMostShared)
+  const bool plain = is_plain(p.params);
+  if (p.list == nullptr && p.params.queries_each > 1) {
+    if (plain && rows_bytes<T, kGroup, true>(p) <= kMaxSharedBytes)
       return f(std::integral_constant<int, kGroup>(), std::true_type());
-    if (!plain && rows_bytes<T, kGroup, false>(p) <= kMostShared)
+    if (!plain && rows_bytes<T, kGroup, false>(p) <= kMaxSharedBytes)
       return f(std::integral_constant<int, kGroup>(), std::false_type());
   }
   if (plain) return f(std::integral_constant<int, 1>(), std::true_type());
@@ -155,19 +154,19 @@ const char* with_rows(const RowsTask<T>& p, F f) {
 }
 
 template <class T>
-RowsTask<T> rows_task(const KnnParams<T>& problem, KnnOutput<T> found) {
+RowsTask<T> rows_task(const KnnParams<T>& params, KnnOutput<T> found) {
   RowsTask<T> p{};
-  p.problem = problem, p.found = found;
-  p.k = static_cast<int>(problem.k < problem.size ? problem.k : problem.size);
-  if (p.k == 0) p.k = 1;  // no keys: a list that stays empty
-  p.kept = Best<Entry<T>>::kept_for(p.k);
+  p.params = params, p.found = found;
+  p.k = static_cast<int>(params.k < params.size ? params.k : params.size);
+  if (p.k == 0) p.k = 1;  // no keys: the list stays empty
+  p.kept = TopK<Entry<T>>::kept_for(p.k);
   return p;
 }
 
-// Parts of the keys, none so small that its best are most of it.
+// Divides the keys into parts, each several times larger than its list of best entries.
 template <class T>
-void cut_keys(RowsTask<T>& p, int64_t wanted) {
-  const int64_t least = p.k * 4 > kThreads ? p.k * 4 : kThreads, size = p.problem.size > 0 ? p.problem.size : 1;
+void partition_keys(RowsTask<T>& p, int64_t wanted) {
+  const int64_t least = p.k * 4 > kThreads ? p.k * 4 : kThreads, size = p.params.size > 0 ? p.params.size : 1;
   p.parts = between<int64_t>(1, wanted, ceil_div(size, least));
   p.part = ceil_div(ceil_div(size, p.parts), kThreads) * kThreads;
   p.parts = ceil_div(size, p.part);
@@ -182,24 +181,24 @@ const char* launch_rows(const RowsTask<T>& p, void* stream) {
                         stream, p);
   });
   if (error != nullptr || p.partial == nullptr) return error;
-  const int64_t rows = p.problem.memories * p.problem.queries_each;
+  const int64_t rows = p.params.memories * p.params.queries_each;
   RowsTask<T> merge = p;
   merge.blocks = p.list == nullptr ? rows : between<int64_t>(1, rows, kManyBlocks);
   return cuda::launch(merge_kernel<T>, merge.blocks, kThreads,
-                      Places::size(1) * sizeof(uint32_t) + Best<Entry<T>>::bytes(p.k), stream, merge);
+                      BlockOffsets::size(1) * sizeof(uint32_t) + TopK<Entry<T>>::bytes(p.k), stream, merge);
 }
 
 template <class T>
-RowsTask<T> plan_rows(const KnnParams<T>& problem, KnnOutput<T> found, Pieces& pieces) {
-  RowsTask<T> p = rows_task(problem, found);
+RowsTask<T> plan_rows(const KnnParams<T>& params, KnnOutput<T> found, Workspace& workspace) {
+  RowsTask<T> p = rows_task(params, found);
   with_rows(p, [&](auto queries, auto) {
-    p.groups = ceil_div(problem.queries_each, decltype(queries)::value);
+    p.groups = ceil_div(params.queries_each, decltype(queries)::value);
     return nullptr;
   });
-  const int64_t units = problem.memories * p.groups;
-  cut_keys(p, units >= kFewBlocks ? 1 : kManyBlocks / units);
+  const int64_t units = params.memories * p.groups;
+  partition_keys(p, units >= kFewBlocks ? 1 : kManyBlocks / units);
   p.blocks = units * p.parts;
-  if (p.parts > 1) pieces.take(p.partial, problem.memories * problem.queries_each * p.k * p.parts);
+  if (p.parts > 1) workspace.take(p.partial, params.memories * params.queries_each * p.k * p.parts);
   return p;
 }
 

@@ -154,8 +154,8 @@ EAML_SHARED void backward_part(const Unit<Z>& unit, int64_t part, int64_t offset
   }
 }
 
-// Sums a chunk's terms of B or C, [group of states][step][row_size], over lanes and stores them in `to`, (state,
-// length).
+// Sums a chunk's terms of B or C, [group of states][step][row_size], over lanes and stores them in
+// `to`: (dstate, length).
 template <class Z, bool kLane>
 EAML_SHARED void reduce_lanes(number_t<Z>* to, Span<output_t<Z>> sums, const ScanParams& params, int64_t steps) {
   using V = vector_t<Z>;

@@ -19,20 +19,20 @@ inline std::int64_t partial_sum_begin(const ScanParams& s, std::int64_t part) {
 // caller reduces.
 template <class T>
 struct Gradients {
-  Out<T> u, delta, z;              // (batch, dim, length)
-  T* initial_state = nullptr;      // (batch, dim, all_dstate)
-  T* A = nullptr;                  // (batch, dim, state)
-  T* B = nullptr;                  // (batch, unit, state, length) or, invariant, (batch, dim, state)
-  T* C = nullptr;                  // as B
-  T* D = nullptr;                  // (batch, dim)
-  T* delta_bias = nullptr;         // (batch, dim)
-  const T* checkpoints = nullptr;  // saved by the forward pass
-  const T* checkpoint_tangents = nullptr;
-  T* carry = nullptr;  // (batch, all_dstate, dim): gradient of the state before the call's first chunk
-  T* carry_tangent = nullptr;
+  Out<T> u, delta, z;                      // (batch, dim, length)
+  T* initial_state = nullptr;              // (batch, dim, all_dstate)
+  T* A = nullptr;                          // (batch, dim, dstate)
+  T* B = nullptr;                          // (batch, units, dstate, length) or, invariant in time, (batch, dim, dstate)
+  T* C = nullptr;                          // as B
+  T* D = nullptr;                          // (batch, dim)
+  T* delta_bias = nullptr;                 // (batch, dim)
+  const T* checkpoints = nullptr;          // (batch, chunks - 1, all_dstate, dim): saved by the forward pass
+  const T* checkpoint_tangents = nullptr;  // (batch, chunks - 1, all_dstate, dim)
+  T* carry = nullptr;          // (batch, all_dstate, dim): gradient of the state before the call's first chunk
+  T* carry_tangent = nullptr;  // (batch, all_dstate, dim)
 };
 
-// A problem has batch * units(params) independent units; a call computes those in [begin, end).
+// A call has batch * units(params) independent units; a kernel computes the units [begin, end).
 template <class T>
 std::int64_t units_per_group(const ScanParams& params) {
   const std::int64_t width = kUnitBytes / sizeof(T), dim = params.dim / params.groups;

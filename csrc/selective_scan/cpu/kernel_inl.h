@@ -1,6 +1,5 @@
-// The CPU kernels as templates on a vector of lanes. kernel_versions.h includes this file once per instruction set;
-// a file per precision, EAML_NUMBER, instantiates it for real states, and another one, with EAML_COMPLEX, for complex
-// states.
+// The CPU kernels as templates on a vector of lanes. kernel_versions.h includes this file once per instruction set. One
+// file per precision, EAML_NUMBER, instantiates it for real states; another, with EAML_COMPLEX, for complex states.
 //
 // Lanes are channels, so there is no horizontal sum per step and the exponential runs at full vector width. A unit of
 // work is one batch row times kUnitBytes of channels, in blocks of one vector. The scan goes through time in chunks:

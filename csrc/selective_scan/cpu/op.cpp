@@ -10,12 +10,10 @@
 namespace eaml::selective_scan {
 namespace {
 
-int64_t num_partial_sums(const ScanParams& s, ScalarType dtype) {
-  if (half(dtype) != Half::kNone) return 1;
+int64_t num_partial_sums_of(const ScanParams& s, ScalarType dtype) {
+  if (half_of(dtype) != Half::kNone) return 1;
   return dtype == ScalarType::Float ? num_partial_sums<float>(s) : num_partial_sums<double>(s);
 }
-
-const char* const kDevice = "the CPU";
 
 bool on_device(const Tensor& t) {
   return t.is_cpu();
@@ -26,7 +24,7 @@ bool splits_states(const ScanParams& s) {
   return s.num_partial_sums > 1 && torch::stable::get_num_threads() > 1;
 }
 
-// The states of one partial sum: their number, and their offset in the arrays.
+// The states of one partial sum: their number, and the first one's index in the arrays.
 struct StateRange {
   ScanParams params;
   int64_t first;
@@ -94,15 +92,16 @@ void sum_middle(T* to, const T* from, int64_t outer, int64_t middle, int64_t inn
   });
 }
 
-// A gradient (outer, inner real numbers) that a kernel leaves as partial sums (partitions, outer, middle, inner).
+// A gradient, (outer, inner) real numbers, which kernels write as partial sums (partitions, outer, middle, inner).
 template <class T>
 struct Partial {
   Tensor result;
-  T* data;  // the result itself where there is nothing to add up
+  T* data;  // points to the result itself if there is nothing to add
   int64_t partitions, outer, middle, inner;
 
-  Partial(Scratch& scratch, const Tensor& wide, const Maybe& like, int64_t p, int64_t o, int64_t m, int64_t i)
-      : result(like ? empty(*like, sizes_of(*like)) : empty(wide, {0})),
+  Partial(Scratch& scratch, const Tensor& parameter, const OptionalTensor& like, int64_t p, int64_t o, int64_t m,
+          int64_t i)
+      : result(like ? empty(*like, sizes_of(*like)) : empty(parameter, {0})),
         partitions(p),
         outer(like ? o : 0),
         middle(m),
@@ -137,7 +136,7 @@ struct GradientTensors {
         initial_state(scratch, *x.A, x.initial_state, 1, s.batch, 1, s.dim * s.dstate * s.num_components) {}
 
   // Summed over the batch rows that share a parameter.
-  static Partial<T> over_rows(Scratch& scratch, const ScanParams& s, const Arguments& x, const Maybe& like,
+  static Partial<T> over_rows(Scratch& scratch, const ScanParams& s, const Arguments& x, const OptionalTensor& like,
                               int64_t rank) {
     const int64_t tasks = like && like->dim() > rank ? like->size(0) : 1;
     const int64_t inner = rank == 2 ? s.dim * s.dstate * s.num_components : s.dim;
@@ -145,7 +144,7 @@ struct GradientTensors {
   }
 
   // Summed over the channels of a group.
-  static Partial<T> over_channels(Scratch& scratch, const ScanParams& s, const Arguments& x, const Maybe& like,
+  static Partial<T> over_channels(Scratch& scratch, const ScanParams& s, const Arguments& x, const OptionalTensor& like,
                                   bool invariant) {
     if (invariant) return over_rows(scratch, s, x, like, 2);
     return {scratch, *x.A, like, 1, s.batch * s.groups, units<T>(s) / s.groups, s.dstate * s.length * s.num_components};
@@ -250,7 +249,7 @@ void run_backward(Scratch& scratch, const ScanParams& s, const Inputs<T>& in, co
 }
 
 template <class T>
-std::tuple<Tensor, Tensor, Tensor> run(const ScanParams& s, const Arguments& x, bool save) {
+ForwardTuple run(const ScanParams& s, const Arguments& x, bool save) {
   Scratch scratch;
   Tensor y = torch::stable::empty_like(*x.u), last = empty(*x.A, {s.batch, s.dim, s.dstate});
   Tensor saved = empty(*x.A, save ? Sizes{s.batch, saved_size(s)} : Sizes{0});
@@ -261,8 +260,8 @@ std::tuple<Tensor, Tensor, Tensor> run(const ScanParams& s, const Arguments& x, 
 }
 
 template <class T>
-GradientTuple run_vjp(const ScanParams& s, const Arguments& x, const Tensor& grad_y, const Maybe& grad_state,
-                      const Maybe& saved) {
+GradientTuple run_vjp(const ScanParams& s, const Arguments& x, const Tensor& grad_y, const OptionalTensor& grad_state,
+                      const OptionalTensor& saved) {
   Scratch scratch;
   Inputs<T> in = inputs<T>(s, x);
   in.grad_y = sequence<T>(grad_y), in.grad_state = sequence<T>(grad_state, s.num_components);
@@ -280,7 +279,7 @@ GradientTuple run_vjp(const ScanParams& s, const Arguments& x, const Tensor& gra
 }
 
 template <class T>
-std::tuple<Tensor, Tensor> run_jvp(const ScanParams& s, const Arguments& x, const Arguments& tangents) {
+StateTuple run_jvp(const ScanParams& s, const Arguments& x, const Arguments& tangents) {
   Scratch scratch;
   const Inputs<T> along = inputs<T>(s, tangents);
   Tensor y = torch::stable::empty_like(*x.u), last = empty(*x.A, {s.batch, s.dim, s.dstate});
@@ -289,9 +288,9 @@ std::tuple<Tensor, Tensor> run_jvp(const ScanParams& s, const Arguments& x, cons
 }
 
 template <class T>
-JvpTuple run_vjp_jvp(const ScanParams& s, const Arguments& x, const Tensor& grad_y, const Maybe& grad_state,
-                     const Arguments& tangents, const Maybe& grad_y_tangent, const Maybe& grad_state_tangent,
-                     bool outputs) {
+JvpTuple run_vjp_jvp(const ScanParams& s, const Arguments& x, const Tensor& grad_y, const OptionalTensor& grad_state,
+                     const Arguments& tangents, const OptionalTensor& grad_y_tangent,
+                     const OptionalTensor& grad_state_tangent, bool outputs) {
   Inputs<T> in = inputs<T>(s, x), along = inputs<T>(s, tangents);
   in.grad_y = sequence<T>(grad_y), in.grad_state = sequence<T>(grad_state, s.num_components);
   along.grad_y = sequence<T>(grad_y_tangent), along.grad_state = sequence<T>(grad_state_tangent, s.num_components);
@@ -310,7 +309,7 @@ JvpTuple run_vjp_jvp(const ScanParams& s, const Arguments& x, const Tensor& grad
 }
 
 template <class T>
-std::tuple<Tensor, Tensor> run_step(const ScanParams& s, const Tensor& state, const Arguments& x) {
+StateTuple run_step(const ScanParams& s, const Tensor& state, const Arguments& x) {
   Tensor y = empty(*x.u, {s.batch, s.dim}), next = empty(state, {s.batch, s.dim, s.dstate});
   const Outputs<T> to{{mutable_data<T>(y), s.dim, 1, 0}, out<T>(next, s.num_components)};
   Scratch scratch;
@@ -318,10 +317,14 @@ std::tuple<Tensor, Tensor> run_step(const ScanParams& s, const Tensor& state, co
   return {y, next};
 }
 
+template <class T>
+constexpr Functions<T> kFunctions{run<T>, run_vjp<T>, run_jvp<T>, run_vjp_jvp<T>, run_step<T>};
+constexpr Device kDevice{"the CPU", on_device, num_partial_sums_of, kFunctions<float>, kFunctions<double>};
+
 }  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(eaml_ext, CPU, m) {
-  register_ops(m);
+  register_ops<kDevice>(m);
 }
 
 }  // namespace eaml::selective_scan

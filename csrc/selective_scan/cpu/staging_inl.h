@@ -83,7 +83,7 @@ EAML_SHARED void store_tile(const Out<T>& out, const T* tile, int64_t row, int64
   if (!has_rows<V>(out, lanes)) scatter_tile<W>(out.data + offset, out, tile, lanes, steps);
 }
 
-// matrix[state][component][lane] of a (rows, dim, state) input, zeros beyond `lanes` and beyond the true state count.
+// matrix[state][component][lane] of a (rows, dim, dstate) input, zeros beyond `lanes` and beyond the true state count.
 // Components of a complex number are neighbours in memory.
 template <int64_t W, int64_t kCount, class T>
 void gather_matrix(T* matrix, const In<T>& in, int64_t row, int64_t channel, int64_t lanes, int64_t state,
@@ -136,7 +136,7 @@ EAML_SHARED void stage_vector(T* vector, const In<T>& in, int64_t row, int64_t c
   for (int64_t i = 0; i < lanes; ++i) vector[i] = from[i * in.channel];
 }
 
-// Entry `index` of saved states (index, state, component, dim), as an input whose states are the components. The state
+// Entry `index` of saved states (index, dstate, component, dim), as an input whose states are the components. The state
 // at the start of chunk c > 0 has index row * (chunks - 1) + c - 1; a carry has index row.
 template <class T>
 In<T> saved_state(const T* all, const ScanParams& params, int64_t index) {

@@ -137,12 +137,13 @@ int64_t partition_begin(const ScanParams& s, int64_t partition) {
 // Runs time segments, each of some partitions, on several threads, with the bits of one thread.
 //
 // Every segment but the first starts from a guess: the state that the chunks before it produce from zeros. Where states
-// decay quickly the guess equals the true state bit for bit. It is used only if a start from ones ends in the same
-// bits, it is compared with the state that the previous segment left, and the segment runs again where they differ.
+// decay quickly the guess equals the true state bit for bit. The guess is used only if a start from ones ends in the
+// same bits. It is then compared with the state that the previous segment left, and the segment runs again if they
+// differ.
 //
 // Returns false, with nothing written, if there are too few partitions or the states decay too slowly.
-// `warm_up(params, carry, unit)` advances a carry through some chunks; `run(begin, end, from, to, unit)` does the
-// partitions [begin, end).
+// `warm_up(params, carry, unit)` advances a carry through some chunks; `run(begin, end, from, to, unit)` computes
+// the partitions [begin, end).
 template <class T, class Warm, class Run>
 bool run_time_segments(Scratch& scratch, const ScanParams& s, const Inputs<T>& in, bool dual, bool backward,
                        Warm warm_up, Run run) {

@@ -1,17 +1,19 @@
-// The CUDA kernels as templates on a Tiling, which says how a block shares out channels and states, and on what A, B, C
-// and the states are: a number T, a Dual<T>, or a Complex of either, Z. Sequences are real_t<Z>, S: T or Dual<T>.
+// The CUDA kernels as templates on a Tiling, which assigns channels and states to threads. A Tiling has the type Z of
+// A, B, C and the states: a number T, a Dual<T>, or a Complex of either. Sequences have the type real_t<Z>, S: T or
+// Dual<T>.
 //
-// A block does some channels of one batch row, one after the other in time: a channel belongs to a few neighbouring
-// threads of a warp, its lanes, and each of them keeps kStates of its states in registers. Time is walked in chunks.
-// The sequences of a chunk are staged in shared memory, read along whichever dimension is contiguous; B and C of some
-// steps stand there for all channels of the block. Sums over the states of a channel, and over the channels of a warp,
-// go four steps at a time by exchanges that halve what is left to sum, so that each costs less than a shuffle a step.
-// Backward walks the chunks from the last to the first. It takes the states through a chunk from the one saved at its
-// start, keeps those that a stretch of four steps starts with, and goes back stretch by stretch.
+// A block computes some channels of one batch row, one step after the other. Each channel has a few adjacent threads of
+// a warp, its lanes, and each lane keeps kStates of the channel's states in registers. The scan goes through time in
+// chunks. The sequences of a chunk are staged in shared memory, read along whichever dimension is contiguous. B and C
+// of some steps are staged for all channels of the block. Sums over states and over channels of a warp are computed for
+// four steps at once: each exchange halves the numbers that are left to sum, so a step costs less than one shuffle.
 //
-// Where there are few channels and many steps, time is cut into segments, which are blocks of their own: `local_*` find
-// what each segment adds to the state that it starts from (backward: to the gradient that it ends with), `carry` walks
-// from segment to segment, and then the same kernels as ever do all segments at once.
+// Backward goes from the last chunk to the first. It recomputes the states of a chunk from the state saved at its
+// start, keeps the states at the start of each tile of four steps, and goes back tile by tile.
+//
+// With few channels and many steps, time is divided into segments, each a block of its own. The local kernels compute
+// each segment's contribution to the state after it (backward: to the gradient before it). `carry_kernel` combines the
+// contributions from segment to segment. Then the forward or backward kernel runs all segments at the same time.
 #pragma once
 
 #include <type_traits>
@@ -27,11 +29,11 @@ namespace {
 using cuda::Shared;
 using std::int64_t;
 
-constexpr int kSteps = kChunk;  // of a chunk
-constexpr int kStretch = 4;     // steps that are taken together
+constexpr int kSteps = kChunk;    // steps of a chunk
+constexpr int kStepsPerTile = 4;  // steps whose sums are computed together
 
 template <class Z>
-constexpr int kWords = kNumComponents<Z> * sizeof(vector_t<Z>) / 4;  // of 32 bits, without the tangent
+constexpr int kWords = kNumComponents<Z> * sizeof(vector_t<Z>) / 4;  // 32-bit words of a Z without its tangent
 
 template <class Z_, int kLanes_, int kStates_>
 struct Tiling {
@@ -41,44 +43,47 @@ struct Tiling {
   static constexpr int kLanes = kLanes_;                              // threads of a channel
   static constexpr int kStates = kStates_;                            // states of a thread
   static constexpr int kPadded = kLanes * kStates;                    // states of a channel
-  static constexpr int kNumbers = kIsDual<Z> ? 2 : 1;                 // of an S
-  static constexpr int kStateNumbers = kNumbers * kNumComponents<Z>;  // of a Z
-  static constexpr int kReals = kStates * kNumComponents<Z>;          // of a thread, without tangents
-  static constexpr int kMost = 512 / (kStates * kWords<Z>);           // as far as shared memory goes
-  static constexpr int kThreads = kLanes * 32 < kMost ? kLanes * 32 : kMost;
+  static constexpr int kNumbers = kIsDual<Z> ? 2 : 1;                 // numbers T of an S
+  static constexpr int kStateNumbers = kNumbers * kNumComponents<Z>;  // numbers T of a Z
+  static constexpr int kReals = kStates * kNumComponents<Z>;  // real numbers of a thread's states, without tangents
+  static constexpr int kMaxThreads = 512 / (kStates * kWords<Z>);  // limited by shared memory
+  static constexpr int kThreads = kLanes * 32 < kMaxThreads ? kLanes * 32 : kMaxThreads;
   static constexpr int kWarps = kThreads / cuda::kWarp;
   static constexpr int kChannels = kThreads / kLanes;
-  static constexpr int kRow = kChannels + 1;  // of a tile of sequences, [step][channel]: columns in other banks
+  static constexpr int kRow =
+      kChannels + 1;  // a row of a [step][channel] tile, padded so that columns lie in different banks
   static constexpr int kTile = kSteps * kRow;
   static constexpr int kVector = kChannels;
-  // Of B and C in shared memory: those of a chunk, or fewer where there are many states.
-  static constexpr int kRoom = 1024 / (kPadded * kWords<Z>);
-  static constexpr int kMatrixSteps = kRoom > kSteps ? kSteps : kRoom < kStretch ? kStretch : kRoom;
+  // Steps of B and C in shared memory: a chunk, or fewer if there are many states.
+  static constexpr int kFittingSteps = 1024 / (kPadded * kWords<Z>);
+  static constexpr int kMatrixSteps = kFittingSteps > kSteps          ? kSteps
+                                      : kFittingSteps < kStepsPerTile ? kStepsPerTile
+                                                                      : kFittingSteps;
   static constexpr int kMatrixRow = kPadded + 4;
   static constexpr int kMatrix = kMatrixSteps * kMatrixRow;  // [step][state]
-  static constexpr int kStretches = kSteps / kStretch;
-  static constexpr int kStarts = kStretches * kStates * kThreads;  // [stretch][state][thread]
-  static constexpr int kColumns = kLanes * kReals;                 // numbers of a channel's B or C
-  static constexpr int kTermsOfWarp = kStretch * 2 * kColumns;     // [step][B or C][state][part], of one warp
-  // Threads that a processor is to hold at a time: as many as leave each the registers that it needs.
+  static constexpr int kStepTiles = kSteps / kStepsPerTile;
+  static constexpr int kStarts = kStepTiles * kStates * kThreads;    // [step tile][state][thread]
+  static constexpr int kColumns = kLanes * kReals;                   // real numbers of a step's B or C
+  static constexpr int kTermsOfWarp = kStepsPerTile * 2 * kColumns;  // [step][B or C][state][component] of one warp
+  // Threads per multiprocessor: the largest numbers that leave each thread the registers it uses.
   static constexpr bool kHot = kStates * kWords<Z> == 4;
-  static constexpr bool kPlain = kWords<Z> == 1;  // real, in single precision
+  static constexpr bool kPlain = kWords<Z> == 1;  // real states in single precision
   static constexpr int kForwardThreads = kIsDual<Z> ? (kPlain ? 384 : 256) : (kPlain ? 640 : 512);
   static constexpr int kBackwardThreads = kPlain && !kIsDual<Z> ? 384 : 256;
   static constexpr int kForwardBlocks = kHot ? kForwardThreads / kThreads : 1;
   static constexpr int kBackwardBlocks = kHot ? kBackwardThreads / kThreads : 1;
-  // Has kernels of its own for B and C that vary in time.
+  // Whether there are separate kernels for B and C that both vary in time.
   static constexpr bool kVarying = kHot && kPlain && !kIsDual<Z>;
-  static_assert(kThreads % cuda::kWarp == 0 && kMatrixSteps % kStretch == 0);
+  static_assert(kThreads % cuda::kWarp == 0 && kMatrixSteps % kStepsPerTile == 0);
 
   static constexpr std::size_t kForwardBytes =
       ((3 * kTile + 2 * kVector) * kNumbers + 2 * kMatrix * kStateNumbers) * sizeof(T);
   static constexpr std::size_t kBackwardBytes =
       kForwardBytes + (kStarts * kStateNumbers + kWarps * kTermsOfWarp) * sizeof(T);
-  static_assert(kBackwardBytes <= 99 << 10, "more than a block may have on the smaller GPUs");
+  static_assert(kBackwardBytes <= 99 << 10, "more shared memory than a block has on the smaller GPUs");
 };
 
-// An array in shared memory; of duals, the tangents stand kSize numbers behind the values.
+// An array in shared memory. Tangents of duals are stored kSize numbers after the values.
 template <class S, int kSize>
 struct Tile {
   Shared<S> data;
@@ -113,29 +118,29 @@ struct Tile<Dual<V>, kSize> {
     data.set_row(value, i), data.set_row(tangent, kSize + i);
   }
 };
-// The components of a complex number are neighbours.
+// The components of a complex number are adjacent.
 template <class S, int kSize>
 struct Tile<Complex<S>, kSize> : Tile<S, 2 * kSize> {
-  using Parts = Tile<S, 2 * kSize>;
+  using Components = Tile<S, 2 * kSize>;
   EAML_MEMBER Complex<S> get(int i) const {
     S x[2];
-    Parts::get_row(x, 2 * i);
+    Components::get_row(x, 2 * i);
     return {x[0], x[1]};
   }
   EAML_MEMBER void set(int i, const Complex<S>& x) const {
     const S row[2] = {x.re, x.im};
-    Parts::set_row(row, 2 * i);
+    Components::set_row(row, 2 * i);
   }
   template <int K>
   EAML_MEMBER void get_row(Complex<S> (&to)[K], int i) const {
     S x[2 * K];
-    Parts::get_row(x, 2 * i);
+    Components::get_row(x, 2 * i);
     EAML_UNROLL
     for (int k = 0; k < K; ++k) to[k] = {x[2 * k], x[2 * k + 1]};
   }
 };
 
-// kHalf: whether the array is of one of the half types.
+// kHalf: whether the array has reduced precision.
 template <bool kHalf = false, class T>
 EAML_DEVICE T read(const In<T>& in, int64_t offset) {
   if (in.data == nullptr) return T(0);
@@ -156,7 +161,7 @@ EAML_DEVICE void write(const Out<T>& out, int64_t offset, T x) {
   }
 }
 
-// A number, or the components of a complex one, to where they are neighbours.
+// Stores a number, or the adjacent components of a complex number.
 template <class T>
 EAML_DEVICE void put(T* to, T x) {
   *to = x;
@@ -166,13 +171,14 @@ EAML_DEVICE void put(T* to, const Complex<T>& x) {
   to[0] = x.re, to[1] = x.im;
 }
 
-// An input on Z: the value and, of duals, the tangent. `at` gives the offset in an array with the strides it is given.
+// Reads an input as a Z: the value and, for duals, the tangent. at(in) returns the offset in an array with in's
+// strides.
 template <class Z, bool kHalf = false, class F>
 EAML_DEVICE Z read_input(const Arrays<vector_t<Z>>& arrays, In<vector_t<Z>> Inputs<vector_t<Z>>::* member, F at) {
   const auto& value = arrays.values.*member;
   if constexpr (kNumComponents<Z> == 2) {
-    const auto behind = [&](const auto& in) { return at(in) + 1; };
-    return {read_input<real_t<Z>>(arrays, member, at), read_input<real_t<Z>>(arrays, member, behind)};
+    const auto next = [&](const auto& in) { return at(in) + 1; };
+    return {read_input<real_t<Z>>(arrays, member, at), read_input<real_t<Z>>(arrays, member, next)};
   } else if constexpr (kIsDual<Z>) {
     const auto& tangent = arrays.tangents.*member;
     return {read<kHalf>(value, at(value)), read<kHalf>(tangent, at(tangent))};
@@ -181,7 +187,7 @@ EAML_DEVICE Z read_input(const Arrays<vector_t<Z>>& arrays, In<vector_t<Z>> Inpu
   }
 }
 
-// A Z among others: of duals there are two arrays, and the components of a complex number stand `step` apart.
+// Reads a Z of saved states. Duals have two arrays; the components of a complex number are `step` numbers apart.
 template <class Z, class T>
 EAML_DEVICE Z get_saved(const T* value, const T* tangent, int64_t i, int64_t step) {
   if constexpr (kNumComponents<Z> == 2)
@@ -206,7 +212,7 @@ EAML_DEVICE int64_t row_offset(const In<T>& in, int64_t row) {
   return (in.rows_per_outer == 1 ? row : row / in.rows_per_outer) * in.outer;
 }
 
-// (dt, d dt / d delta) of a shifted delta.
+// dt and d dt / d delta, where `shifted` is delta + delta_bias.
 template <class S>
 EAML_DEVICE Softplus<S> step_size(S shifted, bool by_softplus) {
   Softplus<S> out[1] = {{shifted, S(vector_t<S>(1))}};
@@ -236,9 +242,9 @@ EAML_DEVICE Rate<Complex<S>> rate_of(const Complex<S>& A) {
   return {value(A.re) * vector_t<S>(kLog2e), half_turns(value(A.im))};
 }
 
-// Sums v[k] over the threads of a warp that differ in the bits from kFrom up to kTo (both powers of two), and shares
-// the K sums out: v[0 .. max(1, K kFrom / kTo)) are then those from `first` on. Where that is more threads than sums,
-// one of them is `mine`.
+// Sums v[k] over the threads of a warp that differ in the bits from kFrom up to kTo, both powers of two, and
+// distributes the K sums over these threads. Afterwards v[0 .. max(1, K kFrom / kTo)) holds the sums from index `first`
+// on. If there are more threads than sums, `mine` is true on one thread per sum.
 template <int kFrom, int kTo, int K, class T>
 EAML_DEVICE void sum_apart(T* v, int& first, bool& mine) {
   if constexpr (kFrom < kTo) {
@@ -260,25 +266,25 @@ EAML_DEVICE void sum_apart(T* v, int& first, bool& mine) {
 template <int kFrom, int kTo, int K>
 constexpr int kSumsLeft = K * kFrom / kTo > 1 ? K * kFrom / kTo : 1;
 
-// Sums over the lanes of a channel of a quantity at the steps of a stretch, to a column of a tile.
+// Sums a quantity over the lanes of a channel for each step of a tile, and stores the sums in a column of `tile`.
 template <class L, class S, int kSize>
-EAML_DEVICE void put_sums(const S (&sums)[kStretch], Tile<S, kSize> tile, int at, bool add) {
+EAML_DEVICE void put_sums(const S (&sums)[kStepsPerTile], Tile<S, kSize> tile, int at, bool add) {
   using T = vector_t<S>;
-  constexpr int kLeft = kSumsLeft<1, L::kLanes, kStretch>;
-  T value[kStretch], tangent[kStretch];
+  constexpr int kLeft = kSumsLeft<1, L::kLanes, kStepsPerTile>;
+  T value[kStepsPerTile], tangent[kStepsPerTile];
   int first = 0;
   bool mine = true;
   EAML_UNROLL
-  for (int i = 0; i < kStretch; ++i) {
+  for (int i = 0; i < kStepsPerTile; ++i) {
     if constexpr (kIsDual<S>)
       value[i] = sums[i].value, tangent[i] = sums[i].tangent;
     else
       value[i] = sums[i];
   }
-  sum_apart<1, L::kLanes, kStretch>(value, first, mine);
+  sum_apart<1, L::kLanes, kStepsPerTile>(value, first, mine);
   if constexpr (kIsDual<S>) {
     first = 0, mine = true;
-    sum_apart<1, L::kLanes, kStretch>(tangent, first, mine);
+    sum_apart<1, L::kLanes, kStepsPerTile>(tangent, first, mine);
   }
   if (!mine) return;
   EAML_UNROLL
@@ -293,7 +299,7 @@ EAML_DEVICE void put_sums(const S (&sums)[kStretch], Tile<S, kSize> tile, int at
   }
 }
 
-// A block's part of the problem, and what a thread knows of it.
+// The channels and the time segment of a block, its arrays in shared memory, and the position of a thread.
 template <class L>
 struct Block {
   using Z = typename L::Z;
@@ -303,12 +309,12 @@ struct Block {
 
   const ScanParams& params;
   const Arrays<T>& arrays;
-  int64_t index;              // of the block's channels among all of (batch, group, block)
-  int64_t row, group, first;  // first: the block's first channel
+  int64_t index;              // of the channel block in (batch, groups, channel_blocks)
+  int64_t row, group, first;  // batch row, group, and the block's first channel
   int64_t segment, segments;
-  int channels;  // of the block
+  int channels;  // channels of the block
   int thread, channel, lane;
-  int staged = -1;  // first step of the chunk of which shared memory holds B and C
+  int staged = -1;  // the first step whose B and C are in shared memory; -1: none
   Tile<S, L::kTile> x, dt, y;
   Tile<Z, L::kMatrix> B, C;
   Tile<S, L::kVector> D, bias;
@@ -344,16 +350,16 @@ struct Block {
   EAML_MEMBER bool has_channel() const { return channel < channels; }
   EAML_MEMBER bool has_state(int k) const { return has_channel() && lane * kStates + k < params.dstate; }
   EAML_MEMBER int64_t state(int k) const { return lane * kStates + k; }
-  // Offset of a state in (rows, states, components, dim); `rows` are batch rows, or batch rows times segments.
+  // Offset of a state in (rows, dstate, num_components, dim); a row is a batch row or a segment of one.
   EAML_MEMBER int64_t saved_at(int64_t rows, int k) const {
     return (rows * params.dstate + state(k)) * kNumComponents<Z> * params.dim + first + channel;
   }
-  // Offset of a state in (rows, dim, states, components); `rows` are batch rows times segments.
+  // Offset of a state in (rows, dim, dstate, num_components); a row is a segment of a batch row.
   EAML_MEMBER int64_t partial_at(int64_t rows, int k) const {
     return ((rows * params.dim + first + channel) * params.dstate + state(k)) * kNumComponents<Z>;
   }
 
-  // The thread's states in (rows, dim, states): `otherwise` where there is none.
+  // Reads the thread's states of a (rows, dim, dstate) input; padding states are `otherwise`.
   EAML_MEMBER void read_states(Z (&to)[kStates], In<T> Inputs<T>::* member, Z otherwise = {}) const {
     EAML_UNROLL
     for (int k = 0; k < kStates; ++k) {
@@ -373,7 +379,7 @@ struct Block {
     for (int k = 0; k < kStates; ++k)
       if (has_state(k)) set_saved(value, tangent, saved_at(rows, k), params.dim, from[k]);
   }
-  // D and delta_bias of the block's channels, for who comes behind a barrier.
+  // Stages D and delta_bias of the block's channels. Readers need a barrier first.
   EAML_MEMBER void stage_vectors() const {
     if (thread >= channels) return;
     const auto at = [&](const In<T>& in) { return row_offset(in, row) + (first + thread) * in.channel; };
@@ -390,15 +396,15 @@ struct Block {
     return step_size(read_sequence<kHalf>(&Inputs<T>::delta, c, t) + bias.get(c), params.softplus);
   }
 
-  // States that only fill the tiling decay like others: of an infinite step, exp(inf 0) would be NaN.
+  // Padding states get A = -1: with A = 0 an infinite step size would make them exp(inf 0) = NaN.
   EAML_MEMBER void read_rates(Z (&A)[kStates], Rate<Z> (&rate)[kStates]) const {
     read_states(A, &Inputs<T>::A, Z{T(-1)});
     EAML_UNROLL
     for (int k = 0; k < kStates; ++k) rate[k] = rate_of(A[k]);
   }
 
-  // Calls f(step, channel, whether sequences are of half precision) for the steps and channels of a chunk, each by one
-  // thread; neighbours are neighbours in u.
+  // Calls f(step, channel, whether sequences have reduced precision) for each step and channel of a chunk, each on one
+  // thread. Adjacent threads take adjacent numbers of u.
   template <class F>
   EAML_MEMBER void each_element(int steps, F f) const {
     if constexpr (sizeof(T) == 4) {
@@ -425,7 +431,7 @@ struct Block {
                         params.reset[row * params.reset_outer + (chunk * kSteps + t) * params.reset_inner]);
   }
 
-  // B (C) of kMatrixSteps steps, from step `start` of the chunk on; zero where there is no state or step.
+  // Stages B or C of kMatrixSteps steps from step `start` of the chunk on; padding states and steps are zero.
   EAML_MEMBER void stage_matrix(Tile<Z, L::kMatrix> to, In<T> Inputs<T>::* member, int64_t chunk, int start) const {
     const bool along_time = (arrays.values.*member).inner == kNumComponents<Z>;
     constexpr int kCount = L::kMatrixSteps * L::kPadded;
@@ -442,7 +448,8 @@ struct Block {
     }
   }
 
-  // Has B and C of the stretch that starts at step t of the chunk in shared memory. A block's threads agree on t.
+  // Stages B and C of the tile that starts at step t of the chunk, unless they are staged. t is the same for all
+  // threads.
   EAML_MEMBER void need_matrices(int64_t chunk, int t, bool need_B, bool need_C) {
     const int start = t / L::kMatrixSteps * L::kMatrixSteps;
     if (start == staged) return;
@@ -458,7 +465,7 @@ struct Block {
   EAML_MEMBER int tile_at(int t) const { return t * L::kRow + channel; }
 };
 
-// B or C of a thread's states: read at each step, or, if they may be invariant in time, kept.
+// B or C of a thread's states: read at each step, or kept in registers if invariant in time.
 template <class L, bool kInvariant>
 struct Operand {
   using Z = typename L::Z;
@@ -477,14 +484,14 @@ struct Operand {
   }
 };
 
-// The sum of a segment's steps, and whether one of them is reset.
+// Stores the sum of a segment's step sizes, and whether the segment has a reset.
 template <class L>
 EAML_DEVICE void write_steps(const Block<L>& block, const TimeSegments<typename L::T>& to, typename L::S total,
-                             bool cut) {
+                             bool has_reset) {
   if (!block.has_channel() || block.lane != 0) return;
   const int64_t at = (block.row * block.segments + block.segment) * block.params.dim + block.first + block.channel;
   set_saved(to.steps, to.step_tangents, at, 0, total);
-  to.has_reset[at] = cut;
+  to.has_reset[at] = has_reset;
 }
 
 template <class L, bool kInvariant>
@@ -514,17 +521,17 @@ forward_kernel(EAML_CONSTANT Forward<typename L::T> p) {
   Operand<L, kInvariant> B, C;
   B.start(block, &Inputs<T>::B, p.params.B_invariant);
   if (outputs) C.start(block, &Inputs<T>::C, p.params.C_invariant);
-  S total{};  // of the steps, of a local run
-  bool cut = false;
+  S total{};  // the sum of step sizes, in a local run
+  bool has_reset = false;
 
   for (int64_t chunk = block.first_chunk(block.segment); chunk < end; ++chunk) {
     const int steps = block.steps(chunk);
     if (p.out.checkpoints && chunk > 0)
       block.write_saved(p.out.checkpoints, p.out.checkpoint_tangents, block.row * (chunks - 1) + chunk - 1, h);
     const std::uint32_t resets = block.resets(chunk, steps);
-    cut = cut || resets != 0;
+    has_reset = has_reset || resets != 0;
     block.staged = -1;
-    cuda::sync_block();  // what the chunk before still reads
+    cuda::sync_block();  // the previous chunk's tiles are no longer read
     block.each_element(steps, [&](int t, int c, auto half) {
       const int64_t time = chunk * kSteps + t;
       const S u = block.template read_sequence<half>(&Inputs<T>::u, c, time);
@@ -535,11 +542,11 @@ forward_kernel(EAML_CONSTANT Forward<typename L::T> p) {
     });
     cuda::sync_block();
 
-    for (int start = 0; start < steps; start += kStretch) {
+    for (int start = 0; start < steps; start += kStepsPerTile) {
       block.need_matrices(chunk, start, true, outputs);
-      S sums[kStretch];
+      S sums[kStepsPerTile];
       EAML_UNROLL
-      for (int i = 0; i < kStretch; ++i) {
+      for (int i = 0; i < kStepsPerTile; ++i) {
         const int t = start + i;
         sums[i] = S{};
         if (t >= steps) continue;
@@ -583,7 +590,7 @@ forward_kernel(EAML_CONSTANT Forward<typename L::T> p) {
 
   if (local) {
     block.write_saved(p.segments.states, p.segments.state_tangents, segment, h);
-    write_steps(block, p.segments, total, cut);
+    write_steps(block, p.segments, total, has_reset);
   } else if (p.out.last_state.data && block.segment == block.segments - 1) {
     const Out<T>& out = p.out.last_state;
     EAML_UNROLL
@@ -629,14 +636,14 @@ backward_kernel(EAML_CONSTANT Backward<typename L::T> p) {
 
   for (int64_t chunk = block.first_chunk(block.segment + 1) - 1; chunk >= begin; --chunk) {
     const int steps = block.steps(chunk);
-    const int last = (steps - 1) / kStretch * kStretch;
+    const int last = (steps - 1) / kStepsPerTile * kStepsPerTile;
     const std::uint32_t resets = block.resets(chunk, steps);
     Z h[kStates];
     if (chunk > 0)
       block.read_saved(h, p.out.checkpoints, p.out.checkpoint_tangents, block.row * (chunks - 1) + chunk - 1);
     else
       block.read_states(h, &Inputs<T>::initial_state);
-    cuda::sync_block();  // what the chunk before still reads
+    cuda::sync_block();  // the previous chunk's tiles are no longer read
     block.each_element(steps, [&](int t, int c, auto half) {
       const int64_t time = chunk * kSteps + t;
       const S u = block.template read_sequence<half>(&Inputs<T>::u, c, time);
@@ -651,16 +658,17 @@ backward_kernel(EAML_CONSTANT Backward<typename L::T> p) {
     });
     cuda::sync_block();
 
-    // From the start of the chunk to that of its last stretch.
+    // Forward from the start of the chunk to the start of its last tile.
     block.staged = -1;
-    for (int start = 0;; start += kStretch) {
+    for (int start = 0;; start += kStepsPerTile) {
       EAML_UNROLL
-      for (int k = 0; k < kStates; ++k) starts.set((start / kStretch * kStates + k) * L::kThreads + block.thread, h[k]);
+      for (int k = 0; k < kStates; ++k)
+        starts.set((start / kStepsPerTile * kStates + k) * L::kThreads + block.thread, h[k]);
       if (start == last) break;
       block.need_matrices(chunk, start, true, L::kMatrixSteps == kSteps);
       if (!block.has_channel()) continue;
       EAML_UNROLL
-      for (int i = 0; i < kStretch; ++i) {
+      for (int i = 0; i < kStepsPerTile; ++i) {
         const int t = start + i;
         if (resets >> t & 1) {
           EAML_UNROLL
@@ -676,17 +684,17 @@ backward_kernel(EAML_CONSTANT Backward<typename L::T> p) {
       }
     }
 
-    // And back. Each stretch is redone from its start, with decays and states in registers.
+    // Backward. Each tile is recomputed from its start, with decays and states in registers.
     if (L::kMatrixSteps != kSteps) block.staged = -1;
-    for (int start = last; start >= 0; start -= kStretch) {
+    for (int start = last; start >= 0; start -= kStepsPerTile) {
       block.need_matrices(chunk, start, true, true);
-      Z a[kStretch][kStates], rest[kStretch][kStates];
-      S sums_x[kStretch], sums_dt[kStretch], sums_y[kStretch];
+      Z a[kStepsPerTile][kStates], rest[kStepsPerTile][kStates];
+      S sums_x[kStepsPerTile], sums_dt[kStepsPerTile], sums_y[kStepsPerTile];
       EAML_UNROLL
       for (int k = 0; k < kStates; ++k)
-        h[k] = starts.get((start / kStretch * kStates + k) * L::kThreads + block.thread);
+        h[k] = starts.get((start / kStepsPerTile * kStates + k) * L::kThreads + block.thread);
       EAML_UNROLL
-      for (int i = 0; i < kStretch; ++i) {
+      for (int i = 0; i < kStepsPerTile; ++i) {
         const int t = start + i;
         sums_y[i] = S{};
         if (t >= steps || !block.has_channel()) continue;
@@ -712,7 +720,7 @@ backward_kernel(EAML_CONSTANT Backward<typename L::T> p) {
       }
 
       EAML_UNROLL
-      for (int i = kStretch - 1; i >= 0; --i) {
+      for (int i = kStepsPerTile - 1; i >= 0; --i) {
         const int t = start + i;
         T term[kTerms];
         EAML_UNROLL
@@ -747,11 +755,11 @@ backward_kernel(EAML_CONSTANT Backward<typename L::T> p) {
         EAML_UNROLL
         for (int k = 0; k < kLeft; ++k) {
           const int which = (first_term + k) / kReals, column = block.lane * kReals + (first_term + k) % kReals;
-          terms.set(((warp * kStretch + i) * 2 + which) * L::kColumns + column, term[k]);
+          terms.set(((warp * kStepsPerTile + i) * 2 + which) * L::kColumns + column, term[k]);
         }
       }
 
-      cuda::sync_warp();  // all lanes of a channel have read what these sums go over
+      cuda::sync_warp();  // all lanes of a channel have read the rows that these sums overwrite
       const int at = block.tile_at(start);
       put_sums<L>(sums_x, block.x, at, false);
       put_sums<L>(sums_dt, block.dt, at, false);
@@ -817,7 +825,7 @@ backward_kernel(EAML_CONSTANT Backward<typename L::T> p) {
   if (p.out.delta_bias) p.out.delta_bias[at] = sum_bias;
 }
 
-// What a segment adds to the gradient of the state that it starts from. No state is needed for that.
+// Computes a segment's contribution to the gradient of the state before it, which does not depend on any state.
 template <class L>
 EAML_KERNEL(L::kThreads, L::kForwardBlocks)
 local_backward_kernel(EAML_CONSTANT Backward<typename L::T> p) {
@@ -830,7 +838,7 @@ local_backward_kernel(EAML_CONSTANT Backward<typename L::T> p) {
   Z A[kStates], grad_h[kStates];
   Rate<Z> rate[kStates];
   S total{};
-  bool cut = false;
+  bool has_reset = false;
   block.stage_vectors();
   block.read_rates(A, rate);
   Operand<L, true> C;
@@ -841,7 +849,7 @@ local_backward_kernel(EAML_CONSTANT Backward<typename L::T> p) {
   for (int64_t chunk = block.first_chunk(block.segment + 1) - 1; chunk >= begin; --chunk) {
     const int steps = block.steps(chunk);
     const std::uint32_t resets = block.resets(chunk, steps);
-    cut = cut || resets != 0;
+    has_reset = has_reset || resets != 0;
     block.staged = -1;
     cuda::sync_block();
     block.each_element(steps, [&](int t, int c, auto half) {
@@ -874,10 +882,11 @@ local_backward_kernel(EAML_CONSTANT Backward<typename L::T> p) {
 
   const int64_t segment = block.row * block.segments + block.segment;
   block.write_saved(p.segments.states, p.segments.state_tangents, segment, grad_h);
-  write_steps(block, p.segments, total, cut);
+  write_steps(block, p.segments, total, has_reset);
 }
 
-// From segment to segment, each state on its own: what a segment adds becomes what it starts from.
+// Carries each state from segment to segment: replaces a segment's contribution by the state that the segment starts
+// from.
 template <class Z, bool kBackward>
 EAML_KERNEL(256)
 carry_kernel(EAML_CONSTANT ScanParams params, EAML_CONSTANT Arrays<vector_t<Z>> arrays,
@@ -905,7 +914,7 @@ carry_kernel(EAML_CONSTANT ScanParams params, EAML_CONSTANT Arrays<vector_t<Z>> 
   }
 }
 
-// One step of every channel; a few neighbouring threads share the states of one.
+// One step of every channel; the states of a channel are divided among `lanes` adjacent threads.
 constexpr int kStepThreads = 128;
 template <class Z>
 EAML_KERNEL(kStepThreads)
@@ -954,7 +963,7 @@ step_kernel(EAML_CONSTANT Forward<vector_t<Z>> p, int lanes) {
   write(p.out.y, row * p.out.y.outer + channel * p.out.y.channel, y);
 }
 
-// The second stage of the reductions: a block does kSumColumns sums, each by kSumRows threads, in a fixed order.
+// The second stage of the reductions. A block computes kSumColumns sums, each on kSumRows threads, in a fixed order.
 constexpr int kSumColumns = 32, kSumRows = 8;
 template <class T>
 EAML_KERNEL(kSumColumns* kSumRows)
@@ -977,9 +986,10 @@ sum_kernel(EAML_CONSTANT Sum<T> p) {
   p.to[outer * p.inner + at] = total;
 }
 
-// ---- launchers: what runs on the host ----
+// ---- launchers, on the host ----
 
-// Calls f(Tiling) with the first that has room for the states: a thread's take 16 bytes, if a warp is then enough.
+// Calls f(Tiling) with the smallest Tiling that holds the states. A thread's states take 16 bytes, or more if a warp
+// would not suffice.
 template <class Z, int kLanes, class F>
 const char* with_tiling_from(int64_t states, F f) {
   constexpr int kStates = 4 / kWords<Z>;
@@ -987,7 +997,7 @@ const char* with_tiling_from(int64_t states, F f) {
   if constexpr (kLanes < cuda::kWarp)
     return with_tiling_from<Z, 2 * kLanes>(states, f);
   else
-    return f(Tiling<Z, kLanes, kMostNumbers / cuda::kWarp / kNumComponents<Z>>());
+    return f(Tiling<Z, kLanes, kMaxStateSize / cuda::kWarp / kNumComponents<Z>>());
 }
 template <class Z, class F>
 const char* with_tiling(int64_t states, F f) {
@@ -998,20 +1008,20 @@ const char* with_tiling(int64_t states, F f) {
 }
 
 template <class Z>
-Cut cut_of(const ScanParams& s) {
-  Cut c{};
+BlockCounts block_counts_of(const ScanParams& s) {
+  BlockCounts c{};
   with_tiling<Z>(s.dstate, [&](auto tiling) {
     using L = decltype(tiling);
-    c.blocks = (s.dim / s.groups + L::kChannels - 1) / L::kChannels;
+    c.channel_blocks = (s.dim / s.groups + L::kChannels - 1) / L::kChannels;
     return nullptr;
   });
-  // Enough blocks to fill a large GPU several times over need no segments; a segment is to be worth its launches. Both
-  // numbers are estimates, to be measured on a GPU.
-  constexpr int64_t kEnoughBlocks = 512, kLeastChunks = 8;
-  const int64_t blocks = s.batch * s.groups * c.blocks, chunks = (s.length + kChunk - 1) / kChunk;
-  const int64_t wanted = blocks > 0 ? kEnoughBlocks / blocks : 1, most = chunks / kLeastChunks;
-  c.segments = wanted < most ? wanted : most;
-  if (c.segments < 2) c.segments = 1;
+  // Time is divided only if blocks are too few to fill a large GPU several times, into segments long enough to repay
+  // their launches. Both numbers are estimates.
+  constexpr int64_t kEnoughBlocks = 512, kMinChunks = 8;
+  const int64_t blocks = s.batch * s.groups * c.channel_blocks, chunks = (s.length + kChunk - 1) / kChunk;
+  const int64_t wanted = blocks > 0 ? kEnoughBlocks / blocks : 1, most = chunks / kMinChunks;
+  c.time_segments = wanted < most ? wanted : most;
+  if (c.time_segments < 2) c.time_segments = 1;
   return c;
 }
 
@@ -1025,7 +1035,8 @@ template <class Z>
 const char* launch_forward(const Forward<vector_t<Z>>& p, void* stream) {
   return with_tiling<Z>(p.params.dstate, [&](auto tiling) {
     using L = decltype(tiling);
-    const int64_t blocks = p.params.batch * p.params.groups * cut_of<Z>(p.params).blocks * p.segments.count;
+    const int64_t blocks =
+        p.params.batch * p.params.groups * block_counts_of<Z>(p.params).channel_blocks * p.segments.count;
     const bool invariant = p.params.B_invariant || p.params.C_invariant;
     const auto kernel = invariant ? forward_kernel<L, true> : forward_kernel<L, !L::kVarying>;
     if (p.segments.count > 1) {
@@ -1043,7 +1054,8 @@ template <class Z>
 const char* launch_backward(const Backward<vector_t<Z>>& p, void* stream) {
   return with_tiling<Z>(p.params.dstate, [&](auto tiling) {
     using L = decltype(tiling);
-    const int64_t blocks = p.params.batch * p.params.groups * cut_of<Z>(p.params).blocks * p.segments.count;
+    const int64_t blocks =
+        p.params.batch * p.params.groups * block_counts_of<Z>(p.params).channel_blocks * p.segments.count;
     if (p.segments.count > 1) {
       const char* error = cuda::launch(local_backward_kernel<L>, blocks, L::kThreads, L::kForwardBytes, stream, p);
       if (error == nullptr) error = launch_carry<Z, true>(p, stream);
@@ -1074,11 +1086,11 @@ using Real = S;
 
 }  // namespace
 
-// Of T; STATE<T> is what the states are.
+// Defines the launchers for numbers of T; STATE<T> is the type of the states.
 #define EAML_DEFINE(T, STATE)                                                                        \
   template <>                                                                                        \
-  Cut cut<T>(const ScanParams& params) {                                                             \
-    return cut_of<STATE<T>>(params);                                                                 \
+  BlockCounts block_counts<T>(const ScanParams& params) {                                            \
+    return block_counts_of<STATE<T>>(params);                                                        \
   }                                                                                                  \
   const char* forward(const Forward<T>& p, bool dual, void* stream) {                                \
     return dual ? launch_forward<STATE<Dual<T>>>(p, stream) : launch_forward<STATE<T>>(p, stream);   \

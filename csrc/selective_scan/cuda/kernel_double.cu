@@ -1,4 +1,4 @@
-// The kernels in double precision.
+// The kernels of real states in double precision.
 #include "selective_scan/cuda/kernel.cuh"
 
 namespace eaml::selective_scan {

@@ -1,4 +1,4 @@
-// The kernels in single precision; a file of their own, so that all compile side by side.
+// The kernels of real states in single precision. Each precision has its own file, so that they compile in parallel.
 #include "selective_scan/cuda/kernel.cuh"
 
 namespace eaml::selective_scan {

@@ -1,5 +1,5 @@
-// The CUDA kernels of the selective scan, seen from outside: what each is given, and launchers per precision. Launchers
-// return nullptr, or what went wrong, and leave the work on the stream, a cudaStream_t.
+// Interface of the CUDA kernels of the selective scan: their parameters, and launchers per precision. A launcher
+// enqueues its kernels on `stream`, a cudaStream_t, and returns nullptr or an error message.
 #pragma once
 
 #include <cstdint>
@@ -8,21 +8,22 @@
 
 namespace eaml::selective_scan {
 
-constexpr std::int64_t kMostNumbers = 256;  // of the states of a channel: a complex one is two
+constexpr std::int64_t kMaxStateSize = 256;  // real numbers in the states of a channel; a complex state has two
 
 template <class T>
 struct Arrays {
-  Inputs<T> values, tangents;  // tangents of a Dual run alone
+  Inputs<T> values, tangents;  // only a Dual run reads tangents
 };
 
-// Time in segments of whole chunks, and what their kernels leave to each other.
+// Time segments of whole chunks, and the arrays that pass states between their kernels.
 template <class T>
 struct TimeSegments {
   std::int64_t count = 1;
-  bool local = false;  // only find what each segment adds
-  // (batch, count, state, part, dim): first that, then the state each segment starts from (the gradient it ends with).
+  bool local = false;  // compute only the contribution of each segment, from a zero state
+  // (batch, count, dstate, num_components, dim): first each segment's contribution to the state after it, then the
+  // state before it. Backward: the contribution to the gradient before it, then the gradient after it.
   T *states = nullptr, *state_tangents = nullptr;
-  T *steps = nullptr, *step_tangents = nullptr;  // (batch, count, dim): sum of dt
+  T *steps = nullptr, *step_tangents = nullptr;  // (batch, count, dim): the sum of dt
   T* has_reset = nullptr;                        // (batch, count, dim): 1 where a reset stops the carry
 };
 
@@ -34,17 +35,17 @@ struct Forward {
   Outputs<T> out;
 };
 
-// Gradients; of a Dual run, their tangents. Those of parameters, B and C are partial sums.
+// Gradients, in a Dual run their tangents. Gradients of parameters, of B and of C are partial sums.
 template <class T>
 struct CudaGradients {
-  Out<T> u, delta, z;              // (batch, dim, length)
-  T* initial_state = nullptr;      // (batch, dim, state, part)
-  T* A = nullptr;                  // (batch, segments, dim, state, part)
-  T* B = nullptr;                  // (batch, groups, blocks, length, state, part) or, invariant, as A
-  T* C = nullptr;                  // as B
-  T* D = nullptr;                  // (batch, segments, dim)
-  T* delta_bias = nullptr;         // as D
-  const T* checkpoints = nullptr;  // what the forward pass saved
+  Out<T> u, delta, z;          // (batch, dim, length)
+  T* initial_state = nullptr;  // (batch, dim, dstate, num_components)
+  T* A = nullptr;              // (batch, segments, dim, dstate, num_components)
+  T* B = nullptr;              // (batch, groups, channel_blocks, length, dstate, num_components) or, invariant, as A
+  T* C = nullptr;              // as B
+  T* D = nullptr;              // (batch, segments, dim)
+  T* delta_bias = nullptr;     // (batch, segments, dim)
+  const T* checkpoints = nullptr;  // (batch, chunks - 1, dstate, num_components, dim), saved by the forward pass
   const T* checkpoint_tangents = nullptr;
 };
 
@@ -56,35 +57,35 @@ struct Backward {
   CudaGradients<T> out;
 };
 
-// to[i][k] = sum over j of from[i][j][k]; with `rows`, k counts (column, row, part) in `from`, (row, column, part) in
-// `to`.
+// to[i][k] = sum over j of from[i][j][k]. With `rows` > 0 the sum is transposed too: k counts (column, row, component)
+// in `from` and (row, column, component) in `to`.
 template <class T>
 struct Sum {
-  T* to;
-  const T* from;
+  T* to;          // (outer, inner)
+  const T* from;  // (outer, middle, inner)
   std::int64_t outer, middle, inner, rows, num_components;
 };
 
-// How a call is cut into blocks: a function of the params alone, as sums must not depend on the machine.
-struct Cut {
-  std::int64_t blocks;    // of channels, in a group
-  std::int64_t segments;  // of time
+// The numbers of blocks of a call. They depend on the params alone, because sums must not depend on the machine.
+struct BlockCounts {
+  std::int64_t channel_blocks;  // per group of channels
+  std::int64_t time_segments;
 };
 
-// `dual`: with tangents. Forward and backward do all that their segments need before.
+// With `dual`, the kernels run on Duals. Forward and backward first carry states between time segments.
 #define EAML_DECLARE(T)                                              \
   const char* forward(const Forward<T>&, bool dual, void* stream);   \
   const char* backward(const Backward<T>&, bool dual, void* stream); \
   const char* step(const Forward<T>&, void* stream);
 namespace real_states {
 template <class T>
-Cut cut(const ScanParams& params);
+BlockCounts block_counts(const ScanParams& params);
 EAML_DECLARE(float)
 EAML_DECLARE(double)
 }  // namespace real_states
 namespace complex_states {
 template <class T>
-Cut cut(const ScanParams& params);
+BlockCounts block_counts(const ScanParams& params);
 EAML_DECLARE(float)
 EAML_DECLARE(double)
 }  // namespace complex_states

@@ -1,7 +1,8 @@
-// Tensors in, tensors out: shapes, strides and allocation of the CUDA selective scan. Nothing here waits for the GPU,
-// and all memory is torch's, so that calls can be captured in a CUDA graph.
+// The CUDA selective scan on tensors: shapes, strides and allocation. No function synchronises with the GPU and all
+// memory is torch's, so that calls can be captured in a CUDA graph.
 #include <string>
 
+#include "common/check.h"
 #include "common/device_guard.h"
 #include "selective_scan/cuda/launch.h"
 #include "selective_scan/op_common.h"
@@ -9,28 +10,22 @@
 namespace eaml::selective_scan {
 namespace {
 
-const char* const kDevice = "a CUDA device";
-
-bool on_device(const Tensor& t) {
-  return cuda::on_device(t);
-}
-
 int64_t num_partial_sums(const ScanParams&, ScalarType) {
   return 1;
 }
 
-void check_states(const ScanParams& s) {
-  const int64_t most = kMostNumbers / s.num_components;
-  EAML_CHECK(s.dstate <= most, "selective_scan: A has ", s.dstate, s.num_components == 2 ? " complex" : "",
-             " states, the CUDA kernels take up to ", most);
+void check_state_size(const ScanParams& s) {
+  const int64_t max_states = kMaxStateSize / s.num_components;
+  EAML_CHECK(s.dstate <= max_states, "selective_scan: A has ", s.dstate, s.num_components == 2 ? " complex" : "",
+             " states, the CUDA kernels take up to ", max_states);
 }
 
 template <class T>
-Cut cut(const ScanParams& s) {
-  return s.num_components == 1 ? real_states::cut<T>(s) : complex_states::cut<T>(s);
+BlockCounts block_counts(const ScanParams& s) {
+  return s.num_components == 1 ? real_states::block_counts<T>(s) : complex_states::block_counts<T>(s);
 }
 
-// Memory of one call. What is let go here, torch gives to later work of the same stream alone.
+// Scratch memory of one call. torch reuses freed memory only for later work of the same stream.
 class Scratch {
  public:
   explicit Scratch(const Tensor& like) : like_(like) {}
@@ -47,9 +42,9 @@ class Scratch {
 };
 
 template <class T>
-TimeSegments<T> segments(Scratch& scratch, const ScanParams& s, bool dual) {
+TimeSegments<T> time_segments(Scratch& scratch, const ScanParams& s, bool dual) {
   TimeSegments<T> out;
-  out.count = cut<T>(s).segments;
+  out.count = block_counts<T>(s).time_segments;
   if (out.count == 1) return out;
   const int64_t steps = s.batch * out.count * s.dim, states = steps * s.dstate * s.num_components;
   out.states = scratch.take<T>(states), out.steps = scratch.take<T>(steps), out.has_reset = scratch.take<T>(steps);
@@ -57,26 +52,26 @@ TimeSegments<T> segments(Scratch& scratch, const ScanParams& s, bool dual) {
   return out;
 }
 
-// The forward kernel; with tangents, on Duals.
+// Runs the forward kernel, on Duals if there are tangents.
 template <class T>
 void run_forward(Scratch& scratch, const cuda::DeviceStreamGuard& guard, const ScanParams& s, const Inputs<T>& in,
                  const Inputs<T>* tangents, const Outputs<T>& out) {
   const bool dual = tangents != nullptr;
-  Forward<T> p{s, {in, dual ? *tangents : Inputs<T>{}}, segments<T>(scratch, s, dual), out};
+  Forward<T> p{s, {in, dual ? *tangents : Inputs<T>{}}, time_segments<T>(scratch, s, dual), out};
   cuda::check_launch(s.num_components == 1 ? real_states::forward(p, dual, guard.stream())
                                            : complex_states::forward(p, dual, guard.stream()));
 }
 
-// A gradient (outer, inner real numbers) that a kernel leaves as partial sums (outer, middle, inner); see Sum about
-// `rows` and `num_components`.
+// A gradient, (outer, inner) real numbers, which a kernel writes as partial sums (outer, middle, inner). Sum in
+// launch.h describes `rows` and `num_components`.
 template <class T>
 struct Partial {
   Tensor result;
   Sum<T> sum{};
 
-  Partial(Scratch& scratch, const Tensor& wide, const Maybe& like, int64_t outer, int64_t middle, int64_t inner,
-          int64_t rows = 0, int64_t num_components = 1)
-      : result(like ? empty(*like, sizes_of(*like)) : empty(wide, {0})) {
+  Partial(Scratch& scratch, const Tensor& parameter, const OptionalTensor& like, int64_t outer, int64_t middle,
+          int64_t inner, int64_t rows = 0, int64_t num_components = 1)
+      : result(like ? empty(*like, sizes_of(*like)) : empty(parameter, {0})) {
     if (!like) return;
     T* const to = mutable_data<T>(result);
     const bool done = middle == 1 && rows == 0;
@@ -96,18 +91,18 @@ GradientTuple run_backward(Scratch& scratch, const cuda::DeviceStreamGuard& guar
                            const Arguments& x, const Inputs<T>& in, const Inputs<T>* tangents, const T* checkpoints,
                            const T* checkpoint_tangents) {
   const bool dual = tangents != nullptr;
-  Backward<T> p{s, {in, dual ? *tangents : Inputs<T>{}}, segments<T>(scratch, s, dual)};
-  const int64_t pieces = p.segments.count, states = s.dstate * s.num_components;
-  // Summed over the batch rows that share a parameter, and over segments.
-  const auto over_rows = [&](const Maybe& like, int64_t rank) {
+  Backward<T> p{s, {in, dual ? *tangents : Inputs<T>{}}, time_segments<T>(scratch, s, dual)};
+  const int64_t segments = p.segments.count, states = s.dstate * s.num_components;
+  // Gradients summed over time segments and over the batch rows that share a parameter.
+  const auto over_rows = [&](const OptionalTensor& like, int64_t rank) {
     const int64_t tasks = like && like->dim() > rank ? like->size(0) : 1;
-    return Partial<T>(scratch, *x.A, like, tasks, s.batch / tasks * pieces, rank == 2 ? s.dim * states : s.dim);
+    return Partial<T>(scratch, *x.A, like, tasks, s.batch / tasks * segments, rank == 2 ? s.dim * states : s.dim);
   };
-  // Summed over the blocks of channels of a group.
-  const auto over_channels = [&](const Maybe& like, bool invariant) {
+  // Gradients summed over the blocks of channels of a group.
+  const auto over_channels = [&](const OptionalTensor& like, bool invariant) {
     if (invariant) return over_rows(like, 2);
-    return Partial<T>(scratch, *x.A, like, s.batch * s.groups, cut<T>(s).blocks, s.length * states, s.dstate,
-                      s.num_components);
+    return Partial<T>(scratch, *x.A, like, s.batch * s.groups, block_counts<T>(s).channel_blocks, s.length * states,
+                      s.dstate, s.num_components);
   };
   Partial<T> A = over_rows(x.A, 2), B = over_channels(x.B, s.B_invariant), C = over_channels(x.C, s.C_invariant);
   Partial<T> D = over_rows(x.D, 1), delta_bias = over_rows(x.delta_bias, 1);
@@ -134,8 +129,8 @@ GradientTuple run_backward(Scratch& scratch, const cuda::DeviceStreamGuard& guar
 }
 
 template <class T>
-std::tuple<Tensor, Tensor, Tensor> run(const ScanParams& s, const Arguments& x, bool save) {
-  check_states(s);
+ForwardTuple run(const ScanParams& s, const Arguments& x, bool save) {
+  check_state_size(s);
   const cuda::DeviceStreamGuard guard(*x.u);
   Scratch scratch(*x.A);
   Tensor y = torch::stable::empty_like(*x.u), last = empty(*x.A, {s.batch, s.dim, s.dstate});
@@ -147,9 +142,9 @@ std::tuple<Tensor, Tensor, Tensor> run(const ScanParams& s, const Arguments& x, 
 }
 
 template <class T>
-GradientTuple run_vjp(const ScanParams& s, const Arguments& x, const Tensor& grad_y, const Maybe& grad_state,
-                      const Maybe& saved) {
-  check_states(s);
+GradientTuple run_vjp(const ScanParams& s, const Arguments& x, const Tensor& grad_y, const OptionalTensor& grad_state,
+                      const OptionalTensor& saved) {
+  check_state_size(s);
   const cuda::DeviceStreamGuard guard(*x.u);
   Scratch scratch(*x.A);
   Inputs<T> in = inputs<T>(s, x);
@@ -164,8 +159,8 @@ GradientTuple run_vjp(const ScanParams& s, const Arguments& x, const Tensor& gra
 }
 
 template <class T>
-std::tuple<Tensor, Tensor> run_jvp(const ScanParams& s, const Arguments& x, const Arguments& tangents) {
-  check_states(s);
+StateTuple run_jvp(const ScanParams& s, const Arguments& x, const Arguments& tangents) {
+  check_state_size(s);
   const cuda::DeviceStreamGuard guard(*x.u);
   Scratch scratch(*x.A);
   const Inputs<T> along = inputs<T>(s, tangents);
@@ -175,10 +170,10 @@ std::tuple<Tensor, Tensor> run_jvp(const ScanParams& s, const Arguments& x, cons
 }
 
 template <class T>
-JvpTuple run_vjp_jvp(const ScanParams& s, const Arguments& x, const Tensor& grad_y, const Maybe& grad_state,
-                     const Arguments& tangents, const Maybe& grad_y_tangent, const Maybe& grad_state_tangent,
-                     bool outputs) {
-  check_states(s);
+JvpTuple run_vjp_jvp(const ScanParams& s, const Arguments& x, const Tensor& grad_y, const OptionalTensor& grad_state,
+                     const Arguments& tangents, const OptionalTensor& grad_y_tangent,
+                     const OptionalTensor& grad_state_tangent, bool outputs) {
+  check_state_size(s);
   const cuda::DeviceStreamGuard guard(*x.u);
   Scratch scratch(*x.A);
   Inputs<T> in = inputs<T>(s, x), along = inputs<T>(s, tangents);
@@ -195,7 +190,7 @@ JvpTuple run_vjp_jvp(const ScanParams& s, const Arguments& x, const Tensor& grad
 }
 
 template <class T>
-std::tuple<Tensor, Tensor> run_step(const ScanParams& s, const Tensor& state, const Arguments& x) {
+StateTuple run_step(const ScanParams& s, const Tensor& state, const Arguments& x) {
   const cuda::DeviceStreamGuard guard(state);
   Tensor y = empty(*x.u, {s.batch, s.dim}), next = empty(state, {s.batch, s.dim, s.dstate});
   Forward<T> p{
@@ -205,10 +200,14 @@ std::tuple<Tensor, Tensor> run_step(const ScanParams& s, const Tensor& state, co
   return {y, next};
 }
 
+template <class T>
+constexpr Functions<T> kFunctions{run<T>, run_vjp<T>, run_jvp<T>, run_vjp_jvp<T>, run_step<T>};
+constexpr Device kDevice{"a CUDA device", cuda::on_device, num_partial_sums, kFunctions<float>, kFunctions<double>};
+
 }  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(eaml_ext, EAML_CUDA_KEY, m) {
-  register_ops(m);
+  register_ops<kDevice>(m);
 }
 
 }  // namespace eaml::selective_scan

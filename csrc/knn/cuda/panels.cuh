@@ -1,48 +1,13 @@
-// Keys as tensor cores read them, and the bounds of what their products leave out.
+// Packs keys into panels for tensor cores: centred or normalised, in bfloat16, with the bounds of their errors.
 #pragma once
 
 #include "knn/cuda/exact.cuh"
+#include "knn/error_bounds.h"
 
 namespace eaml::knn {
 namespace {
 
-// The bounds are those of csrc/knn/cpu/error_bounds.h for pairs of bfloat16 numbers, where they are derived; but for
-// the products, whose sums tensor cores take in steps of 16, 8 or 4. A step of n aligns its n + 1 terms to the largest
-// and may cut each at 24 bits, and the sum too: an error of up to (n + 2) 2^-23 times the sum of their magnitudes,
-// which makes no more than 3 u a product, instead of u. kRounding u covers it.
-constexpr double kRounding = 4, kU = 0x1p-24, kV = 0x1p-53;
-constexpr float kTiny = 0x1p-126f, kMax = 0x1.fffffep127f, kMostNorm = 0x1p60f, kMostBias = kMax / 16;
-
-struct Bound {
-  double own, shared, tiny;
-  EAML_MEMBER explicit Bound(int64_t features) {
-    const double n = double(features) + 16;
-    own = 1.25 * n * (kRounding * kU + kV), shared = 8 * kU + 2 * n * kV, tiny = 2 * n * kTiny;
-  }
-  EAML_MEMBER bool holds() const { return own < 0.05; }
-};
-
-EAML_DEVICE float low(uint32_t pair) {
-  return __builtin_bit_cast(float, pair << 16);
-}
-EAML_DEVICE float high(uint32_t pair) {
-  return __builtin_bit_cast(float, pair & 0xffff0000u);
-}
-// The least bfloat16 that is no less than x >= 0.
-EAML_DEVICE uint32_t round_up(float x) {
-  return (__builtin_bit_cast(uint32_t, x) + 0xffffu) >> 16;
-}
-// The nearest bfloat16; zero below the normal numbers, which tensor cores may take for zero.
-EAML_DEVICE uint32_t to_bfloat16(float x) {
-  const uint32_t bits = narrow<Half::kBfloat16, uint32_t>(x);
-  return (bits & 0x7f80u) == 0 ? 0 : bits;
-}
-
-// 1 / |x| for the cosine, of |x|²; 0 for the zero vector, NaN where the exact values must decide.
-EAML_DEVICE float scale_of(double square) {
-  if (square == 0) return 0;
-  return square >= 1e-60 && square <= 1e60 ? float(1 / std::sqrt(square)) : kNaN<float>;
-}
+using TensorCoreBound = ErrorBound<float, kTensorCoreRoundings>;
 
 template <class V>
 EAML_DEVICE V sum_of_warp(V x) {
@@ -51,14 +16,14 @@ EAML_DEVICE V sum_of_warp(V x) {
   return x;
 }
 
-// Keys as numbers of float, wherever they are.
+// Rows of keys, read as float.
 struct KeyRows {
   const char* data;
   int64_t features;
   Half half;
   EAML_MEMBER const void* row(int64_t i) const { return data + i * features * (half == Half::kNone ? 4 : 2); }
   EAML_MEMBER float get(int64_t i, int64_t feature) const { return read_number<float>(row(i), feature, half); }
-  // |x|² of a row, by a warp.
+  // |x|² of a row, computed by a warp.
   EAML_MEMBER double square(int64_t i) const {
     double sum = 0;
     for (int64_t f = cuda::thread() % cuda::kWarp; f < features; f += cuda::kWarp) {
@@ -69,11 +34,12 @@ struct KeyRows {
   }
 };
 
-// What is packed, wherever it is: strides in words, of a block of keys (of a set of bounds) and of a panel.
+// Packed keys in panels or in the workspace of a call. Strides are in elements: of a block of keys or a set of bounds,
+// and of a panel. A block of keys can have several sets of bounds, one for each bias.
 struct Packed {
-  uint16_t* keys;
-  uint32_t* norms;
-  float *start, *width;
+  uint16_t* keys;        // (blocks, panels, kPanel, depth)
+  uint32_t* norms;       // (blocks, panels, kPanel)
+  float *start, *width;  // (sets, panels, kPanel)
   int64_t keys_stride, keys_panel, norms_stride, norms_panel, bounds_stride, bounds_panel;
 
   EAML_MEMBER uint16_t* key(int64_t block, int64_t slot, int64_t depth) const {
@@ -87,7 +53,7 @@ struct Packed {
   }
 };
 
-// Panels, those of one memory behind those of another.
+// A view of the panels of consecutive memories.
 EAML_INLINE Packed panels_at(const void* panels, int64_t size, int64_t features) {
   const int64_t depth = depth_of(features), words = panel_words(features), all = words * panel_count(size);
   uint32_t* const base = static_cast<uint32_t*>(const_cast<void*>(panels));
@@ -99,19 +65,19 @@ EAML_INLINE Packed panels_at(const void* panels, int64_t size, int64_t features)
   return p;
 }
 
-// The rows and the norms of some keys, by a warp; `square` becomes |x|², NaN where no bound holds. None for slots that
-// do not exist, which are less than 0.
+// A warp packs the rows and the norms of some keys. `square` becomes |x|², or NaN if no bound holds. Negative slots are
+// skipped.
 template <class C, int kKeys>
 EAML_DEVICE void pack_keys(float (&square)[kKeys], const KeyRows& keys, const int64_t (&slots)[kKeys],
                            uint16_t* const (&rows)[kKeys], uint32_t* const (&norms)[kKeys], const C* centre,
-                           Metric metric, const Bound& bound, int64_t depth) {
+                           Metric metric, const TensorCoreBound& bound, int64_t depth) {
   const int lane = cuda::thread() % cuda::kWarp;
-  float scale[kKeys], lost[kKeys] = {};
+  float scale[kKeys], rounding_square[kKeys] = {};
   int64_t from[kKeys];
   EAML_UNROLL
   for (int k = 0; k < kKeys; ++k) {
     from[k] = slots[k] < 0 ? slots[0] : slots[k], square[k] = 0;
-    scale[k] = metric == Metric::kCosine ? scale_of(keys.square(from[k])) : 1.0f;
+    scale[k] = metric == Metric::kCosine ? inverse_norm<float>(keys.square(from[k])) : 1.0f;
   }
   EAML_UNROLL_BY(4)
   for (int64_t i = lane; i < keys.features; i += cuda::kWarp) {
@@ -124,18 +90,18 @@ EAML_DEVICE void pack_keys(float (&square)[kKeys], const KeyRows& keys, const in
       x[k] = x[k] * scale[k] - middle;
       const uint32_t bits = to_bfloat16(x[k]);
       const float rest = x[k] - low(bits);
-      square[k] += x[k] * x[k], lost[k] += rest * rest;
+      square[k] += x[k] * x[k], rounding_square[k] += rest * rest;
       if (slots[k] >= 0) rows[k][i] = static_cast<uint16_t>(bits);
     }
   }
-  const float g = float(bound.own), tiny = float(bound.tiny);
+  const float g = float(bound.key), underflow = float(bound.underflow);
   EAML_UNROLL
   for (int k = 0; k < kKeys; ++k) {
-    square[k] = sum_of_warp(square[k]), lost[k] = sum_of_warp(lost[k]);
+    square[k] = sum_of_warp(square[k]), rounding_square[k] = sum_of_warp(rounding_square[k]);
     if (slots[k] < 0) continue;
-    const float norm = std::sqrt(square[k] + tiny) * (1 + g), rest = std::sqrt(lost[k] + tiny) * (1 + g);
-    const bool fits = norm <= kMostNorm;
-    const uint32_t pair = fits ? round_up(norm + rest) | round_up(rest) << 16 : 0;
+    const float norm = norm_bound(square[k], g, underflow), rounding = norm_bound(rounding_square[k], g, underflow);
+    const bool fits = norm <= Limits<float>::kMaxNorm;
+    const uint32_t pair = fits ? key_pair(norm, rounding) : 0;
     if (!fits) {
       square[k] = kNaN<float>;
       for (int64_t i = lane; i < keys.features; i += cuda::kWarp) rows[k][i] = 0;
@@ -148,8 +114,8 @@ EAML_DEVICE void pack_keys(float (&square)[kKeys], const KeyRows& keys, const in
   }
 }
 template <class C>
-EAML_DEVICE float pack_key(const KeyRows& keys, int64_t slot, const C* centre, Metric metric, const Bound& bound,
-                           int64_t depth, uint16_t* row, uint32_t* norms) {
+EAML_DEVICE float pack_key(const KeyRows& keys, int64_t slot, const C* centre, Metric metric,
+                           const TensorCoreBound& bound, int64_t depth, uint16_t* row, uint32_t* norms) {
   float square[1];
   const int64_t slots[1] = {slot};
   uint16_t* const rows[1] = {row};
@@ -158,28 +124,27 @@ EAML_DEVICE float pack_key(const KeyRows& keys, int64_t slot, const C* centre, M
   return square[0];
 }
 
-// Where a key's bounds start, and their width without the part in the query's norm.
-EAML_DEVICE void set_bounds(float square, float bias, Metric metric, const Bound& bound, float* start, float* width) {
-  const bool cut = bias < -kMostBias;  // so low that a bound from below is enough
-  bias = cut ? -kMostBias : bias;
-  const bool fits = square == square && bias <= kMostBias;
-  const bool distance = metric == Metric::kSqeuclidean;
-  const float own = distance ? square : 0.0f, error = float(bound.own) * (own + std::abs(bias));
-  *start = fits ? (distance ? 0.5f : 1.0f) * (own - bias) - error : -kMax;
-  *width = fits && !cut ? 2 * error : kInfinity<float>;
+// Stores the start and the width of a key's bounds; `square` is NaN if no bound holds.
+EAML_DEVICE void set_bounds(float square, float bias, Metric metric, const TensorCoreBound& bound, float* start,
+                            float* width) {
+  const bool sqeuclidean = metric == Metric::kSqeuclidean;
+  const KeyBounds<float> bounds = key_bounds(square, bias, square == square, sqeuclidean, float(bound.key));
+  *start = bounds.start;
+  *width = bounds.width;
 }
 
-constexpr int kSampled = 32;  // keys of a centre
+constexpr int kSampledKeys = 32;  // keys whose mean is a centre
 
-// A block finds the centre of a block of keys: of a few, the mean. Any is right; a good one keeps errors small.
+// A block computes the centre of a block of keys: the mean of a few keys. Every finite centre gives exact results; a
+// centre near the mean of all keys keeps error bounds small.
 template <class C>
 EAML_DEVICE void find_centre(const KeyRows& keys, int64_t count, const bool* valid, Metric metric,
                              const Shared<float>& scales, C* centre) {
-  const int64_t step = count > kSampled ? count / kSampled : 1;
-  const int samples = static_cast<int>(count < kSampled ? count : kSampled);
+  const int64_t step = count > kSampledKeys ? count / kSampledKeys : 1;
+  const int samples = static_cast<int>(count < kSampledKeys ? count : kSampledKeys);
   for (int s = cuda::thread() / cuda::kWarp; s < samples; s += kWarps) {
     float scale = valid == nullptr || valid[s * step] ? 1.0f : kNaN<float>;
-    if (metric == Metric::kCosine) scale *= scale_of(keys.square(s * step));
+    if (metric == Metric::kCosine) scale *= inverse_norm<float>(keys.square(s * step));
     if (cuda::thread() % cuda::kWarp == 0) scales.set(s, scale);
   }
   cuda::sync_block();
@@ -188,12 +153,12 @@ EAML_DEVICE void find_centre(const KeyRows& keys, int64_t count, const bool* val
     int used = 0;
     EAML_UNROLL_BY(8)
     for (int k = 0; k < samples; ++k) {
-      const double x = keys.get(k * step, i);  // before it is known whether it counts: these loads wait together
+      const double x = keys.get(k * step, i);  // read before its scale, so that all loads are in flight together
       const float scale = scales.get(k);
       sum += scale == scale ? double(scale) * x : 0, used += scale == scale;
     }
     const float mean = float(sum / (used > 0 ? used : 1));
-    centre[i] = std::abs(mean) <= kMostNorm ? mean : 0.0f;
+    centre[i] = std::abs(mean) <= Limits<float>::kMaxNorm ? mean : 0.0f;
   }
 }
 
