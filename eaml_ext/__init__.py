@@ -26,8 +26,8 @@ if TYPE_CHECKING:
     from eaml_ext.nn import SSMLayer as SSMLayer
     from eaml_ext.nn import Stateful as Stateful
     from eaml_ext.ops.knn import Neighbors as Neighbors
+    from eaml_ext.ops.knn import PackedKeys as PackedKeys
     from eaml_ext.ops.knn import knn as knn
-    from eaml_ext.ops.packed_keys import PackedKeys as PackedKeys
     from eaml_ext.ops.selective_scan import selective_scan as selective_scan
     from eaml_ext.ops.selective_scan import selective_scan_step as selective_scan_step
     from eaml_ext.rl import SSMMetaPolicy as SSMMetaPolicy

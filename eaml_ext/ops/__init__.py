@@ -1,8 +1,7 @@
 """The custom ops. Loading this package registers them; without compiled kernels the references run."""
 
 from eaml_ext.ops._library import _C as _C  # first: it warns, once, where the kernels are missing
-from eaml_ext.ops.knn import Neighbors, knn, knn_reference
-from eaml_ext.ops.packed_keys import PackedKeys
+from eaml_ext.ops.knn import Neighbors, PackedKeys, knn, knn_reference
 from eaml_ext.ops.selective_scan import selective_scan, selective_scan_reference, selective_scan_step
 
 __all__ = [

@@ -1,7 +1,7 @@
-"""The stand-in for CUDA finds faults; and what of the scan's CUDA kernels the op_conformance does not reach.
+"""The emulator reports faults of kernels, and the scan's CUDA kernels are right beyond the conformance tests.
 
-Runs with ``pytest --cuda-emulator LIBRARY`` alone (``make cuda-emulator``), where tests/ops/test_selective_scan.py and
-test_complex_scan.py run on the CUDA kernels, too.
+Needs ``pytest --cuda-emulator LIBRARY`` (``make cuda-emulator``), which runs tests/ops/test_selective_scan.py and
+test_complex_scan.py on the CUDA kernels, too.
 """
 
 import ctypes
@@ -28,12 +28,12 @@ def library(request) -> ctypes.CDLL:
         (0, None),
         (1, "with no barrier since another thread"),
         (2, "with no barrier since another thread"),
-        (3, "not all threads come to a barrier"),
+        (3, "not all threads reach a barrier"),
         (4, "outside shared memory"),
         (5, None),
     ],
 )
-def test_faults_are_found(library, fault, message):
+def test_emulator_fault_is_reported(library, fault, message):
     library.eaml_fault.restype = ctypes.c_char_p
     out = (ctypes.c_int * 192)(*[-1] * 192)
     got = library.eaml_fault(fault, out)
@@ -50,7 +50,7 @@ def test_faults_are_found(library, fault, message):
 def arguments(
     batch: int, dim: int, length: int, state: int, groups: int | None, invariant: str, kind: torch.dtype
 ) -> dict[str, Any]:
-    """``kind`` is the dtype of A, B, C and the states."""
+    """Return arguments of a scan; ``kind`` is the dtype of A, B, C and the states."""
 
     def matrix(name: str) -> Tensor:
         if name in invariant:
@@ -72,7 +72,7 @@ def arguments(
     return {name: v.to(kind if v.is_complex() else kind.to_real()) for name, v in x.items()}
 
 
-def wide(x: Tensor) -> Tensor:
+def to_double(x: Tensor) -> Tensor:
     return x.to(torch.complex128 if x.is_complex() else torch.float64)
 
 
@@ -91,12 +91,12 @@ def all_derivatives(function: Any, x: dict[str, Any], reset: Tensor | None) -> d
 
 
 def check(x: dict[str, Any], reset: Tensor | None) -> None:
-    """All derivatives are those of the reference, and the same bits twice."""
+    """Assert that all derivatives match the reference, and that two calls give the same bits."""
     got = all_derivatives(selective_scan, x, reset)
-    want = all_derivatives(selective_scan_reference, {name: wide(value) for name, value in x.items()}, reset)
+    want = all_derivatives(selective_scan_reference, {name: to_double(value) for name, value in x.items()}, reset)
     eps = torch.finfo(x["A"].dtype).eps
     for name, a in got.items():
-        error = (wide(a) - want[name]).abs().max().item()
+        error = (to_double(a) - want[name]).abs().max().item()
         assert error <= 128 * eps * want[name].abs().max().item(), name
     again = all_derivatives(selective_scan, x, reset)
     assert all(torch.equal(a, again[name]) for name, a in got.items())
@@ -108,8 +108,8 @@ STATES = [(kind, state) for kind in KINDS for state in (1, 5, 17, 33, 65, 129) i
 
 @pytest.mark.parametrize("invariant", ["", "BC"])
 @pytest.mark.parametrize("kind, state", STATES, ids=str)
-def test_every_tiling(library, kind, state, invariant):
-    """Each number of lanes and of a thread's states; steps and channels are no multiples of what kernels take."""
+def test_scan_every_tiling_matches_reference(library, kind, state, invariant):
+    """Covers each number of lanes and of a thread's states, with partial chunks and blocks."""
     check(arguments(1, 3, 37, state, None, invariant, kind), torch.rand(1, 37) < 0.1)
 
 
@@ -128,13 +128,13 @@ def test_every_tiling(library, kind, state, invariant):
     ],
     ids=str,
 )
-def test_long_sequences_in_segments(library, shape, resets):
-    """Few channels and many steps: time is cut into segments."""
+def test_scan_long_sequences_in_segments_match_reference(library, shape, resets):
+    """With few channels and many steps, time is divided into segments."""
     check(arguments(*shape), torch.rand(shape[0], shape[2]) < 0.004 if resets else None)
 
 
 @pytest.mark.parametrize("kind, words", [(torch.float32, "257 states"), (torch.complex64, "129 complex states")])
-def test_more_states_than_a_tiling_holds(library, kind, words):
+def test_scan_more_states_than_a_tiling_holds_raises(library, kind, words):
     most = int(words.split()[0]) - 1
     with pytest.raises(Exception, match=f"A has {words}, the CUDA kernels take up to {most}"):
         selective_scan(**arguments(1, 1, 1, most + 1, None, "", kind))

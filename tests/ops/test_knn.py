@@ -1,4 +1,4 @@
-"""knn: exact and reproducible whatever the kernel, differentiable in every mode, with its errors in one sentence."""
+"""knn is exact and reproducible with every kernel, differentiable in every mode, and rejects invalid arguments."""
 
 import doctest
 import itertools
@@ -11,20 +11,21 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from knn_checks import assert_same
 from torch import Tensor
 from torch.autograd import gradcheck, gradgradcheck
 
 import eaml_ext.ops  # noqa: F401
 from eaml_ext.ops.knn import METRICS, Neighbors, knn, knn_reference
 
-module = sys.modules["eaml_ext.ops.knn"]
+module = sys.modules["eaml_ext.ops.knn._functional"]
 FLOATS = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
 
 
 def sample_inputs(
     dtype: torch.dtype, device: str = "cpu"
 ) -> Iterator[tuple[str, tuple[Tensor, Tensor, int], dict[str, Any]]]:
-    """Named small cases ``(name, (queries, keys, k), options)`` with every option on and off."""
+    """Yield small cases ``(name, (queries, keys, k), options)`` with every option on and off."""
     make = torch.Generator().manual_seed(0)
 
     def randn(*shape: int) -> Tensor:
@@ -52,16 +53,10 @@ def sample_inputs(
 CASES = [pytest.param(args, options, id=name) for name, args, options in sample_inputs(torch.float64)]
 
 
-def assert_same(got: Neighbors, want: Neighbors) -> None:
-    """Equal bit for bit, up to the sign of zero and NaN payloads."""
-    assert torch.equal(got.indices, want.indices)
-    torch.testing.assert_close(got.values, want.values, rtol=0, atol=0, equal_nan=True)
-
-
 def brute_force(
     queries: Tensor, keys: Tensor, k: int, metric: str, valid: Tensor | None, bias: Tensor | None
 ) -> Tensor:
-    """Values alone, the textbook way: a matrix of all pairs and topk; differentiable."""
+    """Compute the values from a matrix of all pairs and topk, differentiably."""
     if metric == "sqeuclidean":
         value = (queries[..., :, None, :] - keys[..., None, :, :]).square().sum(-1)
     else:
@@ -86,20 +81,20 @@ def finite(values: Tensor) -> Tensor:
 
 
 @pytest.mark.parametrize("dtype", FLOATS, ids=str)
-def test_equals_reference_bit_for_bit(dtype):
+def test_knn_every_option_equals_reference_bit_for_bit(dtype):
     for _, args, options in sample_inputs(dtype):
         assert_same(knn(*args, **options), knn_reference(*args, **options))
 
 
 @pytest.mark.parametrize("args, options", CASES)
-def test_values_are_those_of_brute_force(args, options):
+def test_knn_values_match_brute_force(args, options):
     torch.testing.assert_close(knn(*args, **options).values, brute_force(*args, **options), rtol=1e-12, atol=1e-12)
 
 
 @pytest.mark.parametrize("metric", METRICS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 @pytest.mark.parametrize("norm", [0, 10, 118, 346])
-def test_offset_clusters_are_exact(metric, dtype, norm):
+def test_knn_offset_clusters_match_reference(metric, dtype, norm):
     torch.manual_seed(norm)
     centre = torch.nn.functional.normalize(torch.randn(64), dim=0) * norm
     keys, queries = (centre + 0.05 * torch.randn(n, 64) for n in (1500, 14))
@@ -112,7 +107,7 @@ def test_offset_clusters_are_exact(metric, dtype, norm):
 
 @pytest.mark.parametrize("metric", METRICS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
-def test_extreme_magnitudes_are_exact(metric, dtype):
+def test_knn_extreme_magnitudes_match_reference(metric, dtype):
     torch.manual_seed(0)
     tiny, huge = torch.finfo(dtype).tiny, torch.finfo(dtype).max
     scales = [0, tiny / 64, tiny, tiny**0.5, 1, huge**0.5 / 8, huge**0.5, huge / 8]
@@ -129,7 +124,7 @@ def test_extreme_magnitudes_are_exact(metric, dtype):
 
 @pytest.mark.parametrize("metric", METRICS)
 @pytest.mark.parametrize("bad", [torch.nan, torch.inf, -torch.inf])
-def test_non_finite_inputs(metric, bad):
+def test_knn_non_finite_inputs_match_reference(metric, bad):
     torch.manual_seed(0)
     queries, keys, bias = torch.randn(6, 6), torch.randn(90, 6), torch.randn(90)
     bad_queries, bad_keys, bad_bias, masking = queries.clone(), keys.clone(), bias.clone(), bias.clone()
@@ -149,7 +144,7 @@ def test_non_finite_inputs(metric, bad):
     assert not knn(bad_queries, keys, 3, metric="sqeuclidean").values[1].isfinite().any()
 
 
-def test_a_large_negative_bias_masks_exactly():
+def test_knn_large_negative_bias_masks_like_valid():
     torch.manual_seed(0)
     queries, keys = torch.randn(6, 16), torch.randn(6000, 16)
     for least in (-1e9, torch.finfo(torch.float32).min, -torch.inf):
@@ -159,7 +154,7 @@ def test_a_large_negative_bias_masks_exactly():
 
 
 @pytest.mark.parametrize("metric", METRICS)
-def test_ties_go_to_the_lowest_index(metric):
+def test_knn_ties_return_lowest_index(metric):
     keys = torch.zeros(9000, 4)
     assert knn(torch.zeros(2, 4), keys, 3, metric=metric).indices.tolist() == [[0, 1, 2]] * 2
     torch.manual_seed(0)
@@ -169,7 +164,7 @@ def test_ties_go_to_the_lowest_index(metric):
 
 @pytest.mark.kernels
 @pytest.mark.parametrize("metric", METRICS)
-def test_same_bits_however_the_call_is_cut(metric):
+def test_knn_any_partition_gives_same_bits(metric):
     torch.manual_seed(0)
     queries, keys = torch.randn(3, 40, 19), torch.randn(3, 5000, 19)
     valid, bias = torch.rand(3, 5000) < 0.8, torch.randn(3, 5000)
@@ -200,7 +195,7 @@ def test_same_bits_however_the_call_is_cut(metric):
     per_memory=st.booleans(),
     seed=st.integers(0, 2**31),
 )
-def test_any_shape(shape, k, metric, dtype, shared, per_memory, seed):
+def test_knn_any_shape_matches_reference(shape, k, metric, dtype, shared, per_memory, seed):
     batch, count, size, features = shape
     make = torch.Generator().manual_seed(seed)
 
@@ -215,7 +210,7 @@ def test_any_shape(shape, k, metric, dtype, shared, per_memory, seed):
     assert_same(found, knn_reference(queries, keys, k, **options))
 
 
-def test_strides_do_not_matter():
+def test_knn_strides_give_same_bits():
     torch.manual_seed(0)
     queries, keys, bias = torch.randn(4, 3, 6), torch.randn(4, 50, 6), torch.randn(4, 50)
     valid = torch.rand(4, 50) > 0.5
@@ -225,7 +220,7 @@ def test_strides_do_not_matter():
     assert_same(knn(queries, keys[:1].expand(4, 50, 6), 5), knn(queries, keys[0], 5))
 
 
-def test_dead_slots_may_hold_anything():
+def test_knn_nan_in_dead_slots_is_ignored():
     torch.manual_seed(0)
     queries, keys = torch.randn(3, 4, requires_grad=True), torch.randn(8, 4)
     keys[4:] = torch.nan
@@ -239,7 +234,7 @@ def test_dead_slots_may_hold_anything():
 
 
 def values_of(args: tuple, options: dict[str, Any]) -> tuple[Any, tuple[Tensor, ...]]:
-    """The values as a function of the differentiable arguments, and these."""
+    """Return the values as a function of the differentiable arguments, and these arguments."""
     queries, keys, k = args
     rest = {name: x for name, x in options.items() if name != "bias"}
     if options["bias"] is None:
@@ -249,7 +244,7 @@ def values_of(args: tuple, options: dict[str, Any]) -> tuple[Any, tuple[Tensor, 
 
 @pytest.mark.kernels
 @pytest.mark.parametrize("args, options", CASES)
-def test_gradients_of_every_order_and_mode(args, options):
+def test_knn_gradients_of_every_order_and_mode_pass_gradcheck(args, options):
     f, inputs = values_of(args, options)
     for tracked in itertools.product((False, True), repeat=len(inputs)):
         if any(tracked):
@@ -260,7 +255,7 @@ def test_gradients_of_every_order_and_mode(args, options):
 
 
 @pytest.mark.parametrize("args, options", CASES)
-def test_gradients_are_those_of_brute_force(args, options):
+def test_knn_gradients_match_brute_force(args, options):
     f, inputs = values_of(args, options)
     xs = tuple(x.clone().requires_grad_() for x in inputs)
     weight = torch.randn_like(f(*xs))
@@ -272,7 +267,7 @@ def test_gradients_are_those_of_brute_force(args, options):
 
 @pytest.mark.kernels
 @pytest.mark.parametrize("args, options", [c for c in CASES if "memories" in c.id or "shared" in c.id])
-def test_function_transforms(args, options):
+def test_knn_function_transforms_match_autograd(args, options):
     f, inputs = values_of(args, options)
 
     def loss(*xs: Tensor) -> Tensor:
@@ -297,7 +292,7 @@ def test_function_transforms(args, options):
                     torch.testing.assert_close(tuple(out[i] for out in outs), one)
 
 
-def test_vmap_over_valid_and_nested():
+def test_knn_nested_vmap_over_valid_matches_loop():
     torch.manual_seed(0)
     queries, keys, valid = torch.randn(2, 3, 4), torch.randn(5, 7, 4), torch.rand(6, 2, 7) > 0.4
 
@@ -311,13 +306,13 @@ def test_vmap_over_valid_and_nested():
 
 
 @pytest.mark.parametrize("metric", METRICS)
-def test_values_are_the_raw_ones_under_grad(metric):
+def test_knn_values_under_grad_keep_their_bits(metric):
     torch.manual_seed(0)
     queries, keys = 100 + torch.randn(20, 33), 100 + torch.randn(500, 33)
     assert_same(knn(queries.requires_grad_(), keys, 5, metric=metric), knn(queries.detach(), keys, 5, metric=metric))
 
 
-def test_gradients_exist_where_formulas_break():
+def test_knn_gradients_of_zero_vectors_and_empty_sets_are_zero():
     for metric in METRICS:
         queries = torch.zeros(2, 3, dtype=torch.float64, requires_grad=True)
         keys = torch.zeros(4, 3, dtype=torch.float64, requires_grad=True)
@@ -328,7 +323,7 @@ def test_gradients_exist_where_formulas_break():
         torch.autograd.grad(finite(knn(queries, keys, 2).values).sum(), (queries, keys))
 
 
-def test_gradients_are_deterministic():
+def test_knn_repeated_gradients_are_identical():
     torch.manual_seed(0)
     queries, keys = torch.randn(500, 16), torch.randn(50, 16, requires_grad=True)
     first, *others = (torch.autograd.grad(knn(queries, keys, 8).values.sin().sum(), keys)[0] for _ in range(4))
@@ -337,7 +332,7 @@ def test_gradients_are_deterministic():
 
 @pytest.mark.kernels
 @pytest.mark.parametrize("metric", METRICS)
-def test_compiles(metric):
+def test_knn_compiled_matches_eager(metric):
     torch.manual_seed(0)
     queries, keys, bias = torch.randn(2, 3, 4), torch.randn(2, 9, 4), torch.randn(2, 9)
 
@@ -354,7 +349,7 @@ def test_compiles(metric):
 
 
 @pytest.mark.kernels
-def test_opcheck():
+def test_knn_op_passes_opcheck():
     for _, (queries, keys, k), options in sample_inputs(torch.float32):
         metric = METRICS.index(options["metric"])
         torch.library.opcheck(
@@ -403,7 +398,7 @@ Q, K, V, B = torch.zeros(2, 3, 4), torch.zeros(2, 5, 4), torch.ones(2, 5, dtype=
     ],
 )
 @pytest.mark.parametrize("function", [knn, knn_reference])
-def test_refuses_in_one_sentence(function, changes, error, message):
+def test_knn_invalid_argument_raises_one_sentence(function, changes, error, message):
     arguments = {"queries": Q, "keys": K, "k": 2, "metric": "cosine", "valid": V, "bias": B} | changes
     with pytest.raises(error, match=f"^{message}$"):
         function(**arguments)
@@ -418,14 +413,14 @@ def test_knn_integral_k_equals_python_k(function, k):
         assert_same(function(queries, keys, k), function(queries, keys, 2))
 
 
-def test_knn_result_that_cannot_be_allocated_raises_torch_s_message(reference_only):
+def test_knn_result_too_large_raises_torch_message(reference_only):
     if reference_only:
-        pytest.skip("torch allocates the reference's result itself")
+        pytest.skip("torch allocates the result of the reference")
     with pytest.raises(RuntimeError) as caught:
         knn(torch.zeros(1 << 15, 1), torch.zeros(3, 1), 2**31 - 1)  # half a pebibyte of indices
     assert "allocate" in str(caught.value) and "torch_call_dispatcher" not in str(caught.value)
 
 
-def test_examples():
+def test_knn_examples_run():
     failures, examples = doctest.testmod(module)
     assert examples and not failures

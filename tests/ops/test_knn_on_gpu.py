@@ -1,13 +1,14 @@
-"""What only a GPU can show of knn's CUDA kernels: the CPU's bits at sizes that fill one, streams, graphs, no waiting.
+"""knn's CUDA kernels on a GPU: the bits of the CPU at sizes that fill a GPU, streams, graphs, and no synchronisation.
 
-That small cases are right is the battery's to say, and the stand-in's; here are those that take every way through the
-kernels on real ones, and memories, buffers, learners and adapters that live on a GPU.
+The conformance tests and the emulator cover small cases. These tests reach every path of the kernels on hardware, and
+memories, buffers, learners and adapters on a GPU.
 """
 
 from typing import Any
 
 import pytest
 import torch
+from knn_checks import assert_same
 from torch import Tensor
 
 from eaml_ext.ops import Neighbors, PackedKeys, knn, knn_reference
@@ -17,18 +18,12 @@ if not torch.cuda.is_available():
     pytest.skip("needs a GPU", allow_module_level=True)
 
 
-def assert_same(got: Neighbors, want: Neighbors) -> None:
-    """Equal bit for bit, up to the sign of zero and NaN payloads."""
-    assert torch.equal(got.indices.cpu(), want.indices.cpu())
-    torch.testing.assert_close(got.values.cpu(), want.values.cpu(), rtol=0, atol=0, equal_nan=True)
-
-
 def on_gpu(x: Any) -> Any:
     return x.cuda() if isinstance(x, Tensor) else x
 
 
 def check(queries: Tensor, keys: Tensor, k: int, **options: Any) -> Neighbors:
-    """The CPU's bits on the GPU, twice."""
+    """Assert that two calls on the GPU give the bits of the CPU."""
     want = knn(queries, keys, k, **options)
     there = {name: on_gpu(x) for name, x in options.items()}
     for _ in range(2):
@@ -37,7 +32,7 @@ def check(queries: Tensor, keys: Tensor, k: int, **options: Any) -> Neighbors:
     return got
 
 
-def test_kernels_are_registered():
+def test_knn_ops_have_cuda_kernels():
     for name in ("eaml_ext::knn", "eaml_ext::knn_write"):
         assert torch._C._dispatch_has_kernel_for_dispatch_key(name, "CUDA"), f"{name} was built without CUDA"
 
@@ -49,7 +44,7 @@ def test_kernels_are_registered():
     [(1, 1, 20000, 128), (1, 700, 20000, 64), (1, 1100, 3000, 300), (300, 1, 1024, 64), (9, 40, 5000, 33)],
     ids=str,
 )
-def test_the_same_bits_as_on_the_cpu(shape, k, metric):
+def test_knn_on_gpu_gives_bits_of_cpu(shape, k, metric):
     memories, count, size, features = shape
     lead = () if memories == 1 else (memories,)
     queries, keys = torch.randn(*lead, count, features), torch.randn(*lead, size, features)
@@ -60,29 +55,29 @@ def test_the_same_bits_as_on_the_cpu(shape, k, metric):
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("count", [1, 600])
-def test_other_dtypes(dtype, count):
+def test_knn_on_gpu_other_dtypes_give_bits_of_cpu(dtype, count):
     keys, bias = torch.randn(30000, 72).to(dtype), torch.randn(30000).to(dtype)
     check(torch.randn(count, 72).to(dtype), keys, 8, bias=bias)
 
 
 @pytest.mark.parametrize("metric", METRICS)
 @pytest.mark.parametrize("norm", [10, 118, 346])
-def test_offset_clusters_are_exact(metric, norm):
+def test_knn_on_gpu_offset_clusters_give_bits_of_cpu(metric, norm):
     centre = torch.nn.functional.normalize(torch.randn(128), dim=0) * norm
     queries, keys = (centre + 0.05 * torch.randn(n, 128) for n in (512, 20000))
     check(queries, keys, 8, metric=metric)
-    check(queries, torch.cat([keys, -keys]), 8, metric=metric)  # two clusters: no one centre is good
+    check(queries, torch.cat([keys, -keys]), 8, metric=metric)  # two clusters, for which no single centre is near
     check(queries, torch.cat([keys, keys]), 8, metric=metric)  # ties
 
 
-def test_more_ties_than_a_list_holds():
+def test_knn_on_gpu_more_ties_than_candidates_return_lowest_index():
     got = check(torch.randn(1000, 64), torch.zeros(20_000, 64), 3)
     assert got.indices.tolist() == [[0, 1, 2]] * 1000
     check(torch.randn(600, 64), torch.randint(0, 2, (20_000, 64)).float(), 20)
 
 
 @pytest.mark.parametrize("bad", [torch.nan, torch.inf])
-def test_non_finite_numbers(bad):
+def test_knn_on_gpu_non_finite_numbers_give_bits_of_cpu(bad):
     queries, keys, bias = torch.randn(900, 64), torch.randn(20000, 64), torch.randn(20000)
     queries[5, 3] = keys[7, 0] = bias[11] = bad
     keys[13] = bad
@@ -91,8 +86,8 @@ def test_non_finite_numbers(bad):
 
 
 @pytest.mark.parametrize("features", [14, 62, 510, 4094])
-def test_sums_of_the_tensor_cores_are_within_the_bounds(features):
-    """csrc/knn/cuda/pack.cuh assumes that each product adds at most four roundings to a sum."""
+def test_tensor_core_sums_are_within_error_bound(features):
+    """csrc/knn/error_bounds.h assumes that each product adds at most four roundings to a sum."""
     a, b = (torch.randn(64, features).exp() * torch.randn(64, features).sign() for _ in range(2))
     a, b = a.bfloat16().cuda(), b.bfloat16().cuda()
     exact, most = a.double() @ b.double().mT, a.abs().double() @ b.abs().double().mT
@@ -100,26 +95,26 @@ def test_sums_of_the_tensor_cores_are_within_the_bounds(features):
     assert ((got - exact).abs() <= 4 * (features + 16) * 2**-24 * most).all()
 
 
-def test_more_neighbors_than_the_kernels_find():
+def test_knn_on_gpu_more_neighbors_than_kernels_find_runs_reference():
     queries, keys = torch.randn(3, 8), torch.randn(3000, 8)
     check(queries, keys, 1500)
     with pytest.raises(ValueError, match="knn: k is 1500, the CUDA kernels find up to 1024"):
         torch.ops.eaml_ext.knn.default(queries.cuda(), keys.cuda(), 1500, 0, None, None)
 
 
-# ---- where and when it runs --------------------------------------------------------------------------------------
+# ---- streams, graphs and devices ---------------------------------------------------------------------------------
 
 
 def searches(queries: Tensor, keys: Tensor) -> list[Tensor]:
     return [x for count in (1, len(queries)) for x in knn(queries[:count], keys, 8)]
 
 
-def test_on_the_current_stream():
+def test_knn_on_gpu_runs_on_current_stream():
     x = [torch.randn(900, 64, device="cuda"), torch.randn(30000, 64, device="cuda")]
     want = searches(*x)
     later, ahead = [torch.full_like(v, torch.nan) for v in x], torch.cuda.Stream()
     with torch.cuda.stream(ahead):
-        torch.cuda._sleep(100_000_000)  # a kernel on another stream would read what is not there yet
+        torch.cuda._sleep(100_000_000)  # a kernel on another stream would read the tensors before they are written
         for to, v in zip(later, x, strict=True):
             to.copy_(v)
         got = searches(*later)
@@ -127,12 +122,12 @@ def test_on_the_current_stream():
     assert all(map(torch.equal, got, want))
 
 
-def test_does_not_wait_for_the_gpu():
+def test_knn_on_gpu_does_not_synchronise():
     queries, keys = torch.randn(900, 64, device="cuda"), torch.randn(30000, 64, device="cuda")
     memory = PackedKeys(30000, 64, device="cuda")
     memory.write(torch.arange(30000, device="cuda"), keys)
     memory.search(queries, 8)
-    searches(queries, keys)  # what torch does once
+    searches(queries, keys)  # includes torch's work of a first call
     torch.cuda.synchronize()
     busy = torch.cuda.Event()
     torch.cuda.set_sync_debug_mode("error")
@@ -147,7 +142,7 @@ def test_does_not_wait_for_the_gpu():
         torch.cuda.synchronize()
 
 
-def test_captured_in_a_graph():
+def test_knn_on_gpu_captured_in_graph_replays():
     queries, keys = torch.randn(900, 64, device="cuda"), torch.randn(30000, 64, device="cuda")
     slots, new = torch.arange(100, device="cuda"), torch.randn(100, 64, device="cuda")
     memory = PackedKeys(30000, 64, device="cuda")
@@ -172,7 +167,7 @@ def test_captured_in_a_graph():
 
 
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
-def test_on_the_device_of_the_tensors():
+def test_knn_on_gpu_runs_on_device_of_tensors():
     x = [torch.randn(900, 64, device="cuda:1"), torch.randn(30000, 64, device="cuda:1")]
     with torch.cuda.device(0):
         got = searches(*x)
@@ -180,8 +175,8 @@ def test_on_the_device_of_the_tensors():
     assert all(map(torch.equal, got, searches(*x)))
 
 
-def test_offsets_beyond_32_bits():
-    """The last keys of a memory of more than 2³¹ numbers."""
+def test_knn_on_gpu_offsets_beyond_32_bits():
+    """Searches the last keys of a memory of more than 2³¹ numbers."""
     if torch.cuda.mem_get_info()[0] < 24 * 2**30:
         pytest.skip("needs 24 GiB of free GPU memory")
     size, features, tail = 2**25 + 100, 66, 3000
@@ -196,13 +191,13 @@ def test_offsets_beyond_32_bits():
         assert torch.equal(got.values, want.values[:count])
 
 
-# ---- what is built on it -----------------------------------------------------------------------------------------
+# ---- classes that use knn -----------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("metric", METRICS)
 @pytest.mark.parametrize("memories", [None, 3])
-def test_packed_keys(metric, memories):
-    """A history of writes and erasures, on the CPU and on the GPU."""
+def test_packed_keys_on_gpu_match_cpu(metric, memories):
+    """The same writes and erasures run on the CPU and on the GPU."""
     lead = () if memories is None else (memories,)
     here, there = (PackedKeys(5000, 48, memories=memories, metric=metric, device=d) for d in ("cpu", "cuda"))
     for i in range(6):
@@ -220,7 +215,7 @@ def test_packed_keys(metric, memories):
     assert_same(there.to("cpu").search(queries, 8), here.search(queries, 8))
 
 
-def test_gradients():
+def test_knn_on_gpu_gradients_match_cpu():
     queries, keys = torch.randn(50, 16, dtype=torch.float64), torch.randn(400, 16, dtype=torch.float64)
 
     def second(q: Tensor, x: Tensor) -> list[Tensor]:
@@ -232,14 +227,14 @@ def test_gradients():
         torch.testing.assert_close(a.detach().cpu(), b.detach(), rtol=1e-9, atol=1e-9)
 
 
-def test_reference_is_the_same_there():
+def test_knn_reference_on_gpu_gives_bits_of_cpu():
     queries, keys = torch.randn(30, 16), torch.randn(400, 16)
     for metric in METRICS:
         got = knn_reference(queries.cuda(), keys.cuda(), 5, metric=metric)
         assert_same(got, knn(queries.cuda(), keys.cuda(), 5, metric=metric))
 
 
-def test_a_buffer_on_the_gpu():
+def test_buffer_on_gpu_matches_cpu():
     from eaml_ext.experience import ExperienceBuffer
 
     found = []
@@ -252,7 +247,7 @@ def test_a_buffer_on_the_gpu():
     assert all(torch.equal(found[0][name], found[1][name].cpu()) for name in ("states", "targets"))
 
 
-def test_learning_and_adapting_on_the_gpu():
+def test_learner_and_adapter_on_gpu_run():
     from eaml_ext.adaptation import AdaptationConfig, Adapter
     from eaml_ext.meta import MetaMAML
     from eaml_ext.nn import SSM
