@@ -16,7 +16,7 @@ TIMEOUT = 60.0  # seconds a rank waits for others
 
 
 def failures(module: str, functions: list, folder: Path, size: int = 2) -> list[str]:
-    """What went wrong, with rank and traceback; empty if nothing did."""
+    """Run the functions on ``size`` processes; return the errors with rank and traceback."""
     names = ",".join(f.__name__ for f in functions)
     command = [sys.executable, __file__, module, str(folder), names, str(size)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(p for p in sys.path if p)}

@@ -1,4 +1,4 @@
-"""What type checkers make of the public names: mypy checks this file in `make lint`, and the tests run it."""
+"""Types of the public names: mypy checks this file in `make lint`, and the tests run it."""
 
 import torch
 from torch import Tensor
@@ -10,7 +10,7 @@ from eaml_ext import selective_scan_step as step
 from eaml_ext.ops import selective_scan as scan
 
 
-def test_ops() -> None:
+def test_types_of_ops_are_exact() -> None:
     u, A = torch.rand(2, 3, 4), -torch.ones(3, 3)
     assert_type(selective_scan(u, u, A, u, u), Tensor)
     assert_type(scan(u, u, A, u, u, return_last_state=False), Tensor)
@@ -21,7 +21,7 @@ def test_ops() -> None:
     assert_type(PackedKeys(4, 3).search(torch.rand(2, 3), 1), Neighbors)
 
 
-def test_wrong_arguments_are_errors_of_the_checker_too() -> None:
+def test_types_wrong_arguments_are_errors_of_the_checker() -> None:
     x = torch.rand(2, 3)
     for call in (
         lambda: selective_scan("u"),  # type: ignore[call-overload]
@@ -36,7 +36,7 @@ def test_wrong_arguments_are_errors_of_the_checker_too() -> None:
         raise AssertionError("a wrong argument was taken")
 
 
-def test_models_and_memory() -> None:
+def test_types_of_models_and_buffer_are_exact() -> None:
     model = SSM(state_dim=3, hidden_dim=8, output_dim=2)
     assert_type(model.scan(torch.rand(2, 5, 3)), tuple[Tensor, Tensor])
     assert_type(Mamba(8).scan(torch.rand(2, 5, 8)), tuple[Tensor, tuple[Tensor, Tensor]])

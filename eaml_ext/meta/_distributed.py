@@ -1,4 +1,4 @@
-"""What the ranks that share a meta-batch exchange: initial parameters, counts, losses, gradients, errors."""
+"""Exchanges of the ranks that share a meta-batch: initial parameters, counts, losses, gradients, errors."""
 
 from __future__ import annotations
 

@@ -62,7 +62,7 @@ class MetaGradient:
         """The tasks' losses, ``(len(tasks),)``, detached."""
         chunks, parts = self._chunks(tasks, loss_fns), []
         for chunk in chunks:
-            some, fns = _pick(tasks, chunk), _pick(loss_fns, chunk)
+            some, fns = _take(tasks, chunk), _take(loss_fns, chunk)
 
             def compute(batch: Map, some: list[Task] = some, fns: list[LossFn] = fns) -> Tensor:
                 return task_losses(batch, self.inner, self.params, self.rates, some, fns)
@@ -90,7 +90,7 @@ class MetaGradient:
         losses = torch.empty_like(uniform)
         total: Gradients = [None] * len(leaves)
         for chunk in self._chunks(tasks, loss_fns):
-            some, fns = _pick(tasks, chunk), _pick(loss_fns, chunk)
+            some, fns = _take(tasks, chunk), _take(loss_fns, chunk)
 
             def compute(
                 batch: Map, some: list[Task] = some, fns: list[LossFn] = fns, shares: Tensor = shares[chunk]
@@ -114,8 +114,8 @@ class MetaGradient:
         if not (self.reptile or self.compile or self.micro_batch):
             return [list(range(len(tasks)))]
         size = self.micro_batch or len(tasks)
-        alike = _equal_shapes(tasks, loss_fns)
-        return [bucket[i : i + size] for bucket in alike for i in range(0, len(bucket), size)]
+        by_shape = _equal_shapes(tasks, loss_fns)
+        return [bucket[i : i + size] for bucket in by_shape for i in range(0, len(bucket), size)]
 
     def _without_tape(
         self, batch: Map, tasks: list[Task], loss_fn: LossFn, weights: Tensor
@@ -141,7 +141,7 @@ def task_losses(
     """The query losses after adaptation, ``(len(tasks),)``; tasks of equal shapes and loss go through ``batch``."""
     losses: dict[int, Tensor] = {}
     for bucket in _equal_shapes(tasks, loss_fns):
-        loss_fn, some = loss_fns[bucket[0]], _pick(tasks, bucket)
+        loss_fn, some = loss_fns[bucket[0]], _take(tasks, bucket)
         if len(bucket) == 1:
             losses[bucket[0]] = inner.query_loss(params, rates, loss_fn)(*some[0])
         elif uses_tape():
@@ -238,5 +238,5 @@ def _equal_shapes(tasks: Sequence[Task], loss_fns: Sequence[LossFn]) -> list[lis
     return buckets(keys)
 
 
-def _pick(items: Sequence[Any], indices: list[int]) -> list[Any]:
+def _take(items: Sequence[Any], indices: list[int]) -> list[Any]:
     return [items[i] for i in indices]

@@ -1,4 +1,4 @@
-"""The optimizers that take a step from gradients alone, and their states."""
+"""Optimizers that step from gradients alone: construction, steps, states."""
 
 import copy
 import inspect
@@ -20,7 +20,7 @@ def make_optimizer(where: str, factory: Callable[..., Any], params: Iterable[Ten
 
 
 def take_step(where: str, optimizer: Any) -> None:
-    """``optimizer.step()``; ValueError where it fails for want of a closure."""
+    """Call ``optimizer.step()``; raise ValueError where it fails because it needs a closure."""
     try:
         optimizer.step()
     except Exception as error:

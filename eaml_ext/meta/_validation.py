@@ -60,6 +60,15 @@ def check_pair(where: str, name: str, x: Any, y: Any) -> None:
     _check.device(where, f"{name}_y", y, x.device, f"{name}_x")
 
 
+def check_support(where: str, new_task_data: Any) -> tuple[Tensor, Tensor]:
+    """Return the support set of a new task, ``(support_x, support_y)``."""
+    if not isinstance(new_task_data, (tuple, list)) or len(new_task_data) != 2:
+        raise TypeError(f"{where}: new_task_data must be (support_x, support_y)")
+    x, y = new_task_data
+    check_pair(where, "support", x, y)
+    return x, y
+
+
 def check_tasks(where: str, tasks: Iterable[Task], *, empty: bool = False) -> list[Task]:
     """Return the tasks as a list; ``empty``: there may be none."""
     tasks = list(tasks)

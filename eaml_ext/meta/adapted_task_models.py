@@ -1,6 +1,5 @@
-"""Models of past tasks: the meta-learned one adapted to each, to ask which of them explains new data."""
+"""theta_i = theta adapted to past task i: which model of a past task predicts new data best."""
 
-from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
@@ -11,7 +10,7 @@ from torch import Tensor
 from eaml_ext import _check
 from eaml_ext.experience import ExperienceBuffer
 from eaml_ext.experience.experiences import Experiences, Selector
-from eaml_ext.meta._batching import Batching, Map
+from eaml_ext.meta._batching import Batching, Map, buckets, stack
 from eaml_ext.meta._types import LossFn, Params
 from eaml_ext.meta._validation import check_loss_fn, check_scalar
 from eaml_ext.meta.functional import outside_inference_mode, recordable
@@ -21,18 +20,19 @@ from eaml_ext.meta.maml import MetaMAML
 class AdaptedTaskModels:
     """The model of a MetaMAML adapted to each past task of a buffer; ``retrieval.best_fit`` takes :meth:`score`.
 
-    Tasks with equally many items are adapted as one vmapped batch, and all models are scored in one call. A task's
-    model is made when the task is first met (at once for those in the buffer) and kept, also while the ring overwrites
-    the task's items; :meth:`update` recomputes all of them, after a meta-update or when tasks have grown.
+    Tasks with equally many items are adapted as one vmapped batch, and all models are scored in one call. The
+    constructor makes the models of the tasks in the buffer, and :meth:`score` those of tasks that were added later. A
+    model is kept while the ring overwrites the task's items. :meth:`update` recomputes all models, for example after a
+    meta-update or when tasks have more items.
 
     Args:
-        maml: whose model and inner loop are used, as they are at that time.
+        maml: its model and inner loop are used, as they are at that time.
         buffer: holds the past tasks, with a field ``task``.
-        loss_fn: ``(prediction, target) -> scalar``, of the adaptation and the score.
-        num_steps: of the inner loop; None: ``maml.inner_steps``.
-        states, targets: go to ``Experiences.batch``.
-        length: leave out tasks with another number of items, of which the ring has overwritten some; None: take all.
-        chunk_size: how many tasks to adapt at once, which bounds the memory; None: all.
+        loss_fn: ``(prediction, target) -> scalar``, for the adaptation and the score.
+        num_steps: steps of the inner loop; None: ``maml.inner_steps``.
+        states, targets: arguments of ``Experiences.batch``.
+        length: skip tasks with another number of items, because the ring has overwritten some; None: take all.
+        chunk_size: tasks that are adapted at once, which bounds the memory; None: all.
 
     Raises:
         TypeError, ValueError: an argument of the wrong kind or size.
@@ -93,7 +93,13 @@ class AdaptedTaskModels:
 
     @outside_inference_mode()
     def score(self, buffer: ExperienceBuffer, tasks: Tensor, batch: Mapping[str, Any]) -> Tensor:
-        """The loss on the batch of each task's model, ``(len(tasks),)``; inf for a task without a model."""
+        """Return the loss of each task's model on the batch, ``(len(tasks),)``; inf for a task without a model.
+
+        Args:
+            buffer: the one that the models were made from.
+            tasks: ``(n,)``, integer, ids of tasks.
+            batch: has "states", ``(batch, ...)``, and "targets", ``(batch, ...)``.
+        """
         if buffer is not self._buffer:
             raise ValueError("AdaptedTaskModels.score: buffer is another than the one these models were made from")
         x, y = recordable((batch["states"], batch["targets"]))
@@ -115,9 +121,13 @@ class AdaptedTaskModels:
         return torch.where(rows < 0, torch.inf, losses[rows])
 
     def params(self, tasks: Tensor) -> Params:
-        """The adapted parameters of the tasks, name to ``(len(tasks), *shape)``, for ``torch.func.vmap``.
+        """Return the adapted parameters of the tasks, name to ``(len(tasks), *shape)``, for ``torch.func.vmap``.
 
-        Raises ValueError for a task without a model.
+        Args:
+            tasks: ``(n,)``, integer, ids of tasks.
+
+        Raises:
+            ValueError: a task has no model.
         """
         numbers, (row, params) = tasks.tolist(), self._models
         missing = [task for task in numbers if task not in row]
@@ -130,7 +140,7 @@ class AdaptedTaskModels:
         return batch(function, chunk_size=self._chunk_size)(*args)
 
     def _parts(self, tasks: list[int]) -> dict[int, Experiences]:
-        """The items of each task, without tasks that ``length`` leaves out or the buffer no longer stores."""
+        """Return the items of each task, without tasks that ``length`` skips or the buffer no longer stores."""
         with self._buffer.storage.lock:
             stored = set(self._buffer.tasks().tolist()) if tasks and len(self._buffer) else set()
             parts = {task: self._buffer.of_task(task) for task in tasks if task in stored}
@@ -139,11 +149,9 @@ class AdaptedTaskModels:
     def _extended(
         self, models: tuple[dict[int, int], Params], parts: dict[int, Experiences]
     ) -> tuple[dict[int, int], Params]:
-        """New dicts of the given models and of those adapted to ``parts``: ``(row of each task, parameters)``."""
+        """Return the given models and those adapted to ``parts``, in new dicts: ``(row of each task, parameters)``."""
         row, params = dict(models[0]), dict(models[1])
-        buckets: dict[int, dict[int, dict[str, Tensor]]] = defaultdict(dict)
-        for task, part in parts.items():
-            buckets[len(part)][task] = part.batch(**self._select)
+        tasks, batches = list(parts), [part.batch(**self._select) for part in parts.values()]
         start = {name: p.detach() for name, p in self._maml.parameters().items()}
 
         def adapt(x: Tensor, y: Tensor) -> Params:
@@ -153,11 +161,11 @@ class AdaptedTaskModels:
             raise ValueError(
                 "AdaptedTaskModels: parameters were frozen or unfrozen after the last update: call update again"
             )
-        for bucket in buckets.values():
-            data = [torch.stack([batch[name] for batch in bucket.values()]) for name in ("states", "targets")]
+        for bucket in buckets(len(part) for part in parts.values()):
+            data = stack([(batches[i]["states"], batches[i]["targets"]) for i in bucket])
             with torch.no_grad():
                 adapted = self._batching.run(partial(self._map, adapt, data), data[0].device)
             for name, new in adapted.items():
                 params[name] = torch.cat([params[name], new]) if name in params else new
-            row.update({task: len(row) + i for i, task in enumerate(bucket)})
+            row.update({tasks[i]: len(row) + n for n, i in enumerate(bucket)})
         return row, params

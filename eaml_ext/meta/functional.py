@@ -30,10 +30,10 @@ def functional_call(
     """``model(*args, **kwargs)`` with the tensors of ``params_and_buffers`` in place of the model's own.
 
     ``torch.func.functional_call`` substitutes by name, so a submodule under two names keeps the substituted value.
-    Here every tensor is substituted once, under whichever of its names it is given. The model is left as it was: what
-    ``forward`` does to buffers in place is discarded, and so are tensors that it stores in plain attributes (attention
-    maps, caches, the weights list of ``nn.GRU``) or in containers there, at any depth: lists, dicts, sets, deques,
-    namespaces, dataclasses. Calls of other threads wait meanwhile.
+    Here every tensor is substituted once, under whichever of its names it is given. The model is left as it was:
+    in-place updates of buffers by ``forward`` are discarded. Tensors that it stores in plain attributes are too:
+    attention maps, caches, the weights list of ``nn.GRU``. Attributes may hold tensors in containers at any depth:
+    lists, dicts, sets, deques, namespaces, dataclasses. Calls of other threads wait meanwhile.
 
     Args:
         model: any module whose ``forward`` is Python.

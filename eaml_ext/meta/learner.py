@@ -31,14 +31,14 @@ class MetaLearner(nn.Module):
     Args:
         input_dim: size of an input, and of the context (an encoder's hidden size).
         output_dim: size of an output (of an action).
-        hidden_dim: width of the network; ``shift`` has input_dim times as many numbers as the network.
+        hidden_dim: width of the network; ``shift`` has input_dim numbers for each number of the network.
         meta_lr: learning rate of :meth:`meta_update` (Adam).
-        inner_lr, inner_steps: of the inner loop.
-        loss_fn: ``(prediction (output_dim,), target (output_dim,)) -> scalar``, of one pair.
-        temperature: of the similarity of experience, see :meth:`adapt_with_experience`; learned from there.
+        inner_lr, inner_steps: step size and number of steps of the inner loop.
+        loss_fn: ``(prediction (output_dim,), target (output_dim,)) -> scalar``, for one pair.
+        temperature: scale of distances in :meth:`adapt_with_experience`, the start of its learning.
 
     Attributes:
-        skipped_updates: meta-updates left out because a loss or a gradient was not finite.
+        skipped_updates: meta-updates skipped because a loss or a gradient was not finite.
 
     Raises:
         TypeError, ValueError: an argument of the wrong kind or size.
@@ -88,7 +88,12 @@ class MetaLearner(nn.Module):
         self._batching = Batching(where, "pair")
 
     def forward(self, query_set: Tensor, params: Params | None = None) -> Tensor:
-        """Predictions ``(m, output_dim)`` for ``(m, input_dim)``, under ``params`` (absent: the initial ones)."""
+        """Return predictions, ``(m, output_dim)``.
+
+        Args:
+            query_set: ``(m, input_dim)``.
+            params: what :meth:`adapt` returned; None: the initial parameters.
+        """
         self._check_inputs("MetaLearner.forward", "query_set", query_set)
         if not (torch.compiler.is_compiling() or torch.is_inference_mode_enabled()):
             query_set, params = recordable((query_set, params))
@@ -104,11 +109,11 @@ class MetaLearner(nn.Module):
 
     @outside_inference_mode()
     def adapt(self, context: Tensor, support_set: Pairs) -> Params:
-        """The parameters adapted to a task, by name, for :meth:`forward`.
+        """Return the parameters adapted to a task, by name, for :meth:`forward`.
 
         Args:
             context: ``(time, input_dim)`` or, averaged already, ``(input_dim,)``.
-            support_set: ``(inputs (n, input_dim), targets (n, output_dim))``.
+            support_set: ``(inputs, targets)``: ``(n, input_dim)`` and ``(n, output_dim)``.
 
         Returns:
             Parameters that are connected to the meta-parameters, and to the context where it requires grad.
@@ -119,16 +124,15 @@ class MetaLearner(nn.Module):
     def adapt_with_experience(self, context: Tensor, support_set: Pairs, experiences: Experiences) -> Params:
         """:meth:`adapt`, on the support set and the (state, action) pairs of retrieved experiences together.
 
-        A support pair counts 1, one of an experience at distance d counts exp(-d / temperature): at most 1, unless the
-        buffer has log-weights, which are part of its distances; 1 where experiences were drawn, not searched. The loss
-        is the weighted mean, so it stays bounded however many there are.
+        A support pair has weight 1, a pair of an experience at distance d has weight exp(-d / temperature). That is at
+        most 1, unless the buffer has log-weights, which are part of its distances. Experiences that were drawn, not
+        searched, have weight 1. The loss is the weighted mean, so it is bounded for any number of pairs.
 
         Args:
             context, support_set: as in :meth:`adapt`.
-            experiences: what ``ExperienceBuffer.retrieve`` returned for one query, with fields ``state``
-                ``(k, input_dim)`` or ``(k, time, input_dim)`` and ``action`` ``(k, output_dim)`` or ``(k, time,
-                output_dim)``; integer actions without the last dimension are taken one-hot. None found (k = 0): plain
-                adaptation.
+            experiences: what ``ExperienceBuffer.retrieve`` returned for one query; k = 0 is plain adaptation. Its field
+                ``state`` is ``(k, input_dim)`` or ``(k, time, input_dim)``. Its field ``action`` is ``(k, output_dim)``
+                or ``(k, time, output_dim)``; integer actions without the last dimension become one-hot.
         """
         return self._batching.run(
             lambda batch: self._adapt_with_experience(batch, context, support_set, experiences),
@@ -137,10 +141,14 @@ class MetaLearner(nn.Module):
 
     @outside_inference_mode()
     def meta_update(self, tasks: Iterable[tuple[Any, ...]]) -> float:
-        """One step of Adam on the mean query loss after adaptation; returns it (before the step).
+        """Take one step of Adam on the mean query loss after adaptation; return it (before the step).
 
-        ``tasks``: ``(context, support_set, query_set)`` each, with the query set as ``(inputs, targets)``, or
-        ``(context, support_set, query_set, experiences)``. A step that is not finite is left out and counted.
+        A step that is not finite is skipped and counted in ``skipped_updates``.
+
+        Args:
+            tasks: ``(context, support_set, query_set)`` or ``(context, support_set, query_set, experiences)`` each. The
+                query set is ``(inputs, targets)``: ``(m, input_dim)`` and ``(m, output_dim)``; the others are as in
+                :meth:`adapt_with_experience`.
         """
         where = "MetaLearner.meta_update"
         tasks = list(tasks)

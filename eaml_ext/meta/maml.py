@@ -42,10 +42,10 @@ from eaml_ext.meta.functional import (
 class MetaMAML:
     """Model-agnostic meta-learning (Finn, Abbeel & Levine 2017, algorithm 1) over any ``nn.Module``, and its relatives.
 
-    Tasks of equal shapes run as one vmapped batch, so that every op sees them in one call; tasks of different shapes
-    are bucketed. Meta-gradients are exact second order, also through :func:`eaml_ext.ops.selective_scan`. Tasks run one
-    at a time, after one RuntimeWarning, where ``vmap`` cannot run the model: recurrent layers of torch, control flow
-    that depends on data, ``torch.utils.checkpoint``.
+    Tasks of equal shapes run as one vmapped batch, in which every op runs once; tasks of different shapes are bucketed.
+    Meta-gradients are exact second order, also through :func:`eaml_ext.ops.selective_scan`. Tasks run one at a time,
+    after one RuntimeWarning, where ``vmap`` cannot run the model: recurrent layers of torch, control flow that depends
+    on data, ``torch.utils.checkpoint``.
 
     The parameters that require grad at the time of a call are learned. Parameters may be frozen, and unfrozen again,
     at any time; one that is unfrozen or replaced for the first time after construction needs a new MetaMAML. Changes of

@@ -1,4 +1,4 @@
-"""Meta-batches: which tasks the next meta-update sees, a pure function of (seed, iteration, how tasks fared)."""
+"""Meta-batches: the tasks of a meta-update, a pure function of (seed, iteration, losses of tasks so far)."""
 
 from collections.abc import Iterator, Sequence
 from numbers import Integral
@@ -15,8 +15,8 @@ from eaml_ext.meta._validation import check_tasks
 from eaml_ext.meta.functional import outside_inference_mode
 
 SAMPLINGS = ("uniform", "adaptive")
-_DECAY = 0.7  # of a task's running loss, by each new loss
-_UNIFORM = 0.2  # the share of uniform draws in adaptive sampling: no task is ever forgotten
+_DECAY = 0.7  # a task's running loss is _DECAY * running loss + (1 - _DECAY) * new loss
+_UNIFORM = 0.2  # share of uniform draws in adaptive sampling, so that every task is drawn again
 
 
 @runtime_checkable
@@ -24,14 +24,17 @@ class MetaTask(Protocol):
     """A task that draws its own data. Random numbers come from torch's global generator, which is seeded for it."""
 
     def sample(self) -> Task:
-        """``(support_x, support_y, query_x, query_y)``, drawn anew at each call."""
+        """Draw ``(support_x, support_y, query_x, query_y)``: ``(n, ...)`` twice and ``(m, ...)`` twice."""
 
     def loss(self, prediction: Tensor, target: Tensor) -> Tensor:
-        """A scalar. Tasks run as one batch if it is a ``staticmethod`` they share; a method keeps its task alone."""
+        """Return a scalar.
+
+        Tasks run as one batch if they share the loss as a ``staticmethod``; a task with a method runs alone.
+        """
 
 
 class MetaBatch(NamedTuple):
-    """One meta-batch: the data of each task, its loss (None: the trainer's), its place in the list (-1: none)."""
+    """One meta-batch: the data of each task, its loss (None: the trainer's), its index in the list (-1: none)."""
 
     tasks: list[Task]
     loss_fns: list[LossFn | None]
@@ -63,22 +66,21 @@ class TaskSource(Protocol):
 
 
 class TaskBatch:
-    """Meta-batches of ``batch_size`` tasks out of a list, or freshly drawn ones from a distribution.
+    """Meta-batches of ``batch_size`` tasks of a list or of a distribution.
 
-    Iterating yields lists of ``(support_x, support_y, query_x, query_y)``, as ``MetaMAML.meta_update`` takes them: one
-    pass over the list (its order drawn anew for each pass, what fills no whole batch left out), endless for a
-    distribution. :meth:`batch` gives the same by number, whatever was asked before.
+    Iterating yields lists of ``(support_x, support_y, query_x, query_y)``, as ``MetaMAML.meta_update`` takes them. For
+    a list it is one pass, in a random order of its own, without the tasks that fill no whole batch; for a distribution
+    it is endless. :meth:`batch` returns a meta-batch by number, whatever was drawn before.
 
     Args:
-        tasks: a non-empty list of such tuples or of objects with ``sample()`` and ``loss()`` (:class:`MetaTask`), mixed
-            at will; or a distribution with ``sample(n, split, seed, epoch) -> list of such objects``, asked for split
-            "train" and epoch = number of the meta-batch.
+        tasks: a non-empty list of such tuples, of objects with ``sample()`` and ``loss()`` (:class:`MetaTask`), or of
+            both. Otherwise a distribution with ``sample(n, split, seed, epoch) -> list of such objects``, which is
+            called with split "train" and the number of the meta-batch as epoch.
         batch_size: tasks in a meta-batch; the whole list where it is shorter.
-        sampling: "uniform", or "adaptive": batches are drawn with probabilities that grow with a task's running loss
-            after adaptation, so that tasks where adaptation still fails come more often (0.2 uniform + 0.8 in
-            proportion to the loss; tasks not seen yet count as the worst). :meth:`update` tells the losses; the trainer
-            calls it. Needs a list.
-        seed: of everything drawn, in [0, 2**32).
+        sampling: "uniform", or "adaptive", which needs a list: tasks are drawn with probabilities of 0.2 uniform and
+            0.8 in proportion to their running loss after adaptation. Tasks without a loss count as the worst. The
+            trainer passes the losses to :meth:`update`.
+        seed: seed of everything drawn, in [0, 2**32).
 
     Raises:
         TypeError, ValueError: an argument of the wrong kind or size, or a task that is neither.
@@ -131,7 +133,7 @@ class TaskBatch:
             yield self.batch((self._passes - 1) * len(self) + i).tasks
 
     def batch(self, iteration: int) -> MetaBatch:
-        """Meta-batch number ``iteration``: the same at each call (under adaptive sampling: for the same losses).
+        """Return meta-batch number ``iteration``, the same at each call (under adaptive sampling: for the same losses).
 
         Torch's global generator is left as it was.
         """
@@ -150,9 +152,11 @@ class TaskBatch:
         return MetaBatch(check_tasks("TaskBatch.batch", data), loss_fns, indices)
 
     def update(self, indices: Sequence[int], losses: Tensor) -> None:
-        """Tell how the tasks at ``indices`` fared: their losses after adaptation, ``(len(indices),)``.
+        """Add to the running losses of the tasks at ``indices``.
 
-        Losses that are not finite are passed over, as such a meta-update is.
+        Args:
+            indices: positions in the list of tasks; -1: a task without one, whose loss is ignored.
+            losses: ``(len(indices),)``, floating, after adaptation. A loss that is not finite is ignored.
         """
         _check.tensor("TaskBatch.update", "losses", losses)
         if losses.shape != (len(indices),):
@@ -167,19 +171,19 @@ class TaskBatch:
                 self.scores[i] = loss if old != old else _DECAY * old + (1 - _DECAY) * loss
 
     def state_dict(self) -> dict[str, Any]:
-        """What the next meta-batches depend on: the tasks' running losses, and the passes made."""
+        """Return the state that later meta-batches depend on: the tasks' running losses, and the passes made."""
         return {"scores": self.scores.clone(), "passes": self._passes}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take over what :meth:`state_dict` gave."""
+        """Restore what :meth:`state_dict` returned; ValueError if it is of another number of tasks."""
         if state["scores"].shape != self.scores.shape:
-            came = len(state["scores"])
-            raise ValueError(f"TaskBatch.load_state_dict: state is of {came} tasks, wanted {len(self.scores)}")
+            got = len(state["scores"])
+            raise ValueError(f"TaskBatch.load_state_dict: state is of {got} tasks, wanted {len(self.scores)}")
         self.scores = state["scores"].clone()
         self._passes = state["passes"]
 
     def describe(self) -> dict[str, Any]:
-        """What must be alike for a run to be continued."""
+        """Return the settings that must be equal for a run to be continued."""
         tasks: Any
         if not self.endless:
             tasks = len(self.tasks)
@@ -201,7 +205,7 @@ class TaskBatch:
         seen = torch.isfinite(self.scores)
         worst = self.scores[seen].max() if bool(seen.any()) else self.scores.new_ones(())
         share = torch.where(seen, self.scores, worst)
-        share = share - share.min().clamp(max=0)  # of losses below 0, from the least on
+        share = share - share.min().clamp(max=0)  # losses below 0 count from the least one
         share = share / share.sum() if float(share.sum()) > 0 else torch.full_like(share, 1 / count)
         chances = _UNIFORM / count + (1 - _UNIFORM) * share
         return torch.multinomial(chances, self.batch_size, generator=generator).tolist()

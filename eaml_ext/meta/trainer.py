@@ -1,4 +1,4 @@
-"""The meta-training loop: meta-batches in, losses out; what is interrupted goes on with the same bits."""
+"""The meta-training loop: meta-batches in, losses out; an interrupted run continues with the same bits."""
 
 import copy
 import os
@@ -15,15 +15,16 @@ from torch.optim.lr_scheduler import LRScheduler
 from eaml_ext import _check
 from eaml_ext._random import Purpose, derive_seed
 from eaml_ext._terminal import progress_bar
-from eaml_ext.checkpoint import content_errors, deferred_interrupt, load_state, save_state
+from eaml_ext.checkpoint import content_errors, deferred_interrupt
 from eaml_ext.distributed import Group, any_rank, run_on_rank_zero
+from eaml_ext.meta._run_checkpoint import check_run, read_run, save_run
+from eaml_ext.meta._scalar_log import Log, ScalarLog, check_log, open_log
 from eaml_ext.meta._types import LossFn, Stateful
-from eaml_ext.meta._validation import check_loss_fn, check_pair, check_parameters, check_rate
+from eaml_ext.meta._validation import check_loss_fn, check_parameters, check_rate, check_support
 from eaml_ext.meta.functional import detached_copy, outside_inference_mode, recordable
 from eaml_ext.meta.maml import MetaMAML
 from eaml_ext.meta.task_batch import MetaBatch, TaskSource
 
-_KIND = "MetaMAMLTrainer"
 _FOLDS = 5
 
 OnIteration = Callable[[int, MetaBatch, float], None]
@@ -31,38 +32,42 @@ OnIteration = Callable[[int, MetaBatch, float], None]
 
 
 class MetaMAMLTrainer:
-    """Meta-trains a policy (any ``nn.Module`` called as ``policy(x)``) by :class:`MetaMAML`, in place.
+    """Meta-train a policy (any ``nn.Module`` called as ``policy(x)``) by :class:`MetaMAML`, in place.
 
-    With several ``kl_radii`` it trains one policy for each (the first one in place, the others copies), all on the
-    same meta-batches: the one of level e steps on the worst weighting of the batch's tasks within KL divergence e of
-    the plain mean. A parameter that is frozen in the first one is frozen in the copies at the next call. At test time,
-    where how far the new task lies from the training tasks is not known, :meth:`adapt_to_new_task` picks: each adapts
-    on four fifths of the support set and is judged on the rest, five times (leave-one-out below five rows; on the
-    support set itself, before adaptation, where there is one row); the lowest mean loss wins, the first level at a tie;
-    the winner then adapts on all of the support set. Source: Ajay et al., "Distributionally Adaptive Meta Reinforcement
-    Learning", 2022, which picks by a bandit over episodes.
+    With several ``kl_radii`` it trains one policy for each, all on the same meta-batches; the first one is trained in
+    place, the others are copies. The policy of radius e steps on the worst weighting of the batch's tasks within KL
+    divergence e of the plain mean. A parameter that is frozen in the first policy is frozen in the copies at the next
+    call. The distance of a new task from the training tasks is unknown at test time, so :meth:`adapt_to_new_task`
+    selects the policy by cross-validation:
+
+    - Each policy adapts on four fifths of the support set and is judged on the rest, five times.
+    - Below five rows one row is held out at a time; a single row judges the policies before adaptation.
+    - The lowest mean loss wins, at a tie the first radius; the selected policy adapts on all of the support set.
+
+    Source: Ajay et al., "Distributionally Adaptive Meta Reinforcement Learning", 2022, which selects by a bandit over
+    episodes.
 
     Args:
         policy: the model.
         meta_lr: learning rate of the meta-update.
         inner_lr: step size of the inner loop.
-        loss_fn: ``(prediction, target) -> scalar``, of the tasks that bring no loss of their own.
-        kl_radii: nats, each at least 0; see above. (0.0,) is plain MAML.
-        log: where losses and skipped updates are written: a ``SummaryWriter`` (anything with ``add_scalar``), or a
+        loss_fn: ``(prediction, target) -> scalar``, for the tasks without a loss of their own.
+        kl_radii: nats, each at least 0; (0.0,) is plain MAML.
+        log: destination of losses and skipped updates: a ``SummaryWriter`` (any object with ``add_scalar``), or a
             directory for TensorBoard, which then must be installed; None: nowhere.
         progress: show a progress bar, where the output is a terminal.
         lr_scheduler: ``optimizer -> scheduler`` of the outer learning rate, such as ``lambda optimizer:
             torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, 1000)``, stepped after every meta-update; None: the
             rate is constant.
-        group: ranks that share each meta-batch, given the same arguments and calls: every one draws it, and adapts a
-            part of its tasks (see :class:`MetaMAML`). Rank 0 alone logs, shows progress, and writes and reads the
-            checkpoint; a run may be continued by another number of ranks.
+        group: ranks that share each meta-batch, given the same arguments and calls. Every rank draws the meta-batch and
+            adapts a part of its tasks (see :class:`MetaMAML`). Rank 0 alone logs, shows progress, and writes and reads
+            the checkpoint; another number of ranks may continue a run.
         options: further arguments of :class:`MetaMAML`, by name: ``inner_steps``, ``first_order``, ``compile``, ...
 
     Attributes:
-        maml: the MetaMAML of the first level; ``mamls`` those of all.
+        maml: the MetaMAML of the first radius; ``mamls`` has one for each.
         iteration: meta-updates made so far.
-        losses: of all of them, the first level's.
+        losses: one for each meta-update, of the first radius.
 
     Raises:
         TypeError, ValueError: an argument of the wrong kind or size, or one that :class:`MetaMAML` refuses.
@@ -86,7 +91,7 @@ class MetaMAMLTrainer:
         *,
         loss_fn: LossFn = mse_loss,
         kl_radii: Sequence[float] = (0.0,),
-        log: Any = None,
+        log: Log = None,
         progress: bool = True,
         lr_scheduler: Callable[[torch.optim.Optimizer], LRScheduler] | None = None,
         group: Group | None = None,
@@ -102,18 +107,14 @@ class MetaMAMLTrainer:
             raise TypeError(f"{where}: lr_scheduler must be callable, got {type(lr_scheduler).__name__}")
         if isinstance(kl_radii, str) or not isinstance(kl_radii, Sequence) or not kl_radii:
             raise TypeError(f"{where}: kl_radii must be a list of at least one number, got {kl_radii!r}")
-        levels = [float(_check.positive(where, "kl_radii", level, zero=True)) for level in kl_radii]
-        if not (log is None or isinstance(log, (str, os.PathLike)) or callable(getattr(log, "add_scalar", None))):
-            kind = type(log).__name__
-            raise TypeError(f"{where}: log must be a directory or have add_scalar, as a SummaryWriter, got {kind}")
-        if isinstance(log, (str, os.PathLike)):
-            _summary_writer()
+        self.kl_radii = [float(_check.positive(where, "kl_radii", radius, zero=True)) for radius in kl_radii]
+        check_log(where, log)
         with outside_inference_mode():
-            policies = [policy, *(detached_copy(policy) for _ in levels[1:])]
+            policies = [policy, *(detached_copy(policy) for _ in self.kl_radii[1:])]
         self.mamls = [MetaMAML(p, inner_lr, meta_lr, group=group, **options) for p in policies]
         self._schedulers = [] if lr_scheduler is None else [lr_scheduler(maml.optimizer) for maml in self.mamls]
-        self.group = group
-        self.maml, self.kl_radii = self.mamls[0], levels
+        self.maml, self.group = self.mamls[0], group
+        self._first = group is None or group.rank == 0
         self.loss_fn, self.log, self.progress = loss_fn, log, bool(progress)
         self.losses: list[float] = []
 
@@ -124,7 +125,7 @@ class MetaMAMLTrainer:
 
     @property
     def skipped_updates(self) -> int:
-        """Meta-updates left out because they were not finite, of all levels."""
+        """Meta-updates skipped because they were not finite, of all radii."""
         return sum(maml.skipped_updates for maml in self.mamls)
 
     def meta_train(
@@ -137,36 +138,36 @@ class MetaMAMLTrainer:
         on_iteration: OnIteration | None = None,
         extra_state: Stateful | None = None,
     ) -> list[float]:
-        """``num_meta_iterations`` meta-updates; returns their losses (mean query loss after adaptation, before each).
+        """Make ``num_meta_iterations`` meta-updates.
 
-        Meta-update number i sees ``task_batch.batch(i)``, and torch's global generator seeded from (seed, i) (dropout
-        draws from it), so a run is a function of its seed; the generator is given back as it was.
+        Meta-update number i uses ``task_batch.batch(i)`` and torch's global generator seeded from (seed, i), from which
+        dropout draws. A run is therefore a function of its seed. The generator is restored afterwards.
 
         **With a checkpoint** the state is written there every ``checkpoint_every`` meta-updates and at the end, each
-        time the whole file or nothing. Where the file exists, the call is the continuation of the one that wrote it:
-        it takes over the state, makes the meta-updates that are missing, and returns the losses of all. So the same
-        script, started again after an end of any kind, ends with the bits of an uninterrupted run.
+        time the whole file or nothing. Where the file exists, the call continues the run that wrote it: it loads the
+        state, makes the meta-updates that are missing, and returns the losses of all. The same script, started again
+        after an end of any kind, thus ends with the bits of an uninterrupted run.
 
-        **Ctrl-C** ends the call after the meta-update under way (a second one at once), writes the checkpoint, and
-        raises KeyboardInterrupt, on all ranks where one got it; without a checkpoint the next call goes on from there.
+        **Ctrl-C** ends the call after the current meta-update; a second one ends it at once. The checkpoint is written
+        and KeyboardInterrupt raised, on all ranks if one received it. Without a checkpoint the next call continues.
 
-        A meta-update that is not finite is left out, its loss is in the list, and a RuntimeWarning at the end says how
-        many there were.
+        A meta-update that is not finite is skipped. Its loss is in the list, and a RuntimeWarning at the end counts the
+        skipped ones.
 
         Args:
             task_batch: a :class:`TaskBatch`, or any object with its methods (:class:`TaskSource`), which may prepare
                 the data of each meta-batch itself.
             num_meta_iterations: meta-updates to make, at least 0.
-            checkpoint: file of the state; None: no file.
+            checkpoint: path of the state's file; None: no file.
             checkpoint_every: meta-updates between two writes of the file.
             on_iteration: called as ``on_iteration(number, meta_batch, loss)`` after every meta-update and before the
                 checkpoint is written, with a group on every rank.
-            extra_state: object whose ``state_dict()`` is written into the checkpoint and given back to its
-                ``load_state_dict`` when the run continues, after everything else was loaded; with a group on rank 0
-                alone. ``load_state_dict`` must leave the object unchanged where it raises.
+            extra_state: its ``state_dict()`` is part of the checkpoint. A continued run passes that to
+                ``load_state_dict`` after everything else is loaded; with a group on rank 0 alone. ``load_state_dict``
+                must leave the object unchanged where it raises.
 
         Returns:
-            The losses of the run's meta-updates, ``num_meta_iterations`` numbers.
+            The mean query losses after adaptation, one before each meta-update of the run.
 
         Raises:
             TypeError, ValueError: an argument of the wrong kind or size, or a checkpoint of other settings.
@@ -198,7 +199,7 @@ class MetaMAMLTrainer:
             where, "num_meta_iterations", num_meta_iterations, zero=True, integer=True
         )
         checkpoint_every = _check.positive(where, "checkpoint_every", checkpoint_every, integer=True)
-        self._freeze_alike(where)
+        self._freeze_copies(where)
         if checkpoint is not None and not isinstance(checkpoint, (str, os.PathLike)):
             raise TypeError(f"{where}: checkpoint must be a path, got {type(checkpoint).__name__}")
         began = self.iteration
@@ -207,7 +208,7 @@ class MetaMAMLTrainer:
         end = began + num_meta_iterations
         skipped, saved = self.skipped_updates, None
         with (
-            self._writer() as writer,
+            open_log(self.log if self._first else None, self.iteration) as writer,
             progress_bar(
                 desc="meta-training",
                 unit="update",
@@ -224,10 +225,10 @@ class MetaMAMLTrainer:
                 bar.set_postfix(loss=f"{self.losses[-1]:.4f}", skipped=self.skipped_updates, refresh=False)
                 bar.update()
                 if checkpoint is not None and (self.iteration - began) % checkpoint_every == 0:
-                    self._save(checkpoint, task_batch, began, extra_state)
+                    save_run(checkpoint, lambda: self._state(task_batch, began), self.group, extra_state)
                     saved = self.iteration
             if checkpoint is not None and saved != self.iteration:
-                self._save(checkpoint, task_batch, began, extra_state)
+                save_run(checkpoint, lambda: self._state(task_batch, began), self.group, extra_state)
         skipped = self.skipped_updates - skipped
         if skipped:
             text = f"{where}: {skipped} meta-updates were not finite and left out"
@@ -236,28 +237,30 @@ class MetaMAMLTrainer:
             raise KeyboardInterrupt
         return self.losses[began:end]
 
-    @property
-    def _first(self) -> bool:
-        return self.group is None or self.group.rank == 0
-
     def adapt_to_new_task(self, new_task_data: tuple[Tensor, Tensor], num_steps: int | None = None) -> nn.Module:
-        """A copy of the policy that has adapted to ``(support_x, support_y)``; the policy itself is left as it is.
+        """Return a copy of the policy adapted to a task; the policy itself is left as it is.
 
-        Of several shift levels the one that predicts held-out rows of the support set best. ``num_steps``: as many as
-        in meta-training if absent.
+        Among several radii, :meth:`select_kl_radius` selects the policy.
+
+        Args:
+            new_task_data: ``(support_x, support_y)``, ``(n, ...)`` each, n at least 1.
+            num_steps: inner steps, at least 0; None: ``inner_steps``.
         """
         where = "MetaMAMLTrainer.adapt_to_new_task"
-        x, y = _support(where, new_task_data)
-        self._freeze_alike(where)
+        x, y = check_support(where, new_task_data)
+        self._freeze_copies(where)
         maml = self.mamls[self.select_kl_radius((x, y), num_steps)] if len(self.mamls) > 1 else self.maml
         return maml.adapt(x, y, self.loss_fn, num_steps)
 
     @outside_inference_mode()
     def select_kl_radius(self, new_task_data: tuple[Tensor, Tensor], num_steps: int | None = None) -> int:
-        """The index in ``kl_radii`` that :meth:`adapt_to_new_task` picks, by the rule in the class's docstring."""
+        """Return the index in ``kl_radii`` with the lowest held-out loss, by the rule in the class's docstring.
+
+        Arguments as of :meth:`adapt_to_new_task`.
+        """
         where = "MetaMAMLTrainer.select_kl_radius"
-        x, y = recordable(_support(where, new_task_data))
-        self._freeze_alike(where)
+        x, y = recordable(check_support(where, new_task_data))
+        self._freeze_copies(where)
         rows = torch.arange(len(x), device=x.device)
         folds = [rows % min(_FOLDS, len(x)) == f for f in range(min(_FOLDS, len(x)))]
 
@@ -276,8 +279,8 @@ class MetaMAMLTrainer:
         # NaN never wins, not even in first place.
         return min(range(len(scores)), key=lambda i: (scores[i] != scores[i], scores[i]))
 
-    def _freeze_alike(self, where: str) -> None:
-        """The policies of other levels are copies: freeze in them what is frozen in the first one now."""
+    def _freeze_copies(self, where: str) -> None:
+        """Freeze in the policies of other radii the parameters that are frozen in the first policy now."""
         trained = self.maml.parameters()
         for maml in self.mamls[1:]:
             check_parameters(where, "MetaMAMLTrainer", self.maml.model, self.maml._known.values())
@@ -286,7 +289,7 @@ class MetaMAMLTrainer:
 
     # ------------------------------------------------------------------------------------------------ one update
 
-    def _update(self, task_batch: TaskSource, writer: Any) -> MetaBatch:
+    def _update(self, task_batch: TaskSource, writer: ScalarLog | None) -> MetaBatch:
         number = self.iteration
         batch = task_batch.batch(number)
         loss_fns = [self.loss_fn if loss_fn is None else loss_fn for loss_fn in batch.loss_fns]
@@ -296,15 +299,10 @@ class MetaMAMLTrainer:
             share, rank = self.group.shard(len(batch.tasks)), self.group.rank
             loss_fns = [loss_fns[i] for i in share]
         tasks: list[Any] = [tuple(data.to(device) for data in batch.tasks[i]) for i in share]
-        values = []
-        for maml, level in zip(self.mamls, self.kl_radii, strict=True):
-            with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
-                seed = derive_seed(task_batch.seed, Purpose.META_UPDATE, number, rank)
-                torch.default_generator.manual_seed(seed)  # torch.manual_seed would seed every GPU
-                if device.type == "cuda":
-                    with torch.cuda.device(device):
-                        torch.cuda.manual_seed(seed)
-                values.append(maml.meta_update(tasks, loss_fns, kl_radius=level))
+        values, seed = [], derive_seed(task_batch.seed, Purpose.META_UPDATE, number, rank)
+        for maml, radius in zip(self.mamls, self.kl_radii, strict=True):
+            with _seeded(seed, device):
+                values.append(maml.meta_update(tasks, loss_fns, kl_radius=radius))
         assert self.maml.last_losses is not None
         task_batch.update(batch.indices, self.maml.last_losses)
         for scheduler in self._schedulers:
@@ -313,22 +311,9 @@ class MetaMAMLTrainer:
         if writer is not None:
             writer.add_scalar("meta/loss", values[0], number)
             writer.add_scalar("meta/skipped_updates", self.skipped_updates, number)
-            for level, value in list(zip(self.kl_radii, values, strict=True))[1:]:
-                writer.add_scalar(f"meta/loss_shift_{level:g}", value, number)
+            for radius, value in list(zip(self.kl_radii, values, strict=True))[1:]:
+                writer.add_scalar(f"meta/loss_kl_radius_{radius:g}", value, number)
         return batch
-
-    @contextmanager
-    def _writer(self) -> Iterator[Any]:
-        """The writer; one made for a directory is closed afterwards."""
-        if not self._first:
-            yield None
-            return
-        if not isinstance(self.log, (str, os.PathLike)):
-            yield self.log
-            return
-        # What an interrupted run wrote beyond its checkpoint is hidden: the same steps come again.
-        with _summary_writer()(os.fspath(self.log), purge_step=self.iteration) as writer:
-            yield writer
 
     # ------------------------------------------------------------------------------------------------ checkpoints
 
@@ -351,22 +336,14 @@ class MetaMAMLTrainer:
             **schedulers,
         }
 
-    def _save(
-        self, path: str | os.PathLike[str], task_batch: TaskSource, began: int, extra_state: Stateful | None
-    ) -> None:
-        def save() -> None:
-            state = {
-                "settings": self.describe(task_batch),
-                "began": began,
-                "losses": torch.tensor(self.losses, dtype=torch.float64),
-                **self._learned(),
-                "task_batch": task_batch.state_dict(),
-            }
-            if extra_state is not None:
-                state["extra_state"] = extra_state.state_dict()
-            save_state(path, state, kind=_KIND)
-
-        run_on_rank_zero(self.group, save)
+    def _state(self, task_batch: TaskSource, began: int) -> dict[str, Any]:
+        return {
+            "settings": self.describe(task_batch),
+            "began": began,
+            "losses": torch.tensor(self.losses, dtype=torch.float64),
+            **self._learned(),
+            "task_batch": task_batch.state_dict(),
+        }
 
     def _learned(self) -> dict[str, Any]:
         """The part of the state that meta-updates change."""
@@ -376,6 +353,8 @@ class MetaMAMLTrainer:
         return state
 
     def _load_learned(self, state: dict[str, Any]) -> None:
+        if len(state["mamls"]) != len(self.mamls):
+            raise LookupError(f"there are {len(state['mamls'])} policies, not {len(self.mamls)}")
         for maml, part in zip(self.mamls, state["mamls"], strict=True):
             maml.load_state_dict(part)
         for scheduler, part in zip(self._schedulers, state.get("lr_schedulers", []), strict=True):
@@ -390,25 +369,16 @@ class MetaMAMLTrainer:
         extra_state: Stateful | None,
     ) -> int:
         """Load the checkpoint where there is one; return the iteration at which the run began."""
-        extra: Any = None
-
-        def read() -> dict[str, Any] | None:
-            nonlocal extra
-            state = _read(where, path)
-            if state is not None:
-                if ("extra_state" in state) != (extra_state is not None):
-                    holds = "an" if "extra_state" in state else "no"
-                    raise ValueError(f"{where}: checkpoint {os.fspath(path)} holds {holds} extra_state")
-                extra = state.pop("extra_state", None)  # on rank 0 alone: a buffer may be large
-            return state
-
-        state = run_on_rank_zero(self.group, read)
+        state, extra = read_run(where, path, self.group, extra_state)
         if state is None:
             return self.iteration
         before = copy.deepcopy((self._learned(), task_batch.state_dict(), self.losses))
         try:
             with content_errors(where, path):
-                began = self._take_over(where, path, state, task_batch, wanted)
+                losses, began = check_run(where, path, state, self.describe(task_batch), wanted)
+                self._load_learned(state)
+                task_batch.load_state_dict(state["task_batch"])
+                self.losses = losses
                 if extra_state is not None:
                     run_on_rank_zero(self.group, lambda: extra_state.load_state_dict(extra))
                 return began
@@ -418,54 +388,13 @@ class MetaMAMLTrainer:
             self.losses = before[2]
             raise
 
-    def _take_over(
-        self, where: str, path: str | os.PathLike[str], state: dict[str, Any], task_batch: TaskSource, wanted: int
-    ) -> int:
-        losses, began = state["losses"].tolist(), state["began"]
-        done = len(losses) - began
-        if not 0 <= began <= len(losses):
-            raise LookupError(f"a run began at {began} of {len(losses)} losses")
-        mine, came = self.describe(task_batch), state["settings"]
-        for name in mine:
-            if came.get(name) != mine[name]:
-                text = f"{name}={came.get(name)!r}, this one has {mine[name]!r}"
-                raise ValueError(f"{where}: checkpoint {os.fspath(path)} is of a run with {text}")
-        if done > wanted:
-            text = f"checkpoint {os.fspath(path)} holds {done} meta-updates, num_meta_iterations is {wanted}"
-            raise ValueError(f"{where}: {text}")
-        if len(state["mamls"]) != len(self.mamls):
-            raise LookupError(f"there are {len(state['mamls'])} policies, not {len(self.mamls)}")
-        self._load_learned(state)
-        task_batch.load_state_dict(state["task_batch"])
-        self.losses = losses
-        return int(began)
 
-
-def _read(where: str, path: str | os.PathLike[str]) -> dict[str, Any] | None:
-    """The checkpoint's state; None where there is none yet, in a directory that must exist."""
-    if not os.path.isdir(folder := os.path.dirname(os.path.abspath(path))):
-        raise FileNotFoundError(f"{where}: checkpoint needs a directory that exists, {folder} does not exist")
-    if not os.path.exists(path):
-        return None
-    state = load_state(path, kind=_KIND)
-    if not isinstance(state, dict):
-        raise ValueError(f"{where}: checkpoint {os.fspath(path)} holds {type(state).__name__}, wanted a dict")
-    return state
-
-
-def _support(where: str, new_task_data: Any) -> tuple[Tensor, Tensor]:
-    if not isinstance(new_task_data, (tuple, list)) or len(new_task_data) != 2:
-        raise TypeError(f"{where}: new_task_data must be (support_x, support_y)")
-    x, y = new_task_data
-    check_pair(where, "support", x, y)
-    return x, y
-
-
-def _summary_writer() -> Any:
-    try:
-        from torch.utils.tensorboard import SummaryWriter
-    except ImportError:
-        raise ImportError(
-            "MetaMAMLTrainer: log is a directory, which needs TensorBoard: pip install tensorboard"
-        ) from None
-    return SummaryWriter
+@contextmanager
+def _seeded(seed: int, device: torch.device) -> Iterator[None]:
+    """Seed the generators of the CPU and of ``device``, and restore them afterwards."""
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+        torch.default_generator.manual_seed(seed)  # torch.manual_seed would seed every GPU
+        if device.type == "cuda":
+            with torch.cuda.device(device):
+                torch.cuda.manual_seed(seed)
+        yield

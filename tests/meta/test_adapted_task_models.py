@@ -28,7 +28,7 @@ def now(slope, n=4):
 
 
 @pytest.mark.parametrize("chunk_size", [None, 1, 64])
-def test_scores_are_those_of_a_loop_over_tasks(chunk_size):
+def test_score_any_chunk_size_equals_loop_over_tasks(chunk_size):
     maml, buffer, models = world(chunk_size=chunk_size)
     assert sorted(models.tasks) == [10, 11, 12, 13, 14]
     batch, tasks = now(1.0), torch.tensor([13, 10, 14])
@@ -40,7 +40,7 @@ def test_scores_are_those_of_a_loop_over_tasks(chunk_size):
     assert not scores.requires_grad
 
 
-def test_params_are_those_of_the_adapted_models():
+def test_params_tasks_given_are_those_of_adapted_models():
     maml, buffer, models = world()
     params = models.params(torch.tensor([13, 10, 13]))
     for row, task in enumerate((13, 10, 13)):
@@ -52,14 +52,14 @@ def test_params_are_those_of_the_adapted_models():
         models.params(torch.tensor([13, 7]))
 
 
-def test_best_fit_finds_the_task_that_explains_the_batch():
+def test_best_fit_score_finds_task_that_predicts_the_batch():
     _, buffer, models = world(num_steps=200)
     for task, slope in ((10, -2.0), (14, 2.0)):
         found = retrieval.best_fit(models.score, 1)(buffer, now(slope, 8))
         assert torch.equal(found["states"], buffer.of_task(task).observation)
 
 
-def test_new_tasks_get_a_model_old_ones_keep_theirs_until_update():
+def test_score_new_task_gets_model_and_old_ones_stay_until_update():
     maml, buffer, models = world()
     batch = now(0.5)
     before = models.score(buffer, torch.tensor([13]), batch)
@@ -72,7 +72,7 @@ def test_new_tasks_get_a_model_old_ones_keep_theirs_until_update():
     assert 99 in models.tasks and not torch.equal(models.score(buffer, torch.tensor([13]), batch), before)
 
 
-def test_tasks_of_another_length_are_left_out():
+def test_score_task_of_other_length_is_infinite():
     _, buffer, models = world(length=5)
     assert sorted(models.tasks) == [11, 13]
     scores = models.score(buffer, buffer.tasks(), now(1.0))
@@ -82,7 +82,7 @@ def test_tasks_of_another_length_are_left_out():
     assert retrieval.best_fit(models.score)(buffer, now(1.0)) is None
 
 
-def test_an_empty_buffer_has_no_models_yet():
+def test_adapted_task_models_empty_buffer_has_no_models():
     maml, _, _ = world()
     empty = ExperienceBuffer(10)
     models = AdaptedTaskModels(maml, empty, F.mse_loss)
@@ -102,7 +102,7 @@ def test_an_empty_buffer_has_no_models_yet():
         ({"chunk_size": 1.5}, TypeError, "chunk_size must be an integer, got 1.5"),
     ],
 )
-def test_the_constructor_refuses(change, error, text):
+def test_adapted_task_models_bad_argument_raises_one_sentence(change, error, text):
     maml, buffer, _ = world()
     with pytest.raises(error, match="^AdaptedTaskModels: " + re.escape(text)):
         AdaptedTaskModels(**{"maml": maml, "buffer": buffer, "loss_fn": F.mse_loss, **change})
@@ -112,7 +112,7 @@ def test_the_constructor_refuses(change, error, text):
         AdaptedTaskModels(maml, buffer, F.mse_loss, targets="nothing")
 
 
-def test_score_refuses():
+def test_score_bad_argument_raises_one_sentence():
     _, buffer, models = world()
     with pytest.raises(
         ValueError, match=r"^AdaptedTaskModels.score: buffer is another than the one these models were made"
@@ -123,7 +123,7 @@ def test_score_refuses():
         models.score(buffer, torch.tensor([10]), now(1.0))
 
 
-def test_past_models_layer_frozen_later_needs_an_update():
+def test_score_layer_frozen_later_needs_an_update():
     maml, buffer, models = world()
     maml.model[0].requires_grad_(False)
     known = torch.tensor([10, 11])
@@ -141,7 +141,7 @@ def test_past_models_layer_frozen_later_needs_an_update():
     torch.testing.assert_close(score[0], F.mse_loss(wanted(batch["states"]), batch["targets"]).detach())
 
 
-def test_past_models_inference_mode_gives_the_scores_outside():
+def test_score_inference_mode_equals_that_outside():
     maml, buffer, models = world()
     batch, tasks = now(1), torch.arange(10, 15)
     with torch.inference_mode():
@@ -152,7 +152,7 @@ def test_past_models_inference_mode_gives_the_scores_outside():
     torch.testing.assert_close(inside.score(buffer, tasks, batch), scores)
 
 
-def test_update_beside_readers_shows_old_or_new_models_only():
+def test_update_concurrent_readers_get_old_or_new_models_only():
     torch.manual_seed(0)
     _, buffer, models = world()
     batch, tasks = now(1.0), buffer.tasks()
@@ -171,7 +171,7 @@ def test_update_beside_readers_shows_old_or_new_models_only():
     assert all(torch.equal(params[name], before[name]) for name in before)
 
 
-def test_score_of_a_task_that_is_no_longer_stored_is_infinite():
+def test_score_task_no_longer_stored_is_infinite():
     _, buffer, models = world()
     before = models.score(buffer, torch.tensor([10]), now(1.0))
     scores = models.score(buffer, torch.tensor([10, 99]), now(1.0))

@@ -72,7 +72,7 @@ def test_meta_update_vmap_fails_gives_gradient_of_a_loop_and_one_warning(kind, f
 
 
 @pytest.mark.parametrize("kind", ["gru", "checkpoint", "branch"])
-def test_single_task_calls_of_a_model_that_vmap_cannot_run_are_those_of_a_loop(kind):
+def test_single_task_calls_vmap_fails_equal_those_of_a_loop(kind):
     model, (sx, sy, qx, qy) = UNBATCHABLE[kind]().double(), sequences()
     maml = MetaMAML(model, 0.1, 1.0, inner_steps=2)
     wanted = by_hand(model, [(sx, sy, qx, qy)], 0.1, 2)
@@ -157,7 +157,7 @@ def test_meta_update_shared_submodule_gives_gradient_of_one_name(first_order):
     assert_gradient(meta_gradient(maml, tasks[:1]), wanted)
 
 
-def test_model_that_keeps_tensors_adapts_and_is_left_as_it_was():
+def test_calls_model_keeps_tensors_leave_it_as_it_was():
     model, (sx, sy, qx, qy) = Attention().double(), sequences()
     model(sx)
     kept = model.map
@@ -171,7 +171,7 @@ def test_model_that_keeps_tensors_adapts_and_is_left_as_it_was():
     assert isinstance(trainer.adapt_to_new_task((sx, sy)), Attention)
 
 
-def test_trainer_resumed_after_the_fallback_has_the_bits_of_an_uninterrupted_run(tmp_path):
+def test_meta_train_resumed_after_fallback_has_bits_of_uninterrupted_run(tmp_path):
     class Dropping(nn.Module):
         def __init__(self):
             super().__init__()
@@ -194,7 +194,7 @@ def test_trainer_resumed_after_the_fallback_has_the_bits_of_an_uninterrupted_run
         assert train(4) == train(2, 4)
 
 
-def test_past_models_vmap_fails_scores_are_those_of_a_loop():
+def test_adapted_task_models_vmap_fails_scores_equal_those_of_a_loop():
     model = UNBATCHABLE["branch"]()
     maml, buffer = MetaMAML(model, 0.1, 1.0, inner_steps=3), ExperienceBuffer(100)
     for task in range(3):
@@ -209,7 +209,7 @@ def test_past_models_vmap_fails_scores_are_those_of_a_loop():
         torch.testing.assert_close(scores[task], mse_loss(adapted(x), y).detach())
 
 
-def test_meta_learner_loss_that_vmap_cannot_run_gives_the_same_steps():
+def test_meta_learner_vmap_fails_takes_the_same_steps():
     def branching(prediction, target):
         error = (prediction - target).abs().sum()
         return error.square() if error < 1 else 2 * error - 1
@@ -246,7 +246,7 @@ def test_batching_fallback_draws_the_numbers_of_a_loop():
     assert torch.equal(got, wanted)
 
 
-def test_batching_error_of_both_ways_is_raised_and_vmap_stays():
+def test_batching_vmap_and_loop_fail_raises_and_vmap_stays():
     batching, shapes = Batching("Here", "row"), []
 
     def failing(x):
@@ -259,7 +259,7 @@ def test_batching_error_of_both_ways_is_raised_and_vmap_stays():
         assert info.value.__context__ is None and batching.vmapped
 
 
-def test_batching_errors_of_other_kinds_are_not_repeated():
+def test_batching_other_error_is_raised_without_loop():
     for error in (ValueError("mine"), torch.OutOfMemoryError("none left")):
         calls = []
 
@@ -272,7 +272,7 @@ def test_batching_errors_of_other_kinds_are_not_repeated():
         assert len(calls) == 1
 
 
-def test_batching_hooks_of_the_caller_run():
+def test_batching_hooks_of_caller_run():
     packed = []
 
     def pack(tensor):

@@ -260,7 +260,7 @@ def test_functional_call_concurrent_calls_keep_their_values_and_the_model(transf
     assert model.w is own and float(own.detach()) == 0
 
 
-def test_meta_maml_reads_the_models_own_tensors_while_another_thread_calls_it():
+def test_meta_maml_concurrent_call_reads_the_models_own_tensors():
     model = Slow()
     maml = MetaMAML(model, 0.1, 0.1)
     with ThreadPoolExecutor(1) as pool:

@@ -47,7 +47,7 @@ def assert_same(params, wanted):
         torch.testing.assert_close(params[name], p, rtol=1e-10, atol=1e-12)
 
 
-def test_the_example_of_the_readme():
+def test_meta_learner_example_of_readme_runs():
     encoder = SSMLayer(3, 16)
     model = MetaLearner(input_dim=16, output_dim=2, hidden_dim=32, meta_lr=1e-3)
     context = encoder(torch.randn(50, 3))
@@ -63,7 +63,7 @@ def test_the_example_of_the_readme():
     assert model.log_temperature.grad.abs() > 0
 
 
-def test_adapt_is_gradient_descent_from_the_initial_parameters():
+def test_adapt_zero_shift_is_gradient_descent_from_initial_parameters():
     model, (x, y) = learner(), data()
     initial = dict(model.network.named_parameters())
     params = model.adapt(torch.randn(7, 4).double(), (x, y))
@@ -72,7 +72,7 @@ def test_adapt_is_gradient_descent_from_the_initial_parameters():
     assert all(p.requires_grad for p in params.values())
 
 
-def test_the_context_s_mean_shifts_the_initial_parameters():
+def test_adapt_mean_of_context_shifts_initial_parameters():
     model, (x, y) = learner(), data()
     with torch.no_grad():
         model.shift.weight.normal_(std=0.1)
@@ -87,7 +87,7 @@ def test_the_context_s_mean_shifts_the_initial_parameters():
 
 
 @pytest.mark.parametrize("kind", ["searched", "drawn", "sequences", "indices"])
-def test_experience_adds_its_pairs_by_similarity(kind):
+def test_adapt_with_experience_pairs_are_weighted_by_similarity(kind):
     model, (x, y), context = learner(temperature=2.0), data(), torch.randn(4).double()
     distances = torch.tensor([0.0, 1.0, 30.0]).double()
     found = experiences(distances=distances)
@@ -112,7 +112,7 @@ def test_experience_adds_its_pairs_by_similarity(kind):
     assert_same(model.adapt_with_experience(context, (x, y), found), wanted)
 
 
-def test_no_experience_and_far_experience_leave_plain_adaptation():
+def test_adapt_with_experience_none_or_far_equals_adapt():
     model, pairs, context = learner(), data(), torch.randn(4).double()
     plain = model.adapt(context, pairs)
     assert_same(model.adapt_with_experience(context, pairs, experiences(0, torch.zeros(0).double())), plain)
@@ -121,7 +121,7 @@ def test_no_experience_and_far_experience_leave_plain_adaptation():
     assert_same(model.adapt_with_experience(context, pairs, experiences(distances=torch.full((3,), math.inf))), plain)
 
 
-def test_experience_of_the_same_task_helps():
+def test_adapt_with_experience_of_same_task_lowers_loss():
     torch.manual_seed(0)
     model = MetaLearner(4, 1, 16, 1e-2, inner_lr=0.05, inner_steps=20)
     w = torch.randn(4, 1)
@@ -133,7 +133,7 @@ def test_experience_of_the_same_task_helps():
     assert mse_loss(helped, x[42:] @ w) < 0.5 * mse_loss(alone, x[42:] @ w)
 
 
-def test_gradients_reach_every_meta_parameter_and_are_exact():
+def test_adapt_gradients_of_every_meta_parameter_are_exact():
     model, (x, y) = learner(), data()
     with torch.no_grad():
         model.shift.weight.normal_(std=0.1)
@@ -161,7 +161,7 @@ def test_gradients_reach_every_meta_parameter_and_are_exact():
     assert all(float(g.abs().max()) > 0 for g in grads)
 
 
-def test_meta_update_learns_what_the_context_says():
+def test_meta_update_context_holds_the_task_learns_to_use_it():
     torch.manual_seed(0)
     model = MetaLearner(3, 1, 16, 1e-2, inner_lr=0.01, inner_steps=1)
 
@@ -180,7 +180,7 @@ def test_meta_update_learns_what_the_context_says():
     assert all(torch.equal(p, q) for p, q in zip(model.parameters(), before, strict=True))
 
 
-def test_meta_update_takes_experience():
+def test_meta_update_task_with_experience_returns_its_loss():
     model, context = learner(), torch.randn(4).double()
     found = experiences(distances=torch.zeros(3).double())
     support, query = data(), data()
@@ -190,7 +190,7 @@ def test_meta_update_takes_experience():
     assert model.meta_update([(context, support, query, found)]) == pytest.approx(wanted)
 
 
-def test_another_loss_is_used():
+def test_meta_learner_other_loss_is_used():
     model, (x, y), context = learner(loss_fn=l1_loss), data(), torch.zeros(4).double()
     params = dict(model.network.named_parameters())
     for _ in range(3):
@@ -256,7 +256,7 @@ def bad_calls():
 
 
 @pytest.mark.parametrize(("call", "error", "text"), list(bad_calls()), ids=lambda v: v if isinstance(v, str) else "")
-def test_bad_input_gets_one_sentence(call, error, text):
+def test_meta_learner_bad_argument_raises_one_sentence(call, error, text):
     with pytest.raises(error) as info:
         call()
     assert text in str(info.value) and "\n" not in str(info.value)
@@ -325,7 +325,7 @@ def test_meta_learner_inference_mode_and_tensors_give_the_steps_outside():
     made.meta_update([(context, support, query)])
 
 
-def test_meta_learner_numpy_numbers_are_those_of_python():
+def test_meta_learner_numpy_numbers_equal_those_of_python():
     torch.manual_seed(0)
     one = MetaLearner(
         np.int64(4), np.int32(2), np.int64(6), np.float32(0.5), inner_lr=np.float32(0.25), inner_steps=np.int8(3)

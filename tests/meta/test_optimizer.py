@@ -136,7 +136,7 @@ def _needs_closure_in_step(error):
         RuntimeError("x"),
     ],
 )
-def test_step_that_fails_for_want_of_a_closure_gets_one_sentence(make, error):
+def test_step_without_required_closure_raises_one_sentence(make, error):
     model, x, y = nn.Linear(3, 1), torch.randn(5, 3), torch.randn(5, 1)
     made = MAKERS[make](model, _needs_closure_in_step(error))
     before = copy.deepcopy(model.state_dict())
@@ -190,7 +190,7 @@ def test_load_state_dict_twice_from_one_state_gives_the_same_steps(make, optimiz
         (lambda o: o.clear(), "optimizer must be the state_dict of an optimizer, got dict"),
     ],
 )
-def test_load_state_dict_malformed_optimizer_gets_one_sentence(make, spoil, text):
+def test_load_state_dict_malformed_optimizer_raises_one_sentence(make, spoil, text):
     made = MAKERS[make](nn.Linear(3, 1), torch.optim.Adam)
     state = copy.deepcopy(made.state_dict())
     spoil(state["optimizer"])

@@ -50,7 +50,7 @@ WAYS = [
 
 
 def on_ranks_as_one_process(group, folder):
-    for options, kind, count, sizes, level in WAYS:
+    for options, kind, count, sizes, radius in WAYS:
         # SGD, because Adam makes a rounding of a gradient near 0 as large as the step.
         options = {"inner_lr": 0.05, "outer_lr": 0.05, "optimizer": torch.optim.SGD, **options}
         one = MetaMAML(network(kind), **options)
@@ -60,8 +60,8 @@ def on_ranks_as_one_process(group, folder):
             tasks = draw(count, step, ragged=step == 3)
             loss_fns = [l1_loss if i % 2 else mse_loss for i in range(count)]
             mine = range(sizes[0]) if group.rank == 0 else range(sizes[0], count)
-            wanted = one.meta_update(tasks, loss_fns, kl_radius=level)
-            got = shared.meta_update([tasks[i] for i in mine], [loss_fns[i] for i in mine], kl_radius=level)
+            wanted = one.meta_update(tasks, loss_fns, kl_radius=radius)
+            got = shared.meta_update([tasks[i] for i in mine], [loss_fns[i] for i in mine], kl_radius=radius)
             assert got == pytest.approx(wanted, rel=1e-5)
             torch.testing.assert_close(shared.last_losses, one.last_losses, rtol=1e-5, atol=1e-6)
         close(shared.model, one.model)
@@ -112,7 +112,7 @@ def on_ranks_what_fails_on_one_fails_on_all(group, folder):
     def broken(prediction, target):
         raise ArithmeticError("no loss today")
 
-    for kind, text, args, level in (
+    for kind, text, args, radius in (
         (ValueError, r"tasks\[0\] must be", ([good[0][:3]], mse_loss), 0.0),
         (TypeError, "loss_fn must be callable", (good, 3), 0.0),
         (ValueError, "kl_radius must be >= 0", (good, mse_loss), -1.0),
@@ -121,10 +121,10 @@ def on_ranks_what_fails_on_one_fails_on_all(group, folder):
     ):
         if group.rank == 0:
             with pytest.raises(kind, match=text):
-                maml.meta_update(*args, kl_radius=level)
+                maml.meta_update(*args, kl_radius=radius)
         else:
             with pytest.raises(RankError, match=r"^MetaMAML.meta_update: rank 0 of 2 failed, its own error says why$"):
-                maml.meta_update(good, mse_loss, kl_radius=max(0.0, level))
+                maml.meta_update(good, mse_loss, kl_radius=max(0.0, radius))
     with pytest.raises(ValueError, match=r"^MetaMAML.meta_update: tasks is empty on all ranks$"):
         maml.meta_update([], mse_loss)
     with pytest.raises(ValueError, match=r"^MetaMAML: model has other parameters or buffers on rank 1 than on rank 0$"):
@@ -153,9 +153,9 @@ def on_ranks_the_trainer(group, folder):
     def draw_flat(count):
         return [tuple(t[..., :1] for t in task) for task in draw(count, 5)]
 
-    for kind, levels in (("list", (0.0, 0.5)), ("endless", (0.0,))):
+    for kind, radii in (("list", (0.0, 0.5)), ("endless", (0.0,))):
         log = Scalars()
-        one, shared = trainer(kl_radii=levels), trainer(group, kl_radii=levels, log=log)
+        one, shared = trainer(kl_radii=radii), trainer(group, kl_radii=radii, log=log)
         theirs, mine = batches(kind), batches(kind)
         wanted = one.meta_train(theirs, 12)
         path = folder / kind / "run.safetensors"  # only rank 0's machine has the folder
@@ -165,10 +165,10 @@ def on_ranks_the_trainer(group, folder):
         torch.testing.assert_close(mine.scores, theirs.scores, rtol=1e-4, atol=0, equal_nan=True)
         for a, b in zip(shared.mamls, one.mamls, strict=True):
             close(a.model, b.model)
-        assert len(log) == (0 if group.rank else 12 * (1 + len(levels)))
-        again = trainer(group, kl_radii=levels)
+        assert len(log) == (0 if group.rank else 12 * (1 + len(radii)))
+        again = trainer(group, kl_radii=radii)
         assert again.meta_train(batches(kind), 12, checkpoint=path) == got and again.iteration == 12
-        alone = trainer(kl_radii=levels)  # another number of ranks goes on from it
+        alone = trainer(kl_radii=radii)  # another number of ranks goes on from it
         if group.rank == 0:
             assert alone.meta_train(batches(kind), 14, checkpoint=path)[:12] == got
 
@@ -230,13 +230,13 @@ def on_ranks_a_checkpoint_that_cannot_be_used(group, folder):
         trainer(group).meta_train(task_batch, 3, checkpoint=path)
 
 
-def test_on_two_processes(tmp_path):
+def test_meta_learning_on_two_processes_equals_one(tmp_path):
     functions = [function for name, function in globals().items() if name.startswith("on_ranks_")]
     failed = ranks.failures(__file__, functions, tmp_path)
     assert not failed, "\n".join(failed)
 
 
-def test_a_group_is_a_group():
+def test_group_of_other_type_raises_type_error():
     with pytest.raises(TypeError, match=r"^MetaMAML: group must be an eaml_ext.distributed.Group or None, got int"):
         MetaMAML(nn.Linear(1, 1), 0.1, 0.1, group=2)
     with pytest.raises(TypeError, match=r"group must be an eaml_ext.distributed.Group or None, got str"):

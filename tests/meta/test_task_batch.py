@@ -25,7 +25,7 @@ class Drawn:
     loss = staticmethod(mse_loss)
 
 
-def test_a_pass_visits_every_task_once_in_an_order_of_its_own():
+def test_iter_each_pass_visits_every_task_once_in_another_order():
     tasks = [pair(i) for i in range(12)]
     task_batch = TaskBatch(tasks, 4, seed=3)
     passes = [[int(task[0][0]) for batch in task_batch for task in batch] for _ in range(3)]
@@ -35,7 +35,7 @@ def test_a_pass_visits_every_task_once_in_an_order_of_its_own():
     assert passes[0] != passes[1] != passes[2]
 
 
-def test_what_fills_no_batch_changes_from_pass_to_pass():
+def test_iter_tasks_that_fill_no_batch_change_from_pass_to_pass():
     task_batch = TaskBatch([pair(i) for i in range(10)], 4)
     seen = collections.Counter(i for number in range(200) for i in task_batch.batch(number).indices)
     assert sum(seen.values()) == 800 and len(seen) == 10
@@ -43,13 +43,13 @@ def test_what_fills_no_batch_changes_from_pass_to_pass():
     assert all(len(set(task_batch.batch(number).indices)) == 4 for number in range(20))
 
 
-def test_a_short_list_is_one_batch():
+def test_batch_short_list_is_one_batch():
     task_batch = TaskBatch([pair(i) for i in range(3)])
     assert task_batch.batch_size == 3 and [len(batch) for batch in task_batch] == [3]
 
 
 @pytest.mark.parametrize("sampling", ["uniform", "adaptive"])
-def test_a_batch_is_a_function_of_seed_and_number(sampling):
+def test_batch_same_seed_and_number_is_the_same(sampling):
     tasks = [Drawn() for _ in range(20)]
     one, other = (TaskBatch(tasks, 5, sampling=sampling, seed=7) for _ in range(2))
     state = torch.random.get_rng_state()
@@ -62,10 +62,10 @@ def test_a_batch_is_a_function_of_seed_and_number(sampling):
         assert all(torch.equal(s[0], t[0]) for s, t in zip(a.tasks, b.tasks, strict=True))
     assert one.batch(2).indices != one.batch(3).indices
     assert TaskBatch(tasks, 5, sampling=sampling, seed=8).batch(2).indices != one.batch(2).indices
-    assert not torch.equal(one.batch(2).tasks[0][0], one.batch(3).tasks[0][0])  # drawn anew each time
+    assert not torch.equal(one.batch(2).tasks[0][0], one.batch(3).tasks[0][0])  # drawn at each call
 
 
-def test_objects_and_tuples_mix():
+def test_batch_objects_and_tuples_may_be_mixed():
     assert isinstance(Drawn(), MetaTask)
     batch = TaskBatch([Drawn(), pair(), Drawn()], 3).batch(0)
     kinds = sorted((i, loss_fn is None) for i, loss_fn in zip(batch.indices, batch.loss_fns, strict=True))
@@ -74,13 +74,13 @@ def test_objects_and_tuples_mix():
     assert drawn[0] is drawn[1]  # shared: they run as one batch
 
 
-def test_batches_are_what_meta_update_takes():
+def test_iter_batch_is_accepted_by_meta_update():
     maml = MetaMAML(torch.nn.Linear(1, 1), 0.01, 0.01)
     for tasks in TaskBatch([Drawn() for _ in range(6)], 3):
         assert maml.meta_update(tasks, mse_loss) >= 0
 
 
-def test_a_distribution_brings_new_tasks_in_every_batch():
+def test_batch_distribution_has_new_tasks_in_every_batch():
     task_batch = TaskBatch(SinusoidTasks(5), 4, seed=2)
     stream = iter(task_batch)
     first, second = next(stream), next(stream)
@@ -93,7 +93,7 @@ def test_a_distribution_brings_new_tasks_in_every_batch():
         len(task_batch)
 
 
-def test_adaptive_sampling_turns_to_tasks_that_fail():
+def test_batch_adaptive_sampling_prefers_tasks_of_high_loss():
     task_batch = TaskBatch([pair(i) for i in range(20)], 2, sampling="adaptive")
     losses = torch.full((20,), 0.1)
     losses[3] = 2.0
@@ -109,14 +109,14 @@ def test_adaptive_sampling_turns_to_tasks_that_fail():
     assert seen[3] < 2 * min(seen.values())  # learned: as the others again
 
 
-def test_tasks_not_seen_yet_count_as_the_worst():
+def test_batch_adaptive_sampling_counts_unseen_tasks_as_worst():
     task_batch = TaskBatch([pair(i) for i in range(10)], 1, sampling="adaptive")
     task_batch.update(list(range(9)), torch.tensor([0.0] * 8 + [1.0]))
     seen = collections.Counter(i for number in range(1000) for i in task_batch.batch(number).indices)
     assert abs(seen[9] - seen[8]) < 120 and seen[9] > 300
 
 
-def test_losses_that_are_not_finite_are_passed_over():
+def test_update_non_finite_losses_are_ignored():
     task_batch = TaskBatch([pair(i) for i in range(3)], 2, sampling="adaptive")
     task_batch.update([0, 1], torch.tensor([1.0, torch.nan]))
     task_batch.update([0], torch.tensor([torch.inf]))
@@ -128,7 +128,7 @@ def test_losses_that_are_not_finite_are_passed_over():
     assert len(task_batch.batch(0).indices) == 2  # all solved: uniform
 
 
-def test_state_dict_carries_the_running_losses():
+def test_load_state_dict_running_losses_are_restored():
     one, other = (TaskBatch([pair(i) for i in range(8)], 2, sampling="adaptive") for _ in range(2))
     one.update(list(range(8)), torch.rand(8).square() * 10)
     other.load_state_dict(one.state_dict())
@@ -170,13 +170,13 @@ def bad_calls():
 
 
 @pytest.mark.parametrize(("call", "error", "text"), list(bad_calls()), ids=lambda v: v if isinstance(v, str) else "")
-def test_bad_input_gets_one_sentence(call, error, text):
+def test_task_batch_bad_argument_raises_one_sentence(call, error, text):
     with pytest.raises(error) as info:
         call()
     assert text in str(info.value) and "\n" not in str(info.value)
 
 
-def test_adaptive_sampling_of_losses_below_zero():
+def test_batch_adaptive_sampling_with_negative_losses_prefers_the_higher():
     x, y = torch.randn(4, 1), torch.randn(4, 1)
     batches = TaskBatch([(x, y, x, y)] * 3, 1, sampling="adaptive")
     batches.update([0, 1, 2], torch.tensor([-5.0, -4.0, -0.01]))
