@@ -23,6 +23,9 @@ foreach_copy_ = torch._foreach_copy_
 # 2.11.0, 2.13.0: whether autocast is enabled for any device type.
 is_any_autocast_enabled = torch._C._is_any_autocast_enabled
 
+# 2.11.0, 2.13.0: the base classes of normalisation layers that may keep running statistics.
+RUNNING_STATISTICS_NORMS = (nn.modules.batchnorm._BatchNorm, nn.modules.instancenorm._InstanceNorm)
+
 # 2.11.0, 2.13.0: the innermost transform of torch.func, None outside of all.
 _peek_interpreter_stack = torch._C._functorch.peek_interpreter_stack
 
@@ -102,6 +105,7 @@ def is_compiler_error(error: BaseException) -> bool:
 
 
 __all__ = [
+    "RUNNING_STATISTICS_NORMS",
     "autograd_in_kernel",
     "foreach_copy_",
     "has_hooks",

@@ -5,18 +5,12 @@ from collections.abc import Callable, Sequence
 
 from torch import nn
 
-from eaml_ext._torch_compat import own_parameters
+from eaml_ext._torch_compat import RUNNING_STATISTICS_NORMS, own_parameters
 
 # Prefixes of names at module boundaries, a pattern searched in names, or a choice by name.
 ParameterFilter = str | Sequence[str] | re.Pattern[str] | Callable[[str, nn.Parameter], bool]
 
-_NORMS = (
-    nn.LayerNorm,
-    nn.RMSNorm,
-    nn.GroupNorm,
-    nn.modules.batchnorm._BatchNorm,
-    nn.modules.instancenorm._InstanceNorm,
-)
+_NORMS = (nn.LayerNorm, nn.RMSNorm, nn.GroupNorm, *RUNNING_STATISTICS_NORMS)
 
 
 def norm_parameters(model: nn.Module) -> list[str]:

@@ -9,10 +9,9 @@ from typing import Any
 from torch import Tensor, nn
 
 from eaml_ext import _check
+from eaml_ext._torch_compat import RUNNING_STATISTICS_NORMS
 from eaml_ext.meta._types import LossFn, Task
 from eaml_ext.meta.functional import SUBSTITUTION_LOCK, select_parameters
-
-_NORMS = (nn.modules.batchnorm._BatchNorm, nn.modules.instancenorm._InstanceNorm)
 
 
 def check_rate(where: str, name: str, value: Any) -> float:
@@ -108,7 +107,7 @@ def check_model(where: str, model: Any) -> None:
 def check_buffers_constant(where: str, model: nn.Module) -> None:
     """Raise ValueError if ``forward`` would update running statistics: the updates would be lost."""
     for name, module in model.named_modules():
-        if isinstance(module, _NORMS) and module.training and module.running_mean is not None:
+        if isinstance(module, RUNNING_STATISTICS_NORMS) and module.training and module.running_mean is not None:
             kind = f"{name or 'model'} ({type(module).__name__})"
             raise ValueError(f"{where}: {kind} must be in eval mode, got training mode, which updates its statistics")
 
