@@ -1,3 +1,5 @@
+"""Checkpoints: saved and loaded values, damaged files, and deferred Ctrl-C."""
+
 import os
 import pickle
 import signal
@@ -18,7 +20,7 @@ def path(tmp_path):
     return tmp_path / "file.safetensors"
 
 
-def test_round_trip_keeps_values_shapes_dtypes_and_metadata(path):
+def test_save_then_load_keeps_values_shapes_dtypes_and_metadata(path):
     base = torch.randn(6, 4)
     tensors = {
         "view": base[::2, 1:],
@@ -41,7 +43,7 @@ def test_round_trip_keeps_values_shapes_dtypes_and_metadata(path):
         assert torch.equal(loaded[name], value.detach())
 
 
-def test_an_interrupted_write_leaves_the_old_file_and_nothing_else(path, monkeypatch):
+def test_save_interrupted_write_keeps_old_file_and_no_other(path, monkeypatch):
     checkpoint.save(path, {"a": torch.ones(3)})
 
     def broken(*_):
@@ -55,7 +57,7 @@ def test_an_interrupted_write_leaves_the_old_file_and_nothing_else(path, monkeyp
     assert os.listdir(path.parent) == [path.name]
 
 
-def test_the_file_has_the_permissions_the_umask_allows(path):
+def test_save_file_has_permissions_of_the_umask(path):
     old = os.umask(0o027)
     try:
         checkpoint.save(path, {"a": torch.ones(1)})
@@ -65,14 +67,14 @@ def test_the_file_has_the_permissions_the_umask_allows(path):
 
 
 @pytest.mark.parametrize("length", [0, 4, 60, -1, -40])
-def test_a_truncated_file_is_one_sentence(path, length):
+def test_load_truncated_file_raises_one_sentence(path, length):
     checkpoint.save(path, {"a": torch.randn(50)}, {"x": 1})
     path.write_bytes(path.read_bytes()[:length])
     with pytest.raises(ValueError, match=r"^checkpoint.load: .* is damaged or not a checkpoint \("):
         checkpoint.load(path)
 
 
-def test_any_flipped_byte_is_noticed(path):
+def test_load_flipped_byte_raises(path):
     checkpoint.save(path, {"a": torch.randn(20), "b": torch.arange(3)}, {"x": 1})
     good = path.read_bytes()
     silent = []
@@ -87,7 +89,7 @@ def test_any_flipped_byte_is_noticed(path):
     assert all(good[position : position + 1].isspace() for position in silent)
 
 
-def test_pickled_code_is_never_run(path):
+def test_load_pickle_does_not_run_code(path):
     class Evil:
         def __reduce__(self):
             return (os.mkdir, (str(path.parent / "ran"),))
@@ -98,7 +100,7 @@ def test_pickled_code_is_never_run(path):
     assert not (path.parent / "ran").exists()
 
 
-def test_refusals(path):
+def test_save_and_load_bad_arguments_raise_one_sentence(path):
     with pytest.raises(TypeError, match=r"^checkpoint.save: a must be a torch.Tensor, got int$"):
         checkpoint.save(path, {"a": 1})
     with pytest.raises(TypeError, match=r"^checkpoint.save: the names of tensors must be strings, got 1$"):
@@ -122,7 +124,7 @@ def test_refusals(path):
         checkpoint.load(path, kind="ExperienceBuffer")
 
 
-def test_a_nest_comes_back_as_it_was(path):
+def test_load_state_nest_equals_saved_one(path):
     state = {
         "empty": {},
         "numbers": {3: 0.1, "3": float("inf"), -1: None},
@@ -138,7 +140,7 @@ def test_a_nest_comes_back_as_it_was(path):
         checkpoint.load_state(path, kind="other")
 
 
-def test_the_state_of_an_optimizer_comes_back(path):
+def test_load_state_optimizer_continues_with_equal_bits(path):
     def train(model, optimizer, steps):
         for _ in range(steps):
             model(torch.ones(1, 2)).sum().backward()
@@ -158,7 +160,7 @@ def test_the_state_of_an_optimizer_comes_back(path):
 
 
 @pytest.mark.parametrize("key", [1.5, (1, 2), None, True])
-def test_keys_that_json_would_change_are_refused(key, path):
+def test_save_state_keys_that_json_would_change_raise_type_error(key, path):
     with pytest.raises(TypeError, match=r"keys must be strings or integers, got .* in state/inner"):
         checkpoint.save_state(path, {"inner": {key: 1}})
     with pytest.raises(TypeError, match="metadata must be JSON-able"):
@@ -166,7 +168,7 @@ def test_keys_that_json_would_change_are_refused(key, path):
     assert not path.exists()
 
 
-def test_an_ignored_interrupt_stays_ignored():
+def test_deferred_interrupt_ignored_signal_stays_ignored():
     before = signal.signal(signal.SIGINT, signal.SIG_IGN)
     try:
         with checkpoint.deferred_interrupt() as interrupted:
@@ -184,7 +186,7 @@ def test_deferred_interrupt_first_signal_is_recorded_second_raises():
     assert interrupted == [signal.SIGINT] and signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
 
-def test_suite_started_with_sigint_ignored_receives_signals():
+def test_conftest_suite_started_with_sigint_ignored_receives_signals():
     code = "import signal, sys, pytest; signal.signal(2, signal.SIG_IGN); sys.exit(pytest.main(sys.argv[1:]))"
     test = test_deferred_interrupt_first_signal_is_recorded_second_raises.__name__
     command = [sys.executable, "-c", code, "-p", "no:cacheprovider", f"{__file__}::{test}"]

@@ -1,4 +1,4 @@
-"""The command line before anything heavy runs: help, settings from flags and files, and what it refuses."""
+"""The command line before a job starts: help, settings of flags and files, and errors."""
 
 import os
 import subprocess
@@ -20,7 +20,7 @@ def settings(*argv):
 
 
 @pytest.mark.parametrize("argv", HELP, ids=" ".join)
-def test_help_loads_no_torch(argv):
+def test_main_help_loads_no_torch(argv):
     code = f"""
 import sys
 from eaml_ext import cli
@@ -33,9 +33,9 @@ except SystemExit as end:
     assert out.splitlines()[-1] == "heavy: [] 0"
 
 
-def test_help_comes_in_less_than_three_tenths_of_a_second():
+def test_main_help_takes_less_than_three_tenths_of_a_second():
     def seconds() -> float:
-        """CPU seconds: on a clock, what else the machine does would count."""
+        """CPU seconds, which do not depend on other processes of the machine."""
         before = os.times()
         subprocess.run([sys.executable, "-m", "eaml_ext", "--help"], capture_output=True, check=True)
         after = os.times()
@@ -45,7 +45,7 @@ def test_help_comes_in_less_than_three_tenths_of_a_second():
 
 
 @pytest.mark.parametrize("algo", cli.SETTINGS)
-def test_help_tells_every_setting_with_its_default(algo):
+def test_parser_help_lists_every_setting_with_its_default(algo):
     text = " ".join(cli.parser(algo).format_help().split())
     for f in fields(cli.SETTINGS[algo]):
         assert f"--{f.name}" in text and f.metadata["help"] in text, f.name
@@ -53,7 +53,7 @@ def test_help_tells_every_setting_with_its_default(algo):
     assert "--algo" in text and "--config" in text and "eaml-ext info" in text
 
 
-def test_flags_win_over_the_file_which_wins_over_the_defaults(tmp_path):
+def test_parse_flags_win_over_file_and_file_over_defaults(tmp_path):
     path = tmp_path / "my.toml"
     path.write_text('num_epochs = 7\ninner_lr = 1\nresume = true\nout = "a \\"b\\""\n')
     got = settings("--config", str(path), "--num_epochs=9", "--no-resume")
@@ -61,7 +61,7 @@ def test_flags_win_over_the_file_which_wins_over_the_defaults(tmp_path):
     assert settings("--config", str(path)).resume is True
 
 
-def test_the_file_names_the_algorithm_and_the_flag_wins(tmp_path):
+def test_parse_algo_of_file_is_used_unless_flag_is_given(tmp_path):
     path = tmp_path / "my.toml"
     path.write_text('algo = "maml"\nnum_epochs = 3\n')
     assert settings("--config", str(path)) == cli.SETTINGS["maml"](num_epochs=3)
@@ -84,7 +84,7 @@ def test_the_file_names_the_algorithm_and_the_flag_wins(tmp_path):
         ("num_epochs = 3\nnum_epochs = 3", "is not a TOML file"),
     ],
 )
-def test_a_file_that_cannot_be_taken_is_refused_in_one_sentence(text, message, tmp_path, capsys):
+def test_main_config_with_bad_keys_is_refused_in_one_sentence(text, message, tmp_path, capsys):
     path = tmp_path / "my.toml"
     path.write_text(text)
     assert cli.main(["--config", str(path)]) == 2
@@ -104,7 +104,7 @@ def test_a_file_that_cannot_be_taken_is_refused_in_one_sentence(text, message, t
         ("seed = 2026-01-01", "seed must be an integer"),
     ],
 )
-def test_bad_values_in_a_file_are_refused_like_those_of_flags(text, message, tmp_path, capsys):
+def test_main_config_with_bad_values_exits_like_bad_flags(text, message, tmp_path, capsys):
     path = tmp_path / "my.toml"
     path.write_text(text)
     with pytest.raises(SystemExit) as info:
@@ -112,7 +112,7 @@ def test_bad_values_in_a_file_are_refused_like_those_of_flags(text, message, tmp
     assert info.value.code == 2 and message in capsys.readouterr().err
 
 
-def test_no_file_binary_file_and_folder_are_refused(tmp_path, capsys):
+def test_main_config_missing_binary_or_folder_is_refused(tmp_path, capsys):
     (tmp_path / "binary").write_bytes(b"\xff\xfe\x00")
     for name, message in (("none", "there is no file"), ("binary", "is not a TOML file"), (".", "directory")):
         assert cli.main(["--config", str(tmp_path / name)]) == 2
@@ -129,14 +129,14 @@ def test_no_file_binary_file_and_folder_are_refused(tmp_path, capsys):
         (["--config"], "expected one argument"),
     ],
 )
-def test_unknown_flags_name_the_closest(argv, message, capsys):
+def test_main_unknown_flag_error_names_the_closest(argv, message, capsys):
     with pytest.raises(SystemExit) as info:
         cli.main(argv)
     assert info.value.code == 2 and message in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("kind", cli.SETTINGS.values(), ids=cli.SETTINGS)
-def test_what_is_written_reads_as_the_same_settings(kind, tmp_path):
+def test_config_file_write_then_read_gives_equal_settings(kind, tmp_path):
     odd = 'a\\b"c\n\té\x7f\x01'
     given = kind(env_name=odd, seed=12345678901234567890, out=str(tmp_path), num_epochs=3)
     path = config_file.write(tmp_path, given)
@@ -144,14 +144,14 @@ def test_what_is_written_reads_as_the_same_settings(kind, tmp_path):
     assert settings("--config", str(path)) == given
 
 
-def test_a_file_of_tiny_and_whole_numbers_keeps_their_bits(tmp_path):
+def test_config_file_numbers_keep_their_bits(tmp_path):
     for value in (1e-07, 1e22, 0.1 + 0.2, 3.0, 5e-324):
         path = config_file.write(tmp_path, DynamicsConfig(inner_lr=value))
         assert settings("--config", str(path)).inner_lr == value
         assert "resume" not in config_file.read(path)
 
 
-def test_settings_that_cannot_be_written_leave_nothing_behind(tmp_path):
+def test_config_file_failed_write_leaves_no_file(tmp_path):
     with pytest.raises(FileNotFoundError):
         config_file.write(tmp_path / "none", DynamicsConfig())
     with pytest.raises(UnicodeEncodeError):

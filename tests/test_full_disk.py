@@ -1,6 +1,6 @@
-"""A disk that is full while something is saved: an OSError of one sentence, and nothing is lost."""
+"""A disk that is full during a save: an OSError of one sentence, and the old file stays."""
 
-import json
+import itertools
 import os
 import subprocess
 import sys
@@ -9,7 +9,8 @@ import pytest
 import torch
 
 from eaml_ext import checkpoint
-from eaml_ext.jobs.report import write_json
+from eaml_ext.jobs import config_file, report
+from eaml_ext.jobs.config import DynamicsConfig
 
 CODE = """
 import os, resource, sys, torch
@@ -18,7 +19,7 @@ from eaml_ext import ExperienceBuffer, MetaMAMLTrainer, SSM, TaskBatch, checkpoi
 
 folder = sys.argv[1]
 
-def room(size):
+def limit_files(size):
     resource.setrlimit(resource.RLIMIT_FSIZE, (size, resource.RLIM_INFINITY))
 
 def refused(call):
@@ -42,7 +43,7 @@ memory.add(state=torch.randn(5000, 8))
 disk = ExperienceBuffer(5000, seed=0, directory=os.path.join(folder, "disk"))
 files = sorted(os.listdir(folder))
 
-room(2000)
+limit_files(2000)
 refused(lambda: large.save(path))
 refused(lambda: memory.save(os.path.join(folder, "buffer")))
 refused(lambda: trainer.meta_train(tasks, 4, checkpoint=run))
@@ -51,10 +52,10 @@ assert sorted(os.listdir(folder)) == files and open(run, "rb").read() == before
 assert sorted(os.listdir(os.path.join(folder, "disk"))) == ["buffer.safetensors", "lock"] and len(disk) == 0
 assert all(torch.equal(p, q) for p, q in zip(SSM.load(path).parameters(), model.parameters()))
 
-room(resource.RLIM_INFINITY)
+limit_files(resource.RLIM_INFINITY)
 disk.add(state=torch.ones(3, 8))
 disk.flush()
-room(100)
+limit_files(100)
 disk.add(state=torch.zeros(3, 8))
 refused(disk.flush)  # the flush before stays
 os._exit(0)
@@ -62,7 +63,7 @@ os._exit(0)
 
 
 @pytest.mark.skipif(not hasattr(os, "posix_fallocate"), reason="files of the buffer are allocated by posix_fallocate")
-def test_what_was_saved_stays(tmp_path):
+def test_save_on_full_disk_raises_and_keeps_saved_files(tmp_path):
     child = subprocess.run([sys.executable, "-c", CODE, str(tmp_path)], capture_output=True, text=True)
     assert child.returncode == 0, child.stderr
     from eaml_ext import ExperienceBuffer
@@ -71,28 +72,43 @@ def test_what_was_saved_stays(tmp_path):
     assert len(buffer) == 3 and bool((buffer.get(torch.arange(3)).state == 1).all())
 
 
-@pytest.mark.parametrize("function", ["os.fsync", "os.replace", "safetensors.torch.save_file"])
-def test_each_step_may_fail(tmp_path, monkeypatch, function):
-    path = tmp_path / "file"
-    checkpoint.save(path, {"a": torch.ones(3)})
+def write_plot(path, value):
+    results = {
+        "meta_loss": [1.0, value],
+        "curves": {"plain": [1.0, value]},
+        "settings": {"env_name": "CartPole-v1", "seed": 0},
+    }
+    report.plot(path, results)
+
+
+WRITERS = {
+    "file.safetensors": lambda path, value: checkpoint.save(path, {"a": torch.full((3,), value)}),
+    "report.json": lambda path, value: report.write_json(path, {"a": value}),
+    "report.png": write_plot,
+    "settings.toml": lambda path, value: config_file.write(path.parent, DynamicsConfig(inner_lr=value)),
+}
+
+
+@pytest.mark.parametrize(
+    ("name", "function"),
+    [
+        ("file.safetensors", "safetensors.torch.save_file"),
+        *itertools.product(WRITERS, ["os.fsync", "os.replace", "os.chmod"]),
+    ],
+)
+def test_write_failed_step_keeps_old_file_and_no_other(name, function, tmp_path, monkeypatch):
+    if name == "report.png":
+        pytest.importorskip("matplotlib", reason="the extra plot is not installed")
+    path, write = tmp_path / name, WRITERS[name]
+    write(path, 1.0)
+    old = path.read_bytes()
 
     def fails(*_):
         raise OSError(28, "No space left on device")
 
     with monkeypatch.context() as patch, pytest.raises(OSError, match="No space left"):
         patch.setattr(function, fails)
-        checkpoint.save(path, {"a": torch.zeros(3)})
-    assert torch.equal(checkpoint.load(path)[0]["a"], torch.ones(3)) and os.listdir(tmp_path) == ["file"]
-
-
-@pytest.mark.parametrize("function", ["os.fsync", "os.replace"])
-def test_a_report_too(tmp_path, monkeypatch, function):
-    write_json(tmp_path / "report.json", {"a": 1})
-
-    def fails(*_):
-        raise OSError(28, "No space left on device")
-
-    with monkeypatch.context() as patch, pytest.raises(OSError, match="No space left"):
-        patch.setattr(function, fails)
-        write_json(tmp_path / "report.json", {"a": 2})
-    assert json.loads((tmp_path / "report.json").read_text())["a"] == 1 and os.listdir(tmp_path) == ["report.json"]
+        write(path, 2.0)
+    assert path.read_bytes() == old and os.listdir(tmp_path) == [name]
+    write(path, 2.0)
+    assert path.read_bytes() != old

@@ -1,4 +1,4 @@
-"""Files that are whole, checksum and all, but were made to do harm: refused with a sentence, nothing done."""
+"""Files with a right checksum and harmful content are refused with one sentence, and nothing changes."""
 
 import json
 
@@ -17,7 +17,7 @@ def refused(load, part=""):
 
 
 @pytest.mark.parametrize("make", [SSM, SSMMetaPolicy])
-def test_a_model(make, tmp_path):
+def test_load_model_with_wrong_options_or_tensors_is_refused(make, tmp_path):
     path = tmp_path / "model"
     make(3, hidden_dim=4, **({"action_dim": 2} if make is SSMMetaPolicy else {})).save(path)
     tensors, options = checkpoint.load(path)
@@ -34,7 +34,7 @@ def test_a_model(make, tmp_path):
 
 
 @pytest.mark.parametrize("core", sorted(CORES))
-def test_every_core_is_loaded(core, tmp_path):
+def test_load_model_of_every_core_computes_its_outputs(core, tmp_path):
     model = SSM(3, 8, 2, core=core, num_layers=2)
     model.save(tmp_path / "model")
     x = torch.randn(2, 5, 3)
@@ -47,7 +47,7 @@ def filled(**options):
     return buffer
 
 
-def test_a_buffer(tmp_path):
+def test_load_buffer_with_wrong_content_is_refused(tmp_path):
     path, outside = tmp_path / "buffer", tmp_path / "outside"
     filled().save(path)
     tensors, state = checkpoint.load(path)
@@ -56,7 +56,7 @@ def test_a_buffer(tmp_path):
     bad += [
         (tensors, {**state, "options": other}) for other in (None, {}, {**options, "x": 1}, {**options, "metric": 3})
     ]
-    bad += [(tensors, {**state, "options": {**options, "directory": str(outside)}})]  # would write there
+    bad += [(tensors, {**state, "options": {**options, "directory": str(outside)}})]  # a directory outside
     bad += [(tensors, {**state, "capacity": 10**15, "options": {**options, "capacity": 10**15}})]
     bad += [(tensors, {**state, "written": value}) for value in (-1, 10**30, "x", None, 2)]
     bad += [({name: t for name, t in tensors.items() if name != "generator"}, state)]
@@ -75,13 +75,13 @@ def test_a_buffer(tmp_path):
     assert not outside.exists()
 
 
-def test_a_directory(tmp_path):
+def test_open_directory_with_wrong_content_is_refused_and_unlocked(tmp_path):
     folder, outside = tmp_path / "buffer", tmp_path / "outside"
     filled(directory=folder).close()
     about = folder / "buffer.safetensors"
     tensors, state = checkpoint.load(about)
     fields, files = state["fields"], state["files"]
-    (tmp_path / files["state"]).write_bytes((folder / files["state"]).read_bytes())  # of the right name and size
+    (tmp_path / files["state"]).write_bytes((folder / files["state"]).read_bytes())  # a file of the right name and size
     bad = [None, {}, {name: value for name, value in state.items() if name != "fields"}]
     bad += [{**state, "options": {**state["options"], "directory": str(outside)}}, {**state, "options": None}]
     bad += [{**state, "slots": value} for value in (10**12, 0, "x", 1033, 8)]
@@ -98,10 +98,10 @@ def test_a_directory(tmp_path):
         refused(lambda: ExperienceBuffer.open(folder))
     assert not outside.exists()
     checkpoint.save(about, tensors, state, kind="ExperienceBuffer.directory")
-    assert len(ExperienceBuffer.open(folder)) == 3  # a refusal has let go of the lock
+    assert len(ExperienceBuffer.open(folder)) == 3  # the errors have released the lock
 
 
-def test_the_checkpoint_of_a_trainer(tmp_path):
+def test_meta_train_checkpoint_with_wrong_content_leaves_trainer_unchanged(tmp_path):
     path = tmp_path / "run"
     x, y = torch.randn(4, 3), torch.randn(4, 1)
 
@@ -128,7 +128,7 @@ def test_the_checkpoint_of_a_trainer(tmp_path):
 
 
 @pytest.mark.parametrize("text", ["[" * 100_000 + "]" * 100_000, "3", "null", "{}", "{", '{"kind": "a"}', "NaN"])
-def test_metadata_that_are_not_ours(text, tmp_path):
+def test_load_wrong_metadata_is_refused(text, tmp_path):
     path = tmp_path / "file"
     save_file({}, path, {"eaml_ext": text, "crc32": str(checkpoint._checksum({}, text))})
     refused(lambda: checkpoint.load(path))
@@ -137,13 +137,13 @@ def test_metadata_that_are_not_ours(text, tmp_path):
 @pytest.mark.parametrize(
     "tree", [{"tensor": "no"}, {"a": 1, "b": 2}, {}, {"evil": [1]}, {"dict": [[1]]}, {"dict": [[[1], 2]]}, {"list": 3}]
 )
-def test_a_nest_that_is_not_ours(tree, tmp_path):
+def test_load_state_wrong_nest_is_refused(tree, tmp_path):
     checkpoint.save(tmp_path / "file", {}, json.loads(json.dumps(tree)))
     refused(lambda: checkpoint.load_state(tmp_path / "file"))
 
 
 @pytest.mark.parametrize("size", [2**63, 2**40, 10**8, 3])
-def test_a_header_that_promises_too_much(size, tmp_path):
+def test_load_header_of_wrong_size_is_refused(size, tmp_path):
     path = tmp_path / "file"
     path.write_bytes(size.to_bytes(8, "little") + b"{}" + b" " * 1000)
     refused(lambda: checkpoint.load(path), "damaged or not a checkpoint")

@@ -1,4 +1,4 @@
-"""``eaml-ext info``: what it says of what is there, and the commands for what is not."""
+"""``eaml-ext info``: its lines on installed packages and kernels, and the commands for missing ones."""
 
 import subprocess
 import sys
@@ -14,7 +14,7 @@ from eaml_ext import cli, info
 
 @pytest.fixture
 def wants(monkeypatch):
-    """Sets what the installed package declares to want."""
+    """Sets the requirements that the installed package declares."""
 
     def declare(*always, **extras):
         groups = {"": always, **extras}
@@ -25,7 +25,7 @@ def wants(monkeypatch):
     return declare
 
 
-def test_report_names_versions_and_the_command_for_what_is_missing(wants, capsys):
+def test_report_lists_versions_and_commands_for_missing_packages(wants, capsys):
     wants("torch>=2.11", "no-such-package>=3", tidy=["nor-this-one[a,b]", "numpy"], ok=["numpy>=1"], old=["numpy>=999"])
     assert cli.main(["info"]) == 0
     lines = capsys.readouterr().out.splitlines()
@@ -47,7 +47,7 @@ def test_report_long_package_name_does_not_run_into_its_version(wants):
     assert of_numpy.index(np.__version__) == of_long.index("missing")
 
 
-def test_report_says_what_was_compiled(reference_only):
+def test_report_lists_compiled_kernels(reference_only):
     text = "\n".join(info.kernels())
     if reference_only:
         assert "kernels    missing (they were hidden" in text or "kernels    missing (import of" in text
@@ -59,7 +59,7 @@ def test_report_says_what_was_compiled(reference_only):
     assert ("FORCE_CUDA=1" in text) == (build["cuda"] is None)
 
 
-def test_without_kernels_the_reason_and_the_command_stand_there_and_nothing_warns():
+def test_main_without_kernels_prints_reason_and_command_and_no_warning():
     code = "import sys; sys.modules['eaml_ext._C'] = None; from eaml_ext import cli; cli.main(['info'])"
     done = subprocess.run([sys.executable, "-W", "error", "-c", code], capture_output=True, text=True, check=True)
     assert "kernels    missing (" in done.stdout and info.BUILD in done.stdout
@@ -83,19 +83,19 @@ cli.main(["info"])
 """
 
 
-def test_without_torch_the_command_for_it_stands_there():
+def test_main_without_torch_prints_command_that_installs_it():
     out = subprocess.run([sys.executable, "-c", WITHOUT_TORCH], capture_output=True, text=True, check=True).stdout
     assert "unknown: torch is missing" in out and f"to fix it: {info.INSTALL} 'torch>=2.11'" in out
 
 
-def test_a_reader_that_goes_away_is_no_error():
+def test_main_closed_pipe_is_no_error():
     command = [sys.executable, "-c", WITHOUT_TORCH]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
         process.stdout.close()
         assert process.stderr.read() == b"" and process.wait() == 0
 
 
-def test_a_package_that_is_not_installed_says_so(monkeypatch):
+def test_requirements_package_not_installed_is_empty(monkeypatch):
     def nothing(name):
         raise info.metadata.PackageNotFoundError(name)
 
@@ -104,7 +104,7 @@ def test_a_package_that_is_not_installed_says_so(monkeypatch):
     assert "is not installed" in info.report()
 
 
-def test_requirements_come_by_extra(monkeypatch):
+def test_requirements_are_grouped_by_extra(monkeypatch):
     declared = [
         "torch>=2.11",
         "tomli; python_version < '3'",
@@ -122,7 +122,7 @@ def test_requirements_come_by_extra(monkeypatch):
     assert found == {"": ["torch"], "bench": ["jax"], "a": ["x"], "b": ["x"]}
 
 
-def test_info_refuses_arguments(capsys):
+def test_main_info_with_arguments_exits(capsys):
     with pytest.raises(SystemExit) as end:
         cli.main(["info", "--quick"])
     assert end.value.code == 2 and "unrecognized arguments: --quick" in capsys.readouterr().err

@@ -1,4 +1,4 @@
-"""Which device a setting names, on machines that this one may not be."""
+"""The device of a setting, on a machine with two GPUs and on one without."""
 
 import pytest
 import torch
@@ -13,7 +13,7 @@ def two_gpus(monkeypatch):
     monkeypatch.delenv("LOCAL_RANK", raising=False)
 
 
-def test_each_process_of_a_machine_takes_a_gpu_of_its_own(two_gpus, monkeypatch):
+def test_torch_device_cuda_gives_each_local_rank_its_gpu(two_gpus, monkeypatch):
     assert str(torch_device("here", "cuda")) == "cuda"
     for rank, name in enumerate(["cuda:0", "cuda:1", "cuda:0"]):
         monkeypatch.setenv("LOCAL_RANK", str(rank))
@@ -22,6 +22,6 @@ def test_each_process_of_a_machine_takes_a_gpu_of_its_own(two_gpus, monkeypatch)
         assert str(torch_device("here", "cpu")) == "cpu"
 
 
-def test_a_gpu_that_is_not_there(two_gpus):
+def test_torch_device_missing_gpu_raises_one_sentence(two_gpus):
     with pytest.raises(ValueError, match="here: device is cuda:2, but torch sees 2 CUDA devices"):
         torch_device("here", "cuda:2")

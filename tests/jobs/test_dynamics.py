@@ -161,7 +161,7 @@ def test_resume_after_kill_ends_with_equal_bits(uninterrupted, tmp_path):
     while not path.exists():
         assert process.poll() is None
         time.sleep(0.001)
-    time.sleep(0.1 * random.SystemRandom().random())  # a dozen updates and six writes may fall into this
+    time.sleep(0.1 * random.SystemRandom().random())  # the time of a dozen updates and six writes
     process.kill()
     assert process.wait() == -signal.SIGKILL and not (tmp_path / "report.json").exists()
     results = run(DynamicsConfig(out=str(tmp_path), buffer_size=8000, resume=True, **RESUMED))
@@ -205,7 +205,7 @@ def test_resume_damaged_checkpoint_is_refused(tmp_path, capsys):
 def test_run_environment_without_outcomes_has_no_returns(tmp_path):
     small = {**SMALL, "num_epochs": 1, "updates_per_epoch": 2, "test_tasks": 4, "adaptation_calls": 1}
     results = run(DynamicsConfig(env_name="Pendulum-v1", out=str(tmp_path), **{**small, "plan_tasks": 2}))
-    assert results["returns"] == {}  # it does not tell what imagined steps are worth
+    assert results["returns"] == {}  # no rewards of imagined steps
     assert all(torch.isfinite(torch.tensor(variant["mean"])) for variant in results["variants"].values())
 
 
@@ -243,7 +243,7 @@ def test_run_value_that_is_not_finite_is_named_with_task_and_step(split, reward,
 
 def test_run_reward_of_a_planned_episode_that_is_not_finite_is_named(tmp_path, monkeypatch):
     class Faulty(CartPoleTasks):
-        """CartPole without rewards where a planner acts, which is with the tasks of all variants at once."""
+        """CartPole without rewards where a planner acts: it plays the tasks of all variants at once."""
 
         def make_env(self, tasks):
             env = super().make_env(tasks)

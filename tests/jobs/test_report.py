@@ -1,4 +1,4 @@
-"""Tables of any numbers, and a plot that is left out without matplotlib."""
+"""Tables with numbers of any size, and the plot without matplotlib."""
 
 import sys
 
@@ -12,7 +12,7 @@ ROWS = {
     "huge": HUGE,
     "negative": {"mean": -1e300, "interval": None, "median": -123456.7},
     "diverged": {"mean": float("nan"), "interval": float("nan"), "median": float("inf")},
-    "an variant with quite a long name": HUGE,
+    "a variant with quite a long name": HUGE,
 }
 
 

@@ -1,4 +1,4 @@
-"""The jobs of meta-RL in small: what they print and leave, and that their policies can be read back."""
+"""The meta-RL jobs in small: printed lines, files, settings, and policies that load again."""
 
 import json
 import re
@@ -24,7 +24,7 @@ SMALL = {"num_epochs": 1, "hidden_dim": 8, "state_size": 4, "test_tasks": 6, "ta
         ("maml", ["after 0 steps", "after 1 steps"], "Epoch 0, Reward of a step after adaptation: 1.0"),
     ],
 )
-def test_command_line_runs_the_job_and_leaves_report_and_policy(algo, columns, line, tmp_path, capsys):
+def test_main_rl_job_leaves_report_and_policy(algo, columns, line, tmp_path, capsys):
     flags = [f"--{name}={value}" for name, value in SMALL.items()]
     env = "CartPole-hidden-velocity-v1"
     assert cli.main(["--algo", algo, "--env_name", env, "--out", str(tmp_path), *flags]) == 0
@@ -40,7 +40,7 @@ def test_command_line_runs_the_job_and_leaves_report_and_policy(algo, columns, l
 
 
 @pytest.mark.parametrize("kind", [RL2Config, MAMLConfig])
-def test_same_seed_same_numbers_and_the_settings_that_a_run_leaves_repeat_it(kind, tmp_path):
+def test_run_written_settings_repeat_its_numbers(kind, tmp_path):
     small = {**SMALL, "steps": 8, "test_tasks": 2}
     a = run(kind(out=str(tmp_path / "a"), **small))
     assert cli.main(["--config", str(tmp_path / "a" / "settings.toml"), "--out", str(tmp_path / "b")]) == 0
@@ -56,7 +56,7 @@ def test_run_settings_file_of_version_0_1_sets_rollouts_per_task(tmp_path):
     assert json.loads((tmp_path / "run" / "report.json").read_text())["settings"]["rollouts_per_task"] == 2
 
 
-def test_continuous_actions_work(tmp_path):
+def test_run_continuous_actions_give_finite_returns(tmp_path):
     settings = RL2Config(env_name="Pendulum-v1", out=str(tmp_path), **{**SMALL, "test_tasks": 2})
     assert run(settings)["returns"]["episode 3"]["mean"] < 0
 
@@ -75,7 +75,7 @@ def test_continuous_actions_work(tmp_path):
         (["--episodes", "2"], "unrecognized arguments: --episodes"),
     ],
 )
-def test_bad_flags_are_refused_before_anything_runs(flags, text, capsys):
+def test_main_rl_bad_flag_exits_with_its_name(flags, text, capsys):
     with pytest.raises(SystemExit) as info:
         cli.main(flags)
     assert info.value.code == 2 and text in capsys.readouterr().err
@@ -85,13 +85,13 @@ def test_bad_flags_are_refused_before_anything_runs(flags, text, capsys):
     ("flags", "text"),
     [(["--env_name", "NoSuch-v0"], "NoSuch"), (["--device", "x"], "device must be"), (["--device", "meta"], "meta")],
 )
-def test_bad_environment_or_device_is_one_sentence(flags, text, tmp_path, capsys):
+def test_main_rl_bad_environment_or_device_is_one_sentence(flags, text, tmp_path, capsys):
     assert cli.main(["--algo", "rl2", *flags, "--out", str(tmp_path / "r")]) == 2
     error = capsys.readouterr().err
     assert text in error and error.count("\n") == 1 and not (tmp_path / "r").exists()
 
 
-def test_settings_refuse_wrong_types():
+def test_rl_config_wrong_types_raise():
     with pytest.raises(TypeError, match=r"^RL2Config: steps must be an integer, got 1.5$"):
         RL2Config(steps=1.5)
     with pytest.raises(TypeError, match=r"^MAMLConfig: env_name must be a string, got 3$"):
@@ -100,7 +100,7 @@ def test_settings_refuse_wrong_types():
         RL2Config(core="gru")
 
 
-def test_settings_numpy_scalars_become_pythons():
+def test_rl_config_numpy_scalars_become_pythons():
     given = MAMLConfig(steps=np.int64(20), gamma=np.float64(1), inner_lr=np.float32(0.5), seed=np.uint8(3))
     assert given == MAMLConfig(steps=20, gamma=1.0, inner_lr=0.5, seed=3)
     assert {type(value) for value in vars(given).values()} == {int, float, str}
@@ -122,20 +122,20 @@ def test_run_returns_of_any_size_stay_in_their_columns(tmp_path, monkeypatch, ca
     assert float(re.split("  +", rows[0])[1]) == pytest.approx(-5e37, rel=0.01)
 
 
-def test_the_flag_knows_all_cores():
+def test_rl_config_core_flag_lists_all_cores():
     assert set(rl_config.CORES) == set(CORES) and RL2Config().core == "mamba"
     policy = make_policy(RL2Config(core="lru", hidden_dim=8), make_tasks("CartPole-v1"), torch.device("cpu"))
     assert policy.options["core"] == "lru"
 
 
-def test_help_tells_the_settings_of_each_algorithm(capsys):
+def test_main_help_lists_the_settings_of_each_algorithm(capsys):
     for algo, flag in (("dynamics", "--retrieval"), ("rl2", "--episodes"), ("maml", "--inner_steps")):
         with pytest.raises(SystemExit):
             cli.main(["--algo", algo, "--help"])
         assert flag in capsys.readouterr().out
 
 
-def test_under_torchrun_it_says_that_it_is_one_process(tmp_path, monkeypatch, capsys):
+def test_main_rl_job_under_torchrun_is_refused(tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("RANK", "1")
     monkeypatch.setenv("WORLD_SIZE", "2")
     assert cli.main(["--algo", "rl2", "--out", str(tmp_path / "r")]) == 2
