@@ -6,7 +6,9 @@ import os
 from collections.abc import Mapping
 from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from eaml_ext import _check, checkpoint
@@ -159,12 +161,13 @@ def from_pickle(pickled: dict[str, Any]) -> dict[str, Any]:
     return {**pickled["state"], "generator": torch.from_numpy(pickled["state"]["generator"]), "fields": fields}
 
 
-def _to_array(value: Tensor) -> Any:
+def _to_array(value: Tensor) -> NDArray[np.uint8]:
     """Return the bytes of a tensor."""
-    return value.cpu().reshape(-1).view(torch.uint8).numpy()
+    array: NDArray[np.uint8] = value.cpu().reshape(-1).view(torch.uint8).numpy()
+    return array
 
 
-def _from_array(dtype: torch.dtype, shape: torch.Size, data: Any) -> Tensor:
+def _from_array(dtype: torch.dtype, shape: torch.Size, data: NDArray[np.uint8]) -> Tensor:
     if not data.size:  # torch cannot view an empty array as another dtype
         return torch.empty(shape, dtype=dtype)
     return torch.from_numpy(data).view(dtype).view(shape)

@@ -36,9 +36,9 @@ def log_weights(priority: Tensor | None, number: Tensor, age_half_life: float | 
     return weights
 
 
-def age_cost(items: int, age_half_life: float | None) -> float:
-    """Return ``items · log(2) / H``: how much ``items`` further items lower a log-weight."""
-    return 0.0 if age_half_life is None else items * (math.log(2) / age_half_life)
+def age_cost(items: int, age_half_life: float) -> float:
+    """Return ``items · log(2) / H``: ``items`` later items lower a log-weight by it."""
+    return items * (math.log(2) / age_half_life)
 
 
 def draw_by_weight(weights: Tensor, n: int, generator: torch.Generator) -> Tensor:

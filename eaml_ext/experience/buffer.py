@@ -199,13 +199,13 @@ class ExperienceBuffer:
         """Change the priorities of stored items, for instance to their last losses.
 
         Args:
-            indices: int64, any shape: slots. For a slot that occurs several times, one of its priorities is stored.
-            priority: same shape, in the stored dtype, or one number for all; finite and > 0.
-            generations: int64, same shape, returned with the indices: items that have been overwritten or cleared
+            indices: ``(*shape)``, int64: slots. If a slot occurs several times, one of its priorities is stored.
+            priority: ``(*shape)``, in the stored dtype, or one number for all; finite and > 0.
+            generations: ``(*shape)``, int64, returned with the indices: items that have been overwritten or cleared
                 since are left out. None: all indices must be live.
 
         Returns:
-            bool, same shape: which items were still stored and have changed.
+            ``(*shape)``, bool: which items were still stored and have changed.
 
         Raises:
             ValueError: the buffer is empty or stores no priority; without generations, an index is outside the live
@@ -244,7 +244,7 @@ class ExperienceBuffer:
             query_embedding: ``(dim,)``, or ``(queries, dim)`` for several at once, in the embeddings' dtype, finite.
             k: number of items; fewer are returned when fewer are stored or left.
             exclude_task: id of a task, or several, whose experiences are left out.
-            among: int64 ``(n,)``: the slots to search, each at most once. Slots that are not live are ignored.
+            among: ``(n,)``, int64: the slots to search, each at most once. Slots that are not live are ignored.
                 None: all.
 
         Returns:
@@ -295,8 +295,8 @@ class ExperienceBuffer:
         """Return the experiences in the slots ``indices``.
 
         Args:
-            indices: int64, any shape.
-            generations: int64, same shape, returned with the indices: a slot that has been overwritten or cleared
+            indices: ``(*shape)``, int64.
+            generations: ``(*shape)``, int64, returned with the indices: a slot that has been overwritten or cleared
                 since raises an error. None: any generation.
 
         Raises:
@@ -309,7 +309,7 @@ class ExperienceBuffer:
             return storage.gather(indices)
 
     def is_current(self, indices: Tensor, generations: Tensor) -> Tensor:
-        """Return whether the items named by indices and generations, int64 of one shape, are still stored: bool."""
+        """Return which items named by indices and generations, ``(*shape)``, int64, are still stored: bool."""
         with self.storage.lock:
             return self.storage.are_live("ExperienceBuffer.is_current", indices, generations)
 

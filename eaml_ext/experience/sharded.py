@@ -243,8 +243,8 @@ class ShardedExperienceBuffer:
 
     def _search(self, requests: list[_Request]) -> list[Tensor]:
         """Return this shard's candidates for each rank, ``(queries, k, bytes of a record)``."""
-        blocks: list[Any] = [None] * len(requests)
-        same_search: dict[Any, list[int]] = {}
+        blocks: dict[int, Tensor] = {}
+        same_search: dict[tuple[int, tuple[int, ...]], list[int]] = {}
         for rank, request in enumerate(requests):
             same_search.setdefault((request.k, tuple(request.excluded.tolist())), []).append(rank)
         for (k, _), ranks in same_search.items():  # one search each; the bits do not depend on the other queries
@@ -252,7 +252,7 @@ class ShardedExperienceBuffer:
             block = self._candidates(queries, k, tasks)
             for rank, part in zip(ranks, block.split([len(requests[rank].queries) for rank in ranks]), strict=True):
                 blocks[rank] = part
-        return blocks
+        return [blocks[rank] for rank in range(len(requests))]
 
     @torch.no_grad()
     def _candidates(self, queries: Tensor, k: int, tasks: Tensor) -> Tensor:
@@ -296,8 +296,8 @@ class ShardedExperienceBuffer:
             values, chosen = queries.new_zeros(count, 0), indices.new_zeros((count, 0))
         else:
             keys = fields["context_embedding"]
-            options: dict[str, Any] = {"metric": local.metric, "valid": valid, "bias": bias}
-            values, chosen = (x.squeeze(1) for x in knn(queries.unsqueeze(1), keys, k, **options))
+            best = knn(queries.unsqueeze(1), keys, k, metric=local.metric, valid=valid, bias=bias)
+            values, chosen = (x.squeeze(1) for x in best)
             if local.metric == "cosine":
                 values = 1 - values
             if local.age_half_life is not None:
