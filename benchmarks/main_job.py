@@ -36,7 +36,7 @@ def main() -> None:
         for name, row in results["returns"].items():
             returns.setdefault(name, []).append(row["mean"])
     table: dict[str, Any] = {
-        name: {**student([a["mean"] for a in runs]), "median": statistics.mean(a["median"] for a in runs)}
+        name: {**student([row["mean"] for row in runs]), "median": statistics.mean(row["median"] for row in runs)}
         for name, runs in variants.items()
     }
     acted = {name: student(means) for name, means in returns.items()}

@@ -80,11 +80,11 @@ def noisy_sinusoid(found: Any) -> Section:
     for name, one in settings.items():
         cells = [pm(one["variants"][variant]["mean"], one["variants"][variant]["half"]) for variant in variants]
         rows.append([name, str(len(one["runs"])), *cells])
-    text = """A meta-trained MLP adapts to K noisy points of a new task, with a memory of past tasks. Every variant starts
-        from the same parameters; its number of steps and its weight are chosen on other tasks. `retrieved`
-        also takes steps on the points of the five past tasks whose adapted models fit the K points best.
-        `lookup only` is the mean of those models, without a step. `oracle` takes steps on 100 points of the
-        same task."""
+    text = """A meta-trained MLP adapts to K noisy points of a new task, with a memory of past tasks. Every variant
+        starts from the same parameters; its number of steps and its weight are chosen on other tasks.
+        `retrieved` also takes steps on the points of the five past tasks whose adapted models fit the K
+        points best. `lookup only` is the mean of those models, without a step. `oracle` takes steps on
+        100 points of the same task."""
     return text, ["setting", "seeds", *variants], rows, "error over points of the new task, per variant"
 
 
@@ -97,9 +97,9 @@ def hidden_rotation(found: Any) -> Section:
         cells = [pm(c["mean"], c["half"], 4) for c in (*row.values(), found["above Kalman"][name])]
         rows.append([name, size, *cells])
     heads = list(next(iter(found["errors"].values())))
-    text = """Linear systems whose observations show two mixed coordinates of four; every run has its own system. The table
-        has the error of the next frame over unseen systems. `late` is the error from step 52 on. The last
-        column is the error above that of the Kalman filter with the true parameters, paired."""
+    text = """Linear systems whose observations show two mixed coordinates of four; every run has its own system. The
+        table has the error of the next frame over unseen systems. `late` is the error from step 52 on.
+        The last column is the error above that of the Kalman filter with the true parameters, paired."""
     return text, ["model", "parameters", *heads, "above Kalman"], rows, "error over steps seen"
 
 
@@ -125,9 +125,10 @@ def cartpole_rl(found: Any) -> Section:
         cells = [f"{m:.0f} ± {h:.0f}" for m, h in zip(row["mean"], row["half"], strict=True)]
         rows.append([name, str(row["parameters"]), str(row["seeds"]), *cells, f"{row['cpu_seconds']:.0f}"])
     episodes = len(next(iter(found["table"].values()))["mean"])
-    text = """CartPole with the action's sign flipped in half of the tasks and velocities hidden. The table has the return
-        of each episode of a trial on unseen tasks, at most 500. Budget and tuning are equal for all. The SSM
-        is Mamba's block; the adapter takes guarded steps of policy gradient between the episodes of a trial."""
+    text = """CartPole with the action's sign flipped in half of the tasks and velocities hidden. The table has the
+        return of each episode of a trial on unseen tasks, at most 500. Budget and tuning are equal for
+        all. The SSM is Mamba's block; the adapter takes guarded steps of policy gradient between the
+        episodes of a trial."""
     head = ["policy", "parameters", "seeds", *(f"episode {i + 1}" for i in range(episodes)), "CPU seconds"]
     return text, head, rows, "return over environment steps"
 
@@ -164,9 +165,9 @@ def adaptation_step(found: Any) -> Section:
 
 def soak(found: Any) -> Section:
     """Memory along a million steps."""
-    text = f"""{found["gradient steps"]:,} gradient steps, with a memory that is written and searched at every call, and
-        {found["rollbacks"]:,} rollbacks of corrupted batches. The table has resident memory after warming up,
-        and after each tenth of the rest."""
+    text = f"""{found["gradient steps"]:,} gradient steps, with a memory that is written and searched at every call,
+        and {found["rollbacks"]:,} rollbacks of corrupted batches. The table has resident memory after
+        warming up, and after each tenth of the rest."""
     return text, [str(i) for i in range(len(found["MB"]))], [[f"{mb:.1f} MB" for mb in found["MB"]]], ""
 
 
@@ -193,9 +194,9 @@ def meta(found: Any) -> Section:
             ]
         )
     head = ["second-order meta-update", "ms", "compiled, ms", "over the Python loop", "over the loop under vmap"]
-    text = """One thread. The last columns have two speed-ups each, in eager mode and with `compile=True`: over the scan as
-        a Python loop, task after task, and over that loop under vmap. Compilation takes the seconds in
-        brackets."""
+    text = """One thread. The last columns have two speed-ups each, in eager mode and with `compile=True`: over the
+        scan as a Python loop, task after task, and over that loop under vmap. Compilation takes the
+        seconds in brackets."""
     return text, head, rows, ""
 
 

@@ -197,7 +197,8 @@ def tables(results: dict[str, Any]) -> str:
         f"| of 64 tasks by one process | {1e3 * updates[2]:.1f} ms |",
         f"| its meta-gradient | {updates[3] / 1e3:.1f} kB |",
         "",
-        "| items | ranks | memory a rank | search if one rank asks | search if every rank asks, at the rate of 64 queries | received a rank | exchange |",
+        "| items | ranks | memory a rank | search if one rank asks "
+        "| search if every rank asks, at the rate of 64 queries | received a rank | exchange |",
         "|---|---|---|---|---|---|---|",
     ]
     for row in results["predicted"]:
