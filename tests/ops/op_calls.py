@@ -183,8 +183,8 @@ def channel_last(x: Tensor) -> Tensor:
 
 def sliced(x: Tensor) -> Tensor:
     """Return a view of every second entry of a larger tensor, with an offset."""
-    wide = x.new_zeros([2 * size + 1 for size in x.shape])
-    view = wide[tuple(slice(1, None, 2) for _ in x.shape)]
+    larger = x.new_zeros([2 * size + 1 for size in x.shape])
+    view = larger[tuple(slice(1, None, 2) for _ in x.shape)]
     return view.copy_(x)
 
 

@@ -312,12 +312,12 @@ class OpConformance:
         names = op.names(call)
         choices = [list(call.tensors), *([name] for name in call.tensors)]
         for chosen in choices:
-            odd = {n: layout(x) if n in chosen else x for n, x in call.tensors.items()}
-            plain = call._replace(tensors={n: x.contiguous() for n, x in odd.items()})
-            given_ = call._replace(tensors=odd)
-            close(outputs(op.function, given_), outputs(op.function, plain), op.factor)
+            strided = {n: layout(x) if n in chosen else x for n, x in call.tensors.items()}
+            plain = call._replace(tensors={n: x.contiguous() for n, x in strided.items()})
+            strided_call = call._replace(tensors=strided)
+            close(outputs(op.function, strided_call), outputs(op.function, plain), op.factor)
             if chosen is choices[0]:
-                got = derivatives(op.function, given_, names, layout=layout)
+                got = derivatives(op.function, strided_call, names, layout=layout)
                 same = (lambda x: expanded(x).contiguous()) if layout is expanded else lambda x: x
                 close(got, derivatives(op.function, plain, names, layout=same), op.factor)
 

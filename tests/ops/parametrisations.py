@@ -52,7 +52,7 @@ def label(case: Iterable[Any]) -> str:
     return "-".join(str(value).removeprefix("torch.") for value in case)
 
 
-def wide_of(dtype: torch.dtype) -> torch.dtype:
+def opmath_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.promote_types(dtype, torch.float32)
 
 
@@ -63,9 +63,9 @@ def assert_near(
 
     The epsilons are relative to ``magnitude``, the sum of the absolute values of the terms of each entry.
     """
-    out, wide = torch.finfo(got.dtype), torch.finfo(accumulated)
+    out, opmath = torch.finfo(got.dtype), torch.finfo(accumulated)
     got, want, magnitude = got.detach().cpu().to(want.dtype), want.detach(), magnitude.detach()
     assert got.shape == want.shape == magnitude.shape, f"{name}: {tuple(got.shape)}, {tuple(want.shape)}"
-    bound = out.eps / 2 * want.abs().clamp(min=out.tiny) + roundings * wide.eps * (magnitude + wide.tiny)
+    bound = out.eps / 2 * want.abs().clamp(min=out.tiny) + roundings * opmath.eps * (magnitude + opmath.tiny)
     error = (got - want).abs()
     assert (error <= bound).all(), f"{name}: {(error / bound).max().item():.3g} times the bound"

@@ -185,9 +185,9 @@ def test_strides_of_complex_tensors_same_result(name, layout):
 
     call = {**TestComplexScan.op.cases, **SHAPES}[name](torch.float64, "cpu")
     call = call._replace(tensors=joined(call.tensors))
-    odd = {n: layout(x) if n in COMPLEX else x for n, x in call.tensors.items()}
+    strided = {n: layout(x) if n in COMPLEX else x for n, x in call.tensors.items()}
     results = []
-    for tensors in (odd, {n: x.resolve_conj().contiguous() for n, x in odd.items()}):
+    for tensors in (strided, {n: x.resolve_conj().contiguous() for n, x in strided.items()}):
         x = leaves(call._replace(tensors=tensors), real.differentiable(call))
         outs = outputs(selective_scan, call, **{**tensors, **x})
         first = torch.autograd.grad(outs, list(x.values()), drawn(outs), create_graph=True)
@@ -307,8 +307,8 @@ def test_half_types_with_packed_matrices_are_computed_in_float32(dtype):
     rest = {n: x.to(torch.complex64) for n, x in call.tensors.items() if n in ("A", "initial_state")}
     rest |= {"delta_bias": call.tensors["delta_bias"].float(), "reset": call.tensors["reset"]}
     y, last = outputs(selective_scan, call._replace(tensors={**narrow, **rest}))
-    wide = {n: x.float() for n, x in narrow.items()}
-    want_y, want_last = outputs(selective_scan, call._replace(tensors={**wide, **rest}))
+    full = {n: x.float() for n, x in narrow.items()}
+    want_y, want_last = outputs(selective_scan, call._replace(tensors={**full, **rest}))
     assert y.dtype == dtype and last.dtype == torch.complex64
     assert torch.equal(y, want_y.to(dtype)) and torch.equal(last, want_last)
 

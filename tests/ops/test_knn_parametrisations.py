@@ -5,7 +5,7 @@ from typing import Any, NamedTuple
 
 import pytest
 import torch
-from parametrisations import FLAG, FLOATS, _one_thread, assert_near, covering, label, product, wide_of  # noqa: F401
+from parametrisations import FLAG, FLOATS, _one_thread, assert_near, covering, label, opmath_dtype, product  # noqa: F401
 from torch import Tensor
 
 from eaml_ext.ops import PackedKeys, knn
@@ -96,9 +96,9 @@ def check_clouds(case: Clouds, device: str) -> None:
         queries[~used] = 1e3
 
     q, key = (x.double().requires_grad_() for x in (queries, keys))
-    wide = wide_of(case.dtype)
+    opmath = opmath_dtype(case.dtype)
     everything = knn_formula(q[:, :, None], key[:, None], case.metric)
-    indices = nearest(everything.to(wide), case.K, case.metric, valid[:, None])
+    indices = nearest(everything.to(opmath), case.K, case.metric, valid[:, None])
     near, pairs = key[torch.arange(len(key))[:, None, None], indices.clamp(min=0)], q[:, :, None]
     values, live = knn_formula(pairs, near, case.metric), indices >= 0
     real = live & used[..., None]
@@ -119,11 +119,11 @@ def check_clouds(case: Clouds, device: str) -> None:
     assert (found_values[~live] == (torch.inf if case.metric == "sqeuclidean" else -torch.inf)).all()
     terms = values.abs() if case.metric == "sqeuclidean" else knn_formula(pairs.abs(), near.abs(), case.metric)
     # Values are summed in float64 and rounded once; half types are rounded to float32 first.
-    rounding = (case.D + 4, torch.float64) if wide == case.dtype else (0.5, wide)
+    rounding = (case.D + 4, torch.float64) if opmath == case.dtype else (0.5, opmath)
     assert_near("values", found_values[real], values[real], terms[real], *rounding)
     terms_of = {"d queries": case.K, "d keys": case.P1}
     for (name, count), gradient, expected, summed in zip(terms_of.items(), got, want, magnitudes, strict=True):
-        assert_near(name, gradient.reshape(expected.shape), expected, summed, count + case.D + 8, wide)
+        assert_near(name, gradient.reshape(expected.shape), expected, summed, count + case.D + 8, opmath)
 
 
 @pytest.mark.parametrize("case", [Clouds(*row) for row in covering(CLOUDS)], ids=label)
@@ -152,7 +152,7 @@ def test_knn_key_of_many_queries_gradient_is_rounded_once(dtype: torch.dtype, de
     terms = 2 * (keys[0].double() - queries.double()) * cotangent.double()
     sums = (terms.sum(0), terms.abs().sum(0)), (-cotangent.double().sum(), cotangent.double().sum())
     for name, gradient, (want, magnitude) in zip(("d keys", "d bias"), (by_keys, by_bias), sums, strict=True):
-        assert_near(name, gradient[0], want, magnitude, roundings=900, accumulated=wide_of(dtype))
+        assert_near(name, gradient[0], want, magnitude, roundings=900, accumulated=opmath_dtype(dtype))
         assert not gradient[1].any()
 
 

@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 
 import pytest
 import torch
-from parametrisations import FLAG, FLOATS, _one_thread, assert_near, covering, label, product, wide_of  # noqa: F401
+from parametrisations import FLAG, FLOATS, _one_thread, assert_near, covering, label, opmath_dtype, product  # noqa: F401
 from torch import Tensor
 
 from eaml_ext.ops import selective_scan, selective_scan_step
@@ -63,18 +63,18 @@ def drawn_step_size(shape: Sequence[int], softplus: bool) -> Tensor:
 
 
 def scan_inputs(case: Scan) -> Inputs:
-    wide, length = wide_of(case.itype), case.seqlen
+    opmath, length = opmath_dtype(case.itype), case.seqlen
     complex_type = case.weights != "real"
 
     def matrix(variable: bool) -> Tensor:
         groups = () if case.groups == 1 else (case.groups,)
         shape = (BATCH, *groups, case.dstate, length) if variable else (case.dim, case.dstate)
         if not complex_type:
-            return torch.randn(shape).to(case.itype if variable else wide)
+            return torch.randn(shape).to(case.itype if variable else opmath)
         value = torch.randn(shape, dtype=torch.complex64)
         if variable and case.weights == "packed":
             return torch.view_as_real(value).flatten(-2).to(case.itype)
-        return value.to(wide.to_complex())
+        return value.to(opmath.to_complex())
 
     A = -0.1 - 1.4 * torch.rand(case.dim, case.dstate)
     if complex_type:
@@ -82,16 +82,16 @@ def scan_inputs(case: Scan) -> Inputs:
     x = {
         "u": torch.randn(BATCH, case.dim, length).to(case.itype),
         "delta": drawn_step_size((BATCH, case.dim, length), case.delta_softplus).to(case.itype),
-        "A": A.to(wide.to_complex() if complex_type else wide),
+        "A": A.to(opmath.to_complex() if complex_type else opmath),
         "B": matrix(case.is_variable_B),
         "C": matrix(case.is_variable_C),
     }
     if case.has_D:
-        x["D"] = torch.randn(case.dim, dtype=wide)
+        x["D"] = torch.randn(case.dim, dtype=opmath)
     if case.has_z:
         x["z"] = torch.randn(BATCH, case.dim, length).to(case.itype)
     if case.has_delta_bias:
-        x["delta_bias"] = 0.3 * torch.rand(case.dim, dtype=wide)
+        x["delta_bias"] = 0.3 * torch.rand(case.dim, dtype=opmath)
     return x
 
 
@@ -174,11 +174,11 @@ def oracle_results(x: Inputs, cotangents: Sequence[Tensor | None], softplus: boo
 
 
 def check_scan_results(
-    x: Inputs, leaves: Inputs, outs: Sequence[Tensor], wide: torch.dtype, softplus: bool, roundings: float
+    x: Inputs, leaves: Inputs, outs: Sequence[Tensor], opmath: torch.dtype, softplus: bool, roundings: float
 ) -> None:
     """Compare ``outs``, which are y and perhaps the last state, and gradients of ``leaves`` with the oracle's."""
     y, *last = outs
-    cotangents = [torch.randn(out.shape, dtype=wide_of(out.dtype)).to(out.dtype) for out in outs]
+    cotangents = [torch.randn(out.shape, dtype=opmath_dtype(out.dtype)).to(out.dtype) for out in outs]
     grads = torch.autograd.grad(outs, [*leaves.values()], [g.to(y.device) for g in cotangents])
     got = {"y": y, **({"last state": last[0]} if last else {})}
     for (name, value), grad in zip(leaves.items(), grads, strict=True):
@@ -190,7 +190,7 @@ def check_scan_results(
         expected, terms = want[name], magnitude[name]
         if expected.is_complex() and not value.is_complex():  # packed
             expected, terms = torch.view_as_real(expected).flatten(-2), terms.repeat_interleave(2, dim=-1)
-        assert_near(name, value, expected.reshape(value.shape), terms.reshape(value.shape), roundings, wide)
+        assert_near(name, value, expected.reshape(value.shape), terms.reshape(value.shape), roundings, opmath)
 
 
 def check_scan(case: Scan, device: str) -> None:
@@ -202,7 +202,7 @@ def check_scan(case: Scan, device: str) -> None:
     # One step rounds its step size, exponent, exponential, product and sum, each by half an epsilon or twice that.
     # Reductions have batch * length, dim or dstate terms.
     roundings = 4.5 * case.seqlen + BATCH * case.seqlen / 2 + case.dim + case.dstate + 16
-    check_scan_results(x, leaves, outs, wide_of(case.itype), case.delta_softplus, roundings)
+    check_scan_results(x, leaves, outs, opmath_dtype(case.itype), case.delta_softplus, roundings)
 
 
 SCANS = [Scan(*row) for row in covering(SCAN)]
@@ -254,8 +254,8 @@ HEADS = 6
 
 
 def step_inputs(case: Step) -> Inputs:
-    wide = wide_of(case.itype)
-    matrix_type = wide if case.itype == torch.float64 else case.matrix_type or case.itype
+    opmath = opmath_dtype(case.itype)
+    matrix_type = opmath if case.itype == torch.float64 else case.matrix_type or case.itype
     groups = () if case.groups is None else (case.groups,)
 
     def per_channel(make: Any, *lead: int) -> Tensor:
@@ -264,11 +264,11 @@ def step_inputs(case: Step) -> Inputs:
         return make((*lead, HEADS)).repeat_interleave(case.dim // HEADS, dim=-1)
 
     if case.tied:
-        A = (-1.1 - 2 * per_channel(torch.rand)).to(wide)[:, None].expand(-1, case.dstate)
+        A = (-1.1 - 2 * per_channel(torch.rand)).to(opmath)[:, None].expand(-1, case.dstate)
     else:
-        A = (-1.1 - 2 * torch.rand(case.dim, case.dstate)).to(wide)
+        A = (-1.1 - 2 * torch.rand(case.dim, case.dstate)).to(opmath)
     x = {
-        "state": torch.randn(BATCH, case.dim, case.dstate).to(case.itype if case.half_state else wide),
+        "state": torch.randn(BATCH, case.dim, case.dstate).to(case.itype if case.half_state else opmath),
         "u": torch.randn(BATCH, case.dim).to(case.itype),
         "delta": per_channel(lambda shape: drawn_step_size(shape, case.dt_softplus), BATCH).to(case.itype),
         "A": A,
@@ -276,30 +276,30 @@ def step_inputs(case: Step) -> Inputs:
         "C": torch.randn(BATCH, *groups, case.dstate).to(matrix_type),
     }
     if case.has_D:
-        x["D"] = per_channel(torch.randn).to(wide)
+        x["D"] = per_channel(torch.randn).to(opmath)
     if case.has_z:
         x["z"] = torch.randn(BATCH, case.dim).to(case.itype)
     if case.has_dt_bias:
-        x["delta_bias"] = per_channel(torch.rand).to(wide)
+        x["delta_bias"] = per_channel(torch.rand).to(opmath)
     return x
 
 
 def check_step(case: Step, device: str) -> None:
-    x, wide, options = step_inputs(case), wide_of(case.itype), {"softplus": case.dt_softplus}
+    x, opmath, options = step_inputs(case), opmath_dtype(case.itype), {"softplus": case.dt_softplus}
     leaves = {name: value.to(device).detach().requires_grad_() for name, value in x.items()}
     before = {name: value.clone() for name, value in x.items()}
     outs = selective_scan_step(**leaves, delta_softplus=case.dt_softplus)
     with torch.no_grad():  # runs another kernel
         without_graph = selective_scan_step(**leaves, delta_softplus=case.dt_softplus)
     assert all(torch.equal(value.cpu(), before[name]) for name, value in leaves.items())
-    assert [out.dtype for out in (*outs, *without_graph)] == 2 * [case.itype, wide]
+    assert [out.dtype for out in (*outs, *without_graph)] == 2 * [case.itype, opmath]
 
     over_time = {n: v.unsqueeze(-1) if n in ("u", "delta", "B", "C", "z") else v for n, v in x.items()}
     roundings = case.dim + case.dstate + 24
-    check_scan_results(over_time, leaves, outs, wide, **options, roundings=roundings)
+    check_scan_results(over_time, leaves, outs, opmath, **options, roundings=roundings)
     want, magnitude = (scan_oracle(**in_double(over_time), **options, magnitudes=magnitudes) for magnitudes in FLAG)
     for name, got, expected, terms in zip(("y", "next state"), without_graph, want, magnitude, strict=True):
-        assert_near(name, got, expected.reshape(got.shape), terms.reshape(got.shape), roundings, wide)
+        assert_near(name, got, expected.reshape(got.shape), terms.reshape(got.shape), roundings, opmath)
 
 
 STEPS = [Step(*row) for row in covering(STEP)]

@@ -49,8 +49,8 @@ def make(
         "delta_bias": bias,
         "initial_state": randn(batch, dim, state),
     }
-    wide = torch.float64 if dtype == torch.float64 else torch.float32
-    tensors = {n: x.to(dtype if n in SEQUENCES else wide) for n, x in tensors.items()}
+    opmath = torch.float64 if dtype == torch.float64 else torch.float32
+    tensors = {n: x.to(dtype if n in SEQUENCES else opmath) for n, x in tensors.items()}
     return Call(tensors, {"delta_softplus": True, "return_last_state": True})
 
 

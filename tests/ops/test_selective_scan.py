@@ -49,7 +49,7 @@ def test_half_types_any_layout_are_computed_in_float32(dim, length, channel_last
         return x.transpose(1, 2).contiguous().transpose(1, 2) if channel_last else x
 
     half = {n: memory(x).to(dtype) if n in ("u", "delta", "z", "B") else x for n, x in call.tensors.items()}
-    wide = {n: x.float() if x.is_floating_point() else x for n, x in half.items()}
+    full = {n: x.float() if x.is_floating_point() else x for n, x in half.items()}
 
     def results(tensors: dict[str, Tensor]) -> list[Tensor]:
         x = list(leaves(call._replace(tensors=tensors), ARGUMENTS).values())
@@ -62,7 +62,7 @@ def test_half_types_any_layout_are_computed_in_float32(dim, length, channel_last
         second = torch.autograd.grad(first, x, [torch.ones_like(g) for g in first])
         return [y, last, *first, *(g.to(half[n].dtype) for n, g in zip(ARGUMENTS, second, strict=True))]
 
-    assert all(map(torch.equal, results(half), results(wide)))
+    assert all(map(torch.equal, results(half), results(full)))
     all_half = {n: x.to(dtype) if x.is_floating_point() else x for n, x in half.items()}
     y, last = outputs(selective_scan, call._replace(tensors=all_half))
     assert y.dtype == dtype and last.dtype == torch.float32

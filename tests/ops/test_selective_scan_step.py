@@ -45,15 +45,15 @@ def test_step_mixed_dtypes_equal_the_float32_step(names, dtype, no_grad, device)
         mixed = {n: x.to(other if n in names else dtype) if n in MIXABLE else x for n, x in call.tensors.items()}
         with torch.set_grad_enabled(not no_grad):
             mixed = {n: x.clone().requires_grad_(not no_grad) for n, x in mixed.items()}
-            wide = {n: x.detach().float().requires_grad_(not no_grad) for n, x in mixed.items()}
+            full = {n: x.detach().float().requires_grad_(not no_grad) for n, x in mixed.items()}
             got = outputs(selective_scan_step, Call(mixed, call.options))
-            want = outputs(selective_scan_step, Call(wide, call.options))
+            want = outputs(selective_scan_step, Call(full, call.options))
             assert got[0].dtype == mixed["u"].dtype and got[1].dtype == torch.float32
             assert torch.equal(got[0], want[0].to(got[0].dtype)) and torch.equal(got[1], want[1])
         if not no_grad:
             grads, wanted = (
                 torch.autograd.grad(y.float().sum() + state.sum(), list(x.values()))
-                for (y, state), x in ((got, mixed), (want, wide))
+                for (y, state), x in ((got, mixed), (want, full))
             )
             for x, g, w in zip(mixed.values(), grads, wanted, strict=True):
                 assert g.dtype == x.dtype and torch.equal(g, w.to(x.dtype))

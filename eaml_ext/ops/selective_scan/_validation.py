@@ -1,4 +1,4 @@
-"""Checks of the public functions' arguments, and the dtypes that torch.autocast and mixed steps give them."""
+"""Checks of the public functions' arguments, and the promotion of mixed dtypes."""
 
 import functools
 from collections.abc import Sequence
