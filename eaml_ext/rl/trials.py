@@ -232,9 +232,9 @@ def rollout(
         last_action, last_reward = torch.zeros(n, action_dim, device=device), np.zeros(n, np.float32)
         while True:
             starts = loop.episode_starts
-            seen = torch.from_numpy(observation).to(device)
+            obs = torch.from_numpy(observation).to(device)
             scalars = torch.from_numpy(np.stack([last_reward, starts.astype(np.float32)], axis=1)).to(device)
-            inputs = torch.cat([seen, last_action, scalars], dim=1)
+            inputs = torch.cat([obs, last_action, scalars], dim=1)
             reset = torch.from_numpy(starts & (start_of_trial or not keep_state)).to(device)
             distribution, value, next_state = policy.step(inputs, state, reset)
             record["values"].append(value)
@@ -249,7 +249,7 @@ def rollout(
             record["log_probs"].append(distribution.log_prob(action))
             loop.step(_as_env_action(action, space))
 
-            # Tasks that have made all their steps go on with zeros, which are not recorded.
+            # Observations of tasks that have made all their steps are replaced by zeros and not recorded.
             observation = np.where(active[:, None], loop.observation.reshape(n, -1), 0.0)
             resetting, start_of_trial = loop.episode_starts, False
             frozen = torch.from_numpy(resetting).to(device)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Generic, Protocol, TypeVar, runtime_checkable
@@ -86,7 +85,7 @@ class TaskDistribution(Protocol[T]):
         """
 
 
-class SampledTasks(ABC, Generic[T]):
+class SampledTasks(Generic[T]):
     """Base class of distributions that draw tasks from one random stream for each (split, seed, epoch)."""
 
     name: str
@@ -110,9 +109,9 @@ class SampledTasks(ABC, Generic[T]):
         ids = [f"{self.name}/{split}/{seed}/{epoch}/{index}" for index in range(n)]
         return self._draw_tasks(ids, split, seed, epoch)
 
-    @abstractmethod
     def _draw_tasks(self, ids: Sequence[str], split: str, seed: int, epoch: int) -> list[T]:
         """Return the first ``len(ids)`` tasks of the stream, named by ``ids``."""
+        raise NotImplementedError
 
 
 class ControlTasks(SampledTasks[T]):

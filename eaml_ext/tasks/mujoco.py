@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
-from abc import abstractmethod
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
@@ -41,7 +41,7 @@ class DirectionTask(Task):
     angle: float
 
 
-class _MuJoCoTasks(ControlTasks[Any]):
+class _MuJoCoTasks(ControlTasks[Any], ABC):
     """One of Gymnasium's robots; the reward of a goal replaces the reward of running forward."""
 
     obs_dim: int

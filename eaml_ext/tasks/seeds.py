@@ -32,7 +32,8 @@ class SeedTasks(SampledTasks[SeedTask]):
 
     Raises:
         TypeError: ``env_name`` is no string.
-        ValueError: Gymnasium cannot make the environment, or its spaces are others. The message contains Gymnasium's.
+        ValueError: Gymnasium cannot make the environment, or its spaces are others. The message contains Gymnasium's
+            suggestion.
 
     >>> distribution = SeedTasks("Pendulum-v1")
     >>> distribution.obs_dim, distribution.action_dim
