@@ -82,7 +82,7 @@ def _run(settings: DynamicsConfig, group: Group | None) -> dict[str, Any]:
         group=group,
     )
 
-    losses = meta_train(settings, distribution, trainer, buffer)
+    losses = meta_train(settings, distribution, model, trainer, buffer)
     if not _is_first(group):
         return {}
     print("MetaMAML training completed.")
@@ -110,6 +110,7 @@ def _run(settings: DynamicsConfig, group: Group | None) -> dict[str, Any]:
 def meta_train(
     settings: DynamicsConfig,
     distribution: TaskDistribution[Task],
+    model: DynamicsModel,
     trainer: MetaMAMLTrainer,
     buffer: ExperienceBuffer,
 ) -> list[float]:
@@ -123,7 +124,7 @@ def meta_train(
     group, updates = trainer.group, settings.updates_per_epoch
     total = settings.num_epochs * updates
     path = Path(settings.folder) / "checkpoint.safetensors"
-    source = Transitions(settings, distribution, trainer.maml.model)
+    source = Transitions(settings, distribution, model)
 
     def start() -> None:
         if settings.resume:
@@ -175,7 +176,7 @@ class Transitions:
         model: the :class:`DynamicsModel`, whose units the targets have.
     """
 
-    def __init__(self, settings: DynamicsConfig, distribution: TaskDistribution[Task], model: Any) -> None:
+    def __init__(self, settings: DynamicsConfig, distribution: TaskDistribution[Task], model: DynamicsModel) -> None:
         self.seed = settings.seed
         self._settings, self._distribution, self._model = settings, distribution, model
         self._last: tuple[Trajectories, Tensor]  # of the last meta-batch: transitions and context embeddings

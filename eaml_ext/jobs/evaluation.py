@@ -1,6 +1,6 @@
 """Test time of the main job: adaptation to held-out tasks in every variant, and a planner that acts on the models."""
 
-from collections.abc import Callable
+from collections.abc import Mapping
 from functools import partial
 from typing import Any
 
@@ -13,17 +13,17 @@ from eaml_ext._random import Purpose, derive_seed
 from eaml_ext._terminal import progress_bar, write_line
 from eaml_ext.adaptation import AdaptationConfig, Adapter
 from eaml_ext.experience import ExperienceBuffer, Experiences, retrieval
+from eaml_ext.experience.retrieval import Retriever
 from eaml_ext.jobs.config import DynamicsConfig
 from eaml_ext.jobs.world_model import BatchedWorldModel, DynamicsModel, features, model_data, task_embedding
 from eaml_ext.meta import AdaptedTaskModels, MetaMAML
+from eaml_ext.meta._types import Params
 from eaml_ext.meta.functional import functional_call
 from eaml_ext.rl import Planner, collect, planned_returns
 from eaml_ext.tasks import Task, TaskDistribution
 
 SIMILAR_TASKS = 5  # past tasks whose experience is retrieved
 MEMORY_STEPS = 20  # gradient steps by which the models of past tasks are adapted, for best_fit
-
-Params = dict[str, Tensor]
 
 
 def adapt(
@@ -36,7 +36,7 @@ def adapt(
         adaptation; and the parameters at the end, by name, each ``(tasks, *shape)``. Errors are mean squared, in mean
         squares of a step, so that copying the input is about 1.
     """
-    model: Any = maml.model
+    model = _dynamics_model(maml)
     tasks = distribution.sample(settings.test_tasks, "test", settings.seed)
     x, y = model_data(collect(distribution, tasks, settings.shots + settings.query, settings.seed), model)
     k = settings.shots
@@ -76,32 +76,35 @@ def adapt(
     return variants, adapted
 
 
-def _retrievers(maml: MetaMAML, buffer: ExperienceBuffer, length: int) -> dict[str, Callable[..., Any]]:
-    """The retrievers by their names in ``--retrieval``; ``length`` is that of a task in the buffer."""
-    model: Any = maml.model
+def _dynamics_model(maml: MetaMAML) -> DynamicsModel:
+    assert isinstance(maml.model, DynamicsModel)
+    return maml.model
+
+
+def _retrievers(maml: MetaMAML, buffer: ExperienceBuffer, length: int) -> dict[str, Retriever]:
+    """Return the retrievers by their names in ``--retrieval``; ``length`` is that of a task in the buffer."""
+    model = _dynamics_model(maml)
 
     def inputs(e: Experiences) -> Tensor:
         return features(e.state, e.action, e.start)
 
     def targets(e: Experiences) -> Tensor:
-        steps: Tensor = model.targets(e.state, e.next_state)
-        return steps
+        return model.targets(e.state, e.next_state)
 
-    select: dict[str, Any] = {"states": inputs, "targets": targets}
-    models = AdaptedTaskModels(maml, buffer, F.mse_loss, MEMORY_STEPS, length=length, **select)
+    models = AdaptedTaskModels(maml, buffer, F.mse_loss, MEMORY_STEPS, length=length, states=inputs, targets=targets)
     count = min(SIMILAR_TASKS * length, len(buffer))
     return {
-        "uniform": retrieval.uniform(count, **select),
-        "nearest": retrieval.nearest(count, **select),
-        "best_fit": retrieval.best_fit(models.score, SIMILAR_TASKS, **select),
+        "uniform": retrieval.uniform(count, states=inputs, targets=targets),
+        "nearest": retrieval.nearest(count, states=inputs, targets=targets),
+        "best_fit": retrieval.best_fit(models.score, SIMILAR_TASKS, states=inputs, targets=targets),
     }
 
 
-def memoize(retriever: Callable[..., Any]) -> Callable[..., Any]:
-    """The retriever, called once per task: the buffer does not change while the job adapts."""
-    found: dict[int, Any] = {}
+def memoize(retriever: Retriever) -> Retriever:
+    """Return a retriever that calls ``retriever`` once per task: the buffer does not change during evaluation."""
+    found: dict[int, dict[str, Tensor] | None] = {}
 
-    def retrieve(buffer: ExperienceBuffer, batch: Any) -> Any:
+    def retrieve(buffer: ExperienceBuffer, batch: Mapping[str, Any]) -> dict[str, Tensor] | None:
         task = int(batch["task"])
         if task not in found:
             found[task] = retriever(buffer, batch)
