@@ -62,9 +62,12 @@ class FlatParams:
     def write(self, vector: Tensor) -> None:
         """Set the parameters that are not frozen from a vector, ``(1, parameters)``."""
         self._buffer.copy_(vector)
-        pairs = [(p, v) for p, v in zip(self.params, self._views, strict=True) if p.requires_grad]
-        if pairs:
-            foreach_copy_([p for p, _ in pairs], [v for _, v in pairs])
+        params, views = self.params, self._views
+        if not all([p.requires_grad for p in params]):
+            chosen = [i for i, p in enumerate(params) if p.requires_grad]
+            params, views = [params[i] for i in chosen], [views[i] for i in chosen]
+        if params:
+            foreach_copy_(params, views)
 
     def check_replaced(self, where: str) -> None:
         """Raise ValueError unless the selected parameters are still the model's; they may be frozen."""
@@ -85,7 +88,7 @@ class FlatParams:
 
     def trainable(self) -> Tensor | None:
         """Return which entries belong to parameters that are not frozen, ``(parameters,)``, bool; None: all do."""
-        if all(p.requires_grad for p in self.params):
+        if all([p.requires_grad for p in self.params]):
             return None
         return torch.cat([torch.full((p.numel(),), p.requires_grad, device=p.device) for p in self.params])
 

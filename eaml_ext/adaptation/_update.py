@@ -12,8 +12,17 @@ from eaml_ext.adaptation.config import AdaptationConfig
 from eaml_ext.adaptation.guards import Mask, UserHistory, select_users
 from eaml_ext.meta._optimizer import take_step
 
-StepRule = Callable[[Tensor, Tensor, Tensor | None], Tensor]
-"""``(theta, gradient, scale) -> theta``, with ``(users, parameters)`` and scale ``(users, 1)``, float64, None for 1."""
+Numbers = list[float] | Tensor
+"""One number per user: a list on the host, or a tensor ``(users,)``."""
+
+Scale = float | Tensor
+"""A factor <= 1 per user: a number if it is the same for all, or ``(users, 1)``, float64."""
+
+StepRule = Callable[[Tensor, Tensor, Scale], Tensor]
+"""``(theta, gradient, scale) -> theta``, with ``(users, parameters)`` each: a step along ``scale·gradient``.
+
+With a history it is called only if the gradient of some user is finite.
+"""
 
 
 class Evaluation(NamedTuple):
@@ -31,13 +40,7 @@ class Evaluation(NamedTuple):
 
 def gradient_descent(lr: float) -> StepRule:
     """Return the rule ``theta - lr·scale·gradient``."""
-
-    def step(theta: Tensor, gradient: Tensor, scale: Tensor | None) -> Tensor:
-        if scale is None:
-            return torch.sub(theta, gradient, alpha=lr)
-        return _add_scaled(theta, -lr * scale, gradient)
-
-    return step
+    return lambda theta, gradient, scale: _add_scaled(theta, -lr * scale, gradient)
 
 
 def optimizer_step(where: str, optimizer: torch.optim.Optimizer, flat: FlatParams) -> StepRule:
@@ -49,11 +52,8 @@ def optimizer_step(where: str, optimizer: torch.optim.Optimizer, flat: FlatParam
         flat: the parameters, whose ``.grad`` does not change.
     """
 
-    def step(theta: Tensor, gradient: Tensor, scale: Tensor | None) -> Tensor:
-        if scale is not None:
-            gradient = (gradient * scale.to(torch.promote_types(gradient.dtype, torch.float32))).to(gradient.dtype)
-        if not torch.isfinite(gradient).all():
-            return torch.full_like(theta, math.nan)  # a rollback follows; the optimizer requires finite gradients
+    def step(theta: Tensor, gradient: Tensor, scale: Scale) -> Tensor:
+        gradient = gradient * scale
         kept = [p.grad for p in flat.params]
         for p, g in zip(flat.params, flat.split(gradient[0]), strict=True):
             p.grad = g.to(p.dtype) if p.requires_grad else None
@@ -94,10 +94,8 @@ def guarded_update(
         ``(users,)``.
     """
     anchor = theta
-    radius = None
-    if cfg.trust_region_eps:
-        norm = _norm(anchor).double()
-        radius = cfg.trust_region_eps * torch.where(norm > 0, norm, 1.0)
+    on_host = history is not None
+    radius = _radius(anchor, cfg.trust_region_eps, on_host)
     active: Mask = [True] * len(theta) if history is not None else theta.new_ones(len(theta), dtype=torch.bool)
     values = theta.new_empty(len(theta))
     for index in range(cfg.max_steps_per_call):
@@ -110,75 +108,81 @@ def guarded_update(
             g = gradient()
             if history is not None:
                 history.add(theta, values, accepted, first=first)
-            proposed, norm, distance = _bounded_step(
-                theta, anchor, g, step, cfg.grad_clip_norm, radius, history is not None
-            )
-            stepped = _finite(accepted, norm, distance)
-        failed = _without(active, stepped)
-        fallback_params = anchor if history is None or history.average is None else history.average
-        if trainable is not None:
-            fallback_params = torch.where(trainable, fallback_params, theta)
-        theta = select_users(stepped, proposed, select_users(failed, fallback_params, theta))
-        active = stepped
+            norm = _norm(g, on_host)
+            stepped = _finite(accepted, norm)
+        if isinstance(stepped, Tensor) or any(stepped):
+            proposed = step(theta, g, _shrink(norm, cfg.grad_clip_norm or None, theta.device))
+            proposed, distance = _project(proposed, anchor, radius, on_host)
+            stepped = _finite(stepped, distance)
+        if isinstance(stepped, Tensor) or stepped != active:
+            fallback_params = anchor if history is None or history.average is None else history.average
+            if trainable is not None:
+                fallback_params = torch.where(trainable, fallback_params, theta)
+            theta = select_users(active, fallback_params, theta)
+        theta = select_users(stepped, proposed, theta)
         if history is not None:
-            history.count_step(stepped, failed, first=first)
-            if not any(active):
+            history.count_step(active, stepped, first=first)
+            if not any(stepped):
                 break
+        active = stepped
     return theta, values
 
 
-def _bounded_step(
-    theta: Tensor,
-    anchor: Tensor,
-    gradient: Tensor,
-    step: StepRule,
-    grad_clip_norm: float | None,
-    radius: Tensor | None,
-    on_host: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Return the parameters after a clipped and projected step, the gradient's norm and the distance before projection.
-
-    ``on_host``: where no user exceeds a bound, its operations are left out; this does not change the result.
-    """
-    norm = _norm(gradient)
-    scale = None
-    if grad_clip_norm and not (on_host and all(value <= grad_clip_norm for value in norm.tolist())):
-        scale = (grad_clip_norm / norm.double()).clamp(max=1).unsqueeze(1)
-    proposed = step(theta, gradient, scale)
-    moved = proposed - anchor
-    distance = _norm(moved)
-    if radius is not None:
-        outside = distance > radius
-        if not on_host or any(outside.tolist()):
-            projected = _add_scaled(anchor, (radius / distance.double()).unsqueeze(1), moved)
-            proposed = torch.where(outside.unsqueeze(1), projected, proposed)
-    return proposed, norm, distance
+def _radius(anchor: Tensor, trust_region_eps: float | None, on_host: bool) -> Numbers | None:
+    """Return the radius of each trust region, ``eps·|anchor|``, or ``eps`` where the anchor is 0; None: no region."""
+    if not trust_region_eps:
+        return None
+    norm = _norm(anchor, on_host)
+    if isinstance(norm, Tensor):
+        return trust_region_eps * torch.where(norm > 0, norm, 1.0).double()
+    return [trust_region_eps * (value or 1.0) for value in norm]
 
 
-def _add_scaled(vectors: Tensor, scale: Tensor, others: Tensor) -> Tensor:
-    """Return ``vectors + scale·others`` with scale ``(users, 1)``; reduced precision is rounded once."""
+def _project(theta: Tensor, anchor: Tensor, radius: Numbers | None, on_host: bool) -> tuple[Tensor, Numbers]:
+    """Return the parameters projected onto the trust region, and their distances from the anchor before."""
+    moved = theta - anchor
+    distance = _norm(moved, on_host)
+    ratio = _shrink(distance, radius, theta.device)
+    if isinstance(ratio, Tensor):
+        theta = torch.where(ratio < 1, _add_scaled(anchor, ratio, moved), theta)
+    elif ratio < 1:
+        theta = _add_scaled(anchor, ratio, moved)
+    return theta, distance
+
+
+def _shrink(values: Numbers, bounds: Numbers | float | None, device: torch.device) -> Scale:
+    """Return ``min(1, bound / value)`` for each user; bounds are one for each user, one for all, or None."""
+    if bounds is None:
+        return 1.0
+    if isinstance(values, Tensor):
+        assert not isinstance(bounds, list)
+        return (bounds / values.double()).clamp(max=1).unsqueeze(1)
+    each = [bounds] * len(values) if isinstance(bounds, float) else bounds
+    scales = [bound / value if value > bound else 1.0 for value, bound in zip(values, each, strict=True)]
+    if min(scales) == max(scales):
+        return scales[0]
+    return torch.tensor(scales, dtype=torch.float64, device=device).unsqueeze(1)
+
+
+def _add_scaled(vectors: Tensor, scale: Scale, others: Tensor) -> Tensor:
+    """Return ``vectors + scale·others``; reduced precision is rounded once."""
+    if not isinstance(scale, Tensor):
+        return torch.add(vectors, others, alpha=scale)
     scale = scale.to(torch.promote_types(vectors.dtype, torch.float32))
     return torch.addcmul(vectors, scale, others).to(vectors.dtype)
 
 
-def _norm(vectors: Tensor) -> Tensor:
-    """Return the Euclidean norms of the rows, ``(users,)``."""
+def _norm(vectors: Tensor, on_host: bool) -> Numbers:
+    """Return the Euclidean norms of the rows."""
     norms: Tensor = torch.linalg.vector_norm(vectors, dim=-1)
-    return norms
+    return list(norms.tolist()) if on_host else norms
 
 
-def _finite(mask: Mask, *values: Tensor) -> Mask:
-    """Return the mask, False also where one of the values, ``(users,)`` each, is not finite."""
-    for value in values:
-        if isinstance(mask, Tensor):
-            mask = mask & torch.isfinite(value)
+def _finite(mask: Mask, *values: Numbers) -> Mask:
+    """Return the mask, False also where one of the values is not finite."""
+    for each in values:
+        if isinstance(mask, Tensor) and isinstance(each, Tensor):
+            mask = mask & torch.isfinite(each)
         else:
-            mask = [on and math.isfinite(v) for on, v in zip(mask, value.tolist(), strict=True)]
+            mask = [bool(on) and math.isfinite(value) for on, value in zip(mask, each, strict=True)]
     return mask
-
-
-def _without(mask: Mask, other: Mask) -> Mask:
-    """Return where ``mask`` is True and ``other`` is False."""
-    if isinstance(mask, Tensor) and isinstance(other, Tensor):
-        return mask & ~other
-    return [bool(on and not off) for on, off in zip(mask, other, strict=True)]

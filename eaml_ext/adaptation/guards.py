@@ -76,11 +76,11 @@ class UserHistory:
         before = theta if self.average is None else self.average
         self.average = select_users(accepted, before.lerp(theta, 1 - self.decay), before)
 
-    def count_step(self, stepped: Mask, failed: Mask, *, first: bool) -> None:
-        """Count the gradient steps and rollbacks of one step, one bool per user each."""
-        for user, (steps, fails) in enumerate(zip(stepped, failed, strict=True)):
+    def count_step(self, active: Mask, stepped: Mask, *, first: bool) -> None:
+        """Count a gradient step for the users that stepped, and a rollback for the other active ones."""
+        for user, (on, steps) in enumerate(zip(active, stepped, strict=True)):
             self.last_steps[user] = bool(steps) + (0 if first else self.last_steps[user])
-            self.rollbacks[user] += bool(fails)
+            self.rollbacks[user] += bool(on and not steps)
 
     def is_spike(self, user: int, value: float) -> bool:
         """Return whether ``value - mean > max(6 standard deviations, |mean|)``, once the warm-up is over."""

@@ -1,12 +1,14 @@
 import dataclasses
+import json
 import re
 
+import numpy as np
 import pytest
 
 from eaml_ext.adaptation import AdaptationConfig
 
 
-def test_exactly_six_fields_and_sane_defaults():
+def test_config_fields_are_six_with_these_defaults():
     names = [field.name for field in dataclasses.fields(AdaptationConfig)]
     assert names == [
         "lr",
@@ -21,7 +23,7 @@ def test_exactly_six_fields_and_sane_defaults():
 
 
 @pytest.mark.parametrize("off", [None, 0, 0.0])
-def test_a_guard_can_be_switched_off(off):
+def test_config_guard_none_or_zero_is_accepted(off):
     AdaptationConfig(grad_clip_norm=off, trust_region_eps=off, ema_decay=off, entropy_weight=off)
 
 
@@ -41,8 +43,24 @@ def test_a_guard_can_be_switched_off(off):
         ("max_steps_per_call", 2.0, TypeError, "max_steps_per_call must be an integer, got 2.0"),
     ],
 )
-def test_refusals(name, value, error, text):
+def test_config_wrong_value_raises_its_name(name, value, error, text):
     with pytest.raises(error, match="^AdaptationConfig: " + re.escape(text)):
         AdaptationConfig(**{name: value})
     with pytest.raises(error, match="^AdaptationConfig: " + re.escape(text)):
         dataclasses.replace(AdaptationConfig(), **{name: value})
+
+
+def test_config_numpy_numbers_become_python_numbers():
+    values = {"lr": np.float32(0.25), "grad_clip_norm": np.float64(0.5), "trust_region_eps": np.int64(1)}
+    values |= {"ema_decay": np.float16(0.5), "entropy_weight": np.float32(0.125), "max_steps_per_call": np.int32(3)}
+    cfg = AdaptationConfig(**values)
+    plain = AdaptationConfig(0.25, 0.5, 1, 0.5, 0.125, 3)
+    assert cfg == plain and json.dumps(vars(cfg)) == json.dumps(vars(plain))
+    for name, value in vars(cfg).items():
+        assert type(value) is type(getattr(plain, name)), name
+    for name in values:
+        for bad in (np.bool_(True), "1", np.array([0.1, 0.2])):
+            with pytest.raises(TypeError, match=f"^AdaptationConfig: {name} must be a"):
+                AdaptationConfig(**{name: bad})
+        with pytest.raises(ValueError, match=f"^AdaptationConfig: {name} must be"):
+            AdaptationConfig(**{name: np.float32(-1) if name != "max_steps_per_call" else np.int64(0)})

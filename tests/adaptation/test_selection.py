@@ -2,6 +2,7 @@ import re
 
 import pytest
 import torch
+from adapter_data import batch, mlp
 from torch import nn
 from torch.nn import functional as F
 
@@ -9,7 +10,7 @@ from eaml_ext import SSM
 from eaml_ext.adaptation import AdaptationConfig, Adapter, norm_parameters, output_parameters
 
 
-def test_all_kinds_of_norms_are_found_and_nothing_else():
+def test_norm_parameters_all_kinds_of_norms_are_found_alone():
     model = nn.Sequential(
         nn.Conv1d(4, 4, 1),
         nn.BatchNorm1d(4),
@@ -22,7 +23,7 @@ def test_all_kinds_of_norms_are_found_and_nothing_else():
     assert set(norm_parameters(model)) == wanted
 
 
-def test_the_output_layer_is_the_last_with_parameters():
+def test_output_parameters_last_layer_with_parameters_is_found():
     assert output_parameters(nn.Sequential(nn.Linear(2, 3), nn.Tanh(), nn.Linear(3, 1, bias=False), nn.Tanh())) == [
         "2.weight"
     ]
@@ -30,7 +31,7 @@ def test_the_output_layer_is_the_last_with_parameters():
 
 
 @pytest.mark.parametrize("choose", [norm_parameters, output_parameters])
-def test_a_choice_adapts_alone_and_learns(choose):
+def test_choices_of_an_ssm_adapt_alone_and_learn(choose):
     model = SSM(3, 16, 2)
     chosen = choose(model)
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
@@ -42,7 +43,7 @@ def test_a_choice_adapts_alone_and_learns(choose):
 
 
 @pytest.mark.parametrize("choose", [norm_parameters, output_parameters])
-def test_refusals(choose):
+def test_choices_no_module_or_no_parameters_raise(choose):
     name = choose.__name__
     with pytest.raises(TypeError, match=re.escape(f"{name}: model must be a torch.nn.Module, got str")):
         choose("model")
@@ -50,8 +51,29 @@ def test_refusals(choose):
         choose(nn.Tanh())
 
 
-def test_a_tied_output_layer_is_found_by_the_name_it_has():
+def test_output_parameters_tied_layer_is_found_by_its_first_name():
     model = nn.Sequential(nn.Linear(4, 4), nn.Tanh(), nn.Linear(4, 4))
     model[2].weight = model[0].weight
     assert output_parameters(model) == ["0.weight", "2.bias"]
     Adapter(model, AdaptationConfig(), parameters=output_parameters(model))
+
+
+@pytest.mark.parametrize(
+    ("choice", "wanted"),
+    [
+        ("2", {"2.weight", "2.bias"}),
+        (["0.bias", "2."], {"0.bias", "2.weight", "2.bias"}),
+        (re.compile("weight$"), {"0.weight", "2.weight"}),
+        (lambda name, p: p.dim() == 1, {"0.bias", "2.bias"}),
+    ],
+)
+def test_parameters_prefix_pattern_or_function_adapts_those_alone(choice, wanted):
+    model = mlp()
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    Adapter(model, AdaptationConfig(), parameters=choice).adapt(F.mse_loss, batch())
+    assert {name for name, p in model.named_parameters() if not torch.equal(p, before[name])} == wanted
+
+
+def test_parameters_prefix_inside_a_name_selects_nothing():
+    with pytest.raises(ValueError, match=r"^Adapter: parameters selects nothing from the model, which has head.weight"):
+        Adapter(nn.ModuleDict({"head": nn.Linear(1, 1)}), parameters="hea")

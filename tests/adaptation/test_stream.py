@@ -16,7 +16,7 @@ from eaml_ext.adaptation import AdaptationConfig, Adapter
 from eaml_ext.tasks import LDSTasks
 
 
-def pieces(batches=6, rows=2, length=5):
+def segments(batches=6, rows=2, length=5):
     x = torch.randn(rows, batches * length + 1, 3)
     return [
         {"states": x[:, i * length : (i + 1) * length], "targets": x[:, i * length + 1 : (i + 1) * length + 1]}
@@ -24,9 +24,9 @@ def pieces(batches=6, rows=2, length=5):
     ]
 
 
-def test_each_batch_is_predicted_before_it_is_learned_from():
+def test_adapt_stream_batch_is_predicted_before_the_steps_on_it():
     model = nn.Linear(3, 3)
-    twin, data = copy.deepcopy(model), pieces()
+    twin, data = copy.deepcopy(model), segments()
     other = Adapter(twin, AdaptationConfig(lr=0.1))
     for batch, (predictions, loss) in zip(data, Adapter(model, other.cfg).adapt_stream(F.mse_loss, data), strict=True):
         assert torch.equal(predictions, twin(batch["states"]).detach()) and not predictions.requires_grad
@@ -34,9 +34,9 @@ def test_each_batch_is_predicted_before_it_is_learned_from():
 
 
 @pytest.mark.parametrize("single", [False, True])
-def test_the_state_of_a_recurrent_model_goes_on(single):
+def test_adapt_stream_recurrent_model_continues_its_state(single):
     """With steps too small to matter, a stream in pieces is the whole sequence; single: one time step per batch."""
-    model, data = SSM(3, 16, 3).double(), pieces()
+    model, data = SSM(3, 16, 3).double(), segments()
     data = [{name: value.double() for name, value in batch.items()} for batch in data]
     whole = model(torch.cat([batch["states"] for batch in data], 1)).detach()
     if single:
@@ -47,8 +47,8 @@ def test_the_state_of_a_recurrent_model_goes_on(single):
     assert adapter.last_steps == 5 and adapter.rollbacks == 0
 
 
-def test_a_stream_restarts_where_it_is_told_and_where_the_batch_size_changes():
-    model, data = SSM(3, 16, 3), pieces()
+def test_adapt_stream_given_state_or_other_batch_size_restarts():
+    model, data = SSM(3, 16, 3), segments()
     adapter = Adapter(model, AdaptationConfig(lr=1e-12))
     state = torch.randn_like(model.init_hidden(2))
     data[2]["hidden_state"], data[3]["hidden_state"] = state, None
@@ -59,8 +59,8 @@ def test_a_stream_restarts_where_it_is_told_and_where_the_batch_size_changes():
     assert not torch.allclose(found[4], model(data[4]["states"]).detach())
 
 
-def test_states_that_are_not_finite_leave_the_hidden_state_as_it_was():
-    model, data = SSM(3, 16, 3), pieces()
+def test_adapt_stream_non_finite_states_leave_the_hidden_state():
+    model, data = SSM(3, 16, 3), segments()
     adapter = Adapter(model, AdaptationConfig(lr=1e-12))
     clean = [y for y, _ in adapter.adapt_stream(F.mse_loss, [*data[:2], *data[3:]])]
     data[2]["states"] = data[2]["states"].clone()
@@ -71,11 +71,11 @@ def test_states_that_are_not_finite_leave_the_hidden_state_as_it_was():
         torch.testing.assert_close(ours, theirs)
 
 
-def test_a_stream_is_read_one_by_one():
+def test_adapt_stream_batches_are_read_one_by_one():
     taken = []
 
     def batches():
-        for i, batch in enumerate(pieces()):
+        for i, batch in enumerate(segments()):
             taken.append(i)
             yield batch
 
@@ -85,7 +85,7 @@ def test_a_stream_is_read_one_by_one():
     assert taken == [0]
 
 
-def test_refusals():
+def test_adapt_stream_wrong_arguments_raise():
     adapter = Adapter(nn.Linear(3, 3))
     with pytest.raises(TypeError, match=r"^Adapter.adapt_stream: loss_fn must be callable, got str"):
         adapter.adapt_stream("mse", [])
@@ -128,7 +128,7 @@ def pretrained():
 
 @pytest.mark.parametrize("guarded", [False, True])
 @pytest.mark.parametrize("seed", [0, 1])
-def test_a_stream_with_corrupted_targets_never_harms(pretrained, seed, guarded):
+def test_adapt_stream_corrupted_targets_harm_only_without_guards(pretrained, seed, guarded):
     """1 % of 600 batches, and the very first, before there are any statistics. Without guards the same stream ruins."""
     steps, length, model = 600, 16, copy.deepcopy(pretrained)
     tasks = TASKS.sample(1, "test", seed)
@@ -164,7 +164,7 @@ def test_a_stream_with_corrupted_targets_never_harms(pretrained, seed, guarded):
 # ------------------------------------------------------------------------------------------------------------ memory
 
 
-def test_long_loops_allocate_nothing_that_grows():
+def test_adapt_stream_and_adapt_many_1000_steps_do_not_grow():
     """Tensors, blocks of Python's own allocator, and resident memory where the system tells it."""
     torch.set_num_threads(1)  # two that wait for each other cost minutes where other processes run
     model, batch = SSM(4, 32, 4), {"states": torch.randn(1, 8, 4), "targets": torch.randn(1, 8, 4)}

@@ -1,11 +1,14 @@
-"""Many users at once are what each would be alone, with all guards and whatever happens to some of them."""
+"""adapt_many equals an Adapter for each user, with all guards and failures of single users."""
 
 import copy
 import math
+import re
 
 import pytest
 import torch
+from adapter_data import OFF, mlp, users, vector
 from torch import nn
+from torch.func import functional_call
 from torch.nn import functional as F
 
 from eaml_ext import SSM
@@ -37,7 +40,7 @@ POISONED = [
 
 
 @pytest.mark.parametrize("steps", [1, 4])
-def test_with_a_history_users_equal_adapters_of_their_own(steps):
+def test_adapt_many_with_history_equals_adapters(steps):
     model = nn.Linear(4, 1).double()
     cfg = AdaptationConfig(lr=0.05, ema_decay=0.9, max_steps_per_call=steps)
     shared = Adapter(model, cfg)
@@ -57,7 +60,51 @@ def test_with_a_history_users_equal_adapters_of_their_own(steps):
     assert history.rollbacks[0] == 0 and all(n > 0 for n in history.rollbacks[1:]), "the guards must have acted"
 
 
-def test_default_ssm_users_equal_adapters_of_their_own():
+@pytest.mark.parametrize("extras", ["", "mask", "experience", "hidden"])
+def test_adapt_many_without_history_equals_adapters(extras):
+    class Recurrent(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.inner = mlp()
+            self.register_buffer("shift", torch.ones(1))
+
+        def forward(self, x, hidden=None):
+            return self.inner(x) + self.shift + (0 if hidden is None else hidden[0])
+
+    model = Recurrent().double()
+    data = {name: value.double() for name, value in users().items()}
+    data["targets"][1] *= 100  # this one is clipped and projected
+    buffer, retriever = None, None
+    if extras == "mask":
+        data["mask"] = torch.stack([torch.randperm(12) < 7 for _ in range(5)])
+    elif extras == "hidden":
+        data["hidden_state"] = (torch.randn(5, 12, 1).double(),)
+    elif extras == "experience":
+        buffer = ExperienceBuffer(100)
+        buffer.add(torch.randn(50, 4).double(), torch.randn(50, 1).double(), context_embedding=torch.randn(50, 2))
+        data["context_embedding"] = torch.randn(5, 2)
+        retriever = retrieval.nearest(6)
+    cfg = AdaptationConfig(lr=0.05, grad_clip_norm=0.5, trust_region_eps=0.005, ema_decay=None)
+    adapter = Adapter(model, cfg, buffer, 0.5, retriever=retriever)
+    before = vector(model)
+    params, losses = adapter.adapt_many(F.mse_loss, data)
+    again, _ = adapter.adapt_many(F.mse_loss, data, params)
+    assert torch.equal(vector(model), before), "the model itself does not change"
+    for i in range(5):
+        own = copy.deepcopy(model)
+        mine = {n: (v[0][i],) if isinstance(v, tuple) else v[i] for n, v in data.items()}
+        alone = Adapter(own, cfg, buffer, 0.5, retriever=retriever)
+        assert alone.adapt(F.mse_loss, mine) == pytest.approx(float(losses[i]))
+        for name, p in own.named_parameters():
+            torch.testing.assert_close(params[name][i], p.detach())
+        alone.adapt(F.mse_loss, mine)
+        for name, p in own.named_parameters():
+            torch.testing.assert_close(again[name][i], p.detach())
+    one = {name: value[2] for name, value in params.items()}
+    assert functional_call(model, one, data["states"][2]).shape == (12, 1)
+
+
+def test_adapt_many_default_ssm_equals_adapters():
     model = SSM(3, output_dim=2)
     cfg = AdaptationConfig(max_steps_per_call=3)
     batch = {"states": torch.randn(USERS, 2, 16, 3), "targets": torch.randn(USERS, 2, 16, 2)}
@@ -69,7 +116,7 @@ def test_default_ssm_users_equal_adapters_of_their_own():
             torch.testing.assert_close(params[name][i], p.detach(), rtol=1e-4, atol=1e-6)
 
 
-def test_parameters_of_two_dtypes_keep_them():
+def test_adapt_many_parameters_of_two_dtypes_keep_them():
     model = nn.ModuleDict({"a": nn.Linear(4, 4), "b": nn.Linear(4, 1)})
     model["b"].double()
     model.forward = lambda x: model["b"](model["a"](x).double())
@@ -87,8 +134,23 @@ def test_parameters_of_two_dtypes_keep_them():
         torch.testing.assert_close(params[name][1], p.detach())
 
 
+@pytest.mark.parametrize("how", ["data", "divergence"])
+def test_adapt_many_loss_of_one_user_not_finite_returns_that_user_alone(how):
+    model, data = nn.Linear(4, 1), users()
+    if how == "data":
+        data["targets"][3, 0] = math.nan
+    else:
+        data["states"][3] *= 1e9
+    adapter = Adapter(model, AdaptationConfig(**OFF, lr=0.1, max_steps_per_call=20))
+    params, losses = adapter.adapt_many(F.mse_loss, data)
+    assert torch.isfinite(losses).tolist() == [True, True, True, False, True]
+    assert torch.equal(params["weight"][3], model.weight) and torch.equal(params["bias"][3], model.bias)
+    assert torch.isfinite(params["weight"]).all()
+    assert all(not torch.equal(params["weight"][i], model.weight) for i in (0, 1, 2, 4))
+
+
 @pytest.mark.parametrize("guarded", [False, True])
-def test_the_history_keeps_one_users_spike_from_him_alone(guarded):
+def test_adapt_many_spike_of_one_user_leaves_others_unchanged(guarded):
     """Without the spike rule the corrupted batch throws the user's model away, with it he keeps what he had."""
     off = {"grad_clip_norm": None, "trust_region_eps": None}
     adapter = Adapter(nn.Linear(4, 1).double(), AdaptationConfig(lr=0.05, ema_decay=0.9, **off))
@@ -101,12 +163,35 @@ def test_the_history_keeps_one_users_spike_from_him_alone(guarded):
     assert float(moved[2]) < 0.5 if guarded else float(moved[2]) > 10
 
 
-def test_refusals_of_histories():
+@pytest.mark.parametrize("guard", ["grad_clip_norm", "trust_region_eps"])
+def test_adapt_many_steep_loss_of_one_user_diverges_only_without_the_guard(guard):
+    model, data = nn.Linear(4, 1), users()
+    data["states"][3] *= 30
+    results = {}
+    for guarded in (False, True):
+        cfg = AdaptationConfig(**{**OFF, "lr": 0.01, "max_steps_per_call": 8, guard: 0.1 if guarded else None})
+        params, losses = Adapter(model, cfg).adapt_many(F.mse_loss, data)
+        distance = torch.cat([(params[n] - p.detach()).flatten(1) for n, p in model.named_parameters()], 1).norm(dim=1)
+        results[guarded] = float(losses[3]), distance
+    assert results[False][0] > 1e6
+    assert results[True][0] < 1e4
+    radius = 8 * 0.01 * 0.1 if guard == "grad_clip_norm" else 0.1 * float(vector(model).norm())
+    assert float(results[True][1].max()) <= radius * (1 + 1e-5)
+
+
+def test_adapt_many_dropout_differs_between_users():
+    model = nn.Sequential(nn.Dropout(0.5), nn.Linear(4, 1))
+    data = {name: value[:1].expand(6, *value.shape[1:]) for name, value in users().items()}
+    _, losses = Adapter(model, AdaptationConfig()).adapt_many(F.mse_loss, data)
+    assert len(set(losses.tolist())) == 6
+
+
+def test_adapt_many_wrong_history_raises():
     adapter = Adapter(nn.Linear(4, 1).double())
     (batch,) = linear_streams(1)
-    for users, error, text in ((0, ValueError, "users must be > 0, got 0"), ("5", TypeError, "users must be an int")):
+    for count, error, text in ((0, ValueError, "users must be > 0, got 0"), ("5", TypeError, "users must be an int")):
         with pytest.raises(error, match=f"^Adapter.history: {text}"):
-            adapter.history(users)
+            adapter.history(count)
     with pytest.raises(TypeError, match=r"^Adapter.adapt_many: history must come from Adapter.history, got dict"):
         adapter.adapt_many(F.mse_loss, batch, None, {})
     with pytest.raises(ValueError, match=r"^Adapter.adapt_many: history is of 3 users, the batch of 5"):
@@ -125,88 +210,7 @@ def test_refusals_of_histories():
     assert history.average is None and history.count[0] == 0, "an error leaves the history alone"
 
 
-# ------------------------------------------------------------------------------------------------------- retrieval
-
-
-def by_the_best_fit(buffer, tasks, batch):
-    """The loss of each past task's own least-squares model on the batch."""
-    losses = []
-    for task in tasks.tolist():
-        past = buffer.of_task(task)
-        slope = torch.linalg.lstsq(past.observation, past.target).solution
-        losses.append(F.mse_loss(batch["states"] @ slope, batch["targets"]))
-    return torch.stack(losses)
-
-
-STRATEGIES = {
-    "uniform": lambda: retrieval.uniform(40),
-    "nearest": lambda: retrieval.nearest(40),
-    "attention": lambda: retrieval.attention(40, 5.0),
-    "ivf": lambda: retrieval.ivf(40, nprobe=2, nlist=8),
-    "best_fit": lambda: retrieval.best_fit(by_the_best_fit, num_tasks=1),
-}
-
-
-def memory(tasks=8, items=60):
-    """Task i is y = w_i x; its embedding lies around 10 i."""
-    generator = torch.Generator().manual_seed(1)
-    weights = torch.randn(tasks, 4, 1, generator=generator)
-    buffer = ExperienceBuffer(1000, seed=0)
-    for task in range(tasks):
-        x = torch.randn(items, 4, generator=generator)
-        embedding = 10.0 * task + torch.randn(items, 2, generator=generator)
-        buffer.add(x, x @ weights[task], context_embedding=embedding, task=task)
-    return buffer, weights
-
-
-@pytest.mark.parametrize("strategy", STRATEGIES)
-def test_the_hybrid_loss_is_that_of_the_strategy_and_retrieval_that_recognises_the_task_helps(strategy):
-    buffer, weights = memory()
-    states = torch.randn(2, 4)  # two items for four unknowns: the rest must come from memory
-    batch = {"states": states, "targets": states @ weights[3], "context_embedding": torch.full((2,), 30.0)}
-    model, x = nn.Linear(4, 1), torch.randn(200, 4)
-    cfg = AdaptationConfig(lr=0.1, max_steps_per_call=1)
-    with torch.no_grad():
-        current = float(F.mse_loss(model(states), batch["targets"]))
-        found = STRATEGIES[strategy]()(memory()[0], batch)
-        losses = (model(found["states"]) - found["targets"]).square().mean(1)
-        weight = found.get("weights", torch.ones(len(losses)))
-        expected = current + 0.7 * float((weight * losses).sum() / weight.sum())
-    adapter = Adapter(model, cfg, buffer, 0.7, retriever=STRATEGIES[strategy]())
-    assert adapter.adapt(F.mse_loss, batch) == pytest.approx(expected, rel=1e-5)
-    plain_model = copy.deepcopy(model)
-    plain = Adapter(plain_model, cfg)
-    for _ in range(150):
-        adapter.adapt(F.mse_loss, batch)
-        plain.adapt(F.mse_loss, batch)
-    with torch.no_grad():
-        hybrid_error, plain_error = (float(F.mse_loss(m(x), x @ weights[3])) for m in (model, plain_model))
-    if strategy == "uniform":  # the control arm: mostly other tasks' experience
-        assert hybrid_error > 0.2 * plain_error
-    else:
-        assert hybrid_error < 0.05 * plain_error
-
-
-@pytest.mark.parametrize("strategy", [name for name in STRATEGIES if name != "uniform"])
-def test_each_strategy_serves_many_users(strategy):
-    buffer, weights = memory()
-    states = torch.randn(3, 6, 4)
-    batch = {
-        "states": states,
-        "targets": states @ weights[[1, 4, 6]],
-        "context_embedding": 10.0 * torch.tensor([[1.0, 1], [4, 4], [6, 6]]),
-    }
-    model = nn.Linear(4, 1)
-    many = Adapter(model, AdaptationConfig(), buffer, 0.5, retriever=STRATEGIES[strategy]())
-    params, losses = many.adapt_many(F.mse_loss, batch)
-    for i in range(3):
-        own = Adapter(copy.deepcopy(model), many.cfg, buffer, 0.5, retriever=STRATEGIES[strategy]())
-        assert own.adapt(F.mse_loss, {name: v[i] for name, v in batch.items()}) == pytest.approx(float(losses[i]))
-        for name, p in own.model.named_parameters():
-            torch.testing.assert_close(params[name][i], p.detach())
-
-
-def test_a_history_of_another_model_is_refused_as_it_was():
+def test_adapt_many_history_of_another_model_raises_and_is_unchanged():
     batch = {"states": torch.randn(2, 3, 4), "targets": torch.randn(2, 3, 1)}
     small, large = (Adapter(nn.Sequential(nn.Linear(4, n), nn.Linear(n, 1)), AdaptationConfig()) for n in (2, 3))
     history = small.history(2)
@@ -215,3 +219,26 @@ def test_a_history_of_another_model_is_refused_as_it_was():
     with pytest.raises(ValueError, match="history is of"):
         large.adapt_many(F.mse_loss, batch, None, history)
     assert torch.equal(history.average, before["average"]) and history.last_steps == before["last_steps"]
+
+
+def test_adapt_many_wrong_params_or_uneven_experience_raise():
+    adapter, data = Adapter(mlp()), users(3)
+    params, _ = adapter.adapt_many(F.mse_loss, data)
+    cases = [
+        ({}, ValueError, "params has , wanted 0.weight"),
+        ({**params, "2.bias": params["2.bias"][:2]}, ValueError, "params['2.bias'] must have shape (3, 1), got (2, 1)"),
+        ({**params, "2.bias": 1}, TypeError, "params['2.bias'] must be a torch.Tensor, got int"),
+        ({**params, "2.bias": params["2.bias"].double()}, TypeError, "params['2.bias'] must be float32, got float64"),
+        ({**params, "2.bias": params["2.bias"].to("meta")}, ValueError, "params['2.bias'] is on meta"),
+    ]
+    for bad, error, text in cases:
+        with pytest.raises(error, match=r"^Adapter.adapt_many: " + re.escape(text)):
+            adapter.adapt_many(F.mse_loss, data, bad)
+    sizes = iter((1, 2, 2))
+
+    def uneven(*_):
+        n = next(sizes)
+        return {"states": torch.zeros(n, 4), "targets": torch.zeros(n, 1)}
+
+    with pytest.raises(ValueError, match="the retriever must find equally many experiences for all users"):
+        Adapter(mlp(), retriever=uneven).adapt_many(F.mse_loss, data)
