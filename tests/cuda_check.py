@@ -2,8 +2,8 @@
 
     FORCE_CUDA=1 python tests/cuda_check.py build/cuda-check
 
-compiles the CUDA half of the extension, as setup.py describes it, into a library in that folder; unchanged objects are
-kept. It needs nvcc; TORCH_CUDA_ARCH_LIST lists the architectures.
+compiles the CUDA half of the extension, as setup.py describes it, into a library in that folder; objects are kept if
+neither their source nor a header changed. It needs nvcc; TORCH_CUDA_ARCH_LIST lists the architectures.
 """
 
 import os
@@ -54,6 +54,11 @@ def build(folder: Path) -> tuple[Path, list[str]]:
     command = distribution.get_command_obj("build_ext")
     command.build_lib, command.build_temp = str(folder), str(folder / "objects")
     command.ensure_finalized()
+    # A torch without CUDA gives ninja no dependencies of .cu files on headers.
+    newest_header = max(path.stat().st_mtime for path in Path("csrc").rglob("*.*") if path.suffix in (".h", ".cuh"))
+    for compiled in folder.rglob("*.o"):
+        if compiled.stat().st_mtime < newest_header:
+            compiled.unlink()
     with (folder / "log").open("a") as log:  # of the compilers, which are child processes
         kept = [os.dup(1), os.dup(2)]
         os.dup2(log.fileno(), 1), os.dup2(log.fileno(), 2)
