@@ -1,4 +1,4 @@
-"""Models that functional calls, vmap and deepcopy meet in practice; inputs are ``(rows, 3)`` or ``(rows, 6, 3)``."""
+"""Models that test functional calls, vmap and deepcopy; inputs are ``(rows, 3)`` or ``(rows, 6, 3)``."""
 
 import torch
 from torch import nn

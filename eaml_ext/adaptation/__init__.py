@@ -1,4 +1,4 @@
-"""Adapting a trained model at test time, on what it meets and on what it remembers."""
+"""Adaptation of a trained model at test time, on the present data and on retrieved experience."""
 
 from eaml_ext.adaptation.adapter import Adapter
 from eaml_ext.adaptation.config import AdaptationConfig

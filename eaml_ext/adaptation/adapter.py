@@ -53,9 +53,9 @@ class Adapter:
     therefore costs one evaluation of the loss, happens once per call, and cannot stop the adaptation for good.
 
     The model's mode (train or eval) is never changed, nor is any ``.grad``, nor a parameter that requires no gradient
-    or is not selected. A parameter may be frozen, and unfrozen again, at any time. One that is unfrozen or replaced for
-    the first time after construction needs a new Adapter. The model must stay on its device. After setting its
-    parameters by other means, call :meth:`snapshot`, then :meth:`reset`.
+    or is not selected. A parameter may be frozen, and unfrozen again, at any time. If a parameter is unfrozen or
+    replaced for the first time after construction, a new Adapter is required. The model must stay on its device. After
+    setting its parameters by other means, call :meth:`snapshot`, then :meth:`reset`.
 
     Args:
         model: called as ``model(states)`` or ``model(states, hidden_state)``; returns one tensor.
@@ -64,12 +64,12 @@ class Adapter:
         experience_weight: w ≥ 0 above; 0: nothing is retrieved.
         retriever: ``(buffer, batch_dict) -> {"states": ..., "targets": ...} or None``, called once per call; see
             ``eaml_ext.experience.retrieval``. With ``"weights"`` ``(n,)`` too, loss_experience is the mean of the
-            items' own losses, each ``loss_fn(prediction (1, ...), target (1, ...))``, with these weights. Default: as
-            many items as the batch has rows, uniform ones, or the nearest to ``batch_dict["context_embedding"]`` if
-            given, without those of ``batch_dict["task"]``.
-        parameters: the parameters that adapt: a prefix of names or several (``"head"`` means ``head.weight`` and
-            ``head.bias``), a compiled pattern that is searched in the name, or ``(name, parameter) -> bool``;
-            :func:`norm_parameters` and :func:`output_parameters` return the usual choices. Default: all that require a
+            items' own losses, each ``loss_fn(prediction (1, ...), target (1, ...))``, with these weights. The default
+            returns one item for each row of the batch: the nearest to ``batch_dict["context_embedding"]`` if given,
+            without those of ``batch_dict["task"]``; uniform ones otherwise.
+        parameters: the parameters that adapt, by a prefix of names or several (``"head"`` means ``head.weight`` and
+            ``head.bias``), a compiled pattern that is searched in the name, or ``(name, parameter) -> bool``. The
+            usual choices are :func:`norm_parameters` and :func:`output_parameters`. Default: all that require a
             gradient.
         optimizer: a ``torch.optim`` class or any factory called as ``optimizer(params, lr=lr)``; its state persists
             across calls, and it must step without a closure. Default: plain gradient descent, without state.
@@ -168,9 +168,9 @@ class Adapter:
             The total loss; after a rollback the offending value, which may be NaN.
 
         Raises:
-            TypeError, ValueError: the batch is empty or does not fit together, loss_fn returns anything but a scalar
-                that depends on the adapted parameters, or a parameter was unfrozen or replaced after the Adapter was
-                made. The parameters are as before the call.
+            TypeError, ValueError: the batch is empty or does not fit together. The value of loss_fn is no scalar that
+                depends on the adapted parameters. A parameter was unfrozen or replaced after construction. The
+                parameters are then as before the call.
         """
         where = "Adapter.adapt"
         self._flat.check_trainable(where)
@@ -308,9 +308,9 @@ class Adapter:
             :func:`eaml_ext.meta.functional.functional_call`, and ``(users,)``, each user's total at its last step.
 
         Raises:
-            TypeError, ValueError: as in :meth:`adapt`; ``params`` or ``history`` do not fit, an entry of each user has
-                another leading dimension, the model has batch norm in training mode, or this adapter has an
-                ``optimizer``, whose state would have to be one per user.
+            TypeError, ValueError: as in :meth:`adapt`. ``params`` or ``history`` do not fit. An entry with one value
+                per user has another leading dimension. The model has batch norm in training mode. This adapter has an
+                ``optimizer``, which has no state per user.
 
         >>> import torch
         >>> from torch import nn

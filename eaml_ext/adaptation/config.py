@@ -1,4 +1,4 @@
-"""What bounds an adaptation."""
+"""The limits of an adaptation."""
 
 import math
 from dataclasses import dataclass
@@ -8,25 +8,25 @@ from eaml_ext import _check
 
 @dataclass(frozen=True)
 class AdaptationConfig:
-    """The six numbers that say how far, how fast and how safely an Adapter may move a model.
+    """The six numbers that limit how far and how fast an Adapter changes a model.
 
     Below, θ are the adapted parameters taken as one vector and g is the gradient of the objective.
 
     Attributes:
         lr: step size, > 0. One step is ``θ ← θ − lr·g`` (or what the Adapter's ``optimizer`` does with this lr).
         grad_clip_norm: ``g ← g · min(1, grad_clip_norm / ‖g‖)`` before each step. None or 0: off.
-        trust_region_eps: after each step θ is projected onto ``‖θ − a‖ ≤ trust_region_eps·‖a‖``, a being θ at the start
-            of the call (the radius is trust_region_eps itself where a is exactly 0). Each call starts a new region, so
-            that a long stream can travel. None or 0: off. The default, 0.1: no single call can take more than a tenth
-            of the model away, and useful calls do not feel it (with the other defaults a call moves θ by at most
-            5 · 0.01 · 1.0 = 0.05).
-        ema_decay: d in ``average ← d·average + (1 − d)·θ``, taken whenever the loss at θ was found sound, and in the
-            running mean and variance of the losses with which calls begin (weights ``d^age``, normalised to sum to 1:
-            unbiased from the first call on). From both follow the spike rule and the rollback (see Adapter). In
-            [0, 1); None or 0: the average is the last sound θ and no finite loss counts as a spike.
-        entropy_weight: β in ``objective = total loss + β·H``, H the mean entropy of the softmax of the predictions on
-            the current batch; for logits with integer class targets only, never on a regression. 0 or None: off.
-        max_steps_per_call: how many gradient steps one call makes at most, an integer ≥ 1.
+        trust_region_eps: after each step θ is projected onto ``‖θ − a‖ ≤ trust_region_eps·‖a‖``, where a is θ at the
+            start of the call. If a is exactly 0, the radius is trust_region_eps itself. Each call has a new region, so
+            a long stream can move far. None or 0: off. With the default, 0.1, no call changes θ by more than a tenth
+            of its norm. With the other defaults a call moves θ by at most 5 · 0.01 · 1.0 = 0.05.
+        ema_decay: d in ``average ← d·average + (1 − d)·θ``, computed whenever the loss at θ is accepted. It is also d
+            in the running mean and variance of the losses with which calls begin. Their weights ``d^age`` are
+            normalised to sum to 1, so both are unbiased from the first call on. Adapter describes the spike rule and
+            the rollback, which use them. In [0, 1); None or 0: the average is the last accepted θ, and no finite loss
+            is a spike.
+        entropy_weight: β in ``objective = total loss + β·H``, where H is the mean entropy of the softmax of the
+            predictions on the current batch. It applies only to logits with integer class targets. 0 or None: off.
+        max_steps_per_call: the largest number of gradient steps in one call, an integer ≥ 1.
 
     Raises:
         TypeError: a value is not a number of the right kind.

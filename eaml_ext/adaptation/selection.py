@@ -1,4 +1,4 @@
-"""Which parameters of a model adapt."""
+"""The choice of the parameters that adapt."""
 
 import re
 from collections.abc import Callable, Sequence
@@ -7,20 +7,21 @@ from torch import nn
 
 from eaml_ext._torch_compat import RUNNING_STATISTICS_NORMS, own_parameters
 
-# Prefixes of names at module boundaries, a pattern searched in names, or a choice by name.
 ParameterFilter = str | Sequence[str] | re.Pattern[str] | Callable[[str, nn.Parameter], bool]
+"""Prefixes of names at module boundaries, a pattern searched in names, or ``(name, parameter) -> bool``."""
 
 _NORMS = (nn.LayerNorm, nn.RMSNorm, nn.GroupNorm, *RUNNING_STATISTICS_NORMS)
 
 
 def norm_parameters(model: nn.Module) -> list[str]:
-    """The names of all parameters of normalisation layers (layer, RMS, group, batch, instance), for ``parameters=``.
+    """Return the names of all parameters of normalisation layers: layer, RMS, group, batch, instance.
 
-    A small set that shifts and scales features and can hardly unlearn: what Wang et al., "Tent", 2021, adapt.
+    The result is for ``parameters=``. These few parameters shift and scale features, so adapting them can destroy
+    little; Wang et al., "Tent", 2021, adapt them.
 
     Raises:
         TypeError: ``model`` is no ``torch.nn.Module``.
-        ValueError: it has no such parameters.
+        ValueError: ``model`` has no such parameters.
 
     >>> from eaml_ext import SSM
     >>> norm_parameters(SSM(4))
@@ -34,13 +35,13 @@ def norm_parameters(model: nn.Module) -> list[str]:
 
 
 def output_parameters(model: nn.Module) -> list[str]:
-    """The names of the parameters of the output layer, for ``parameters=``.
+    """Return the names of the parameters of the output layer, for ``parameters=``.
 
-    It is the last module, in the order in which they are defined, that has parameters of its own.
+    The output layer is the last module, in the order in which they are defined, that has parameters of its own.
 
     Raises:
         TypeError: ``model`` is no ``torch.nn.Module``.
-        ValueError: it has no parameters.
+        ValueError: ``model`` has no parameters.
 
     >>> from eaml_ext import SSM
     >>> output_parameters(SSM(4))
@@ -63,13 +64,15 @@ def _modules(where: str, model: nn.Module) -> list[tuple[str, nn.Module]]:
 
 
 def _own_parameters(model: nn.Module, names: Sequence[str]) -> list[str]:
-    known = {id(p): name for name, p in model.named_parameters()}  # of a tied one, the name that select knows
+    known = {
+        id(p): name for name, p in model.named_parameters()
+    }  # a tied parameter has the name under which select returns it
     own = (p for name in names for p in own_parameters(model.get_submodule(name)).values() if p is not None)
     return list(dict.fromkeys(known[id(p)] for p in own))
 
 
 def select(model: nn.Module, choice: ParameterFilter | None) -> dict[str, nn.Parameter]:
-    """The parameters that adapt, by name; a shared one is chosen by any of its names."""
+    """Return the parameters that adapt, by name; any name of a shared parameter selects it."""
     matches = _matcher(choice)
     trainable = {name: p for name, p in model.named_parameters() if p.requires_grad}
     every_name = model.named_parameters(remove_duplicate=False)
@@ -82,7 +85,7 @@ def select(model: nn.Module, choice: ParameterFilter | None) -> dict[str, nn.Par
 
 
 def _matcher(choice: ParameterFilter | None) -> Callable[[str, nn.Parameter], object]:
-    """Whether a parameter of this name is chosen."""
+    """Return the function ``(name, parameter) -> whether the parameter is chosen``."""
     if choice is None:
         return lambda *_: True
     if isinstance(choice, re.Pattern):

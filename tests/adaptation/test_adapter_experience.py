@@ -15,7 +15,7 @@ from eaml_ext.experience import ExperienceBuffer, retrieval
 
 
 def memory_of_two_tasks():
-    """Task 0 is y = sum(x) around the embedding 0, task 1 is y = -sum(x) around 1."""
+    """Return a buffer where task 0 is y = sum(x), embedding 0, and task 1 is y = -sum(x), embedding 1."""
     buffer = ExperienceBuffer(1000, seed=0)
     for task, sign in enumerate((1.0, -1.0)):
         x = torch.randn(100, 4)
@@ -131,7 +131,7 @@ def test_adapt_wrong_result_of_the_retriever_raises(found, error, text):
 
 
 def by_the_best_fit(buffer, tasks, batch):
-    """The loss of each past task's own least-squares model on the batch."""
+    """Return the loss on the batch of each past task's least-squares model."""
     losses = []
     for task in tasks.tolist():
         past = buffer.of_task(task)
@@ -150,7 +150,7 @@ STRATEGIES = {
 
 
 def memory(tasks=8, items=60):
-    """Task i is y = w_i x; its embedding lies around 10 i."""
+    """Return a buffer and the weights of its tasks: task i is y = w_i x, its embedding is near 10 i."""
     generator = torch.Generator().manual_seed(1)
     weights = torch.randn(tasks, 4, 1, generator=generator)
     buffer = ExperienceBuffer(1000, seed=0)
@@ -183,7 +183,7 @@ def test_adapt_each_strategy_gives_its_hybrid_loss_and_lowers_the_error(strategy
         plain.adapt(F.mse_loss, batch)
     with torch.no_grad():
         hybrid_error, plain_error = (float(F.mse_loss(m(x), x @ weights[3])) for m in (model, plain_model))
-    if strategy == "uniform":  # the control arm: mostly other tasks' experience
+    if strategy == "uniform":  # the control variant: mostly other tasks' experience
         assert hybrid_error > 0.2 * plain_error
     else:
         assert hybrid_error < 0.05 * plain_error
@@ -223,7 +223,7 @@ def test_adapt_many_entries_of_each_user_are_split_and_others_are_whole():
         "mask": torch.ones(3, 2, dtype=torch.bool),
         "context_embedding": torch.randn(3, 5),
         "task": torch.tensor([4, 7, 9]),
-        "prototypes": torch.randn(3, 8),  # as many as users, by chance
+        "prototypes": torch.randn(3, 8),  # the same size as the number of users, by chance
         "nested": {"table": torch.randn(3), "name": "x"},
         "temperature": torch.tensor(0.5),
     }

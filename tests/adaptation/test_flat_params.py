@@ -20,7 +20,7 @@ def test_adapt_parameter_frozen_later_stays_and_unfrozen_again_adapts(optimizer)
     model[0].requires_grad_(False)
     model[0].weight.grad = torch.ones_like(model[0].weight)
     with torch.no_grad():
-        model[0].weight.add_(1.0)  # its owner may still set it
+        model[0].weight.add_(1.0)  # frozen parameters may still be set by hand
     for spoiled in (False, True):
         before = copy.deepcopy(model)
         targets = batch["targets"] * (math.nan if spoiled else 1)

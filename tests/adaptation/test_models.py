@@ -1,4 +1,4 @@
-"""Adapters over the models of practice: shared, frozen, replaced, recurrent, keeping tensors, in inference mode."""
+"""Adapters of models from practice: shared layers, recurrent layers, stored tensors; and inference mode."""
 
 import copy
 import math
@@ -31,7 +31,7 @@ def of(batch, user):
 
 
 def assert_users_equal_adapters(model, cfg, batch, params, losses):
-    """Each user's result is that of an Adapter on a copy of the model."""
+    """Assert that each user's result equals that of an Adapter of a copy of the model."""
     for i in range(len(losses)):
         own = Adapter(copy.deepcopy(model), cfg)
         assert own.adapt(F.mse_loss, of(batch, i)) == pytest.approx(float(losses[i]), rel=1e-9)
@@ -166,7 +166,7 @@ def test_ema_model_and_copies_of_a_model_that_keeps_tensors_have_no_graph():
 
 
 def everything(mode, batch):
-    """The numbers of all calls made in a mode, with an adapter of their own each, and of one call outside after it."""
+    """Return the results of all calls in a mode, by separate adapters, and of one call of each outside after it."""
     torch.manual_seed(0)
     models = [mlp() for _ in range(4)]
     ssm, buffer = SSM(3, 8, 1), ExperienceBuffer(50)

@@ -80,7 +80,7 @@ def test_adapt_large_experience_weight_is_stable():
 
 @pytest.mark.parametrize("loss_fn", [F.mse_loss, nn.L1Loss(), F.cross_entropy])
 def test_adapt_experience_weights_equal_repeated_items(loss_fn):
-    """Weights in the proportion 3 : 1 : 0 are the items three times, once and not at all."""
+    """Weights in the proportion 3 : 1 : 0 equal a batch with the items three times, once and not at all."""
     torch.manual_seed(1)
     targets = (lambda n: torch.randint(3, (n,))) if loss_fn is F.cross_entropy else (lambda n: torch.randn(n, 3))
     data = {"states": torch.randn(16, 4), "targets": targets(16)}

@@ -1,4 +1,4 @@
-"""Adapting online: predictions before learning, a state that goes on, corrupted targets, memory that does not grow."""
+"""adapt_stream: predictions before the steps, the hidden state, corrupted targets, and memory that does not grow."""
 
 import copy
 import gc
@@ -35,7 +35,7 @@ def test_adapt_stream_batch_is_predicted_before_the_steps_on_it():
 
 @pytest.mark.parametrize("single", [False, True])
 def test_adapt_stream_recurrent_model_continues_its_state(single):
-    """With steps too small to matter, a stream in pieces is the whole sequence; single: one time step per batch."""
+    """With steps too small to matter, a stream in segments equals the whole sequence; single: one step per batch."""
     model, data = SSM(3, 16, 3).double(), segments()
     data = [{name: value.double() for name, value in batch.items()} for batch in data]
     whole = model(torch.cat([batch["states"] for batch in data], 1)).detach()
@@ -113,7 +113,7 @@ def corrupt(targets, kind):
 
 @pytest.fixture(scope="module")
 def pretrained():
-    """An SSM trained on 16 systems; ``python -m benchmarks.adaptation`` does this with the default one."""
+    """Return an SSM trained on 16 systems; ``python -m benchmarks.adaptation`` trains the default one."""
     torch.manual_seed(0)
     model = SSM(TASKS.obs_dim, 32, TASKS.obs_dim)
     x = TASKS.simulate(TASKS.sample(16), 8, 33)[0].flatten(0, 1)
@@ -129,7 +129,7 @@ def pretrained():
 @pytest.mark.parametrize("guarded", [False, True])
 @pytest.mark.parametrize("seed", [0, 1])
 def test_adapt_stream_corrupted_targets_harm_only_without_guards(pretrained, seed, guarded):
-    """1 % of 600 batches, and the very first, before there are any statistics. Without guards the same stream ruins."""
+    """1 % of 600 batches are corrupted, and the first one; without guards the model diverges."""
     steps, length, model = 600, 16, copy.deepcopy(pretrained)
     tasks = TASKS.sample(1, "test", seed)
     run = TASKS.simulate(tasks, 2, steps * length + 1, seed)[0][0]
@@ -165,8 +165,8 @@ def test_adapt_stream_corrupted_targets_harm_only_without_guards(pretrained, see
 
 
 def test_adapt_stream_and_adapt_many_1000_steps_do_not_grow():
-    """Tensors, blocks of Python's own allocator, and resident memory where the system tells it."""
-    torch.set_num_threads(1)  # two that wait for each other cost minutes where other processes run
+    """Count tensors, blocks of Python's own allocator, and resident memory on Linux."""
+    torch.set_num_threads(1)  # two threads that wait for each other cost minutes on a busy machine
     model, batch = SSM(4, 32, 4), {"states": torch.randn(1, 8, 4), "targets": torch.randn(1, 8, 4)}
     adapter = Adapter(model, AdaptationConfig(lr=1e-4, max_steps_per_call=1))
     history, params = adapter.history(2), None
@@ -188,14 +188,14 @@ def test_adapt_stream_and_adapt_many_1000_steps_do_not_grow():
             return int(file.read().split()[1]) * 4096
 
     def grown():
-        """Tensors, blocks and bytes more after 1000 steps."""
+        """Return the growth over 1000 steps: tensors, blocks and bytes."""
         before = tensors(), sys.getallocatedblocks(), resident() if sys.platform == "linux" else 0
         loop(1000)
         after = tensors(), sys.getallocatedblocks(), resident() if sys.platform == "linux" else 0
         return [a - b for a, b in zip(after, before, strict=True)]
 
     loop(300)
-    # What other threads and caches of the process take once is no growth: a leak is there each time.
+    # A leak grows each time; other threads and caches of the process grow once.
     count, blocks, pages = (min(each) for each in zip(grown(), grown(), grown(), strict=True))
     assert count <= 0
     assert blocks < 1000, "less than one object a step"

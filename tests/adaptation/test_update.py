@@ -57,7 +57,7 @@ def test_adapt_train_or_eval_mode_learns_and_changes_nothing_else():
     for training in (True, False):
         model.train(training)
         adapter, data = Adapter(model, AdaptationConfig(lr=0.1)), batch()
-        with torch.no_grad():  # adapting at test time is usually called from inside one
+        with torch.no_grad():  # test-time adaptation is usually called inside no_grad
             losses = [adapter.adapt(nn.MSELoss(), data) for _ in range(20)]
         assert losses[-1] < losses[0]
         assert model.training is training and model[1].training is training
@@ -169,7 +169,7 @@ def test_adapt_loss_spikes_inside_a_call_rolls_back():
         adapter.adapt(F.mse_loss, stream.batch())
     before = vector(adapter.ema_model())
     data = stream.batch()
-    # The first loss is an ordinary one, but its gradient throws the model away.
+    # The first loss is ordinary, but its gradient moves the parameters far.
     value = adapter.adapt(lambda p, t: F.mse_loss(p, t) + 1e5 * (p - p.detach()).sum(), data)
     assert value > 1e3 and adapter.rollbacks == 1 and adapter.last_steps == 1
     assert (vector(model) - before).norm() < 0.01 and stream.error(model) < 0.05
@@ -265,7 +265,7 @@ def test_adapt_loss_fails_at_a_later_step_model_is_restored():
 
 
 class Following(nn.Module):
-    """A buffer whose shape follows the batch, in the manner of stateful recurrent layers."""
+    """A model with a buffer whose shape follows the batch, as stateful recurrent layers have."""
 
     def __init__(self):
         super().__init__()
@@ -298,7 +298,7 @@ def test_adapt_buffer_that_follows_the_batch_is_restored():
 
 
 def quadratic(target):
-    """The objective ``|theta - target|^2`` of each user."""
+    """Return the evaluation of ``|theta - target|^2`` for each user."""
 
     def evaluate(theta):
         error = theta - target

@@ -151,7 +151,7 @@ def test_adapt_many_loss_of_one_user_not_finite_returns_that_user_alone(how):
 
 @pytest.mark.parametrize("guarded", [False, True])
 def test_adapt_many_spike_of_one_user_leaves_others_unchanged(guarded):
-    """Without the spike rule the corrupted batch throws the user's model away, with it he keeps what he had."""
+    """Without the spike rule one corrupted batch moves a user's parameters far, with it they stay."""
     off = {"grad_clip_norm": None, "trust_region_eps": None}
     adapter = Adapter(nn.Linear(4, 1).double(), AdaptationConfig(lr=0.05, ema_decay=0.9, **off))
     params, history = None, adapter.history(USERS) if guarded else None
