@@ -31,7 +31,7 @@ template <class V>
 constexpr int64_t kFolded = Lanes<V>::count < kVectors ? kVectors : Lanes<V>::count;
 
 // The lane of (a, b) that a shuffle moves to lane i. `neighbour` takes the lower (upper) lanes of each 16 bytes of a
-// and b in turn, because shuffles within 16 bytes are cheap; `half_lane` takes the lower (upper) half of a, then of b.
+// and b in turn, because shuffles within 16 bytes are cheap. `half_lane` takes the lower (upper) half of a, then of b.
 // With four lanes, adding neighbours gives [a0 + a2, b0 + b2, a1 + a3, b1 + b3]. Adding halves of two such vectors
 // gives the sums of a, b, c and d.
 template <int kLanes, int kSlot, bool kUpper>

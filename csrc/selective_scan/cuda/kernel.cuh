@@ -9,7 +9,7 @@
 // four steps at once: each exchange halves the numbers that are left to sum, so a step costs less than one shuffle.
 //
 // Backward goes from the last chunk to the first. It recomputes the states of a chunk from the state saved at its
-// start, keeps the states at the start of each tile of four steps, and goes back tile by tile.
+// start, and keeps the states at the start of each tile of four steps. Then it goes back tile by tile.
 //
 // With few channels and many steps, time is divided into segments, each a block of its own. The local kernels compute
 // each segment's contribution to the state after it (backward: to the gradient before it). `carry_kernel` combines the
