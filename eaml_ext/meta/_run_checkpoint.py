@@ -62,7 +62,7 @@ def check_run(
         ValueError: the run has other settings or made more than ``wanted`` meta-updates.
         LookupError: the file does not hold a run.
     """
-    losses, began = state["losses"].tolist(), int(state["began"])
+    losses, began = state["losses"].tolist(), state["began"]
     done = len(losses) - began
     if not 0 <= began <= len(losses):
         raise LookupError(f"a run began at {began} of {len(losses)} losses")
