@@ -1,7 +1,6 @@
 """Reports of a run: numbers as JSON, curves as PNG, tables as text."""
 
 import json
-import math
 from pathlib import Path
 from typing import Any
 
@@ -9,10 +8,11 @@ from torch import Tensor
 
 from eaml_ext import _terminal, build_info
 from eaml_ext._files import atomic_write
+from eaml_ext._statistics import half_width
 
 
 def summary(errors: Tensor) -> dict[str, float | None]:
-    """Return the mean over tasks, the half width of its 95 % interval (normal), and the median.
+    """Return the mean over tasks, the half width of its 95 % interval (Student's t), and the median.
 
     Args:
         errors: ``(tasks,)``, floating.
@@ -21,7 +21,7 @@ def summary(errors: Tensor) -> dict[str, float | None]:
     >>> summary(torch.tensor([1.0, 2.0, 6.0]))["median"]
     2.0
     """
-    half = 1.96 * float(errors.std()) / math.sqrt(len(errors)) if len(errors) > 1 else None
+    half = half_width(float(errors.std()), len(errors)) if len(errors) > 1 else None
     return {"mean": float(errors.mean()), "interval": half, "median": float(errors.median())}
 
 
