@@ -136,6 +136,7 @@ class PackedKeys:
         TypeError: an argument has the wrong type or dtype.
         ValueError: ``capacity``, ``dim`` or ``memories`` is not in [1, 2^31), or ``metric`` is unknown.
 
+    >>> import torch
     >>> memory = PackedKeys(capacity=4, dim=2)
     >>> memory.write(torch.tensor([0, 2]), torch.tensor([[0.0, 0.0], [3.0, 4.0]]))
     >>> memory.search(torch.zeros(1, 2), k=3)
