@@ -1,4 +1,4 @@
-"""Exact search of the stored context embeddings by the kNN op: ``distance - log(weight)``, ascending."""
+"""Exact kNN search of the stored context embeddings, in ascending order of ``distance - log(weight)``."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from eaml_ext.experience.experiences import Experiences
 if TYPE_CHECKING:
     from eaml_ext.ops import PackedKeys
 
-_MIN_PACKED = 1 << 15  # numbers in a column from which packing its keys pays
+_MIN_PACKED = 1 << 15  # elements; packing the keys of a smaller column costs more than it saves
 
 
 def check_query(where: str, query: Any, k: Any, keys: Tensor, device: torch.device) -> int:
@@ -42,14 +42,14 @@ def check_query(where: str, query: Any, k: Any, keys: Tensor, device: torch.devi
 class KeyIndex:
     """The search over the column ``context_embedding`` of a storage.
 
-    Log-weights and packed keys are brought up to date by each search, so that a buffer without searches pays nothing
-    for them. Keys are packed for the kernel in memory on the CPU. Keys on disk, where a copy might not fit in memory,
-    and small memories are searched where they are stored.
+    Each search updates log-weights and packed keys, so that a buffer without searches pays nothing for them. Only keys
+    in CPU memory are packed, into a second copy in the kernel's layout. All other keys are searched in their column:
+    keys on a GPU, keys on disk (a copy might not fit in memory), and keys with fewer than ``_MIN_PACKED`` elements.
 
     Args:
         storage: holds the keys. The caller holds its lock during every call.
         metric: ``"sqeuclidean"`` or ``"cosine"``.
-        age_half_life: of the weights.
+        age_half_life: number of later items that halve a weight; None: age does not count.
     """
 
     def __init__(self, storage: RingStorage, metric: str, age_half_life: float | None):
@@ -62,13 +62,14 @@ class KeyIndex:
         self._packed: PackedKeys | None = None
         self._bias: Tensor | None = None  # log-weights by slot, (num_slots,)
 
-    def _start(self, keys: Tensor) -> None:
+    def _reset_for(self, keys: Tensor) -> None:
+        """Start to index another key column."""
         self.reset()
         storage = self._storage
         self._keys = keys
-        self._packs = storage.files is None and keys.device.type == "cpu" and keys.numel() >= _MIN_PACKED
-        self._num_packed = self._num_weighed = 0  # items numbered below have been packed; have log-weights
-        self._origin = 0  # number of the item from which log-weights count age
+        self._use_packed = storage.files is None and keys.device.type == "cpu" and keys.numel() >= _MIN_PACKED
+        self._packed_until = self._bias_until = 0  # items with smaller numbers are packed; are in _bias
+        self._origin = 0  # item number, subtracted from all item numbers in log-weights
         if has_weights(storage.columns, self._age_half_life):
             with torch.inference_mode(False):
                 self._bias = torch.zeros(len(keys), dtype=keys.dtype, device=keys.device)
@@ -111,7 +112,13 @@ class KeyIndex:
         return storage.gather(indices, distances)
 
     def log_weights(self, slots: Tensor | slice, numbers: Tensor, origin: int) -> Tensor:
-        """Return the float64 log-weights of the items in these slots, whose age is counted from item ``origin``."""
+        """Return the log-weights of items, float64 ``(n,)``, up to a constant that all items share.
+
+        Args:
+            slots: of the items.
+            numbers: item numbers, int64 ``(n,)``.
+            origin: item number that is subtracted from ``numbers``; it changes the constant.
+        """
         storage = self._storage
         priority = storage.columns["priority"][slots] if "priority" in storage.columns else None
         return log_weights(priority, (numbers - origin) * storage.stride + storage.offset, self._age_half_life)
@@ -119,28 +126,29 @@ class KeyIndex:
     def update_priorities(self, slots: Tensor) -> None:
         """Recompute the log-weights of live items whose priorities have changed."""
         if self._bias is not None and self._keys is self._storage.columns.get("context_embedding"):
-            self._write_bias(slots, self._storage.numbers(slots))
+            self._write_bias(slots, self._storage.item_numbers(slots))
 
     def _search(self, queries: Tensor, k: int, valid: Tensor | None, among: Tensor | slice) -> tuple[Tensor, Tensor]:
-        """Return distances less log-weights, ascending, and slots of the k nearest items: both ``(queries, k)``.
+        """Return distances minus log-weights, ascending, and slots of the k nearest items: both ``(queries, k)``.
 
         Args:
             queries: ``(queries, dim)``, in the dtype of the keys.
             k: at most the number of valid slots.
             valid: which slots of ``among`` count, bool; None: all.
-            among: slots to search: a slice from slot 0 on, or int64 ``(n,)``.
+            among: slots to search: a slice that starts at slot 0, or int64 ``(n,)``.
         """
         from eaml_ext.ops import knn  # here, because importing the ops takes seconds
 
         storage = self._storage
         keys = storage.columns["context_embedding"]
         if keys is not self._keys:
-            self._start(keys)
+            self._reset_for(keys)
         if self._bias is not None:
             self._update_weights()
-        if self._packs and isinstance(among, slice):
+        if self._use_packed and isinstance(among, slice):
             if valid is None and storage.cleared and among.stop < len(keys):
-                valid = torch.ones(among.stop, dtype=torch.bool)  # packed slots beyond hold items from before a clear
+                # Packed keys from before a clear remain in the slots past among.stop: the padding below excludes them.
+                valid = torch.ones(among.stop, dtype=torch.bool)
             if valid is not None:
                 valid = F.pad(valid, (0, len(keys) - len(valid)))
             values, found = self._pack(keys).search(queries, k, valid)
@@ -149,8 +157,8 @@ class KeyIndex:
             chosen = keys[among] if isinstance(among, slice) else keys.index_select(0, among)
             values, found = knn(queries, chosen, k, metric=self._metric, valid=valid, bias=bias)
         if self._metric == "cosine":
-            values = 1 - values
-        if self._age_half_life is not None:
+            values = 1 - values  # knn returns similarity + log-weight
+        if self._age_half_life is not None:  # add the constant that log-weights leave out: the newest item has age 0
             values = values + age_cost(storage.written - 1 - self._origin, self._age_half_life)
         return values, found if isinstance(among, slice) else among[found]
 
@@ -158,17 +166,17 @@ class KeyIndex:
     def _update_weights(self) -> None:
         """Compute the log-weights of items added since the last search."""
         storage = self._storage
-        if self._num_weighed == storage.written:
+        if self._bias_until == storage.written:
             return
-        # The origin of age moves once in each turn of the ring, so that no log-weight grows large.
+        # The origin moves once per pass around the ring, so that log-weights stay small and keep their precision.
         origin = storage.written - storage.written % storage.capacity
         if self._age_half_life is not None and self._origin != origin:
-            self._num_weighed = 0
-        if self._num_weighed == 0:
+            self._bias_until = 0
+        if self._bias_until == 0:
             self._origin = origin
-        for slots, numbers in storage.runs_since(self._num_weighed):
+        for slots, numbers in storage.runs_since(self._bias_until):
             self._write_bias(slots, numbers)
-        self._num_weighed = storage.written
+        self._bias_until = storage.written
 
     def _write_bias(self, slots: Tensor | slice, numbers: Tensor) -> None:
         assert self._bias is not None
@@ -179,21 +187,21 @@ class KeyIndex:
 
     @torch.no_grad()
     def _pack(self, keys: Tensor) -> PackedKeys:
-        """Return the packed keys, brought up to date."""
+        """Write the keys and log-weights that have changed to the packed keys, and return these."""
         from eaml_ext.ops import PackedKeys
 
         written = self._storage.written
         if self._packed is None:
             self._packed = PackedKeys(*keys.shape, metric=self._metric, dtype=keys.dtype)
-        elif self._num_packed == written and not (self._bias is not None and self._any_changed):
+        elif self._packed_until == written and not (self._bias is not None and self._any_changed):
             return self._packed
         if self._bias is None:
-            new = self._storage.slots_since(self._num_packed)
+            new = self._storage.slots_since(self._packed_until)
         else:  # new items are among those whose log-weights have changed
             new = self._changed.nonzero().squeeze(1)
             self._changed.zero_()
             self._any_changed = False
         if len(new):
             self._packed.write(new, keys[new], None if self._bias is None else self._bias[new])
-        self._num_packed = written
+        self._packed_until = written
         return self._packed

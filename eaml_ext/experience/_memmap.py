@@ -1,8 +1,12 @@
 """The columns of a buffer as memory-mapped files in a directory, for memories larger than RAM.
 
-The directory holds ``buffer.safetensors`` (counters, options, schema, generator), a ``field-<series>-<i>.bin`` for each
-field (its raw numbers, slot by slot), and ``lock``. Only :meth:`MemmapDirectory.commit` replaces the first, atomically
-and after the columns have been flushed, so that it describes data that are on the disk.
+The directory holds three kinds of files:
+
+- ``buffer.safetensors``: counters, options, schema, generator, and the names of the field files. Only
+  :meth:`MemmapDirectory.commit` replaces it, atomically and after a flush of the columns. It therefore never describes
+  data that are not on the disk.
+- ``field-<series>-<i>.bin``: the raw elements of field i, slot by slot. Each allocation of columns has a new series.
+- ``lock``: locked by the process that has the buffer open.
 """
 
 import contextlib
@@ -20,13 +24,13 @@ from eaml_ext import checkpoint
 
 try:
     import fcntl
-except ImportError:  # not a POSIX system: two processes are not kept apart there
+except ImportError:  # not a POSIX system: the directory is not locked there
     fcntl = None  # type: ignore[assignment]
 
 _KIND = "ExperienceBuffer.directory"
 _FIELD = re.compile(r"field-\d+-\d+\.bin")
 
-Shapes = Mapping[str, tuple[torch.dtype, tuple[int, ...]]]  # field to dtype and shape of its whole column
+ColumnSpecs = Mapping[str, tuple[torch.dtype, tuple[int, ...]]]  # field to dtype and shape ``(num_slots, *item shape)``
 
 
 class MemmapDirectory:
@@ -35,7 +39,7 @@ class MemmapDirectory:
     Args:
         where: names the caller in errors.
         path: the directory.
-        create: make the directory if need be, and require that it holds no buffer.
+        create: make the directory if it does not exist, and require that it holds no buffer.
 
     Raises:
         TypeError: ``path`` is not a path.
@@ -56,7 +60,7 @@ class MemmapDirectory:
             raise FileNotFoundError(f"{where}: there is no directory {os.fspath(path)}")
         self.path = Path(path)
         self._maps: dict[str, np.memmap] = {}
-        self._files: dict[str, str] = {}  # field to file
+        self._files: dict[str, str] = {}  # name of the field to name of the file
         self._process = os.getpid()
         self._lock = open(self.path / "lock", "a")  # noqa: SIM115 (held as long as the buffer lives)
         if fcntl is not None:
@@ -83,20 +87,21 @@ class MemmapDirectory:
         """Whether the directory holds a buffer."""
         return (self.path / "buffer.safetensors").is_file()
 
-    def allocate(self, columns: Shapes) -> dict[str, Tensor]:
+    def allocate(self, columns: ColumnSpecs) -> dict[str, Tensor]:
         """Make new files of zeros and map them. The space on the disk is taken at once.
 
         Raises:
             OSError: the disk has not enough space; the new files have been removed.
         """
-        series = 1 + max((int(name.split("-")[1]) for name in self._names()), default=-1)
+        series = 1 + max((int(name.split("-")[1]) for name in self._field_files()), default=-1)
         files = {name: f"field-{series}-{i}.bin" for i, name in enumerate(columns)}
         try:
             for name, (dtype, shape) in columns.items():
                 size = _bytes(dtype, shape)
                 with open(self.path / files[name], "wb") as file:
                     if size and hasattr(os, "posix_fallocate"):
-                        os.posix_fallocate(file.fileno(), 0, size)  # a write to an unbacked page kills the process
+                        # Without disk space behind its page, a later write to the map would raise SIGBUS.
+                        os.posix_fallocate(file.fileno(), 0, size)
                     file.truncate(size)
         except OSError as error:
             for file_name in files.values():
@@ -113,7 +118,7 @@ class MemmapDirectory:
         for column in self._maps.values():
             column.flush()
         checkpoint.save(self.path / "buffer.safetensors", tensors, {**metadata, "files": self._files}, kind=_KIND)
-        for name in set(self._names()) - set(self._files.values()):  # of columns that have been replaced
+        for name in set(self._field_files()) - set(self._files.values()):  # files of columns that have been replaced
             with contextlib.suppress(FileNotFoundError):
                 os.unlink(self.path / name)
 
@@ -131,11 +136,11 @@ class MemmapDirectory:
             self._files = metadata.pop("files")
         return tensors, metadata
 
-    def attach(self, where: str, columns: Shapes) -> dict[str, Tensor]:
+    def attach(self, where: str, columns: ColumnSpecs) -> dict[str, Tensor]:
         """Map the files of the last :meth:`load`.
 
         Raises:
-            ValueError: a file is missing, has another size, stands outside the directory, or serves two fields.
+            ValueError: a file is missing, has another size, lies outside the directory, or is named for two fields.
         """
         if len(set(self._files.values())) != len(self._files):
             raise ValueError(f"{where}: {self.path} has one file for several fields")
@@ -145,7 +150,7 @@ class MemmapDirectory:
                 raise ValueError(f"{where}: {path} of field {name} is missing or damaged, wanted {size} bytes")
         return self._map(columns)
 
-    def _map(self, columns: Shapes) -> dict[str, Tensor]:
+    def _map(self, columns: ColumnSpecs) -> dict[str, Tensor]:
         self._maps, tensors = {}, {}
         with torch.inference_mode(False):
             for name, (dtype, shape) in columns.items():
@@ -161,10 +166,11 @@ class MemmapDirectory:
         """Close the files. Another buffer may then hold the directory."""
         self._maps = {}
         if fcntl is not None and self.owned and not self.closed:
-            fcntl.flock(self._lock, fcntl.LOCK_UN)  # forked processes keep the lock's file open
+            # A forked process may have the file open, so that closing it here does not unlock it.
+            fcntl.flock(self._lock, fcntl.LOCK_UN)
         self._lock.close()
 
-    def _names(self) -> list[str]:
+    def _field_files(self) -> list[str]:
         return [name for name in os.listdir(self.path) if _FIELD.fullmatch(name)]
 
 

@@ -1,4 +1,4 @@
-"""The arguments of a buffer that its files keep, checked."""
+"""BufferOptions, the checked arguments of a buffer that its files store, and checks of device and seed."""
 
 from __future__ import annotations
 
@@ -46,7 +46,11 @@ class BufferOptions(NamedTuple):
 
     @classmethod
     def from_file(cls, options: Any) -> BufferOptions:
-        """Return the options that a file holds. Raises LookupError for others, such as a directory to write to."""
+        """Return the options that a file holds.
+
+        Raises:
+            LookupError: the names differ. A file thus cannot set other arguments, such as a directory to write to.
+        """
         if set(options) != set(cls._fields):
             raise LookupError(f"options are {', '.join(map(str, options))}, not {', '.join(cls._fields)}")
         return cls(**options)

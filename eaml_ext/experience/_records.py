@@ -1,4 +1,4 @@
-"""Items found by a search as bytes, to be sent between ranks: index, generation, then the fields by name."""
+"""Encode the items of a search as bytes to send between ranks: index, generation, then the fields sorted by name."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch import Tensor
 from eaml_ext.experience._schema import FieldSpec, Schema
 from eaml_ext.experience.experiences import Experiences
 
-_HEADER = 16  # bytes before the fields
+_HEADER = 16  # bytes of index and generation
 
 
 def record_bytes(schema: Schema) -> int:
@@ -20,7 +20,7 @@ def record_bytes(schema: Schema) -> int:
 
 
 def empty_records(queries: int, k: int, schema: Schema) -> Tensor:
-    """Return records without items, whose index is -1: uint8 ``(queries, k, bytes of a record)``."""
+    """Return empty records, which have index -1: uint8 ``(queries, k, bytes of a record)``."""
     records = torch.zeros(queries, k, record_bytes(schema), dtype=torch.uint8)
     records[..., :_HEADER] = to_bytes(torch.tensor([-1, 0]))
     return records
@@ -31,7 +31,7 @@ def encode(found: Experiences, indices: Tensor, schema: Schema) -> Tensor:
 
     Args:
         found: the items of several queries.
-        indices: int64 ``(queries, items)``, in place of those of ``found``.
+        indices: int64 ``(queries, items)``, slots over all shards; ``found.indices`` are slots of one shard.
         schema: the fields of ``found``.
     """
     header = torch.stack([indices, found.generations], dim=-1)
@@ -41,16 +41,16 @@ def encode(found: Experiences, indices: Tensor, schema: Schema) -> Tensor:
 
 
 def decode(records: Tensor, schema: Schema, device: torch.device) -> Experiences:
-    """Return records ``(queries, items, bytes of a record)`` as items, in the order of their indices, -1 last."""
-    lead = records.shape[:2]
-    indices = from_bytes(records[..., :8], torch.int64, lead)
+    """Return records ``(queries, items, bytes of a record)`` as items, sorted by index; empty records are last."""
+    shape = records.shape[:2]
+    indices = from_bytes(records[..., :8], torch.int64, shape)
     order = torch.where(indices < 0, torch.iinfo(torch.int64).max, indices).argsort(dim=1)
     records = records.gather(1, order.unsqueeze(-1).expand_as(records)).to(device)
-    header = from_bytes(records[..., :_HEADER], torch.int64, (*lead, 2))
+    header = from_bytes(records[..., :_HEADER], torch.int64, (*shape, 2))
     fields, start = {}, _HEADER
     for name, spec in sorted(schema.items()):
         stop = start + _item_bytes(spec)
-        fields[name] = from_bytes(records[..., start:stop], spec.dtype, (*lead, *spec.shape))
+        fields[name] = from_bytes(records[..., start:stop], spec.dtype, (*shape, *spec.shape))
         start = stop
     return Experiences({name: fields[name] for name in schema}, header[..., 0], header[..., 1])
 

@@ -1,4 +1,4 @@
-"""RingStorage: item s of a ring stands in slot ``s % num_slots`` with generation ``s // num_slots``."""
+"""RingStorage: a ring stores item number s in slot ``s % num_slots`` with generation ``s // num_slots``."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ from eaml_ext.experience._memmap import MemmapDirectory
 from eaml_ext.experience._schema import Schema, dtype_name, schema_of
 from eaml_ext.experience.experiences import Experiences
 
-SPARE_SLOTS = 1024  # fewest slots on disk beyond the capacity; an eighth of the capacity where that is more
+MIN_SPARE_SLOTS = 1024  # least number of slots on disk beyond the capacity; an eighth of the capacity if that is more
 
-# Tensors and metadata that each flush commits beside the columns.
+# Returns tensors and metadata that each flush commits in addition to the columns.
 FlushState = Callable[[], tuple[Mapping[str, Tensor], Mapping[str, Any]]]
 
 
@@ -26,24 +26,27 @@ class RingStorage:
     """The last ``capacity`` items, in one column for each field, in memory or in memory-mapped files.
 
     It owns the columns, the numbering of items, and the lock. Methods do not acquire the lock: a caller holds it
-    (``with storage.lock:``) across all calls that must see one state. Items are numbered from the first that was ever
-    added. In memory there are ``capacity`` slots, so the live ones are always the first ``len(storage)``. On disk they
-    are any interval of the ring.
+    (``with storage.lock:``) across all calls that must see one state.
+
+    Items are numbered in the order of their adds, from 0. An item is live until a clear, or until ``capacity`` later
+    items have been added. In memory there are ``capacity`` slots, and the live items fill the first ``len(storage)``.
+    On disk there are more slots, and the live items fill any interval of the ring.
 
     Args:
-        capacity: most items that are live.
+        capacity: largest number of live items.
         device: of the columns.
-        files: where the columns are mapped; None: they live in memory.
-        flush_state: returns further tensors and metadata for each flush.
+        files: files that the columns are mapped to; None: the columns are in memory.
+        flush_state: returns tensors and metadata that each flush commits in addition to the columns.
 
     Attributes:
         columns: field to tensor ``(num_slots, *item shape)``; empty until the first add.
         schema: field to dtype and shape of an item.
-        lock: reentrant; a process is forked only while no other thread holds it.
-        written: number of items ever written; :meth:`clear` rounds it up to a multiple of the capacity.
+        lock: reentrant; a fork waits until no other thread holds it.
+        written: number of the next item. :meth:`clear` rounds it up to a multiple of the capacity, so that the next
+            item in memory is in slot 0.
         cleared: value of ``written`` at the last clear.
         flushed: value of ``written`` at the last flush.
-        stride, offset: as one shard of several, item s is item ``s * stride + offset`` of all shards.
+        stride, offset: item s of this shard is item ``s * stride + offset`` of a sharded buffer; else 1 and 0.
     """
 
     def __init__(
@@ -54,8 +57,8 @@ class RingStorage:
         flush_state: FlushState = lambda: ({}, {}),
     ):
         self.capacity, self.device, self.files = capacity, device, files
-        # Spare slots take the items added between two flushes, so that no item of the last flush is overwritten.
-        self.num_slots = capacity if files is None else capacity + max(SPARE_SLOTS, capacity // 8)
+        # Items added between two flushes are stored in spare slots, so that no item of the last flush is overwritten.
+        self.num_slots = capacity if files is None else capacity + max(MIN_SPARE_SLOTS, capacity // 8)
         self.columns: dict[str, Tensor] = {}
         self.schema: Schema = {}
         self.written = self.cleared = self.flushed = 0
@@ -86,7 +89,7 @@ class RingStorage:
             raise ValueError(f"{where}: a forked process cannot write to the buffer on disk of its parent")
 
     def allocate(self, schema: Schema) -> dict[str, Tensor]:
-        """Return new columns of zeros. On disk the next flush replaces the old files by theirs."""
+        """Return new columns of zeros. On disk, the next flush deletes the files of the old columns."""
         shapes = {name: (dtype, (self.num_slots, *shape)) for name, (dtype, shape) in schema.items()}
         if self.files is not None:
             return self.files.allocate(shapes)
@@ -95,31 +98,31 @@ class RingStorage:
                 name: torch.zeros(shape, dtype=dtype, device=self.device) for name, (dtype, shape) in shapes.items()
             }
 
-    def begin(self, schema: Schema) -> None:
-        """Allocate the columns of a schema, in place of none."""
+    def init_columns(self, schema: Schema) -> None:
+        """Allocate the first columns."""
         self.replace(self.allocate(schema), self.written, self.cleared)
         if self.files is not None:
-            self.flush()  # the metadata must name the files before they hold items
+            self.flush()  # the metadata must name the files before items are written to them
 
     def replace(self, columns: dict[str, Tensor], written: int, cleared: int) -> None:
-        """Take over columns and counters. Searches and draws then use the items numbered up to ``written``."""
+        """Replace columns and counters. The live items are then the last ones numbered below ``written``."""
         self.columns, self.written, self.cleared = columns, written, cleared
         self.schema = schema_of(columns)
 
     def attach(
         self, files: MemmapDirectory, num_slots: int, columns: dict[str, Tensor], written: int, cleared: int
     ) -> None:
-        """Take over the files of a flushed buffer, in place of memory."""
+        """Use the mapped files of a flushed buffer instead of memory."""
         self.files, self.num_slots, self.flushed = files, num_slots, written
         self.replace(columns, written, cleared)
 
     def write(self, items: dict[str, Tensor]) -> None:
-        """Write items ``(n, *item shape)``; on disk, flush whenever the spare slots are used up.
+        """Write items ``(n, *item shape)``; on disk, flush whenever too few spare slots are free.
 
         The first call allocates the columns. Later ones must have the same fields, shapes and dtypes.
         """
         if not self.columns:
-            self.begin(schema_of(items))
+            self.init_columns(schema_of(items))
         count = len(next(iter(items.values())))
         if self.files is None:
             skipped = max(0, count - self.capacity)
@@ -129,7 +132,7 @@ class RingStorage:
         spare, start = self.num_slots - self.capacity, 0
         while start < count:
             free = self.flushed + spare - self.written
-            if free < min(count - start, spare):
+            if free < min(count - start, spare):  # the rest of the batch does not fit, and a flush would free more
                 self.flush()
                 continue
             stop = min(count, start + free)
@@ -140,7 +143,7 @@ class RingStorage:
         """Write items ``start`` to ``stop`` of a batch, at most ``num_slots`` of them."""
         count = stop - start
         slot = self.written % self.num_slots
-        head = min(count, self.num_slots - slot)
+        head = min(count, self.num_slots - slot)  # items before the end of the ring; the others start at slot 0
         for name, value in items.items():
             column = self.columns[name]
             if head == len(value):  # the usual case: one copy of the whole batch
@@ -152,7 +155,7 @@ class RingStorage:
         self.written += count
 
     def clear(self) -> None:
-        """Drop all items, on disk at once. Generations rise, so that all earlier indices are stale."""
+        """Drop all items, and flush if on disk. Generations increase, so that all earlier indices are stale."""
         self.written += -self.written % self.capacity
         self.cleared = self.written
         if self.files is not None:
@@ -168,7 +171,7 @@ class RingStorage:
         self.flushed = self.written
 
     def close(self) -> None:
-        """Flush, unless in a forked process, and close the files. The storage is empty then."""
+        """Flush, unless in a forked process, and close the files. Afterwards the storage is empty."""
         if self.files is not None and not self.files.closed:
             if self.files.owned:
                 self.flush()
@@ -178,7 +181,7 @@ class RingStorage:
     # ------------------------------------------------------------------------------------------------- reading
 
     def column(self, where: str, name: str) -> Tensor:
-        """Return the slots of a field up to the last live one.
+        """Return the column of a field, up to the last slot that holds a live item.
 
         Raises:
             ValueError: there are no items, or the field is not stored.
@@ -220,7 +223,7 @@ class RingStorage:
         slots = (column == task if live is None else (column == task) & live).nonzero().squeeze(1)
         if not len(slots):
             raise ValueError(f"{where}: nothing is stored of task {task}")
-        wrapped = slots < self.first % self.num_slots  # written after the last slot of the ring
+        wrapped = slots < self.first % self.num_slots  # newer items, which are stored from slot 0 on
         return self.gather(torch.cat([slots[~wrapped], slots[wrapped]]))
 
     def task_means(self, where: str, name: str) -> Tensor:
@@ -235,11 +238,11 @@ class RingStorage:
     # ----------------------------------------------------------------------------------------------- numbering
 
     def generations(self, slots: Tensor) -> Tensor:
-        """Return the generation of the newest item in each slot: the last s < written with s % num_slots == slot."""
-        behind = slots.neg().add_(self.written - 1)
-        return behind.div_(self.num_slots, rounding_mode="floor")
+        """Return the generation of the newest item in each slot: ``(written - 1 - slot) // num_slots``."""
+        generations = slots.neg().add_(self.written - 1)
+        return generations.div_(self.num_slots, rounding_mode="floor")
 
-    def numbers(self, slots: Tensor) -> Tensor:
+    def item_numbers(self, slots: Tensor) -> Tensor:
         """Return the number of the newest item in each slot."""
         return self.generations(slots) * self.num_slots + slots
 
@@ -255,11 +258,14 @@ class RingStorage:
         runs = ((slot, start, head), (0, start + head, count - head))
         return [(slice(s, s + n), torch.arange(i, i + n, device=self.device)) for s, i, n in runs if n]
 
-    def slots_of_ranks(self, ranks: Tensor) -> Tensor:
-        """Return the slots of the items that in memory stand in slots ``ranks``, so that draws are alike on disk."""
+    def from_memory_slots(self, slots: Tensor) -> Tensor:
+        """Map slots of a ring of ``capacity`` slots to the slots of the same items in this ring.
+
+        One seed therefore draws the same items in memory, where both rings are equal, and on disk.
+        """
         if self.num_slots == self.capacity:
-            return ranks
-        return (self.first + (ranks - self.first) % self.capacity) % self.num_slots
+            return slots
+        return (self.first + (slots - self.first) % self.capacity) % self.num_slots
 
     def are_live(self, where: str, indices: Tensor, generations: Tensor | None, name: str = "indices") -> Tensor:
         """Return which slots hold a live item of that generation (None: of any): bool, of the shape of ``indices``.
@@ -276,17 +282,18 @@ class RingStorage:
             _check.device(where, argument, value, self.device, "the buffer")
             if value.shape != indices.shape:
                 raise ValueError(f"{where}: {argument} has shape {tuple(value.shape)}, wanted {tuple(indices.shape)}")
-        live = (indices >= 0) & (indices < self.num_slots) & (self.numbers(indices) >= self.first)
+        live = (indices >= 0) & (indices < self.num_slots) & (self.item_numbers(indices) >= self.first)
         return live if generations is None else live & (self.generations(indices) == generations)
 
     def check_live(self, where: str, live: Tensor) -> None:
-        """Raise ValueError unless all of :meth:`are_live` holds."""
+        """Raise ValueError unless all elements of ``live``, which :meth:`are_live` returned, are True."""
         if not live.all():
             count = int((~live).sum())
             raise ValueError(f"{where}: {count} of {live.numel()} indices are stale or out of range")
 
 
-# In a forked process a lock that another thread held is never released. The forking thread therefore holds all locks.
+# A lock that another thread holds during a fork is never released in the child. The forking thread therefore acquires
+# all locks first.
 _storages: weakref.WeakValueDictionary[int, RingStorage] = weakref.WeakValueDictionary()
 _forking = threading.local()
 

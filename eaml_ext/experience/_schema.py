@@ -1,4 +1,4 @@
-"""The fields of an item: their names, shapes and dtypes, and whether the values of an add are one item or many."""
+"""Schema: the names, shapes and dtypes of an item's fields. Its rules decide whether ``add`` got one item or many."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from torch import Tensor
 from eaml_ext import _check
 from eaml_ext.experience.experiences import Experiences
 
-_RESERVED = ("fields", "indices", "generations", "distances", "batch")
+_RESERVED = ("fields", "indices", "generations", "distances", "batch")  # attributes of Experiences
 _INT64 = (-(2**63), 2**63)
 
 
@@ -64,24 +64,24 @@ def as_field(where: str, name: str, value: Any, stored: torch.dtype | None, devi
         _check.device(where, name, value, device, "the buffer")
         if value.layout != torch.strided:
             raise TypeError(f"{where}: {name} must be a dense tensor, got layout {value.layout}")
-        made = value
+        converted = value
     else:
         try:
-            made = torch.as_tensor(value, device=device)
+            converted = torch.as_tensor(value, device=device)
         except (TypeError, ValueError, RuntimeError):
             kind = type(value).__name__
             raise TypeError(f"{where}: {name} must be a tensor, an array or a number, got {kind}") from None
         wanted = stored
-        if stored is None and (made.is_floating_point() or name in ("reward", "priority")):
+        if stored is None and (converted.is_floating_point() or name in ("reward", "priority")):
             wanted = torch.get_default_dtype()
-        elif stored is None and name == "task" and made.dtype != torch.bool:
+        elif stored is None and name == "task" and converted.dtype != torch.bool:
             wanted = torch.int64
-        boolean_task = name == "task" and made.dtype == torch.bool
-        if wanted is not None and torch.can_cast(made.dtype, wanted) and not boolean_task:
-            made = made.to(wanted)
-    if stored is not None and made.dtype != stored:
-        raise TypeError(f"{where}: {name} has dtype {dtype_name(made.dtype)}, wanted {dtype_name(stored)}")
-    return made
+        boolean_task = name == "task" and converted.dtype == torch.bool  # remains bool, so that a check raises
+        if wanted is not None and torch.can_cast(converted.dtype, wanted) and not boolean_task:
+            converted = converted.to(wanted)
+    if stored is not None and converted.dtype != stored:
+        raise TypeError(f"{where}: {name} has dtype {dtype_name(converted.dtype)}, wanted {dtype_name(stored)}")
+    return converted
 
 
 def check_values(where: str, name: str, values: Tensor) -> None:
@@ -94,7 +94,7 @@ def check_values(where: str, name: str, values: Tensor) -> None:
 
 
 def all_finite(values: Tensor) -> bool:
-    """Return whether all values are finite. A finite sum proves it, and the test of each value is rarely needed."""
+    """Return whether all values are finite. If their sum is finite, no test of each value is needed."""
     return math.isfinite(values.sum()) or bool(torch.isfinite(values).all())
 
 
@@ -106,7 +106,7 @@ def check_task(where: str, task: Any) -> int:
 def task_ids(
     where: str, tasks: int | Tensor | Sequence[int], device: torch.device, name: str = "exclude_task"
 ) -> Tensor:
-    """Convert ids of tasks to an int64 tensor, which has no dimension where one number was given.
+    """Convert ids of tasks to an int64 tensor; one number becomes a tensor of shape ``()``.
 
     Raises:
         TypeError: the ids are no integers.
@@ -119,7 +119,7 @@ def task_ids(
     try:
         ids = torch.as_tensor(tasks, device=device)
     except (TypeError, ValueError, RuntimeError):
-        ids = torch.zeros(1, dtype=torch.bool, device=device)
+        ids = torch.zeros(1, dtype=torch.bool, device=device)  # raises the TypeError below
     if ids.numel() and (ids.dtype == torch.bool or ids.is_floating_point() or ids.is_complex()):
         raise TypeError(f"{where}: {name} must be an integer or a list or tensor of them, got {tasks!r}")
     return ids.to(torch.int64)
@@ -127,7 +127,7 @@ def task_ids(
 
 @dataclass(frozen=True)
 class SchemaRules:
-    """The checks that a schema and the items of an add must pass.
+    """The checks of a schema, and of the values that :meth:`ExperienceBuffer.add` gets.
 
     Attributes:
         state_dim: size of the last dimension of a state or observation; None: any.
@@ -141,8 +141,8 @@ class SchemaRules:
         """Return the values with a leading dimension of items, checked against the schema.
 
         Args:
-            values: the fields of one add, each of one item or of many; a scalar holds for all items.
-            schema: the stored fields; empty at the first add, whose values then must fit the rules.
+            values: the fields that one call of ``add`` got, each of one item or of many; a scalar applies to all items.
+            schema: the stored fields. At the first add it is empty, and :meth:`check` checks the schema of the values.
 
         Raises:
             TypeError, ValueError: as :meth:`ExperienceBuffer.add`.
@@ -150,20 +150,20 @@ class SchemaRules:
         if schema:
             if values.keys() != schema.keys():
                 raise ValueError(f"{where}: {_wrong_field(values, schema)}, the buffer stores {', '.join(schema)}")
-            anchor, wanted_fields = _anchor(schema, values), schema
-            extra = values[anchor].dim() - len(schema[anchor].shape)
+            deciding, wanted_fields = _deciding_field(schema, values), schema
+            extra = values[deciding].dim() - len(schema[deciding].shape)
             if extra not in (0, 1):
-                got, one = tuple(values[anchor].shape), schema[anchor].shape
+                got, one = tuple(values[deciding].shape), schema[deciding].shape
                 many_text = ", ".join(map(str, ("n", *one)))
-                raise ValueError(f"{where}: {anchor} has shape {got}, wanted {one} or ({many_text})")
+                raise ValueError(f"{where}: {deciding} has shape {got}, wanted {one} or ({many_text})")
             many = extra == 1
         else:
             self._check_names(where, values)
             many = self._first_is_many(where, values)
             wanted_fields = _item_schema(values, many)
             self.check(where, wanted_fields)
-            anchor = _anchor(_item_schema(values, many=False), values)
-        lead = tuple(values[anchor].shape[:1]) if many else ()
+            deciding = _deciding_field(_item_schema(values, many=False), values)
+        lead = tuple(values[deciding].shape[:1]) if many else ()
         items = {}
         for name, value in values.items():
             shape = wanted_fields[name].shape
@@ -181,9 +181,9 @@ class SchemaRules:
         return items
 
     def check(self, where: str, schema: Schema) -> None:
-        """Raise TypeError or ValueError unless the fields with a meaning have their shapes and dtypes."""
+        """Raise TypeError or ValueError unless the fields with a meaning (see ``add``) have valid shapes and dtypes."""
 
-        def refuse(name: str, wanted: str) -> None:
+        def raise_shape_error(name: str, wanted: str) -> None:
             raise ValueError(f"{where}: {name} has shape {schema[name].shape} per item, wanted {wanted}")
 
         for name in schema:
@@ -191,29 +191,29 @@ class SchemaRules:
                 raise ValueError(f"{where}: a field cannot be called {name!r}")
         for name in ("state", "observation"):
             if name in schema and self.state_dim is not None and schema[name].shape[-1:] != (self.state_dim,):
-                refuse(name, f"({self.state_dim},) or (time, {self.state_dim})")
+                raise_shape_error(name, f"({self.state_dim},) or (time, {self.state_dim})")
         steps = self._steps(schema) if "state" in schema else ()
         for name in ("action", "reward"):
             if name in schema and schema[name].shape[: len(steps)] != steps:
-                refuse(name, f"one per step of state, which has shape {schema['state'].shape}")
+                raise_shape_error(name, f"one per step of state, which has shape {schema['state'].shape}")
         if "action" in schema and self.action_dim is not None:
             action = schema["action"]
             is_index = not action.dtype.is_floating_point and action.shape == steps
             if not is_index and action.shape != (*steps, self.action_dim):
-                refuse("action", str((*steps, self.action_dim)))
+                raise_shape_error("action", str((*steps, self.action_dim)))
         if "task" in schema and schema["task"].dtype != torch.int64:
             raise TypeError(f"{where}: task must be int64, got {dtype_name(schema['task'].dtype)}")
         for name in ("task", "priority"):
             if name in schema and schema[name].shape:
-                refuse(name, "() (one number)")
+                raise_shape_error(name, "() (one number)")
         if "context_embedding" in schema and len(schema["context_embedding"].shape) != 1:
-            refuse("context_embedding", "(dim,)")
+            raise_shape_error("context_embedding", "(dim,)")
         for name in ("context_embedding", "priority"):
             if name in schema and not schema[name].dtype.is_floating_point:
                 raise TypeError(f"{where}: {name} has dtype {dtype_name(schema[name].dtype)}, wanted a floating one")
 
     def _steps(self, schema: Schema) -> tuple[int, ...]:
-        """Return the time dimensions of a state that is a sequence, from ``state_dim`` or from the actions."""
+        """Return the time dimensions of ``state``, found by ``state_dim`` or the actions; () if it is no sequence."""
         state = schema["state"].shape
         if self.state_dim is not None:
             return state[:-1]
@@ -225,23 +225,25 @@ class SchemaRules:
 
     def _first_is_many(self, where: str, values: Mapping[str, Tensor]) -> bool:
         """Return whether the values of a first add are many items, by the rules of :meth:`ExperienceBuffer.add`."""
-        if "context_embedding" in values:
+        if "context_embedding" in values:  # rule 1
             return values["context_embedding"].dim() > 1
         arrays = {name: value for name, value in values.items() if value.dim()}
         vectors = {name: value for name, value in arrays.items() if value.dim() == 1}
         scalars = values.keys() - arrays.keys() - {"task", "priority"}
-        flat, equal = len(vectors) == len(arrays), len({len(value) for value in arrays.values()}) == 1
-        one, many = self._fits(where, values, False), equal and self._fits(where, values, True)
-        if not (one and many):
+        only_vectors, one_size = len(vectors) == len(arrays), len({len(value) for value in arrays.values()}) == 1
+        fits_one, fits_many = self._fits(where, values, False), one_size and self._fits(where, values, True)
+        if not (fits_one and fits_many):  # rules 2, 3 and 8, or values that fit neither and fail in check
             matrices = sum(value.dim() == 2 for value in arrays.values())
-            return many or not (flat or (one and (equal or (scalars and matrices < 2))))
-        if flat and "reward" not in vectors:
+            return fits_many or not (only_vectors or (fits_one and (one_size or (scalars and matrices < 2))))
+        if only_vectors and "reward" not in vectors:  # rule 3
             return False
-        if not flat:
-            indices = "action" in vectors and not vectors["action"].is_floating_point()
+        if not only_vectors:
+            integer_actions = "action" in vectors and not vectors["action"].is_floating_point()
             dims = max(value.dim() for value in arrays.values())
-            if not scalars or (indices and "reward" not in vectors) or (dims == 2 and "action" not in scalars):
+            # Rules 4, 5 and 6, in this order.
+            if not scalars or (integer_actions and "reward" not in vectors) or (dims == 2 and "action" not in scalars):
                 return True
+            # The exception of rule 6, and rule 7.
             if len({value.shape for value in arrays.values()}) == 1 and self.state_dim is None and dims <= 3:
                 return False
         shapes = ", ".join(f"{name} {tuple(value.shape)}" for name, value in arrays.items())
@@ -257,7 +259,7 @@ class SchemaRules:
         return True
 
     def _check_names(self, where: str, names: Collection[str]) -> None:
-        """Raise ValueError for a name that nearly equals one with a meaning, which would be lost without an error."""
+        """Raise ValueError for a name that hides an attribute, or is probably a misspelt name with a meaning."""
         wanted = ["context_embedding", "task", "priority"]
         wanted += ["state", "observation"] if self.state_dim is not None else []
         wanted += ["action"] if self.action_dim is not None else []
@@ -275,12 +277,12 @@ def _wrong_field(names: Collection[str], schema: Schema) -> str:
 
 
 def _item_schema(values: Mapping[str, Tensor], many: bool) -> Schema:
-    """Return the schema of one item; a scalar that holds for all items has no leading dimension."""
+    """Return the schema of one item; a scalar that applies to all items has no leading dimension."""
     shapes = {name: value.shape[1:] if many and value.dim() else value.shape for name, value in values.items()}
     return {name: FieldSpec(value.dtype, tuple(shapes[name])) for name, value in values.items()}
 
 
-def _anchor(schema: Schema, values: Mapping[str, Tensor]) -> str:
+def _deciding_field(schema: Schema, values: Mapping[str, Tensor]) -> str:
     """Return the field whose number of dimensions decides between one item and many: never a shared scalar."""
     for name in ("context_embedding", "state", "observation"):
         if name in schema and schema[name].shape:
@@ -289,7 +291,7 @@ def _anchor(schema: Schema, values: Mapping[str, Tensor]) -> str:
 
 
 def _resembles(name: str, meant: str) -> bool:
-    """Return whether a name differs by case, underscores, a plural or, in a long word, one letter."""
+    """Return whether ``name`` differs from ``meant`` by case, underscores, a plural or, in a long word, one letter."""
     name, meant = name.lower().replace("_", ""), meant.replace("_", "")
     if name in (meant, f"{meant}s", f"{meant[:-1]}ies"):
         return True

@@ -1,4 +1,4 @@
-"""The state of a buffer as a dict, in a file, in a directory and in a pickle."""
+"""Convert the state of a buffer to and from a dict, a file, a directory and a pickle."""
 
 from __future__ import annotations
 
@@ -30,13 +30,13 @@ def state_dict(where: str, storage: RingStorage, draws: Draws) -> dict[str, Any]
         storage.check_open(where)
         slots: Tensor | slice = slice(len(storage))
         if storage.num_slots != storage.capacity:
-            slots = storage.slots_of_ranks(torch.arange(len(storage)))
+            slots = storage.from_memory_slots(torch.arange(len(storage)))
         return {
             "capacity": storage.capacity,
             "written": storage.written,
             "cleared": storage.cleared,
             "generator": draws.generator.get_state(),
-            "stream": draws.stream,
+            "stream": draws.worker_seed,
             "fields": {name: column[slots].clone() for name, column in storage.columns.items()},
         }
 
@@ -52,9 +52,9 @@ def load_state_dict(where: str, storage: RingStorage, draws: Draws, rules: Schem
     written, cleared = (_check.integer(where, name, state[name], 0, 2**62) for name in ("written", "cleared"))
     if cleared > written or cleared % capacity:
         raise ValueError(f"{where}: cleared must be a multiple of {capacity} up to {written}, got {cleared}")
-    stream = state.get("stream")
-    if stream is not None:
-        stream = _check.integer(where, "stream", stream)
+    worker_seed = state.get("stream")
+    if worker_seed is not None:
+        worker_seed = _check.integer(where, "stream", worker_seed)
     count = min(written - cleared, capacity)
     fields: dict[str, Tensor] = state["fields"]
     _check_fields(where, fields, count, rules)
@@ -66,10 +66,10 @@ def load_state_dict(where: str, storage: RingStorage, draws: Draws, rules: Schem
     with storage.lock:
         storage.check_writable(where)
         storage.replace(storage.allocate(schema_of(fields)), written, cleared)
-        slots = storage.slots_of_ranks(torch.arange(count, device=storage.device))
+        slots = storage.from_memory_slots(torch.arange(count, device=storage.device))
         for name, value in fields.items():
             storage.columns[name][slots] = value.detach().to(storage.device)
-        draws.generator, draws.stream = generator, stream
+        draws.generator, draws.worker_seed = generator, worker_seed
         if storage.files is not None:
             storage.flush()  # replaces the old files
 
@@ -91,7 +91,7 @@ def _check_fields(where: str, fields: Mapping[str, Tensor], count: int, rules: S
 
 
 def save(path: str | os.PathLike[str], state: dict[str, Any], options: BufferOptions) -> None:
-    """Write a state to a safetensors file, atomically. ``state`` loses its tensors."""
+    """Write a state to a safetensors file, atomically. Tensors are removed from ``state``."""
     fields = state.pop("fields")
     tensors = {"generator": state.pop("generator"), **{f"field.{name}": value for name, value in fields.items()}}
     checkpoint.save(path, tensors, {**state, "options": options._asdict(), "fields": list(fields)}, kind=KIND)
@@ -108,7 +108,7 @@ def from_file(tensors: Mapping[str, Tensor], metadata: dict[str, Any]) -> tuple[
 
 
 def flush_state(draws: Draws, options: BufferOptions) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Return what a flush commits beside columns and counters."""
+    """Return generator and options, which a flush commits in addition to columns and counters."""
     return {"generator": draws.generator.get_state()}, {"options": options._asdict()}
 
 
@@ -121,7 +121,7 @@ def attach_directory(
     tensors: Mapping[str, Tensor],
     metadata: Mapping[str, Any],
 ) -> None:
-    """Give a new buffer the content of its directory, as :meth:`MemmapDirectory.load` returned it.
+    """Fill a new buffer from its directory, whose tensors and metadata :meth:`MemmapDirectory.load` returned.
 
     Raises:
         ValueError: counters, fields and files do not fit together.
@@ -147,8 +147,8 @@ def attach_directory(
 def to_pickle(state: dict[str, Any], options: dict[str, Any]) -> dict[str, Any]:
     """Return a state without tensors.
 
-    A tensor that is pickled for a spawned process shares its memory by a file, and a temporary tensor would be freed
-    before the process has started.
+    For a spawned process, torch pickles a tensor as a handle to shared memory. The tensors of a state are temporary, so
+    that their memory would be freed before the process opens the handle. Arrays are pickled with their data.
     """
     fields = {name: (value.dtype, value.shape, _to_array(value)) for name, value in state.pop("fields").items()}
     state["generator"] = state["generator"].numpy()

@@ -1,4 +1,4 @@
-"""w = p · 2^(-age / H): the weight of an item with priority p, whose age counts the items added after it."""
+"""w = p · 2^(-age / H): the weight of an item with priority p and half-life H; its age is the number of later items."""
 
 from __future__ import annotations
 
@@ -17,27 +17,27 @@ def has_weights(fields: Collection[str], age_half_life: float | None) -> bool:
     return age_half_life is not None or "priority" in fields
 
 
-def log_weights(priority: Tensor | None, number: Tensor, age_half_life: float | None) -> Tensor:
-    """Return ``log p + number · log(2) / H``, the log-weights of items up to a constant that all of them share.
+def log_weights(priority: Tensor | None, numbers: Tensor, age_half_life: float | None) -> Tensor:
+    """Return ``log p + numbers · log(2) / H``, the log-weights of items up to a constant that all of them share.
 
     Args:
         priority: floating, of any shape; None: p = 1. At least one of ``priority`` and ``age_half_life`` is given.
-        number: int64, same shape: the number of each item, counted from any origin.
+        numbers: int64, same shape: item numbers, less any origin.
         age_half_life: H; None: age does not count.
 
     Returns:
         float64, same shape.
     """
-    weights = None if priority is None else priority.double().log()  # not in place: it may be the stored column
+    weights = None if priority is None else priority.double().log()  # not in place: priority may be the stored column
     if age_half_life is not None:
-        by_age = number.double() * (math.log(2) / age_half_life)
+        by_age = numbers.double() * (math.log(2) / age_half_life)
         weights = by_age if weights is None else weights.add_(by_age)
     assert weights is not None
     return weights
 
 
 def age_cost(items: int, age_half_life: float) -> float:
-    """Return ``items · log(2) / H``: ``items`` later items lower a log-weight by it."""
+    """Return ``items · log(2) / H``, the amount by which ``items`` later items lower a log-weight."""
     return items * (math.log(2) / age_half_life)
 
 
@@ -54,7 +54,8 @@ def draw_by_weight(weights: Tensor, n: int, generator: torch.Generator) -> Tenso
     """
     total = (weights - weights.max()).exp().cumsum(0)
     point = torch.rand(n, dtype=torch.float64, generator=generator).to(weights.device) * total[-1]
-    below = total[-1].nextafter(torch.zeros_like(total[-1]))  # the product can be rounded up to the total
+    # Rounding can make point equal to the total, for which searchsorted would return an index past the end.
+    below = total[-1].nextafter(torch.zeros_like(total[-1]))
     return torch.searchsorted(total, torch.minimum(point, below), right=True)
 
 

@@ -25,25 +25,27 @@ class ExperienceBuffer:
     """A memory of the last ``capacity`` experiences, of fixed size, on one device.
 
     The first add fixes the schema (names, shapes and dtypes of the fields) and allocates the memory. Each later add
-    must have exactly these fields. When the ring is full, the oldest item is overwritten. There are ``capacity`` slots.
-    Item number s, counted from the first ever added, stands in slot ``s % slots`` with generation ``s // slots``. The
-    two name one item for good, so that :meth:`get` recognises a slot that has been overwritten.
+    must have exactly these fields. When the ring is full, the oldest item is overwritten. In memory there are
+    ``capacity`` slots. Item number s, counted from 0 in the order of adds, is stored in slot ``s % slots`` with
+    generation ``s // slots``. Slot and generation together identify one item permanently. Therefore :meth:`get` can
+    raise an error if a slot has been overwritten.
 
     *Weights.* A field ``priority`` p > 0, an ``age_half_life`` H, or both give each item the weight
     ``w = p · 2^(-age / H)``. The age is the number of items added since. The logarithm is a bias of every search:
-    ``distance = ‖q − key‖² − log w``, or ``1 − cosine − log w``, in the dtype of the embeddings. An item with e times
-    the weight may thus be one unit of distance farther away. Draws can follow the weights (:meth:`get_batch`).
+    ``distance = ‖q − key‖² − log w``, or ``1 − cosine − log w``, in the dtype of the embeddings. A weight that is e
+    times larger thus offsets one unit of distance. :meth:`get_batch` can draw in proportion to the weights.
 
     *On disk.* With ``directory`` the fields are memory-mapped files there, for memories larger than RAM. All items
-    added before the last :meth:`flush` survive a crash bit by bit, and :meth:`open` continues from them. No item of the
-    last flush is overwritten before the next one, because there are more slots than capacity: an eighth more, at least
-    1024. The buffer flushes by itself whenever these spare slots are used up.
+    added before the last :meth:`flush` survive a crash bit for bit, and :meth:`open` continues from them. Items added
+    since are stored in spare slots, so that no item of the last flush is overwritten before the next one. There are
+    ``max(1024, capacity // 8)`` spare slots. The buffer flushes itself whenever too few of them are free.
 
-    *Threads and processes.* Several threads may read and write; each call sees one state, and a process is forked
-    between two calls. A DataLoader worker has its own stream of draws, from the worker's seed and the buffer's seed. So
-    workers and epochs differ, and the DataLoader's ``generator`` repeats them. Any other copy of a buffer (pickle,
-    deepcopy, fork) draws what the original draws. A forked process can read a buffer on disk and cannot write to it. It
-    shares the files, so the parent must not write meanwhile.
+    *Threads and processes.* Several threads may read and write; each call sees one state, and a fork waits until calls
+    in other threads have returned. A DataLoader worker draws by its own generator, seeded by the worker's seed and the
+    buffer's seed. So draws differ between workers and epochs, and the same ``generator`` of the DataLoader reproduces
+    them. Any other copy of a buffer (pickle, deepcopy, fork) draws the same items as the original. A forked process can
+    read a buffer on disk and cannot write to it. Both processes share the files, so the parent must not write while a
+    forked process reads.
 
     Args:
         capacity: largest number of items.
@@ -51,12 +53,12 @@ class ExperienceBuffer:
         action_dim: size of the last dimension of an action, checked; None: any. An integer action may also be one
             index per step, without that dimension.
         device: device of the data; tensors that are added or searched with must be there too.
-        seed: of the draws of :meth:`get_batch`; None: drawn from torch's global generator.
+        seed: seed of the draws of :meth:`get_batch`; None: drawn from torch's global generator.
         metric: compares context embeddings: ``"sqeuclidean"`` (squared distance) or ``"cosine"`` (1 - cosine
             similarity).
         age_half_life: number of later items that halve the weight of an item; None: age does not count.
-        directory: where the memory-mapped files go, a directory that holds no buffer yet. It is created if need be, and
-            the space is taken at the first add. None: the data live in memory.
+        directory: directory of the memory-mapped files, which must not hold a buffer yet. It is created if it does not
+            exist, and disk space is allocated at the first add. None: the data are in memory.
 
     Raises:
         TypeError, ValueError: an argument is out of its range.
@@ -116,7 +118,7 @@ class ExperienceBuffer:
         self._draws = Draws(seed)
         self._rules = _schema.SchemaRules(self.state_dim, self.action_dim)
         flush_state = partial(_serialization.flush_state, self._draws, options)
-        self.storage = RingStorage(self.capacity, self.device, files, flush_state)  # interface of this package only
+        self.storage = RingStorage(self.capacity, self.device, files, flush_state)  # not public: for eaml_ext only
         self._index = KeyIndex(self.storage, metric, self.age_half_life)
         if files is not None:
             self.storage.flush()
@@ -130,38 +132,39 @@ class ExperienceBuffer:
         be a sequence ``(time, state_dim)`` with the action ``(time, action_dim)``, the reward ``(time,)`` and one
         context embedding.
 
-        *One or many.* In many items every field has the same leading size, and a scalar (``task=3``) holds for all.
+        *One or many.* In many items every field has the same leading size, and a scalar (``task=3``) applies to all.
         After the first add the schema decides. At the first add the first of these rules that applies decides:
 
         1. A ``context_embedding`` vector means one item, a matrix means one item per row.
-        2. If ``state_dim``, ``action_dim``, ``task`` or ``priority`` excludes one reading, the other one holds.
-        3. Scalars and vectors alone mean one item.
+        2. If ``state_dim``, ``action_dim``, ``task`` or ``priority`` fit only one item, or only many, they decide.
+        3. Scalars and vectors alone mean one item. A ``reward`` vector among vectors of one size is ambiguous.
         4. Arrays of one leading size mean many items, if no scalar except ``task`` and ``priority`` is beside them. A
            single image alone is therefore added as ``image[None]``.
-        5. Matrices of one leading size, with vectors of that size or without, mean many items, and a scalar
-           (``reward=0.0``) holds for all of them. The exception is a scalar ``action``: one step has one action, so
+        5. Arrays and a vector of integer actions, all of one leading size, mean many items, if no ``reward`` vector is
+           beside them.
+        6. Matrices of one leading size, with vectors of that size or without, mean many items, and a scalar
+           (``reward=0.0``) applies to all of them. The exception is a scalar ``action``: one step has one action, so
            matrices of one shape beside it mean one item.
-        6. Arrays of three dimensions and one shape beside a scalar mean one item, such as an image; so do arrays of
-           different leading sizes, unless two of them are matrices. A vector of integer actions as long as all arrays
-           means many items.
+        7. Arrays of three dimensions and one shape beside a scalar mean one item, such as an image.
+        8. Arrays of different leading sizes beside a scalar mean one item, unless two of them are matrices.
 
-        Other shapes, for instance four dimensions beside a scalar, are ambiguous and refused. A leading dimension in
-        every array, 1 for one item, avoids that.
+        Other shapes, for instance four dimensions beside a scalar, raise a ValueError. To avoid it, give every array a
+        leading dimension, which is 1 for one item.
 
         Values are tensors of exactly the stored dtype, on the buffer's device, or numbers, lists and arrays, which are
-        converted. At the first add floating ones become torch's default dtype, rewards and priorities always, and
-        integers of ``task`` int64. Values are copied, without their graph. If a batch is larger than the capacity,
-        its last ``capacity`` items are stored.
+        converted. At the first add, converted floating values, rewards and priorities become torch's default dtype, and
+        converted integers of ``task`` become int64. Values are copied, without their autograd graph. If a batch is
+        larger than the capacity, its last ``capacity`` items are stored.
 
         Args:
-            observation, target: the two fields of these names, by position.
+            observation, target: the values of these two fields, by position.
             fields: name to value, ``(*item shape)`` for one item, ``(n, *item shape)`` for many.
 
         Raises:
             TypeError: a value is no tensor, or of another dtype.
-            ValueError: a field is missing or unknown, has another shape or device, or has a name that is nearly that
-                of a field with a meaning (``tasks``). Or an embedding is not finite, a priority is not positive, the
-                first add can be one item or many, or the buffer is closed.
+            ValueError: a field is missing or unknown, has another shape or device, or has a name that resembles one
+                with a meaning (``tasks``). Or an embedding is not finite, a priority is not positive, the first add can
+                be one item or many, or the buffer is closed.
             In both cases nothing has been modified.
 
         >>> import torch
@@ -190,7 +193,7 @@ class ExperienceBuffer:
             storage.write(self._rules.items(where, values, schema))
 
     def clear(self) -> None:
-        """Drop all items, on disk at once. Schema and memory stay, and all earlier indices are stale."""
+        """Drop all items, and flush if on disk. Schema and memory remain, and all earlier indices are stale."""
         with self.storage.lock:
             self.storage.check_writable("ExperienceBuffer.clear")
             self.storage.clear()
@@ -242,14 +245,14 @@ class ExperienceBuffer:
 
         Args:
             query_embedding: ``(dim,)``, or ``(queries, dim)`` for several at once, in the embeddings' dtype, finite.
-            k: number of items; fewer are returned when fewer are stored or left.
+            k: number of items; fewer are returned if fewer live items are left to search.
             exclude_task: id of a task, or several, whose experiences are left out.
             among: ``(n,)``, int64: the slots to search, each at most once. Slots that are not live are ignored.
                 None: all.
 
         Returns:
-            Experiences of ``min(k, candidates)`` items, perhaps none. Their ``distances``, less the log-weights of a
-            buffer that has weights, are differentiable with respect to the query.
+            Experiences of ``min(k, candidates)`` items, perhaps none. Log-weights, if the buffer has weights, have been
+            subtracted from ``distances``, which are differentiable with respect to the query.
 
         Raises:
             ValueError: the buffer is empty or stores no context_embedding (no task, with ``exclude_task``), or an
@@ -266,12 +269,12 @@ class ExperienceBuffer:
             return self._index.retrieve("ExperienceBuffer.retrieve", query_embedding, k, exclude_task, among)
 
     def get_batch(self, n: int, *, weighted: bool = False) -> Experiences:
-        """Draw ``n`` experiences at random, with replacement, by the buffer's own generator.
+        """Draw ``n`` experiences at random, with replacement, by the buffer's own random generator.
 
         Args:
             n: number of items.
-            weighted: draw in proportion to the items' weights (priority and age; a pass over all of them) instead of
-                uniformly.
+            weighted: draw in proportion to the items' weights (priority and age) instead of uniformly. Each call then
+                takes time in proportion to the number of stored items.
 
         Raises:
             ValueError: the buffer is empty or has no weights to draw by, or ``n`` is not positive.
@@ -285,11 +288,11 @@ class ExperienceBuffer:
             if weighted and not has_weights(storage.columns, self.age_half_life):
                 raise ValueError(f"{where}: weighted draws need a field priority or an age_half_life, there is neither")
             if weighted:
-                slots = storage.slots_of_ranks(torch.arange(len(storage), device=self.device))
-                weights = self._index.log_weights(slots, storage.numbers(slots), storage.written)
+                slots = storage.from_memory_slots(torch.arange(len(storage), device=self.device))
+                weights = self._index.log_weights(slots, storage.item_numbers(slots), storage.written)
                 return storage.gather(slots[draw_by_weight(weights, n, self._draws.current())])
-            ranks = torch.randint(len(storage), (n,), generator=self._draws.current()).to(self.device)
-            return storage.gather(storage.slots_of_ranks(ranks))
+            slots = torch.randint(len(storage), (n,), generator=self._draws.current()).to(self.device)
+            return storage.gather(storage.from_memory_slots(slots))
 
     def get(self, indices: Tensor, generations: Tensor | None = None) -> Experiences:
         """Return the experiences in the slots ``indices``.
@@ -358,7 +361,7 @@ class ExperienceBuffer:
         return f"ExperienceBuffer({count} of {self.capacity}{fields}{options})"
 
     def flush(self) -> None:
-        """Write items and generator of a buffer on disk to the disk. Both then survive a crash.
+        """Write unwritten items and the generator of a buffer on disk, so that both survive a crash.
 
         Raises:
             ValueError: the buffer lives in memory (``save`` writes it to a file), or is closed.
@@ -371,7 +374,7 @@ class ExperienceBuffer:
             self.storage.flush()
 
     def close(self) -> None:
-        """Flush a buffer on disk and close its files. The buffer then is empty, and refuses items.
+        """Flush a buffer on disk and close its files. Afterwards it is empty, and :meth:`add` raises a ValueError.
 
         In a forked process it closes the files of that process and flushes nothing.
         """
@@ -381,7 +384,7 @@ class ExperienceBuffer:
 
     @classmethod
     def open(cls, directory: str | os.PathLike[str]) -> ExperienceBuffer:
-        """Return the buffer that was made with this ``directory``, as at its last flush. Opening never runs code.
+        """Return the buffer that was made with this ``directory``, as of its last flush. No code in files is executed.
 
         Raises:
             FileNotFoundError: there is no buffer.
@@ -403,16 +406,17 @@ class ExperienceBuffer:
         return buffer
 
     def state_dict(self) -> dict[str, Any]:
-        """Return copies of items, counters and generator: all that later answers depend on."""
+        """Return copies of items, counters and generator, which determine the results of all later calls."""
         return _serialization.state_dict("ExperienceBuffer.state_dict", self.storage, self._draws)
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take over what :meth:`state_dict` returned. The buffer then answers as that one did.
+        """Load a state that :meth:`state_dict` returned. Later calls return the same as on the saved buffer.
 
         Raises:
             ValueError: the capacity differs, an entry is missing, or the fields do not fit together or with
-                ``state_dim`` and ``action_dim``, or hold values that :meth:`add` refuses. Nothing has been modified.
-            TypeError: a counter is no integer, or a field no tensor. Nothing has been modified.
+                ``state_dim`` and ``action_dim``, or hold values that are invalid in :meth:`add`.
+            TypeError: a counter is no integer, or a field no tensor.
+            In both cases nothing has been modified.
         """
         where = "ExperienceBuffer.load_state_dict"
         with self.storage.lock:
@@ -420,12 +424,12 @@ class ExperienceBuffer:
             self._index.reset()
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Write the buffer to a file (safetensors), atomically. A buffer on disk is copied through memory."""
+        """Write the buffer to a file (safetensors), atomically. A buffer on disk is copied to memory first."""
         _serialization.save(path, self.state_dict(), BufferOptions.of(self))
 
     @classmethod
     def load(cls, path: str | os.PathLike[str], device: torch.device | str = "cpu") -> ExperienceBuffer:
-        """Return the buffer that :meth:`save` wrote, in memory, on ``device``. Loading never runs code.
+        """Return the buffer that :meth:`save` wrote, in memory, on ``device``. No code in the file is executed.
 
         Raises:
             FileNotFoundError: there is no such file.

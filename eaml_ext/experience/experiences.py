@@ -11,7 +11,7 @@ from torch import Tensor
 
 from eaml_ext import _check
 
-# A stored field, several to be concatenated, or a function of the experiences.
+# The name of a stored field, names of fields to concatenate, or a function of the experiences.
 Selector = str | Sequence[str] | Callable[["Experiences"], Tensor]
 
 
@@ -24,9 +24,9 @@ class Experiences:
         fields: name to tensor ``(n, *item shape)``, in the dtypes stored; ``(queries, n, ...)`` after a search with
             several queries, where ``experiences[i]`` are those of query i.
         indices: int64 ``(n,)``, the slots of the items.
-        generations: int64 ``(n,)``, the number of times each slot had been reused. An index and a generation name one
-            item for good.
-        distances: ``(n,)``, ascending, after a search (less the log-weights of a buffer that has weights); else None.
+        generations: int64 ``(n,)``, the number of times each slot had been reused. An index and a generation together
+            identify one item permanently.
+        distances: ``(n,)``, ascending, after a search; if the buffer has weights, minus the log-weights. Else None.
 
     >>> import torch
     >>> from eaml_ext.experience import ExperienceBuffer
@@ -79,8 +79,8 @@ class Experiences:
         Args:
             states: a selector, which is the name of a stored field, several names, or a function of the experiences
                 that returns a tensor. Several fields are concatenated along the last dimension in the dtype of the
-                first; one with one dimension fewer, such as a discrete action, is one column. Default: ``state``, or
-                ``observation`` if items were added as ``(observation, target)``.
+                first. A field with one dimension fewer, such as a discrete action, becomes one column. Default:
+                ``state``, or ``observation`` if items were added as ``(observation, target)``.
             targets: a selector. Default: ``next_state``, or ``target``.
 
         Raises:
@@ -110,7 +110,7 @@ class Experiences:
         """Return the mean of ``values`` over the items, weighted by :meth:`attention`: ``(*item shape)``.
 
         After a search with several queries the shape is ``(queries, *item shape)``. The mean is differentiable with
-        respect to the query. Without items it is 0.
+        respect to the query. If there are no items, it is 0.
 
         Args:
             values: a selector of floating values, as in :meth:`batch`.
@@ -129,7 +129,7 @@ class Experiences:
         >>> buffer.add(value=torch.tensor([1.0, 3.0, 100.0]), context_embedding=torch.tensor([[-1.0], [1.0], [50.0]]))
         >>> query = torch.zeros(1, requires_grad=True)
         >>> read = buffer.retrieve(query, k=2).read("value")
-        >>> read.item(), torch.autograd.grad(read, query)[0].item()  # the item of value 3 is on the right
+        >>> read.item(), torch.autograd.grad(read, query)[0].item()  # a larger query is nearer to the item of value 3
         (2.0, 2.0)
         """
         weights = self.attention(temperature)
@@ -161,8 +161,8 @@ class Experiences:
         if len(names) == 1:
             return self.fields[names[0]]
         parts = [self.fields[name] for name in names]
-        width = max(part.dim() for part in parts)
-        parts = [(part if part.dim() == width else part.unsqueeze(-1)).to(parts[0].dtype) for part in parts]
+        max_dim = max(part.dim() for part in parts)
+        parts = [(part if part.dim() == max_dim else part.unsqueeze(-1)).to(parts[0].dtype) for part in parts]
         if any(part.shape[:-1] != parts[0].shape[:-1] for part in parts):
             shapes = ", ".join(f"{name} {tuple(self.fields[name].shape)}" for name in names)
             raise ValueError(f"{where} cannot be concatenated along the last dimension: {shapes}")

@@ -15,8 +15,8 @@ from eaml_ext.experience._ring import RingStorage
 from eaml_ext.experience.buffer import ExperienceBuffer
 
 _NITER = 8  # iterations of k-means
-_POINTS_PER_CENTROID = 32  # size of its sample
-_MAX_UNASSIGNED = 0.1  # share of the memory that may be in no list
+_POINTS_PER_CENTROID = 32  # k-means runs on a sample of this many embeddings per centroid
+_MAX_UNASSIGNED = 0.1  # fraction of the items that may be in no list
 
 
 @dataclass
@@ -26,17 +26,17 @@ class _InvertedLists:
     keys: weakref.ref[Tensor]  # the buffer's embeddings; another tensor means that its content was replaced
     centroids: Tensor  # (nlist, dim), the coarse quantizer
     list_ids: Tensor  # (num_slots,), the list of the item in each slot
-    trained: int  # items numbered from here on were added after the training
-    num_items: int  # at the training
+    trained_until: int  # items with this number or a larger one were added after the training
+    num_trained: int  # number of items at the training
     slots: Tensor = field(init=False)
     offsets: Tensor = field(init=False)
-    assigned: int = field(init=False)  # items numbered from here on are in no list
+    assigned_until: int = field(init=False)  # items with this number or a larger one are in no list
 
 
 class InvertedFile:
-    """Candidates for a search in any buffer. Lists are made at its first search and then kept up to date.
+    """Returns candidates for a search. The first search of a buffer makes its lists, and later ones update them.
 
-    Each buffer has its own lists, which live as long as the buffer and are guarded by its lock. Copies and pickles
+    Each buffer has its own lists, which are freed with the buffer and guarded by its lock. Copies and pickles
     start without lists. See ``retrieval.ivf`` for the arguments.
     """
 
@@ -59,32 +59,36 @@ class InvertedFile:
         """
         storage = buffer.storage
         with storage.lock:
-            lists = self._updated(buffer)
+            lists = self._updated_lists(buffer)
             points = _points(queries.detach().reshape(-1, queries.shape[-1]), buffer.metric)
             probed = _assign(points, lists.centroids, buffer.metric, self._nprobe).unique()
             bounds = zip(lists.offsets[probed].tolist(), lists.offsets[probed + 1].tolist(), strict=True)
             listed = torch.cat([lists.slots[start:stop] for start, stop in bounds])
-            unassigned = storage.slots_since(lists.assigned)
+            unassigned = storage.slots_since(lists.assigned_until)
             if not len(unassigned):
                 return listed
-            # Items added since the last assignment occupy the slots that follow its last slot around the ring.
-            overwritten = (listed - lists.assigned) % storage.num_slots < storage.written - lists.assigned
+            # Items added since the last assignment have overwritten the slots from assigned_until % num_slots on.
+            added = storage.written - lists.assigned_until
+            overwritten = (listed - lists.assigned_until) % storage.num_slots < added
             return torch.cat([listed[~overwritten], unassigned])
 
-    def _updated(self, buffer: ExperienceBuffer) -> _InvertedLists:
-        """Return the buffer's lists, trained again if they have gone stale, with few items in no list."""
+    def _updated_lists(self, buffer: ExperienceBuffer) -> _InvertedLists:
+        """Return the buffer's lists, with at most the fraction ``_MAX_UNASSIGNED`` of its items in no list.
+
+        Centroids are trained again if all items of the last training are gone, or the number of items has doubled.
+        """
         storage = buffer.storage
         storage.column("retrieval.ivf", "context_embedding")
         lists = self._lists.get(buffer)
         replaced = lists is None or lists.keys() is not storage.columns["context_embedding"]
-        if lists is None or replaced or storage.first >= lists.trained or len(storage) > 2 * lists.num_items:
+        if lists is None or replaced or storage.first >= lists.trained_until or len(storage) > 2 * lists.num_trained:
             lists = self._lists[buffer] = self._train(storage, buffer.metric)
-        elif storage.written - lists.assigned > max(1, int(_MAX_UNASSIGNED * len(storage))):
-            _add(lists, storage, storage.slots_since(lists.assigned), buffer.metric)
+        elif storage.written - lists.assigned_until > max(1, int(_MAX_UNASSIGNED * len(storage))):
+            _add(lists, storage, storage.slots_since(lists.assigned_until), buffer.metric)
         return lists
 
     def _train(self, storage: RingStorage, metric: str) -> _InvertedLists:
-        """Make lists by k-means (Lloyd 1982) on a sample. A list without points restarts at one of them."""
+        """Make lists by k-means (Lloyd 1982) on a sample. The centroid of an empty list moves to a random point."""
         keys, slots = storage.columns["context_embedding"], storage.slots_since(0)
         nlist = min(self._nlist or math.ceil(math.sqrt(self._nprobe * len(slots))), len(slots))
         generator = torch.Generator().manual_seed(derive_seed(self._seed, Purpose.CENTROIDS))
@@ -113,11 +117,11 @@ def _add(lists: _InvertedLists, storage: RingStorage, slots: Tensor, metric: str
     ids, order = lists.list_ids[live].sort(stable=True)
     lists.slots = live[order]
     lists.offsets = torch.searchsorted(ids, torch.arange(len(lists.centroids) + 1, device=ids.device))
-    lists.assigned = storage.written
+    lists.assigned_until = storage.written
 
 
 def _assign(points: Tensor, centroids: Tensor, metric: str, nprobe: int = 1) -> Tensor:
-    """Return the lists nearest to each point, int64 ``(points, nprobe)``, at most all lists."""
+    """Return the lists nearest to each point, int64 ``(points, min(nprobe, nlist))``."""
     from eaml_ext.ops import knn  # here, because importing the ops takes seconds
 
     return knn(points, centroids, min(nprobe, len(centroids)), metric=metric).indices

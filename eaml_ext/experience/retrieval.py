@@ -1,14 +1,14 @@
 """Strategies that choose the experience to adapt on: each returns a ``retriever(buffer, batch) -> dict | None``.
 
 A retriever receives the buffer and the Adapter's batch, and returns ``{"states", "targets"}``, or None if it finds no
-items. With ``"weights"`` ``(n,)`` too, the items count in that proportion. The arguments ``states`` and ``targets`` of
-the strategies go to ``Experiences.batch``. All but ``uniform`` leave out experiences of ``batch["task"]``, if it is
-given. A retriever returns one state of the buffer, whatever other threads write meanwhile. It can be pickled if its
-selectors can.
+items. An optional entry ``"weights"``, of shape ``(n,)``, weights the losses of the items. The arguments ``states`` and
+``targets`` of the strategies are passed to ``Experiences.batch``. All strategies but ``uniform`` leave out experiences
+of ``batch["task"]``, if it is given. The items come from one state of the buffer, even if other threads write to it at
+the same time. A retriever can be pickled if its selectors can.
 
 When each helps:
 
-- ``uniform``: all experience is of one kind. It is also the control variant.
+- ``uniform``: all experience is of one task. It is also the baseline of the other strategies.
 - ``nearest``: the context embedding separates tasks.
 - ``attention``: the embedding separates tasks, but the number of relevant items differs from query to query.
 - ``ivf``: the embedding separates tasks, but the memory is so large that an exact search takes too long.
@@ -37,8 +37,8 @@ def uniform(
 ) -> Retriever:
     """Return a retriever of ``n`` random experiences.
 
-    It helps when past and present data have one distribution: one task, few data at a time. If tasks differ, it tends
-    to hurt, which makes it the control variant.
+    It helps when past and present data have one distribution: one task, and few data in each batch. If tasks differ, it
+    tends to hurt, and is the baseline for the other strategies.
 
     Args:
         n: number of experiences.
@@ -116,10 +116,10 @@ def attention(
     It helps when the number of relevant items differs from query to query: ``k`` may then be large, because far items
     have no weight.
 
-    The retriever returns pairs with weights, by which the Adapter weighs their losses, and not one averaged pair. The
-    mean of states with the mean of their targets is no sample of any task, unless the tasks are linear.
-    :meth:`Experiences.read` is that mean. The weights are differentiable with respect to
-    ``batch["context_embedding"]``, so that an embedding can be trained through them.
+    The retriever returns pairs and their weights, by which the Adapter weights the losses of the pairs. It
+    does not average the pairs as :meth:`Experiences.read` does: unless tasks are linear, a mean state and a mean target
+    are no sample of any task. The weights are differentiable with respect to ``batch["context_embedding"]``, so that an
+    embedding can be trained through them.
 
     Args:
         k: number of experiences.
@@ -144,22 +144,22 @@ class ivf:
 
     k-means divides the embeddings into inverted lists, one around each centroid of the coarse quantizer. A search
     compares the query with the centroids, and then exactly with the items of the nearest lists. It helps when the
-    memory is large: with the default ``nlist`` one search compares about ``2 · sqrt(nprobe · n)`` of n embeddings. It
-    misses neighbours in other lists; :meth:`recall` measures their share. All of the memory is searched if the probed
-    lists hold fewer than ``k`` candidates, or more than a quarter of it.
+    memory is large: with the default ``nlist`` one search computes about ``2 · sqrt(nprobe · n)`` distances, not n. It
+    misses neighbours in other lists; :meth:`recall` measures the fraction that it finds. All items are searched if the
+    probed lists hold fewer than ``k`` candidates, or more than a quarter of the items.
 
-    Items added after the lists were made are all searched, until they are a tenth of the memory and are assigned to
-    lists too. When all items have been replaced, or their number has doubled, k-means runs again, and that search
-    takes long.
+    Each search includes all items added since the last assignment to lists. When these exceed a tenth of all items,
+    the next search assigns them. When all items have been replaced, or their number has doubled, the next search runs
+    k-means again, which takes longer.
 
-    Each buffer that is searched has its own lists, which live as long as the buffer. They depend on ``seed`` and the
-    stored items alone, also in a DataLoader worker. A copied or pickled retriever makes new lists at its first search.
+    Each buffer has its own lists, which are freed with the buffer. They depend on ``seed`` and the stored items alone,
+    and not on the DataLoader worker. A copied or pickled retriever makes new lists at its first search.
 
     Args:
         k: number of experiences.
         nprobe: number of lists searched for each query; None: all, which is exact and equals ``nearest``.
-        nlist: number of lists; None: ``sqrt(nprobe · n)``, which balances the two comparisons.
-        seed: of k-means' first centroids.
+        nlist: number of lists; None: ``sqrt(nprobe · n)``, for equal numbers of centroids and items per search.
+        seed: seed of the k-means sample and centroids.
         states, targets: arguments of ``Experiences.batch``.
 
     Source: inverted files, Jégou et al., "Product quantization for nearest neighbor search", 2011, section IV.
@@ -206,8 +206,8 @@ class ivf:
     def search(self, buffer: ExperienceBuffer, query_embedding: Tensor, exclude_task: Any = None) -> Experiences:
         """Return the ``k`` nearest experiences in the probed lists, nearest first.
 
-        Several queries share the lists that any of them probes. If these hold more than a quarter of the memory, all
-        of it is searched, which is faster then.
+        Each of several queries is compared with the items of all lists that any of them probes. If these lists hold
+        more than a quarter of all items, all items are searched, which is then faster.
 
         Args:
             query_embedding: ``(dim,)``, or ``(queries, dim)`` for several at once, in the embeddings' dtype, finite.
@@ -226,7 +226,7 @@ class ivf:
             return buffer.retrieve(query_embedding, self.k, exclude_task)
 
     def recall(self, buffer: ExperienceBuffer, queries: Tensor) -> float:
-        """Return the share of the ``k`` nearest experiences that :meth:`search` finds, each query by itself.
+        """Return the fraction of the ``k`` nearest experiences that :meth:`search` finds, with one search per query.
 
         Args:
             queries: ``(n, dim)``, in the embeddings' dtype, with the distribution of later queries.
@@ -258,9 +258,9 @@ def best_fit(
 
     Args:
         score_fn: ``(buffer, tasks, batch) -> (len(tasks),)``, floating: for each task, the loss on the batch of a model
-            adapted to it. ``tasks`` is int64 ``(n,)``, ids. The smallest finite losses win.
-            ``eaml_ext.meta.AdaptedTaskModels`` has such a function. Other threads may overwrite tasks while it runs:
-            those are left out. After a ValueError because of them it is called again with the remaining tasks.
+            adapted to it. ``tasks`` is int64 ``(n,)``, ids. Tasks with the smallest finite losses are chosen.
+            ``eaml_ext.meta.AdaptedTaskModels.score`` is such a function. Tasks that other threads overwrite while it
+            runs are left out. If it raises a ValueError and tasks were overwritten, it is called again without them.
         num_tasks: number of tasks.
         states, targets: arguments of ``Experiences.batch``.
 
@@ -298,10 +298,10 @@ def _best_fit(
         if own is not None and len(tasks):
             own = own.to(tasks.device) if isinstance(own, Tensor) else own
             tasks = tasks[~torch.isin(tasks, task_ids(where, own, tasks.device, "the task of the batch"))]
-    while True:  # each round has fewer tasks
+    while True:  # ends, because each iteration has fewer tasks
         if not len(tasks):
             return None
-        try:  # without the lock, because score_fn may start threads that read buffers, or wait for a fork
+        try:  # the lock is not held, because score_fn may wait for threads that read the buffer, or for a fork
             scores = score_fn(buffer, tasks, batch)
             break
         except ValueError:

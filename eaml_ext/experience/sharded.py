@@ -1,4 +1,4 @@
-"""An ExperienceBuffer in shards, one on each rank: each rank writes to its own, and a search covers all."""
+"""An ExperienceBuffer with one shard on each rank: a rank writes to its own shard, and a search covers all shards."""
 
 from __future__ import annotations
 
@@ -23,11 +23,11 @@ from eaml_ext.experience.buffer import ExperienceBuffer
 from eaml_ext.experience.experiences import Experiences
 
 _KIND = "ShardedExperienceBuffer"
-_FAILED, _SCHEMA, _WRITTEN, _LIVE, _QUERIES, _K, _EXCLUDED = range(7)  # columns of the numbers that ranks exchange
+_FAILED, _SCHEMA, _WRITTEN, _LIVE, _QUERIES, _K, _EXCLUDED = range(7)  # columns of ``states``
 
 
 class _Request(NamedTuple):
-    """The search of one rank."""
+    """The arguments of one rank's search."""
 
     queries: Tensor  # (queries, dim)
     k: int
@@ -38,28 +38,29 @@ class ShardedExperienceBuffer:
     """A memory of ``capacity`` experiences over the ranks of a group, searched as one.
 
     :meth:`add` writes to this rank's shard, a ring of ``capacity / size`` items, and sends nothing. :meth:`retrieve`
-    is collective: all ranks call it, each with queries of its own. The queries go to all ranks, and each searches its
-    shard exactly. Its k candidates are sent back with their fields and merged.
+    is collective: all ranks call it, each with its own queries. The queries are sent to all ranks, and each rank
+    searches its shard exactly. The k candidates of each shard are sent back with their fields and merged.
 
-    *One big buffer.* Item s of rank r is item ``s * size + r`` of all: items of the ranks are interleaved, whenever
-    they are added. Its index, by which ties are ordered, is ``slot * size + r``. Index and generation are those in one
-    ExperienceBuffer of the whole capacity. So while all ranks have added the same number of items, a search finds the
-    same items with the same bits as in that buffer. This includes ties, overwriting, priorities and age.
+    *Equal to one buffer.* Item s of rank r has the number ``s * size + r`` among the items of all ranks, whenever it is
+    added. Its index is ``slot * size + r``. Number, index and generation are those of the item in one ExperienceBuffer
+    of the whole capacity. While all ranks have added the same number of items, a search therefore returns the same
+    items and distances, bit for bit, as that buffer. This includes ties, overwriting, priorities and age.
 
-    With different numbers of items, a rank's ring drops that rank's oldest. A search then equals one in a buffer with
-    all live items in the order of their indices. With ``age_half_life`` the age of an item is the number of items
-    between it and the newest of all ranks. The rounding of weights depends on the counters of each rank.
+    If ranks have added different numbers of items, each shard drops its own oldest item when it is full. A search then
+    equals a search of one buffer that holds all live items in the order of their indices. With ``age_half_life`` the
+    age of an item is the difference between its number and the largest number. Log-weights may then differ in their
+    last bits.
 
-    *Tasks* have the same ids on all ranks: ``exclude_task=3`` leaves out task 3 of all shards.
+    *Tasks* have the same ids on all ranks: ``exclude_task=3`` leaves out the items of task 3 in all shards.
 
-    The first add on any rank fixes the schema of all. A rank that has added nothing receives it at the next search.
-    Calls that are not collective may come from several threads, collective ones from one.
+    The first add on any rank fixes the schema of all ranks. A rank that has added nothing receives it at the next
+    search. Several threads may call other methods, but only one may call :meth:`retrieve`, which is collective.
 
     Args:
         capacity: largest number of items over all ranks, a multiple of their number.
         group: the ranks.
-        directory: for a memory on disk: each rank's files go to ``directory/rank-<rank>-of-<size>``. A ring on disk has
-            spare slots (see ExperienceBuffer), so that items at equal distances may have another order.
+        directory: for shards on disk: the files of each rank are in ``directory/rank-<rank>-of-<size>``. A ring on disk
+            has spare slots (see ExperienceBuffer), so that items at equal distances may have another order.
         state_dim, action_dim, device, seed, metric, age_half_life: as of :class:`ExperienceBuffer`; ``age_half_life``
             counts the items of all ranks. All but ``device`` and ``seed`` are equal on all ranks.
 
@@ -92,26 +93,26 @@ class ShardedExperienceBuffer:
         directory: str | os.PathLike[str] | None = None,
     ):
         where = "ShardedExperienceBuffer"
-        self._join(where, group)
+        self._set_group(where, group)
         capacity = _check.positive(where, "capacity", capacity, integer=True)
         if capacity % group.size:
             raise ValueError(f"{where}: capacity must be a multiple of the {group.size} ranks, got {capacity}")
         options: dict[str, Any] = {"metric": metric, "age_half_life": age_half_life, "device": device, "seed": seed}
         if directory is not None:
-            options["directory"] = self._folder(where, directory)
-        self._own(ExperienceBuffer(capacity // group.size, state_dim, action_dim, **options))
+            options["directory"] = self._shard_path(where, directory)
+        self._set_local(ExperienceBuffer(capacity // group.size, state_dim, action_dim, **options))
 
-    def _join(self, where: str, group: Any) -> None:
+    def _set_group(self, where: str, group: Any) -> None:
         if not isinstance(group, Group):
             raise TypeError(f"{where}: group must be an eaml_ext.distributed.Group, got {type(group).__name__}")
         self.group = group
 
-    def _own(self, local: ExperienceBuffer) -> None:
-        """Take over a buffer that has not been searched yet as this rank's shard."""
+    def _set_local(self, local: ExperienceBuffer) -> None:
+        """Set this rank's shard, which must not have been searched: log-weights depend on the stride set here."""
         self.local = local
         local.storage.stride, local.storage.offset = self.group.size, self.group.rank
 
-    def _folder(self, where: str, directory: Any) -> Path:
+    def _shard_path(self, where: str, directory: Any) -> Path:
         if not isinstance(directory, (str, os.PathLike)):
             raise TypeError(f"{where}: directory must be a path, got {type(directory).__name__}")
         return Path(directory) / f"rank-{self.group.rank}-of-{self.group.size}"
@@ -135,44 +136,45 @@ class ShardedExperienceBuffer:
     ) -> Experiences:
         """Return the ``k`` experiences of all shards with the context embeddings most similar to the query.
 
-        Collective. Each rank may have another number of queries (also none, shape ``(0, dim)``), another k, and other
-        tasks to leave out, and receives the items for its own queries, nearest first.
+        Collective. Ranks may differ in the number of queries (none: shape ``(0, dim)``), in k and in ``exclude_task``.
+        Each rank receives the items for its own queries, nearest first.
 
         Args:
             query_embedding: ``(dim,)``, or ``(queries, dim)`` for several at once, in the embeddings' dtype, finite.
-            k: number of items; fewer are returned when fewer are stored or left.
+            k: number of items; fewer are returned if fewer live items are left to search.
             exclude_task: id of a task, or several, whose experiences are left out.
 
         Returns:
-            Experiences of ``min(k, candidates)`` items. Their ``indices`` count over all ranks (see the class);
+            Experiences of ``min(k, candidates)`` items. Their ``indices`` are ``slot * size + rank`` (see the class);
             ``distances`` is differentiable with respect to this rank's query.
 
         Raises:
             ValueError: all shards are empty or they store no context_embedding (no task, with ``exclude_task``), an
                 argument has another shape or device, or the shards differ in their schema.
             TypeError: an argument has another type or dtype.
-            RankError: another rank has died, does not answer, or received a bad argument. Nothing has been modified.
+            RankError: another rank has died, does not answer, or received an invalid argument. Nothing has been
+                modified.
         """
         where = "ShardedExperienceBuffer.retrieve"
-        refused: Exception | None = None
+        argument_error: Exception | None = None
         request = _Request(torch.empty(0, 0), 0, torch.empty(0, dtype=torch.int64))
         try:
             request = self._request(where, query_embedding, k, exclude_task)
         except (TypeError, ValueError) as error:
-            refused = error
-        numbers = [refused is not None, *self._state(), len(request.queries), request.k, len(request.excluded)]
+            argument_error = error
+        numbers = [argument_error is not None, *self._state(), len(request.queries), request.k, len(request.excluded)]
         states = self.group.all_gather(torch.tensor([int(number) for number in numbers]))  # (size, 7)
-        if refused is not None:
-            raise refused
+        if argument_error is not None:
+            raise argument_error
         self.group.raise_on_any_rank(where, states[:, _FAILED])
-        if self._agree_on_schema(where, states[:, _SCHEMA]):
+        if self._agree_on_schema(where, states[:, _SCHEMA]):  # the arguments are now checked against the schema
             return self.retrieve(query_embedding, k, exclude_task)
         if not states[:, _LIVE].any():
             raise ValueError(f"{where}: the buffer is empty")
         states[:, _K].clamp_(max=int(states[:, _LIVE].sum()))  # records are allocated for k items
         k = int(states[self.group.rank, _K])
 
-        blocks = self._search(self._exchange(request, states))
+        blocks = self._search(self._gather_requests(request, states))
         records = self._send_back(blocks, len(request.queries), k)
         found = self._merge(request.queries, k, records, states)
         return found if query_embedding.dim() == 2 else found[0]
@@ -180,13 +182,13 @@ class ShardedExperienceBuffer:
     def _request(self, where: str, query: Any, k: Any, exclude: Any) -> _Request:
         """Check the arguments, as far as the schema is known."""
         storage = self.local.storage
-        columns = storage.columns  # one schema for all checks, whatever other threads add meanwhile
+        columns = storage.columns  # one schema for all checks, even if another thread adds the first item
         storage.check_open(where)
         _check.tensor(where, "query_embedding", query)
         if columns and "context_embedding" not in columns:
             raise ValueError(f"{where}: the buffer stores no context_embedding, only {', '.join(columns)}")
-        own_keys = query.new_empty(1, *query.shape[-1:] or (0,))  # without a schema any query passes
-        k = check_query(where, query, k, columns.get("context_embedding", own_keys), storage.device)
+        any_keys = query.new_empty(1, *query.shape[-1:] or (0,))  # used if there is no schema: any query fits them
+        k = check_query(where, query, k, columns.get("context_embedding", any_keys), storage.device)
         if exclude is not None and columns and "task" not in columns:
             raise ValueError(f"{where}: the buffer stores no task, only {', '.join(columns)}")
         none = torch.empty(0, dtype=torch.int64)
@@ -203,14 +205,14 @@ class ShardedExperienceBuffer:
         schema = self.local.storage.schema
         return json.dumps({name: [dtype_name(dtype), list(shape)] for name, (dtype, shape) in sorted(schema.items())})
 
-    def _agree_on_schema(self, where: str, sums: Tensor) -> bool:
-        """Send the schema to ranks that have none, and return whether there were any."""
-        known = (sums >= 0).nonzero().flatten().tolist()
-        if not known or (sums == sums[0]).all():
+    def _agree_on_schema(self, where: str, checksums: Tensor) -> bool:
+        """Send the schema to the ranks without a schema, and return whether there was such a rank."""
+        known = (checksums >= 0).nonzero().flatten().tolist()
+        if not known or (checksums == checksums[0]).all():
             return False
         text = self.group.broadcast_object(known[0], self._schema())
         for rank in known:
-            if sums[rank] != sums[known[0]]:
+            if checksums[rank] != checksums[known[0]]:
                 other = f"rank {rank} stores other fields, shapes or dtypes than rank {known[0]}"
                 raise ValueError(f"{where}: {other}, which has {text}")
         specs = json.loads(text).items()
@@ -218,14 +220,14 @@ class ShardedExperienceBuffer:
         storage = self.local.storage
         with storage.lock:
             if not storage.columns:
-                storage.begin(schema)
+                storage.init_columns(schema)
         return True
 
-    def _exchange(self, request: _Request, states: Tensor) -> list[_Request]:
-        """Return the requests of all ranks."""
+    def _gather_requests(self, request: _Request, states: Tensor) -> list[_Request]:
+        """Return the requests of all ranks, sent as bytes: excluded tasks, queries, zeros up to the longest request."""
         keys = self.local.storage.columns["context_embedding"]
-        row = keys.shape[1] * keys.element_size()
-        sizes = states[:, _QUERIES] * row + states[:, _EXCLUDED] * 8
+        query_bytes = keys.shape[1] * keys.element_size()
+        sizes = states[:, _QUERIES] * query_bytes + states[:, _EXCLUDED] * 8
         mine = torch.zeros(int(sizes.max()), dtype=torch.uint8)
         queries = request.queries.detach().cpu()
         data = torch.cat(
@@ -237,8 +239,9 @@ class ShardedExperienceBuffer:
             self.group.all_gather(mine), states[:, [_QUERIES, _K, _EXCLUDED]].tolist(), strict=True
         ):
             tasks = _records.from_bytes(part[: ids * 8], torch.int64, (ids,))
-            body = _records.from_bytes(part[ids * 8 : ids * 8 + count * row], keys.dtype, (count, keys.shape[1]))
-            requests.append(_Request(body.to(keys.device), k, tasks.to(keys.device)))
+            body = part[ids * 8 : ids * 8 + count * query_bytes]
+            rank_queries = _records.from_bytes(body, keys.dtype, (count, keys.shape[1]))
+            requests.append(_Request(rank_queries.to(keys.device), k, tasks.to(keys.device)))
         return requests
 
     def _search(self, requests: list[_Request]) -> list[Tensor]:
@@ -247,7 +250,7 @@ class ShardedExperienceBuffer:
         same_search: dict[tuple[int, tuple[int, ...]], list[int]] = {}
         for rank, request in enumerate(requests):
             same_search.setdefault((request.k, tuple(request.excluded.tolist())), []).append(rank)
-        for (k, _), ranks in same_search.items():  # one search each; the bits do not depend on the other queries
+        for (k, _), ranks in same_search.items():  # one search; results do not depend on the other queries
             queries, tasks = torch.cat([requests[rank].queries for rank in ranks]), requests[ranks[0]].excluded
             block = self._candidates(queries, k, tasks)
             for rank, part in zip(ranks, block.split([len(requests[rank].queries) for rank in ranks]), strict=True):
@@ -274,7 +277,7 @@ class ShardedExperienceBuffer:
         return received.view(size, count, k, width).transpose(0, 1).reshape(count, size * k, width)
 
     def _merge(self, queries: Tensor, k: int, records: Tensor, states: Tensor) -> Experiences:
-        """Return the k best candidates by (distance, index), found by the kNN op in the order of indices."""
+        """Return the k best candidates by (distance, index): kNN orders ties by position, and records by index."""
         from eaml_ext.ops import knn  # here, because importing the ops takes seconds
 
         local, storage, size, count = self.local, self.local.storage, self.group.size, len(records)
@@ -282,7 +285,8 @@ class ShardedExperienceBuffer:
         indices, generations, fields = found.indices, found.generations, found.fields
         valid = indices >= 0
         k = min(k, int(valid[0].sum()) if count else int(states[:, _LIVE].sum()))
-        # Age is counted from a turn of the ring, as in one big buffer; a shard's own ring may be one turn behind.
+        # For equal rounding, the origin is that of KeyIndex in one buffer of the whole capacity: the first item of the
+        # current pass around the ring. It is the largest over ranks, because some may have added fewer items.
         written = states[:, _WRITTEN]
         origin = int((written - written % local.capacity).max()) * size
         newest = int(((written - 1) * size + torch.arange(size)).max())
@@ -313,7 +317,7 @@ class ShardedExperienceBuffer:
         return {**self.local.state_dict(), "rank": self.group.rank, "size": self.group.size}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take over what :meth:`state_dict` returned on the same rank of a group of the same size.
+        """Load a state that :meth:`state_dict` returned on the same rank of a group of the same size.
 
         Raises:
             ValueError: it is the state of another rank, or as of :meth:`ExperienceBuffer.load_state_dict`.
@@ -328,12 +332,12 @@ class ShardedExperienceBuffer:
         self.local.load_state_dict(state)
 
     def save(self, directory: str | os.PathLike[str]) -> None:
-        """Write this rank's shard to a file (safetensors) in ``directory``, atomically. The directory may be new.
+        """Write this rank's shard to a file (safetensors) in ``directory``, which is created if needed, atomically.
 
         Raises:
             TypeError: ``directory`` is not a path.
         """
-        path = self._folder("ShardedExperienceBuffer.save", directory).with_suffix(".safetensors")
+        path = self._shard_path("ShardedExperienceBuffer.save", directory).with_suffix(".safetensors")
         os.makedirs(path.parent, exist_ok=True)
         checkpoint.save_state(
             path, {"options": BufferOptions.of(self.local)._asdict(), "state": self.state_dict()}, kind=_KIND
@@ -343,7 +347,9 @@ class ShardedExperienceBuffer:
     def load(
         cls, directory: str | os.PathLike[str], group: Group, device: torch.device | str = "cpu"
     ) -> ShardedExperienceBuffer:
-        """Return the buffer that :meth:`save` wrote on the same number of ranks, in memory. Loading never runs code.
+        """Return the buffer that :meth:`save` wrote on the same number of ranks, in memory.
+
+        No code in the file is executed.
 
         Raises:
             TypeError: ``directory`` is not a path, or ``group`` no Group.
@@ -351,22 +357,22 @@ class ShardedExperienceBuffer:
             ValueError: the file is damaged or holds something else.
         """
         buffer = cls.__new__(cls)
-        buffer._join("ShardedExperienceBuffer.load", group)
-        path = buffer._folder("ShardedExperienceBuffer.load", directory).with_suffix(".safetensors")
+        buffer._set_group("ShardedExperienceBuffer.load", group)
+        path = buffer._shard_path("ShardedExperienceBuffer.load", directory).with_suffix(".safetensors")
         content = checkpoint.load_state(path, kind=_KIND)
         with checkpoint.content_errors("ShardedExperienceBuffer.load", path):
             options = BufferOptions.from_file(content["options"])
-            buffer._own(ExperienceBuffer(**options._asdict(), device=device, seed=0))
+            buffer._set_local(ExperienceBuffer(**options._asdict(), device=device, seed=0))
             buffer.load_state_dict(content["state"])
         return buffer
 
     @classmethod
     def open(cls, directory: str | os.PathLike[str], group: Group) -> ShardedExperienceBuffer:
-        """Return the buffer made with this ``directory`` by the same number of ranks, each shard as at its last flush.
+        """Return the buffer made with this ``directory`` by the same number of ranks, each shard as of its last flush.
 
         Raises: as :meth:`ExperienceBuffer.open`, and TypeError for a ``group`` that is no Group.
         """
         buffer = cls.__new__(cls)
-        buffer._join("ShardedExperienceBuffer.open", group)
-        buffer._own(ExperienceBuffer.open(buffer._folder("ShardedExperienceBuffer.open", directory)))
+        buffer._set_group("ShardedExperienceBuffer.open", group)
+        buffer._set_local(ExperienceBuffer.open(buffer._shard_path("ShardedExperienceBuffer.open", directory)))
         return buffer

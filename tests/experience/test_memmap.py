@@ -18,7 +18,7 @@ from eaml_ext.experience import ExperienceBuffer, _ring
 @pytest.fixture
 def narrow(monkeypatch):
     """Reduce the spare slots, so that the buffer flushes by itself often."""
-    monkeypatch.setattr(_ring, "SPARE_SLOTS", 5)
+    monkeypatch.setattr(_ring, "MIN_SPARE_SLOTS", 5)
 
 
 def items(n, task=0):
@@ -127,7 +127,7 @@ def test_load_state_dict_on_disk_replaces_files_and_copies_are_independent(tmp_p
 CRASH = """
 import os, signal, sys, torch
 from eaml_ext.experience import ExperienceBuffer, _ring
-_ring.SPARE_SLOTS = int(sys.argv[4])
+_ring.MIN_SPARE_SLOTS = int(sys.argv[4])
 folder, flushed, after = sys.argv[1], int(sys.argv[2]), int(sys.argv[3])
 b = ExperienceBuffer(50, directory=folder, seed=0)
 def add(first, count):

@@ -30,10 +30,10 @@ class Buffers(RuleBasedStateMachine):
         margin=st.integers(1, 6),
     )
     def start(self, capacity, half_life, on_disk, margin):
-        kept, _ring.SPARE_SLOTS = _ring.SPARE_SLOTS, margin
+        kept, _ring.MIN_SPARE_SLOTS = _ring.MIN_SPARE_SLOTS, margin
         directory = self.folder / "b" if on_disk else None
         self.buffer = ExperienceBuffer(capacity, state_dim=2, age_half_life=half_life, seed=0, directory=directory)
-        _ring.SPARE_SLOTS = kept
+        _ring.MIN_SPARE_SLOTS = kept
         self.capacity, self.half_life, self.on_disk = capacity, half_life, on_disk
 
     def teardown(self):
