@@ -14,14 +14,16 @@ int64_t num_components(ScalarType dtype) {
   return dtype == ScalarType::ComplexFloat || dtype == ScalarType::ComplexDouble ? 2 : 1;
 }
 
-void check_kind(const Device& device, const char* name, const OptionalTensor& t, ScalarType dtype, int64_t min_rank,
-                int64_t max_rank) {
+// Checks the device, dtype and number of dimensions of a tensor that is present.
+void check_tensor(const Device& device, const char* name, const OptionalTensor& t, ScalarType dtype, int64_t min_rank,
+                  int64_t max_rank) {
   if (!t) return;
   EAML_CHECK(device.has(*t), "selective_scan: ", name, " must be on ", device.name);
   EAML_CHECK(t->scalar_type() == dtype, "selective_scan: ", name, " has a wrong dtype");
   EAML_CHECK(t->dim() >= min_rank && t->dim() <= max_rank, "selective_scan: ", name, " has ", t->dim(), " dimensions");
 }
 
+// Checks the sizes of dimensions first, first + 1, and so on.
 void check_sizes(const char* name, const OptionalTensor& t, int64_t first, const Sizes& wanted) {
   if (!t) return;
   for (std::size_t i = 0; i < wanted.size(); ++i)
@@ -29,7 +31,7 @@ void check_sizes(const char* name, const OptionalTensor& t, int64_t first, const
                " in dimension ", first + i, ", wanted ", wanted[i]);
 }
 
-// Checks a parameter of the wanted sizes, alone or one per task.
+// Checks the sizes of a ([tasks,] *wanted) parameter.
 void check_parameter(const char* name, const OptionalTensor& t, const Sizes& wanted, int64_t batch) {
   if (!t) return;
   const int64_t first = t->dim() - static_cast<int64_t>(wanted.size());
@@ -38,7 +40,7 @@ void check_parameter(const char* name, const OptionalTensor& t, const Sizes& wan
              " tasks, which do not divide the batch of ", batch);
 }
 
-// The dtype of A, B, C and the states, for parameters of `full`.
+// The dtype of A, B, C and the states: `full`, the opmath type, or its complex counterpart if A is complex.
 ScalarType state_type(const Tensor& A, ScalarType full) {
   if (num_components(A.scalar_type()) == 1) return full;
   return full == ScalarType::Double ? ScalarType::ComplexDouble : ScalarType::ComplexFloat;
@@ -49,13 +51,13 @@ ScanParams make_params(const Device& device, const Arguments& x, const OptionalT
   const ScalarType dtype = x.u->scalar_type();
   const ScalarType full = opmath_type(dtype), states = state_type(*x.A, full);
   EAML_CHECK(dtype == full || half_of(dtype) != Half::kNone, "selective_scan: u must be floating-point");
-  check_kind(device, "u", x.u, dtype, 3, 3), check_kind(device, "delta", x.delta, dtype, 3, 3);
-  check_kind(device, "A", x.A, states, 2, 3);
-  check_kind(device, "B", x.B, states, B_invariant ? 2 : 3, B_invariant ? 3 : 4);
-  check_kind(device, "C", x.C, states, C_invariant ? 2 : 3, C_invariant ? 3 : 4);
-  check_kind(device, "D", x.D, full, 1, 2), check_kind(device, "z", x.z, dtype, 3, 3);
-  check_kind(device, "delta_bias", x.delta_bias, full, 1, 2);
-  check_kind(device, "initial_state", x.initial_state, states, 3, 3);
+  check_tensor(device, "u", x.u, dtype, 3, 3), check_tensor(device, "delta", x.delta, dtype, 3, 3);
+  check_tensor(device, "A", x.A, states, 2, 3);
+  check_tensor(device, "B", x.B, states, B_invariant ? 2 : 3, B_invariant ? 3 : 4);
+  check_tensor(device, "C", x.C, states, C_invariant ? 2 : 3, C_invariant ? 3 : 4);
+  check_tensor(device, "D", x.D, full, 1, 2), check_tensor(device, "z", x.z, dtype, 3, 3);
+  check_tensor(device, "delta_bias", x.delta_bias, full, 1, 2);
+  check_tensor(device, "initial_state", x.initial_state, states, 3, 3);
 
   ScanParams s{};
   s.batch = x.u->size(0), s.dim = x.u->size(1), s.length = x.u->size(2),
@@ -88,12 +90,12 @@ ScanParams make_params(const Device& device, const Arguments& x, const OptionalT
 
 ScanParams make_step_params(const Device& device, const Tensor& state, const Arguments& x, bool softplus) {
   const ScalarType dtype = opmath_type(x.u->scalar_type()), states = state_type(*x.A, dtype);
-  check_kind(device, "state", state, states, 3, 3), check_kind(device, "u", x.u, dtype, 2, 2);
-  check_kind(device, "delta", x.delta, dtype, 2, 2);
-  check_kind(device, "A", x.A, states, 2, 3), check_kind(device, "B", x.B, states, 2, 3);
-  check_kind(device, "C", x.C, states, 2, 3);
-  check_kind(device, "D", x.D, dtype, 1, 2), check_kind(device, "z", x.z, dtype, 2, 2);
-  check_kind(device, "delta_bias", x.delta_bias, dtype, 1, 2);
+  check_tensor(device, "state", state, states, 3, 3), check_tensor(device, "u", x.u, dtype, 2, 2);
+  check_tensor(device, "delta", x.delta, dtype, 2, 2);
+  check_tensor(device, "A", x.A, states, 2, 3), check_tensor(device, "B", x.B, states, 2, 3);
+  check_tensor(device, "C", x.C, states, 2, 3);
+  check_tensor(device, "D", x.D, dtype, 1, 2), check_tensor(device, "z", x.z, dtype, 2, 2);
+  check_tensor(device, "delta_bias", x.delta_bias, dtype, 1, 2);
   ScanParams s{};
   s.batch = state.size(0), s.dim = state.size(1), s.length = 1, s.dstate = s.all_dstate = state.size(2);
   s.groups = x.B->dim() == 3 ? x.B->size(1) : 1, s.num_components = num_components(states);
@@ -111,8 +113,8 @@ ScanParams make_step_params(const Device& device, const Tensor& state, const Arg
 
 void check_cotangents(const Device& device, const ScanParams& s, const Arguments& x, const OptionalTensor& grad_y,
                       const OptionalTensor& grad_state) {
-  check_kind(device, "grad_y", grad_y, x.u->scalar_type(), 3, 3);
-  check_kind(device, "grad_state", grad_state, x.A->scalar_type(), 3, 3);
+  check_tensor(device, "grad_y", grad_y, x.u->scalar_type(), 3, 3);
+  check_tensor(device, "grad_state", grad_state, x.A->scalar_type(), 3, 3);
   check_sizes("grad_y", grad_y, 0, {s.batch, s.dim, s.length});
   check_sizes("grad_state", grad_state, 0, {s.batch, s.dim, s.dstate});
 }
@@ -121,7 +123,7 @@ void check_tangents(const Device& device, const Arguments& x, const Arguments& t
   const auto check = [&](const char* name, const OptionalTensor& value, const OptionalTensor& tangent) {
     if (!tangent) return;
     EAML_CHECK(value.has_value(), "selective_scan: ", name, " has a tangent but no value");
-    check_kind(device, name, tangent, value->scalar_type(), value->dim(), value->dim());
+    check_tensor(device, name, tangent, value->scalar_type(), value->dim(), value->dim());
     check_sizes(name, tangent, 0, sizes_of(*value));
   };
   check("u", x.u, tangents.u), check("delta", x.delta, tangents.delta), check("A", x.A, tangents.A);
@@ -171,7 +173,7 @@ In<T> matrix_step(const Tensor& t, int64_t n) {
   return in;
 }
 
-// A ([tasks,] dim[, dstate]) input; `rank` counts the dimensions after tasks.
+// A ([tasks,] dim[, dstate]) input; `rank` counts the dimensions after tasks, `n` the real numbers per element.
 template <class T>
 In<T> parameter(const OptionalTensor& t, int64_t rank, int64_t batch, int64_t n = 1) {
   if (!t) return {};
@@ -262,7 +264,7 @@ GradientTuple selective_scan_backward(const Device& device, Tensor grad_y, Optio
   const Arguments x{u, delta, A, B, C, D, z, delta_bias, initial_state};
   const ScanParams s = make_params(device, x, reset, delta_softplus, B_invariant, C_invariant);
   check_cotangents(device, s, x, grad_y, grad_state);
-  check_kind(device, "saved", saved, A.scalar_type(), 2, 2);
+  check_tensor(device, "saved", saved, A.scalar_type(), 2, 2);
   check_sizes("saved", saved, 0, {s.batch, saved_size(s)});
   EAML_CHECK(!saved || saved->is_contiguous(), "selective_scan: saved must be contiguous");
   return with_functions(device, x, [&](const auto& f) { return f.backward(s, x, grad_y, grad_state, saved); });
@@ -284,15 +286,16 @@ StateTuple selective_scan_jvp(const Device& device, Tensor u, Tensor delta, Tens
   return with_functions(device, x, [&](const auto& f) { return f.jvp(s, x, tangents); });
 }
 
-JvpTuple selective_scan_backward_jvp(const Device& device, Tensor grad_y, OptionalTensor grad_state,
-                                     OptionalTensor grad_y_tangent, OptionalTensor grad_state_tangent, Tensor u,
-                                     Tensor delta, Tensor A, Tensor B, Tensor C, OptionalTensor D, OptionalTensor z,
-                                     OptionalTensor delta_bias, OptionalTensor initial_state, OptionalTensor u_tangent,
-                                     OptionalTensor delta_tangent, OptionalTensor A_tangent, OptionalTensor B_tangent,
-                                     OptionalTensor C_tangent, OptionalTensor D_tangent, OptionalTensor z_tangent,
-                                     OptionalTensor delta_bias_tangent, OptionalTensor initial_state_tangent,
-                                     OptionalTensor reset, bool delta_softplus, bool B_invariant, bool C_invariant,
-                                     bool outputs) {
+BackwardJvpTuple selective_scan_backward_jvp(const Device& device, Tensor grad_y, OptionalTensor grad_state,
+                                             OptionalTensor grad_y_tangent, OptionalTensor grad_state_tangent, Tensor u,
+                                             Tensor delta, Tensor A, Tensor B, Tensor C, OptionalTensor D,
+                                             OptionalTensor z, OptionalTensor delta_bias, OptionalTensor initial_state,
+                                             OptionalTensor u_tangent, OptionalTensor delta_tangent,
+                                             OptionalTensor A_tangent, OptionalTensor B_tangent,
+                                             OptionalTensor C_tangent, OptionalTensor D_tangent,
+                                             OptionalTensor z_tangent, OptionalTensor delta_bias_tangent,
+                                             OptionalTensor initial_state_tangent, OptionalTensor reset,
+                                             bool delta_softplus, bool B_invariant, bool C_invariant, bool outputs) {
   const Arguments x{u, delta, A, B, C, D, z, delta_bias, initial_state};
   const Arguments tangents{u_tangent, delta_tangent,      A_tangent,
                            B_tangent, C_tangent,          D_tangent,

@@ -30,26 +30,28 @@ struct Arguments {
 
 using ForwardTuple = std::tuple<Tensor, Tensor, Tensor>;  // y, last_state, saved
 using StateTuple = std::tuple<Tensor, Tensor>;            // y, last_state
-using GradientTuple = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
-using JvpTuple = decltype(std::tuple_cat(StateTuple(), GradientTuple()));
+using GradientTuple =
+    std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;  // in the order of Arguments
+using BackwardJvpTuple = decltype(std::tuple_cat(StateTuple(), GradientTuple()));
 
-// The functions of one device on numbers of T.
+// The functions of one device on numbers of T. `save`: whether forward returns `saved`. `outputs`: whether backward_jvp
+// also returns the tangents of y and last_state.
 template <class T>
 struct Functions {
   ForwardTuple (*forward)(const ScanParams& s, const Arguments& x, bool save);
   GradientTuple (*backward)(const ScanParams& s, const Arguments& x, const Tensor& grad_y,
                             const OptionalTensor& grad_state, const OptionalTensor& saved);
   StateTuple (*jvp)(const ScanParams& s, const Arguments& x, const Arguments& tangents);
-  JvpTuple (*backward_jvp)(const ScanParams& s, const Arguments& x, const Tensor& grad_y,
-                           const OptionalTensor& grad_state, const Arguments& tangents,
-                           const OptionalTensor& grad_y_tangent, const OptionalTensor& grad_state_tangent,
-                           bool outputs);
+  BackwardJvpTuple (*backward_jvp)(const ScanParams& s, const Arguments& x, const Tensor& grad_y,
+                                   const OptionalTensor& grad_state, const Arguments& tangents,
+                                   const OptionalTensor& grad_y_tangent, const OptionalTensor& grad_state_tangent,
+                                   bool outputs);
   StateTuple (*step)(const ScanParams& s, const Tensor& state, const Arguments& x);
 };
 
 struct Device {
   const char* name;
-  bool (*has)(const Tensor& t);
+  bool (*has)(const Tensor& t);                                        // whether t is on the device
   int64_t (*num_partial_sums)(const ScanParams& s, ScalarType dtype);  // see ScanParams
   Functions<float> single_precision;
   Functions<double> double_precision;
@@ -62,14 +64,15 @@ Tensor empty(const Tensor& like, const Sizes& size);
 
 // The number of chunks that start from a saved state: all but the first.
 int64_t saved_chunks(const ScanParams& s);
-// Numbers of A's dtype in the saved states of a batch row.
+// Numbers of A's dtype in the saved states of a batch row; at least those of one chunk.
 int64_t saved_size(const ScanParams& s);
 
-// A view of a (batch, dim, length) or (batch, dim, dstate) tensor with `num_components` real numbers each.
+// A view of a (batch, dim, length) or (batch, dim, dstate) tensor, `num_components` real numbers per element.
 template <class T>
 In<T> sequence(const OptionalTensor& t, int64_t num_components = 1);
 template <class T>
 Out<T> out(const Tensor& t, int64_t num_components = 1);
+// Views of all arguments of a scan, or of a step.
 template <class T>
 Inputs<T> inputs(const ScanParams& s, const Arguments& x);
 template <class T>
@@ -97,15 +100,16 @@ StateTuple selective_scan_jvp(const Device& device, Tensor u, Tensor delta, Tens
                               OptionalTensor initial_state_tangent, OptionalTensor reset, bool delta_softplus,
                               bool B_invariant, bool C_invariant);
 
-JvpTuple selective_scan_backward_jvp(const Device& device, Tensor grad_y, OptionalTensor grad_state,
-                                     OptionalTensor grad_y_tangent, OptionalTensor grad_state_tangent, Tensor u,
-                                     Tensor delta, Tensor A, Tensor B, Tensor C, OptionalTensor D, OptionalTensor z,
-                                     OptionalTensor delta_bias, OptionalTensor initial_state, OptionalTensor u_tangent,
-                                     OptionalTensor delta_tangent, OptionalTensor A_tangent, OptionalTensor B_tangent,
-                                     OptionalTensor C_tangent, OptionalTensor D_tangent, OptionalTensor z_tangent,
-                                     OptionalTensor delta_bias_tangent, OptionalTensor initial_state_tangent,
-                                     OptionalTensor reset, bool delta_softplus, bool B_invariant, bool C_invariant,
-                                     bool outputs);
+BackwardJvpTuple selective_scan_backward_jvp(const Device& device, Tensor grad_y, OptionalTensor grad_state,
+                                             OptionalTensor grad_y_tangent, OptionalTensor grad_state_tangent, Tensor u,
+                                             Tensor delta, Tensor A, Tensor B, Tensor C, OptionalTensor D,
+                                             OptionalTensor z, OptionalTensor delta_bias, OptionalTensor initial_state,
+                                             OptionalTensor u_tangent, OptionalTensor delta_tangent,
+                                             OptionalTensor A_tangent, OptionalTensor B_tangent,
+                                             OptionalTensor C_tangent, OptionalTensor D_tangent,
+                                             OptionalTensor z_tangent, OptionalTensor delta_bias_tangent,
+                                             OptionalTensor initial_state_tangent, OptionalTensor reset,
+                                             bool delta_softplus, bool B_invariant, bool C_invariant, bool outputs);
 
 // Registers the ops of a device.
 template <const Device& kDevice>

@@ -1,5 +1,5 @@
-// Parameters of the scan kernels: sizes, and arrays as pointers with strides. Strides count real numbers, so the next
-// complex number is two further.
+// Parameters of the scan kernels: sizes, and arrays as pointers with strides. Strides count real numbers:
+// adjacent complex numbers are 2 apart.
 #pragma once
 
 #include <cstdint>
@@ -11,24 +11,26 @@ namespace eaml::selective_scan {
 // Steps between two saved states. CHUNK_SIZE in eaml_ext/ops/selective_scan is the same number.
 constexpr std::int64_t kChunk = 32;
 
-// A strided input; a null pointer reads as zeros. Strides: batch row or task (outer), channel, step or state (inner).
+// A strided input. A null pointer reads as zeros.
 template <class T>
 struct In {
   const T* data = nullptr;
-  std::int64_t outer = 0, channel = 0, inner = 0;
-  std::int64_t group = 0;           // of B and C, whose `channel` is the stride over states
+  std::int64_t outer = 0;           // stride over batch rows or tasks
+  std::int64_t channel = 0;         // stride over channels; over states in a B or C that varies in time
+  std::int64_t inner = 0;           // stride over steps or states
+  std::int64_t group = 0;           // stride over groups, in a B or C that varies in time
   std::int64_t rows_per_outer = 1;  // batch rows that share one entry: 1, or batch / tasks
-  Half half = Half::kNone;          // reduced precision of a sequence, to which `data` then points
+  Half half = Half::kNone;          // if not kNone, `data` points to 16-bit numbers of this type
 };
 
 template <class T>
 struct Out {
   T* data = nullptr;
-  std::int64_t outer = 0, channel = 0, inner = 0;
-  Half half = Half::kNone;  // as in In
+  std::int64_t outer = 0, channel = 0, inner = 0;  // strides and precision as in In
+  Half half = Half::kNone;
 };
 
-// Inputs of one evaluation. A Dual run has a second set, the tangents.
+// Inputs of one call. A call on dual numbers, a Dual run, has a second set: the tangents.
 template <class T>
 struct Inputs {
   In<T> u, delta, z;         // (batch, dim, length)
@@ -42,17 +44,18 @@ struct Inputs {
 
 struct ScanParams {
   std::int64_t batch, dim, length, dstate, groups;
-  std::int64_t all_dstate;          // states in the arrays; a call on the CPU may compute dstate of them
-  std::int64_t num_components = 1;  // real numbers per state: 2 if complex
+  std::int64_t all_dstate;  // states of a channel in the arrays; on the CPU a call may compute only dstate of them
+  std::int64_t num_components = 1;                      // real numbers per state: 2 if complex
   std::int64_t first_chunk = 0, end_chunk = INT64_MAX;  // CPU: the chunks that a call computes
-  // Sums over states are computed as this many partial sums, which are then added; so are gradients of sequences.
+  // Number of partial sums over states: y and the gradients of u, delta and z are sums over states.
   std::int64_t num_partial_sums = 1;
   bool B_invariant, C_invariant, softplus, gated;
-  const bool* reset;  // (batch, length) or null
-  std::int64_t reset_outer, reset_inner;
+  const bool* reset;                      // (batch, length) or null
+  std::int64_t reset_outer, reset_inner;  // strides over batch rows and steps
 };
 
-// Outputs of the forward pass, in a Dual run their tangents. Null ones are not written.
+// Outputs of the forward pass. Null ones are not written. A Dual run writes the tangents of y and last_state in place
+// of their values.
 template <class T>
 struct Outputs {
   Out<T> y;                  // (batch, dim, length)

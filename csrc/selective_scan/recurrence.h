@@ -2,8 +2,8 @@
 //
 //   h_t = a h_{t-1} + x B,  a = exp(dt A),  x = dt u,  y += C h_t
 //
-// The backward step is the only derivation in the library: on duals it is the double backward. A, B, C, a and h may be
-// Complex; gradients are then dL/dRe + i dL/dIm, and of C h_t the real part counts.
+// step_backward is the only derivation of the gradients: on Duals it gives the double backward. A, B, C, a and h may be
+// Complex: y then adds twice the real part of C h_t, and gradients are dL/dRe + i dL/dIm.
 #pragma once
 
 #include "common/complex.h"
@@ -19,7 +19,8 @@ EAML_INLINE real_t<Z> conjugate_pair_sum(real_t<Z> sum) {
   return sum;
 }
 
-// A as exp(dt A) uses it: A log2(e), so that 2^t needs no further factor; of a complex A also its angle.
+// A, prepared for exp(dt A) = 2^(dt log2): `log2` is A log2(e). For a complex A, `log2` has the real part and `angle`
+// the imaginary part, in half turns.
 template <class Z>
 struct Rate {
   vector_t<Z> log2;
@@ -30,8 +31,8 @@ struct Rate<Complex<S>> {
   HalfTurns<vector_t<S>> angle;
 };
 
-// a = exp(dt A) for K states. A Dual a holds the tangent of its logarithm: products with it need one multiplication
-// less.
+// a = exp(dt A) for K states. A Dual a holds the tangent of log(a) = dt A in place of its own tangent. Products with
+// such an a, computed by `decayed`, need one multiplication less.
 template <int K, class V>
 EAML_INLINE void decay(V dt, const V (&)[K], const Rate<V> (&rate)[K], V (&a)[K]) {
   V t[K];
@@ -69,12 +70,12 @@ EAML_INLINE void decay(Dual<V> dt, const Complex<Dual<V>> (&A)[K], const Rate<Co
   decay(dt.value, rate, values);
   EAML_UNROLL
   for (int n = 0; n < K; ++n) {
-    const Complex<V> moved = output(dt * A[n]);
-    a[n] = {{values[n].re, moved.re}, {values[n].im, moved.im}};
+    const Complex<V> log_tangent = output(dt * A[n]);
+    a[n] = {{values[n].re, log_tangent.re}, {values[n].im, log_tangent.im}};
   }
 }
 
-// a h, where a Dual a holds the tangent of its logarithm
+// a h, for an a that `decay` computed.
 template <class V>
 EAML_INLINE V decayed(const V& a, const V& h) {
   return a * h;
@@ -97,20 +98,20 @@ EAML_INLINE Z advance(Z a, Z h_prev, S x, M B) {
   return decayed(a, h_prev) + x * B;
 }
 
-// Gradients of one step for one state. The caller sums those of shared factors.
+// Gradients of one step for one state. The caller sums them over the states, channels and steps that share a factor.
 template <class Z, class S>
 struct StepGradient {
   Z h_prev;  // dL/dh_{t-1}
   Z B;       // dL/dB_t; dL/dC_t is grad_y times the conjugate of h_t
   S x;       // term of dL/dx_t
-  Z dt_A;    // term of dL/d(dt A): times A it is one of dL/dt, times dt one of dL/dA
+  Z dt_A;    // term of dL/d(dt A); times conj(A) a term of dL/d(dt), times dt a term of dL/dA
 };
 
-// Adjoint of one step; `rest` is a h_{t-1}.
+// Adjoint of one step. grad_h is dL/dh_t without the term of y_t; decayed_h is a h_{t-1}.
 template <class Z, class S, class M>
-EAML_INLINE StepGradient<Z, S> step_backward(Z grad_h, S grad_y, Z a, Z rest, S x, M B, M C) {
+EAML_INLINE StepGradient<Z, S> step_backward(Z grad_h, S grad_y, Z a, Z decayed_h, S x, M B, M C) {
   const Z g = grad_h + times_conjugate(grad_y, C);
-  return {decayed(conjugate(a), g), g * x, real(times_conjugate(g, B)), times_conjugate(g, rest)};
+  return {decayed(conjugate(a), g), g * x, real(times_conjugate(g, B)), times_conjugate(g, decayed_h)};
 }
 
 }  // namespace eaml::selective_scan

@@ -1,33 +1,36 @@
 // The backward pass of one unit. A part of kernel_inl.h.
 
-// Sums of gradients over time or lanes. They are plain numbers, in a Dual run the tangents.
+// Accumulators of gradients that are summed over time or lanes, for one group of states. They hold values or, in a Dual
+// run, tangents, never both.
 template <class Z>
 struct Sums {
-  Span<output_t<Z>> A, B, C;  // of one group: [state][lane]; [step][kFolded], or (kLane) [step][state][lane]
-  int64_t B_step, C_step;     // 0 where B or C is invariant in time: all steps add to one row
+  Span<output_t<Z>> A;     // [state][lane]
+  Span<output_t<Z>> B, C;  // [step][kFolded] or, with kPerLane, [step][state][lane]
+  int64_t B_step, C_step;  // 0 where B or C is invariant in time: all steps add to one row
 };
 
-// Gradients of the sequences, of one chunk and block.
+// Gradients with respect to sequences, of one chunk and block.
 template <class S>
 struct ChunkGradients {
-  View<S> y;          // input
+  View<S> y;          // dL/dy, which is given
   StepTile<S> x, dt;  // sums over states of dL/dx, and of dL/d(dt A) A
 };
 
 // Adds the terms of a group of states to a step's sums over lanes.
-template <class Z, bool kLane>
+template <class Z, bool kPerLane>
 EAML_INLINE void add_terms(Span<output_t<Z>> sums, const output_t<Z> (&terms)[kStates<Z>]) {
-  if constexpr (!kLane) return add_folded(sums.value, terms);
+  if constexpr (!kPerLane) return add_folded(sums.value, terms);
   each_state<Z>([&](auto n) EAML_LAMBDA { sums.set(n * kLanes<Z>, sums.get(n * kLanes<Z>) + terms[n]); });
 }
 
-// Backward pass of a group of states through a chunk. `start` holds the states before the chunk, from which it
-// recomputes them, and y too where there is a gate.
-template <bool kGated, class Z, bool kLane>
-EAML_INLINE void backward_states(const ResetRuns& runs, Streams upcoming, Rates<Z> rates, Span<Z> start,
-                                 StepTile<real_t<Z>> dt, StepTile<real_t<Z>> x, Operand<Z, kLane> B,
-                                 Operand<Z, kLane> C, StepTile<real_t<Z>> y, Span<Z> grad_state,
-                                 ChunkGradients<real_t<Z>> grad, GroupTile<Z> decays, GroupTile<Z> kept, Sums<Z> sums) {
+// Backward pass of a group of states through a chunk. First recomputes the states from `start`, the states before the
+// chunk. If there is a gate, also recomputes y.
+template <bool kGated, class Z, bool kPerLane>
+EAML_INLINE void backward_states(const ResetRuns& runs, PrefetchPair upcoming, Rates<Z> rates, Span<Z> start,
+                                 StepTile<real_t<Z>> dt, StepTile<real_t<Z>> x, Operand<Z, kPerLane> B,
+                                 Operand<Z, kPerLane> C, StepTile<real_t<Z>> y, Span<Z> grad_state,
+                                 ChunkGradients<real_t<Z>> grad, GroupTile<Z> decays, GroupTile<Z> decayed_states,
+                                 Sums<Z> sums) {
   using S = real_t<Z>;
   constexpr int64_t W = kLanes<Z>, size = kGroup<Z>;
   const auto cotangent = [&](int64_t t) EAML_LAMBDA { return conjugate_pair_sum<Z>(grad.y.get(t)); };
@@ -43,17 +46,18 @@ EAML_INLINE void backward_states(const ResetRuns& runs, Streams upcoming, Rates<
       upcoming.prefetch(t);
       decay(step, rates.A, rates.rate, a);
       each_state<Z>([&](auto n) EAML_LAMBDA {
-        const Z rest = decayed(a[n], h[n]);
+        const Z decayed_h = decayed(a[n], h[n]);
         decays.set(t * size + n * W, a[n]);
-        kept.set(t * size + n * W, rest);
-        h[n] = rest + input * B.get(t, n);
+        decayed_states.set(t * size + n * W, decayed_h);
+        h[n] = decayed_h + input * B.get(t, n);
         terms[n] = output(times_conjugate(gy, h[n]));
       });
-      add_terms<Z, kLane>(sums.C.at(t * sums.C_step), terms);
+      add_terms<Z, kPerLane>(sums.C.at(t * sums.C_step), terms);
       if constexpr (kGated) y.set(t * W, add_outputs<Z>(y.get(t * W), h, C, t));
     }
   }
 
+  // dL/dh_t without the term of y_t, from the last step to the first.
   Z grad_h[kStates<Z>];
   output_t<Z> sum_A[kStates<Z>];
   read(grad_h, grad_state);
@@ -66,14 +70,14 @@ EAML_INLINE void backward_states(const ResetRuns& runs, Streams upcoming, Rates<
       each_state<Z>([&](auto n) EAML_LAMBDA {
         const int64_t i = t * size + n * W;
         const StepGradient<Z, S> g =
-            step_backward(grad_h[n], gy, decays.get(i), kept.get(i), input, B.get(t, n), C.get(t, n));
+            step_backward(grad_h[n], gy, decays.get(i), decayed_states.get(i), input, B.get(t, n), C.get(t, n));
         grad_h[n] = g.h_prev;
         terms[n] = output(g.B);
         gx = gx + g.x;
         gdt = gdt + real(times_conjugate(g.dt_A, rates.A[n]));
         sum_A[n] = sum_A[n] + output(g.dt_A * step);
       });
-      add_terms<Z, kLane>(sums.B.at(t * sums.B_step), terms);
+      add_terms<Z, kPerLane>(sums.B.at(t * sums.B_step), terms);
       grad.x.set(t * W, gx);
       grad.dt.set(t * W, gdt);
     }
@@ -92,10 +96,10 @@ struct SequenceTargets {
 // Computes the gradients of u, delta and z from those of x and dt. The first partial sum over states writes them, the
 // others add to them. sum_D and sum_bias receive the chunk's terms of the gradients of D and delta_bias.
 template <class Z>
-EAML_SHARED void write_gradients(const Unit<Z>& unit, int64_t block, int64_t steps, bool first_part,
+EAML_SHARED void write_gradients(const Unit<Z>& unit, int64_t block, int64_t steps, bool first_partial_sum,
                                  const ChunkGradients<real_t<Z>>& grad, View<real_t<Z>> gy, StepTile<real_t<Z>> slope,
-                                 StepTile<real_t<Z>> gate, const SequenceTargets<vector_t<Z>>& to, number_t<Z>* sum_D,
-                                 number_t<Z>* sum_bias) {
+                                 StepTile<real_t<Z>> sigmoid_z, const SequenceTargets<vector_t<Z>>& to,
+                                 number_t<Z>* sum_D, number_t<Z>* sum_bias) {
   using S = real_t<Z>;
   using V = vector_t<Z>;
   constexpr int64_t W = kLanes<Z>;
@@ -111,67 +115,68 @@ EAML_SHARED void write_gradients(const Unit<Z>& unit, int64_t block, int64_t ste
       block_bias += grad_delta;
       if (first) block_D += output(grad.y.get(t) * input);
       if (unit.params.gated) {
-        const S s = gate.get(j);
+        const S s = sigmoid_z.get(j);
         put(to.z, t, output(gy.get(t) * unit.y.get(j) * (s + unit.z.get(t) * (s * (one<S>() - s)))));
       }
     }
     store(sum_D, block_D), store(sum_bias, block_bias);
   };
-  if (first_part)
+  if (first_partial_sum)
     each([](Target<V> at, int64_t t, V x) EAML_LAMBDA { at.set(t, x); }, std::true_type());
   else
     each([](Target<V> at, int64_t t, V x) EAML_LAMBDA { at.set(t, at.get(t) + rounded(x)); }, std::false_type());
 }
 
-// Operands and sums of backward_part.
+// Operands and sums of backward_partial_sum.
 template <class Z>
-struct PartGradients {
+struct BackwardOperands {
   Span<Z> start, grad_state;  // of the block
   ChunkGradients<real_t<Z>> grad;
-  GroupTile<Z> decays, kept;
+  GroupTile<Z> decays, decayed_states;
   Span<output_t<Z>> sum_A;         // of the block
   Span<output_t<Z>> sum_B, sum_C;  // of the block, or of the chunk
 };
 
 // Numbers per step in the terms of B or C of one group, before they are summed over lanes.
 template <class Z>
-constexpr int64_t row_size(bool lane) {
-  return lane ? kGroup<Z> : kFolded<vector_t<Z>> / kNumComponents<Z>;
+constexpr int64_t row_size(bool per_lane) {
+  return per_lane ? kGroup<Z> : kFolded<vector_t<Z>> / kNumComponents<Z>;
 }
 
-template <bool kGated, bool kLane, class Z>
-EAML_SHARED void backward_part(const Unit<Z>& unit, int64_t part, int64_t offset, const PartGradients<Z>& with) {
-  constexpr int64_t W = kLanes<Z>, row = row_size<Z>(kLane);
+template <bool kGated, bool kPerLane, class Z>
+EAML_SHARED void backward_partial_sum(const Unit<Z>& unit, int64_t part, int64_t offset,
+                                      const BackwardOperands<Z>& operands) {
+  constexpr int64_t W = kLanes<Z>, row = row_size<Z>(kPerLane);
   const ScanParams& params = unit.params;
   for (int64_t n = partial_sum_begin(params, part); n < partial_sum_begin(params, part + 1); n += kStates<Z>) {
     const int64_t j = n * W, k = n / kStates<Z> * kChunk * row;
-    const Sums<Z> sums{with.sum_A.at(j), with.sum_B.at(params.B_invariant ? j : k),
-                       with.sum_C.at(params.C_invariant ? j : k), params.B_invariant ? 0 : row,
+    const Sums<Z> sums{operands.sum_A.at(j), operands.sum_B.at(params.B_invariant ? j : k),
+                       operands.sum_C.at(params.C_invariant ? j : k), params.B_invariant ? 0 : row,
                        params.C_invariant ? 0 : row};
-    backward_states<kGated, Z, kLane>(unit.runs, unit.streams_from(n), unit.rates(offset + j), with.start.at(j),
-                                      unit.dt, unit.x, {unit.B, n}, {unit.C, n}, unit.y, with.grad_state.at(j),
-                                      with.grad, with.decays, with.kept, sums);
+    backward_states<kGated, Z, kPerLane>(unit.runs, unit.prefetch_for(n), unit.rates(offset + j), operands.start.at(j),
+                                         unit.dt, unit.x, {unit.B, n}, {unit.C, n}, unit.y, operands.grad_state.at(j),
+                                         operands.grad, operands.decays, operands.decayed_states, sums);
   }
 }
 
 // Sums a chunk's terms of B or C, [group of states][step][row_size], over lanes and stores them in
 // `to`: (dstate, length).
-template <class Z, bool kLane>
+template <class Z, bool kPerLane>
 EAML_SHARED void reduce_lanes(number_t<Z>* to, Span<output_t<Z>> sums, const ScanParams& params, int64_t steps) {
   using V = vector_t<Z>;
-  constexpr int64_t row = row_size<Z>(kLane);
+  constexpr int64_t row = row_size<Z>(kPerLane);
   number_t<Z> line[kChunk * kVectors];
   for (int64_t n = 0; n < params.dstate; n += kStates<Z>) {
     const Span<output_t<Z>> rows = sums.at(n / kStates<Z> * kChunk * row);
-    if constexpr (kLane) {
+    if constexpr (kPerLane) {
       sum_lanes<V>(line, rows.value);
     } else {
-      for (int64_t t = 0; t < kChunk; ++t) unfold<V>(line + t * kVectors, rows.at(t * row).value);
+      for (int64_t t = 0; t < kChunk; ++t) reduce_folded<V>(line + t * kVectors, rows.at(t * row).value);
     }
     number_t<Z>* const first = to + n * params.length * kNumComponents<Z>;
     const int64_t count = std::min<int64_t>(kStates<Z>, params.dstate - n);
     if constexpr (kNumComponents<Z> == 2)
-      scatter_steps(first, params.length, line, steps, count);
+      transpose_complex(first, params.length, line, steps, count);
     else
       transpose(first, params.length, line, kVectors, steps, count);
   }
@@ -188,9 +193,9 @@ EAML_SHARED void backward_unit(Arena& arena, const ScanParams& params, const Sou
   const int64_t row = unit.at.row, size = unit.padded * W, blocks = unit.blocks(), chunks = unit.chunks();
 
   const Span<Z> grad_h = take<Z>(arena, blocks * size), h0 = take<Z>(arena, size);
-  const GroupTile<Z> decays = group_tile<Z>(arena), kept = group_tile<Z>(arena);
-  const StepTile<S> slope = step_tile<S>(arena), memory_gy = step_tile<S>(arena);
-  const StepTile<S> gate = step_tile<S>(arena);  // sigmoid(z)
+  const GroupTile<Z> decays = group_tile<Z>(arena), decayed_states = group_tile<Z>(arena);
+  const StepTile<S> slope = step_tile<S>(arena), staging_gy = step_tile<S>(arena);
+  const StepTile<S> sigmoid_z = step_tile<S>(arena);
   const StepTile<S> gated_gy = step_tile<S>(arena), grad_x = step_tile<S>(arena), grad_dt = step_tile<S>(arena);
   const auto zeroed = [&](int64_t count) {
     T* const sum = arena.take<T>(count);
@@ -199,7 +204,7 @@ EAML_SHARED void backward_unit(Arena& arena, const ScanParams& params, const Sou
   };
   const auto zeroed_states = [&](int64_t count) { return Span<output_t<Z>>{zeroed(count * num_components)}; };
   const Span<output_t<Z>> sum_A = zeroed_states(blocks * size);
-  const int64_t sums_size = unit.padded / kStates<Z> * kChunk * row_size<Z>(unit.lane);  // [group][step][..]
+  const int64_t sums_size = unit.padded / kStates<Z> * kChunk * row_size<Z>(unit.per_lane);  // [group][step][row_size]
   const Span<output_t<Z>> sum_B = zeroed_states(params.B_invariant ? blocks * size : sums_size);
   const Span<output_t<Z>> sum_C = zeroed_states(params.C_invariant ? blocks * size : sums_size);
   T* const sum_D = zeroed(blocks * W);
@@ -208,7 +213,7 @@ EAML_SHARED void backward_unit(Arena& arena, const ScanParams& params, const Sou
   T* const tile_delta = arena.take<T>(tile);
   T* const tile_z = arena.take<T>(tile);
   for (int64_t block = 0; block < blocks; ++block)
-    unit.stage_first(&Inputs<T>::grad_state, grad_h.at(block * size), block);
+    unit.stage_initial(&Inputs<T>::grad_state, grad_h.at(block * size), block);
 
   for (int64_t chunk = unit.end_chunk() - 1; chunk >= params.first_chunk; --chunk) {
     const int64_t start = chunk * kChunk, steps = std::min(kChunk, params.length - start);
@@ -219,7 +224,7 @@ EAML_SHARED void backward_unit(Arena& arena, const ScanParams& params, const Sou
     for (int64_t block = 0; block < blocks; ++block) {
       const int64_t channel = unit.channel(block), lanes = unit.lanes(block);
       unit.template stage_block<true>(block, start, steps, slope);
-      const View<S> z = unit.z, gy = unit.view(&Inputs<T>::grad_y, memory_gy, block, start, steps, -kChunk);
+      const View<S> z = unit.z, gy = unit.view(&Inputs<T>::grad_y, staging_gy, block, start, steps, -kChunk);
       const StepTile<S> y = unit.y;
       const SequenceTargets<V> to{unit.target(out.u, tile_u, block, start, -kChunk),
                                   unit.target(out.delta, tile_delta, block, start, -kChunk),
@@ -228,7 +233,7 @@ EAML_SHARED void backward_unit(Arena& arena, const ScanParams& params, const Sou
       if (params.gated) {
         for (int64_t t = 0; t < steps; ++t) {
           const S s = sigmoid(z.get(t));
-          gate.set(t * W, s), gated_gy.set(t * W, gy.get(t) * (z.get(t) * s));
+          sigmoid_z.set(t * W, s), gated_gy.set(t * W, gy.get(t) * (z.get(t) * s));
         }
         grad.y = view_of<S>(gated_gy);
       }
@@ -253,21 +258,21 @@ EAML_SHARED void backward_unit(Arena& arena, const ScanParams& params, const Sou
         clear<S>(grad.x, steps * W);
         clear<S>(grad.dt, steps * W);
 
-        const PartGradients<Z> with{h0,
-                                    grad_h.at(block * size),
-                                    grad,
-                                    decays,
-                                    kept,
-                                    sum_A.at(block * size),
-                                    sum_B.at(params.B_invariant ? block * size : 0),
-                                    sum_C.at(params.C_invariant ? block * size : 0)};
-        if (unit.lane)
-          params.gated ? backward_part<true, true>(unit, part, block * size, with)
-                       : backward_part<false, true>(unit, part, block * size, with);
+        const BackwardOperands<Z> operands{h0,
+                                           grad_h.at(block * size),
+                                           grad,
+                                           decays,
+                                           decayed_states,
+                                           sum_A.at(block * size),
+                                           sum_B.at(params.B_invariant ? block * size : 0),
+                                           sum_C.at(params.C_invariant ? block * size : 0)};
+        if (unit.per_lane)
+          params.gated ? backward_partial_sum<true, true>(unit, part, block * size, operands)
+                       : backward_partial_sum<false, true>(unit, part, block * size, operands);
         else
-          params.gated ? backward_part<true, false>(unit, part, block * size, with)
-                       : backward_part<false, false>(unit, part, block * size, with);
-        write_gradients<Z>(unit, block, steps, part == 0, grad, gy, slope, gate, to, sum_D + block * W,
+          params.gated ? backward_partial_sum<true, false>(unit, part, block * size, operands)
+                       : backward_partial_sum<false, false>(unit, part, block * size, operands);
+        write_gradients<Z>(unit, block, steps, part == 0, grad, gy, slope, sigmoid_z, to, sum_D + block * W,
                            sum_bias + (part * blocks + block) * W);
       }
       store_tile<V>(out.u, tile_u, row, channel, lanes, start, steps);
@@ -278,7 +283,7 @@ EAML_SHARED void backward_unit(Arena& arena, const ScanParams& params, const Sou
     const int64_t unit_row = row * units_per_group<T>(params) * params.groups + unit.at.unit;
     const int64_t first = (unit_row * params.all_dstate * params.length + start) * num_components;
     const auto reduce = [&](T* to, Span<output_t<Z>> sums) {
-      unit.lane ? reduce_lanes<Z, true>(to, sums, params, steps) : reduce_lanes<Z, false>(to, sums, params, steps);
+      unit.per_lane ? reduce_lanes<Z, true>(to, sums, params, steps) : reduce_lanes<Z, false>(to, sums, params, steps);
     };
     if (!params.B_invariant && out.B) reduce(out.B + first, sum_B);
     if (!params.C_invariant && out.C) reduce(out.C + first, sum_C);
@@ -295,7 +300,7 @@ EAML_SHARED void backward_unit(Arena& arena, const ScanParams& params, const Sou
     if (params.B_invariant) store(out.B, sum_B.at(block * size).value);
     if (params.C_invariant) store(out.C, sum_C.at(block * size).value);
     const Span<Z> state = grad_h.at(block * size);
-    if (params.first_chunk == 0) store(out.initial_state, state.written());
+    if (params.first_chunk == 0) store(out.initial_state, state.output_data());
     unit.save(out.carry, row, state.value, block);
     if constexpr (kIsDual<S>) unit.save(out.carry_tangent, row, state.tangent, block);
     if (out.D) std::copy_n(sum_D + block * W, lanes, out.D + channel);

@@ -1,18 +1,18 @@
 // The forward pass of one unit. A part of kernel_inl.h.
 
 // y plus the sum of C h over a group of states.
-template <class Z, bool kLane>
-EAML_INLINE real_t<Z> add_outputs(real_t<Z> y, const Z (&h)[kStates<Z>], Operand<Z, kLane> C, int64_t t) {
+template <class Z, bool kPerLane>
+EAML_INLINE real_t<Z> add_outputs(real_t<Z> y, const Z (&h)[kStates<Z>], Operand<Z, kPerLane> C, int64_t t) {
   real_t<Z> sum = kNumComponents<Z> == 2 ? real_t<Z>{} : y;
   each_state<Z>([&](auto n) EAML_LAMBDA { sum = sum + real(h[n] * C.get(t, n)); });
   return kNumComponents<Z> == 2 ? y + conjugate_pair_sum<Z>(sum) : sum;
 }
 
 // Advances a group of states through a chunk and, if kOutput, adds C h to y.
-template <bool kOutput, class Z, bool kLane>
-EAML_INLINE void forward_states(const ResetRuns& runs, Streams upcoming, Rates<Z> rates, Span<Z> state,
-                                StepTile<real_t<Z>> dt, StepTile<real_t<Z>> x, Operand<Z, kLane> B, Operand<Z, kLane> C,
-                                StepTile<real_t<Z>> y) {
+template <bool kOutput, class Z, bool kPerLane>
+EAML_INLINE void forward_states(const ResetRuns& runs, PrefetchPair upcoming, Rates<Z> rates, Span<Z> state,
+                                StepTile<real_t<Z>> dt, StepTile<real_t<Z>> x, Operand<Z, kPerLane> B,
+                                Operand<Z, kPerLane> C, StepTile<real_t<Z>> y) {
   constexpr int64_t W = kLanes<Z>;
   Z h[kStates<Z>], a[kStates<Z>];
   read(h, state);
@@ -29,11 +29,11 @@ EAML_INLINE void forward_states(const ResetRuns& runs, Streams upcoming, Rates<Z
   write(state, h);
 }
 
-// Writes a chunk of y, times the gate where there is one; partial sums after the first are added. In reduced precision,
-// which has one partial sum, y goes to `half_row`.
+// Writes a chunk of y, times silu(z) if there is a gate. The first partial sum is stored, the others are added to it.
+// In reduced precision there is one partial sum, and y goes to `half_row` unless that is null.
 template <class Z>
-EAML_SHARED void write_outputs(const Unit<Z>& unit, int64_t steps, bool first_part, Half half, std::uint16_t* half_row,
-                               int64_t half_step, Target<vector_t<Z>> to) {
+EAML_SHARED void write_outputs(const Unit<Z>& unit, int64_t steps, bool first_partial_sum, Half half,
+                               std::uint16_t* half_row, int64_t half_step, Target<vector_t<Z>> to) {
   using S = real_t<Z>;
   using V = vector_t<Z>;
   const StepTile<S> y = unit.y;
@@ -52,19 +52,19 @@ EAML_SHARED void write_outputs(const Unit<Z>& unit, int64_t steps, bool first_pa
     with_half(half, [&](auto kind) EAML_LAMBDA {
       each([&](int64_t t, V term) EAML_LAMBDA { store_narrow<kind>(half_row + t * half_step, term); });
     });
-  else if (first_part)
+  else if (first_partial_sum)
     each([&](int64_t t, V term) EAML_LAMBDA { to.set(t, term); });
   else
     each([&](int64_t t, V term) EAML_LAMBDA { to.set(t, to.get(t) + rounded(term)); });
 }
 
 // Advances the states of one partial sum of a block through a chunk.
-template <bool kOutput, bool kLane, class Z>
-EAML_SHARED void forward_part(const Unit<Z>& unit, int64_t part, Span<Z> state, int64_t offset) {
+template <bool kOutput, bool kPerLane, class Z>
+EAML_SHARED void forward_partial_sum(const Unit<Z>& unit, int64_t part, Span<Z> state, int64_t offset) {
   constexpr int64_t W = kLanes<Z>;
   for (int64_t n = partial_sum_begin(unit.params, part); n < partial_sum_begin(unit.params, part + 1); n += kStates<Z>)
-    forward_states<kOutput, Z, kLane>(unit.runs, unit.streams_from(n), unit.rates(offset + n * W), state.at(n * W),
-                                      unit.dt, unit.x, {unit.B, n}, {unit.C, n}, unit.y);
+    forward_states<kOutput, Z, kPerLane>(unit.runs, unit.prefetch_for(n), unit.rates(offset + n * W), state.at(n * W),
+                                         unit.dt, unit.x, {unit.B, n}, {unit.C, n}, unit.y);
 }
 
 template <class Z>
@@ -79,11 +79,11 @@ EAML_SHARED void forward_unit(Arena& arena, const ScanParams& params, const Sour
   const Span<Z> h = take<Z>(arena, unit.blocks() * size);
   T* const tile = arena.take<T>(kChunk * W);
   for (int64_t block = 0; block < unit.blocks(); ++block)
-    unit.stage_first(&Inputs<T>::initial_state, h.at(block * size), block);
+    unit.stage_initial(&Inputs<T>::initial_state, h.at(block * size), block);
 
-  const bool saved_alone =
-      !out.y.data && !out.last_state.data && !out.carry;  // the last chunk is followed by none that needs its state
-  const int64_t end = saved_alone ? std::min(unit.end_chunk(), chunks - 1) : unit.end_chunk();
+  // The last chunk has no checkpoint after it, so a call for checkpoints alone skips it.
+  const bool only_checkpoints = !out.y.data && !out.last_state.data && !out.carry;
+  const int64_t end = only_checkpoints ? std::min(unit.end_chunk(), chunks - 1) : unit.end_chunk();
   for (int64_t chunk = params.first_chunk; chunk < end; ++chunk) {
     const int64_t start = chunk * kChunk, steps = std::min(kChunk, params.length - start);
     unit.stage_chunk(start, steps);
@@ -98,12 +98,12 @@ EAML_SHARED void forward_unit(Arena& arena, const ScanParams& params, const Sour
       for (int64_t part = 0; part < params.num_partial_sums; ++part) {
         if (part > 0) clear<S>(unit.y, steps * W);
         const bool writes = out.y.data != nullptr;
-        if (unit.lane)
-          writes ? forward_part<true, true>(unit, part, state, block * size)
-                 : forward_part<false, true>(unit, part, state, block * size);
+        if (unit.per_lane)
+          writes ? forward_partial_sum<true, true>(unit, part, state, block * size)
+                 : forward_partial_sum<false, true>(unit, part, state, block * size);
         else
-          writes ? forward_part<true, false>(unit, part, state, block * size)
-                 : forward_part<false, false>(unit, part, state, block * size);
+          writes ? forward_partial_sum<true, false>(unit, part, state, block * size)
+                 : forward_partial_sum<false, false>(unit, part, state, block * size);
         if (!writes) continue;
         write_outputs<Z>(unit, steps, part == 0, out.y.half, half_row, out.y.inner, to);
       }
@@ -122,6 +122,6 @@ EAML_SHARED void forward_unit(Arena& arena, const ScanParams& params, const Sour
     const Out<T>& to = out.last_state;
     if (to.data == nullptr || unit.end_chunk() < chunks) continue;
     store_matrix<V, num_components>(to.data + row * to.outer + unit.channel(block) * to.channel, to.channel, to.inner,
-                                    h.at(block * size).written(), unit.lanes(block), params.dstate);
+                                    h.at(block * size).output_data(), unit.lanes(block), params.dstate);
   }
 }

@@ -7,16 +7,17 @@
 
 namespace eaml::selective_scan {
 
-// Bytes of one row of a unit's channels. It is fixed, so that sums do not depend on the number of threads.
+// A unit has this many bytes of channels: 256 floats or 128 doubles. The number is fixed, so that sums do not depend on
+// the number of threads.
 constexpr std::int64_t kUnitBytes = 1024;
 
-// The first state of a partial sum. Partial sums have whole groups of states.
+// The first state of a partial sum: a multiple of four states, so that groups of states are whole.
 inline std::int64_t partial_sum_begin(const ScanParams& s, std::int64_t part) {
   return part == s.num_partial_sums ? s.dstate : part * ((s.dstate / s.num_partial_sums + 3) / 4 * 4);
 }
 
-// Gradients, in a Dual run their tangents. Null ones are not written. All but u, delta and z are partial sums that the
-// caller reduces.
+// Gradients, in a Dual run their tangents. Null ones are not written. The caller adds the partial sums of A, B, C, D
+// and delta_bias: one per batch row, or one per unit.
 template <class T>
 struct Gradients {
   Out<T> u, delta, z;                      // (batch, dim, length)
@@ -32,7 +33,7 @@ struct Gradients {
   T* carry_tangent = nullptr;  // (batch, all_dstate, dim)
 };
 
-// A call has batch * units(params) independent units; a kernel computes the units [begin, end).
+// Units of a group, and of a batch row. A call has batch * units(params) independent units.
 template <class T>
 std::int64_t units_per_group(const ScanParams& params) {
   const std::int64_t width = kUnitBytes / sizeof(T), dim = params.dim / params.groups;
@@ -43,7 +44,7 @@ std::int64_t units(const ScanParams& params) {
   return units_per_group<T>(params) * params.groups;
 }
 
-// With tangents, the kernels run on Duals.
+// The kernels compute the units [begin, end). With tangents they run on Duals.
 #define EAML_DECLARE(NUMBER)                                                                                        \
   void forward(const ScanParams&, const Inputs<NUMBER>&, const Inputs<NUMBER>* tangents, const Outputs<NUMBER>&,    \
                std::int64_t begin, std::int64_t end);                                                               \

@@ -1,4 +1,4 @@
-// The kernels of complex states in single precision; a file of their own, so that all compile side by side.
+// The kernels of complex states in single precision, in their own file, so that all compile in parallel.
 #define EAML_NUMBER float
 #define EAML_COMPLEX
 #include "selective_scan/cpu/kernel_versions.h"

@@ -1,3 +1,3 @@
-// The kernels in double precision; a file of their own, so that the two compile side by side.
+// The kernels of real states in double precision, in their own file, so that all compile in parallel.
 #define EAML_NUMBER double
 #include "selective_scan/cpu/kernel_versions.h"

@@ -4,11 +4,11 @@
 // Lanes are channels, so there is no horizontal sum per step and the exponential runs at full vector width. A unit of
 // work is one batch row times kUnitBytes of channels, in blocks of one vector. The scan goes through time in chunks:
 // inputs of a chunk are staged as [step][lane] tiles, and a group of states stays in registers through the chunk.
-// Backward goes from the last chunk to the first and recomputes each from the state saved at its start, the first one
-// from the initial state.
+// Backward goes from the last chunk to the first. It recomputes the states of a chunk from the state at its start,
+// which the forward pass saved.
 //
-// A function that runs once per chunk is compiled once and called: inlining it everywhere would triple the time of
-// compilation. The loops over time are templates on all that would be a branch inside them.
+// EAML_SHARED marks functions that run once per chunk. They are called, not inlined: inlining would triple the time of
+// compilation. Loops over time have no branches on options, because the options are template parameters.
 
 namespace EAML_ISA {
 namespace {

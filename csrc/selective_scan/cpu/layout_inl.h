@@ -3,6 +3,7 @@
 
 // Kernels are templates on Z, the type of A, B, C and the states: a vector of lanes V, a Dual<V>, or a Complex of
 // either. Sequences have the type real_t<Z>, S: V or Dual<V>.
+// number_t<Z> is float or double, the type of one lane.
 template <class Z>
 using number_t = element_t<vector_t<Z>>;
 template <class Z>
@@ -16,7 +17,7 @@ struct Span {
   EAML_INLINE void set(int64_t i, V x) const { store(value + i, x); }
   EAML_INLINE Span at(int64_t offset) const { return {value + offset}; }
   EAML_INLINE element_t<V> number(int64_t i) const { return value[i]; }
-  EAML_INLINE element_t<V>* written() const { return value; }
+  EAML_INLINE element_t<V>* output_data() const { return value; }
 };
 template <class V>
 struct Span<Dual<V>> {
@@ -26,11 +27,11 @@ struct Span<Dual<V>> {
   EAML_INLINE void set(int64_t i, Dual<V> x) const { store(value + i, x.value), store(tangent + i, x.tangent); }
   EAML_INLINE Span at(int64_t offset) const { return {value + offset, tangent + offset}; }
   EAML_INLINE Dual<element_t<V>> number(int64_t i) const { return {value[i], tangent[i]}; }
-  EAML_INLINE element_t<V>* written() const { return tangent; }  // the array that a Dual run outputs
+  EAML_INLINE element_t<V>* output_data() const { return tangent; }  // a Dual run outputs tangents
 };
 
-// In an array of complex numbers, each vector of real parts is followed by the vector of imaginary parts. Offsets count
-// real parts alone.
+// In an array of complex numbers, each vector of real parts is followed by the vector of imaginary parts. An offset of
+// i means i complex numbers.
 template <class S>
 struct Span<Complex<S>> : Span<S> {
   EAML_INLINE Complex<S> get(int64_t i) const { return {Span<S>::get(2 * i), Span<S>::get(2 * i + kLanes<S>)}; }
@@ -60,19 +61,22 @@ struct Tile<Dual<V>, kSize> {
 
 template <class S, int64_t kSize>
 struct Tile<Complex<S>, kSize> : Tile<S, 2 * kSize> {
-  using Parts = Tile<S, 2 * kSize>;
-  EAML_INLINE Complex<S> get(int64_t i) const { return {Parts::get(2 * i), Parts::get(2 * i + kLanes<S>)}; }
-  EAML_INLINE void set(int64_t i, Complex<S> x) const { Parts::set(2 * i, x.re), Parts::set(2 * i + kLanes<S>, x.im); }
+  using Components = Tile<S, 2 * kSize>;
+  EAML_INLINE Complex<S> get(int64_t i) const { return {Components::get(2 * i), Components::get(2 * i + kLanes<S>)}; }
+  EAML_INLINE void set(int64_t i, Complex<S> x) const {
+    Components::set(2 * i, x.re), Components::set(2 * i + kLanes<S>, x.im);
+  }
 };
 
-constexpr int kVectors = 4;  // vectors per group of states: enough independent chains, few enough registers
+constexpr int kVectors = 4;  // vectors per group of states: enough to hide latency, few enough to stay in registers
+// States per group.
 template <class Z>
 constexpr int kStates = kVectors / kNumComponents<Z>;
 
 constexpr int kSoftplusSteps = 4;  // steps whose softplus is computed together
 
 template <class S>
-constexpr int64_t kGroup = kStates<S> * kLanes<S>;  // numbers in one vector for each state of a group
+constexpr int64_t kGroup = kStates<S> * kLanes<S>;  // offset from one step of a group to the next
 
 template <class S>
 using StepTile = Tile<S, kChunk * kLanes<S>>;  // [step][lane]
@@ -84,6 +88,7 @@ EAML_INLINE S one() {
   return splat<vector_t<S>>(number_t<S>(1));
 }
 
+// Allocates a Span of `count` numbers in the arena.
 template <class S>
 EAML_SHARED Span<S> take(Arena& arena, int64_t count) {
   if constexpr (kNumComponents<S> == 2)
@@ -145,7 +150,7 @@ EAML_INLINE void copy_rows(element_t<V>* to, int64_t to_step, const element_t<V>
   for (int64_t t = 0; t < rows; ++t) store(to + t * to_step, load<V>(from + t * from_step));
 }
 
-// Rows of full vectors: a staged tile, or the caller's memory where lanes are adjacent.
+// One full vector per step: in a staged tile, or in the caller's memory if lanes are adjacent there.
 template <class V>
 struct View {
   const element_t<V>* value;
@@ -169,7 +174,7 @@ EAML_INLINE View<S> view_of(StepTile<S> tile) {
     return {tile.value, kLanes<S>};
 }
 
-// Rows of reduced precision, converted to float when they are read.
+// A View of the caller's memory in reduced precision, converted to float at each read.
 template <Half kHalf, class V>
 struct HalfView {
   const std::uint16_t* value;
@@ -208,6 +213,7 @@ UnitIndex unit_index(const ScanParams& params, int64_t index) {
   return p;
 }
 
+// Offset of a batch row, and address of a channel in it.
 template <class T>
 int64_t offset_of(const In<T>& in, int64_t row) {
   return row / in.rows_per_outer * in.outer;
@@ -221,6 +227,7 @@ const T* origin(const In<T>& in, int64_t row, int64_t channel) {
   return in.data + offset_of(in, row) + channel * in.channel;
 }
 
+// The 16-bit numbers of an array of reduced precision.
 inline const std::uint16_t* halves(const float* data) {
   return reinterpret_cast<const std::uint16_t*>(data);
 }
@@ -237,6 +244,7 @@ EAML_INLINE void with_half(Half half, F f) {
     f(std::integral_constant<Half, Half::kFloat16>());
 }
 
+// store_half where the type permits it; doubles are never stored in reduced precision.
 template <Half kHalf, class V>
 EAML_INLINE void store_narrow(std::uint16_t* to, V x) {
   if constexpr (sizeof(element_t<V>) == 4) store_half<kHalf>(to, x);

@@ -19,12 +19,14 @@ bool on_device(const Tensor& t) {
   return t.is_cpu();
 }
 
-// Whether the partial sums over states are separate calls, which costs an addition of their outputs.
+// Whether each partial sum over states is a kernel call of its own, so that threads share a unit. Their outputs must
+// then be added.
 bool splits_states(const ScanParams& s) {
   return s.num_partial_sums > 1 && torch::stable::get_num_threads() > 1;
 }
 
-// The states of one partial sum: their number, and the first one's index in the arrays.
+// The states of one partial sum, or all: `params` has their number, `first` is the index of the first. of() shifts
+// pointers to that state.
 struct StateRange {
   ScanParams params;
   int64_t first;
@@ -43,7 +45,7 @@ struct StateRange {
     shift(in.C, params.C_invariant ? in.C.inner : in.C.channel);
     shift(in.grad_state, in.grad_state.inner);
     if (in.carry) in.carry += first * params.num_components * params.dim;
-    if (first > 0) in.D = {};
+    if (first > 0) in.D = {};  // D u is part of the first partial sum
     return in;
   }
 
@@ -92,15 +94,16 @@ void sum_middle(T* to, const T* from, int64_t outer, int64_t middle, int64_t inn
   });
 }
 
-// A gradient, (outer, inner) real numbers, which kernels write as partial sums (partitions, outer, middle, inner).
+// A gradient of (outer, inner) real numbers. Kernels write partial sums, (partitions, outer, middle, inner); reduced()
+// adds them over partitions and middle.
 template <class T>
-struct Partial {
+struct PartialSums {
   Tensor result;
   T* data;  // points to the result itself if there is nothing to add
   int64_t partitions, outer, middle, inner;
 
-  Partial(Scratch& scratch, const Tensor& parameter, const OptionalTensor& like, int64_t p, int64_t o, int64_t m,
-          int64_t i)
+  PartialSums(Scratch& scratch, const Tensor& parameter, const OptionalTensor& like, int64_t p, int64_t o, int64_t m,
+              int64_t i)
       : result(like ? empty(*like, sizes_of(*like)) : empty(parameter, {0})),
         partitions(p),
         outer(like ? o : 0),
@@ -122,7 +125,7 @@ struct Partial {
 template <class T>
 struct GradientTensors {
   Tensor u, delta, z;
-  Partial<T> A, B, C, D, delta_bias, initial_state;
+  PartialSums<T> A, B, C, D, delta_bias, initial_state;
 
   GradientTensors(Scratch& scratch, const ScanParams& s, const Arguments& x)
       : u(torch::stable::empty_like(*x.u)),
@@ -135,17 +138,17 @@ struct GradientTensors {
         delta_bias(over_rows(scratch, s, x, x.delta_bias, 1)),
         initial_state(scratch, *x.A, x.initial_state, 1, s.batch, 1, s.dim * s.dstate * s.num_components) {}
 
-  // Summed over the batch rows that share a parameter.
-  static Partial<T> over_rows(Scratch& scratch, const ScanParams& s, const Arguments& x, const OptionalTensor& like,
-                              int64_t rank) {
+  // The gradient of a parameter, summed over the batch rows that share it.
+  static PartialSums<T> over_rows(Scratch& scratch, const ScanParams& s, const Arguments& x, const OptionalTensor& like,
+                                  int64_t rank) {
     const int64_t tasks = like && like->dim() > rank ? like->size(0) : 1;
     const int64_t inner = rank == 2 ? s.dim * s.dstate * s.num_components : s.dim;
     return {scratch, *x.A, like, num_time_partitions<T>(s), tasks, s.batch / tasks, inner};
   }
 
-  // Summed over the channels of a group.
-  static Partial<T> over_channels(Scratch& scratch, const ScanParams& s, const Arguments& x, const OptionalTensor& like,
-                                  bool invariant) {
+  // The gradient of B or C, summed over the units of a group, or over batch rows if invariant in time.
+  static PartialSums<T> over_channels(Scratch& scratch, const ScanParams& s, const Arguments& x,
+                                      const OptionalTensor& like, bool invariant) {
     if (invariant) return over_rows(scratch, s, x, like, 2);
     return {scratch, *x.A, like, 1, s.batch * s.groups, units<T>(s) / s.groups, s.dstate * s.length * s.num_components};
   }
@@ -169,10 +172,10 @@ template <class T>
 void run_forward(Scratch& scratch, const ScanParams& s, const Inputs<T>& in, const Inputs<T>* tangents,
                  const Outputs<T>& out) {
   const auto call = [&](const ScanParams& part, Carry<T> from, Carry<T> to, Outputs<T> outputs, int64_t unit) {
-    Inputs<T> x = in, along = tangents ? *tangents : Inputs<T>{};
-    x.carry = from.value, along.carry = from.tangent;
+    Inputs<T> x = in, tangent_in = tangents ? *tangents : Inputs<T>{};
+    x.carry = from.value, tangent_in.carry = from.tangent;
     outputs.carry = to.value, outputs.carry_tangent = to.tangent;
-    forward<T>(part, x, tangents ? &along : nullptr, outputs, unit);
+    forward<T>(part, x, tangents ? &tangent_in : nullptr, outputs, unit);
   };
   const auto warm_up = [&](const ScanParams& part, Carry<T> carry, int64_t unit) {
     call(part, carry, carry, {}, unit);
@@ -186,12 +189,12 @@ void run_forward(Scratch& scratch, const ScanParams& s, const Inputs<T>& in, con
 
   const int64_t count = s.batch * s.dim * s.length;
   const bool split = splits_states(s), sum = split && out.y.data;
-  Outputs<T> second = out;
+  Outputs<T> second = out;  // of the second partial sum
   if (sum) second.y.data = scratch.take<T>(count);
   for_each_unit<T>(s, split ? s.num_partial_sums : 1, [&](int64_t index, int64_t unit) {
     const StateRange part(s, split, index);
-    const Inputs<T> along = tangents ? part.of(*tangents) : Inputs<T>{};
-    forward<T>(part.params, part.of(in), tangents ? &along : nullptr, part.of(index ? second : out), unit);
+    const Inputs<T> tangent_in = tangents ? part.of(*tangents) : Inputs<T>{};
+    forward<T>(part.params, part.of(in), tangents ? &tangent_in : nullptr, part.of(index ? second : out), unit);
   });
   if (sum) add(out.y.data, second.y.data, count);
 }
@@ -201,11 +204,11 @@ void run_backward(Scratch& scratch, const ScanParams& s, const Inputs<T>& in, co
                   const Gradients<T>& out) {
   const int64_t count = s.batch * s.dim * s.length, channels = s.batch * s.dim, partitions = num_time_partitions<T>(s);
   const auto call = [&](const StateRange& part, Carry<T> from, Carry<T> to, Gradients<T> gradients, int64_t unit) {
-    Inputs<T> x = in, along = tangents ? *tangents : Inputs<T>{};
-    x.carry = from.value, along.carry = from.tangent;
+    Inputs<T> x = in, tangent_in = tangents ? *tangents : Inputs<T>{};
+    x.carry = from.value, tangent_in.carry = from.tangent;
     gradients.carry = to.value, gradients.carry_tangent = to.tangent;
-    along = part.of(along);
-    backward<T>(part.params, part.of(x), tangents ? &along : nullptr, part.of(gradients), unit);
+    tangent_in = part.of(tangent_in);
+    backward<T>(part.params, part.of(x), tangents ? &tangent_in : nullptr, part.of(gradients), unit);
   };
   const auto run_partitions = [&](StateRange part, int64_t begin, int64_t end, Carry<T> from, Carry<T> to,
                                   const Gradients<T>& gradients, int64_t unit) {
@@ -231,7 +234,7 @@ void run_backward(Scratch& scratch, const ScanParams& s, const Inputs<T>& in, co
   if (run_time_segments<T>(scratch, s, in, tangents != nullptr, true, warm_up, run)) return;
 
   const bool split = splits_states(s);
-  Gradients<T> second = out;
+  Gradients<T> second = out;  // of the second partial sum
   if (split) {
     for (Out<T>* sequence : {&second.u, &second.delta, &second.z})
       if (sequence->data) sequence->data = scratch.take<T>(count);
@@ -281,30 +284,32 @@ GradientTuple run_vjp(const ScanParams& s, const Arguments& x, const Tensor& gra
 template <class T>
 StateTuple run_jvp(const ScanParams& s, const Arguments& x, const Arguments& tangents) {
   Scratch scratch;
-  const Inputs<T> along = inputs<T>(s, tangents);
+  const Inputs<T> tangent_in = inputs<T>(s, tangents);
   Tensor y = torch::stable::empty_like(*x.u), last = empty(*x.A, {s.batch, s.dim, s.dstate});
-  run_forward<T>(scratch, s, inputs<T>(s, x), &along, {out<T>(y), out<T>(last, s.num_components)});
+  run_forward<T>(scratch, s, inputs<T>(s, x), &tangent_in, {out<T>(y), out<T>(last, s.num_components)});
   return {y, last};
 }
 
 template <class T>
-JvpTuple run_vjp_jvp(const ScanParams& s, const Arguments& x, const Tensor& grad_y, const OptionalTensor& grad_state,
-                     const Arguments& tangents, const OptionalTensor& grad_y_tangent,
-                     const OptionalTensor& grad_state_tangent, bool outputs) {
-  Inputs<T> in = inputs<T>(s, x), along = inputs<T>(s, tangents);
+BackwardJvpTuple run_vjp_jvp(const ScanParams& s, const Arguments& x, const Tensor& grad_y,
+                             const OptionalTensor& grad_state, const Arguments& tangents,
+                             const OptionalTensor& grad_y_tangent, const OptionalTensor& grad_state_tangent,
+                             bool outputs) {
+  Inputs<T> in = inputs<T>(s, x), tangent_in = inputs<T>(s, tangents);
   in.grad_y = sequence<T>(grad_y), in.grad_state = sequence<T>(grad_state, s.num_components);
-  along.grad_y = sequence<T>(grad_y_tangent), along.grad_state = sequence<T>(grad_state_tangent, s.num_components);
+  tangent_in.grad_y = sequence<T>(grad_y_tangent),
+  tangent_in.grad_state = sequence<T>(grad_state_tangent, s.num_components);
   Tensor y = outputs ? torch::stable::empty_like(*x.u) : empty(*x.u, {0});
   Tensor last = empty(*x.A, outputs ? Sizes{s.batch, s.dim, s.dstate} : Sizes{0});
   Scratch scratch;
   const int64_t count = s.batch * saved_size(s) * s.num_components;
   Outputs<T> first{{}, {}, scratch.take<T>(count), scratch.take<T>(count)};
   if (outputs) first.y = out<T>(y), first.last_state = out<T>(last, s.num_components);
-  if (outputs || saved_chunks(s) > 0) run_forward<T>(scratch, s, in, &along, first);
+  if (outputs || saved_chunks(s) > 0) run_forward<T>(scratch, s, in, &tangent_in, first);
   GradientTensors<T> gradients(scratch, s, x);
   Gradients<T> to = gradients.pointers(x);
   to.checkpoints = first.checkpoints, to.checkpoint_tangents = first.checkpoint_tangents;
-  run_backward<T>(scratch, s, in, &along, to);
+  run_backward<T>(scratch, s, in, &tangent_in, to);
   return std::tuple_cat(std::make_tuple(y, last), gradients.reduced());
 }
 

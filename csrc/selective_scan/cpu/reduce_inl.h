@@ -2,36 +2,40 @@
 
 // to[state][step] = from[step][state] for the first `count` of kVectors / 2 complex states.
 template <class T>
-EAML_SHARED void scatter_steps(T* to, int64_t length, const T* from, int64_t steps, int64_t count) {
+EAML_SHARED void transpose_complex(T* to, int64_t length, const T* from, int64_t steps, int64_t count) {
   for (int64_t n = 0; n < count; ++n)
     for (int64_t t = 0; t < steps; ++t) std::copy_n(from + t * kVectors + 2 * n, 2, to + 2 * (n * length + t));
 }
 
-// sums[row] = sum over the lanes of a row, in a fixed order: vectors of four (or two) are added, then their lanes.
+// sums[row] = sum over the lanes of a row, in a fixed order: vectors of Q lanes are added, then the Q lanes of
+// their sum.
 template <class V, int64_t kRows, class T = element_t<V>>
 EAML_INLINE void sum_lanes(T (&sums)[kRows], const T* rows) {
   constexpr int64_t W = Lanes<V>::count, Q = W < 4 ? W : 4;
-  T part[kRows * Q];
+  T partial[kRows * Q];
   for (int64_t r = 0; r < kRows; ++r) {
     auto sum = load<Vec<T, Q>>(rows + r * W);
     EAML_UNROLL
     for (int64_t k = Q; k < W; k += Q) sum += load<Vec<T, Q>>(rows + r * W + k);
-    store(part + r * Q, sum);
+    store(partial + r * Q, sum);
   }
   for (int64_t r = 0; r < kRows; ++r) {
-    T sum = part[r * Q] + part[r * Q + 1];
-    if constexpr (Q == 4) sum += part[r * Q + 2] + part[r * Q + 3];
+    T sum = partial[r * Q] + partial[r * Q + 1];
+    if constexpr (Q == 4) sum += partial[r * Q + 2] + partial[r * Q + 3];
     sums[r] = sum;
   }
 }
 
-// Partially reduced sums over the lanes of four vectors: kFolded numbers, which `unfold` reduces to four. Folding costs
-// six shuffles; four separate accumulators in memory would cost three more loads and stores.
+// Sums over the lanes of four vectors, each to be reduced by itself. add_folded reduces the four to one vector, kFolded
+// partial sums, and adds it to an accumulator. At the end reduce_folded reduces the accumulator to four sums. Folding
+// costs six shuffles; four separate accumulators in memory would cost three more loads and stores.
 template <class V>
 constexpr int64_t kFolded = Lanes<V>::count < kVectors ? kVectors : Lanes<V>::count;
 
-// The lane of (a, b) that a shuffle moves to lane i. `neighbour` takes the lower (upper) lanes of each 16 bytes of a
-// and b in turn, because shuffles within 16 bytes are cheap. `half_lane` takes the lower (upper) half of a, then of b.
+// Shuffle indices: lane i of the result is lane neighbour(i) or half_lane(i) of a followed by b. neighbour alternates
+// between a and b, and takes the lower (upper) half of each 16 bytes, because shuffles within 16 bytes are cheap.
+// half_lane takes the lower (upper) half of a, then of b.
+//
 // With four lanes, adding neighbours gives [a0 + a2, b0 + b2, a1 + a3, b1 + b3]. Adding halves of two such vectors
 // gives the sums of a, b, c and d.
 template <int kLanes, int kSlot, bool kUpper>
@@ -67,11 +71,11 @@ EAML_INLINE void add_folded(element_t<V>* sums, const V (&x)[kVectors]) {
 }
 template <class V>
 EAML_INLINE void add_folded(element_t<V>* sums, const Complex<V> (&x)[kVectors / 2]) {
-  const V parts[kVectors] = {x[0].re, x[0].im, x[1].re, x[1].im};
-  add_folded(sums, parts);
+  const V components[kVectors] = {x[0].re, x[0].im, x[1].re, x[1].im};
+  add_folded(sums, components);
 }
 template <class V>
-EAML_INLINE void unfold(element_t<V>* to, const element_t<V>* sums) {
+EAML_INLINE void reduce_folded(element_t<V>* to, const element_t<V>* sums) {
   using Four = Vec<element_t<V>, 4>;
   constexpr int64_t half = kFolded<V> / 2;
   if constexpr (half < 4) {

@@ -1,6 +1,9 @@
 // Copies between the caller's strided tensors and tiles whose last dimension is the lane. A part of kernel_inl.h.
+//
+// To stage is to copy into a tile, to scatter is to copy out of it, one number at a time. The store_* functions copy
+// whole vectors where the layout permits it, and scatter otherwise.
 
-// stage_tile and scatter_tile for sequences of reduced precision.
+// stage_tile and scatter_tile, which are defined below, for sequences of reduced precision.
 template <int64_t W>
 EAML_SHARED void stage_half_tile(float* tile, const In<float>& in, int64_t row, int64_t channel, int64_t lanes,
                                  int64_t start, int64_t steps) {
@@ -28,7 +31,8 @@ EAML_SHARED void scatter_half_tile(std::uint16_t* to, const Out<float>& out, con
     for (int64_t t = 0; t < steps; ++t) to[i * out.channel + t * out.inner] = narrow[i * kChunk + t];
 }
 
-// tile[step][lane] = in[row][channel + lane][start + step], zeros beyond `lanes`.
+// tile[step][lane] = in[row][channel + lane][start + step], zeros beyond `lanes`. The chunk that runs next
+// starts `ahead` steps later; backward, ahead is negative.
 template <int64_t W, class T>
 EAML_SHARED void stage_tile(T* tile, const In<T>& in, int64_t row, int64_t channel, int64_t lanes, int64_t start,
                             int64_t steps, int64_t ahead) {
@@ -36,7 +40,8 @@ EAML_SHARED void stage_tile(T* tile, const In<T>& in, int64_t row, int64_t chann
   if (in.data == nullptr) return;
   const T* from = origin(in, row, channel) + start * in.inner;
   if (in.inner == 1) {
-    for (int64_t i = 0; i < lanes; ++i)  // of the next chunk: rows are too short for the hardware prefetcher
+    // Prefetches the next chunk, because a chunk of a row is too short for the hardware prefetcher.
+    for (int64_t i = 0; i < lanes; ++i)
       for (int64_t t = 0; t < kChunk; t += kAlignment / sizeof(T)) EAML_PREFETCH(from + i * in.channel + ahead + t);
     transpose(tile, W, from, in.channel, lanes, steps);
   } else {
@@ -60,6 +65,7 @@ struct Target {
   EAML_INLINE V get(int64_t t) const { return load<V>(row + t * step); }
   EAML_INLINE void set(int64_t t, V x) const { store(row + t * step, x); }
 };
+// Whether a full vector per step can be stored in the output itself.
 template <class V, class T = element_t<V>>
 EAML_INLINE bool has_rows(const Out<T>& out, int64_t lanes) {
   return out.data != nullptr && out.half == Half::kNone && out.channel == 1 && lanes == Lanes<V>::count;
@@ -83,8 +89,8 @@ EAML_SHARED void store_tile(const Out<T>& out, const T* tile, int64_t row, int64
   if (!has_rows<V>(out, lanes)) scatter_tile<W>(out.data + offset, out, tile, lanes, steps);
 }
 
-// matrix[state][component][lane] of a (rows, dim, dstate) input, zeros beyond `lanes` and beyond the true state count.
-// Components of a complex number are neighbours in memory.
+// matrix[state][component][lane] of a (rows, dim, dstate) input, zeros beyond `lanes` and beyond `state` of the
+// `padded` states. Components of a complex number are adjacent in the input.
 template <int64_t W, int64_t kCount, class T>
 void gather_matrix(T* matrix, const In<T>& in, int64_t row, int64_t channel, int64_t lanes, int64_t state,
                    int64_t padded) {
@@ -136,8 +142,8 @@ EAML_SHARED void stage_vector(T* vector, const In<T>& in, int64_t row, int64_t c
   for (int64_t i = 0; i < lanes; ++i) vector[i] = from[i * in.channel];
 }
 
-// Entry `index` of saved states (index, dstate, component, dim), as an input whose states are the components. The state
-// at the start of chunk c > 0 has index row * (chunks - 1) + c - 1; a carry has index row.
+// Entry `index` of saved states (entries, all_dstate, num_components, dim), as an input in which each component counts
+// as a state. The state at the start of chunk c > 0 is entry row * (chunks - 1) + c - 1; a carry is entry row.
 template <class T>
 In<T> saved_state(const T* all, const ScanParams& params, int64_t index) {
   return {all + index * params.all_dstate * params.num_components * params.dim, 0, 1, params.dim};

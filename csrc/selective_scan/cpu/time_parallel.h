@@ -1,4 +1,4 @@
-// Threads of one call: over units of work and, where those are few and long, over segments of time.
+// Divides one call among threads: by units and, if those are few and long, by time segments.
 #pragma once
 
 #include <torch/csrc/stable/ops.h>
@@ -18,9 +18,9 @@ namespace {
 
 using std::int64_t;
 
-// With few units for many threads, sums over states are two partial sums, which two threads may compute, and sums over
-// time have one partial sum per time partition. Both numbers depend on the shape alone: results must not depend on the
-// number of threads.
+// If there are few units, their work is divided further. A sum over states is two partial sums, which two threads may
+// compute. A sum over time is one partial sum per time partition. Both numbers depend on the shape alone, because
+// results must not depend on the number of threads.
 template <class T>
 bool few_units(const ScanParams& s) {
   constexpr int64_t kFewUnits = 4, kWorthwhile = int64_t{1} << 20;
@@ -37,12 +37,12 @@ int64_t num_time_partitions(const ScanParams& s) {
   return few_units<T>(s) ? std::clamp<int64_t>(s.length / kPartitionSteps, 1, kMaxPartitions) : 1;
 }
 
-// Calls f(begin, end) on ranges of [0, total). Several threads share the work if each gets at least kWorthAThread of
-// it.
+// Calls f(begin, end) on ranges of [0, total). An index is `work_each` state updates. Several threads share the
+// indices if each gets at least kMinThreadWork.
 template <class F>
 void parallel(int64_t total, int64_t work_each, F f) {
-  constexpr int64_t kWorthAThread = int64_t{1} << 16;
-  const int64_t grain = std::max<int64_t>(1, kWorthAThread / std::max<int64_t>(work_each, 1));
+  constexpr int64_t kMinThreadWork = int64_t{1} << 16;
+  const int64_t grain = std::max<int64_t>(1, kMinThreadWork / std::max<int64_t>(work_each, 1));
   if (total <= grain) {
     if (total > 0) f(0, total);
   } else {
@@ -103,7 +103,8 @@ void backward(const ScanParams& s, const Inputs<T>& in, const Inputs<T>* tangent
     complex_states::backward(s, in, tangents, out, unit, unit + 1);
 }
 
-// States of all rows, or their gradients, at the boundary of two time segments; of a Dual run, tangents too.
+// The states of all batch rows, or their gradients, at the boundary of two time segments. A Dual run has their tangents
+// too.
 template <class T>
 struct Carry {
   T* value = nullptr;
@@ -134,12 +135,13 @@ int64_t partition_begin(const ScanParams& s, int64_t partition) {
   return chunks(s) * partition / num_time_partitions<T>(s);
 }
 
-// Runs time segments, each of some partitions, on several threads, with the bits of one thread.
+// Divides time into segments of one or more partitions and runs them on several threads. The results have the same bits
+// as on one thread.
 //
-// Every segment but the first starts from a guess: the state that the chunks before it produce from zeros. Where states
-// decay quickly the guess equals the true state bit for bit. The guess is used only if a start from ones ends in the
-// same bits. It is then compared with the state that the previous segment left, and the segment runs again if they
-// differ.
+// Every segment but the first starts from a guess: a warm-up starts from zeros some chunks before the segment. If
+// states decay quickly, the guess equals the true state bit for bit. It is used only if a second warm-up, from ones,
+// ends in the same bits. Afterwards it is compared with the state in which the previous segment ended. If they differ,
+// the segment runs again from that state.
 //
 // Returns false, with nothing written, if there are too few partitions or the states decay too slowly.
 // `warm_up(params, carry, unit)` advances a carry through some chunks; `run(begin, end, from, to, unit)` computes
@@ -148,14 +150,16 @@ template <class T, class Warm, class Run>
 bool run_time_segments(Scratch& scratch, const ScanParams& s, const Inputs<T>& in, bool dual, bool backward,
                        Warm warm_up, Run run) {
   constexpr int64_t kProbeChunks = 2;
-  // Halvings until two states agree: twice the digits, because a difference in the last digit can persist.
+  // The warm-up must halve a difference of states this often. That is twice the digits, because a difference in the
+  // last digit can persist.
   constexpr int64_t kHalvings = 2 * std::numeric_limits<T>::digits;
   const int64_t partitions = num_time_partitions<T>(s), threads = torch::stable::get_num_threads();
   if (partitions < 2 || threads <= s.batch * units<T>(s)) return false;
   int64_t count = std::min(partitions, threads);
   const auto first_partition = [&](int64_t i) { return partitions * (backward ? count - i - 1 : i) / count; };
   const auto end_partition = [&](int64_t i) { return partitions * (backward ? count - i : i + 1) / count; };
-  const auto before = [&](int64_t i, int64_t length) {  // `length` chunks before segment i, in the scan's direction
+  const auto chunks_before = [&](int64_t i,
+                                 int64_t length) {  // `length` chunks before segment i, in the scan's direction
     ScanParams part = s;
     const int64_t edge = partition_begin<T>(s, backward ? end_partition(i) : first_partition(i));
     part.first_chunk = backward ? edge : edge - length, part.end_chunk = part.first_chunk + length;
@@ -168,13 +172,14 @@ bool run_time_segments(Scratch& scratch, const ScanParams& s, const Inputs<T>& i
     return all;
   };
 
+  // Without B, states that start at 1 end as the products of their decays, here over kProbeChunks chunks.
   const std::vector<Carry<T>> decay_products = carries(false, 1);
   for_each_unit<T>(s, count - 1, [&](int64_t i, int64_t unit) {
     Inputs<T> decays = in;
     decays.B = {}, decays.carry = decay_products[i].value;
     Outputs<T> to;
     to.carry = decay_products[i].value;
-    forward<T>(before(i + 1, kProbeChunks), decays, nullptr, to, unit);
+    forward<T>(chunks_before(i + 1, kProbeChunks), decays, nullptr, to, unit);
   });
   double slowest_decay = 0;
   for (const Carry<T>& decays : decay_products)
@@ -183,26 +188,26 @@ bool run_time_segments(Scratch& scratch, const ScanParams& s, const Inputs<T>& i
       slowest_decay = std::max<double>(slowest_decay, std::abs(decays.value[i]));
     }
   const int64_t length = kProbeChunks + static_cast<int64_t>(kProbeChunks * kHalvings / -std::log2(slowest_decay));
-  constexpr int64_t kWorthwhile = 4;  // a segment has at least this many times the chunks of its guess
+  constexpr int64_t kWorthwhile = 4;  // a segment has at least this many times the chunks of its warm-up
   count = std::min(count, chunks(s) / (kWorthwhile * length));
   if (count < 2) return false;
 
-  const std::vector<Carry<T>> guess = carries(dual, 0), other = carries(dual, 1), reached = carries(dual, 0);
+  const std::vector<Carry<T>> guess = carries(dual, 0), from_ones = carries(dual, 1), end_states = carries(dual, 0);
   for_each_unit<T>(s, 2 * (count - 1), [&](int64_t i, int64_t unit) {
-    warm_up(before(i / 2 + 1, length), (i % 2 ? other : guess)[i / 2], unit);
+    warm_up(chunks_before(i / 2 + 1, length), (i % 2 ? from_ones : guess)[i / 2], unit);
   });
   for (int64_t i = 1; i < count; ++i)
-    if (!guess[i - 1].same_bits(other[i - 1])) return false;
+    if (!guess[i - 1].same_bits(from_ones[i - 1])) return false;
 
   const auto segment = [&](int64_t i, int64_t unit) {
-    const Carry<T>& last = other[0];  // written by the last segment, read by none
-    run(first_partition(i), end_partition(i), i > 0 ? guess[i - 1] : Carry<T>{}, i + 1 < count ? reached[i] : last,
+    const Carry<T>& last = from_ones[0];  // the last segment writes its end state here; none reads it
+    run(first_partition(i), end_partition(i), i > 0 ? guess[i - 1] : Carry<T>{}, i + 1 < count ? end_states[i] : last,
         unit);
   };
   for_each_unit<T>(s, count, segment);
   for (int64_t i = 1; i < count; ++i)
-    if (!guess[i - 1].same_bits(reached[i - 1])) {
-      guess[i - 1].copy(reached[i - 1]);
+    if (!guess[i - 1].same_bits(end_states[i - 1])) {
+      guess[i - 1].copy(end_states[i - 1]);
       for_each_unit<T>(s, 1, [&](int64_t, int64_t unit) { segment(i, unit); });
     }
   return true;

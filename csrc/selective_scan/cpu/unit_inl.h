@@ -1,28 +1,29 @@
 // The unit of work: its scratch memory, and how the inputs of a chunk and block are staged. A part of kernel_inl.h.
 
-// B or C of one chunk: [step][state][component], the same for every lane, or [step][state][component][lane] with step
-// stride 0 when invariant in time.
+// B or C of one chunk. If both vary in time: [step][state][component], shared by all lanes. Otherwise, per lane:
+// [step][state][component][lane], where the one that is invariant in time has step stride 0.
 template <class Z>
 struct Matrix {
   Span<Z> data;
   int64_t step;
 };
-// B or C from one state on, with the layout as a constant.
-template <class Z, bool kLane>
+// B or C from state n on. kPerLane is its layout, as a compile-time constant.
+template <class Z, bool kPerLane>
 struct Operand {
   Span<Z> data;
   int64_t step;
   EAML_INLINE Operand(const Matrix<Z>& matrix, int64_t n)
-      : data(matrix.data.at(kLane ? n * kLanes<Z> : n)), step(matrix.step) {}
+      : data(matrix.data.at(kPerLane ? n * kLanes<Z> : n)), step(matrix.step) {}
   EAML_INLINE auto get(int64_t t, int64_t n) const {
-    if constexpr (kLane)
+    if constexpr (kPerLane)
       return data.get(t * step + n * kLanes<Z>);
     else
       return data.number(t * step + n);
   }
 };
 
-// to[step][state][component][copy] of a variable B or C, zeros beyond the true state count.
+// to[step][state][component][copy] of a B or C that varies in time. The kCopies copies, one per lane, are equal. States
+// from `state` up to `padded` are zeros.
 template <int64_t kCopies, int64_t kCount, class T>
 EAML_SHARED void stage_states(T* to, const In<T>& in, const UnitIndex& at, int64_t state, int64_t padded, int64_t start,
                               int64_t steps) {
@@ -40,7 +41,8 @@ EAML_SHARED void stage_states(T* to, const In<T>& in, const UnitIndex& at, int64
         std::fill_n(to + ((t * padded + n) * kCount + c) * kCopies, kCopies, from[n * in.channel + t * in.inner + c]);
 }
 
-// Rates in memory, [state][number of the rate][lane]. Offsets are those of A's Span.
+// Rates in memory, [state][kCount][lane]: log2, and for a complex A the high and low part of the angle. Offsets are
+// those of A's Span.
 template <class Z>
 struct RateSpan {
   using V = vector_t<Z>;
@@ -77,28 +79,29 @@ template <class Z>
 struct Rates {
   Z A[kStates<Z>];
   Rate<Z> rate[kStates<Z>];
-  EAML_INLINE Rates(Span<Z> from, RateSpan<Z> prepared, int64_t offset) {
+  EAML_INLINE Rates(Span<Z> from, RateSpan<Z> A_rates, int64_t offset) {
     read(A, from.at(offset));
-    each_state<Z>([&](auto n) EAML_LAMBDA { rate[n] = prepared.get(offset + n * kLanes<Z>); });
+    each_state<Z>([&](auto n) EAML_LAMBDA { rate[n] = A_rates.get(offset + n * kLanes<Z>); });
   }
 };
 
 // A chunk as runs of steps between resets, so that the loops over time have no branches.
 struct ResetRuns {
   int64_t count, begin[kChunk + 1];  // begin[count]: the end of the chunk
-  bool first_reset;                  // of the first run; all others start with a reset
-  EAML_INLINE bool reset(int64_t run) const { return run > 0 || first_reset; }
+  bool first_run_resets;             // whether the first run starts with a reset; all others do
+  EAML_INLINE bool reset(int64_t run) const { return run > 0 || first_run_resets; }
 };
 
-// Rows of the caller's memory that the next block or chunk reads. The loops over time prefetch one row of each of two
-// streams per step: prefetched all at once they would stall the processor, which does not predict rows of a matrix.
-struct Stream {
+// One row per step of the caller's memory, which the next block or chunk reads. The hardware prefetcher does not
+// predict rows of a matrix, and prefetching all rows at once would stall. So each step of a loop over time prefetches
+// the rows of two arrays.
+struct PrefetchRows {
   const char* row;
   int64_t step;  // in bytes
   EAML_INLINE void prefetch(int64_t t) const { EAML_PREFETCH(row + t * step); }
 };
-struct Streams {
-  Stream first, second;
+struct PrefetchPair {
+  PrefetchRows first, second;
   EAML_INLINE void prefetch(int64_t t) const { first.prefetch(t), second.prefetch(t); }
 };
 
@@ -112,21 +115,21 @@ struct Unit {
 
   const ScanParams& params;
   const Source<S>& source;
-  UnitIndex at, after;   // this unit and the one likely to run next
-  int64_t padded;        // states, rounded up to whole groups
-  Span<Z> A;             // [block][state][lane]
-  RateSpan<Z> prepared;  // A as `decay` takes it
-  Span<S> D, bias;       // [block][lane]
-  bool lane;             // B and C are laid out per lane, because one of them is invariant in time
-  Matrix<Z> B, C;        // of the current chunk (invariant: of the current block)
-  Span<Z> memory_B, memory_C;
+  UnitIndex at, after;  // this unit and the one likely to run next
+  int64_t padded;       // states, rounded up to whole groups
+  Span<Z> A;            // [block][state][lane]
+  RateSpan<Z> A_rates;  // A as `decay` reads it
+  Span<S> D, bias;      // [block][lane]
+  bool per_lane;        // whether B and C have a lane dimension, because one of them is invariant in time
+  Matrix<Z> B, C;       // of the current chunk (invariant: of the current block)
+  Span<Z> staging_B, staging_C;
   StepTile<S> dt, x, y;  // of the current chunk and block
-  StepTile<S> memory_u, memory_delta, memory_z;
+  StepTile<S> staging_u, staging_delta, staging_z;
   View<S> u, z;
   ResetRuns runs;
-  static constexpr int64_t kStreams = 12;
-  Stream upcoming[kStreams];  // rows of sequences, tangents and outputs, added by view() and target()
-  int64_t streams;
+  static constexpr int64_t kMaxPrefetches = 12;
+  PrefetchRows upcoming[kMaxPrefetches];  // of sequences, tangents and outputs; view() and target() add them
+  int64_t num_prefetches;
 
   EAML_SHARED Unit(Arena& arena, const ScanParams& s, const Source<S>& src, int64_t index)
       : params(s),
@@ -134,9 +137,9 @@ struct Unit {
         at(unit_index<T>(s, index)),
         after(unit_index<T>(s, std::min(index + 1, s.batch * units<T>(s) - 1))),
         padded((s.dstate + kStates<Z> - 1) / kStates<Z> * kStates<Z>),
-        lane(s.B_invariant || s.C_invariant) {
+        per_lane(s.B_invariant || s.C_invariant) {
     A = take<Z>(arena, blocks() * padded * W);
-    prepared.data = arena.take<T>(blocks() * padded * W * prepared.kCount);
+    A_rates.data = arena.take<T>(blocks() * padded * W * A_rates.kCount);
     D = take<S>(arena, blocks() * W);
     bias = take<S>(arena, blocks() * W);
     for (int64_t block = 0; block < blocks(); ++block) {
@@ -150,10 +153,10 @@ struct Unit {
       source.each(&Inputs<T>::delta_bias, bias.at(block * W),
                   [&](T* to, const In<T>& in) { stage_vector<W>(to, in, at.row, channel(block), lanes(block)); });
     }
-    prepared.fill(A, blocks() * padded * W);
-    const int64_t size = kChunk * padded * (lane ? W : 1);
-    B = {memory_B = take<Z>(arena, size), 0}, C = {memory_C = take<Z>(arena, size), 0};
-    for (StepTile<S>* tile : {&dt, &x, &y, &memory_u, &memory_delta, &memory_z}) *tile = step_tile<S>(arena);
+    A_rates.fill(A, blocks() * padded * W);
+    const int64_t size = kChunk * padded * (per_lane ? W : 1);
+    B = {staging_B = take<Z>(arena, size), 0}, C = {staging_C = take<Z>(arena, size), 0};
+    for (StepTile<S>* tile : {&dt, &x, &y, &staging_u, &staging_delta, &staging_z}) *tile = step_tile<S>(arena);
   }
 
   int64_t blocks() const { return (at.channels + W - 1) / W; }
@@ -162,16 +165,17 @@ struct Unit {
   int64_t chunks() const { return (params.length + kChunk - 1) / kChunk; }
   int64_t end_chunk() const { return std::min(params.end_chunk, chunks()); }
 
-  // The rows to prefetch beside the states from n on; where no rows are left, an address that is in the cache.
-  EAML_INLINE Streams streams_from(int64_t n) const {
+  // The rows that the loop over the group of states from n on prefetches. If none are left, it prefetches an address
+  // that is in the cache.
+  EAML_INLINE PrefetchPair prefetch_for(int64_t n) const {
     const int64_t i = n / kStates<Z> * 2;
-    const Stream none{reinterpret_cast<const char*>(dt.value), 0};
-    return {i < streams ? upcoming[i] : none, i + 1 < streams ? upcoming[i + 1] : none};
+    const PrefetchRows none{reinterpret_cast<const char*>(dt.value), 0};
+    return {i < num_prefetches ? upcoming[i] : none, i + 1 < num_prefetches ? upcoming[i + 1] : none};
   }
-  EAML_INLINE Rates<Z> rates(int64_t j) const { return {A, prepared, j}; }
+  EAML_INLINE Rates<Z> rates(int64_t j) const { return {A, A_rates, j}; }
 
   // Stages the state (or cotangent) that a call starts from: its carry if it has one, else the input `given`.
-  EAML_SHARED void stage_first(In<T> Inputs<T>::* given, Span<Z> to, int64_t block) const {
+  EAML_SHARED void stage_initial(In<T> Inputs<T>::* given, Span<Z> to, int64_t block) const {
     if (source.values.carry != nullptr) {
       stage_saved(to.value, source.values.carry, at.row, block);
       if constexpr (kIsDual<S>) stage_saved(to.tangent, source.tangents->carry, at.row, block);
@@ -195,19 +199,20 @@ struct Unit {
 
   // Stages the inputs of a chunk that all blocks share: resets, and B and C where they vary in time.
   EAML_SHARED void stage_chunk(int64_t start, int64_t steps) {
-    runs.count = 1, runs.begin[0] = 0, runs.first_reset = false;
+    runs.count = 1, runs.begin[0] = 0, runs.first_run_resets = false;
     if (params.reset) {
       const bool* reset = params.reset + at.row * params.reset_outer + start * params.reset_inner;
-      runs.first_reset = reset[0];
+      runs.first_run_resets = reset[0];
       for (int64_t t = 1; t < steps; ++t)
         if (reset[t * params.reset_inner]) runs.begin[runs.count++] = t;
     }
     runs.begin[runs.count] = steps;
-    if (!params.B_invariant) stage_variable(&Inputs<T>::B, memory_B, B, start, steps);
-    if (!params.C_invariant) stage_variable(&Inputs<T>::C, memory_C, C, start, steps);
+    if (!params.B_invariant) stage_variable(&Inputs<T>::B, staging_B, B, start, steps);
+    if (!params.C_invariant) stage_variable(&Inputs<T>::C, staging_C, C, start, steps);
   }
 
-  // Stages a B or C that varies in time: read in place if its states are adjacent, else copied to `memory`.
+  // Sets `matrix` to a chunk of a B or C that varies in time: the caller's memory if states are adjacent there, else a
+  // copy in `memory`.
   EAML_SHARED void stage_variable(In<T> Inputs<T>::* member, Span<Z> memory, Matrix<Z>& matrix, int64_t start,
                                   int64_t steps) const {
     constexpr int64_t count = kNumComponents<Z>;
@@ -215,25 +220,26 @@ struct Unit {
       return const_cast<T*>(in.data + at.row * in.outer + at.group * in.group + start * in.inner);
     };
     const In<T>& in = source.values.*member;
-    bool lies = !lane && padded == params.dstate && in.channel == count && in.inner % count == 0;
+    bool in_place = !per_lane && padded == params.dstate && in.channel == count && in.inner % count == 0;
     if constexpr (kIsDual<S>) {
-      const In<T>& along = source.tangents->*member;
-      lies = lies && along.data != nullptr && along.channel == count && along.inner == in.inner;
-      if (lies) matrix.data.tangent = first(along);
+      const In<T>& tangent = source.tangents->*member;
+      in_place = in_place && tangent.data != nullptr && tangent.channel == count && tangent.inner == in.inner;
+      if (in_place) matrix.data.tangent = first(tangent);
     }
-    if (lies) {
+    if (in_place) {
       matrix.data.value = first(in), matrix.step = in.inner / count;
       return;
     }
-    matrix = {memory, lane ? padded * W : padded};
+    matrix = {memory, per_lane ? padded * W : padded};
     source.each(member, memory, [&](T* to, const In<T>& from) {
-      if (lane)
+      if (per_lane)
         stage_states<W, count>(to, from, at, params.dstate, padded, start, steps);
       else
         stage_states<1, count>(to, from, at, params.dstate, padded, start, steps);
     });
   }
 
+  // Stages B and C of a block where they are invariant in time.
   EAML_SHARED void stage_invariant(int64_t block) const {
     const auto stage = [&](In<T> Inputs<T>::* member, const Matrix<Z>& matrix) {
       source.each(member, matrix.data, [&](T* to, const In<T>& in) {
@@ -244,8 +250,8 @@ struct Unit {
     if (params.C_invariant) stage(&Inputs<T>::C, C);
   }
 
-  // A view of a chunk of an input, copied to `tile` if lanes are not adjacent. The next chunk starts `ahead` steps
-  // later.
+  // A view of a chunk of an input, copied to `tile` if lanes are not adjacent. The chunk that runs next starts `ahead`
+  // steps later; backward, ahead is negative.
   View<S> view(In<T> Inputs<T>::* member, StepTile<S> tile, int64_t block, int64_t start, int64_t steps,
                int64_t ahead) {
     const View<V> value = rows(tile.value, source.values.*member, block, start, steps, ahead);
@@ -256,6 +262,7 @@ struct Unit {
       return value;
     }
   }
+  // The values or the tangents of view(). `to` is the tile for copies.
   EAML_SHARED View<V> rows(T* to, const In<T>& in, int64_t block, int64_t start, int64_t steps, int64_t ahead) {
     const bool adjacent = in.data != nullptr && in.channel == 1 && lanes(block) == W;
     if constexpr (sizeof(T) == 4) {
@@ -281,7 +288,7 @@ struct Unit {
     return {to, W};
   }
 
-  // The destination of a chunk of an output; store_tile copies it where that is a tile.
+  // The destination of a chunk of an output: the caller's memory, or `tile`, which store_tile then copies there.
   EAML_SHARED Target<V> target(const Out<T>& out, T* tile, int64_t block, int64_t start, int64_t ahead) {
     if (!has_rows<V>(out, lanes(block))) return {tile, W};
     T* const row = out.data + at.row * out.outer + channel(block) + start * out.inner;
@@ -289,7 +296,7 @@ struct Unit {
     return {row, out.inner};
   }
 
-  // The destination in reduced precision; null if rows cannot be written one by one.
+  // The caller's memory as destination in reduced precision; null if no full vector can be stored there.
   std::uint16_t* half_target(const Out<T>& out, int64_t block, int64_t start, int64_t ahead) {
     if (out.data == nullptr || out.half == Half::kNone || out.channel != 1 || lanes(block) != W) return nullptr;
     std::uint16_t* const data = reinterpret_cast<std::uint16_t*>(out.data);
@@ -300,25 +307,25 @@ struct Unit {
   // Adds the rows of the next block, chunk or unit to those that the loops prefetch.
   template <class N, class Sequence>
   void prefetch_next(const N* data, const Sequence& sequence, int64_t block, int64_t start, int64_t ahead) {
-    if (streams == kStreams) return;
+    if (num_prefetches == kMaxPrefetches) return;
     int64_t row = at.row, next = channel(block) + W, t = start;
     if (block + 1 == blocks()) {
       next = at.first, t += ahead;
       if (t < 0 || t >= params.length) row = after.row, next = after.first, t = ahead < 0 ? (chunks() - 1) * kChunk : 0;
     }
     const N* const from = data + offset_of(sequence, row) + next * sequence.channel + t * sequence.inner;
-    upcoming[streams++] = {reinterpret_cast<const char*>(from), sequence.inner * int64_t(sizeof(N))};
+    upcoming[num_prefetches++] = {reinterpret_cast<const char*>(from), sequence.inner * int64_t(sizeof(N))};
   }
 
-  // dt = softplus(delta + bias), x = dt u, y = D u, to which the sum over states is added; with kSlope also d dt / d
-  // delta.
+  // Stages dt = softplus(delta + bias), x = dt u and y = D u of a block. The loops over time add the sum over states to
+  // y. Backward sets kSlope, and gets slope = d(dt) / d(delta).
   template <bool kSlope>
   EAML_SHARED void stage_block(int64_t block, int64_t start, int64_t steps, StepTile<S> slope) {
     stage_invariant(block);
-    streams = 0;
-    constexpr int64_t ahead = kSlope ? -kChunk : kChunk;  // the next chunk of backward is the one before
-    if (params.gated) z = view(&Inputs<T>::z, memory_z, block, start, steps, ahead);
-    if constexpr (sizeof(T) == 4 && !kSlope && !kIsDual<S>) {  // forward reads u and delta once
+    num_prefetches = 0;
+    constexpr int64_t ahead = kSlope ? -kChunk : kChunk;  // backward goes to earlier chunks
+    if (params.gated) z = view(&Inputs<T>::z, staging_z, block, start, steps, ahead);
+    if constexpr (sizeof(T) == 4 && !kSlope && !kIsDual<S>) {  // u and delta are read once
       const In<T>&in_u = source.values.u, &in_delta = source.values.delta;
       if (in_u.half != Half::kNone && lanes(block) == W && in_u.channel == 1 && in_delta.channel == 1) {
         const auto rows = [&](const In<T>& in) EAML_LAMBDA {
@@ -331,15 +338,15 @@ struct Unit {
         });
       }
     }
-    u = view(&Inputs<T>::u, memory_u, block, start, steps, ahead);
-    stage_steps<kSlope>(block, steps, slope, u, view(&Inputs<T>::delta, memory_delta, block, start, steps, ahead));
+    u = view(&Inputs<T>::u, staging_u, block, start, steps, ahead);
+    stage_steps<kSlope>(block, steps, slope, u, view(&Inputs<T>::delta, staging_delta, block, start, steps, ahead));
   }
 
   template <bool kSlope, class Sequence>
   void stage_steps(int64_t block, int64_t steps, StepTile<S> slope, Sequence u_, Sequence delta) {
     const StepTile<S> dt_ = dt, x_ = x, y_ = y;
     const S offset = bias.get(block * W), d = D.get(block * W);
-    const bool sums = !kSlope || params.gated;  // backward needs y for the gate alone
+    const bool needs_y = !kSlope || params.gated;  // backward needs y only for the gradient of z
     const auto each = [&](auto f) EAML_LAMBDA {
       for (int64_t t = 0; t < steps; t += kSoftplusSteps) {
         int64_t rows[kSoftplusSteps];
@@ -354,7 +361,7 @@ struct Unit {
         for (int k = 0; k < kSoftplusSteps; ++k) {
           const S input = u_.get(rows[k]);
           dt_.set(rows[k] * W, step[k].value), x_.set(rows[k] * W, step[k].value * input);
-          if (sums) y_.set(rows[k] * W, d * input);
+          if (needs_y) y_.set(rows[k] * W, d * input);
           if constexpr (kSlope) slope.set(rows[k] * W, step[k].slope);
         }
       }

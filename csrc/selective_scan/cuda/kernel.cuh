@@ -6,7 +6,8 @@
 // a warp, its lanes, and each lane keeps kStates of the channel's states in registers. The scan goes through time in
 // chunks. The sequences of a chunk are staged in shared memory, read along whichever dimension is contiguous. B and C
 // of some steps are staged for all channels of the block. Sums over states and over channels of a warp are computed for
-// four steps at once: each exchange halves the numbers that are left to sum, so a step costs less than one shuffle.
+// four steps at once. At each shuffle a thread gives away half of its sums and keeps the others, so a step costs less
+// than one shuffle.
 //
 // Backward goes from the last chunk to the first. It recomputes the states of a chunk from the state saved at its
 // start, and keeps the states at the start of each tile of four steps. Then it goes back tile by tile.
@@ -53,27 +54,28 @@ struct Tiling {
   static constexpr int kRow =
       kChannels + 1;  // a row of a [step][channel] tile, padded so that columns lie in different banks
   static constexpr int kTile = kSteps * kRow;
-  static constexpr int kVector = kChannels;
+  static constexpr int kVector = kChannels;  // one number per channel
   // Steps of B and C in shared memory: a chunk, or fewer if there are many states.
   static constexpr int kFittingSteps = 1024 / (kPadded * kWords<Z>);
   static constexpr int kMatrixSteps = kFittingSteps > kSteps          ? kSteps
                                       : kFittingSteps < kStepsPerTile ? kStepsPerTile
                                                                       : kFittingSteps;
-  static constexpr int kMatrixRow = kPadded + 4;
+  static constexpr int kMatrixRow = kPadded + 4;             // padded against bank conflicts
   static constexpr int kMatrix = kMatrixSteps * kMatrixRow;  // [step][state]
   static constexpr int kStepTiles = kSteps / kStepsPerTile;
   static constexpr int kStarts = kStepTiles * kStates * kThreads;    // [step tile][state][thread]
   static constexpr int kColumns = kLanes * kReals;                   // real numbers of a step's B or C
   static constexpr int kTermsOfWarp = kStepsPerTile * 2 * kColumns;  // [step][B or C][state][component] of one warp
-  // Threads per multiprocessor: the largest numbers that leave each thread the registers it uses.
-  static constexpr bool kHot = kStates * kWords<Z> == 4;
-  static constexpr bool kPlain = kWords<Z> == 1;  // real states in single precision
-  static constexpr int kForwardThreads = kIsDual<Z> ? (kPlain ? 384 : 256) : (kPlain ? 640 : 512);
-  static constexpr int kBackwardThreads = kPlain && !kIsDual<Z> ? 384 : 256;
-  static constexpr int kForwardBlocks = kHot ? kForwardThreads / kThreads : 1;
-  static constexpr int kBackwardBlocks = kHot ? kBackwardThreads / kThreads : 1;
-  // Whether there are separate kernels for B and C that both vary in time.
-  static constexpr bool kVarying = kHot && kPlain && !kIsDual<Z>;
+  // Threads per multiprocessor: the largest numbers that leave each thread the registers it uses. They are tuned for
+  // tilings with 16 bytes of states per thread.
+  static constexpr bool kTunedOccupancy = kStates * kWords<Z> == 4;
+  static constexpr bool kRealFloat = kWords<Z> == 1;  // real states in single precision
+  static constexpr int kForwardThreads = kIsDual<Z> ? (kRealFloat ? 384 : 256) : (kRealFloat ? 640 : 512);
+  static constexpr int kBackwardThreads = kRealFloat && !kIsDual<Z> ? 384 : 256;
+  static constexpr int kForwardBlocks = kTunedOccupancy ? kForwardThreads / kThreads : 1;
+  static constexpr int kBackwardBlocks = kTunedOccupancy ? kBackwardThreads / kThreads : 1;
+  // Whether B and C that both vary in time have kernels of their own, without code for invariant ones.
+  static constexpr bool kHasVaryingKernel = kTunedOccupancy && kRealFloat && !kIsDual<Z>;
   static_assert(kThreads % cuda::kWarp == 0 && kMatrixSteps % kStepsPerTile == 0);
 
   static constexpr std::size_t kForwardBytes =
@@ -246,7 +248,7 @@ EAML_DEVICE Rate<Complex<S>> rate_of(const Complex<S>& A) {
 // distributes the K sums over these threads. Afterwards v[0 .. max(1, K kFrom / kTo)) holds the sums from index `first`
 // on. If there are more threads than sums, `mine` is true on one thread per sum.
 template <int kFrom, int kTo, int K, class T>
-EAML_DEVICE void sum_apart(T* v, int& first, bool& mine) {
+EAML_DEVICE void reduce_scatter(T* v, int& first, bool& mine) {
   if constexpr (kFrom < kTo) {
     const bool upper = cuda::thread() & kFrom;
     if constexpr (K > 1) {
@@ -260,13 +262,15 @@ EAML_DEVICE void sum_apart(T* v, int& first, bool& mine) {
       v[0] = v[0] + cuda::shuffle_xor(v[0], kFrom);
       mine = mine && !upper;
     }
-    sum_apart<2 * kFrom, kTo, (K > 1 ? K / 2 : 1)>(v, first, mine);
+    reduce_scatter<2 * kFrom, kTo, (K > 1 ? K / 2 : 1)>(v, first, mine);
   }
 }
+// Sums per thread after reduce_scatter.
 template <int kFrom, int kTo, int K>
 constexpr int kSumsLeft = K * kFrom / kTo > 1 ? K * kFrom / kTo : 1;
 
-// Sums a quantity over the lanes of a channel for each step of a tile, and stores the sums in a column of `tile`.
+// Sums a quantity over the lanes of a channel for each step of a tile, and stores the sums in a column of `tile`,
+// or adds them to it.
 template <class L, class S, int kSize>
 EAML_DEVICE void put_sums(const S (&sums)[kStepsPerTile], Tile<S, kSize> tile, int at, bool add) {
   using T = vector_t<S>;
@@ -281,10 +285,10 @@ EAML_DEVICE void put_sums(const S (&sums)[kStepsPerTile], Tile<S, kSize> tile, i
     else
       value[i] = sums[i];
   }
-  sum_apart<1, L::kLanes, kStepsPerTile>(value, first, mine);
+  reduce_scatter<1, L::kLanes, kStepsPerTile>(value, first, mine);
   if constexpr (kIsDual<S>) {
     first = 0, mine = true;
-    sum_apart<1, L::kLanes, kStepsPerTile>(tangent, first, mine);
+    reduce_scatter<1, L::kLanes, kStepsPerTile>(tangent, first, mine);
   }
   if (!mine) return;
   EAML_UNROLL
@@ -339,7 +343,8 @@ struct Block {
     bias.data.data = memory;
   }
 
-  EAML_MEMBER T* free_memory() const { return bias.data.data + L::kVector * L::kNumbers; }
+  // Shared memory after the arrays of the block.
+  EAML_MEMBER T* unused_memory() const { return bias.data.data + L::kVector * L::kNumbers; }
 
   EAML_MEMBER int64_t chunks() const { return (params.length + kSteps - 1) / kSteps; }
   EAML_MEMBER int64_t first_chunk(int64_t s) const { return chunks() * s / segments; }
@@ -350,23 +355,23 @@ struct Block {
   EAML_MEMBER bool has_channel() const { return channel < channels; }
   EAML_MEMBER bool has_state(int k) const { return has_channel() && lane * kStates + k < params.dstate; }
   EAML_MEMBER int64_t state(int k) const { return lane * kStates + k; }
-  // Offset of a state in (rows, dstate, num_components, dim); a row is a batch row or a segment of one.
+  // Offset of a state in (*, dstate, num_components, dim); `rows` indexes batch rows, or segments of them.
   EAML_MEMBER int64_t saved_at(int64_t rows, int k) const {
     return (rows * params.dstate + state(k)) * kNumComponents<Z> * params.dim + first + channel;
   }
-  // Offset of a state in (rows, dim, dstate, num_components); a row is a segment of a batch row.
+  // Offset of a state in (*, dim, dstate, num_components); `rows` indexes batch rows, or segments of them.
   EAML_MEMBER int64_t partial_at(int64_t rows, int k) const {
     return ((rows * params.dim + first + channel) * params.dstate + state(k)) * kNumComponents<Z>;
   }
 
-  // Reads the thread's states of a (rows, dim, dstate) input; padding states are `otherwise`.
-  EAML_MEMBER void read_states(Z (&to)[kStates], In<T> Inputs<T>::* member, Z otherwise = {}) const {
+  // Reads the thread's states of a (rows, dim, dstate) input; padding states get the value `padding`.
+  EAML_MEMBER void read_states(Z (&to)[kStates], In<T> Inputs<T>::* member, Z padding = {}) const {
     EAML_UNROLL
     for (int k = 0; k < kStates; ++k) {
       const auto at = [&](const In<T>& in) {
         return row_offset(in, row) + (first + channel) * in.channel + state(k) * in.inner;
       };
-      to[k] = has_state(k) ? read_input<Z>(arrays, member, at) : otherwise;
+      to[k] = has_state(k) ? read_input<Z>(arrays, member, at) : padding;
     }
   }
   EAML_MEMBER void read_saved(Z (&to)[kStates], const T* value, const T* tangent, int64_t rows) const {
@@ -471,7 +476,7 @@ struct Operand {
   using Z = typename L::Z;
   using T = typename L::T;
   Z x[L::kStates];
-  bool fixed = false;
+  bool fixed = false;  // invariant in time
 
   EAML_MEMBER void start(const Block<L>& block, In<T> Inputs<T>::* member, bool invariant) {
     if constexpr (kInvariant) {
@@ -496,7 +501,7 @@ EAML_DEVICE void write_steps(const Block<L>& block, const TimeSegments<typename 
 
 template <class L, bool kInvariant>
 EAML_KERNEL(L::kThreads, L::kForwardBlocks)
-forward_kernel(EAML_CONSTANT Forward<typename L::T> p) {
+forward_kernel(EAML_CONSTANT ForwardParams<typename L::T> p) {
   using Z = typename L::Z;
   using S = typename L::S;
   using T = typename L::T;
@@ -604,7 +609,7 @@ forward_kernel(EAML_CONSTANT Forward<typename L::T> p) {
 
 template <class L, bool kInvariant>
 EAML_KERNEL(L::kThreads, L::kBackwardBlocks)
-backward_kernel(EAML_CONSTANT Backward<typename L::T> p) {
+backward_kernel(EAML_CONSTANT BackwardParams<typename L::T> p) {
   using Z = typename L::Z;
   using S = typename L::S;
   using T = typename L::T;
@@ -613,8 +618,8 @@ backward_kernel(EAML_CONSTANT Backward<typename L::T> p) {
   Block<L> block(p.params, p.arrays, p.segments.count);
   const int64_t chunks = block.chunks(), begin = block.first_chunk(block.segment);
   Tile<Z, L::kStarts> starts;
-  starts.data.data = block.free_memory();
-  const Shared<T> terms{block.free_memory() + L::kStarts * L::kStateNumbers};
+  starts.data.data = block.unused_memory();
+  const Shared<T> terms{block.unused_memory() + L::kStarts * L::kStateNumbers};
   const bool gated = p.params.gated;
   const int64_t columns = p.params.dstate * kNumComponents<Z>;
 
@@ -688,7 +693,7 @@ backward_kernel(EAML_CONSTANT Backward<typename L::T> p) {
     if (L::kMatrixSteps != kSteps) block.staged = -1;
     for (int start = last; start >= 0; start -= kStepsPerTile) {
       block.need_matrices(chunk, start, true, true);
-      Z a[kStepsPerTile][kStates], rest[kStepsPerTile][kStates];
+      Z a[kStepsPerTile][kStates], decayed_h[kStepsPerTile][kStates];
       S sums_x[kStepsPerTile], sums_dt[kStepsPerTile], sums_y[kStepsPerTile];
       EAML_UNROLL
       for (int k = 0; k < kStates; ++k)
@@ -708,8 +713,8 @@ backward_kernel(EAML_CONSTANT Backward<typename L::T> p) {
         B.step(block.B, row);
         EAML_UNROLL
         for (int k = 0; k < kStates; ++k) {
-          rest[i][k] = decayed(a[i][k], h[k]);
-          h[k] = rest[i][k] + x * B.x[k];
+          decayed_h[i][k] = decayed(a[i][k], h[k]);
+          h[k] = decayed_h[i][k] + x * B.x[k];
         }
         if (gated) {
           C.step(block.C, row);
@@ -722,7 +727,7 @@ backward_kernel(EAML_CONSTANT Backward<typename L::T> p) {
       EAML_UNROLL
       for (int i = kStepsPerTile - 1; i >= 0; --i) {
         const int t = start + i;
-        T term[kTerms];
+        T term[kTerms];  // of the gradients of B, then of C
         EAML_UNROLL
         for (int k = 0; k < kTerms; ++k) term[k] = T(0);
         sums_x[i] = S{}, sums_dt[i] = S{};
@@ -732,8 +737,8 @@ backward_kernel(EAML_CONSTANT Backward<typename L::T> p) {
           B.step(block.B, row), C.step(block.C, row);
           EAML_UNROLL
           for (int k = 0; k < kStates; ++k) {
-            const output_t<Z> grad_C = output(times_conjugate(grad_y, rest[i][k] + x * B.x[k]));
-            const StepGradient<Z, S> g = step_backward(grad_h[k], grad_y, a[i][k], rest[i][k], x, B.x[k], C.x[k]);
+            const output_t<Z> grad_C = output(times_conjugate(grad_y, decayed_h[i][k] + x * B.x[k]));
+            const StepGradient<Z, S> g = step_backward(grad_h[k], grad_y, a[i][k], decayed_h[i][k], x, B.x[k], C.x[k]);
             grad_h[k] = g.h_prev;
             sums_x[i] = sums_x[i] + g.x;
             sums_dt[i] = sums_dt[i] + real(times_conjugate(g.dt_A, A[k]));
@@ -749,7 +754,7 @@ backward_kernel(EAML_CONSTANT Backward<typename L::T> p) {
         if (B.fixed && C.fixed) continue;
         int first_term = 0;
         bool mine = true;
-        sum_apart<L::kLanes, cuda::kWarp, kTerms>(term, first_term, mine);
+        reduce_scatter<L::kLanes, cuda::kWarp, kTerms>(term, first_term, mine);
         if (!mine) continue;
         const int warp = block.thread / cuda::kWarp;
         EAML_UNROLL
@@ -797,6 +802,7 @@ backward_kernel(EAML_CONSTANT Backward<typename L::T> p) {
       const T grad_delta = output((grad_dt + u * grad_x) * dt.slope);
       send(p.out.u, output(dt.value * grad_x + D * grad_y));
       send(p.out.delta, grad_delta);
+      // From here on, x and dt hold the terms of the gradients of D and delta_bias.
       block.x.data.set(i, output(grad_y * u)), block.dt.data.set(i, grad_delta);
     });
     cuda::sync_block();
@@ -817,8 +823,8 @@ backward_kernel(EAML_CONSTANT Backward<typename L::T> p) {
   }
   int first = 0;
   bool mine = true;
-  sum_apart<1, L::kLanes, 1>(&sum_D, first, mine);
-  sum_apart<1, L::kLanes, 1>(&sum_bias, first, mine);
+  reduce_scatter<1, L::kLanes, 1>(&sum_D, first, mine);
+  reduce_scatter<1, L::kLanes, 1>(&sum_bias, first, mine);
   if (!block.has_channel() || block.lane != 0) return;
   const int64_t at = rows * p.params.dim + block.first + block.channel;
   if (p.out.D) p.out.D[at] = sum_D;
@@ -828,7 +834,7 @@ backward_kernel(EAML_CONSTANT Backward<typename L::T> p) {
 // Computes a segment's contribution to the gradient of the state before it, which does not depend on any state.
 template <class L>
 EAML_KERNEL(L::kThreads, L::kForwardBlocks)
-local_backward_kernel(EAML_CONSTANT Backward<typename L::T> p) {
+local_backward_kernel(EAML_CONSTANT BackwardParams<typename L::T> p) {
   using Z = typename L::Z;
   using S = typename L::S;
   using T = typename L::T;
@@ -918,7 +924,7 @@ carry_kernel(EAML_CONSTANT ScanParams params, EAML_CONSTANT Arrays<vector_t<Z>> 
 constexpr int kStepThreads = 128;
 template <class Z>
 EAML_KERNEL(kStepThreads)
-step_kernel(EAML_CONSTANT Forward<vector_t<Z>> p, int lanes) {
+step_kernel(EAML_CONSTANT ForwardParams<vector_t<Z>> p, int lanes) {
   using T = vector_t<Z>;
   const ScanParams& params = p.params;
   const Inputs<T>& in = p.arrays.values;
@@ -967,7 +973,7 @@ step_kernel(EAML_CONSTANT Forward<vector_t<Z>> p, int lanes) {
 constexpr int kSumColumns = 32, kSumRows = 8;
 template <class T>
 EAML_KERNEL(kSumColumns* kSumRows)
-sum_kernel(EAML_CONSTANT Sum<T> p) {
+sum_kernel(EAML_CONSTANT SumParams<T> p) {
   const int64_t per_outer = (p.inner + kSumColumns - 1) / kSumColumns;
   const int64_t outer = cuda::block() / per_outer;
   const int column = cuda::thread() % kSumColumns, row = cuda::thread() / kSumColumns;
@@ -988,8 +994,8 @@ sum_kernel(EAML_CONSTANT Sum<T> p) {
 
 // ---- launchers, on the host ----
 
-// Calls f(Tiling) with the smallest Tiling that holds the states. A thread's states take 16 bytes, or more if a warp
-// would not suffice.
+// Calls f(Tiling) with the smallest Tiling that holds the states. A thread's states take 16 bytes. They take more
+// only if the threads of a warp could not hold the states of a channel otherwise.
 template <class Z, int kLanes, class F>
 const char* with_tiling_from(int64_t states, F f) {
   constexpr int kStates = 4 / kWords<Z>;
@@ -1015,8 +1021,8 @@ BlockCounts block_counts_of(const ScanParams& s) {
     c.channel_blocks = (s.dim / s.groups + L::kChannels - 1) / L::kChannels;
     return nullptr;
   });
-  // Time is divided only if blocks are too few to fill a large GPU several times, into segments long enough to repay
-  // their launches. Both numbers are estimates.
+  // Time is divided only if there are too few blocks to fill a large GPU several times. Segments are long enough to be
+  // worth the additional launches. Both numbers are estimates.
   constexpr int64_t kEnoughBlocks = 512, kMinChunks = 8;
   const int64_t blocks = s.batch * s.groups * c.channel_blocks, chunks = (s.length + kChunk - 1) / kChunk;
   const int64_t wanted = blocks > 0 ? kEnoughBlocks / blocks : 1, most = chunks / kMinChunks;
@@ -1032,15 +1038,15 @@ const char* launch_carry(const P& p, void* stream) {
 }
 
 template <class Z>
-const char* launch_forward(const Forward<vector_t<Z>>& p, void* stream) {
+const char* launch_forward(const ForwardParams<vector_t<Z>>& p, void* stream) {
   return with_tiling<Z>(p.params.dstate, [&](auto tiling) {
     using L = decltype(tiling);
     const int64_t blocks =
         p.params.batch * p.params.groups * block_counts_of<Z>(p.params).channel_blocks * p.segments.count;
     const bool invariant = p.params.B_invariant || p.params.C_invariant;
-    const auto kernel = invariant ? forward_kernel<L, true> : forward_kernel<L, !L::kVarying>;
+    const auto kernel = invariant ? forward_kernel<L, true> : forward_kernel<L, !L::kHasVaryingKernel>;
     if (p.segments.count > 1) {
-      Forward<vector_t<Z>> local = p;
+      ForwardParams<vector_t<Z>> local = p;
       local.out = {}, local.segments.local = true;
       const char* error = cuda::launch(kernel, blocks, L::kThreads, L::kForwardBytes, stream, local);
       if (error == nullptr) error = launch_carry<Z, false>(p, stream);
@@ -1051,7 +1057,7 @@ const char* launch_forward(const Forward<vector_t<Z>>& p, void* stream) {
 }
 
 template <class Z>
-const char* launch_backward(const Backward<vector_t<Z>>& p, void* stream) {
+const char* launch_backward(const BackwardParams<vector_t<Z>>& p, void* stream) {
   return with_tiling<Z>(p.params.dstate, [&](auto tiling) {
     using L = decltype(tiling);
     const int64_t blocks =
@@ -1062,13 +1068,13 @@ const char* launch_backward(const Backward<vector_t<Z>>& p, void* stream) {
       if (error != nullptr) return error;
     }
     const bool invariant = p.params.B_invariant || p.params.C_invariant;
-    const auto kernel = invariant ? backward_kernel<L, true> : backward_kernel<L, !L::kVarying>;
+    const auto kernel = invariant ? backward_kernel<L, true> : backward_kernel<L, !L::kHasVaryingKernel>;
     return cuda::launch(kernel, blocks, L::kThreads, L::kBackwardBytes, stream, p);
   });
 }
 
 template <class Z>
-const char* launch_step(const Forward<vector_t<Z>>& p, void* stream) {
+const char* launch_step(const ForwardParams<vector_t<Z>>& p, void* stream) {
   int lanes = 1;
   while (lanes < cuda::kWarp && lanes < p.params.dstate) lanes *= 2;
   const int64_t threads = p.params.batch * p.params.dim * lanes;
@@ -1076,7 +1082,7 @@ const char* launch_step(const Forward<vector_t<Z>>& p, void* stream) {
 }
 
 template <class T>
-const char* launch_sum(const Sum<T>& p, void* stream) {
+const char* launch_sum(const SumParams<T>& p, void* stream) {
   const int64_t blocks = p.outer * ((p.inner + kSumColumns - 1) / kSumColumns);
   return cuda::launch(sum_kernel<T>, blocks, kSumColumns * kSumRows, kSumColumns * kSumRows * sizeof(T), stream, p);
 }
@@ -1092,13 +1098,13 @@ using Real = S;
   BlockCounts block_counts<T>(const ScanParams& params) {                                            \
     return block_counts_of<STATE<T>>(params);                                                        \
   }                                                                                                  \
-  const char* forward(const Forward<T>& p, bool dual, void* stream) {                                \
+  const char* forward(const ForwardParams<T>& p, bool dual, void* stream) {                          \
     return dual ? launch_forward<STATE<Dual<T>>>(p, stream) : launch_forward<STATE<T>>(p, stream);   \
   }                                                                                                  \
-  const char* backward(const Backward<T>& p, bool dual, void* stream) {                              \
+  const char* backward(const BackwardParams<T>& p, bool dual, void* stream) {                        \
     return dual ? launch_backward<STATE<Dual<T>>>(p, stream) : launch_backward<STATE<T>>(p, stream); \
   }                                                                                                  \
-  const char* step(const Forward<T>& p, void* stream) {                                              \
+  const char* step(const ForwardParams<T>& p, void* stream) {                                        \
     return launch_step<STATE<T>>(p, stream);                                                         \
   }
 

@@ -5,7 +5,7 @@ namespace eaml::selective_scan {
 namespace real_states {
 EAML_DEFINE(double, Real)
 }
-const char* sum(const Sum<double>& p, void* stream) {
+const char* sum(const SumParams<double>& p, void* stream) {
   return launch_sum(p, stream);
 }
 }  // namespace eaml::selective_scan

@@ -5,7 +5,7 @@ namespace eaml::selective_scan {
 namespace real_states {
 EAML_DEFINE(float, Real)
 }
-const char* sum(const Sum<float>& p, void* stream) {
+const char* sum(const SumParams<float>& p, void* stream) {
   return launch_sum(p, stream);
 }
 }  // namespace eaml::selective_scan

@@ -15,27 +15,28 @@ struct Arrays {
   Inputs<T> values, tangents;  // only a Dual run reads tangents
 };
 
-// Time segments of whole chunks, and the arrays that pass states between their kernels.
+// Time segments of whole chunks, and the arrays in which kernels pass states from segment to segment.
 template <class T>
 struct TimeSegments {
   std::int64_t count = 1;
   bool local = false;  // compute only the contribution of each segment, from a zero state
-  // (batch, count, dstate, num_components, dim): first each segment's contribution to the state after it, then the
-  // state before it. Backward: the contribution to the gradient before it, then the gradient after it.
+  // (batch, count, dstate, num_components, dim). The local kernel writes each segment's contribution to the state after
+  // it. carry_kernel replaces that by the state before the segment. Backward, the contribution is to the gradient
+  // before the segment, and is replaced by the gradient after it.
   T *states = nullptr, *state_tangents = nullptr;
   T *steps = nullptr, *step_tangents = nullptr;  // (batch, count, dim): the sum of dt
-  T* has_reset = nullptr;                        // (batch, count, dim): 1 where a reset stops the carry
+  T* has_reset = nullptr;                        // (batch, count, dim): 1 if the segment has a reset
 };
 
 template <class T>
-struct Forward {
+struct ForwardParams {
   ScanParams params;
   Arrays<T> arrays;
   TimeSegments<T> segments;
   Outputs<T> out;
 };
 
-// Gradients, in a Dual run their tangents. Gradients of parameters, of B and of C are partial sums.
+// Gradients, in a Dual run their tangents. The gradients of A, B, C, D and delta_bias are partial sums.
 template <class T>
 struct CudaGradients {
   Out<T> u, delta, z;          // (batch, dim, length)
@@ -50,17 +51,17 @@ struct CudaGradients {
 };
 
 template <class T>
-struct Backward {
+struct BackwardParams {
   ScanParams params;
   Arrays<T> arrays;
   TimeSegments<T> segments;
   CudaGradients<T> out;
 };
 
-// to[i][k] = sum over j of from[i][j][k]. With `rows` > 0 the sum is transposed too: k counts (column, row, component)
-// in `from` and (row, column, component) in `to`.
+// to[i][k] = sum over j of from[i][j][k]. With rows > 0, the inner dimension is (columns, rows, num_components) in
+// `from` and is transposed to (rows, columns, num_components) in `to`.
 template <class T>
-struct Sum {
+struct SumParams {
   T* to;          // (outer, inner)
   const T* from;  // (outer, middle, inner)
   std::int64_t outer, middle, inner, rows, num_components;
@@ -72,11 +73,12 @@ struct BlockCounts {
   std::int64_t time_segments;
 };
 
-// With `dual`, the kernels run on Duals. Forward and backward first carry states between time segments.
-#define EAML_DECLARE(T)                                              \
-  const char* forward(const Forward<T>&, bool dual, void* stream);   \
-  const char* backward(const Backward<T>&, bool dual, void* stream); \
-  const char* step(const Forward<T>&, void* stream);
+// With `dual`, the kernels run on Duals. If there are several time segments, forward and backward first compute the
+// states between them.
+#define EAML_DECLARE(T)                                                    \
+  const char* forward(const ForwardParams<T>&, bool dual, void* stream);   \
+  const char* backward(const BackwardParams<T>&, bool dual, void* stream); \
+  const char* step(const ForwardParams<T>&, void* stream);
 namespace real_states {
 template <class T>
 BlockCounts block_counts(const ScanParams& params);
@@ -91,7 +93,7 @@ EAML_DECLARE(double)
 }  // namespace complex_states
 #undef EAML_DECLARE
 
-const char* sum(const Sum<float>&, void* stream);
-const char* sum(const Sum<double>&, void* stream);
+const char* sum(const SumParams<float>&, void* stream);
+const char* sum(const SumParams<double>&, void* stream);
 
 }  // namespace eaml::selective_scan

@@ -57,25 +57,25 @@ template <class T>
 void run_forward(Scratch& scratch, const cuda::DeviceStreamGuard& guard, const ScanParams& s, const Inputs<T>& in,
                  const Inputs<T>* tangents, const Outputs<T>& out) {
   const bool dual = tangents != nullptr;
-  Forward<T> p{s, {in, dual ? *tangents : Inputs<T>{}}, time_segments<T>(scratch, s, dual), out};
+  ForwardParams<T> p{s, {in, dual ? *tangents : Inputs<T>{}}, time_segments<T>(scratch, s, dual), out};
   cuda::check_launch(s.num_components == 1 ? real_states::forward(p, dual, guard.stream())
                                            : complex_states::forward(p, dual, guard.stream()));
 }
 
-// A gradient, (outer, inner) real numbers, which a kernel writes as partial sums (outer, middle, inner). Sum in
+// A gradient, (outer, inner) real numbers, which a kernel writes as partial sums (outer, middle, inner). SumParams in
 // launch.h describes `rows` and `num_components`.
 template <class T>
-struct Partial {
+struct PartialSums {
   Tensor result;
-  Sum<T> sum{};
+  SumParams<T> sum{};
 
-  Partial(Scratch& scratch, const Tensor& parameter, const OptionalTensor& like, int64_t outer, int64_t middle,
-          int64_t inner, int64_t rows = 0, int64_t num_components = 1)
+  PartialSums(Scratch& scratch, const Tensor& parameter, const OptionalTensor& like, int64_t outer, int64_t middle,
+              int64_t inner, int64_t rows = 0, int64_t num_components = 1)
       : result(like ? empty(*like, sizes_of(*like)) : empty(parameter, {0})) {
     if (!like) return;
     T* const to = mutable_data<T>(result);
-    const bool done = middle == 1 && rows == 0;
-    sum = {to, done ? to : scratch.take<T>(outer * middle * inner), outer, middle, inner, rows, num_components};
+    const bool no_reduction = middle == 1 && rows == 0;
+    sum = {to, no_reduction ? to : scratch.take<T>(outer * middle * inner), outer, middle, inner, rows, num_components};
   }
 
   T* data() const { return const_cast<T*>(sum.from); }
@@ -91,21 +91,21 @@ GradientTuple run_backward(Scratch& scratch, const cuda::DeviceStreamGuard& guar
                            const Arguments& x, const Inputs<T>& in, const Inputs<T>* tangents, const T* checkpoints,
                            const T* checkpoint_tangents) {
   const bool dual = tangents != nullptr;
-  Backward<T> p{s, {in, dual ? *tangents : Inputs<T>{}}, time_segments<T>(scratch, s, dual)};
+  BackwardParams<T> p{s, {in, dual ? *tangents : Inputs<T>{}}, time_segments<T>(scratch, s, dual)};
   const int64_t segments = p.segments.count, states = s.dstate * s.num_components;
   // Gradients summed over time segments and over the batch rows that share a parameter.
   const auto over_rows = [&](const OptionalTensor& like, int64_t rank) {
     const int64_t tasks = like && like->dim() > rank ? like->size(0) : 1;
-    return Partial<T>(scratch, *x.A, like, tasks, s.batch / tasks * segments, rank == 2 ? s.dim * states : s.dim);
+    return PartialSums<T>(scratch, *x.A, like, tasks, s.batch / tasks * segments, rank == 2 ? s.dim * states : s.dim);
   };
   // Gradients summed over the blocks of channels of a group.
   const auto over_channels = [&](const OptionalTensor& like, bool invariant) {
     if (invariant) return over_rows(like, 2);
-    return Partial<T>(scratch, *x.A, like, s.batch * s.groups, block_counts<T>(s).channel_blocks, s.length * states,
-                      s.dstate, s.num_components);
+    return PartialSums<T>(scratch, *x.A, like, s.batch * s.groups, block_counts<T>(s).channel_blocks, s.length * states,
+                          s.dstate, s.num_components);
   };
-  Partial<T> A = over_rows(x.A, 2), B = over_channels(x.B, s.B_invariant), C = over_channels(x.C, s.C_invariant);
-  Partial<T> D = over_rows(x.D, 1), delta_bias = over_rows(x.delta_bias, 1);
+  PartialSums<T> A = over_rows(x.A, 2), B = over_channels(x.B, s.B_invariant), C = over_channels(x.C, s.C_invariant);
+  PartialSums<T> D = over_rows(x.D, 1), delta_bias = over_rows(x.delta_bias, 1);
   const Tensor u = torch::stable::empty_like(*x.u), delta = torch::stable::empty_like(*x.delta);
   const Tensor z = x.z ? torch::stable::empty_like(*x.z) : empty(*x.u, {0});
   const Tensor initial_state = empty(*x.A, x.initial_state ? sizes_of(*x.initial_state) : Sizes{0});
@@ -151,9 +151,9 @@ GradientTuple run_vjp(const ScanParams& s, const Arguments& x, const Tensor& gra
   in.grad_y = sequence<T>(grad_y), in.grad_state = sequence<T>(grad_state, s.num_components);
   const T* states = saved ? data<T>(*saved) : nullptr;
   if (!saved) {
-    T* const found = scratch.take<T>(s.batch * saved_size(s) * s.num_components);
-    if (saved_chunks(s) > 0) run_forward<T>(scratch, guard, s, in, nullptr, {{}, {}, found});
-    states = found;
+    T* const recomputed = scratch.take<T>(s.batch * saved_size(s) * s.num_components);
+    if (saved_chunks(s) > 0) run_forward<T>(scratch, guard, s, in, nullptr, {{}, {}, recomputed});
+    states = recomputed;
   }
   return run_backward<T>(scratch, guard, s, x, in, nullptr, states, nullptr);
 }
@@ -163,37 +163,39 @@ StateTuple run_jvp(const ScanParams& s, const Arguments& x, const Arguments& tan
   check_state_size(s);
   const cuda::DeviceStreamGuard guard(*x.u);
   Scratch scratch(*x.A);
-  const Inputs<T> along = inputs<T>(s, tangents);
+  const Inputs<T> tangent_in = inputs<T>(s, tangents);
   Tensor y = torch::stable::empty_like(*x.u), last = empty(*x.A, {s.batch, s.dim, s.dstate});
-  run_forward<T>(scratch, guard, s, inputs<T>(s, x), &along, {out<T>(y), out<T>(last, s.num_components)});
+  run_forward<T>(scratch, guard, s, inputs<T>(s, x), &tangent_in, {out<T>(y), out<T>(last, s.num_components)});
   return {y, last};
 }
 
 template <class T>
-JvpTuple run_vjp_jvp(const ScanParams& s, const Arguments& x, const Tensor& grad_y, const OptionalTensor& grad_state,
-                     const Arguments& tangents, const OptionalTensor& grad_y_tangent,
-                     const OptionalTensor& grad_state_tangent, bool outputs) {
+BackwardJvpTuple run_vjp_jvp(const ScanParams& s, const Arguments& x, const Tensor& grad_y,
+                             const OptionalTensor& grad_state, const Arguments& tangents,
+                             const OptionalTensor& grad_y_tangent, const OptionalTensor& grad_state_tangent,
+                             bool outputs) {
   check_state_size(s);
   const cuda::DeviceStreamGuard guard(*x.u);
   Scratch scratch(*x.A);
-  Inputs<T> in = inputs<T>(s, x), along = inputs<T>(s, tangents);
+  Inputs<T> in = inputs<T>(s, x), tangent_in = inputs<T>(s, tangents);
   in.grad_y = sequence<T>(grad_y), in.grad_state = sequence<T>(grad_state, s.num_components);
-  along.grad_y = sequence<T>(grad_y_tangent), along.grad_state = sequence<T>(grad_state_tangent, s.num_components);
+  tangent_in.grad_y = sequence<T>(grad_y_tangent),
+  tangent_in.grad_state = sequence<T>(grad_state_tangent, s.num_components);
   Tensor y = outputs ? torch::stable::empty_like(*x.u) : empty(*x.u, {0});
   Tensor last = empty(*x.A, outputs ? Sizes{s.batch, s.dim, s.dstate} : Sizes{0});
   const int64_t count = s.batch * saved_size(s) * s.num_components;
   Outputs<T> first{{}, {}, scratch.take<T>(count), scratch.take<T>(count)};
   if (outputs) first.y = out<T>(y), first.last_state = out<T>(last, s.num_components);
-  if (outputs || saved_chunks(s) > 0) run_forward<T>(scratch, guard, s, in, &along, first);
-  return std::tuple_cat(std::make_tuple(y, last), run_backward<T>(scratch, guard, s, x, in, &along, first.checkpoints,
-                                                                  first.checkpoint_tangents));
+  if (outputs || saved_chunks(s) > 0) run_forward<T>(scratch, guard, s, in, &tangent_in, first);
+  return std::tuple_cat(std::make_tuple(y, last), run_backward<T>(scratch, guard, s, x, in, &tangent_in,
+                                                                  first.checkpoints, first.checkpoint_tangents));
 }
 
 template <class T>
 StateTuple run_step(const ScanParams& s, const Tensor& state, const Arguments& x) {
   const cuda::DeviceStreamGuard guard(state);
   Tensor y = empty(*x.u, {s.batch, s.dim}), next = empty(state, {s.batch, s.dim, s.dstate});
-  Forward<T> p{
+  ForwardParams<T> p{
       s, {step_inputs<T>(s, state, x), {}}, {}, {{mutable_data<T>(y), s.dim, 1, 0}, out<T>(next, s.num_components)}};
   cuda::check_launch(s.num_components == 1 ? real_states::step(p, guard.stream())
                                            : complex_states::step(p, guard.stream()));
