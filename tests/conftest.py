@@ -4,6 +4,7 @@ import os
 import random
 import signal
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -100,3 +101,14 @@ def _seed_and_threads(request):
     random.seed(0)
     torch.manual_seed(0)
     torch.set_num_threads(THREADS if request.path.parent.name == "ops" else 1)
+
+
+@pytest.fixture
+def worker(monkeypatch):
+    """Return a function that makes this process a DataLoader worker with a seed, or the main process (None)."""
+
+    def become(seed):
+        info = None if seed is None else SimpleNamespace(id=seed % 2, num_workers=2, seed=seed, dataset=None)
+        monkeypatch.setattr(torch.utils.data, "get_worker_info", lambda: info)
+
+    return become

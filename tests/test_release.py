@@ -137,7 +137,10 @@ def test_wheel_faults_lists_missing_kernels_and_foreign_files():
     assert faults(plain, kernels=False) == []
     assert faults([*plain, "eaml_ext/_C.cpython-311-x86_64-linux-gnu.so"], kernels=True) == []
     assert faults(plain, kernels=True) == ["it lacks the kernels"]
-    assert faults([plain[0], plain[2], "tests/conftest.py"], kernels=False) == ["it lacks eaml_ext/py.typed", "it has tests"]
+    assert faults([plain[0], plain[2], "tests/conftest.py"], kernels=False) == [
+        "it lacks eaml_ext/py.typed",
+        "it has tests",
+    ]
 
 
 def test_files_with_path_of_this_machine_are_found():
