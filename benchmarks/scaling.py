@@ -24,7 +24,7 @@ import torch.nn.functional as F
 
 from benchmarks.common import flags, load, result_path, write
 from eaml_ext import SSM, ExperienceBuffer, MetaMAML
-from eaml_ext.distributed import Group
+from eaml_ext.distributed import Group, destroy_process_group, init_process_group
 from eaml_ext.experience import ShardedExperienceBuffer
 
 DIM, K, ITEM = 64, 8, 512  # size of an embedding, neighbours, bytes of an item's other fields
@@ -222,12 +222,12 @@ def main() -> None:
 
 def rank_main(rank: str, folder: str, seconds: str, keys: str) -> None:
     store = dist.FileStore(os.path.join(folder, "store"), 2)
-    dist.init_process_group("gloo", store=store, rank=int(rank), world_size=2)
+    init_process_group(store=store, rank=int(rank), world_size=2)
     results = on_a_rank(float(seconds), int(keys))
     if rank == "0":
         with open(os.path.join(folder, "results"), "w") as file:
             json.dump(results, file)
-    dist.destroy_process_group()
+    destroy_process_group()
 
 
 def written_tables() -> str:

@@ -7,6 +7,7 @@ the other ranks raise :class:`RankError`.
 from __future__ import annotations
 
 import functools
+import gc
 import math
 import os
 import weakref
@@ -222,13 +223,14 @@ class Group:
             raise RankError(self._broken)
         try:
             collective()
+            return
         except RuntimeError as error:  # the base class of all errors of the backends
             reason = str(error).split("] ", 1)[-1].partition(". ")[0].partition("\n")[0]
-            timed_out = "Timed out" in reason or "timeout" in reason.lower()
-            what = "does not answer" if timed_out else "has died or closed the connection"
-            this = f"rank {self.rank} of {self.size}"
-            self._broken = f"distributed.{name}: another rank {what}, {this} gives up ({reason})"
-            raise RankError(self._broken) from None
+        timed_out = "Timed out" in reason or "timeout" in reason.lower()
+        what = "does not answer" if timed_out else "has died or closed the connection"
+        this = f"rank {self.rank} of {self.size}"
+        self._broken = f"distributed.{name}: another rank {what}, {this} gives up ({reason})"
+        raise RankError(self._broken)  # outside the handler: the other error's frames refer to the process group
 
 
 def world_size() -> int:
@@ -274,14 +276,34 @@ def torchrun_group(timeout: float = TIMEOUT, *, alone: bool = False) -> Iterator
         store = dist.HashStore()  # type: ignore[attr-defined]  # torch re-exports it without a declaration
         options |= {"store": store, "rank": 0, "world_size": 1}
     try:
-        dist.init_process_group("gloo", **options)
+        init_process_group(**options)
     except RuntimeError as error:
         reason = str(error).partition("\n")[0]
         raise RankError(f"torchrun_group: not all of {count} ranks have come within {timeout} s ({reason})") from None
     try:
         yield Group()
     finally:
-        dist.destroy_process_group()
+        destroy_process_group()
+
+
+def init_process_group(**options: Any) -> None:
+    """Initialise the default process group of gloo; ``options`` goes to ``torch.distributed.init_process_group``."""
+    # Imported now, because default arguments in it keep the process group that exists when it is imported.
+    import torch.distributed.nn.functional  # noqa: F401
+
+    dist.init_process_group("gloo", **options)
+
+
+def destroy_process_group() -> None:
+    """Destroy the default process group, and end its threads, which can abort Python's exit.
+
+    ``torch.distributed.destroy_process_group`` leaves the threads to the destructor. Frames of caught exceptions may
+    refer to the process group in reference cycles; those are collected.
+    """
+    alive = weakref.ref(dist.group.WORLD)
+    dist.destroy_process_group()
+    if alive() is not None:
+        gc.collect()
 
 
 def run_on_rank_zero(group: Group | None, function: Callable[[], T]) -> T:

@@ -9,6 +9,7 @@ import os
 import subprocess
 import sys
 import traceback
+import weakref
 from datetime import timedelta
 from pathlib import Path
 
@@ -36,15 +37,17 @@ def failures(module: str, functions: list, folder: Path, size: int = 2) -> list[
 def main(module: str, folder: str, names: str, size: str, rank: str) -> None:
     import torch.distributed as dist
 
-    from eaml_ext.distributed import Group
+    from eaml_ext.distributed import Group, destroy_process_group, init_process_group
 
     store = dist.FileStore(os.path.join(folder, "store"), int(size))
     options = {"store": store, "rank": int(rank), "world_size": int(size), "timeout": timedelta(seconds=TIMEOUT)}
-    dist.init_process_group("gloo", **options)
+    init_process_group(**options)
     try:
         run(module, folder, names, rank, Group())
     finally:
-        dist.destroy_process_group()
+        process_group = weakref.ref(dist.group.WORLD)
+        destroy_process_group()
+        assert process_group() is None, "the process group and its threads are still alive"
 
 
 def run(module: str, folder: str, names: str, rank: str, group) -> None:
