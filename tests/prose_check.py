@@ -28,7 +28,7 @@ def prose(path: Path) -> str:
             parts.append(("" if follows else "\n\n") + token.string.lstrip("#: "))
             row = token.start[0]
         elif token.type == tokenize.STRING and token.line.lstrip().lstrip("rR").startswith('"""'):
-            parts.append("\n\n" + re.sub(EXAMPLE, "\n\n", token.string.strip('rR"')) + "\n\n")
+            parts.append("\n\n" + re.sub(EXAMPLE, "\n\n", re.sub(r'^[rR]?"""|"""$', "", token.string)) + "\n\n")
     return "\n".join(parts)
 
 
