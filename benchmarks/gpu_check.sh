@@ -56,7 +56,7 @@ parallel=()
 if [ "$what" = all ] || [ "$what" = test ]; then
   stage gpu_alone 80 "${pytest[@]}" "$root/tests/ops/test_scan_on_gpu.py"
   stage knn_on_gpu 90 "${pytest[@]}" "$root/tests/ops/test_knn_on_gpu.py"
-  stage battery 220 "${pytest[@]}" "${parallel[@]}" --hypothesis-profile=few -k 'cuda and not inductor' \
+  stage conformance 220 "${pytest[@]}" "${parallel[@]}" --hypothesis-profile=few -k 'cuda and not inductor' \
     "$root/tests/ops"
 fi
 if [ "$what" = all ] || [ "$what" = bench ]; then

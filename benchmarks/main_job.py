@@ -13,8 +13,8 @@ import tempfile
 import time
 from typing import Any
 
-from benchmarks.common import RESULTS, machine, student
-from eaml_ext.jobs import report
+from benchmarks.common import RESULTS, machine, save
+from eaml_ext._statistics import confidence_interval
 from eaml_ext.jobs.config import DynamicsConfig
 from eaml_ext.jobs.dynamics import run
 
@@ -36,17 +36,19 @@ def main() -> None:
         for name, row in results["returns"].items():
             returns.setdefault(name, []).append(row["mean"])
     table: dict[str, Any] = {
-        name: {**student([row["mean"] for row in runs]), "median": statistics.mean(row["median"] for row in runs)}
+        name: {
+            **confidence_interval([row["mean"] for row in runs]),
+            "median": statistics.mean(row["median"] for row in runs),
+        }
         for name, runs in variants.items()
     }
-    acted = {name: student(means) for name, means in returns.items()}
+    acted = {name: confidence_interval(means) for name, means in returns.items()}
     print(f"{len(seeds)} seeds, {statistics.median(seconds):.0f} s each")
     print(f"| {'variant':<14} | mean error | mean of medians over tasks | return of the planner |")
     for name in dict.fromkeys([*acted, *table]):
         error = f"{_cell(table[name], 4)} | {table[name]['median']:.4f}" if name in table else "- | -"
         print(f"| {name:<14} | {error} | {_cell(acted[name], 1) if name in acted else '-'} |")
-    RESULTS.mkdir(exist_ok=True)
-    report.write_json(
+    save(
         RESULTS / "main_job.json",
         {"machine": machine(), "seconds": seconds, "variants": table, "returns": acted, "runs": variants},
     )

@@ -20,6 +20,8 @@ _PARAMETER = re.compile(
     r"(?P<core>(?:.*\.)?)(?:(?P<layer>mix|project|expand|blend)(?P<rest>(?:\.(?:weight|bias))?)|(?P<lru>nu|theta|gamma))"
 )
 _IN_CORE = re.compile(r"(?:.*\.)?cores\.\d+\.")
+# Each core of this package has one of these parameters; cores of users keep their names.
+_MARKS = ("A_log", "nu", "log_gamma", "receptance.weight")
 
 
 def core_parameters(
@@ -35,11 +37,11 @@ def core_parameters(
     Returns:
         Old name to new name, without the names that stay.
 
-    >>> core_parameters(["cores.0.project.weight", "cores.0.expand.weight", "cores.0.D"])
+    >>> core_parameters(["cores.0.project.weight", "cores.0.expand.weight", "cores.0.A_log"])
     {'cores.0.project.weight': 'cores.0.x_proj.weight', 'cores.0.expand.weight': 'cores.0.dt_proj.weight'}
-    >>> core_parameters(["cores.0.project.weight", "mix.weight"])
+    >>> core_parameters(["cores.0.project.weight", "cores.0.log_gamma", "mix.weight"])
     {'cores.0.project.weight': 'cores.0.in_proj.weight'}
-    >>> core_parameters(["cores.0.project.weight"], file_keys={"cores.0.expand.weight"})
+    >>> core_parameters(["cores.0.project.weight"], file_keys={"cores.0.expand.weight", "cores.0.A_log"})
     {'cores.0.project.weight': 'cores.0.x_proj.weight'}
     >>> core_parameters(["cores.0.nu", "cores.0.theta", "cores.1.theta"])
     {'cores.0.nu': 'cores.0.nu_log', 'cores.0.theta': 'cores.0.theta_log'}
@@ -56,6 +58,8 @@ def core_parameters(
             if core + "nu" in known:  # Retention has a theta too, which keeps its name
                 renamed[key] = f"{key}_log"
             continue
+        if not any(core + mark in known for mark in _MARKS):
+            continue
         # Only S6 has ``expand``; its ``project`` computes dt, B and C, which mamba_ssm calls x_proj.
         project = "x_proj" if core + "expand.weight" in known else "in_proj"
         names = {"mix": "out_proj", "project": project, "expand": "dt_proj", "blend": "token_shift_mix"}
@@ -66,8 +70,8 @@ def core_parameters(
 def rename_keys(items: dict[Any, Any], file_keys: Set[str] = frozenset()) -> dict[Any, Any]:
     """Replace the keys of version 0.1 in a dict: names of settings and of cores' parameters.
 
-    >>> rename_keys({"shift_levels": [0.0], "cores.0.mix.weight": 1, 3: 2})
-    {'kl_radii': [0.0], 'cores.0.out_proj.weight': 1, 3: 2}
+    >>> rename_keys({"shift_levels": [0.0], "cores.0.mix.weight": 1, "cores.0.A_log": 0, 3: 2})
+    {'kl_radii': [0.0], 'cores.0.out_proj.weight': 1, 'cores.0.A_log': 0, 3: 2}
     """
     names = {**SETTINGS, **core_parameters((key for key in items if isinstance(key, str)), file_keys=file_keys)}
     return {names.get(key, key): value for key, value in items.items()}
@@ -76,11 +80,27 @@ def rename_keys(items: dict[Any, Any], file_keys: Set[str] = frozenset()) -> dic
 def rename_items(items: list[Any], file_keys: Set[str] = frozenset()) -> list[Any]:
     """Replace the names of cores' parameters of version 0.1 in a list.
 
-    >>> rename_items(["cores.0.mix.weight", 3])
+    >>> rename_items(["cores.0.mix.weight", 3], file_keys={"cores.0.A_log"})
     ['cores.0.out_proj.weight', 3]
     """
     names = core_parameters((item for item in items if isinstance(item, str)), file_keys=file_keys)
     return [names.get(item, item) if isinstance(item, str) else item for item in items]
+
+
+def adapter_entries(entries: Mapping[str, Any], model_keys: Iterable[str]) -> dict[str, Any]:
+    """Replace the names of cores' parameters of version 0.1 in an entry of an Adapter's state.
+
+    Args:
+        entries: some parameters of the model, by names of either version.
+        model_keys: the names of all parameters and buffers of the model, which identify its cores.
+
+    >>> adapter_entries({"cores.0.mix.weight": 1}, ["cores.0.nu_log", "cores.0.out_proj.weight"])
+    {'cores.0.out_proj.weight': 1}
+    """
+    keys = set(model_keys)
+    keys |= {key.replace("dt_proj.", "expand.").removesuffix("_log") for key in keys}
+    names = core_parameters(entries, file_keys=keys)
+    return {names.get(name, name): value for name, value in entries.items()}
 
 
 def adapter_statistics(statistics: Mapping[str, Any]) -> dict[str, Any]:

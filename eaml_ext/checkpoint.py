@@ -129,6 +129,9 @@ def _read(path: str | os.PathLike[str], kind: str | None) -> tuple[dict[str, Ten
     with content_errors("checkpoint.load", path):
         content = json.loads(header[_KEY])
         came, _ = content["kind"], content["metadata"]
+        newer = content.get("format", 1) > FORMAT
+    if newer:
+        raise ValueError(f"checkpoint.load: {path} was written by a newer version of eaml_ext")
     if kind is not None and came != kind:
         raise ValueError(f"checkpoint.load: {path} holds {came or 'tensors of no kind'}, wanted {kind}")
     return tensors, content

@@ -283,7 +283,8 @@ def torchrun_group(timeout: float = TIMEOUT, *, alone: bool = False) -> Iterator
     try:
         yield Group()
     finally:
-        destroy_process_group()
+        if dist.is_initialized():  # not destroyed inside the block
+            destroy_process_group()
 
 
 def init_process_group(**options: Any) -> None:

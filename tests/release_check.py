@@ -19,6 +19,7 @@ WANTED = [
     *("pyproject.toml", "setup.py", "MANIFEST.in", "Makefile", "README.md", "LICENSE", "CHANGELOG.md", "mkdocs.yml"),
     *("csrc/module.cpp", "csrc/common/simd.h", "csrc/selective_scan/cuda/kernel.cuh", "csrc/knn/cpu/vector_inl.h"),
     *("eaml_ext/__init__.py", "eaml_ext/py.typed", "eaml_ext/_C.pyi", "tests/conftest.py", "docs/ops.md"),
+    ".pre-commit-config.yaml",
     *("tests/ops/op_conformance.py", "tests/ops/op_calls.py"),
     *("benchmarks/run.py", "benchmarks/results/gradient_figure.png", "requirements/demo.txt", "requirements/test.txt"),
 ]

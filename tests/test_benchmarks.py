@@ -1,5 +1,6 @@
 """The benchmarks' plots: of the results that are committed, and of what a quick run has measured."""
 
+import importlib
 import sys
 from pathlib import Path
 
@@ -43,6 +44,12 @@ def test_knn_is_plotted_without_the_peers_that_are_absent(tmp_path):
 def test_labels_are_spread_in_their_order():
     places = scan_plot.spread([1.0, 1.01, 100.0], gap=2.0)
     assert places[1] / places[0] == pytest.approx(2, rel=1e-6) and places[2] == pytest.approx(100)
+
+
+@pytest.mark.parametrize("path", sorted(Path(common.__file__).parent.rglob("*.py")), ids=lambda path: path.stem)
+def test_benchmark_module_imports(path):
+    relative = path.relative_to(Path(common.__file__).parents[1]).with_suffix("")
+    importlib.import_module(".".join(relative.parts).removesuffix(".__init__"))
 
 
 def test_save_load_restores_a_nest_with_rounded_numbers(tmp_path):

@@ -10,7 +10,7 @@ import pytest
 import ranks
 import torch
 
-from eaml_ext.distributed import Group, RankError, torchrun_group
+from eaml_ext.distributed import Group, RankError, destroy_process_group, torchrun_group
 from eaml_ext.experience import ShardedExperienceBuffer
 
 
@@ -165,3 +165,9 @@ def test_group_after_its_process_group_is_destroyed_raises_and_keeps_no_threads(
     assert process_group() is None
     with pytest.raises(RankError, match=r"^Group: its process group has been destroyed$"):
         group.any(True)
+
+
+def test_torchrun_group_destroyed_inside_the_block_ends_without_error():
+    with torchrun_group(alone=True):
+        destroy_process_group()
+    assert not torch.distributed.is_initialized()

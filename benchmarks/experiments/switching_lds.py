@@ -244,7 +244,7 @@ def predictions(models: Models, runs: Runs, variant: str, settings: Settings) ->
         elif variant != "plain":
             memory.score_params(model, batch)
         start = None if settings.anew else params
-        params, _ = adapter.adapt_many(F.mse_loss, {**batch, "hidden_state": hidden}, start, history)
+        params, _ = adapter.adapt_many(F.mse_loss, {**batch, "hidden_state": hidden}, start, history, per_user="run")
         hidden, served = after, params
         if number % CHUNK == CHUNK - 1:
             past = slice(here.stop - CHUNK * LENGTH, here.stop)

@@ -157,7 +157,7 @@ def _shrink(values: Numbers, bounds: Numbers | float | None, device: torch.devic
     if isinstance(values, Tensor):
         assert not isinstance(bounds, list)
         return (bounds / values.double()).clamp(max=1).unsqueeze(1)
-    each = [bounds] * len(values) if isinstance(bounds, float) else bounds
+    each = bounds if isinstance(bounds, list) else [bounds] * len(values)
     scales = [bound / value if value > bound else 1.0 for value, bound in zip(values, each, strict=True)]
     if min(scales) == max(scales):
         return scales[0]

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from eaml_ext import _check
-from eaml_ext._renamed import adapter_statistics
+from eaml_ext._renamed import adapter_entries, adapter_statistics
 from eaml_ext.adaptation import _experience, objective
 from eaml_ext.adaptation._flat_params import FlatParams, ModelBuffers
 from eaml_ext.adaptation._state import check_adapter_state
@@ -447,6 +447,8 @@ class Adapter:
         where = "Adapter.load_state_dict"
         if isinstance(state, Mapping) and "statistics" in state:
             state = {**state, "statistics": adapter_statistics(state["statistics"])}
+            names = self.model.state_dict().keys()
+            state |= {e: adapter_entries(state[e], names) for e in ("average", "snapshot") if e in state}
         flat, history = self._flat, self._history
         check_adapter_state(where, state, self.state_dict(), flat, self._optimizer)
         if self._optimizer is not None:

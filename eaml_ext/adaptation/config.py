@@ -59,6 +59,6 @@ class AdaptationConfig:
                 raise ValueError(f"AdaptationConfig: ema_decay must be >= 0 and < 1, got {value!r}")
             if not 0 <= value < math.inf:
                 raise ValueError(f"AdaptationConfig: {name} must be >= 0 and finite, got {value!r}")
-            object.__setattr__(self, name, value)
+            object.__setattr__(self, name, float(value))
         steps = _check.positive("AdaptationConfig", "max_steps_per_call", self.max_steps_per_call, integer=True)
         object.__setattr__(self, "max_steps_per_call", steps)

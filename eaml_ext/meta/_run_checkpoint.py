@@ -67,7 +67,8 @@ def check_run(
     if not 0 <= began <= len(losses):
         raise LookupError(f"a run began at {began} of {len(losses)} losses")
     stored = state["settings"]
-    for name, value in settings.items():
+    for name in dict.fromkeys([*settings, "lr_scheduler"]):  # which a run without a scheduler does not store
+        value = settings.get(name)
         if stored.get(name) != value:
             text = f"{name}={stored.get(name)!r}, this one has {value!r}"
             raise ValueError(f"{where}: checkpoint {os.fspath(path)} is of a run with {text}")

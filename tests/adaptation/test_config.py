@@ -1,11 +1,15 @@
 import dataclasses
 import json
+import math
 import re
 
 import numpy as np
 import pytest
+import torch
+from torch import nn
+from torch.nn.functional import mse_loss
 
-from eaml_ext.adaptation import AdaptationConfig
+from eaml_ext.adaptation import AdaptationConfig, Adapter
 
 
 def test_config_fields_are_six_with_these_defaults():
@@ -64,3 +68,12 @@ def test_config_numpy_numbers_become_python_numbers():
                 AdaptationConfig(**{name: bad})
         with pytest.raises(ValueError, match=f"^AdaptationConfig: {name} must be"):
             AdaptationConfig(**{name: np.float32(-1) if name != "max_steps_per_call" else np.int64(0)})
+
+
+def test_config_integers_become_floats_and_adapt():
+    cfg = AdaptationConfig(lr=1, grad_clip_norm=1, trust_region_eps=1, ema_decay=0, entropy_weight=0)
+    assert all(type(value) is float for value in (cfg.lr, cfg.grad_clip_norm, cfg.trust_region_eps, cfg.ema_decay))
+    adapter, x = Adapter(nn.Linear(4, 1), cfg), torch.randn(2, 8, 4)
+    assert math.isfinite(adapter.adapt(mse_loss, {"states": x[0], "targets": x[0, :, :1]}))
+    _, losses = adapter.adapt_many(mse_loss, {"states": x, "targets": x[..., :1]}, history=adapter.history(2))
+    assert losses.isfinite().all()

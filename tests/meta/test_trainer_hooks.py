@@ -192,3 +192,10 @@ def test_hooks_of_the_wrong_kind_raise_type_error(call, text):
     with pytest.raises(TypeError) as info:
         call()
     assert str(info.value) == text
+
+
+def test_meta_train_checkpoint_with_scheduler_is_refused_without_one(tmp_path):
+    path = tmp_path / "run"
+    trainer(lr_scheduler=cosine).meta_train(Sinusoids(), 1, checkpoint=path)
+    with pytest.raises(ValueError, match=r"is of a run with lr_scheduler='CosineAnnealingLR', this one has None"):
+        trainer().meta_train(Sinusoids(), 2, checkpoint=path)

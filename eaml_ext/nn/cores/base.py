@@ -70,8 +70,11 @@ class Core(nn.Module):  # not an ABC: libraries that derive classes from a modul
         return self.step(x, state)
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        own = self._parameters.keys() | self._buffers.keys() | self._modules.keys()
         for old, new in core_parameters(state_dict, prefix).items():
-            state_dict[new] = state_dict.pop(old)
+            old_name, new_name = (key.removeprefix(prefix).partition(".")[0] for key in (old, new))
+            if new_name in own and old_name not in own:  # a core derived from this class may use the old names
+                state_dict[new] = state_dict.pop(old)
         super()._load_from_state_dict(state_dict, prefix, *args)
 
     def _step_sizes(self, size: int, dt_min: float, dt_max: float) -> Tensor:
