@@ -17,7 +17,7 @@ from typing import Any
 ROOT = Path(__file__).parents[1]
 WANTED = [
     *("pyproject.toml", "setup.py", "MANIFEST.in", "Makefile", "README.md", "LICENSE", "CHANGELOG.md", "mkdocs.yml"),
-    *("csrc/module.cpp", "csrc/common/simd.h", "csrc/selective_scan/cuda/kernel.cuh", "csrc/knn/cpu/vector_inl.h"),
+    *("csrc/module.cpp", "csrc/common/simd.h", "csrc/selective_scan/cuda/launch.cuh", "csrc/knn/cpu/vector_inl.h"),
     *("eaml_ext/__init__.py", "eaml_ext/py.typed", "eaml_ext/_C.pyi", "tests/conftest.py", "docs/ops.md"),
     ".pre-commit-config.yaml",
     *("tests/ops/op_conformance.py", "tests/ops/op_calls.py"),

@@ -1,5 +1,5 @@
 // The kernels of real states in single precision. Each precision has its own file, so that they compile in parallel.
-#include "selective_scan/cuda/kernel.cuh"
+#include "selective_scan/cuda/launch.cuh"
 
 namespace eaml::selective_scan {
 namespace real_states {

@@ -1,0 +1,127 @@
+// Launchers, on the host: the choice of a tiling and of a kernel.
+#pragma once
+
+#include "selective_scan/cuda/backward.cuh"
+#include "selective_scan/cuda/forward.cuh"
+#include "selective_scan/cuda/reduce.cuh"
+#include "selective_scan/cuda/step.cuh"
+#include "selective_scan/cuda/time_segments.cuh"
+
+namespace eaml::selective_scan {
+namespace {
+
+// Calls f(Tiling) with the smallest Tiling that holds the states. A thread's states take 16 bytes. They take more
+// only if the threads of a warp could not hold the states of a channel otherwise.
+template <class Z, int kLanes, class F>
+const char* with_tiling_from(int64_t states, F f) {
+  constexpr int kStates = 4 / kWords<Z>;
+  if (states <= kLanes * kStates) return f(Tiling<Z, kLanes, kStates>());
+  if constexpr (kLanes < cuda::kWarp)
+    return with_tiling_from<Z, 2 * kLanes>(states, f);
+  else
+    return f(Tiling<Z, kLanes, kMaxStateSize / cuda::kWarp / kNumComponents<Z>>());
+}
+template <class Z, class F>
+const char* with_tiling(int64_t states, F f) {
+  if constexpr (kWords<Z> == 1) {
+    if (states <= 4) return f(Tiling<Z, 1, 4>());
+  }
+  return with_tiling_from<Z, 4 * kWords<Z>>(states, f);
+}
+
+template <class Z>
+BlockCounts block_counts_of(const ScanParams& s) {
+  BlockCounts c{};
+  with_tiling<Z>(s.dstate, [&](auto tiling) {
+    using L = decltype(tiling);
+    c.channel_blocks = (s.dim / s.groups + L::kChannels - 1) / L::kChannels;
+    return nullptr;
+  });
+  // Time is divided only if there are too few blocks to fill a large GPU several times. Segments are long enough to be
+  // worth the additional launches. Both numbers are estimates.
+  constexpr int64_t kEnoughBlocks = 512, kMinChunks = 8;
+  const int64_t blocks = s.batch * s.groups * c.channel_blocks, chunks = (s.length + kChunk - 1) / kChunk;
+  const int64_t wanted = blocks > 0 ? kEnoughBlocks / blocks : 1, most = chunks / kMinChunks;
+  c.time_segments = wanted < most ? wanted : most;
+  if (c.time_segments < 2) c.time_segments = 1;
+  return c;
+}
+
+template <class Z, bool kBackward, class P>
+const char* launch_carry(const P& p, void* stream) {
+  const int64_t states = p.params.batch * p.params.dstate * p.params.dim;
+  return cuda::launch(carry_kernel<Z, kBackward>, (states + 255) / 256, 256, 0, stream, p.params, p.arrays, p.segments);
+}
+
+template <class Z>
+const char* launch_forward(const ForwardParams<vector_t<Z>>& p, void* stream) {
+  return with_tiling<Z>(p.params.dstate, [&](auto tiling) {
+    using L = decltype(tiling);
+    const int64_t blocks =
+        p.params.batch * p.params.groups * block_counts_of<Z>(p.params).channel_blocks * p.segments.count;
+    const bool invariant = p.params.B_invariant || p.params.C_invariant;
+    const auto kernel = invariant ? forward_kernel<L, true> : forward_kernel<L, !L::kHasVaryingKernel>;
+    if (p.segments.count > 1) {
+      ForwardParams<vector_t<Z>> local = p;
+      local.out = {}, local.segments.local = true;
+      const char* error = cuda::launch(kernel, blocks, L::kThreads, L::kForwardBytes, stream, local);
+      if (error == nullptr) error = launch_carry<Z, false>(p, stream);
+      if (error != nullptr) return error;
+    }
+    return cuda::launch(kernel, blocks, L::kThreads, L::kForwardBytes, stream, p);
+  });
+}
+
+template <class Z>
+const char* launch_backward(const BackwardParams<vector_t<Z>>& p, void* stream) {
+  return with_tiling<Z>(p.params.dstate, [&](auto tiling) {
+    using L = decltype(tiling);
+    const int64_t blocks =
+        p.params.batch * p.params.groups * block_counts_of<Z>(p.params).channel_blocks * p.segments.count;
+    if (p.segments.count > 1) {
+      const char* error = cuda::launch(local_backward_kernel<L>, blocks, L::kThreads, L::kForwardBytes, stream, p);
+      if (error == nullptr) error = launch_carry<Z, true>(p, stream);
+      if (error != nullptr) return error;
+    }
+    const bool invariant = p.params.B_invariant || p.params.C_invariant;
+    const auto kernel = invariant ? backward_kernel<L, true> : backward_kernel<L, !L::kHasVaryingKernel>;
+    return cuda::launch(kernel, blocks, L::kThreads, L::kBackwardBytes, stream, p);
+  });
+}
+
+template <class Z>
+const char* launch_step(const ForwardParams<vector_t<Z>>& p, void* stream) {
+  int lanes = 1;
+  while (lanes < cuda::kWarp && lanes < p.params.dstate) lanes *= 2;
+  const int64_t threads = p.params.batch * p.params.dim * lanes;
+  return cuda::launch(step_kernel<Z>, (threads + kStepThreads - 1) / kStepThreads, kStepThreads, 0, stream, p, lanes);
+}
+
+template <class T>
+const char* launch_sum(const SumParams<T>& p, void* stream) {
+  const int64_t blocks = p.outer * ((p.inner + kSumColumns - 1) / kSumColumns);
+  return cuda::launch(sum_kernel<T>, blocks, kSumColumns * kSumRows, kSumColumns * kSumRows * sizeof(T), stream, p);
+}
+
+template <class S>
+using Real = S;
+
+}  // namespace
+
+// Defines the launchers for numbers of T; STATE<T> is the type of the states.
+#define EAML_DEFINE(T, STATE)                                                                        \
+  template <>                                                                                        \
+  BlockCounts block_counts<T>(const ScanParams& params) {                                            \
+    return block_counts_of<STATE<T>>(params);                                                        \
+  }                                                                                                  \
+  const char* forward(const ForwardParams<T>& p, bool dual, void* stream) {                          \
+    return dual ? launch_forward<STATE<Dual<T>>>(p, stream) : launch_forward<STATE<T>>(p, stream);   \
+  }                                                                                                  \
+  const char* backward(const BackwardParams<T>& p, bool dual, void* stream) {                        \
+    return dual ? launch_backward<STATE<Dual<T>>>(p, stream) : launch_backward<STATE<T>>(p, stream); \
+  }                                                                                                  \
+  const char* step(const ForwardParams<T>& p, void* stream) {                                        \
+    return launch_step<STATE<T>>(p, stream);                                                         \
+  }
+
+}  // namespace eaml::selective_scan
