@@ -33,6 +33,10 @@ HOT = re.compile(
     r"(\w+)_kernel<.*Tiling<(?:(float), \d+, 4>, false|(Dual<float>), \d+, 4>, true"
     r"|(double|Dual<double>|Complex<float>|Complex<Dual<float>>), \d+, 2>, true|(Complex<double>), \d+, 1>, true)>"
 )
+# The fast forward kernels, for 16 and 64 states: three dtypes, two layouts, with or without a gate. Three or four
+# blocks of 128 threads fit a multiprocessor.
+FAST = re.compile(r"fast_forward_kernel<.*Tiling<float, (4|16), 4>")
+NUM_FAST, MAX_REGISTERS_FAST = 24, 168
 # The kernels of knn that read every key: three blocks of 128 threads, two blocks of 256, or one fit a multiprocessor.
 MAX_REGISTERS_KNN = {"filter_kernel<4, false>": 168, "filter_kernel<1, false>": 168, "pack_kernel": 128}
 MAX_REGISTERS_KNN |= {"rows_kernel<float, 1, true>": 128, "rows_kernel<float, 4, true>": 255}
@@ -107,16 +111,18 @@ def main() -> None:
     print(f"CUDA kernels registered, loaded without a GPU: {', '.join(registered(library))}")
     faults, seen = [], []
     for name, arch, spilled, used in kernels((folder / "log").read_text(), library):
-        hot = HOT.match(name)
-        if not (hot or name in MAX_REGISTERS_KNN) or arch.removeprefix("sm_") not in archs:
+        hot, fast = HOT.match(name), FAST.search(name)
+        if not (hot or fast or name in MAX_REGISTERS_KNN) or arch.removeprefix("sm_") not in archs:
             continue
-        kind: Any = (hot[1], next(filter(None, hot.groups()[1:]))) if hot else name
-        most = MAX_REGISTERS[kind] if hot else MAX_REGISTERS_KNN[kind]
+        kind: Any = (hot[1], next(filter(None, hot.groups()[1:]))) if hot else "fast" if fast else name
+        most = MAX_REGISTERS[kind] if hot else MAX_REGISTERS_FAST if fast else MAX_REGISTERS_KNN[kind]
         seen.append((kind, arch))
         print(f"{used:4} registers of {most}, {spilled} bytes spilled, {arch}: {name}")
         faults += [name] if spilled or used > most else []
-    every = {(kind, f"sm_{arch}") for kind in [*MAX_REGISTERS, *MAX_REGISTERS_KNN] for arch in archs}
-    wanted = (sum(tilings for tilings, *_ in KINDS.values()) * len(PASSES) + len(MAX_REGISTERS_KNN)) * len(archs)
+    every = {(kind, f"sm_{arch}") for kind in [*MAX_REGISTERS, *MAX_REGISTERS_KNN, "fast"] for arch in archs}
+    wanted = (sum(tilings for tilings, *_ in KINDS.values()) * len(PASSES) + NUM_FAST + len(MAX_REGISTERS_KNN)) * len(
+        archs
+    )
     assert {*seen} == every and len(seen) == wanted, f"not all kernels of each kind in the log: {seen}"
     assert not faults, f"too many registers, or spills: {faults}"
 

@@ -7,6 +7,7 @@
 #include <cstdint>
 #include <cstring>
 
+#include "common/fp16.h"
 #include "common/simd.h"
 
 #if defined(EAML_CUDA_EMULATOR)
@@ -135,12 +136,67 @@ EAML_DEVICE void load_row(T (&to)[K], const T* from) {
   }
 #endif
 }
+// Writes K adjacent numbers of 4 bytes, 16 bytes or a multiple, aligned to 16 bytes.
+template <int K>
+EAML_DEVICE void store_row(std::uint32_t* to, const std::uint32_t (&from)[K]) {
+#if defined(EAML_CUDA_EMULATOR)
+  std::memcpy(to, from, sizeof from);
+#else
+  static_assert(sizeof from % 16 == 0);
+  uint4 row[sizeof from / 16];
+  memcpy(row, from, sizeof from);
+  EAML_UNROLL
+  for (int i = 0; i < int(sizeof from / 16); ++i) reinterpret_cast<uint4*>(to)[i] = row[i];
+#endif
+}
+
+// The two numbers of a word of half precision, and back with rounding to nearest even.
+template <Half kHalf>
+EAML_DEVICE float widen_low(std::uint32_t pair) {
+#if defined(__CUDA_ARCH__)
+  if constexpr (kHalf == Half::kFloat16) {
+    float out;
+    asm("{.reg .f16 low, high; mov.b32 {low, high}, %1; cvt.f32.f16 %0, low;}" : "=f"(out) : "r"(pair));
+    return out;
+  }
+#endif
+  return widen<kHalf, float>(pair & 0xffffu);
+}
+template <Half kHalf>
+EAML_DEVICE float widen_high(std::uint32_t pair) {
+#if defined(__CUDA_ARCH__)
+  if constexpr (kHalf == Half::kFloat16) {
+    float out;
+    asm("{.reg .f16 low, high; mov.b32 {low, high}, %1; cvt.f32.f16 %0, high;}" : "=f"(out) : "r"(pair));
+    return out;
+  }
+#endif
+  if constexpr (kHalf == Half::kBfloat16) return __builtin_bit_cast(float, pair & 0xffff0000u);
+  return widen<kHalf, float>(pair >> 16);
+}
+template <Half kHalf>
+EAML_DEVICE std::uint32_t narrow_pair(float low, float high) {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 800
+  std::uint32_t out;
+  if constexpr (kHalf == Half::kFloat16)
+    asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(out) : "f"(high), "f"(low));
+  else
+    asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(out) : "f"(high), "f"(low));
+  return out;
+#else
+  return narrow<kHalf, std::uint32_t>(low) | narrow<kHalf, std::uint32_t>(high) << 16;
+#endif
+}
+
 EAML_DEVICE int count_bits(std::uint32_t x) {
   return EAML_DEVICE_CODE(__popc(x), __builtin_popcount(x));
 }
 // a b, rounded before it is added to anything.
 EAML_DEVICE double multiply(double a, double b) {
   return EAML_DEVICE_CODE(__dmul_rn(a, b), rounded(a * b));
+}
+EAML_DEVICE float multiply(float a, float b) {
+  return EAML_DEVICE_CODE(__fmul_rn(a, b), static_cast<float>(double(a) * double(b)));
 }
 // Adds atomically for all threads of the grid; returns the number before the addition. The order is undefined.
 EAML_DEVICE std::uint32_t add_for_all(std::uint32_t* to, std::uint32_t x) {

@@ -98,6 +98,16 @@ EAML_INLINE Z advance(Z a, Z h_prev, S x, M B) {
   return decayed(a, h_prev) + x * B;
 }
 
+#if defined(__CUDACC__) || defined(EAML_CUDA_EMULATOR)
+// The fused operation is explicit, so that all CUDA kernels compute the same bits.
+EAML_INLINE float advance(float a, float h_prev, float x, float B) {
+  return std::fma(a, h_prev, x * B);
+}
+EAML_INLINE double advance(double a, double h_prev, double x, double B) {
+  return std::fma(a, h_prev, x * B);
+}
+#endif
+
 // Gradients of one step for one state. The caller sums them over the states, channels and steps that share a factor.
 template <class Z, class S>
 struct StepGradient {

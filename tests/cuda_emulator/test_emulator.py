@@ -138,3 +138,38 @@ def test_scan_more_states_than_a_tiling_holds_raises(library, kind, words):
     most = int(words.split()[0]) - 1
     with pytest.raises(Exception, match=f"A has {words}, the CUDA kernels take up to {most}"):
         selective_scan(**arguments(1, 1, 1, most + 1, None, "", kind))
+
+
+def at_odd_address(x: Tensor) -> Tensor:
+    """Copy a tensor, with its strides, to an address that is no multiple of 16 bytes: the fast kernel refuses it."""
+    size = sum((n - 1) * stride for n, stride in zip(x.shape, x.stride(), strict=True)) + 1
+    return torch.empty(size + 1, dtype=x.dtype).as_strided(x.shape, x.stride(), 1).copy_(x)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("length", [32, 100, 160])
+@pytest.mark.parametrize("channel_last, states_last", [(0, 0), (0, 1), (1, 0), (1, 1)])
+@pytest.mark.parametrize("gated, has_reset", [(False, False), (True, False), (False, True)])
+@pytest.mark.parametrize("dim, dstate, groups", [(64, 16, 2), (16, 64, 1)])
+def test_fast_forward_equals_general_kernel_bit_for_bit(
+    library, dtype, length, channel_last, states_last, gated, has_reset, dim, dstate, groups
+):
+    batch, padded = 2, (length + 7) // 8 * 8  # rows of 16 bytes
+
+    def sequence(*shape: int, last: int) -> Tensor:
+        x = torch.randn(batch, *shape[:-1], padded, shape[-1]).mT if last else torch.randn(batch, *shape, padded)
+        return (x.to(dtype).mT.contiguous().mT if last else x.to(dtype))[..., :length]
+
+    u, delta, z = (sequence(dim, last=channel_last) for _ in range(3))
+    B, C = (sequence(groups, dstate, last=states_last) for _ in range(2))
+    A, D, bias = -2 * torch.rand(dim, dstate), torch.randn(dim), torch.randn(dim)
+    options = {"initial_state": torch.randn(batch, dim, dstate)}
+    if has_reset:
+        options["reset"] = torch.rand(batch, length) < 0.1
+
+    def run(u: Tensor) -> tuple[Tensor, Tensor]:
+        gate = z if gated else None
+        return selective_scan(u, delta, A, B, C, D, gate, bias, True, True, **options)
+
+    fast, general = run(u), run(at_odd_address(u))
+    assert torch.equal(fast[0], general[0]) and torch.equal(fast[1], general[1])

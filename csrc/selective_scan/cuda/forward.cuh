@@ -6,6 +6,18 @@
 namespace eaml::selective_scan {
 namespace {
 
+// Writes the states of a block after the last step.
+template <class L>
+EAML_DEVICE void write_last_state(const Block<L>& block, const Out<typename L::T>& out,
+                                  const typename L::Z (&h)[L::kStates]) {
+  EAML_UNROLL
+  for (int k = 0; k < L::kStates; ++k) {
+    if (!block.has_state(k)) continue;
+    const int64_t channel = block.first + block.channel;
+    put(out.data + block.row * out.outer + channel * out.channel + block.state(k) * out.inner, output(h[k]));
+  }
+}
+
 template <class L, bool kInvariant>
 EAML_KERNEL(L::kThreads, L::kForwardBlocks)
 forward_kernel(EAML_CONSTANT ForwardParams<typename L::T> p) {
@@ -104,13 +116,7 @@ forward_kernel(EAML_CONSTANT ForwardParams<typename L::T> p) {
     block.write_saved(p.segments.states, p.segments.state_tangents, segment, h);
     write_steps(block, p.segments, total, has_reset);
   } else if (p.out.last_state.data && block.segment == block.segments - 1) {
-    const Out<T>& out = p.out.last_state;
-    EAML_UNROLL
-    for (int k = 0; k < kStates; ++k) {
-      if (!block.has_state(k)) continue;
-      const int64_t channel = block.first + block.channel;
-      put(out.data + block.row * out.outer + channel * out.channel + block.state(k) * out.inner, output(h[k]));
-    }
+    write_last_state(block, p.out.last_state, h);
   }
 }
 

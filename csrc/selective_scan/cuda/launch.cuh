@@ -3,6 +3,7 @@
 
 #include "selective_scan/cuda/backward.cuh"
 #include "selective_scan/cuda/forward.cuh"
+#include "selective_scan/cuda/forward_fast.cuh"
 #include "selective_scan/cuda/reduce.cuh"
 #include "selective_scan/cuda/step.cuh"
 #include "selective_scan/cuda/time_segments.cuh"
@@ -67,6 +68,10 @@ const char* launch_forward(const ForwardParams<vector_t<Z>>& p, void* stream) {
       const char* error = cuda::launch(kernel, blocks, L::kThreads, L::kForwardBytes, stream, local);
       if (error == nullptr) error = launch_carry<Z, false>(p, stream);
       if (error != nullptr) return error;
+    }
+    if constexpr (L::kHasVaryingKernel && (L::kLanes == 4 || L::kLanes == 16)) {  // 16 and 64 states
+      if (const auto fast = fast_forward<L>(p))
+        return cuda::launch(fast, blocks, L::kThreads, FastLayout<L>::kBytes, stream, p);
     }
     return cuda::launch(kernel, blocks, L::kThreads, L::kForwardBytes, stream, p);
   });
