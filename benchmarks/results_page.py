@@ -17,7 +17,7 @@ from benchmarks.common import RESULTS, load
 PAGE = RESULTS.parents[1] / "docs" / "results.md"
 HEAD = """# Results of the experiments
 
-`python -m benchmarks.results_page` makes this page from the files in `benchmarks/results`; every file has the
+`python -m benchmarks.results_page` makes this page from the files in `benchmarks/results`; every file records the
 settings of its command and the machine. The tables have all variants of an experiment, also those that lose. "±" is
 half the width of a 95 % interval unless a section states another; errors are mean squared. `make experiments` runs
 every experiment on a small budget and one seed, in minutes; `make experiments-full` makes the files.
@@ -81,7 +81,8 @@ def noisy_sinusoid(found: Any) -> Section:
         cells = [pm(one["variants"][variant]["mean"], one["variants"][variant]["half"]) for variant in variants]
         rows.append([name, str(len(one["runs"])), *cells])
     text = """A meta-trained MLP adapts to K noisy points of a new task, with a memory of past tasks. Every variant
-        starts from the same parameters; its number of steps and its weight are chosen on other tasks.
+        starts from the same parameters; its number of steps and the weight of its experience are
+        chosen on other tasks.
         `retrieved` also takes steps on the points of the five past tasks whose adapted models fit the K
         points best. `lookup only` is the mean of those models, without a step. `oracle` takes steps on
         100 points of the same task."""
@@ -97,8 +98,9 @@ def hidden_rotation(found: Any) -> Section:
         cells = [pm(c["mean"], c["half"], 4) for c in (*row.values(), found["above Kalman"][name])]
         rows.append([name, size, *cells])
     heads = list(next(iter(found["errors"].values())))
-    text = """Linear systems whose observations show two mixed coordinates of four; every run has its own system. The
-        table has the error of the next frame over unseen systems. `late` is the error from step 52 on.
+    text = """The systems are linear with a hidden state of four coordinates; an observation is two mixtures of
+        them. Every run has its own system. The table has the error of the next frame over unseen systems.
+        `late` is the error from step 52 on.
         The last column is the error above that of the Kalman filter with the true parameters, paired."""
     return text, ["model", "parameters", *heads, "above Kalman"], rows, "error over steps seen"
 
@@ -112,9 +114,11 @@ def switching_lds(found: Any) -> Section:
         cells = [pm(row[p]["mean"], row[p]["half"], 4) for p in parts]
         rows.append([name, *cells, pm(paired["mean"], paired["half"], 4)])
     text = """A system switches between three hidden rotations. An SSM predicts along one long run and adapts to it.
-        `shock` is the error in the 64 steps after a switch, `steady` the later error. `recent` adapts to the
-        last four chunks as well, `oracle` to those of the true regime. The last column is the variant's error in the
-        shock minus that of `retrieved`, paired by system."""
+        `shock` is the error in the 64 steps after a switch, `steady` the later error. Four variants also adapt to
+        four past chunks of the run. `recent` takes the last ones, `uniform` any, `oracle` the latest of the true
+        regime, and `retrieved` those whose parameters predict the last batch best. `lookup-only` takes the parameters
+        of the best chunk without a step. The last column is the variant's error in the shock minus
+        that of `retrieved`, paired by system."""
     return text, ["variant", *parts, "shock, minus retrieved"], rows, "error over steps since the regime switched"
 
 
@@ -127,8 +131,8 @@ def cartpole_rl(found: Any) -> Section:
     episodes = len(next(iter(found["table"].values()))["mean"])
     text = """CartPole with the action's sign flipped in half of the tasks and velocities hidden. The table has the
         return of each episode of a trial on unseen tasks, at most 500. Budget and tuning are equal for
-        all. The SSM is Mamba's block; the adapter takes guarded steps of policy gradient between the
-        episodes of a trial."""
+        all. `frames` gets the last four inputs, and `ssm` is Mamba's block. The adapter takes guarded steps of
+        policy gradient between the episodes of a trial."""
     head = ["policy", "parameters", "seeds", *(f"episode {i + 1}" for i in range(episodes)), "CPU seconds"]
     return text, head, rows, "return over environment steps"
 
@@ -144,7 +148,8 @@ def adaptation(found: Any) -> Section:
     head = ["seed", "before", "worst after", "last", "worst without guards", "corrupted", "rollbacks"]
     text = """10,000 adaptation steps of the default SSM on an unseen linear system. 1 % of the batches have corrupted
         targets (NaN, a factor of 1e4, the other sign, noise). The error is measured on clean held-out runs
-        every 100 steps; the run without guards has 1,000 steps. A clean batch with an unusual loss causes a
+        every 100 steps; factors are relative to the error before the stream. The run without guards has
+        1,000 steps. A clean batch with an unusual loss causes a
         rollback, too. Parameters are finite after every step."""
     return text, head, rows, ""
 
@@ -194,9 +199,9 @@ def meta(found: Any) -> Section:
             ]
         )
     head = ["second-order meta-update", "ms", "compiled, ms", "over the Python loop", "over the loop under vmap"]
-    text = """One thread. The last columns have two speed-ups each, in eager mode and with `compile=True`: over the
-        scan as a Python loop, task after task, and over that loop under vmap. Compilation takes the
-        seconds in brackets."""
+    text = """The times are for one thread; compilation takes the seconds in brackets. The peers run the scan of an
+        SSM as a Python loop, and the tasks one after another or under vmap. The last columns have two
+        speed-ups each, in eager mode and with `compile=True`."""
     return text, head, rows, ""
 
 
