@@ -42,6 +42,11 @@ def pytest_configure(config):
         torch.utils.deterministic.fill_uninitialized_memory = True  # type: ignore[attr-defined]
 
 
+def pytest_ignore_collect(collection_path, config):
+    """Leave out the tests of the emulator without the emulator's library."""
+    return True if collection_path.name == "cuda_emulator" and not config.getoption("--cuda-emulator") else None
+
+
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(config, items):
     """Without the compiled kernels, tests marked ``kernels`` are exhaustive.
