@@ -126,7 +126,9 @@ def _gather(memory: Tensor, rows: int, indices: Tensor, dtype: torch.dtype) -> T
     slots = memory.reshape(memory.shape[0] * memory.shape[1], *memory.shape[2:])
     if slots.requires_grad and slots.element_size() < 4:  # the gradient sums over queries and must not be rounded
         slots = slots.to(dtype)
-    return slots.index_select(0, flat).reshape(*indices.shape, *memory.shape[2:]).to(dtype)
+    # On CUDA the backward of index_select adds atomically and that of indexing sorts, so its sums have a fixed order.
+    found = slots[flat] if slots.is_cuda else slots.index_select(0, flat)
+    return found.reshape(*indices.shape, *memory.shape[2:]).to(dtype)
 
 
 def _recompute(queries: Tensor, keys: Tensor, metric: int, bias: Tensor | None, indices: Tensor) -> Tensor:
