@@ -36,8 +36,8 @@ class Learner(ABC):
         dist: the distribution of the training tasks.
         optimizer: options of ``torch.optim.Adam``.
         tasks_per_update: tasks drawn for each update.
-        gamma, gae_lambda: as in :func:`eaml_ext.rl.advantages`.
-        vf_coef, ent_coef: as in :func:`eaml_ext.rl.a2c_loss`.
+        gae: ``(gamma, gae_lambda)`` of :func:`eaml_ext.rl.losses.advantages`.
+        coefs: ``(vf_coef, ent_coef)`` of :func:`eaml_ext.rl.a2c_loss`.
         reward_scale: factor of the rewards.
         max_grad_norm: gradients are scaled down to this norm.
         seed: in [0, 2**32).
@@ -50,16 +50,14 @@ class Learner(ABC):
         policy: SSMMetaPolicy,
         dist: TaskDistribution[Any],
         optimizer: dict[str, Any],
-        *,
         tasks_per_update: int,
-        gamma: float,
-        gae_lambda: float,
-        vf_coef: float,
-        ent_coef: float,
+        gae: tuple[float, float],
+        coefs: tuple[float, float],
         reward_scale: float,
         max_grad_norm: float,
         seed: int,
     ):
+        (gamma, gae_lambda), (vf_coef, ent_coef) = gae, coefs
         self._name = where = type(self).__name__
         check_policy(where, policy, dist)
         self.policy, self.dist, self.seed = policy, dist, check_seed(where, "seed", seed)

@@ -90,19 +90,9 @@ class MAMLRL(Learner):
     ):
         where = "MAMLRL"
         outer_lr = _check.positive(where, "outer_lr", outer_lr)
-        super().__init__(
-            policy,
-            dist,
-            {"lr": outer_lr},
-            tasks_per_update=tasks_per_update,
-            gamma=gamma,
-            gae_lambda=gae_lambda,
-            vf_coef=vf_coef,
-            ent_coef=ent_coef,
-            reward_scale=reward_scale,
-            max_grad_norm=max_grad_norm,
-            seed=seed,
-        )
+        gae, coefs = (gamma, gae_lambda), (vf_coef, ent_coef)
+        optimizer = {"lr": outer_lr}
+        super().__init__(policy, dist, optimizer, tasks_per_update, gae, coefs, reward_scale, max_grad_norm, seed)
         inner_lr = _check.positive(where, "inner_lr", inner_lr)
         inner_steps = _check.positive(where, "inner_steps", inner_steps, integer=True)
         self.rollouts_per_task = _check.positive(where, "rollouts_per_task", rollouts_per_task, integer=True)

@@ -101,19 +101,9 @@ class RL2(Learner):
     ):
         where = "RL2"
         self.lr = _check.positive(where, "lr", lr)
-        super().__init__(
-            policy,
-            dist,
-            {"lr": self.lr, "eps": 1e-5},
-            tasks_per_update=tasks_per_update,
-            gamma=gamma,
-            gae_lambda=gae_lambda,
-            vf_coef=vf_coef,
-            ent_coef=ent_coef,
-            reward_scale=reward_scale,
-            max_grad_norm=max_grad_norm,
-            seed=seed,
-        )
+        gae, coefs = (gamma, gae_lambda), (vf_coef, ent_coef)
+        optimizer = {"lr": self.lr, "eps": 1e-5}
+        super().__init__(policy, dist, optimizer, tasks_per_update, gae, coefs, reward_scale, max_grad_norm, seed)
         limit = _check.positive(where, "max_episode_steps", max_episode_steps, integer=True)
         self._length: dict[str, Any] = {**check_length(where, episodes, steps), "max_episode_steps": limit}
         update_epochs = _check.positive(where, "update_epochs", update_epochs, integer=True)

@@ -165,18 +165,7 @@ def as_step(scan: Build) -> Build:
     return make
 
 
-def as_scan(
-    state: Tensor,
-    u: Tensor,
-    delta: Tensor,
-    A: Tensor,
-    B: Tensor,
-    C: Tensor,
-    D: Tensor | None = None,
-    z: Tensor | None = None,
-    delta_bias: Tensor | None = None,
-    delta_softplus: bool = False,
-) -> Call:
+def as_scan(state, u, delta, A, B, C, D=None, z=None, delta_bias=None, delta_softplus=False) -> Call:
     tensors = {
         "u": u.unsqueeze(-1),
         "delta": delta.unsqueeze(-1),

@@ -107,18 +107,7 @@ def in_double(x: Inputs) -> Inputs:
 
 
 def scan_oracle(
-    u: Tensor,
-    delta: Tensor,
-    A: Tensor,
-    B: Tensor,
-    C: Tensor,
-    D: Tensor | None = None,
-    z: Tensor | None = None,
-    delta_bias: Tensor | None = None,
-    state: Tensor | None = None,
-    *,
-    softplus: bool,
-    magnitudes: bool = False,
+    u, delta, A, B, C, D=None, z=None, delta_bias=None, state=None, *, softplus, magnitudes=False
 ) -> tuple[Tensor, Tensor]:
     """Return y and the last state by a loop over time; with ``magnitudes``, the sums of their terms' absolute values.
 
