@@ -124,8 +124,11 @@ cuda-check: $(VENV)/demo  ## compiles the CUDA kernels, loads them without a GPU
 	PATH=$(abspath $(BIN)):$$PATH FORCE_CUDA=1 $(BIN)/python tests/cuda_check.py build/cuda-check \
 		|| { tail -n 40 build/cuda-check/log; exit 1; }
 
+# pre-commit lists files by git: outside a repository, as in an sdist, a temporary one in build/ serves.
 lint: $(VENV)/test  ## the hooks of .pre-commit-config.yaml, without a network
-	PATH=$(abspath $(BIN)):$$PATH $(BIN)/pre-commit run --all-files
+	if ! git ls-files --error-unmatch .pre-commit-config.yaml > /dev/null 2>&1; then \
+		mkdir -p build && export GIT_DIR=$(CURDIR)/build/lint.git GIT_WORK_TREE=$(CURDIR) && git init -q && git add --all || exit 1; \
+	fi; PATH=$(abspath $(BIN)):$$PATH $(BIN)/pre-commit run --all-files
 
 format: $(VENV)/test
 	$(BIN)/ruff check --fix .
