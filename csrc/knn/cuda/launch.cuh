@@ -12,7 +12,7 @@
 // Kernels synchronise only by their order on the stream. No result depends on the order of threads.
 #pragma once
 
-#include "knn/cuda/candidate_filter.cuh"
+#include "knn/cuda/filter_launch.cuh"
 #include "knn/cuda/packed_keys_updater.cuh"
 #include "knn/cuda/rows.cuh"
 
