@@ -111,7 +111,7 @@ class SampledTasks(Generic[T]):
 
     def _draw_tasks(self, ids: Sequence[str], split: str, seed: int, epoch: int) -> list[T]:
         """Return the first ``len(ids)`` tasks of the stream, named by ``ids``."""
-        raise NotImplementedError
+        raise NotImplementedError(f"{type(self).__name__}: _draw_tasks is not defined")
 
 
 class ControlTasks(SampledTasks[T]):

@@ -135,7 +135,7 @@ def test_mixer_cache_positional_or_named_continues_the_sequence():
 
 @torch.no_grad()
 @pytest.mark.filterwarnings("ignore:`cache_params` is deprecated:FutureWarning")
-@pytest.mark.skipif(CACHE != "cache", reason="this transformers has one name")
+@pytest.mark.skipif(CACHE != "cache", reason="transformers before 5.24 has the name cache_params alone")
 def test_mixer_deprecated_cache_name_continues_the_sequence():
     _, ours, x = mixers()
     torch.testing.assert_close(last_step(ours, x, cache_params=None), ours(x)[:, -1:], rtol=0, atol=1e-5)
