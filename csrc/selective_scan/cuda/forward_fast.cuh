@@ -126,6 +126,8 @@ fast_forward_kernel(EAML_CONSTANT ForwardParams<float> p) {
   float D[kPerChannel], bias[kPerChannel];
   EAML_UNROLL
   for (int k = 0; k < kPerChannel; ++k) {
+    D[k] = bias[k] = 0;
+    if (!grid.has(kAlongTime ? k : 0)) continue;  // a small chunk has fewer vectors than the block has threads
     const int64_t channel = block.first + (kAlongTime ? grid.row(k) : grid.row(0, k));
     const auto at = [&](const In<float>& x) { return row_offset(x, block.row) + channel * x.channel; };
     D[k] = read(in.D, at(in.D)), bias[k] = read(in.delta_bias, at(in.delta_bias));
