@@ -136,17 +136,23 @@ EAML_DEVICE void load_row(T (&to)[K], const T* from) {
   }
 #endif
 }
-// Writes K adjacent numbers of 4 bytes, 16 bytes or a multiple, aligned to 16 bytes.
-template <int K>
-EAML_DEVICE void store_row(std::uint32_t* to, const std::uint32_t (&from)[K]) {
+// Writes K adjacent numbers: 8 bytes or a multiple of 16, aligned to their size or to 16 bytes.
+template <int K, class T>
+EAML_DEVICE void store_row(T* to, const T (&from)[K]) {
 #if defined(EAML_CUDA_EMULATOR)
   std::memcpy(to, from, sizeof from);
 #else
-  static_assert(sizeof from % 16 == 0);
-  uint4 row[sizeof from / 16];
-  memcpy(row, from, sizeof from);
-  EAML_UNROLL
-  for (int i = 0; i < int(sizeof from / 16); ++i) reinterpret_cast<uint4*>(to)[i] = row[i];
+  if constexpr (sizeof from == 8) {
+    uint2 row;
+    memcpy(&row, from, 8);
+    __stwb(reinterpret_cast<uint2*>(to), row);
+  } else {
+    static_assert(sizeof from % 16 == 0);
+    uint4 row[sizeof from / 16];
+    memcpy(row, from, sizeof from);
+    EAML_UNROLL
+    for (int i = 0; i < int(sizeof from / 16); ++i) __stwb(reinterpret_cast<uint4*>(to) + i, row[i]);
+  }
 #endif
 }
 
@@ -186,6 +192,14 @@ EAML_DEVICE std::uint32_t narrow_pair(float low, float high) {
 #else
   return narrow<kHalf, std::uint32_t>(low) | narrow<kHalf, std::uint32_t>(high) << 16;
 #endif
+}
+
+// x; the compiler computes nothing that depends on it ahead of time, in a register that a loop would keep.
+EAML_DEVICE int recomputed(int x) {
+#if defined(__CUDA_ARCH__)
+  asm volatile("" : "+r"(x));
+#endif
+  return x;
 }
 
 EAML_DEVICE int count_bits(std::uint32_t x) {

@@ -48,6 +48,16 @@ struct VectorOf<Dual<V>> {
 template <class S>
 using vector_t = typename VectorOf<S>::type;
 
+// The value of a number or a dual.
+template <class V>
+EAML_INLINE V value_of(V x) {
+  return x;
+}
+template <class V>
+EAML_INLINE V value_of(const Dual<V>& x) {
+  return x.value;
+}
+
 // The number that a kernel outputs: the value, or in a run on duals the tangent.
 template <class V>
 EAML_INLINE V output(V x) {

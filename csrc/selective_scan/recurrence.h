@@ -40,6 +40,21 @@ EAML_INLINE void decay(V dt, const V (&)[K], const Rate<V> (&rate)[K], V (&a)[K]
   for (int n = 0; n < K; ++n) t[n] = dt * rate[n].log2;
   exp2_(t, a);
 }
+// a for states that share the value `shared` of exp(dt A).
+template <int K, class V>
+EAML_INLINE void share_decay(V shared, V, const V (&)[K], V (&a)[K]) {
+  EAML_UNROLL
+  for (int n = 0; n < K; ++n) a[n] = shared;
+}
+template <class V>
+EAML_INLINE Dual<V> with_log_tangent(V value, Dual<V> dt, const Dual<V>& A) {
+  return {value, dt.value * A.tangent + dt.tangent * A.value};
+}
+template <int K, class V>
+EAML_INLINE void share_decay(V shared, Dual<V> dt, const Dual<V> (&A)[K], Dual<V> (&a)[K]) {
+  EAML_UNROLL
+  for (int n = 0; n < K; ++n) a[n] = with_log_tangent(shared, dt, A[n]);
+}
 template <int K, class V>
 EAML_INLINE void decay(Dual<V> dt, const Dual<V> (&A)[K], const Rate<Dual<V>> (&rate)[K], Dual<V> (&a)[K]) {
   V t[K], values[K];
@@ -47,7 +62,23 @@ EAML_INLINE void decay(Dual<V> dt, const Dual<V> (&A)[K], const Rate<Dual<V>> (&
   for (int n = 0; n < K; ++n) t[n] = dt.value * rate[n].log2;
   exp2_(t, values);
   EAML_UNROLL
-  for (int n = 0; n < K; ++n) a[n] = {values[n], dt.value * A[n].tangent + dt.tangent * A[n].value};
+  for (int n = 0; n < K; ++n) a[n] = with_log_tangent(values[n], dt, A[n]);
+}
+
+// The same without rates, for a step size that is also given as dt log2(e).
+template <int K, class S>
+EAML_INLINE void decay(S dt, vector_t<S> dt_log2, const S (&A)[K], S (&a)[K]) {
+  vector_t<S> t[K], values[K];
+  EAML_UNROLL
+  for (int n = 0; n < K; ++n) t[n] = dt_log2 * value_of(A[n]);
+  exp2_(t, values);
+  EAML_UNROLL
+  for (int n = 0; n < K; ++n) {
+    if constexpr (kIsDual<S>)
+      a[n] = with_log_tangent(values[n], dt, A[n]);
+    else
+      a[n] = values[n];
+  }
 }
 
 template <int K, class V, class S>
@@ -98,13 +129,34 @@ EAML_INLINE Z advance(Z a, Z h_prev, S x, M B) {
   return decayed(a, h_prev) + x * B;
 }
 
+// sum + Re(h C), with a term of y_t.
+template <class S, class Z, class M>
+EAML_INLINE S add_product(S sum, const Z& h, const M& C) {
+  return sum + real(h * C);
+}
+
 #if defined(__CUDACC__) || defined(EAML_CUDA_EMULATOR)
-// The fused operation is explicit, so that all CUDA kernels compute the same bits.
+// Fused operations are explicit, so that all CUDA kernels compute the same bits, also as the values of duals.
 EAML_INLINE float advance(float a, float h_prev, float x, float B) {
   return std::fma(a, h_prev, x * B);
 }
 EAML_INLINE double advance(double a, double h_prev, double x, double B) {
   return std::fma(a, h_prev, x * B);
+}
+template <class V>
+EAML_INLINE Dual<V> advance(const Dual<V>& a, const Dual<V>& h_prev, const Dual<V>& x, const Dual<V>& B) {
+  const V tangent = a.value * h_prev.tangent + a.tangent * (a.value * h_prev.value);
+  return {advance(a.value, h_prev.value, x.value, B.value), tangent + x.value * B.tangent + x.tangent * B.value};
+}
+EAML_INLINE float add_product(float sum, float h, float C) {
+  return std::fma(h, C, sum);
+}
+EAML_INLINE double add_product(double sum, double h, double C) {
+  return std::fma(h, C, sum);
+}
+template <class V>
+EAML_INLINE Dual<V> add_product(const Dual<V>& sum, const Dual<V>& h, const Dual<V>& C) {
+  return {add_product(sum.value, h.value, C.value), sum.tangent + h.value * C.tangent + h.tangent * C.value};
 }
 #endif
 

@@ -118,7 +118,7 @@ backward_kernel(EAML_CONSTANT BackwardParams<typename L::T> p) {
         if (gated) {
           C.step(block.C, row);
           EAML_UNROLL
-          for (int k = 0; k < kStates; ++k) sums_y[i] = sums_y[i] + real(h[k] * C.x[k]);
+          for (int k = 0; k < kStates; ++k) sums_y[i] = add_product(sums_y[i], h[k], C.x[k]);
           sums_y[i] = conjugate_pair_sum<Z>(sums_y[i]);
         }
       }

@@ -6,8 +6,9 @@
 namespace eaml::selective_scan {
 namespace {
 
-// The channels and the time segment of a block, its arrays in shared memory, and the position of a thread.
-template <class L>
+// The channels and the time segment of a block, its arrays in shared memory, and the position of a thread. kWhole:
+// every thread has a channel and all its states.
+template <class L, bool kWhole = false>
 struct Block {
   using Z = typename L::Z;
   using S = typename L::S;
@@ -16,25 +17,28 @@ struct Block {
 
   const ScanParams& params;
   const Arrays<T>& arrays;
-  int64_t index;              // of the channel block in (batch, groups, channel_blocks)
-  int64_t row, group, first;  // batch row, group, and the block's first channel
-  int64_t segment, segments;
+  // A launch has fewer than 2^31 blocks, so these numbers fit an int.
+  int index;              // of the channel block in (batch, groups, channel_blocks)
+  int row, group, first;  // batch row, group, and the block's first channel
+  int segment, segments;
   int channels;  // channels of the block
   int thread, channel, lane;
-  int staged = -1;  // the first step whose B and C are in shared memory; -1: none
+  int permutation = 0;  // xor of the numbers of a thread's states
+  int staged = -1;      // the first step whose B and C are in shared memory; -1: none
   Tile<S, L::kTile> x, dt, y;
   Tile<Z, L::kMatrix> B, C;
   Tile<S, L::kVector> D, bias;
 
   EAML_MEMBER Block(const ScanParams& s, const Arrays<T>& a, int64_t segments_)
-      : params(s), arrays(a), segments(segments_) {
-    const int64_t per_group = params.dim / params.groups, blocks = (per_group + L::kChannels - 1) / L::kChannels;
-    segment = cuda::block() % segments, index = cuda::block() / segments;
-    const int64_t block = index % blocks, rest = index / blocks;
-    group = rest % params.groups, row = rest / params.groups;
+      : params(s), arrays(a), segments(static_cast<int>(segments_)) {
+    const int groups = static_cast<int>(params.groups), per_group = static_cast<int>(params.dim) / groups;
+    const int blocks = (per_group + L::kChannels - 1) / L::kChannels, number = static_cast<int>(cuda::block());
+    segment = number % segments, index = number / segments;
+    const int block = index % blocks, rest = index / blocks;
+    group = rest % groups, row = rest / groups;
     first = group * per_group + block * L::kChannels;
-    const int64_t left = per_group - block * L::kChannels;
-    channels = static_cast<int>(left < L::kChannels ? left : L::kChannels);
+    const int left = per_group - block * L::kChannels;
+    channels = left < L::kChannels ? left : L::kChannels;
     thread = cuda::thread(), channel = thread / L::kLanes, lane = thread % L::kLanes;
     T* memory = reinterpret_cast<T*>(cuda::shared_memory());
     B.data.data = memory, memory += L::kMatrix * L::kStateNumbers;
@@ -55,9 +59,9 @@ struct Block {
     const int64_t left = params.length - chunk * kSteps;
     return static_cast<int>(left < kSteps ? left : kSteps);
   }
-  EAML_MEMBER bool has_channel() const { return channel < channels; }
-  EAML_MEMBER bool has_state(int k) const { return has_channel() && lane * kStates + k < params.dstate; }
-  EAML_MEMBER int64_t state(int k) const { return lane * kStates + k; }
+  EAML_MEMBER bool has_channel() const { return kWhole || channel < channels; }
+  EAML_MEMBER bool has_state(int k) const { return kWhole || (has_channel() && state(k) < params.dstate); }
+  EAML_MEMBER int64_t state(int k) const { return lane * kStates + (k ^ permutation); }
   // Offset of a state in (*, dstate, num_components, dim); `rows` indexes batch rows, or segments of them.
   EAML_MEMBER int64_t saved_at(int64_t rows, int k) const {
     return (rows * params.dstate + state(k)) * kNumComponents<Z> * params.dim + first + channel;

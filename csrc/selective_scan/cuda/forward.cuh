@@ -7,8 +7,8 @@ namespace eaml::selective_scan {
 namespace {
 
 // Writes the states of a block after the last step.
-template <class L>
-EAML_DEVICE void write_last_state(const Block<L>& block, const Out<typename L::T>& out,
+template <class L, bool kWhole>
+EAML_DEVICE void write_last_state(const Block<L, kWhole>& block, const Out<typename L::T>& out,
                                   const typename L::Z (&h)[L::kStates]) {
   EAML_UNROLL
   for (int k = 0; k < L::kStates; ++k) {
@@ -89,7 +89,7 @@ forward_kernel(EAML_CONSTANT ForwardParams<typename L::T> p) {
         if (outputs) {
           C.step(block.C, row);
           EAML_UNROLL
-          for (int k = 0; k < kStates; ++k) sums[i] = sums[i] + real(h[k] * C.x[k]);
+          for (int k = 0; k < kStates; ++k) sums[i] = add_product(sums[i], h[k], C.x[k]);
           sums[i] = conjugate_pair_sum<Z>(sums[i]);
         }
         if (local) total = total + dt;

@@ -2,8 +2,8 @@
 #pragma once
 
 #include "selective_scan/cuda/backward.cuh"
+#include "selective_scan/cuda/fast_kernels.h"
 #include "selective_scan/cuda/forward.cuh"
-#include "selective_scan/cuda/forward_fast.cuh"
 #include "selective_scan/cuda/reduce.cuh"
 #include "selective_scan/cuda/step.cuh"
 #include "selective_scan/cuda/time_segments.cuh"
@@ -69,9 +69,9 @@ const char* launch_forward(const ForwardParams<vector_t<Z>>& p, void* stream) {
       if (error == nullptr) error = launch_carry<Z, false>(p, stream);
       if (error != nullptr) return error;
     }
-    if constexpr (L::kHasVaryingKernel && (L::kLanes == 4 || L::kLanes == 16)) {  // 16 and 64 states
-      if (const auto fast = fast_forward<L>(p))
-        return cuda::launch(fast, blocks, L::kThreads, FastLayout<L>::kBytes, stream, p);
+    if constexpr (L::kRealFloat) {
+      if (const auto fast = fast_forward(p, kIsDual<Z>); fast.kernel != nullptr)
+        return cuda::launch(fast.kernel, blocks, L::kThreads, fast.shared_bytes, stream, p);
     }
     return cuda::launch(kernel, blocks, L::kThreads, L::kForwardBytes, stream, p);
   });
@@ -87,6 +87,10 @@ const char* launch_backward(const BackwardParams<vector_t<Z>>& p, void* stream) 
       const char* error = cuda::launch(local_backward_kernel<L>, blocks, L::kThreads, L::kForwardBytes, stream, p);
       if (error == nullptr) error = launch_carry<Z, true>(p, stream);
       if (error != nullptr) return error;
+    }
+    if constexpr (L::kRealFloat) {
+      if (const auto fast = fast_backward(p, kIsDual<Z>); fast.kernel != nullptr)
+        return cuda::launch(fast.kernel, blocks, L::kThreads, fast.shared_bytes, stream, p);
     }
     const bool invariant = p.params.B_invariant || p.params.C_invariant;
     const auto kernel = invariant ? backward_kernel<L, true> : backward_kernel<L, !L::kHasVaryingKernel>;

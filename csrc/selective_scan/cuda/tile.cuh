@@ -146,6 +146,17 @@ EAML_DEVICE Softplus<S> step_size(S shifted, bool by_softplus) {
   return out[0];
 }
 
+// a b, with values rounded before they are added to anything: kernels that store the product and kernels that keep it
+// in a register compute the same bits.
+template <class T>
+EAML_DEVICE T rounded_product(T a, T b) {
+  return cuda::multiply(a, b);
+}
+template <class T>
+EAML_DEVICE Dual<T> rounded_product(const Dual<T>& a, const Dual<T>& b) {
+  return {cuda::multiply(a.value, b.value), a.value * b.tangent + a.tangent * b.value};
+}
+
 template <class V>
 EAML_DEVICE Rate<V> rate_of(V A) {
   return {A * V(kLog2e)};
@@ -190,14 +201,12 @@ EAML_DEVICE void reduce_scatter(T* v, int& first, bool& mine) {
 template <int kFrom, int kTo, int K>
 constexpr int kSumsLeft = K * kFrom / kTo > 1 ? K * kFrom / kTo : 1;
 
-// Sums a quantity over the lanes of a channel for each step of a tile, and stores the sums in a column of `tile`,
-// or adds them to it.
-template <class L, class S, int kSize>
-EAML_DEVICE void put_sums(const S (&sums)[kStepsPerTile], Tile<S, kSize> tile, int at, bool add) {
+// Sums a quantity over the lanes of a channel for each step of a tile. Afterwards out[0 .. kSumsLeft) has the sums from
+// step `first` on. If there are more lanes than sums, the result is true on one lane per sum.
+template <class L, class S>
+EAML_DEVICE bool sum_over_lanes(const S (&sums)[kStepsPerTile], S (&out)[kStepsPerTile], int& first) {
   using T = vector_t<S>;
-  constexpr int kLeft = kSumsLeft<1, L::kLanes, kStepsPerTile>;
   T value[kStepsPerTile], tangent[kStepsPerTile];
-  int first = 0;
   bool mine = true;
   EAML_UNROLL
   for (int i = 0; i < kStepsPerTile; ++i) {
@@ -206,21 +215,32 @@ EAML_DEVICE void put_sums(const S (&sums)[kStepsPerTile], Tile<S, kSize> tile, i
     else
       value[i] = sums[i];
   }
+  first = 0;
   reduce_scatter<1, L::kLanes, kStepsPerTile>(value, first, mine);
   if constexpr (kIsDual<S>) {
     first = 0, mine = true;
     reduce_scatter<1, L::kLanes, kStepsPerTile>(tangent, first, mine);
   }
-  if (!mine) return;
   EAML_UNROLL
-  for (int k = 0; k < kLeft; ++k) {
-    const int i = at + (first + k) * L::kRow;
-    S sum;
+  for (int k = 0; k < kStepsPerTile; ++k) {
     if constexpr (kIsDual<S>)
-      sum = {value[k], tangent[k]};
+      out[k] = {value[k], tangent[k]};
     else
-      sum = value[k];
-    tile.set(i, add ? tile.get(i) + sum : sum);
+      out[k] = value[k];
+  }
+  return mine;
+}
+
+// Stores the sums of a tile's steps in a column of `tile`, or adds them to it.
+template <class L, class S, int kSize>
+EAML_DEVICE void put_sums(const S (&sums)[kStepsPerTile], Tile<S, kSize> tile, int at, bool add) {
+  S mine[kStepsPerTile];
+  int first;
+  if (!sum_over_lanes<L>(sums, mine, first)) return;
+  EAML_UNROLL
+  for (int k = 0; k < kSumsLeft<1, L::kLanes, kStepsPerTile>; ++k) {
+    const int i = at + (first + k) * L::kRow;
+    tile.set(i, add ? tile.get(i) + mine[k] : mine[k]);
   }
 }
 
