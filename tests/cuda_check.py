@@ -1,54 +1,43 @@
-"""Check the CUDA build without a GPU: it compiles, links, loads and registers the ops, and no hot kernel spills.
+"""Check the CUDA build without a GPU: it compiles, links, loads and registers the ops, and hot kernels keep budgets.
 
     FORCE_CUDA=1 python tests/cuda_check.py build/cuda-check
 
 compiles the CUDA half of the extension, as setup.py describes it, into a library in that folder; objects are kept if
-neither their source nor a header changed. It needs nvcc; TORCH_CUDA_ARCH_LIST lists the architectures.
+neither their source nor a header changed. TORCH_CUDA_ARCH_LIST lists the architectures. It needs nvcc, and the packages
+nvidia-cuda-cuobjdump and nvidia-cuda-nvdisasm.
+
+A hot kernel (``cuda_check_budgets.py``) may neither spill registers nor use local memory. Registers are limited for
+every architecture, instructions for sm_90.
 """
 
 import os
 import re
+import shutil
 import subprocess
 import sys
 import warnings
+from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
 
 import setuptools  # noqa: F401  (has distutils where Python no longer does)
+from cuda_check_budgets import HOT, Count, Kernel, budget, count, faults
+from cuda_check_sass import functions
 
 from distutils.core import run_setup  # isort: skip
 
-PASSES = ("forward", "backward")
-# For each type of A, B, C and the states of the scan: the number of tilings, and the most registers per thread, forward
-# and backward. With so few, a multiprocessor holds the threads of each hot kernel: 256 to 640 forward, 256 or 384 back.
-KINDS = {"float": (5, 96, 168), "Dual<float>": (5, 168, 255)}
-KINDS |= {"Complex<float>": (3, 128, 255), "Complex<Dual<float>>": (3, 255, 255)}
-KINDS |= {"double": (3, 128, 255), "Dual<double>": (3, 255, 255), "Complex<double>": (2, 128, 255)}
-MAX_REGISTERS = {
-    (name, kind): most for kind, (_, *both) in KINDS.items() for name, most in zip(PASSES, both, strict=True)
-}
-# A kernel is hot if a thread's states take 16 bytes; for floats, only the kernels for B and C that vary in time. Dual
-# kernels of complex states in double precision are not checked: the backward one spills 124 bytes a thread.
-HOT = re.compile(
-    r"(\w+)_kernel<.*Tiling<(?:(float), \d+, 4>, false|(Dual<float>), \d+, 4>, true"
-    r"|(double|Dual<double>|Complex<float>|Complex<Dual<float>>), \d+, 2>, true|(Complex<double>), \d+, 1>, true)>"
-)
-# The fast forward kernels, for 16 and 64 states: three dtypes, two layouts, with or without a gate. Three or four
-# blocks of 128 threads fit a multiprocessor.
-FAST = re.compile(r"fast_forward_kernel<.*Tiling<float, (4|16), 4>")
-NUM_FAST, MAX_REGISTERS_FAST = 24, 168
-# The kernels of knn that read every key: three blocks of 128 threads, two blocks of 256, or one fit a multiprocessor.
-MAX_REGISTERS_KNN = {"filter_kernel<4, false>": 168, "filter_kernel<1, false>": 168, "pack_kernel": 128}
-MAX_REGISTERS_KNN |= {"rows_kernel<float, 1, true>": 128, "rows_kernel<float, 4, true>": 255}
+BUDGET_ARCH = "sm_90"  # of the budgets of instructions
 FOUND = re.compile(
-    r"Compiling entry function '(\w+)' for '(sm_\d+)'.*?(\d+) bytes spill stores, (\d+) bytes spill loads"
-    r".*?Used (\d+) registers",
+    r"Compiling entry function '(\w+)' for '(sm_\d+)'.*?(\d+) bytes stack frame, (\d+) bytes spill stores, "
+    r"(\d+) bytes spill loads.*?Used (\d+) registers",
     re.S,
 )
 
 
 def build(folder: Path) -> tuple[Path, list[str]]:
-    """Build the library and append the compilers' output to ``log``; return its path and architectures."""
+    """Build the library and append the compilers' output to ``log``; return its path and architectures.
+
+    If the build fails, its last lines are printed.
+    """
     distribution = run_setup("setup.py", stop_after="init")
     (module,) = distribution.ext_modules
     module.sources = [
@@ -66,14 +55,18 @@ def build(folder: Path) -> tuple[Path, list[str]]:
     with (folder / "log").open("a") as log:  # of the compilers, which are child processes
         kept = [os.dup(1), os.dup(2)]
         os.dup2(log.fileno(), 1), os.dup2(log.fileno(), 2)
+        built = False
         try:
             command.run()
+            built = True
         finally:
             sys.stdout.flush(), sys.stderr.flush()
             os.dup2(kept[0], 1), os.dup2(kept[1], 2)
+            if not built:
+                print(*(folder / "log").read_text().splitlines()[-40:], sep="\n")
     archs = os.environ["TORCH_CUDA_ARCH_LIST"]  # set by setup.py unless it was set before
     return folder / command.get_ext_filename(module.name), [
-        re.sub(r"\D", "", arch) for arch in re.split("[; ]+", archs)
+        "sm_" + re.sub(r"\D", "", arch) for arch in re.split("[; ]+", archs)
     ]
 
 
@@ -93,15 +86,88 @@ def registered(library: Path) -> list[str]:
     return names
 
 
-def kernels(log: str, library: Path) -> list[tuple[str, str, int, int]]:
-    """Return (name, architecture, bytes spilled, registers) of each kernel of the library."""
+def short_names(mangled: Iterable[str]) -> dict[str, str]:
+    """The names of kernels without namespaces and parameters, by their mangled names."""
+    mangled = list(mangled)
+    names = subprocess.run(["c++filt"], input="\n".join(mangled), capture_output=True, text=True, check=True).stdout
+    short = re.sub(r"\(anonymous namespace\)::|eaml::|selective_scan::|knn::|(?m:^void )", "", names).replace(
+        "> >", ">>"
+    )
+    # The parameters follow the name or its template arguments, unlike the type of an enumerator as in "<(Half)0>".
+    return dict(zip(mangled, (re.sub(r"(?<=[>\w])\(.*", "", name) for name in short.splitlines()), strict=True))
+
+
+def resources(log: str, library: Path) -> dict[tuple[str, str], tuple[int, int, int]]:
+    """(registers, bytes spilled, bytes of the stack) of the library's kernels, by mangled name and architecture."""
     binary = library.read_bytes()
-    found = {(m[1], m[2]): (int(m[3]) + int(m[4]), int(m[5])) for m in FOUND.finditer(log) if m[1].encode() in binary}
-    names = subprocess.run(["c++filt"], input="\n".join(n for n, _ in found), capture_output=True, text=True).stdout
-    short = [re.sub(r"\(anonymous namespace\)::|eaml::|selective_scan::|knn::", "", n) for n in names.split("\n")]
-    short = [n.replace("> >", ">>") for n in short]
-    rows = zip(short, found, found.values(), strict=False)
-    return sorted((re.sub(r"^void |\(.*", "", name), arch, *sizes) for name, (_, arch), sizes in rows)
+    return {
+        (m[1], m[2]): (int(m[6]), int(m[4]) + int(m[5]), int(m[3]))
+        for m in FOUND.finditer(log)
+        if m[1].encode() in binary
+    }
+
+
+def listing(library: Path, arch: str, mangled: Iterable[str]) -> str:
+    """The machine code of kernels."""
+    path = os.pathsep.join(
+        [*(str(p) for p in Path(sys.prefix).glob("lib/python*/site-packages/nvidia/*/bin")), os.environ["PATH"]]
+    )
+    cuobjdump = shutil.which("cuobjdump", path=path)
+    if cuobjdump is None:
+        raise SystemExit("cuda_check: no cuobjdump; pip install nvidia-cuda-cuobjdump nvidia-cuda-nvdisasm")
+    command = [cuobjdump, "-sass", "-arch", arch, "-fun", ",".join(mangled), str(library)]
+    # It warns of each object in the library that lacks a kernel.
+    return subprocess.run(
+        command,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        text=True,
+        check=True,
+        env={**os.environ, "PATH": path},
+    ).stdout
+
+
+def check(library: Path, log: str, archs: list[str]) -> list[str]:
+    """Print the table of the hot kernels and return the faults."""
+    found = resources(log, library)
+    names = short_names({mangled for mangled, _ in found})
+    wrong: list[str] = []
+    for arch in archs:
+        hot = {mangled: budget(names[mangled]) for mangled, of in found if of == arch}
+        hot = {mangled: kernel for mangled, kernel in hot.items() if kernel}
+        wrong += [
+            f"{kernel.pattern}: {number} kernels for {arch}, expected {kernel.number}"
+            for kernel in HOT
+            if (number := [*hot.values()].count(kernel)) != kernel.number
+        ]
+        code = functions(listing(library, arch, hot))
+        print(f"\n{arch}: registers, instructions a state and step, instructions an element; each with its budget")
+        for mangled, kernel in sorted(hot.items(), key=lambda item: names[item[0]]):
+            name = names[mangled]
+            registers, spilled, stack = found[mangled, arch]
+            try:
+                counted = count(name, code[mangled], kernel)
+            except ValueError as error:
+                wrong.append(f"{name}, {arch}: {error}")
+                continue
+            print(row(name, kernel, registers, counted, limited=arch == BUDGET_ARCH))
+            wrong += [f"{fault} ({arch})" for fault in faults(name, counted, kernel, arch == BUDGET_ARCH)]
+            if registers > kernel.registers:
+                wrong.append(f"{name}: {registers} registers, budget {kernel.registers} ({arch})")
+            if spilled or stack:
+                wrong.append(f"{name}: {spilled} bytes spilled, {stack} bytes of stack ({arch})")
+    return wrong
+
+
+def row(name: str, kernel: Kernel, registers: int, counted: Count, limited: bool) -> str:
+    """A line of the table; counts without a limit have no budget in it."""
+
+    def cell(value: float | None, most: float | None) -> str:
+        text = "" if value is None else f"{value:.2f} of {most:g}" if limited else f"{value:.2f}"
+        return f"{text:>14}"
+
+    per_update, per_element = cell(counted.per_update, kernel.per_update), cell(counted.per_element, kernel.per_element)
+    return f"{registers:4} of {kernel.registers:3}{per_update}{per_element}  {name}"
 
 
 def main() -> None:
@@ -109,22 +175,9 @@ def main() -> None:
     folder.mkdir(parents=True, exist_ok=True)
     library, archs = build(folder)
     print(f"CUDA kernels registered, loaded without a GPU: {', '.join(registered(library))}")
-    faults, seen = [], []
-    for name, arch, spilled, used in kernels((folder / "log").read_text(), library):
-        hot, fast = HOT.match(name), FAST.search(name)
-        if not (hot or fast or name in MAX_REGISTERS_KNN) or arch.removeprefix("sm_") not in archs:
-            continue
-        kind: Any = (hot[1], next(filter(None, hot.groups()[1:]))) if hot else "fast" if fast else name
-        most = MAX_REGISTERS[kind] if hot else MAX_REGISTERS_FAST if fast else MAX_REGISTERS_KNN[kind]
-        seen.append((kind, arch))
-        print(f"{used:4} registers of {most}, {spilled} bytes spilled, {arch}: {name}")
-        faults += [name] if spilled or used > most else []
-    every = {(kind, f"sm_{arch}") for kind in [*MAX_REGISTERS, *MAX_REGISTERS_KNN, "fast"] for arch in archs}
-    wanted = (sum(tilings for tilings, *_ in KINDS.values()) * len(PASSES) + NUM_FAST + len(MAX_REGISTERS_KNN)) * len(
-        archs
-    )
-    assert {*seen} == every and len(seen) == wanted, f"not all kernels of each kind in the log: {seen}"
-    assert not faults, f"too many registers, or spills: {faults}"
+    wrong = check(library, (folder / "log").read_text(), archs)
+    if wrong:
+        raise SystemExit("\n".join(["cuda_check: budgets of tests/cuda_check_budgets.py exceeded:", *wrong]))
 
 
 if __name__ == "__main__":

@@ -1,0 +1,147 @@
+"""Budgets of the hot kernels: registers, and instructions of the scan's loops, as counted from machine code.
+
+A kernel of the scan has an outer loop over chunks of 32 steps. Its *recurrence loops* go through a chunk in tiles of
+four steps. Machine code has no map of the source, so two properties identify them:
+
+- They lie inside another loop, the chunk loop. The last, partial chunk of a row follows the chunk loop, so its own
+  recurrence lies in no other loop and is not counted.
+- Without the loops within them, they have a multiple of the MUFU.EX2 of a tile: 4 steps times the states of a thread.
+  Each state and step takes one exponential. Loops that stage elements have one or two, of softplus and of the gate.
+
+A fast kernel has two versions of the recurrence, for chunks with and without resets. A pass of the chunk loop takes one
+of them, and the one with fewer instructions is counted, because resets are rare. A backward kernel goes through a chunk
+twice, forward and then backward. There one pass of the chunk loop reaches one recurrence loop from the other, so both
+are counted. Instructions for a state and step are the sum over such a sequence.
+
+An element is a step of a channel, with all its inputs and outputs. Instructions for an element are those of the chunk
+loop outside of the recurrence, over the elements of a thread in a chunk. They are those of the longest path: with
+softplus, with saved states, with the staging of B and C. The general kernels stage in loops whose number of passes
+depends on the call, so only kernels without such loops have this count.
+"""
+
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+
+from cuda_check_sass import Flow, Instruction, Loop, local_accesses
+
+CHUNK_STEPS, TILE_STEPS = 32, 4  # kSteps and kStepsPerTile of csrc/selective_scan/cuda/traits.cuh
+TILING = re.compile(r"Tiling<(?:[^<>]|<[^<>]*>)+, (?P<lanes>\d+), (?P<states>\d+)>")
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """The budgets of the kernels whose short names match a pattern of fnmatch; None: not counted."""
+
+    pattern: str
+    number: int  # of kernels that match, for one architecture
+    registers: int  # most of a thread
+    per_update: float | None = None  # instructions for a state and step
+    per_element: float | None = None  # instructions outside of the recurrence for an element
+
+    @property
+    def recurrences(self) -> int:
+        """Recurrence loops in a sequence."""
+        return 2 if "backward" in self.pattern else 1
+
+
+# The counts are those of nvcc 13.0 for sm_90, rounded up a little. Registers: with so few, a multiprocessor holds the
+# threads of the kernel: 256 to 640 of a general forward kernel, 256 or 384 of a backward kernel, three or four blocks
+# of 128 of a fast kernel. The kernels of knn that read every key: three blocks of 128 threads, two of 256, or one.
+#
+# A kernel of the scan is hot if a thread's states take 16 bytes; for floats, only those for B and C that vary in time.
+# Dual kernels of complex states in double precision are not checked: the backward one spills 124 bytes a thread. The
+# last arguments of a fast kernel: type of the sequences (0 is float32), contiguous along time, gate.
+HOT = (
+    Kernel("fast_forward_kernel<Tiling<float, 4, 4>, (Half)0, *, false>", 2, 168, per_update=7.3, per_element=40.5),
+    Kernel("fast_forward_kernel<Tiling<float, 4, 4>, (Half)0, *, true>", 2, 168, per_update=7.3, per_element=47.5),
+    Kernel("fast_forward_kernel<Tiling<float, 4, 4>, (Half)[12], *, false>", 4, 168, per_update=7.3, per_element=46),
+    Kernel("fast_forward_kernel<Tiling<float, 4, 4>, (Half)[12], *, true>", 4, 168, per_update=7.3, per_element=54),
+    Kernel("fast_forward_kernel<Tiling<float, 16, 4>, (Half)0, *, false>", 2, 168, per_update=8.2, per_element=142),
+    Kernel("fast_forward_kernel<Tiling<float, 16, 4>, (Half)0, *, true>", 2, 168, per_update=8.2, per_element=159),
+    Kernel("fast_forward_kernel<Tiling<float, 16, 4>, (Half)[12], *, false>", 4, 168, per_update=8.2, per_element=200),
+    Kernel("fast_forward_kernel<Tiling<float, 16, 4>, (Half)[12], *, true>", 4, 168, per_update=8.2, per_element=227),
+    Kernel("forward_kernel<Tiling<float, *, 4>, false>", 5, 96, per_update=24.5),
+    Kernel("backward_kernel<Tiling<float, *, 4>, false>", 5, 168, per_update=68),
+    Kernel("forward_kernel<Tiling<Dual<float>, *, 4>, true>", 5, 168, per_update=42),
+    Kernel("backward_kernel<Tiling<Dual<float>, *, 4>, true>", 5, 255, per_update=136),
+    Kernel("forward_kernel<Tiling<Complex<float>, *, 2>, true>", 3, 128),
+    Kernel("backward_kernel<Tiling<Complex<float>, *, 2>, true>", 3, 255),
+    Kernel("forward_kernel<Tiling<Complex<Dual<float>>, *, 2>, true>", 3, 255),
+    Kernel("backward_kernel<Tiling<Complex<Dual<float>>, *, 2>, true>", 3, 255),
+    Kernel("forward_kernel<Tiling<double, *, 2>, true>", 3, 128),
+    Kernel("backward_kernel<Tiling<double, *, 2>, true>", 3, 255),
+    Kernel("forward_kernel<Tiling<Dual<double>, *, 2>, true>", 3, 255),
+    Kernel("backward_kernel<Tiling<Dual<double>, *, 2>, true>", 3, 255),
+    Kernel("forward_kernel<Tiling<Complex<double>, *, 1>, true>", 2, 128),
+    Kernel("backward_kernel<Tiling<Complex<double>, *, 1>, true>", 2, 255),
+    Kernel("filter_kernel<[14], false>", 2, 168),
+    Kernel("pack_kernel", 1, 128),
+    Kernel("rows_kernel<float, 1, true>", 1, 128),
+    Kernel("rows_kernel<float, 4, true>", 1, 255),
+)
+
+
+def budget(name: str, table: tuple[Kernel, ...] = HOT) -> Kernel | None:
+    """The budgets of a kernel; None if it is not hot."""
+    return next((kernel for kernel in table if fnmatchcase(name, kernel.pattern)), None)
+
+
+@dataclass(frozen=True)
+class Count:
+    """Instructions of one kernel; None: not counted."""
+
+    per_update: float | None = None
+    per_element: float | None = None
+    local: int = 0  # loads and stores of local memory
+
+
+def chunk_loops(flow: Flow, tile: int) -> Iterator[tuple[Loop, dict[Loop, int]]]:
+    """Each loop around recurrence loops, and these with their numbers of exponentials."""
+    found: dict[Loop, dict[Loop, int]] = {}
+    for loop in flow.loops:
+        exponentials = flow.own_count(loop, lambda i: i.name.startswith("MUFU.EX2"))
+        if loop.parent and exponentials and exponentials % tile == 0:
+            found.setdefault(loop.parent, {})[loop] = exponentials
+    yield from found.items()
+
+
+def count(name: str, code: list[Instruction], kernel: Kernel) -> Count:
+    """Count a kernel's instructions, as far as it has budgets; ValueError if its loops are not as expected."""
+    local = local_accesses(code)
+    if kernel.per_update is None:
+        return Count(local=local)
+    tiling = TILING.search(name)
+    if tiling is None:
+        raise ValueError("no Tiling in its name")
+    lanes, states = int(tiling["lanes"]), int(tiling["states"])
+    flow = Flow(code)
+    updates, elements = [], []
+    for chunk, recurrences in chunk_loops(flow, TILE_STEPS * states):
+        sequences = flow.sequences(chunk, recurrences)
+        if any(len(sequence) != kernel.recurrences for sequence in sequences):
+            raise ValueError(f"expected {kernel.recurrences} recurrence loops in a pass, not {map(len, sequences)}")
+        cost = {loop: flow.longest_pass(loop) / exponentials for loop, exponentials in recurrences.items()}
+        updates.append(min(sum(cost[loop] for loop in sequence) for sequence in sequences))
+        elements.append(flow.longest_pass(chunk) / (CHUNK_STEPS / lanes))
+        if kernel.per_element is not None and (
+            len(chunk.children) > len(recurrences) or any(r.children for r in recurrences)
+        ):
+            raise ValueError("a loop in the chunk loop is no recurrence, so its instructions are not counted")
+    if not updates:
+        raise ValueError("no recurrence loop")
+    return Count(max(updates), None if kernel.per_element is None else max(elements), local)
+
+
+def faults(name: str, counted: Count, kernel: Kernel, limited: bool = True) -> list[str]:
+    """Each use of local memory, and each count beyond its budget if the counts are limited."""
+    found = [f"{name}: {counted.local} loads and stores of local memory"] if counted.local else []
+    pairs = (
+        ("a state and step", counted.per_update, kernel.per_update),
+        ("an element", counted.per_element, kernel.per_element),
+    )
+    for unit, instructions, most in pairs:
+        if limited and instructions is not None and most is not None and instructions > most:
+            found.append(f"{name}: {instructions:.2f} instructions {unit}, budget {most:g}")
+    return found
