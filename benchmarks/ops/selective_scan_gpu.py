@@ -1,9 +1,10 @@
 """Selective scan on a GPU against its peers there, by the GPU's clock, with the rate of copying as a limit.
 
-    python -m benchmarks.ops.selective_scan_gpu [--quick]
+    python -m benchmarks.ops.selective_scan_gpu [--quick] [--out FOLDER]
 
-Writes `benchmarks/results/selective_scan-<gpu>.json` and a plot. The tables list a peer that is absent, fails, or
-differs from the reference in float64, with the reason. Without a GPU the command ends with one sentence.
+Writes `selective_scan-<gpu>.json` after each row, and a plot. The tables list a peer that is absent, fails, or differs
+from the reference in float64, with the reason. It takes minutes, `benchmarks.ops.scan_vs_mamba` seconds. Without a GPU
+the command ends with one sentence.
 """
 
 import math
@@ -15,8 +16,8 @@ import torch
 from torch import Tensor
 
 import eaml_ext
-from benchmarks.common import RESULTS, save
-from benchmarks.gpu import copy_rate, medians, start
+from benchmarks.common import save
+from benchmarks.gpu import copy_rate, gpu_name, medians, start
 from benchmarks.ops import scan_peers
 from benchmarks.ops.scan_peers import PASSES, Peer, Problem, Torch, failures, problem
 from eaml_ext.ops import selective_scan
@@ -236,8 +237,8 @@ def plot(rows: list[dict[str, Any]], gpu: str, path: Path) -> Path:
 
 
 def main() -> None:
-    quick = start(__doc__, "selective_scan_gpu")
-    seconds, gpu = 0.1 if quick else 0.3, torch.cuda.get_device_name()
+    arguments = start(__doc__, "selective_scan_gpu")
+    quick, seconds = arguments.quick, 0.1 if arguments.quick else 0.3
     peers: dict[str, Peer] = {}
     why: dict[tuple[str, str], str] = {}
     tasks = PASSES[:3] if quick else PASSES
@@ -255,11 +256,13 @@ def main() -> None:
     for (name, task), text in why.items():
         print(f"{name}, {task}: {text}")
     limit = copy_rate()
-    print(f"{gpu}; copy {limit / 1e12:.2f} TB/s\n")
+    print(f"{gpu_name()}; copy {limit / 1e12:.2f} TB/s\n")
     print(
         f"{'shape':<24}{'pass':<24}{'dtype':<10}{'ours ms':>10}{'of copy':>7}"
         + "".join(f"{n:>17}" for n in [*PEERS][1:])
     )
+    machine = {"gpu": torch.cuda.get_device_name(), "torch": torch.__version__, "build": eaml_ext.build_info()}
+    path = arguments.out / f"selective_scan-{gpu_name()}.json"
     rows: list[dict[str, Any]] = []
     jobs = [
         (task, shape, torch.float32) for shape in (WIDE + LONG if not quick else WIDE[:1] + LONG[:1]) for task in tasks
@@ -276,14 +279,14 @@ def main() -> None:
         line(found_rows, limit)
         rows += found_rows
         torch.cuda.empty_cache()
+        if not quick:
+            save(path, {"machine": machine, "results": {"copy": limit, "rows": rows}})
     tasks_rows, complex_rows = per_task(seconds), complex_states(seconds)
     if quick:
         return
-    machine = {"gpu": gpu, "torch": torch.__version__, "build": eaml_ext.build_info()}
-    path = RESULTS / f"selective_scan-{gpu.replace(' ', '-')}.json"
     results = {"copy": limit, "rows": rows, "per task": tasks_rows, "complex": complex_rows}
     save(path, {"machine": machine, "results": results})
-    print(path, plot(rows, gpu, path.with_suffix(".png")))
+    print(path, plot(rows, torch.cuda.get_device_name(), path.with_suffix(".png")))
 
 
 if __name__ == "__main__":
