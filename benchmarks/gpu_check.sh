@@ -98,8 +98,9 @@ end=$((SECONDS + 240))
 
 selected='(cuda or on_gpu) and not inductor'
 [ -z "${LIBRARY:-}" ] || selected="$selected and not 20000"
-tests=("$python" -m pytest -p no:cacheprovider -c "$root/pyproject.toml" --rootdir "$root" -q
-  --hypothesis-profile=few -k "$selected" "$root/tests/ops")
+# -vv: the log has a line for each test, also after a time-out (pyproject.toml has -q)
+tests=("$python" -m pytest -p no:cacheprovider -c "$root/pyproject.toml" --rootdir "$root" -vv --tb=short
+  --hypothesis-profile=few -k "$selected" "$root"/tests/ops/test_*_on_gpu.py "$root/tests/ops")
 if "$python" -c 'import xdist' 2> /dev/null; then tests+=(-n 9); fi
 
 sanitize() {  # memcheck and racecheck take turns; the tests run beside them
