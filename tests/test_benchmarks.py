@@ -13,7 +13,7 @@ import torch
 sys.path.append(str(Path(__file__).parents[1]))  # last, so as not to hide an installed eaml_ext
 
 from benchmarks import common, results_page
-from benchmarks.ops import gpu_plots, gpu_small, knn, scan_plot, scan_vs_mamba
+from benchmarks.ops import gpu_plots, gpu_small, gpu_tables, knn, scan_plot, scan_vs_mamba
 
 QUICK = (8, 128, 64, 16)
 
@@ -51,6 +51,12 @@ def test_gpu_results_are_plotted_and_those_of_cpus_are_not(tmp_path):
     pictures = gpu_plots.plots(tmp_path)
     assert sorted(path.name.split("-")[0] for path in pictures) == ["knn", "scan_vs_mamba"]
     assert all(is_picture(path) for path in pictures)
+
+
+def test_gpu_tables_of_the_figures_are_those_of_the_results():
+    page = (results_page.PAGE.parent / "figures.md").read_text(encoding="utf-8")
+    tables = gpu_tables.tables(common.RESULTS)
+    assert len(tables) == 2 and all(table in page for table in tables)
 
 
 def test_labels_are_spread_in_their_order():
