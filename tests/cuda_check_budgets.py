@@ -3,20 +3,26 @@
 A kernel of the scan has an outer loop over chunks of 32 steps. Its *recurrence loops* go through a chunk in tiles of
 four steps. Machine code has no map of the source, so two properties identify them:
 
-- They lie inside another loop, the chunk loop. The last, partial chunk of a row follows the chunk loop, so its own
+- They lie inside another loop, the chunk loop. Where the last, partial chunk of a row follows the chunk loop, its own
   recurrence lies in no other loop and is not counted.
 - Without the loops within them, they have a multiple of the MUFU.EX2 of a tile: 4 steps times the states of a thread.
   Each state and step takes one exponential. Loops that stage elements have one or two, of softplus and of the gate.
 
-A fast kernel has two versions of the recurrence, for chunks with and without resets. A pass of the chunk loop takes one
-of them, and the one with fewer instructions is counted, because resets are rare. A backward kernel goes through a chunk
-twice, forward and then backward. There one pass of the chunk loop reaches one recurrence loop from the other, so both
-are counted. Instructions for a state and step are the sum over such a sequence.
+A fast kernel has two versions of the recurrence: for whole chunks without resets, and for others. A pass of the chunk
+loop takes one of them, and the one with fewer instructions is counted, because the others are rare. A backward kernel
+goes through a chunk twice, forward and then backward. There one pass of the chunk loop reaches one recurrence loop from
+the other, so both are counted. Instructions for a state and step are the sum over such a sequence.
 
-An element is a step of a channel, with all its inputs and outputs. Instructions for an element are those of the chunk
-loop outside of the recurrence, over the elements of a thread in a chunk. They are those of the longest path: with
-softplus, with saved states, with the staging of B and C. The general kernels stage in loops whose number of passes
-depends on the call, so only kernels without such loops have this count.
+An element is a step of a channel, with all its inputs and outputs. Instructions for an element are those of a pass of
+the chunk loop outside of the recurrence, over the elements of a thread in a chunk: with softplus, with saved states,
+with the staging of B and C. Other loops in the chunk loop count with the passes that the elements of a thread take:
+
+- With global accesses of 16 bytes, a loop stages the elements of 16 bytes in a pass.
+- Else it goes over elements in shared memory, with one load for each.
+
+A loop within a recurrence loop adds up the gradients of B and C over warps and stores 16 bytes of them in a pass. Its
+instructions belong to the recurrence. The loops of the general kernels fit none of these descriptions, so their
+elements are not counted, nor are the loops within their recurrence.
 """
 
 import re
@@ -27,6 +33,8 @@ from fnmatch import fnmatchcase
 from cuda_check_sass import Flow, Instruction, Loop, local_accesses
 
 CHUNK_STEPS, TILE_STEPS = 32, 4  # kSteps and kStepsPerTile of csrc/selective_scan/cuda/traits.cuh
+MAX_THREADS = 512  # of a block, over the states of a thread: kMaxThreads there
+SEQUENCES = re.compile(r"\(Half\)(?P<half>\d)")  # the type of the sequences in the name of a fast kernel; 0 is float32
 TILING = re.compile(r"Tiling<(?:[^<>]|<[^<>]*>)+, (?P<lanes>\d+), (?P<states>\d+)>")
 
 
@@ -107,6 +115,28 @@ def chunk_loops(flow: Flow, tile: int) -> Iterator[tuple[Loop, dict[Loop, int]]]
     yield from found.items()
 
 
+def element_passes(flow: Flow, loop: Loop, name: str, elements: float) -> float:
+    """The passes of a loop in the chunk loop that a thread's elements of a chunk take."""
+    if flow.own_count(loop, lambda i: i.is_wide):
+        half = SEQUENCES.search(name)
+        if half is None:
+            raise ValueError("no type of the sequences in its name")
+        return elements / (4 if half["half"] == "0" else 8)
+    loads = flow.own_count(loop, lambda i: i.opcode == "LDS")
+    if not loads or loop.children:
+        raise ValueError("a loop in the chunk loop is not counted: it loads no element")
+    return elements / loads
+
+
+def sum_cost(flow: Flow, recurrence: Loop, lanes: int, states: int) -> float:
+    """Instructions for a state and step in the loops that add up the gradients of B and C over warps."""
+    threads = min(32 * lanes, MAX_THREADS // states)
+    passes = 2 * CHUNK_STEPS * lanes * states / 4 / threads  # in a chunk
+    if any(not flow.own_count(loop, lambda i: i.is_wide) or loop.children for loop in recurrence.children):
+        raise ValueError("a loop within a recurrence loop is not counted: it stores no 16 bytes")
+    return sum(map(flow.pass_length, recurrence.children)) * passes / (CHUNK_STEPS * states)
+
+
 def count(name: str, code: list[Instruction], kernel: Kernel) -> Count:
     """Count a kernel's instructions, as far as it has budgets; ValueError if its loops are not as expected."""
     local = local_accesses(code)
@@ -116,22 +146,24 @@ def count(name: str, code: list[Instruction], kernel: Kernel) -> Count:
     if tiling is None:
         raise ValueError("no Tiling in its name")
     lanes, states = int(tiling["lanes"]), int(tiling["states"])
-    flow = Flow(code)
-    updates, elements = [], []
+    elements = CHUNK_STEPS / lanes  # of a thread in a chunk
+    flow, every_loop = Flow(code), kernel.per_element is not None
+    updates, staged = [], []
     for chunk, recurrences in chunk_loops(flow, TILE_STEPS * states):
         sequences = flow.sequences(chunk, recurrences)
-        if any(len(sequence) != kernel.recurrences for sequence in sequences):
-            raise ValueError(f"expected {kernel.recurrences} recurrence loops in a pass, not {map(len, sequences)}")
-        cost = {loop: flow.longest_pass(loop) / exponentials for loop, exponentials in recurrences.items()}
+        lengths = [len(sequence) for sequence in sequences]
+        if any(length != kernel.recurrences for length in lengths):
+            raise ValueError(f"expected {kernel.recurrences} recurrence loops in a pass, not {lengths}")
+        cost = {loop: flow.pass_length(loop) / exponentials for loop, exponentials in recurrences.items()}
+        if every_loop:
+            cost = {loop: c + sum_cost(flow, loop, lanes, states) for loop, c in cost.items()}
+            others = [loop for loop in chunk.children if loop not in recurrences]
+            inner = {x: element_passes(flow, x, name, elements) * flow.pass_length(x) for x in others}
+            staged.append(flow.pass_length(chunk, inner) / elements)
         updates.append(min(sum(cost[loop] for loop in sequence) for sequence in sequences))
-        elements.append(flow.longest_pass(chunk) / (CHUNK_STEPS / lanes))
-        if kernel.per_element is not None and (
-            len(chunk.children) > len(recurrences) or any(r.children for r in recurrences)
-        ):
-            raise ValueError("a loop in the chunk loop is no recurrence, so its instructions are not counted")
     if not updates:
         raise ValueError("no recurrence loop")
-    return Count(max(updates), None if kernel.per_element is None else max(elements), local)
+    return Count(max(updates), max(staged, default=None), local)
 
 
 def faults(name: str, counted: Count, kernel: Kernel, limited: bool = True) -> list[str]:

@@ -2,8 +2,11 @@
 
 The input is the text of ``cuobjdump -sass``. A loop is a natural loop of the flow graph: the target of a backward
 branch that dominates its source, and the blocks on the paths between them. Order in memory decides nothing, because the
-compiler moves blocks out of line. The length of a pass is that of its longest path, so that two alternatives, of which
-a thread takes one, do not add up.
+compiler moves blocks out of line.
+
+The length of a pass is that of one path, so that two alternatives, of which a thread takes one, do not add up. It is
+the longest of the paths with the most global accesses of 16 bytes, because paths with narrower accesses are for the
+ends of sequences.
 """
 
 import graphlib
@@ -26,6 +29,11 @@ class Instruction:
     @property
     def opcode(self) -> str:
         return self.name.split(".")[0]
+
+    @property
+    def is_wide(self) -> bool:
+        """Whether it accesses 16 bytes of global memory."""
+        return self.opcode in ("LDG", "STG") and ".128" in self.name
 
     @property
     def target(self) -> int | None:
@@ -189,15 +197,18 @@ class Flow:
         """The instructions of a kind outside of inner loops, on all paths."""
         return sum(wanted(i) for block in self.own_blocks(loop) for i in self.blocks[block])
 
-    def longest_pass(self, loop: Loop) -> int:
-        """The instructions on the longest path of a pass, without those of inner loops."""
+    def pass_length(self, loop: Loop, inner: Mapping[Loop, float] | None = None) -> float:
+        """The instructions of a pass. Each inner loop counts what ``inner`` holds for it, else nothing."""
         before, own = self._pass(loop), self.own_blocks(loop)
-        length: dict[int, int] = {}
+        weight = {child.header: (0, (inner or {}).get(child, 0.0)) for child in loop.children}
+        best: dict[int, tuple[int, float]] = {}  # (16-byte accesses, instructions) of the path to the end of a node
         for node in graphlib.TopologicalSorter(before).static_order():
-            here = len(self.blocks[node]) if node in own else 0
-            length[node] = here + max((length[n] for n in before[node]), default=0)
+            block = self.blocks[node]
+            wide, here = (sum(i.is_wide for i in block), len(block)) if node in own else weight[node]
+            accesses, length = max((best[n] for n in before[node]), default=(0, 0.0))
+            best[node] = accesses + wide, length + here
         node_of = self._outermost(loop)
-        return max(length[node_of[latch]] for latch in loop.latches)
+        return max(best[node_of[latch]] for latch in loop.latches)[1]
 
     def sequences(self, loop: Loop, wanted: Iterable[Loop]) -> list[list[Loop]]:
         """The inner loops that one pass may run, in order, as longest sequences; alternatives are apart."""

@@ -56,14 +56,14 @@ def test_flow_nested_loops_inner_instructions_are_not_the_outer_loops():
     found = flow("outer:", "IADD3", "inner:", "2 * FFMA", "@P0 BRA inner", "FMUL", "@!P1 BRA outer")
     inner, outer = found.loops
     assert inner.parent is outer and outer.parent is None and outer.children == [inner]
-    assert (found.longest_pass(inner), found.longest_pass(outer)) == (3, 3)
+    assert (found.pass_length(inner), found.pass_length(outer)) == (3, 3)
     assert found.own_count(outer, lambda i: i.opcode == "FFMA") == 0
 
 
-def test_flow_two_backward_branches_to_one_header_are_one_loop_of_its_longest_pass():
+def test_flow_two_backward_branches_to_one_header_are_one_loop_of_its_pass_length():
     found = flow("head:", "IADD3", "@P0 BRA head", "2 * FMUL", "@P1 BRA head")
     (loop,) = found.loops
-    assert found.longest_pass(loop) == 5
+    assert found.pass_length(loop) == 5
 
 
 def test_flow_backward_branch_of_code_moved_out_of_line_is_no_loop():
@@ -78,18 +78,24 @@ def test_flow_unreachable_branch_to_itself_is_no_loop():
 def test_flow_alternatives_count_the_longer_path_wherever_it_lies():
     lines = ["head:", "@P0 BRA cold", "FADD", "join:", "FMUL", "@P1 BRA head", "EXIT", "cold:", "3 * FADD", "BRA join"]
     found = flow(*lines)
-    assert found.longest_pass(found.loops[0]) == 1 + 3 + 1 + 2
+    assert found.pass_length(found.loops[0]) == 1 + 3 + 1 + 2
+
+
+def test_flow_path_with_accesses_of_16_bytes_counts_rather_than_a_longer_one():
+    lines = ["head:", "@P0 BRA narrow", "LDG.E.128 R4, [R2]", "BRA join", "narrow:", "9 * LDG.E", "join:", "FMUL"]
+    found = flow(*lines, "@P1 BRA head")
+    assert found.pass_length(found.loops[0]) == 1 + 2 + 2
 
 
 def test_flow_predicate_as_an_operand_is_a_branch_that_may_fall_through():
     found = flow("head:", "BRA P1, skip", "4 * FADD", "skip:", "@P0 BRA P2, head")
-    assert found.longest_pass(found.loops[0]) == 6
+    assert found.pass_length(found.loops[0]) == 6
 
 
 def test_flow_slow_path_of_diverged_warps_is_not_followed():
     lines = ["head:", "BRA.DIV UR4, slow", "SHFL", "back:", "@P0 BRA head", "EXIT", "slow:", "9 * SHFL", "BRA back"]
     found = flow(*lines)
-    assert found.longest_pass(found.loops[0]) == 3
+    assert found.pass_length(found.loops[0]) == 3
 
 
 def test_flow_indirect_branch_is_refused():
@@ -147,11 +153,44 @@ def test_count_backward_sums_the_cheaper_version_of_both_directions():
         counted(scan(), kernel=two)
 
 
-def test_count_loop_in_the_chunk_that_is_no_recurrence_is_refused_for_elements_alone():
-    lines = scan(*loop("stage", "LDG", "STS"))
-    with pytest.raises(ValueError, match="not counted"):
+def test_count_staging_loop_counts_for_each_element_of_its_vectors():
+    lines = scan(*loop("stage", "LDG.E.128 R4, [R2]", "6 * STS"))
+    plain = counted(scan()).per_element
+    assert counted(lines) == Count(13 / 4, plain + 8 / 4)  # 4 numbers of float32
+    assert counted(lines, FAST.replace("(Half)0", "(Half)1")) == Count(13 / 4, plain + 8 / 8)
+
+
+def test_count_loop_over_shared_memory_counts_for_each_load():
+    for unrolled in (1, 4):
+        lines = scan(*loop("sums", f"{unrolled} * LDS.64", f"{unrolled} * FADD"))
+        assert counted(lines).per_element == counted(scan()).per_element + (2 * unrolled + 1) / unrolled
+
+
+def test_count_sums_of_warps_count_in_the_recurrence():
+    two = Kernel("fast_backward_kernel<*", 1, 255, per_update=100, per_element=100)
+    lines = scan()
+    at = lines.index("8 * STG")
+    lines[at:at] = loop("back", *RECURRENCE, *loop("warps", "4 * LDS.128", "STG.E.128 [R2], R4"))
+    # 256 threads store 2 x 32 x 8 numbers of a chunk, 4 in a pass of 6 instructions
+    sums = 6 * (2 * 32 * 8 / 4 / 256) / 32
+    assert counted(lines, FAST.replace("forward", "backward"), two).per_update == 13 / 4 + 13 / 4 + sums
+
+
+@pytest.mark.parametrize(
+    "other", [loop("a", "3 * FADD"), loop("a", "LDS", *loop("b", "FADD"))], ids=["plain", "nested"]
+)
+def test_count_loop_of_unknown_passes_in_the_chunk_is_refused_for_elements_alone(other):
+    with pytest.raises(ValueError, match="loads no element"):
+        counted(scan(*other))
+    assert counted(scan(*other), kernel=Kernel("*", 1, 100, per_update=100)) == Count(13 / 4, None)
+
+
+def test_count_loop_of_unknown_passes_in_a_recurrence_is_refused():
+    lines = scan()
+    at = lines.index("whole:") + 1
+    lines[at:at] = ["LDS", *loop("inner", "FADD")]
+    with pytest.raises(ValueError, match="stores no 16 bytes"):
         counted(lines)
-    assert counted(lines, kernel=Kernel("*", 1, 100, per_update=100)) == Count(13 / 4, None)
 
 
 def test_count_without_a_recurrence_is_refused():
