@@ -8,12 +8,14 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.func import grad, vmap
 
 from eaml_ext._torch_compat import is_compiler_error
 from eaml_ext.meta._batching import Batching, Map, buckets, caller_level, stack, vmapped
+from eaml_ext.meta._cuda_graphs import GraphCache
 from eaml_ext.meta._inner_loop import InnerLoop, descend, twice_differentiable_attention
+from eaml_ext.meta._python_state import PythonState
 from eaml_ext.meta._types import LossFn, Params, Task
 from eaml_ext.meta.functional import uses_tape
 from eaml_ext.meta.kl_dro import kl_dro_weights
@@ -30,19 +32,23 @@ class MetaGradient:
     """Losses of tasks after adaptation and the gradient of their weighted sum, chunk by chunk.
 
     Args:
+        model: the model that ``inner`` calls.
         inner: the inner loop.
         params: the learned parameters by name.
         rates: the learned step sizes in use by name; empty: none.
         batching: maps functions over tasks.
         compiled: the functions compiled so far; ``compile`` adds to it.
+        graphs: captures and replays compiled functions on CUDA.
         micro_batch, reptile, compile: as of :class:`eaml_ext.meta.MetaMAML`.
     """
 
+    model: nn.Module
     inner: InnerLoop
     params: Params
     rates: Params
     batching: Batching
     compiled: dict[tuple[LossFn, InnerLoop], PureFunction]
+    graphs: GraphCache
     micro_batch: int | None
     reptile: bool
     compile: bool
@@ -68,10 +74,7 @@ class MetaGradient:
                 return task_losses(batch, self.inner, self.params, self.rates, some, fns)
 
             parts.append(self.batching.run(compute, self.leaves[0].device))
-        joined = torch.cat(parts)
-        losses = torch.empty_like(joined)
-        losses[torch.tensor([i for chunk in chunks for i in chunk], device=joined.device)] = joined
-        return losses
+        return _in_order_of_tasks(parts, chunks)
 
     def weighted(
         self, tasks: list[Task], loss_fns: list[LossFn], count: int, weights: Tensor | None
@@ -86,14 +89,15 @@ class MetaGradient:
         """
         leaves = self.leaves
         uniform = leaves[0].new_full((len(tasks),), 1 / count)
-        shares = uniform if weights is None else weights.to(uniform)
-        losses = torch.empty_like(uniform)
         total: Gradients = [None] * len(leaves)
-        for chunk in self._chunks(tasks, loss_fns):
+        chunks, parts = self._chunks(tasks, loss_fns), []
+        for chunk in chunks:
             some, fns = _take(tasks, chunk), _take(loss_fns, chunk)
+            # An index on the host would make a GPU wait.
+            share = uniform[: len(chunk)] if weights is None else weights.to(uniform)[chunk]
 
             def compute(
-                batch: Map, some: list[Task] = some, fns: list[LossFn] = fns, shares: Tensor = shares[chunk]
+                batch: Map, some: list[Task] = some, fns: list[LossFn] = fns, shares: Tensor = share
             ) -> tuple[Tensor, Gradients]:
                 if self.reptile or (self.compile and batch is vmapped):
                     return self._without_tape(batch, some, fns[0], shares)
@@ -105,9 +109,9 @@ class MetaGradient:
 
             with twice_differentiable_attention(not self.inner.first_order and not self.reptile):
                 values, grads = self.batching.run(compute, leaves[0].device)
-            losses[chunk] = values.detach().to(losses)
+            parts.append(values.detach().to(uniform))
             total = [g if t is None else t if g is None else t + g for t, g in zip(total, grads, strict=True)]
-        return losses, total
+        return _in_order_of_tasks(parts, chunks), total
 
     def _chunks(self, tasks: list[Task], loss_fns: list[LossFn]) -> list[list[int]]:
         """The indices of the tasks that run at once."""
@@ -121,9 +125,20 @@ class MetaGradient:
         self, batch: Map, tasks: list[Task], loss_fn: LossFn, weights: Tensor
     ) -> tuple[Tensor, Gradients]:
         """Losses and gradients of tasks of equal shapes by a pure function, compiled if wanted."""
-        start, rates = ({name: t.detach() for name, t in tensors.items()} for tensors in (self.params, self.rates))
+        pure, inputs = self._pure(loss_fn, batch), [weights, *stack(tasks)]
+
+        def function(weights: Tensor, *stacked: Tensor) -> list[Tensor]:
+            start, rates = ({name: t.detach() for name, t in tensors.items()} for tensors in (self.params, self.rates))
+            losses, grads = pure(start, rates, weights, *stacked)
+            return [losses, *grads]
+
         with torch.set_grad_enabled(not self.reptile):
-            losses, grads = self._pure(loss_fn, batch)(start, rates, weights, *stack(tasks))
+            if self.compile and batch is vmapped and self.graphs.serves(weights.device):
+                state = PythonState(self.model, loss_fn)
+                key = self.inner, tuple(self.params), tuple(self.rates), self.reptile, state.key
+                losses, *grads = self.graphs.run(function, key, inputs, [*state.tensors, *self.rates.values()])
+            else:
+                losses, *grads = function(*inputs)
         return losses, [*grads]
 
     def _pure(self, loss_fn: LossFn, batch: Map) -> PureFunction:
@@ -236,6 +251,17 @@ def _equal_shapes(tasks: Sequence[Task], loss_fns: Sequence[LossFn]) -> list[lis
     """The indices of the tasks that can run as one batch: of equal shapes, dtypes, devices and loss."""
     keys = [(fn, *((t.shape, t.dtype, t.device) for t in task)) for task, fn in zip(tasks, loss_fns, strict=True)]
     return buckets(keys)
+
+
+def _in_order_of_tasks(parts: Sequence[Tensor], chunks: Sequence[Sequence[int]]) -> Tensor:
+    """The losses of all chunks as one tensor, in the order of the tasks."""
+    joined = torch.cat([*parts])
+    order = [i for chunk in chunks for i in chunk]
+    if order == list(range(len(order))):
+        return joined
+    losses = torch.empty_like(joined)
+    losses[torch.tensor(order, device=joined.device)] = joined
+    return losses
 
 
 def _take(items: Sequence[Any], indices: list[int]) -> list[Any]:

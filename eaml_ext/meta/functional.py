@@ -13,15 +13,13 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from eaml_ext._torch_compat import own_buffers, own_parameters, transforms_active, tree_map
+from eaml_ext._torch_compat import own_buffers, own_parameters, plain_attributes, transforms_active, tree_map
 from eaml_ext.meta._types import Params
 
 T = TypeVar("T")
 # Held while a model has substituted tensors, and by other threads while they read parameters.
 SUBSTITUTION_LOCK = threading.RLock()
 HOOKS_ERROR = "hooks of saved tensors (torch.utils.checkpoint) call the model again in the backward pass"
-
-_MODULE_ATTRIBUTES = frozenset(vars(nn.Module()))
 
 
 def functional_call(
@@ -203,17 +201,13 @@ class _Attributes:
     """The plain attributes of a module and all containers that they hold, as they were before ``forward``."""
 
     def __init__(self, module: nn.Module):
-        self.module, self.before = module, self._now(module)
+        self.module, self.before = module, plain_attributes(module)
         walked = _walk(self.before.values())
         self.containers = [(value, content) for value, content in walked if isinstance(content, (list, dict))]
 
-    @staticmethod
-    def _now(module: nn.Module) -> dict[str, Any]:
-        return {name: value for name, value in vars(module).items() if name not in _MODULE_ATTRIBUTES}
-
     def restore(self) -> None:
         """Restore all of them if one that holds tensors has changed: a cache and its key belong together."""
-        attributes = self._now(self.module)
+        attributes = plain_attributes(self.module)
         changed: list[Any] = []
         if not _same_items(attributes, self.before):
             pairs = [(attributes.get(name), self.before.get(name)) for name in {**self.before, **attributes}]

@@ -12,6 +12,7 @@ from eaml_ext import _check
 from eaml_ext._renamed import rename_keys
 from eaml_ext.distributed import Group, check_group
 from eaml_ext.meta._batching import Batching
+from eaml_ext.meta._cuda_graphs import GraphCache
 from eaml_ext.meta._distributed import all_ranks_succeed, broadcast_model, gradient_over_ranks
 from eaml_ext.meta._inner_loop import InnerLoop, twice_differentiable_attention
 from eaml_ext.meta._meta_gradient import MetaGradient, PureFunction, task_losses
@@ -73,7 +74,13 @@ class MetaMAML:
             rounding.
         compile: ``torch.compile`` the inner loop and its outer gradient, once per loss and shape of a bucket. Each
             compilation takes seconds to a minute and is kept, so few losses and shapes pay off. Where compilation
-            fails, a RuntimeWarning gives the reason and the usual path runs. Results are equal to rounding.
+            fails, a RuntimeWarning gives the reason and the usual path runs. Results are equal to rounding. On a GPU
+            the kernels are also captured in a CUDA graph, in the second call with equal loss, shapes and settings;
+            later calls replay it. The latest 16 graphs are kept. Model and loss must meet the requirements that
+            :mod:`eaml_ext.meta._cuda_graphs` lists: they do not wait for the GPU, and their hooks, prints and counters
+            do not run in a replay. A change of attributes of the model or the loss, of training mode, or of tensors
+            that were replaced leads to a new graph; a change of globals does not. Where a graph cannot be captured, a
+            RuntimeWarning gives the reason and kernels are launched one by one.
         group: the ranks that share the tasks of a meta-batch; None: this process has all of them.
 
     Attributes:
@@ -154,6 +161,7 @@ class MetaMAML:
         self.skipped_updates = 0
         self.last_losses: Tensor | None = None
         self._compiled: dict[tuple[LossFn, InnerLoop], PureFunction] = {}
+        self._graphs = GraphCache(where)
         self._batching = Batching(where, "task")
 
     @property
@@ -353,11 +361,13 @@ class MetaMAML:
         """The meta-gradient under the present parameters, which the caller has checked."""
         names = tuple(self.inner_names)
         return MetaGradient(
+            self.model,
             InnerLoop(self.call, names, self.inner_lr, self.inner_steps, self.first_order),
             self.parameters(),
             {name: self.inner_lrs[name] for name in names if name in self.inner_lrs},
             self._batching,
             self._compiled,
+            self._graphs,
             self.micro_batch,
             self.reptile,
             self.compile,

@@ -1,6 +1,7 @@
-"""Optimizers that need a closure are refused when they are made."""
+"""Optimizers that need a closure are refused when they are made; numbers that are not finite are found."""
 
 import copy
+import math
 import threading
 
 import pytest
@@ -9,6 +10,7 @@ from torch import nn
 
 from eaml_ext.adaptation import Adapter
 from eaml_ext.meta import MetaMAML, MetaMAMLTrainer
+from eaml_ext.meta._optimizer import finite
 
 
 class Sam(torch.optim.Optimizer):
@@ -205,3 +207,13 @@ def test_constructor_optimizer_that_cannot_be_copied_is_accepted():
             self.lock = threading.Lock()
 
     assert isinstance(MetaMAML(nn.Linear(3, 1), 0.1, 0.1, optimizer=Locked).optimizer, Locked)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64, torch.complex64])
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+def test_finite_one_bad_number_among_tensors_is_found(bad, dtype):
+    largest = torch.tensor([torch.finfo(dtype).max, -torch.finfo(dtype).max], dtype=dtype)
+    others = [None, torch.empty(0), torch.tensor(3), torch.tensor([1e300], dtype=torch.float64)]
+    assert finite(largest, *others, torch.tensor(2.0))
+    assert not finite(largest, *others, torch.tensor([1.0, bad, 2.0], dtype=dtype))
+    assert finite() and finite(None, torch.tensor([1, 2]))
