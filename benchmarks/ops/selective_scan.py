@@ -33,6 +33,7 @@ from benchmarks.common import (
 )
 from benchmarks.ops.scan_peers import PASSES, PEERS, Peer, failures, problem
 from benchmarks.ops.scan_plot import plot
+from eaml_ext.ops import selective_scan, selective_scan_step
 from eaml_ext.ops.selective_scan import CHUNK_SIZE
 
 Shape = tuple[int, int, int, int]  # (batch, length, dim, state)
@@ -270,6 +271,40 @@ def bound() -> list[Row]:
     return rows
 
 
+# --- the host's part of a call ---------------------------------------------------------------------------------------
+
+
+def host_times(seconds: float) -> Row:
+    """Microseconds of calls on tensors of one number each, in which arithmetic takes no time."""
+    one, per_step, per_channel = torch.rand(1, 1, 1), torch.rand(1, 1), torch.rand(1)
+    A, A_grad = -torch.rand(1, 1), torch.rand(1, 1).neg().requires_grad_()
+    raw = torch.ops.eaml_ext
+
+    def scan(A: torch.Tensor) -> Any:
+        return selective_scan(one, one, A, one, one, per_channel, one, per_channel, True, True, initial_state=one)
+
+    def step(A: torch.Tensor) -> Any:
+        return selective_scan_step(
+            one, per_step, per_step, A, per_step, per_step, per_channel, per_step, per_channel, True
+        )
+
+    tail = per_channel, one, per_channel, one, None, True, False, False, False
+    step_tail = per_channel, per_step, per_channel, True
+    calls = {
+        "scan, raw op": lambda: raw.selective_scan(one, one, A, one, one, *tail),
+        "scan": lambda: scan(A),
+        "scan with gradient": lambda: scan(A_grad),
+        "step, raw op": lambda: raw.selective_scan_step(one, per_step, per_step, A, per_step, per_step, *step_tail),
+        "step": lambda: step(A),
+        "step with gradient": lambda: step(A_grad),
+    }
+    repeats = 100
+    functions = {name: lambda call=call: [call() for _ in range(repeats)] for name, call in calls.items()}
+    t = {name: 1e6 * s / repeats for name, s in medians(functions, seconds=seconds).items()}
+    print("\nhost time of a call, us: " + ", ".join(f"{name} {value:.1f}" for name, value in t.items()))
+    return t
+
+
 # --- one thread and two, dtypes --------------------------------------------------------------------------------------
 
 
@@ -315,6 +350,7 @@ def main() -> None:
     shapes = [tuple(arguments.shape)] if arguments.shape else shapes
     bench = Bench(threads, quick)
     results: Row = {"threads": threads, "peers": describe(bench), "limits": limits(threads)}
+    results["host time"] = host_times(bench.seconds)
     results["share of limits"] = [times(bench, shape, results["limits"]) for shape in shapes]
     if arguments.shape:
         return

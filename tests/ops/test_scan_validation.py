@@ -1,5 +1,6 @@
 """Bad arguments of the scan's public functions: each raises one sentence that names the argument."""
 
+import sys
 from typing import Any
 
 import pytest
@@ -8,6 +9,7 @@ from scan_cases import OPTIONAL, as_step, build, check_error
 
 from eaml_ext.ops import selective_scan, selective_scan_reference, selective_scan_step
 
+functional = sys.modules["eaml_ext.ops.selective_scan._functional"]
 GOOD = build(*OPTIONAL, batch=4, dim=6, length=5, state=3)(torch.float32, "cpu").tensors
 GOOD_STEP = as_step(build("initial_state", "D", "z", "delta_bias", batch=4, dim=6, length=1, state=3))(
     torch.float32, "cpu"
@@ -71,3 +73,42 @@ def mistakes() -> Any:
 @pytest.mark.parametrize("function, arguments, name, error", list(mistakes()))
 def test_bad_argument_raises_one_sentence_that_names_it(function, arguments, name, error):
     check_error(function, arguments, name, error)
+
+
+def unchecked_calls() -> dict[str, dict[str, Any]]:
+    """Arguments that need no check in Python, because the raw op checks them."""
+    half = {n: x.bfloat16() if n in ("u", "delta", "B", "C", "z") else x for n, x in GOOD.items()}
+    return {
+        "float32": GOOD,
+        "float64": {n: x if x.dtype == torch.bool else x.double() for n, x in GOOD.items()},
+        "bfloat16": half,
+        "required": {n: GOOD[n] for n in REQUIRED[1:]},
+        "per task": {**GOOD, "A": -torch.rand(2, 6, 3), "D": torch.rand(4, 6)},
+        "invariant": {**GOOD, "B": torch.rand(6, 3), "C": torch.rand(6, 3)},
+        "groups": {**GOOD, "B": torch.rand(4, 2, 3, 5), "C": torch.rand(4, 2, 3, 5)},
+        "complex": {
+            **GOOD,
+            **{n: torch.complex(GOOD[n], GOOD[n]) for n in ("A", "B", "C", "initial_state")},
+        },
+    }
+
+
+@pytest.mark.kernels
+@pytest.mark.parametrize("arguments", unchecked_calls().values(), ids=unchecked_calls())
+def test_scan_without_gradient_leaves_checks_to_raw_op_with_same_bits(arguments, monkeypatch, reference_only):
+    if reference_only:
+        pytest.skip("the references check no shapes")
+    call = {**arguments, "return_last_state": True, "delta_softplus": True}
+    with monkeypatch.context() as patch:
+        patch.setattr(functional, "check_arguments", None)
+        got = selective_scan(**call)
+    monkeypatch.setattr(functional, "_raw_scan_accepts", lambda *_: False)
+    assert all(map(torch.equal, got, selective_scan(**call)))
+
+
+@pytest.mark.parametrize("interleaved", ["B", "C"])
+def test_scan_interleaved_matrix_without_gradient_equals_complex_one(interleaved):
+    states = {n: torch.complex(GOOD[n], 1 - GOOD[n]) for n in ("A", "B", "C", "initial_state")}
+    packed = torch.view_as_real(states[interleaved]).flatten(-2)
+    want = selective_scan(**{**GOOD, **states})
+    assert torch.equal(selective_scan(**{**GOOD, **states, interleaved: packed}), want)

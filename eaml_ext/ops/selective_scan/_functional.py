@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from eaml_ext import _check
+from eaml_ext._torch_compat import has_kernel, transforms_active
 from eaml_ext.ops._library import library
 from eaml_ext.ops._typed import allow_in_graph
 from eaml_ext.ops.fallback import warn_once
@@ -16,10 +17,25 @@ from eaml_ext.ops.selective_scan._schema import (
     ARGUMENTS,
     FULL_PRECISION,
     MAX_CUDA_STATE_SIZE,
+    REDUCED_PRECISION,
+    REQUIRED,
     ScanInputs,
     ScanOptions,
 )
 from eaml_ext.ops.selective_scan._validation import check_arguments, check_step_arguments, promote_under_autocast
+
+_PLAIN = (Tensor, torch.nn.Parameter)
+_ON_CPU, _ON_CUDA = (has_kernel("eaml_ext::selective_scan", key) for key in ("CPU", "CUDA"))
+
+
+def _raw_dtypes(dtype: torch.dtype) -> tuple[tuple[torch.dtype, ...], ...]:
+    """The dtypes of :class:`ScanInputs` for ``u`` of this dtype, from which the raw op's follow by conversion alone."""
+    if dtype in FULL_PRECISION:
+        return (FULL_PRECISION[dtype],) * len(ARGUMENTS)
+    return tuple((dtype,) if name in ("u", "delta", "B", "C", "z") else (torch.float32,) for name in ARGUMENTS)
+
+
+_RAW_DTYPES = {dtype: _raw_dtypes(dtype) for dtype in (*FULL_PRECISION, *REDUCED_PRECISION)}
 
 
 def _unpack_complex(matrix: Tensor) -> Tensor:
@@ -168,7 +184,17 @@ def selective_scan(
     >>> y.shape, last.shape
     (torch.Size([2, 3, 5]), torch.Size([2, 3, 4]))
     """
-    x = promote_under_autocast(ScanInputs(u, delta, A, B, C, D, z, delta_bias, initial_state))
+    x = ScanInputs(u, delta, A, B, C, D, z, delta_bias, initial_state)
+    if type(delta_softplus) is bool and type(return_last_state) is bool and _raw_scan_accepts(x, reset):
+        flags = reset, delta_softplus, B.dim() == 2, C.dim() == 2
+        if B.dtype in REDUCED_PRECISION:
+            B, C = B.float(), C.float()
+        try:
+            y, last, _ = library.selective_scan(u, delta, A, B, C, D, z, delta_bias, initial_state, *flags, False)
+            return (y, last) if return_last_state else y
+        except ValueError:  # the op checks shapes itself; the checks below raise an error that names the argument
+            pass
+    x = promote_under_autocast(x)
     options = check_arguments("selective_scan", x, delta_softplus, reset)
     _check.flag("selective_scan", "return_last_state", return_last_state)
     y, last = _scan(x, options)
@@ -262,6 +288,33 @@ def selective_scan_step(
         raise shape_error
     y, last = _scan(x, options)
     return y.squeeze(-1).to(dtype), last
+
+
+def _raw_scan_accepts(x: ScanInputs, reset: Tensor | None) -> bool:
+    """Return whether the raw op may run on the arguments of a scan, whose shapes it checks itself.
+
+    References and fake kernels check no shapes, so tensors that reach them are excluded.
+    """
+    u = x.u
+    if type(u) not in _PLAIN or u.dtype not in _RAW_DTYPES or transforms_active():
+        return False
+    if not (u.is_cpu and _ON_CPU) and not (u.is_cuda and _ON_CUDA):
+        return False
+    device, dense, records = u.device, torch.strided, torch.is_grad_enabled()
+    for i, (v, dtypes) in enumerate(zip(x, _RAW_DTYPES[u.dtype], strict=True)):
+        if v is None:
+            if i < len(REQUIRED):
+                return False
+            continue
+        if type(v) not in _PLAIN or v.dtype not in dtypes or v.device != device or v.layout is not dense:
+            return False
+        if records and v.requires_grad:
+            return False
+    if reset is not None and (type(reset) is not Tensor or reset.layout is not dense or reset.device != device):
+        return False
+    # Real B and C of a complex A are interleaved.
+    alike = x.A.dtype == x.B.dtype == x.C.dtype or u.dtype in REDUCED_PRECISION
+    return alike and not _exceeds_cuda_states(x.A)
 
 
 def _raw_step_accepts(arguments: Sequence[Any]) -> bool:

@@ -107,8 +107,9 @@ def check_arguments(
     opmath = torch.float32 if u.dtype in REDUCED_PRECISION else u.dtype
     # Variable B and C that are real or packed have the dtype of u.
     like_u = {name for name, value in (("B", B), ("C", C)) if value.dim() > 2 and (is_packed(value) or not complex_A)}
+    one_dtype, device = None if complex_A else opmath, u.device  # ``opmath`` is right for every argument of a real scan
     for name, value in zip(names[1:], x[1:], strict=True):
-        if value is None:
+        if value is None or (value.dtype == one_dtype == u.dtype and value.device == device):
             continue
         if name in ("delta", "z") or name in like_u:
             wanted: tuple[torch.dtype, ...] = (u.dtype,)
