@@ -38,7 +38,9 @@ class Batching:
         generators; it must have no other side effect. Errors of the loop are raised.
         """
         if self.vmapped:
-            cuda = torch.cuda.get_rng_state(device) if device.type == "cuda" else None
+            # A generator cannot be read during a capture, which follows a run of the same function.
+            readable = device.type == "cuda" and not torch.cuda.is_current_stream_capturing()
+            cuda = torch.cuda.get_rng_state(device) if readable else None
             state = torch.get_rng_state()
             try:
                 return compute(vmapped)

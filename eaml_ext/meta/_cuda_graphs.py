@@ -32,7 +32,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from eaml_ext._torch_compat import end_allocate_to_pool, foreach_copy_, transforms_active
+from eaml_ext._torch_compat import end_allocate_to_pool, foreach_copy_, transforms_active, tree_leaves, tree_map
 from eaml_ext.meta._batching import caller_level
 
 MAX_GRAPHS = 16  # a graph holds its inputs, its outputs and some MB of launch parameters
@@ -200,6 +200,25 @@ class GraphCache:
             return results
         finally:
             self._lock.release()
+
+    def run_nested(
+        self, function: Callable[[Any], list[Tensor]], key: Hashable, nest: Any, in_place: Sequence[Tensor] = ()
+    ) -> list[Tensor]:
+        """Return ``function(nest)`` as :meth:`run`, where the tensors of a nest are the inputs.
+
+        Args:
+            function: see the requirements at the top of this module.
+            key, in_place: as in :meth:`run`.
+            nest: dicts, lists and tuples with at least one tensor; their other values belong to the key.
+        """
+        tensors = [leaf for leaf in tree_leaves(nest) if isinstance(leaf, Tensor)]
+
+        def rebuilt(*given: Tensor) -> list[Tensor]:
+            entries = iter(given)
+            return function(tree_map(lambda leaf: next(entries) if isinstance(leaf, Tensor) else leaf, nest))
+
+        structure = repr(tree_map(lambda leaf: "tensor" if isinstance(leaf, Tensor) else leaf, nest))
+        return self.run(rebuilt, (key, structure), tensors, in_place)
 
     def _capturer(self, device: torch.device) -> Capturer | None:
         """The capturer of a device; None where functions run as usual."""

@@ -46,6 +46,13 @@ class PythonState:
             self.tensors.append(value)
         elif value is None or isinstance(value, (bool, int, float, complex, str, torch.dtype)):
             self._values.append((type(value), value))
+        elif isinstance(value, types.MethodType):  # each access makes a new one
+            self._add(value.__func__)
+            self._add(value.__self__)
+        elif isinstance(value, functools.partial):
+            self._values.append((*value.keywords, len(value.args)))
+            for part in (value.func, *value.args, *value.keywords.values()):
+                self._add(part)
         else:
             self._values.append(_Identity(value))
             if id(value) not in self._seen:
@@ -65,12 +72,6 @@ class PythonState:
                 self._add(cell.cell_contents)
             for default in (*(value.__defaults__ or ()), *(value.__kwdefaults__ or {}).values()):
                 self._add(default)
-        elif isinstance(value, types.MethodType):
-            self._add(value.__func__)
-            self._add(value.__self__)
-        elif isinstance(value, functools.partial):
-            for part in (value.func, *value.args, *value.keywords.values()):
-                self._add(part)
 
 
 class _Identity:

@@ -6,6 +6,7 @@ import pickle
 import random
 import threading
 import warnings
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -61,6 +62,45 @@ def test_graph_cache_many_shapes_keeps_the_latest():
         assert torch.equal(graphs.run(affine, None, [x])[0], 2 * x + 1)
         assert len(graphs) <= 2
     assert graphs.replays > 3
+
+
+def test_graph_cache_too_many_shapes_drops_the_least_recently_used():
+    graphs = cache(max_graphs=2)
+    for size in (1, 1, 2, 2, 1, 3):
+        graphs.run(affine, None, [torch.ones(size)])
+    before = graphs.replays
+    for size, kept in ((1, True), (2, False)):
+        graphs.run(affine, None, [torch.ones(size)])
+        assert graphs.replays == before + 1, f"{size} was {'dropped' if kept else 'kept'}"
+
+
+@pytest.mark.parametrize(
+    "setting", [lambda: torch.autocast("cpu", torch.bfloat16), torch.no_grad, torch.inference_mode]
+)
+def test_graph_cache_other_settings_have_graphs_of_their_own(setting):
+    graphs, x = cache(), torch.randn(3, 3)
+    for _ in range(3):
+        for context in (nullcontext, setting):
+            with context():
+                got = graphs.run(lambda x: [x @ x], None, [x])[0]
+                assert torch.equal(got, x @ x) and got.dtype == (x @ x).dtype
+    assert len(graphs) == 2
+
+
+def test_graph_cache_nests_of_other_structure_have_graphs_of_their_own():
+    graphs, x = cache(), torch.ones(2)
+
+    def function(nest):
+        return [nest["a"] * 2 if nest["b"] is None else nest["b"] * nest["c"][0]]
+
+    for _ in range(3):
+        for nest, want in (
+            ({"a": x, "b": None, "c": [3]}, 2 * x),
+            ({"a": None, "b": x, "c": [3]}, 3 * x),
+            ({"a": None, "b": x, "c": [5]}, 5 * x),
+        ):
+            assert torch.equal(graphs.run_nested(function, None, nest)[0], want)
+    assert len(graphs) == 3
 
 
 def test_graph_cache_shapes_that_do_not_return_are_not_captured():
@@ -148,8 +188,9 @@ def test_graph_cache_random_numbers_are_those_of_usual_calls():
         lambda x: [x[x > 0]],
         lambda x: [x + 1 if x.sum() > 0 else x],
         lambda x: [x.nonzero()],
+        lambda x: [torch.zeros_like(x).index_put_((x > 0,), torch.ones(()))],
     ],
-    ids=["item", "mask", "branch", "nonzero"],
+    ids=["item", "mask", "branch", "nonzero", "write"],
 )
 def test_graph_cache_function_that_reads_numbers_runs_as_usual_after_one_warning(function):
     graphs, x = cache(), torch.ones(3)
@@ -246,6 +287,9 @@ class Scaled(nn.Module):
         self.scale, self.shift, self.act = 2.0, torch.ones(2), torch.tanh
         self.register_buffer("mean", torch.zeros(2))
 
+    def forward(self, x):
+        return self.act(self.drop(self.layer(x))) * self.scale + self.shift
+
 
 CHANGES = {
     "attribute": lambda m: setattr(m, "scale", 3.0),
@@ -279,9 +323,14 @@ def test_python_state_changed_closure_has_another_key():
     assert PythonState(loss).key != before.key
     scale = 1.0
     assert PythonState(loss).key == before.key
-    assert PythonState(functools.partial(loss, power=3)).key != PythonState(functools.partial(loss, power=4)).key
+    powers = [PythonState(functools.partial(loss, power=power)).key for power in (3, 3, 4)]
+    assert powers[0] == powers[1] != powers[2]
 
 
 def test_python_state_bound_method_includes_its_module():
     module = Scaled()
-    assert {id(t) for t in PythonState(module.forward).tensors} >= {id(p) for p in module.parameters()}
+    before = PythonState(module.forward)
+    assert {id(t) for t in before.tensors} >= {id(p) for p in module.parameters()}
+    assert PythonState(module.forward).key == before.key
+    module.scale = 3.0
+    assert PythonState(module.forward).key != before.key

@@ -151,6 +151,16 @@ def test_meta_update_replayed_frozen_parameter_that_moves_is_read():
     assert_same_updates(replayed, plain, batches)
 
 
+def test_meta_update_replayed_learned_rates_that_move_are_read():
+    replayed, plain = pair(mlp(), 0.1, 1e-2, learn_inner_lr=True)
+    batches = [[task(), task()] for _ in range(3)]
+    assert_same_updates(replayed, plain, batches)
+    for maml in (replayed, plain):
+        for rate in maml.inner_lrs.values():
+            rate.data = 2 * rate.data
+    assert_same_updates(replayed, plain, batches)
+
+
 class Scaled(nn.Module):
     def __init__(self):
         super().__init__()

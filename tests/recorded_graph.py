@@ -5,7 +5,20 @@ import math
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
+from torch.utils._pytree import tree_leaves, tree_map
+
+
+def waits(func, args):
+    """Return whether the host reads the result or its shape: a number, or what a mask selects."""
+    packet = func.overloadpacket
+    if packet in (torch.ops.aten.index, torch.ops.aten.index_put, torch.ops.aten.index_put_):
+        return any(index is not None and index.dtype in (torch.bool, torch.uint8) for index in args[1])
+    return bool({torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape} & set(func.tags))
+
+
+def fixed(nest):
+    """Return the nest with tensors at the present addresses, which no assignment to ``.data`` changes."""
+    return tree_map(lambda leaf: leaf.detach() if isinstance(leaf, Tensor) else leaf, nest)
 
 
 class Recorder(TorchDispatchMode):
@@ -22,13 +35,18 @@ class Recorder(TorchDispatchMode):
             t.copy_(numbers)
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        if {torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape} & set(func.tags):
+        if waits(func, args):
             raise RuntimeError(f"{func} waits for the GPU")
-        for t in tree_leaves((args, kwargs)):
+        args, kwargs, given = *fixed((args, kwargs or {})), tree_leaves((args, kwargs))
+        storages = {t.untyped_storage().data_ptr() for t in given if isinstance(t, Tensor)}
+        for t in given:
             if isinstance(t, Tensor):
                 self.before.setdefault(t.untyped_storage().data_ptr(), (t.detach(), t.detach().clone()))
-        out = func(*args, **(kwargs or {}))
-        self.calls.append((func, args, kwargs or {}, out))
+        out = func(*args, **kwargs)
+        made = [t for t in tree_leaves(out) if isinstance(t, Tensor)]
+        is_view = all(t.untyped_storage().data_ptr() in storages for t in made) and not func._schema.is_mutable
+        if not is_view:
+            self.calls.append((func, args, kwargs, [t.detach() for t in made]))
         return out
 
 
@@ -66,9 +84,10 @@ class RecordingCapturer:
 
         def replay():
             with torch.no_grad():
-                for func, args, kwargs, out in recorder.calls:
-                    for old, new in zip(tree_leaves(out), tree_leaves(func(*args, **kwargs)), strict=True):
-                        if isinstance(old, Tensor) and old.data_ptr() != new.data_ptr():
-                            old.detach().copy_(new)
+                for func, args, kwargs, made in recorder.calls:
+                    out = [t for t in tree_leaves(func(*args, **kwargs)) if isinstance(t, Tensor)]
+                    for old, new in zip(made, out, strict=True):
+                        if old.data_ptr() != new.data_ptr():
+                            old.copy_(new)
 
         return outputs, replay
