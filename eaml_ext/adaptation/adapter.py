@@ -15,15 +15,17 @@ from eaml_ext import _check
 from eaml_ext._renamed import adapter_entries, adapter_statistics
 from eaml_ext.adaptation import _experience, objective
 from eaml_ext.adaptation._flat_params import FlatParams, ModelBuffers
+from eaml_ext.adaptation._model import evaluate_model
 from eaml_ext.adaptation._state import check_adapter_state
 from eaml_ext.adaptation._stream import StreamedModel
-from eaml_ext.adaptation._update import Evaluation, gradient_descent, guarded_update, optimizer_step
+from eaml_ext.adaptation._update import gradient_descent, guarded_update, optimizer_step
 from eaml_ext.adaptation._users import evaluate_users
 from eaml_ext.adaptation.config import AdaptationConfig
 from eaml_ext.adaptation.guards import UserHistory
 from eaml_ext.adaptation.selection import ParameterFilter
 from eaml_ext.experience import ExperienceBuffer, retrieval
 from eaml_ext.meta._batching import Batching
+from eaml_ext.meta._cuda_graphs import GraphCache
 from eaml_ext.meta._optimizer import load_state, make_optimizer
 from eaml_ext.meta._types import LossFn, Params
 from eaml_ext.meta._validation import check_buffers_constant, check_model
@@ -73,6 +75,9 @@ class Adapter:
             gradient.
         optimizer: a ``torch.optim`` class or any factory called as ``optimizer(params, lr=lr)``; its state persists
             across calls, and it must step without a closure. Default: plain gradient descent, without state.
+        compile: on a GPU, replay the loss and its gradient as a CUDA graph in :meth:`adapt` and :meth:`adapt_many`. It
+            is captured in the second step with equal loss, shapes and settings. The requirements on model and loss are
+            those of ``compile`` in :class:`eaml_ext.meta.MetaMAML`. On a CPU it has no effect.
 
     Raises:
         TypeError, ValueError: an argument is of the wrong kind, the model was made inside ``torch.inference_mode``, a
@@ -102,6 +107,7 @@ class Adapter:
         retriever: retrieval.Retriever | None = None,
         parameters: ParameterFilter | None = None,
         optimizer: Callable[..., torch.optim.Optimizer] | None = None,
+        compile: bool = False,
     ):
         where = "Adapter"
         check_model(where, model)
@@ -117,6 +123,7 @@ class Adapter:
         for name, value in (("retriever", retriever), ("optimizer", optimizer)):
             if value is not None and not callable(value):
                 raise TypeError(f"{where}: {name} must be callable, got {type(value).__name__}")
+        self._graphs = GraphCache(where) if _check.flag(where, "compile", compile) else None
         with torch.no_grad():
             flat = FlatParams(model, parameters)
         for name, parameter in zip(flat.names, flat.params, strict=True):
@@ -175,7 +182,7 @@ class Adapter:
         where = "Adapter.adapt"
         self._flat.check_trainable(where)
         batch = objective.check_batch(where, loss_fn, batch_dict, self._like, 1)
-        return self._adapt(where, self.model, loss_fn, batch, self._retrieve(where, batch_dict))
+        return self._adapt(where, self.model, loss_fn, batch, self._retrieve(where, batch_dict), self._graphs)
 
     def adapt_stream(self, loss_fn: LossFn, batches: Iterable[Mapping[str, Any]]) -> Iterator[tuple[Tensor, float]]:
         """Apply :meth:`adapt` along a stream; each batch is predicted before the model adapts to it.
@@ -235,6 +242,7 @@ class Adapter:
         loss_fn: LossFn,
         batch: dict[str, Any],
         experience: dict[str, Tensor] | None,
+        graphs: GraphCache | None = None,
     ) -> float:
         """Apply the guarded update to the model's own parameters: one user, without vmap."""
         flat, history, losses = self._flat, self._history, self._losses(where, loss_fn)
@@ -243,15 +251,7 @@ class Adapter:
         step = gradient_descent(self.cfg.lr)
         if self._optimizer is not None:
             step = optimizer_step(where, self._optimizer, flat)
-
-        def evaluate(theta: Tensor) -> Evaluation:
-            if theta is not anchor:
-                flat.write(theta)
-            with torch.enable_grad():
-                total, goal = losses(call, batch, experience)
-            return Evaluation(
-                total.detach().view(1), lambda: flat.concatenate(objective.gradients(where, goal, flat.params))
-            )
+        evaluate = evaluate_model(where, self.model, call, flat, losses, batch, experience, graphs)
 
         with torch.no_grad():
             anchor = flat.vector()
@@ -338,7 +338,7 @@ class Adapter:
             parts = _experience.split_by_user(where, batch_dict, users, per_user)
             experience = _experience.stack_experience(where, [self._retrieve(where, part) for part in parts])
         losses = self._losses(where, loss_fn)
-        evaluate = evaluate_users(where, self.model, flat, losses, batch, experience, self._users)
+        evaluate = evaluate_users(where, self.model, flat, losses, batch, experience, self._users, self._graphs)
         with torch.no_grad():
             theta, totals = guarded_update(
                 evaluate, anchor, gradient_descent(self.cfg.lr), self.cfg, history, flat.trainable()

@@ -15,6 +15,9 @@ from eaml_ext.meta.functional import recordable
 Losses = Callable[[Callable[..., Any], dict[str, Any], dict[str, Tensor] | None], tuple[Tensor, Tensor]]
 """``(call, batch, experience) -> (total, objective)``: the last arguments of :func:`losses`."""
 
+ENTRIES = ("states", "targets", "hidden_state", "rows", "mask_dims")
+"""The entries of a checked batch on which :func:`losses` depends."""
+
 
 def check_loss(where: str, loss_fn: LossFn) -> None:
     """Raise TypeError unless ``loss_fn`` can be called."""
