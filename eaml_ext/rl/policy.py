@@ -9,6 +9,8 @@ from torch import Tensor, nn
 from torch.distributions import Categorical, Distribution, Independent, Normal
 
 from eaml_ext import _check, checkpoint
+from eaml_ext.meta._cuda_graphs import GraphCache
+from eaml_ext.meta._python_state import PythonState
 from eaml_ext.nn import SSM
 from eaml_ext.nn.cores import CORES_WITH_STEP_SIZE
 
@@ -36,6 +38,9 @@ class SSMMetaPolicy(nn.Module):
         state_size, num_layers, core: as in :class:`eaml_ext.nn.SSM`.
         dt_min, dt_max: as in :class:`eaml_ext.nn.SSM`. Default: 0.01 and 1, because with the step sizes of a language
             model the effect of an action shows only after hundreds of steps.
+        compile: on a GPU, capture :meth:`step` without gradient in a CUDA graph, in the second call with equal shapes
+            and settings, and replay it from then on. The graph reads parameters and buffers in place. A replay runs no
+            Python, so no hooks of submodules. On a CPU it has no effect. Files do not store it.
 
     Raises:
         TypeError, ValueError: a size is not a positive integer, or an input has the wrong shape.
@@ -67,9 +72,11 @@ class SSMMetaPolicy(nn.Module):
         core: str | Callable[[int, int], nn.Module] = "s6",
         dt_min: float | None = None,
         dt_max: float | None = None,
+        compile: bool = False,
     ):
         super().__init__()
         where = "SSMMetaPolicy"
+        self._graphs = GraphCache(where) if _check.flag(where, "compile", compile) else None
         state_dim = _check.positive(where, "state_dim", state_dim, integer=True)
         action_dim = _check.positive(where, "action_dim", action_dim, integer=True)
         hidden_dim = _check.positive(where, "hidden_dim", hidden_dim, integer=True)
@@ -196,6 +203,18 @@ class SSMMetaPolicy(nn.Module):
         self, obs: Tensor, state: Tensor | None = None, reset: Tensor | None = None
     ) -> tuple[Tensor, Tensor, Tensor]:
         """:meth:`step`, but returns the distribution's parameters."""
+        graphs, compiling = self._graphs, torch.compiler.is_compiling()
+        if graphs is None or compiling or torch.is_grad_enabled() or not isinstance(obs, Tensor):
+            return self._step_tensors(obs, state, reset)
+        if not graphs.serves(obs.device):
+            return self._step_tensors(obs, state, reset)
+        python = PythonState(self)
+        parameters, value, state = graphs.run_nested(
+            lambda inputs: [*self._step_tensors(*inputs)], python.key, (obs, state, reset), python.tensors
+        )
+        return parameters, value, state
+
+    def _step_tensors(self, obs: Tensor, state: Tensor | None, reset: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
         if reset is not None:
             _check.tensor("SSMMetaPolicy.step", "reset", reset)
             _check.dtype("SSMMetaPolicy.step", "reset", reset, (torch.bool,))
