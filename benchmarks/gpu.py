@@ -54,6 +54,17 @@ def medians(functions: dict[str, Callable[[], Any]], seconds: float) -> dict[str
     return {name: sorted(s)[len(s) // 2] for name, s in samples.items()}
 
 
+def launches(function: Callable[[], Any]) -> tuple[int, int]:
+    """The kernel launches and the graph launches of a call."""
+    activities = [torch.profiler.ProfilerActivity.CPU, torch.profiler.ProfilerActivity.CUDA]
+    with torch.profiler.profile(activities=activities) as profile:
+        function()
+        torch.cuda.synchronize()
+    counts = {event.key: event.count for event in profile.key_averages()}
+    kernels = sum(count for name, count in counts.items() if "LaunchKernel" in name)
+    return kernels, sum(count for name, count in counts.items() if "GraphLaunch" in name)
+
+
 def copy_rate(size: int = 2**30) -> float:
     """Bytes read and written per second by a copy."""
     source = torch.ones(size // 4, device="cuda")

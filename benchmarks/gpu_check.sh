@@ -100,7 +100,9 @@ selected='(cuda or on_gpu) and not inductor'
 [ -z "${LIBRARY:-}" ] || selected="$selected and not 20000"
 # -vv: the log has a line for each test, also after a time-out (pyproject.toml has -q)
 tests=("$python" -m pytest -p no:cacheprovider -c "$root/pyproject.toml" --rootdir "$root" -vv --tb=short
-  --hypothesis-profile=few -k "$selected" "$root"/tests/ops/test_*_on_gpu.py "$root/tests/ops")
+  --hypothesis-profile=few -k "$selected" "$root"/tests/ops/test_*_on_gpu.py "$root/tests/ops"
+  "$root"/tests/meta/test_graphs_on_gpu.py "$root"/tests/adaptation/test_adapter_graphs.py
+  "$root"/tests/rl/test_policy_graphs.py)
 if "$python" -c 'import xdist' 2> /dev/null; then tests+=(-n 9); fi
 
 sanitize() {  # memcheck and racecheck take turns; the tests run beside them
@@ -127,7 +129,7 @@ if "$python" -c 'import matplotlib' 2> /dev/null; then
 else
   report plots "skipped: no matplotlib"
 fi
-step meta 100 "$python" -W ignore -m benchmarks.meta_gpu --out "$out"  # compiles for the better part of a minute
+step graphs 100 "$python" -W ignore -m benchmarks.graphs_gpu --out "$out"  # compiles for the better part of a minute
 
 if grep -q '^[^ ]* *failed' "$results"; then
   echo "gpu_check: failed: $(awk '$2 ~ /^failed/ {printf "%s ", $1}' "$results")"

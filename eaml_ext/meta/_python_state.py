@@ -1,5 +1,6 @@
 """The Python values and tensors that a model or a loss depends on, as the key of a captured graph."""
 
+import contextlib
 import functools
 import types
 from collections.abc import Hashable
@@ -69,7 +70,8 @@ class PythonState:
                     self._add(attribute)
         elif isinstance(value, types.FunctionType):
             for cell in value.__closure__ or ():
-                self._add(cell.cell_contents)
+                with contextlib.suppress(ValueError):  # an empty cell: the variable has no value yet
+                    self._add(cell.cell_contents)
             for default in (*(value.__defaults__ or ()), *(value.__kwdefaults__ or {}).values()):
                 self._add(default)
 

@@ -327,6 +327,15 @@ def test_python_state_changed_closure_has_another_key():
     assert powers[0] == powers[1] != powers[2]
 
 
+def test_python_state_variable_without_value_is_left_out():
+    def loss(prediction, target):
+        return later * prediction
+
+    empty = PythonState(loss)
+    later = 2.0
+    assert not empty.tensors and PythonState(loss).key != empty.key
+
+
 def test_python_state_bound_method_includes_its_module():
     module = Scaled()
     before = PythonState(module.forward)

@@ -1,7 +1,9 @@
 """CUDA graphs of meta-updates on a GPU: equal results, few launches, and torch as before where a capture fails."""
 
 import copy
+import sys
 import warnings
+from pathlib import Path
 
 import pytest
 import torch
@@ -12,6 +14,10 @@ from torch.nn.functional import mse_loss
 from eaml_ext.meta import MetaMAML
 from eaml_ext.nn import SSM
 from eaml_ext.nn.cores import CORES
+
+sys.path.append(str(Path(__file__).parents[2]))  # last, so as not to hide an installed eaml_ext
+
+from benchmarks.gpu import launches
 
 if not torch.cuda.is_available():
     pytest.skip("needs a GPU", allow_module_level=True)
@@ -41,17 +47,6 @@ def assert_same_updates(compiled, plain, batches, loss_fn=mse_loss):
             assert got == pytest.approx(want, rel=1e-7)
     for p, q in zip(compiled.model.parameters(), plain.model.parameters(), strict=True):
         torch.testing.assert_close(p, q, rtol=1e-5, atol=1e-7)
-
-
-def launches(function):
-    """The kernel launches and graph launches of a call."""
-    activities = [torch.profiler.ProfilerActivity.CPU, torch.profiler.ProfilerActivity.CUDA]
-    with torch.profiler.profile(activities=activities) as profile:
-        function()
-        torch.cuda.synchronize()
-    counts = {event.key: event.count for event in profile.key_averages()}
-    kernels = sum(count for name, count in counts.items() if "LaunchKernel" in name)
-    return kernels, sum(count for name, count in counts.items() if "GraphLaunch" in name)
 
 
 @pytest.mark.usefixtures("uncompiled")
