@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from eaml_ext import _check
 from eaml_ext._torch_compat import RUNNING_STATISTICS_NORMS
 from eaml_ext.meta._types import LossFn, Task
-from eaml_ext.meta.functional import SUBSTITUTION_LOCK, select_parameters
+from eaml_ext.meta.functional import select_parameters
 
 
 def check_rate(where: str, name: str, value: Any) -> float:
@@ -112,13 +112,11 @@ def check_buffers_constant(where: str, model: nn.Module) -> None:
             raise ValueError(f"{where}: {kind} must be in eval mode, got training mode, which updates its statistics")
 
 
-def check_parameters(where: str, owner: str, model: nn.Module, known: Iterable[Tensor]) -> None:
-    """Raise ValueError if a parameter that requires grad is not among those with which ``owner`` was made."""
+def check_parameters(where: str, owner: str, params: Mapping[str, Tensor], known: Iterable[Tensor]) -> None:
+    """Raise ValueError if one of ``params``, which require grad, is not among those with which ``owner`` was made."""
     known_ids = set(map(id, known))
-    with SUBSTITUTION_LOCK:
-        named = list(model.named_parameters())
-    for name, p in named:
-        if p.requires_grad and id(p) not in known_ids:
+    for name, p in params.items():
+        if id(p) not in known_ids:
             raise ValueError(
                 f"{where}: {name} was unfrozen or replaced after this {owner} was made: make a new {owner}"
             )

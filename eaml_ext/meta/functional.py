@@ -186,8 +186,10 @@ def select_parameters(model: nn.Module, prefixes: Sequence[str]) -> list[str]:
     A shared parameter has several names. The prefix "" selects all.
     """
     with SUBSTITUTION_LOCK:
-        every_name = list(model.named_parameters(remove_duplicate=False))
         trainable = trainable_parameters(model)
+        if "" in prefixes:
+            return list(trainable)
+        every_name = list(model.named_parameters(remove_duplicate=False))
     chosen = {id(p) for name, p in every_name if any(not x or f"{name}.".startswith(f"{x}.") for x in prefixes)}
     return [name for name, p in trainable.items() if id(p) in chosen]
 

@@ -15,7 +15,7 @@ from eaml_ext.meta._inner_loop import descend
 from eaml_ext.meta._optimizer import step_if_finite
 from eaml_ext.meta._types import LossFn, Params
 from eaml_ext.meta._validation import check_loss_fn, check_parameters, check_rate
-from eaml_ext.meta.functional import functional_call, outside_inference_mode, recordable
+from eaml_ext.meta.functional import functional_call, outside_inference_mode, recordable, trainable_parameters
 
 Pairs = tuple[Tensor, Tensor]
 
@@ -154,7 +154,7 @@ class MetaLearner(nn.Module):
         tasks = list(tasks)
         if not tasks:
             raise ValueError(f"{where}: tasks is empty")
-        check_parameters(where, "MetaLearner", self, self.optimizer.param_groups[0]["params"])
+        check_parameters(where, "MetaLearner", trainable_parameters(self), self.optimizer.param_groups[0]["params"])
         leaves = [p for p in self.parameters() if p.requires_grad]
         if not leaves:
             raise ValueError(f"{where}: the learner has no parameters that require grad")
@@ -222,7 +222,7 @@ class MetaLearner(nn.Module):
         shift = self.shift(context.mean(dim=0) if context.dim() == 2 else context)
         sizes = [p.numel() for p in self.network.parameters()]
         if sum(sizes) != len(shift):
-            check_parameters(where, "MetaLearner", self, self.optimizer.param_groups[0]["params"])
+            check_parameters(where, "MetaLearner", trainable_parameters(self), self.optimizer.param_groups[0]["params"])
             raise ValueError(f"{where}: network was replaced after this MetaLearner was made: make a new MetaLearner")
         parts = shift.split(sizes)
         named = self.network.named_parameters()

@@ -285,9 +285,12 @@ class MetaMAML:
 
         def check() -> tuple[list[Task], list[LossFn], float]:
             radius = _check.positive(where, "kl_radius", kl_radius, zero=True)
-            checked = recordable(check_tasks(where, tasks, empty=group is not None))
-            check_parameters(where, "MetaMAML", self.model, self._known.values())
-            self._adapted_names(where, self.parameters())
+            checked = check_tasks(where, tasks, empty=group is not None)
+            if any(t.is_inference() for task in checked for t in task):
+                checked = recordable(checked)
+            params = self.parameters()
+            check_parameters(where, "MetaMAML", params, self._known.values())
+            self._adapted_names(where, params)
             return checked, check_loss_fns(where, loss_fn, len(checked)), radius
 
         if group is None:

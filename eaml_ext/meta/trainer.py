@@ -283,7 +283,7 @@ class MetaMAMLTrainer:
         """Freeze in the policies of other radii the parameters that are frozen in the first policy now."""
         trained = self.maml.parameters()
         for maml in self.mamls[1:]:
-            check_parameters(where, "MetaMAMLTrainer", self.maml.model, self.maml._known.values())
+            check_parameters(where, "MetaMAMLTrainer", trained, self.maml._known.values())
             for name, p in maml.model.named_parameters():
                 p.requires_grad_(name in trained)
 

@@ -181,7 +181,7 @@ class Learner(ABC):
         trainable = {name: p for name, p in self.policy.named_parameters() if p.requires_grad}
         if not trainable:
             raise ValueError(f"{where}: policy has no parameters that require grad")
-        check_parameters(where, self._name, self.policy, self.optimizer.param_groups[0]["params"])
+        check_parameters(where, self._name, trainable, self.optimizer.param_groups[0]["params"])
         _check_finite(where, {**trainable, "mean": self.policy.mean, "std": self.policy.std})
 
 
