@@ -101,3 +101,11 @@ def test_own_tensors_of_module_are_without_submodules():
     assert not _torch_compat.own_parameters(module) and not _torch_compat.own_buffers(module)
     assert set(_torch_compat.own_parameters(module[0])) == {"weight", "bias"}
     assert set(_torch_compat.own_buffers(module[0])) == {"running_mean", "running_var", "num_batches_tracked"}
+
+
+def test_plain_attributes_of_module_are_those_of_its_class_alone():
+    module = nn.Sequential(nn.Dropout(0.3))
+    module.register_buffer("mean", torch.zeros(1))
+    module.scale = 2.0
+    assert _torch_compat.plain_attributes(module) == {"scale": 2.0}
+    assert _torch_compat.plain_attributes(module[0]) == {"p": 0.3, "inplace": False}

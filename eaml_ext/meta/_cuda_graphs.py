@@ -21,6 +21,7 @@ with the reason, and runs all functions as usual.
 
 from __future__ import annotations
 
+import contextlib
 import random
 import threading
 import warnings
@@ -85,7 +86,8 @@ class CudaCapturer:
     def check(self, function: Callable[[], Any]) -> None:
         """Run the function; raise RuntimeError if it waits for the GPU or draws random numbers on the host.
 
-        A capture that fails leaves torch's allocator in an undefined state, so these faults are found before.
+        A capture that fails leaves torch's allocator and generator in a state of capture, so these faults are found
+        before.
         """
         mode, state = torch.cuda.get_sync_debug_mode(), torch.cuda.get_rng_state(self._device)
         with warnings.catch_warnings(record=True) as caught:
@@ -111,11 +113,21 @@ class CudaCapturer:
             ):
                 outputs = function()
         except BaseException:
-            end_allocate_to_pool(self._device, self._pool)
+            self._recover()
             raise
         finally:
             torch.set_autocast_cache_enabled(caches)
         return outputs, graph.replay
+
+    def _recover(self) -> None:
+        """Reset torch's allocator and generator, which a capture that cannot end leaves as they are in a capture."""
+        end_allocate_to_pool(self._device, self._pool)
+        with (
+            contextlib.suppress(RuntimeError),
+            torch.cuda.stream(self._replay_stream),
+            torch.cuda.graph(torch.cuda.CUDAGraph(), stream=self._capture_stream),
+        ):
+            torch.zeros(1, device=self._device)  # the end of a capture resets the generator
 
 
 @dataclass
