@@ -109,7 +109,10 @@ class CudaCapturer:
         try:
             with (
                 torch.cuda.stream(self._replay_stream),  # restores the stream where the end of a failed capture raises
-                torch.cuda.graph(graph, pool=self._pool, stream=self._capture_stream),
+                # Threads that pin memory or wait for ranks may call CUDA meanwhile.
+                torch.cuda.graph(
+                    graph, pool=self._pool, stream=self._capture_stream, capture_error_mode="thread_local"
+                ),
             ):
                 outputs = function()
         except BaseException:
@@ -147,10 +150,10 @@ class _Graph:
 
 
 class GraphCache:
-    """Runs functions of tensors, from the third call with equal shapes on by replaying a graph.
+    """Runs functions of tensors, from the second call with equal shapes on by replaying a graph.
 
     The first call with a key runs as usual, because libraries are initialised and kernels tuned in it; shapes that do
-    not return cost nothing. The second is captured. The least recently used graph is dropped where there are too many.
+    not return cost nothing. The second is captured first. The least recently used graph is dropped where there are too many.
     A graph whose parameters or buffers have moved in memory is dropped, too. Results are new tensors. Copies and
     pickles of a cache are empty caches.
 

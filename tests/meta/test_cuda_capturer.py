@@ -45,8 +45,9 @@ class Cuda:
             self.stream = before
 
     @contextlib.contextmanager
-    def capturing(self, graph, pool=None, stream=None):
+    def capturing(self, graph, pool=None, stream=None, capture_error_mode="global"):
         """As torch.cuda.graph, which does not restore the stream where the end of the capture raises."""
+        self.error_mode = capture_error_mode
         before, self.stream = self.stream, stream
         try:
             yield
@@ -111,7 +112,7 @@ def test_capture_runs_on_capture_stream_without_autocast_cache(cuda):
     found, replay = capturer.capture(lambda: [cuda.stream, torch.is_autocast_cache_enabled()])
     assert found == ["capture", False] and torch.is_autocast_cache_enabled() and cuda.stream == "user"
     replay()
-    assert cuda.captures == [(0, 1), "replay"] and not cuda.pools
+    assert cuda.captures == [(0, 1), "replay"] and not cuda.pools and cuda.error_mode == "thread_local"
 
 
 def test_capture_that_cannot_end_restores_stream_allocator_and_generator(cuda):

@@ -27,7 +27,7 @@ def affine(x):
     return [2 * x + 1, x.sum()]
 
 
-def test_graph_cache_third_call_replays_with_new_inputs():
+def test_graph_cache_second_call_replays_with_new_inputs():
     graphs, calls = cache(), []
 
     def function(x):
