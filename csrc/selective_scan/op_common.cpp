@@ -47,7 +47,7 @@ ScalarType state_type(const Tensor& A, ScalarType full) {
 }
 
 ScanParams make_params(const Device& device, const Arguments& x, const OptionalTensor& reset, bool softplus,
-                       bool B_invariant, bool C_invariant) {
+                       bool B_invariant, bool C_invariant, bool split_invariant) {
   const ScalarType dtype = x.u->scalar_type();
   const ScalarType full = opmath_type(dtype), states = state_type(*x.A, full);
   EAML_CHECK(dtype == full || half_of(dtype) != Half::kNone, "selective_scan: u must be floating-point");
@@ -63,7 +63,7 @@ ScanParams make_params(const Device& device, const Arguments& x, const OptionalT
   s.batch = x.u->size(0), s.dim = x.u->size(1), s.length = x.u->size(2),
   s.dstate = s.all_dstate = x.A->size(x.A->dim() - 1);
   s.groups = 1, s.num_components = num_components(states), s.softplus = softplus, s.gated = x.z.has_value();
-  s.B_invariant = B_invariant, s.C_invariant = C_invariant;
+  s.B_invariant = B_invariant, s.C_invariant = C_invariant, s.split_invariant = split_invariant;
   check_sizes("delta", x.delta, 0, {s.batch, s.dim, s.length}), check_sizes("z", x.z, 0, {s.batch, s.dim, s.length});
   check_sizes("initial_state", x.initial_state, 0, {s.batch, s.dim, s.dstate});
   check_parameter("A", x.A, {s.dim, s.dstate}, s.batch);
@@ -244,9 +244,10 @@ auto with_functions(const Device& device, const Arguments& x, F f) {
 
 ForwardTuple selective_scan(const Device& device, Tensor u, Tensor delta, Tensor A, Tensor B, Tensor C,
                             OptionalTensor D, OptionalTensor z, OptionalTensor delta_bias, OptionalTensor initial_state,
-                            OptionalTensor reset, bool delta_softplus, bool B_invariant, bool C_invariant, bool save) {
+                            OptionalTensor reset, bool delta_softplus, bool B_invariant, bool C_invariant,
+                            bool split_invariant, bool save) {
   const Arguments x{u, delta, A, B, C, D, z, delta_bias, initial_state};
-  const ScanParams s = make_params(device, x, reset, delta_softplus, B_invariant, C_invariant);
+  const ScanParams s = make_params(device, x, reset, delta_softplus, B_invariant, C_invariant, split_invariant);
   return with_functions(device, x, [&](const auto& f) { return f.forward(s, x, save); });
 }
 
@@ -260,9 +261,10 @@ StateTuple selective_scan_step(const Device& device, Tensor state, Tensor u, Ten
 GradientTuple selective_scan_backward(const Device& device, Tensor grad_y, OptionalTensor grad_state, Tensor u,
                                       Tensor delta, Tensor A, Tensor B, Tensor C, OptionalTensor D, OptionalTensor z,
                                       OptionalTensor delta_bias, OptionalTensor initial_state, OptionalTensor reset,
-                                      bool delta_softplus, bool B_invariant, bool C_invariant, OptionalTensor saved) {
+                                      bool delta_softplus, bool B_invariant, bool C_invariant, bool split_invariant,
+                                      OptionalTensor saved) {
   const Arguments x{u, delta, A, B, C, D, z, delta_bias, initial_state};
-  const ScanParams s = make_params(device, x, reset, delta_softplus, B_invariant, C_invariant);
+  const ScanParams s = make_params(device, x, reset, delta_softplus, B_invariant, C_invariant, split_invariant);
   check_cotangents(device, s, x, grad_y, grad_state);
   check_tensor(device, "saved", saved, A.scalar_type(), 2, 2);
   check_sizes("saved", saved, 0, {s.batch, saved_size(s)});
@@ -276,31 +278,29 @@ StateTuple selective_scan_jvp(const Device& device, Tensor u, Tensor delta, Tens
                               OptionalTensor A_tangent, OptionalTensor B_tangent, OptionalTensor C_tangent,
                               OptionalTensor D_tangent, OptionalTensor z_tangent, OptionalTensor delta_bias_tangent,
                               OptionalTensor initial_state_tangent, OptionalTensor reset, bool delta_softplus,
-                              bool B_invariant, bool C_invariant) {
+                              bool B_invariant, bool C_invariant, bool split_invariant) {
   const Arguments x{u, delta, A, B, C, D, z, delta_bias, initial_state};
   const Arguments tangents{u_tangent, delta_tangent,      A_tangent,
                            B_tangent, C_tangent,          D_tangent,
                            z_tangent, delta_bias_tangent, initial_state_tangent};
-  const ScanParams s = make_params(device, x, reset, delta_softplus, B_invariant, C_invariant);
+  const ScanParams s = make_params(device, x, reset, delta_softplus, B_invariant, C_invariant, split_invariant);
   check_tangents(device, x, tangents);
   return with_functions(device, x, [&](const auto& f) { return f.jvp(s, x, tangents); });
 }
 
-BackwardJvpTuple selective_scan_backward_jvp(const Device& device, Tensor grad_y, OptionalTensor grad_state,
-                                             OptionalTensor grad_y_tangent, OptionalTensor grad_state_tangent, Tensor u,
-                                             Tensor delta, Tensor A, Tensor B, Tensor C, OptionalTensor D,
-                                             OptionalTensor z, OptionalTensor delta_bias, OptionalTensor initial_state,
-                                             OptionalTensor u_tangent, OptionalTensor delta_tangent,
-                                             OptionalTensor A_tangent, OptionalTensor B_tangent,
-                                             OptionalTensor C_tangent, OptionalTensor D_tangent,
-                                             OptionalTensor z_tangent, OptionalTensor delta_bias_tangent,
-                                             OptionalTensor initial_state_tangent, OptionalTensor reset,
-                                             bool delta_softplus, bool B_invariant, bool C_invariant, bool outputs) {
+BackwardJvpTuple selective_scan_backward_jvp(
+    const Device& device, Tensor grad_y, OptionalTensor grad_state, OptionalTensor grad_y_tangent,
+    OptionalTensor grad_state_tangent, Tensor u, Tensor delta, Tensor A, Tensor B, Tensor C, OptionalTensor D,
+    OptionalTensor z, OptionalTensor delta_bias, OptionalTensor initial_state, OptionalTensor u_tangent,
+    OptionalTensor delta_tangent, OptionalTensor A_tangent, OptionalTensor B_tangent, OptionalTensor C_tangent,
+    OptionalTensor D_tangent, OptionalTensor z_tangent, OptionalTensor delta_bias_tangent,
+    OptionalTensor initial_state_tangent, OptionalTensor reset, bool delta_softplus, bool B_invariant, bool C_invariant,
+    bool split_invariant, bool outputs) {
   const Arguments x{u, delta, A, B, C, D, z, delta_bias, initial_state};
   const Arguments tangents{u_tangent, delta_tangent,      A_tangent,
                            B_tangent, C_tangent,          D_tangent,
                            z_tangent, delta_bias_tangent, initial_state_tangent};
-  const ScanParams s = make_params(device, x, reset, delta_softplus, B_invariant, C_invariant);
+  const ScanParams s = make_params(device, x, reset, delta_softplus, B_invariant, C_invariant, split_invariant);
   check_cotangents(device, s, x, grad_y, grad_state);
   check_cotangents(device, s, x, grad_y_tangent, grad_state_tangent);
   check_tangents(device, x, tangents);

@@ -82,7 +82,8 @@ Inputs<T> step_inputs(const ScanParams& s, const Tensor& state, const Arguments&
 
 ForwardTuple selective_scan(const Device& device, Tensor u, Tensor delta, Tensor A, Tensor B, Tensor C,
                             OptionalTensor D, OptionalTensor z, OptionalTensor delta_bias, OptionalTensor initial_state,
-                            OptionalTensor reset, bool delta_softplus, bool B_invariant, bool C_invariant, bool save);
+                            OptionalTensor reset, bool delta_softplus, bool B_invariant, bool C_invariant,
+                            bool split_invariant, bool save);
 
 StateTuple selective_scan_step(const Device& device, Tensor state, Tensor u, Tensor delta, Tensor A, Tensor B, Tensor C,
                                OptionalTensor D, OptionalTensor z, OptionalTensor delta_bias, bool delta_softplus);
@@ -90,7 +91,8 @@ StateTuple selective_scan_step(const Device& device, Tensor state, Tensor u, Ten
 GradientTuple selective_scan_backward(const Device& device, Tensor grad_y, OptionalTensor grad_state, Tensor u,
                                       Tensor delta, Tensor A, Tensor B, Tensor C, OptionalTensor D, OptionalTensor z,
                                       OptionalTensor delta_bias, OptionalTensor initial_state, OptionalTensor reset,
-                                      bool delta_softplus, bool B_invariant, bool C_invariant, OptionalTensor saved);
+                                      bool delta_softplus, bool B_invariant, bool C_invariant, bool split_invariant,
+                                      OptionalTensor saved);
 
 StateTuple selective_scan_jvp(const Device& device, Tensor u, Tensor delta, Tensor A, Tensor B, Tensor C,
                               OptionalTensor D, OptionalTensor z, OptionalTensor delta_bias,
@@ -98,18 +100,16 @@ StateTuple selective_scan_jvp(const Device& device, Tensor u, Tensor delta, Tens
                               OptionalTensor A_tangent, OptionalTensor B_tangent, OptionalTensor C_tangent,
                               OptionalTensor D_tangent, OptionalTensor z_tangent, OptionalTensor delta_bias_tangent,
                               OptionalTensor initial_state_tangent, OptionalTensor reset, bool delta_softplus,
-                              bool B_invariant, bool C_invariant);
+                              bool B_invariant, bool C_invariant, bool split_invariant);
 
-BackwardJvpTuple selective_scan_backward_jvp(const Device& device, Tensor grad_y, OptionalTensor grad_state,
-                                             OptionalTensor grad_y_tangent, OptionalTensor grad_state_tangent, Tensor u,
-                                             Tensor delta, Tensor A, Tensor B, Tensor C, OptionalTensor D,
-                                             OptionalTensor z, OptionalTensor delta_bias, OptionalTensor initial_state,
-                                             OptionalTensor u_tangent, OptionalTensor delta_tangent,
-                                             OptionalTensor A_tangent, OptionalTensor B_tangent,
-                                             OptionalTensor C_tangent, OptionalTensor D_tangent,
-                                             OptionalTensor z_tangent, OptionalTensor delta_bias_tangent,
-                                             OptionalTensor initial_state_tangent, OptionalTensor reset,
-                                             bool delta_softplus, bool B_invariant, bool C_invariant, bool outputs);
+BackwardJvpTuple selective_scan_backward_jvp(
+    const Device& device, Tensor grad_y, OptionalTensor grad_state, OptionalTensor grad_y_tangent,
+    OptionalTensor grad_state_tangent, Tensor u, Tensor delta, Tensor A, Tensor B, Tensor C, OptionalTensor D,
+    OptionalTensor z, OptionalTensor delta_bias, OptionalTensor initial_state, OptionalTensor u_tangent,
+    OptionalTensor delta_tangent, OptionalTensor A_tangent, OptionalTensor B_tangent, OptionalTensor C_tangent,
+    OptionalTensor D_tangent, OptionalTensor z_tangent, OptionalTensor delta_bias_tangent,
+    OptionalTensor initial_state_tangent, OptionalTensor reset, bool delta_softplus, bool B_invariant, bool C_invariant,
+    bool split_invariant, bool outputs);
 
 // Registers the ops of a device.
 template <const Device& kDevice>

@@ -50,6 +50,7 @@ struct ScanParams {
   // Number of partial sums over states: y and the gradients of u, delta and z are sums over states.
   std::int64_t num_partial_sums = 1;
   bool B_invariant, C_invariant, softplus, gated;
+  bool split_invariant = false;           // CUDA: no time segments; the CPU's results never depend on them
   const bool* reset;                      // (batch, length) or null
   std::int64_t reset_outer, reset_inner;  // strides over batch rows and steps
 };

@@ -2,7 +2,7 @@
 
 from eaml_ext.ops._library import _C as _C  # first: it warns, once, where the kernels are missing
 from eaml_ext.ops.knn import Neighbors, PackedKeys, knn, knn_reference
-from eaml_ext.ops.selective_scan import selective_scan, selective_scan_reference, selective_scan_step
+from eaml_ext.ops.selective_scan import selective_scan, selective_scan_reference, selective_scan_step, split_invariant
 
 __all__ = [
     "Neighbors",
@@ -12,4 +12,5 @@ __all__ = [
     "selective_scan",
     "selective_scan_reference",
     "selective_scan_step",
+    "split_invariant",
 ]

@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from eaml_ext.ops import selective_scan, selective_scan_reference
+from eaml_ext.ops import selective_scan, selective_scan_reference, selective_scan_step, split_invariant
 
 
 @pytest.fixture(scope="module")
@@ -195,3 +195,56 @@ def test_fast_kernels_equal_general_kernels(
     if shared_decay:
         own_decay = run(A=inputs["A"].contiguous())
         assert all(torch.equal(x, own_decay[name]) for name, x in fast.items())
+
+
+PER_STEP = ("u", "delta", "z", "B", "C")
+
+
+def part_of(x: dict[str, Tensor], steps: slice | int) -> dict[str, Tensor]:
+    """Return the arguments of some steps of a scan whose B and C vary in time, without the state."""
+    return {name: v[..., steps] if name in PER_STEP else v for name, v in x.items() if name != "initial_state"}
+
+
+SCANS = [
+    (2, 64, 600, 16, torch.float32),  # fast kernels
+    (2, 9, 530, 5, torch.float32),
+    (2, 6, 520, 65, torch.float32),
+    (2, 3, 515, 4, torch.complex64),
+    (2, 3, 515, 4, torch.float64),
+]
+
+
+@pytest.mark.parametrize("batch, dim, length, dstate, kind", SCANS, ids=str)
+def test_split_invariant_scan_equals_its_parts_and_steps(library, batch, dim, length, dstate, kind):
+    """Also where each part takes another kernel, because its address or its length does not suit the fast one."""
+    x = arguments(batch, dim, length, dstate, None, "", kind)
+    h = x["initial_state"]
+    with split_invariant():
+        y, last = selective_scan(**x, delta_softplus=True, return_last_state=True)
+        parts, state = [], h
+        for steps in (slice(0, 64), slice(64, 173), slice(173, length)):
+            part = {**part_of(x, steps), "initial_state": state}
+            out, state = selective_scan(**part, delta_softplus=True, return_last_state=True)
+            parts.append(out)
+    assert torch.equal(torch.cat(parts, -1), y) and torch.equal(state, last)
+    state, outs = h, []
+    for t in range(40):
+        out, state = selective_scan_step(state, **part_of(x, t), delta_softplus=True)
+        outs.append(out)
+    assert torch.equal(torch.stack(outs, -1), y[..., :40])
+
+
+@pytest.mark.parametrize("batch, dim, length, dstate, kind", SCANS, ids=str)
+def test_row_bits_do_not_depend_on_the_batch(library, batch, dim, length, dstate, kind):
+    """Neither in the outputs nor in the gradients of a row."""
+    x = arguments(batch, dim, length, dstate, None, "", kind)
+    per_row = (*PER_STEP, "initial_state")
+
+    def run(rows: slice) -> list[Tensor]:
+        leaves = {name: (v[rows] if name in per_row else v).detach().requires_grad_() for name, v in x.items()}
+        outs = selective_scan(**leaves, delta_softplus=True, return_last_state=True)
+        grads = torch.autograd.grad(outs, [leaves[name] for name in per_row], [out.detach() for out in outs])
+        return [*outs, *grads]
+
+    both, second = run(slice(None)), run(slice(1, 2))
+    assert all(torch.equal(a[1:], b) for a, b in zip(both, second, strict=True))

@@ -62,7 +62,7 @@ forward_kernel(EAML_CONSTANT ForwardParams<typename L::T> p) {
       const S dt = block.template read_step<half>(c, time).value;
       const int i = t * L::kRow + c;
       block.dt.set(i, dt), block.x.set(i, dt * u);
-      if (outputs) block.y.set(i, block.D.get(c) * u);
+      if (outputs) block.y.set(i, rounded_product(block.D.get(c), u));
     });
     cuda::sync_block();
 

@@ -30,21 +30,27 @@ const char* with_tiling(int64_t states, F f) {
   return with_tiling_from<Z, 4 * kWords<Z>>(states, f);
 }
 
+// The number of time segments of a row. It does not depend on the batch, so the bits of a row do not either. Segments
+// cost another pass over the inputs of the recurrence. They pay if the channels of a row occupy a small part of a large
+// GPU, which holds about 2000 warps of these kernels on 528 schedulers. Rows with 64 warps or more have no segments.
+inline int64_t num_time_segments(const ScanParams& s, int64_t warps_of_row) {
+  constexpr int64_t kMaxDividedWarps = 64, kWantedWarps = 2048, kMinChunks = 8;
+  if (s.split_invariant || warps_of_row >= kMaxDividedWarps || warps_of_row == 0) return 1;
+  const int64_t chunks = (s.length + kChunk - 1) / kChunk;
+  const int64_t wanted = kWantedWarps / warps_of_row, most = chunks / kMinChunks;
+  const int64_t segments = wanted < most ? wanted : most;
+  return segments < 2 ? 1 : segments;
+}
+
 template <class Z>
 BlockCounts block_counts_of(const ScanParams& s) {
   BlockCounts c{};
   with_tiling<Z>(s.dstate, [&](auto tiling) {
     using L = decltype(tiling);
     c.channel_blocks = (s.dim / s.groups + L::kChannels - 1) / L::kChannels;
+    c.time_segments = num_time_segments(s, s.groups * c.channel_blocks * L::kWarps);
     return nullptr;
   });
-  // Time is divided only if there are too few blocks to fill a large GPU several times. Segments are long enough to be
-  // worth the additional launches. Both numbers are estimates.
-  constexpr int64_t kEnoughBlocks = 512, kMinChunks = 8;
-  const int64_t blocks = s.batch * s.groups * c.channel_blocks, chunks = (s.length + kChunk - 1) / kChunk;
-  const int64_t wanted = blocks > 0 ? kEnoughBlocks / blocks : 1, most = chunks / kMinChunks;
-  c.time_segments = wanted < most ? wanted : most;
-  if (c.time_segments < 2) c.time_segments = 1;
   return c;
 }
 
@@ -100,10 +106,11 @@ const char* launch_backward(const BackwardParams<vector_t<Z>>& p, void* stream) 
 
 template <class Z>
 const char* launch_step(const ForwardParams<vector_t<Z>>& p, void* stream) {
-  int lanes = 1;
-  while (lanes < cuda::kWarp && lanes < p.params.dstate) lanes *= 2;
-  const int64_t threads = p.params.batch * p.params.dim * lanes;
-  return cuda::launch(step_kernel<Z>, (threads + kStepThreads - 1) / kStepThreads, kStepThreads, 0, stream, p, lanes);
+  return with_tiling<Z>(p.params.dstate, [&](auto tiling) {
+    using L = decltype(tiling);
+    const int64_t threads = p.params.batch * p.params.dim * L::kLanes;
+    return cuda::launch(step_kernel<L>, (threads + kStepThreads - 1) / kStepThreads, kStepThreads, 0, stream, p);
+  });
 }
 
 template <class T>

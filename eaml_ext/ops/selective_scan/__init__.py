@@ -12,6 +12,7 @@ where no kernel is registered. ``_autograd`` has derivatives and vmap, ``_valida
 
 from eaml_ext.ops.selective_scan._functional import selective_scan, selective_scan_reference, selective_scan_step
 from eaml_ext.ops.selective_scan._schema import ARGUMENTS, CHUNK_SIZE, MAX_CUDA_STATE_SIZE, ScanInputs, ScanOptions
+from eaml_ext.ops.selective_scan._split_invariance import split_invariant
 
 __all__ = [
     "ARGUMENTS",
@@ -22,4 +23,5 @@ __all__ = [
     "selective_scan",
     "selective_scan_reference",
     "selective_scan_step",
+    "split_invariant",
 ]

@@ -256,7 +256,7 @@ class VmapBatchFolding:
         per_sample: bool = False,
     ):
         self.size, self.x, self.in_dims, self.per_sample = size, x, in_dims, per_sample
-        _, _, B_invariant, C_invariant = options
+        _, _, B_invariant, C_invariant, _ = options
         ranks = {"A": 2, "D": 1, "delta_bias": 1}  # of parameters that all rows share
         if B_invariant:
             ranks["B"] = 2

@@ -22,6 +22,7 @@ from eaml_ext.ops.selective_scan._schema import (
     ScanInputs,
     ScanOptions,
 )
+from eaml_ext.ops.selective_scan._split_invariance import is_split_invariant
 from eaml_ext.ops.selective_scan._validation import check_arguments, check_step_arguments, promote_under_autocast
 
 _PLAIN = (Tensor, torch.nn.Parameter)
@@ -186,11 +187,11 @@ def selective_scan(
     """
     x = ScanInputs(u, delta, A, B, C, D, z, delta_bias, initial_state)
     if type(delta_softplus) is bool and type(return_last_state) is bool and _raw_scan_accepts(x, reset):
-        flags = reset, delta_softplus, B.dim() == 2, C.dim() == 2
+        options = ScanOptions(reset, delta_softplus, B.dim() == 2, C.dim() == 2, is_split_invariant())
         if B.dtype in REDUCED_PRECISION:
             B, C = B.float(), C.float()
         try:
-            y, last, _ = library.selective_scan(u, delta, A, B, C, D, z, delta_bias, initial_state, *flags, False)
+            y, last, _ = library.selective_scan(u, delta, A, B, C, D, z, delta_bias, initial_state, *options, False)
             return (y, last) if return_last_state else y
         except ValueError:  # the op checks shapes itself; the checks below raise an error that names the argument
             pass

@@ -37,12 +37,21 @@ class ScanInputs(NamedTuple):
 
 
 class ScanOptions(NamedTuple):
-    """The arguments without a gradient. ``B_invariant``: B is the same at every step, as is C with ``C_invariant``."""
+    """The arguments without a gradient.
+
+    Attributes:
+        reset: as in :func:`selective_scan`.
+        delta_softplus: as in :func:`selective_scan`.
+        B_invariant: whether B is the same at every step.
+        C_invariant: whether C is the same at every step.
+        split_invariant: whether CUDA kernels may not divide time into segments, see :func:`split_invariant`.
+    """
 
     reset: Tensor | None
     delta_softplus: bool
     B_invariant: bool
     C_invariant: bool
+    split_invariant: bool
 
 
 ARGUMENTS = ScanInputs._fields
@@ -68,7 +77,7 @@ def split_args(args: Sequence[Any], *sizes: int) -> list[Sequence[Any]]:
 
 _INPUTS = ", ".join(f"Tensor{'' if name in REQUIRED else '?'} {name}" for name in ARGUMENTS)
 _TANGENTS = ", ".join(f"Tensor? {name}_tangent" for name in ARGUMENTS)
-_OPTIONS = "Tensor? reset, bool delta_softplus, bool B_invariant, bool C_invariant"
+_OPTIONS = "Tensor? reset, bool delta_softplus, bool B_invariant, bool C_invariant, bool split_invariant"
 _COTANGENTS = "Tensor grad_y, Tensor? grad_state"
 _GRADIENTS = ", ".join(["Tensor"] * NUM_INPUTS)
 

@@ -17,6 +17,7 @@ from eaml_ext.ops.selective_scan._schema import (
     ScanInputs,
     ScanOptions,
 )
+from eaml_ext.ops.selective_scan._split_invariance import is_split_invariant
 
 _DTYPES = (*FULL_PRECISION, *REDUCED_PRECISION)
 
@@ -82,7 +83,7 @@ def check_arguments(
     check_parameter("A", A, (dim, dstate), "(dim, dstate)")
     if delta.shape != u.shape:
         _check.shape(where, "delta", delta, u.shape, f"of u, {tuple(u.shape)}")
-    options = ScanOptions(reset, softplus, B.dim() == 2, C.dim() == 2)
+    options = ScanOptions(reset, softplus, B.dim() == 2, C.dim() == 2, is_split_invariant())
     for name, value, invariant in (("B", B, options.B_invariant), ("C", C, options.C_invariant)):
         check_parameter(name, value, (dim, dstate), "(dim, dstate)") if invariant else check_variable(name, value)
     groups = [v.shape[1] if v.dim() == 4 else 1 for v in (B, C) if v.dim() > 2]
