@@ -119,7 +119,9 @@ def reference(
         for start in range(0, queries.shape[-2], step):
             chunk = slice(start, start + step)
             score = _scores(q[b, chunk].double(), memory_b, metric, weight_b)
-            score, order = score.to(torch.promote_types(keys.dtype, torch.float32)).sort(dim=-1, stable=True)
+            score = score.to(torch.promote_types(keys.dtype, torch.float32))
+            score = torch.where(score.isnan(), math.nan, score)  # a sort on CUDA puts NaN with a sign first
+            score, order = score.sort(dim=-1, stable=True)
             if live_b is not None:  # a second stable sort moves invalid slots behind all valid ones, even NaN
                 dead, rank = (~live_b)[order].byte().sort(dim=-1, stable=True)
                 score = score.gather(-1, rank).masked_fill(dead.bool(), math.inf)
