@@ -97,7 +97,7 @@ EMULATOR_TESTS := close_to or numerical or half or strides or equals or extreme 
 	states or tiling
 EMULATOR_SCAN := tests/cuda_emulator/test_emulator.py $(addprefix tests/ops/,test_scan_conformance.py \
 	test_selective_scan.py test_selective_scan_step.py test_complex_scan.py)
-EMULATOR_KNN := exact_ or slots_that or more_neighbors or close_to or strides or equals_ or dead or history
+EMULATOR_KNN := exact_ or one_pass or slots_that or more_neighbors or close_to or strides or equals_ or dead or history
 
 $(EMULATOR)/%.o: % | $(VENV)/test
 	mkdir -p $(@D)
@@ -106,7 +106,8 @@ $(EMULATOR)/%.o: % | $(VENV)/test
 $(EMULATOR)/kernels.so: $(CUDA_SOURCES:%=$(EMULATOR)/%.o)
 	g++ -shared $(EXTRA_FLAGS) $^ -o $@ -L$(TORCH)/lib -ltorch_cpu
 
-KNN_TESTS := tests/cuda_emulator/test_knn_kernels.py tests/ops/test_knn_conformance.py
+KNN_TESTS := tests/cuda_emulator/test_knn_kernels.py tests/cuda_emulator/test_knn_one_pass.py \
+	tests/ops/test_knn_conformance.py
 
 cuda-emulator: $(EMULATOR)/kernels.so  ## the tests of the ops on their CUDA kernels, run on an emulator of CUDA
 	$(BIN)/pytest -n 2 --cuda-emulator $< -k '$(EMULATOR_TESTS)' $(EMULATOR_SCAN)

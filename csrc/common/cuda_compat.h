@@ -113,6 +113,18 @@ EAML_DEVICE T shuffle_xor(T value, int mask) {
 EAML_DEVICE std::uint32_t ballot(bool yes) {
   return EAML_DEVICE_CODE(__ballot_sync(0xffffffffu, yes), emulator::ballot(yes));
 }
+// The least x of the warp. All threads of the warp must call it.
+EAML_DEVICE std::uint32_t min_of_warp(std::uint32_t x) {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 800
+  return __reduce_min_sync(0xffffffffu, x);
+#else
+  for (int mask = 1; mask < kWarp; mask *= 2) {
+    const std::uint32_t other = shuffle_xor(x, mask);
+    x = other < x ? other : x;
+  }
+  return x;
+#endif
+}
 // Reads memory that no thread writes while the kernel runs.
 template <class T>
 EAML_DEVICE T load(const T* from) {

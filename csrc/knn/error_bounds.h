@@ -33,6 +33,11 @@
 // holds |x - y| beside |x| + |x - y|, which is at least |y|. The last row of the queries holds |q| beside g|q| + |q -
 // p|. All are rounded up.
 //
+// A kernel that rounds keys as it reads them bounds |x - y| by 2^-9 |x|, from the unit roundoff of bfloat16. Numbers
+// below the normal ones, which the hardware may read as zero, add at most sqrt(n) tiny to |x - y|. That is less than
+// 2^-9 times what the underflow and the factor 1 + g add to the bound of |x|. Such a kernel subtracts the terms of the
+// last row after the products: a sum of n + 1 products onto the start, in another order.
+//
 // Tensor cores sum products in steps of 16, 8 or 4. A step of n aligns its n + 1 terms to the largest term and may cut
 // each term, and the sum, at 24 bits. Its error is at most (n + 2) 2^-23 times the sum of magnitudes: no more than 3u a
 // product, instead of u. kTensorCoreRoundings u covers it.
@@ -48,6 +53,7 @@ namespace eaml::knn {
 namespace {
 
 constexpr int kTensorCoreRoundings = 4;
+constexpr float kBfloat16Roundoff = 0x1p-9f;
 
 template <class T>
 struct Limits {

@@ -1,4 +1,4 @@
-// Runs knn's filtered search alone, to count the candidates it selects and the queries that it fails on.
+// Runs knn's filtered searches alone, to count the candidates they select and the queries that they fail on.
 #include "knn/cuda/launch.cuh"
 
 #include <vector>
@@ -27,7 +27,43 @@ extern "C" __attribute__((visibility("default"))) std::int64_t eaml_filter(
   p.tiles = between<std::int64_t>(1, p.tiles, tiles);
   if (launch_filter(p, nullptr) != nullptr) return -1;
   for (std::int64_t q = 0; q < count && p.tiles == p.tiles_each; ++q) counts[q] = p.count[q];
-  return *p.failed_count;
+  return *p.failed.count;
+}
+
+// Searches memories with the one-pass filter. queries: (memories, count, features), keys: (memories, size, features),
+// values and indices: (memories, count, k); counts: (memories, count), the candidates of each query, if one pass takes
+// all memories. `blocks` bounds the parts of all memories, and `most` the memories of a pass. Returns the number of
+// queries of the last pass that were searched directly, or -1 if a kernel failed.
+extern "C" __attribute__((visibility("default"))) std::int64_t eaml_one_pass(
+    const float* queries, const float* keys, std::int64_t memories, std::int64_t count, std::int64_t size,
+    std::int64_t features, std::int64_t k, int metric, std::int64_t blocks, std::int64_t most, float* values,
+    std::int64_t* indices, std::int64_t* counts) {
+  KnnParams<float> params{};
+  params.queries = queries, params.keys = keys;
+  params.keys_share = params.valid_share = params.bias_share = 1;
+  params.memories = memories, params.queries_each = count, params.size = size, params.features = features, params.k = k;
+  params.metric = static_cast<Metric>(metric), params.half = Half::kNone;
+  const KnnOutput<float> found{values, indices};
+  Workspace none{nullptr};
+  plan_one_pass(params, found, none, blocks);
+  std::vector<std::uint64_t> memory(none.used / 8 + 1);
+  Workspace workspace{reinterpret_cast<char*>(memory.data())};
+  OnePassFilter p = plan_one_pass(params, found, workspace, blocks);
+  p.memories = between<std::int64_t>(1, p.memories, most);
+  if (launch_one_pass(p, nullptr) != nullptr) return -1;
+  for (std::int64_t i = 0; i < memories * count && p.memories == memories; ++i) {
+    counts[i] = 0;
+    for (std::int64_t part = 0; part < p.parts; ++part) counts[i] += p.count[i * p.parts + part];
+  }
+  return *p.failed.count;
+}
+
+// Whether a search of memories of float32 keys takes one pass.
+extern "C" __attribute__((visibility("default"))) bool eaml_is_one_pass(std::int64_t count, std::int64_t size,
+                                                                        std::int64_t features, std::int64_t k) {
+  KnnParams<float> params{};
+  params.queries_each = count, params.size = size, params.features = features, params.k = k;
+  return is_one_pass(params);
 }
 
 }  // namespace eaml::knn

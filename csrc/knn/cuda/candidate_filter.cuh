@@ -1,8 +1,7 @@
 // The search by fast scores on tensor cores; launch.cuh describes it.
 #pragma once
 
-#include "knn/cuda/panels.cuh"
-#include "knn/cuda/rows.cuh"
+#include "knn/cuda/rerank.cuh"
 
 namespace eaml::knn {
 namespace {
@@ -25,14 +24,8 @@ struct CandidateFilter {
   float *slope, *extent, *margin, *threshold;  // (rows,)
   float* sampled;                              // (rows, sample), upper bounds
   uint32_t* count;                             // (rows,), entries of the list
-  struct Candidate {
-    float lower, upper;
-    uint32_t slot, unused;
-  }* list;                 // (rows, capacity)
-  int64_t* failed;         // (rows,), queries that need the direct search
-  uint32_t* failed_count;  // (1,)
-  Entry<float>* partial;   // (rows, k, failed_parts), for the direct search
-  int64_t failed_parts, failed_part, failed_blocks;
+  Candidate* list;                             // (rows, capacity)
+  FailedQueries failed;
 
   EAML_MEMBER int64_t memory(int64_t row) const { return (first_tile + row / tile_rows) / tiles_each; }
   EAML_MEMBER int64_t query(int64_t row) const {
@@ -50,8 +43,9 @@ centre_kernel(EAML_CONSTANT CandidateFilter p) {
   const int64_t block = cuda::block(), memory = block * p.params.keys_share;
   const bool* valid = p.params.valid;
   if (valid != nullptr) valid += memory / p.params.valid_share * p.params.size;
+  float* const centre = p.centres + block * p.params.features;
   find_centre(p.keys(block), p.params.size, valid, p.params.metric, {reinterpret_cast<float*>(cuda::shared_memory())},
-              p.centres + block * p.params.features);
+              [&](int64_t i, float mean) { centre[i] = mean; });
 }
 
 // A block packs a panel. Each key can have bounds for several memories, with their bias.
@@ -91,7 +85,7 @@ pack_kernel(EAML_CONSTANT CandidateFilter p) {
 EAML_KERNEL(kThreads)
 queries_kernel(EAML_CONSTANT CandidateFilter p) {
   const KnnParams<float>& params = p.params;
-  if (cuda::block() == 0 && cuda::thread() == 0) *p.failed_count = 0;
+  if (cuda::block() == 0 && cuda::thread() == 0) *p.failed.count = 0;
   const int lane = cuda::thread() % cuda::kWarp;
   const int64_t row = cuda::block() * kWarps + cuda::thread() / cuda::kWarp, features = params.features;
   if (row >= p.tiles * p.tile_rows) return;
@@ -103,35 +97,16 @@ queries_kernel(EAML_CONSTANT CandidateFilter p) {
   }
   const int64_t memory = p.memory(row), block = memory / params.keys_share;
   const KeyRows queries{reinterpret_cast<const char*>(params.queries), features, Half::kNone};
-  const int64_t from = memory * params.queries_each + p.query(row);
-  const bool distance = params.metric == Metric::kSqeuclidean, cosine = params.metric == Metric::kCosine;
-  const float factor = cosine ? inverse_norm<float>(queries.square(from)) : 1.0f;
-  double square = 0, rounding_square = 0, centre_square = 0;
-  for (int64_t i = lane; i < features; i += cuda::kWarp) {
-    const float centre = params.panels == nullptr ? p.centres[block * features + i]
-                                                  : float(params.state[block * state_size(features) + i]);
-    const float given = queries.get(from, i), x = distance ? given - centre : given * factor;
-    const uint32_t bits = to_bfloat16(-x);
-    const double rest = double(-x) - double(low(bits));
-    square += double(x) * double(x), rounding_square += rest * rest, centre_square += double(centre) * double(centre);
-    to[i] = static_cast<uint16_t>(bits);
-  }
-  square = sum_of_warp(square), rounding_square = sum_of_warp(rounding_square),
-  centre_square = sum_of_warp(centre_square);
-  const TensorCoreBound bound(features);
-  const double norm = std::sqrt(square);
-  const bool fits = bound.holds() && norm <= Limits<float>::kMaxNorm;
-  const QueryPair pair = fits ? query_pair(norm, rounding_square, bound.key) : QueryPair{0, 0};
-  if (!fits)
-    for (int64_t i = lane; i < features; i += cuda::kWarp) to[i] = 0;
-  for (int64_t i = features + lane; i < p.depth; i += cuda::kWarp) {
-    const uint32_t bits = i == features ? pair.slope : i == features + 1 ? pair.norm : 0;
-    to[i] = static_cast<uint16_t>(bits == 0 ? 0 : bits | 0x8000u);
-  }
+  const auto centre = [&](int64_t i) {
+    return params.panels == nullptr ? p.centres[block * features + i]
+                                    : float(params.state[block * state_size(features) + i]);
+  };
+  const QueryBounds bounds = pack_query(queries, memory * params.queries_each + p.query(row), params.metric, p.depth,
+                                        centre, [&](int64_t i, uint16_t bits) { to[i] = bits; });
   if (lane != 0) return;
-  p.slope[row] = low(pair.slope), p.extent[row] = low(pair.norm);
-  p.margin[row] = margin_of(bound, norm, centre_square, params.metric);
-  p.threshold[row] = fits ? Limits<float>::kMax : -kInfinity<float>;
+  p.slope[row] = low(bounds.pair.slope), p.extent[row] = low(bounds.pair.norm);
+  p.margin[row] = bounds.margin;
+  p.threshold[row] = bounds.fits ? Limits<float>::kMax : -kInfinity<float>;
   p.count[row] = 0;
 }
 
@@ -311,13 +286,6 @@ filter_kernel(EAML_CONSTANT CandidateFilter p) {
 
 // ---- selection ----
 
-// The threshold of lower bounds: the k-th least upper bound plus the margin. The list must be flushed.
-EAML_DEVICE float threshold_of(const TopK<uint64_t>& uppers, float margin) {
-  if (uppers.limit == kNone<uint64_t>) return Limits<float>::kMax;
-  const float most = score_of<float>(uint32_t(uppers.limit >> 32)) + margin;
-  return most <= Limits<float>::kMax ? most : Limits<float>::kMax;
-}
-
 // A block computes the threshold of a query from its sample.
 EAML_KERNEL(kThreads)
 threshold_kernel(EAML_CONSTANT CandidateFilter p) {
@@ -346,20 +314,16 @@ select_kernel(EAML_CONSTANT CandidateFilter p) {
   const int64_t from = p.memory(row) * params.queries_each + p.query(row);
   const int64_t count = p.count[row];
   if (count > p.capacity || p.threshold[row] == -kInfinity<float>) {
-    if (cuda::thread() == 0) p.failed[cuda::add_for_all(p.failed_count, 1)] = from;
+    if (cuda::thread() == 0) p.failed.add(from);
     return;
   }
-  char* memory_at = cuda::shared_memory();
-  BlockOffsets offsets{{reinterpret_cast<uint32_t*>(memory_at)}};
-  memory_at += BlockOffsets::size(1) * sizeof(uint32_t);
-  const Shared<uint32_t> waiting{
-      reinterpret_cast<uint32_t*>(memory_at)};  // [kFresh], slots that wait for their exact values
-  memory_at += kFresh * sizeof(uint32_t);
-  TopK<uint64_t> lists[1];
-  const CandidateFilter::Candidate* const list = p.list + row * p.capacity;
+  BlockOffsets offsets{{reinterpret_cast<uint32_t*>(cuda::shared_memory())}};
+  const Candidate* const list = p.list + row * p.capacity;
   float threshold = Limits<float>::kMax;
   if (count > p.k) {
-    lists[0].start(memory_at, p.k, p.kept);
+    TopK<uint64_t> lists[1];
+    lists[0].start(cuda::shared_memory() + BlockOffsets::size(1) * sizeof(uint32_t) + kFresh * sizeof(uint32_t), p.k,
+                   p.kept);
     cuda::sync_block();
     for (int64_t i = 0; i < count; i += kThreads) {
       const int64_t at = i + cuda::thread();
@@ -370,47 +334,8 @@ select_kernel(EAML_CONSTANT CandidateFilter p) {
     threshold = threshold_of(lists[0], p.margin[row]);
     cuda::sync_block();
   }
-
-  lists[0].start(memory_at, p.k, p.kept);
-  cuda::sync_block();
-  const Memory<float> memory(params, p.memory(row));
-  const Query<float> query[1] = {{params.queries + from * params.features, params.features}};
-  const double norms[1] = {memory.metric == Metric::kCosine ? norm_of(query[0].row, params.features) : 0};
-  int held = 0;
-  const auto evaluate = [&](int n) {  // the first n waiting slots, n <= kThreads
-    cuda::sync_block();
-    const int thread = cuda::thread();
-    uint64_t entries[1] = {kNone<uint64_t>};
-    for (int k = 0; k < 2; ++k) {  // two threads compute two scores together, and each keeps one
-      const int at = thread / 2 + k * (kThreads / 2);
-      if (k * (kThreads / 2) >= n) break;
-      const int64_t slot[1] = {waiting.get(at < n ? at : 0)};
-      float score[1][1];
-      scores<false>(score, memory, slot, query, norms);
-      if (thread % 2 == k && at < n) entries[0] = entry_of(score[0][0], uint32_t(slot[0]));
-    }
-    push(lists, entries, offsets);
-  };
-  for (int64_t i = 0; i < count; i += kThreads) {
-    const int64_t at = i + cuda::thread();
-    const bool yes[1] = {at < count && list[at].lower <= threshold};
-    int place[1], total[1];
-    offsets.find(yes, place, total);
-    if (yes[0]) waiting.set(held + place[0], list[at].slot);
-    held += total[0];
-    if (held < kThreads) continue;
-    evaluate(kThreads);
-    cuda::sync_block();
-    held -= kThreads;
-    const uint32_t kept = cuda::thread() < held ? waiting.get(kThreads + cuda::thread()) : 0;
-    cuda::sync_block();
-    if (cuda::thread() < held) waiting.set(cuda::thread(), kept);
-    cuda::sync_block();
-  }
-  if (held > 0) evaluate(held);
-  lists[0].flush();
-  cuda::sync_block();
-  write_best(lists[0], params, p.found, from);
+  rerank(params, p.found, p.k, p.kept, from, count, threshold, offsets,
+         [&](int64_t i) { return i < count ? list[i] : no_candidate(); });
 }
 
 }  // namespace

@@ -54,26 +54,19 @@ inline CandidateFilter plan_filter(const KnnParams<float>& params, KnnOutput<flo
 
   p.tile_rows = params.queries_each <= 16 ? 16 : 64;
   p.tiles_each = ceil_div(params.queries_each, p.tile_rows);
-  RowsTask<float> failed = rows_task(params, found);
-  partition_keys(failed, between<int64_t>(1, size / 4096, kThreads));
-  p.failed_parts = failed.parts, p.failed_part = failed.part;
   const int64_t all = params.memories * p.tiles_each;
-  const int64_t row_bytes = p.capacity * sizeof(CandidateFilter::Candidate) + p.sample * 4 + p.depth * 2 +
-                            p.failed_parts * p.k * sizeof(Entry<float>) + 32;
+  const int64_t row_bytes = p.capacity * sizeof(Candidate) + p.sample * 4 + p.depth * 2 + failed_row_bytes(params) + 32;
   p.tiles = between<int64_t>(1, kFilterMemory / (row_bytes * p.tile_rows), all);
   p.tiles = ceil_div(all, ceil_div(all, p.tiles));
   p.splits = between<int64_t>(1, 2 * kManyBlocks / p.tiles, ceil_div(size, kTileKeys));
   p.sample_splits = between<int64_t>(1, 2 * kManyBlocks / p.tiles, ceil_div(p.sample, kTileKeys));
-  p.failed_blocks = between<int64_t>(1, p.tiles * p.tile_rows * p.failed_parts, kManyBlocks);
   const int64_t rows = p.tiles * p.tile_rows;
   workspace.take(p.queries, rows * p.depth);
   for (float** array : {&p.slope, &p.extent, &p.margin, &p.threshold}) workspace.take(*array, rows);
   workspace.take(p.sampled, rows * p.sample);
   workspace.take(p.count, rows);
   workspace.take(p.list, rows * p.capacity);
-  workspace.take(p.failed, rows);
-  workspace.take(p.failed_count, 1);
-  workspace.take(p.partial, rows * p.failed_parts * p.k);
+  p.failed = plan_failed(params, found, rows, workspace);
   return p;
 }
 
@@ -90,9 +83,7 @@ const char* launch_tiles(const CandidateFilter& p, void* stream) {
   }
   if (error == nullptr)
     error = cuda::launch(filter_kernel<kM, false>, p.tiles * p.splits, kFilterThreads, bytes, stream, p);
-  if (error == nullptr)
-    error = cuda::launch(select_kernel, rows, kThreads,
-                         list_bytes + kFresh * sizeof(uint32_t) + TopK<uint64_t>::bytes(p.k), stream, p);
+  if (error == nullptr) error = cuda::launch(select_kernel, rows, kThreads, list_bytes + rerank_bytes(p.k), stream, p);
   return error;
 }
 
@@ -107,11 +98,7 @@ inline const char* launch_filter(CandidateFilter p, void* stream) {
   for (; error == nullptr && p.first_tile < all; p.first_tile += most) {
     p.tiles = between<int64_t>(1, all - p.first_tile, most);
     error = p.tile_rows == 16 ? launch_tiles<1>(p, stream) : launch_tiles<4>(p, stream);
-    if (error != nullptr) break;
-    RowsTask<float> failed = rows_task(p.params, p.found);
-    failed.parts = p.failed_parts, failed.part = p.failed_part, failed.blocks = p.failed_blocks;
-    failed.partial = p.partial, failed.list = p.failed, failed.list_count = p.failed_count;
-    error = launch_rows(failed, stream);
+    if (error == nullptr) error = launch_failed(p.params, p.found, p.failed, stream);
   }
   return error;
 }

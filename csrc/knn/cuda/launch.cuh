@@ -1,18 +1,25 @@
-// The CUDA kernels of knn. A query is searched in one of two ways, with the same bits.
+// The CUDA kernels of knn. A query is searched in one of three ways, with the same bits.
 //
 // Direct search, rows.cuh: the exact value of every key, in double. A block takes some queries and a range of keys, and
-// keeps their best entries in shared memory. It serves few queries, whose time is that of reading memory, and float64.
+// keeps their best entries in shared memory. It serves small memories and float64.
 //
-// Filtered search, candidate_filter.cuh: keys and queries are centred and rounded to bfloat16, and their products on
-// tensor cores give a lower bound of each value. A sample of the keys yields a threshold for each query that at least k
-// keys satisfy. All keys whose lower bound is within the threshold join the query's list. `select_kernel` reduces the
-// list to keys that may be among the k best, and evaluates them in double. Queries with too many candidates, or with
-// numbers too large for the bounds, are searched directly.
+// One pass, one_pass.cuh: up to 16 queries of a large memory, or of many memories. A block takes all queries and a part
+// of the keys. It reads each key once, rounded to bfloat16, and multiplies it with all queries on tensor cores. The
+// k-th least upper bound of its keys so far is the threshold of its candidates. `one_pass_select_kernel` reduces the
+// candidates of all parts to keys that may be among the k best, and evaluates them in double.
+//
+// Filtered search, candidate_filter.cuh: many queries. Keys and queries are centred and rounded to bfloat16, and their
+// products on tensor cores give a lower bound of each value. A sample of the keys yields a threshold for each query
+// that at least k keys satisfy. All keys whose lower bound is within the threshold join the query's list.
+// `select_kernel` reduces the list in the same way.
+//
+// Queries with too many candidates, or with numbers too large for the bounds, are searched directly.
 //
 // Kernels synchronise only by their order on the stream. No result depends on the order of threads.
 #pragma once
 
 #include "knn/cuda/filter_launch.cuh"
+#include "knn/cuda/one_pass.cuh"
 #include "knn/cuda/packed_keys_updater.cuh"
 #include "knn/cuda/rows.cuh"
 
@@ -22,6 +29,10 @@ namespace {
 template <class T>
 const char* search_by(const KnnParams<T>& params, KnnOutput<T> found, Workspace& workspace, void* stream) {
   if constexpr (sizeof(T) == 4) {
+    if (is_one_pass(params)) {
+      const OnePassFilter p = plan_one_pass(params, found, workspace);
+      return workspace.at == nullptr ? nullptr : launch_one_pass(p, stream);
+    }
     if (!is_direct(params)) {
       const CandidateFilter p = plan_filter(params, found, workspace);
       return workspace.at == nullptr ? nullptr : launch_filter(p, stream);

@@ -69,7 +69,7 @@ initialise_kernel(EAML_CONSTANT UpdateTask p) {
   cuda::sync_block();
   if (p.rebuild) return;
   find_centre(p.given(memory), p.count, nullptr, p.view.metric, {reinterpret_cast<float*>(cuda::shared_memory())},
-              state);
+              [&](int64_t i, float mean) { state[i] = mean; });
 }
 
 // A block computes the changes that a part of the entries makes to the sums of a memory. Each feature is summed by one

@@ -133,13 +133,52 @@ EAML_DEVICE void set_bounds(float square, float bias, Metric metric, const Tenso
   *width = bounds.width;
 }
 
+// The bounds of a packed query. `fits` is false if its numbers are too large for every bound.
+struct QueryBounds {
+  QueryPair pair;
+  float margin;
+  bool fits;
+};
+
+// A warp packs a query: calls set(column, bits) for all columns of the depth. Numbers are centred or normalised, and
+// negated. The last columns hold the query's pair.
+template <class Centre, class Set>
+EAML_DEVICE QueryBounds pack_query(const KeyRows& queries, int64_t from, Metric metric, int64_t depth, Centre centre_of,
+                                   Set set) {
+  const int lane = cuda::thread() % cuda::kWarp;
+  const int64_t features = queries.features;
+  const bool distance = metric == Metric::kSqeuclidean, cosine = metric == Metric::kCosine;
+  const float factor = cosine ? inverse_norm<float>(queries.square(from)) : 1.0f;
+  double square = 0, rounding_square = 0, centre_square = 0;
+  for (int64_t i = lane; i < features; i += cuda::kWarp) {
+    const float centre = centre_of(i), given = queries.get(from, i), x = distance ? given - centre : given * factor;
+    const uint32_t bits = to_bfloat16(-x);
+    const double rest = double(-x) - double(low(bits));
+    square += double(x) * double(x), rounding_square += rest * rest, centre_square += double(centre) * double(centre);
+    set(i, static_cast<uint16_t>(bits));
+  }
+  square = sum_of_warp(square), rounding_square = sum_of_warp(rounding_square),
+  centre_square = sum_of_warp(centre_square);
+  const TensorCoreBound bound(features);
+  const double norm = std::sqrt(square);
+  const bool fits = bound.holds() && norm <= Limits<float>::kMaxNorm;
+  const QueryPair pair = fits ? query_pair(norm, rounding_square, bound.key) : QueryPair{0, 0};
+  if (!fits)
+    for (int64_t i = lane; i < features; i += cuda::kWarp) set(i, uint16_t(0));
+  for (int64_t i = features + lane; i < depth; i += cuda::kWarp) {
+    const uint32_t bits = i == features ? pair.slope : i == features + 1 ? pair.norm : 0;
+    set(i, static_cast<uint16_t>(bits == 0 ? 0 : bits | 0x8000u));
+  }
+  return {pair, margin_of(bound, norm, centre_square, metric), fits};
+}
+
 constexpr int kSampledKeys = 32;  // keys whose mean is a centre
 
 // A block computes the centre of a block of keys: the mean of a few keys. Every finite centre gives exact results; a
-// centre near the mean of all keys keeps error bounds small.
-template <class C>
+// centre near the mean of all keys keeps error bounds small. Calls set(feature, mean).
+template <class Set>
 EAML_DEVICE void find_centre(const KeyRows& keys, int64_t count, const bool* valid, Metric metric,
-                             const Shared<float>& scales, C* centre) {
+                             const Shared<float>& scales, Set set) {
   const int64_t step = count > kSampledKeys ? count / kSampledKeys : 1;
   const int samples = static_cast<int>(count < kSampledKeys ? count : kSampledKeys);
   for (int s = cuda::thread() / cuda::kWarp; s < samples; s += kWarps) {
@@ -158,7 +197,7 @@ EAML_DEVICE void find_centre(const KeyRows& keys, int64_t count, const bool* val
       sum += scale == scale ? double(scale) * x : 0, used += scale == scale;
     }
     const float mean = float(sum / (used > 0 ? used : 1));
-    centre[i] = std::abs(mean) <= Limits<float>::kMaxNorm ? mean : 0.0f;
+    set(i, std::abs(mean) <= Limits<float>::kMaxNorm ? mean : 0.0f);
   }
 }
 
