@@ -99,6 +99,21 @@ def test_exact_filter_of_different_keys_selects_few_candidates(library, metric):
         assert counts.min() >= 4 and counts.float().mean() < 300, counts
 
 
+@pytest.mark.parametrize("features", [8, 40, 33], ids=["one_vector", "aligned", "unaligned"])
+@pytest.mark.parametrize("metric", METRICS)
+def test_exact_filter_packs_keys_of_every_magnitude(library, metric, features):
+    """Keys that no bound holds for are candidates of every query; numbers below the normal ones round to any number."""
+    queries, keys = torch.randn(20, features), torch.randn(1003, features)
+    keys[5], keys[6, 1], keys[1002, features - 1] = torch.nan, torch.inf, -torch.inf
+    keys[7], keys[40:60] = 0, keys[40:60] * 1e-40
+    keys[100] *= 1e30
+    failed, counts, found = filter_search(library, queries, keys, 4, metric)
+    assert_same(found, knn_reference(queries, keys, 4, metric=metric))
+    assert failed == 0 and counts.min() >= 4 and counts.float().mean() < 500, counts
+    check(queries, keys.bfloat16().float(), 4, metric=metric)
+    check(queries.bfloat16(), keys.bfloat16(), 4, metric=metric)
+
+
 def test_exact_filter_in_several_passes_matches_reference(library):
     """A call runs in passes if the lists of all queries exceed the workspace."""
     queries, keys = torch.randn(150, 6), torch.randn(400, 6)

@@ -15,6 +15,7 @@ struct CandidateFilter {
   KnnOutput<float> found;
   Packed packed;
   float* centres;  // (blocks of keys, features)
+  bool aligned;    // whether keys are AlignedRows
   int64_t keys_blocks, sets, sets_share, depth;
   int64_t tile_rows, tiles_each, first_tile, tiles;  // queries of a tile, tiles of a memory, tiles of this pass
   int64_t sample, stride, capacity, splits, sample_splits;
@@ -48,35 +49,34 @@ centre_kernel(EAML_CONSTANT CandidateFilter p) {
               [&](int64_t i, float mean) { centre[i] = mean; });
 }
 
-// A block packs a panel. Each key can have bounds for several memories, with their bias.
+// A block packs four panels. Each key can have bounds for several memories, with their bias.
+constexpr int kPackedKeys = kWarps * kRowKeys;
+EAML_INLINE int64_t packing_blocks(int64_t size) {
+  return (size + kPackedKeys - 1) / kPackedKeys;
+}
 EAML_KERNEL(kThreads, 2)
 pack_kernel(EAML_CONSTANT CandidateFilter p) {
   const KnnParams<float>& params = p.params;
-  const int64_t panels = panel_count(params.size), block = cuda::block() / panels;
-  const int64_t first = cuda::block() % panels * kPanel;
-  const KeyRows keys = p.keys(block);
+  const int64_t units = packing_blocks(params.size), block = cuda::block() / units;
+  const int64_t first = cuda::block() % units * kPackedKeys + cuda::thread() / cuda::kWarp * kRowKeys;
+  if (first >= params.size) return;
   const TensorCoreBound bound(params.features);
+  float square[2];
+  const auto pack = [&](auto source) {
+    pack_rows<decltype(source)>(square, p.keys(block), first, params.size, p.centres + block * params.features,
+                                params.metric, bound, p.packed, block, p.depth);
+  };
+  p.aligned ? pack(AlignedRows()) : pack(Rows());
   const int64_t sets_each = p.sets / p.keys_blocks;
-  constexpr int kEach = kPanel / kWarps;
-  const int64_t mine = first + cuda::thread() / cuda::kWarp * kEach;
-  if (mine >= params.size) return;
-  int64_t slots[kEach];
-  uint16_t* rows[kEach];
-  uint32_t* norms[kEach];
-  float square[kEach];
   EAML_UNROLL
-  for (int k = 0; k < kEach; ++k) {
-    slots[k] = mine + k < params.size ? mine + k : -1;
-    rows[k] = p.packed.key(block, mine + k, p.depth), norms[k] = p.packed.norm(block, mine + k);
-  }
-  pack_keys(square, keys, slots, rows, norms, p.centres + block * params.features, params.metric, bound, p.depth);
-  EAML_UNROLL
-  for (int k = 0; k < kEach; ++k) {
-    for (int64_t s = cuda::thread() % cuda::kWarp; s < sets_each && slots[k] >= 0; s += cuda::kWarp) {
-      const int64_t set = block * sets_each + s, at = p.packed.bounds_at(set, slots[k]);
+  for (int h = 0; h < 2; ++h) {
+    const int64_t slot = first + cuda::thread() % cuda::kWarp / 4 + h * 8;
+    if (slot >= params.size) continue;
+    for (int64_t s = cuda::thread() % 4; s < sets_each; s += 4) {
+      const int64_t set = block * sets_each + s, at = p.packed.bounds_at(set, slot);
       const int64_t biases = set * p.sets_share / params.bias_share * params.size;
-      const float bias = params.bias == nullptr ? 0.0f : params.bias[biases + slots[k]];
-      set_bounds(square[k], bias, params.metric, bound, p.packed.start + at, p.packed.width + at);
+      const float bias = params.bias == nullptr ? 0.0f : params.bias[biases + slot];
+      set_bounds(square[h], bias, params.metric, bound, p.packed.start + at, p.packed.width + at);
     }
   }
 }

@@ -30,6 +30,7 @@ inline CandidateFilter plan_filter(const KnnParams<float>& params, KnnOutput<flo
   if (params.panels != nullptr) {
     p.packed = panels_at(params.panels, size, params.features);
   } else {
+    p.aligned = has_aligned_rows(params);
     p.packed.keys_panel = kPanel * p.depth, p.packed.norms_panel = p.packed.bounds_panel = kPanel;
     p.packed.keys_stride = p.packed.keys_panel * panels;
     p.packed.norms_stride = p.packed.bounds_stride = kPanel * panels;
@@ -92,7 +93,7 @@ inline const char* launch_filter(CandidateFilter p, void* stream) {
   if (p.params.panels == nullptr) {
     error = cuda::launch(centre_kernel, p.keys_blocks, kThreads, kSampledKeys * sizeof(float), stream, p);
     if (error == nullptr)
-      error = cuda::launch(pack_kernel, p.keys_blocks * panel_count(p.params.size), kThreads, 0, stream, p);
+      error = cuda::launch(pack_kernel, p.keys_blocks * packing_blocks(p.params.size), kThreads, 0, stream, p);
   }
   const int64_t all = p.params.memories * p.tiles_each, most = p.tiles;
   for (; error == nullptr && p.first_tile < all; p.first_tile += most) {

@@ -7,8 +7,8 @@ namespace eaml::knn {
 namespace {
 
 // A block searches a part of a memory: it keeps all keys that may be among the k best of the part.
-template <KeySource kSource, int kTiles>
-EAML_KERNEL(kThreads, kSource == KeySource::kRows ? 1 : 2)
+template <class Source, int kTiles>
+EAML_KERNEL(kThreads, std::is_same_v<Source, Rows> ? 1 : 2)
 one_pass_kernel(EAML_CONSTANT OnePassFilter p) {
   constexpr int kQueries = 8 * kTiles;
   const KnnParams<float>& params = p.params;
@@ -20,7 +20,7 @@ one_pass_kernel(EAML_CONSTANT OnePassFilter p) {
   const OnePassMemory<kTiles> shared(cuda::shared_memory(), columns);
   if (cuda::block() == 0 && cuda::thread() == 0) *p.failed.count = 0;
 
-  if constexpr (kSource != KeySource::kPanels) {
+  if constexpr (!std::is_same_v<Source, Panels>) {
     const KeyRows all{static_cast<const char*>(params.keys), features, params.half};
     const KeyRows keys{static_cast<const char*>(all.row(block * params.size)), features, params.half};
     for (int i = static_cast<int>(features) + cuda::thread(); i < columns; i += kThreads) shared.centre.set(i, 0);
@@ -36,8 +36,8 @@ one_pass_kernel(EAML_CONSTANT OnePassFilter p) {
     if (query < queries_each) {
       const KeyRows queries{reinterpret_cast<const char*>(params.queries), features, Half::kNone};
       const auto centre = [&](int64_t i) {
-        return kSource == KeySource::kPanels ? float(params.state[block * state_size(features) + i])
-                                             : shared.centre.get(static_cast<int>(i));
+        return std::is_same_v<Source, Panels> ? float(params.state[block * state_size(features) + i])
+                                              : shared.centre.get(static_cast<int>(i));
       };
       bounds = pack_query(queries, memory * queries_each + query, params.metric, columns, centre, set);
     } else {
@@ -61,10 +61,10 @@ one_pass_kernel(EAML_CONSTANT OnePassFilter p) {
     for (int tile = warp * kRowKeys; tile < size; tile += kWarps * kRowKeys) {
       float sum[kTiles][4] = {};
       LaneKeys keys;
-      if constexpr (kSource == KeySource::kPanels)
+      if constexpr (std::is_same_v<Source, Panels>)
         multiply_panel(sum, keys, p, block, step + tile, shared);
       else
-        multiply_rows<kSource>(sum, keys, p, memory, step + tile, shared);
+        multiply_rows<Source>(sum, keys, p, memory, step + tile, shared);
       EAML_UNROLL
       for (int h = 0; h < 2; ++h) {
         const int key = tile + h * 8 + g;
@@ -209,16 +209,15 @@ inline OnePassFilter plan_one_pass(const KnnParams<float>& params, KnnOutput<flo
   return p;
 }
 
-// Calls f(KeySource, Tiles), both as constants.
+// Calls f(source of keys, Tiles), both as types.
 template <class F>
 const char* with_source(const KnnParams<float>& p, F f) {
   const auto with_tiles = [&](auto source) {
     return p.queries_each <= 8 ? f(source, Tiles<1>()) : f(source, Tiles<2>());
   };
-  if (p.panels != nullptr) return with_tiles(std::integral_constant<KeySource, KeySource::kPanels>());
-  if (p.half == Half::kNone && p.features % 8 == 0 && reinterpret_cast<std::uintptr_t>(p.keys) % 16 == 0)
-    return with_tiles(std::integral_constant<KeySource, KeySource::kAlignedFloats>());
-  return with_tiles(std::integral_constant<KeySource, KeySource::kRows>());
+  if (p.panels != nullptr) return with_tiles(Panels());
+  if (has_aligned_rows(p)) return with_tiles(AlignedRows());
+  return with_tiles(Rows());
 }
 
 inline const char* launch_one_pass(OnePassFilter p, void* stream) {
@@ -227,9 +226,9 @@ inline const char* launch_one_pass(OnePassFilter p, void* stream) {
   for (; error == nullptr && p.first_memory < p.params.memories; p.first_memory += memories) {
     p.memories = between<int64_t>(1, p.params.memories - p.first_memory, memories);
     error = with_source(p.params, [&](auto source, auto tiles) {
-      constexpr KeySource kSource = decltype(source)::value;
+      using Source = decltype(source);
       constexpr int kTiles = decltype(tiles)::value;
-      return cuda::launch(one_pass_kernel<kSource, kTiles>, p.memories * p.parts, kThreads,
+      return cuda::launch(one_pass_kernel<Source, kTiles>, p.memories * p.parts, kThreads,
                           OnePassMemory<kTiles>::bytes(p.columns), stream, p);
     });
     if (error == nullptr)

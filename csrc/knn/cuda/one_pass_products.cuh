@@ -8,13 +8,10 @@ namespace eaml::knn {
 namespace {
 
 constexpr int64_t kMaxOnePassQueries = 16, kMaxOnePassNeighbors = 64;
-constexpr int kColumns = 32;                              // columns of two products; a thread reads eight of each row
-constexpr int kRowKeys = 16;                              // keys of a warp's product
-constexpr int kStep = 512;                                // keys that a block scores between two selections
-constexpr int kScoreRow = kStep + 4;                      // padded, so that the threads of a warp write to all banks
-constexpr int kGroups = kWarps * kRowKeys;                // groups of a part's keys, each with its least upper bound
-static_assert(kMaxOnePassNeighbors <= kGroups / 2);       // the k-th least of the groups is near that of the keys
-enum class KeySource { kPanels, kAlignedFloats, kRows };  // aligned: 16-byte accesses of eight floats
+constexpr int kStep = 512;                           // keys that a block scores between two selections
+constexpr int kScoreRow = kStep + 4;                 // padded, so that the threads of a warp write to all banks
+constexpr int kGroups = kWarps * kRowKeys;           // groups of a part's keys, each with its least upper bound
+static_assert(kMaxOnePassNeighbors <= kGroups / 2);  // the k-th least of the groups is near that of the keys
 
 // A search of up to 16 queries in each memory. A pass has the memories whose arrays fit into the workspace.
 struct OnePassFilter {
@@ -87,26 +84,6 @@ struct OnePassMemory {
   }
 };
 
-// Reads features i ... i + 7 of a row, 0 beyond its end.
-template <KeySource kSource>
-EAML_DEVICE void read_eight(float (&to)[8], const void* row, int64_t i, int64_t features, Half half) {
-  if constexpr (kSource == KeySource::kAlignedFloats) {
-    if (i < features) return cuda::load_row(to, static_cast<const float*>(row) + i);
-    EAML_UNROLL
-    for (int j = 0; j < 8; ++j) to[j] = 0;
-  } else {
-    EAML_UNROLL
-    for (int j = 0; j < 8; ++j) to[j] = i + j < features ? read_number<float>(row, i + j, half) : 0.0f;
-  }
-}
-
-// The sum over the four lanes that read a row.
-template <class V>
-EAML_DEVICE V sum_of_row(V x) {
-  x += cuda::shuffle_xor(x, 1);
-  return x + cuda::shuffle_xor(x, 2);
-}
-
 // The two keys of a lane, of rows g and g + 8 of a product: the bounds of their scores, except the products.
 struct LaneKeys {
   float start[2], width[2];
@@ -167,64 +144,33 @@ EAML_DEVICE void multiply_panel(float (&sum)[kTiles][4], LaneKeys& keys, const O
 }
 
 // Keys from rows, which the warp centres or normalises and rounds to bfloat16, as panels hold them.
-template <KeySource kSource, int kTiles>
+template <class Source, int kTiles>
 EAML_DEVICE void multiply_rows(float (&sum)[kTiles][4], LaneKeys& keys, const OnePassFilter& p, int64_t memory,
                                int64_t first, const OnePassMemory<kTiles>& shared) {
   const KnnParams<float>& params = p.params;
-  const int lane = cuda::thread() % cuda::kWarp, column = lane % 4 * 8;
-  const int chunks = static_cast<int>(p.columns) / kColumns;
+  const int lane = cuda::thread() % cuda::kWarp;
   const Memory<float> from(params, memory);
-  const void* rows[2];
   int64_t slots[2];
-  float scale[2] = {1, 1}, square[2] = {};
+  float square[2];
   EAML_UNROLL
   for (int h = 0; h < 2; ++h) {
     const int64_t slot = first + lane / 4 + h * 8;
     slots[h] = slot < params.size ? slot : params.size - 1;
-    rows[h] = from.keys + slots[h] * from.row_bytes;
   }
-  if (from.metric == Metric::kCosine) {
-    double squares[2] = {};
-    for (int c = 0; c < chunks; ++c) {
-      EAML_UNROLL
-      for (int h = 0; h < 2; ++h) {
-        float x[8];
-        read_eight<kSource>(x, rows[h], c * kColumns + column, from.features, from.half);
-        EAML_UNROLL
-        for (int j = 0; j < 8; ++j) squares[h] += double(x[j]) * double(x[j]);
-      }
-    }
-    EAML_UNROLL
-    for (int h = 0; h < 2; ++h) scale[h] = inverse_norm<float>(sum_of_row(squares[h]));
-  }
-  constexpr int kBatch = 2;  // reads in flight
-  for (int c = 0; c < chunks; c += kBatch) {
-    float x[kBatch][2][8];
-    EAML_UNROLL
-    for (int b = 0; b < kBatch; ++b)
-      for (int h = 0; h < 2; ++h)
-        read_eight<kSource>(x[b][h], rows[h], (c + b) * kColumns + column, from.features, from.half);
-    EAML_UNROLL
-    for (int b = 0; b < kBatch; ++b) {
-      if (c + b >= chunks) break;
-      float centre[8];
-      shared.centre.get_row(centre, (c + b) * kColumns + column);
-      uint32_t a[2][4];
-      EAML_UNROLL
-      for (int h = 0; h < 2; ++h)
-        for (int j = 0; j < 8; j += 2) {
-          const float left = x[b][h][j] * scale[h] - centre[j], right = x[b][h][j + 1] * scale[h] - centre[j + 1];
-          square[h] += left * left, square[h] += right * right;
-          a[h][j / 2] = cuda::narrow_pair<Half::kBfloat16>(left, right);
-        }
-      multiply_columns(sum, a, c + b, shared);
-    }
-  }
+  const auto read_centre = [&](int64_t i, float (&to)[8]) { shared.centre.get_row(to, static_cast<int>(i)); };
+  centre_rows<Source>(square, {from.keys, from.features, from.half}, slots, from.metric, read_centre,
+                      [&](int64_t i, const float (&x)[2][8]) {
+                        uint32_t a[2][4];
+                        EAML_UNROLL
+                        for (int h = 0; h < 2; ++h)
+                          for (int j = 0; j < 4; ++j)
+                            a[h][j] = cuda::narrow_pair<Half::kBfloat16>(x[h][2 * j], x[h][2 * j + 1]);
+                        multiply_columns(sum, a, static_cast<int>(i / kColumns), shared);
+                      });
   const TensorCoreBound bound(from.features);
   const float error = float(bound.key), underflow = float(bound.underflow);
   EAML_UNROLL
   for (int h = 0; h < 2; ++h) {
-    square[h] = sum_of_row(square[h]);
     const float norm = norm_bound(square[h], error, underflow);
     const bool fits = norm <= Limits<float>::kMaxNorm;
     const KeyBounds<float> bounds =

@@ -65,63 +65,181 @@ EAML_INLINE Packed panels_at(const void* panels, int64_t size, int64_t features)
   return p;
 }
 
-// A warp packs the rows and the norms of some keys. `square` becomes |x|², or NaN if no bound holds. Negative slots are
-// skipped.
-template <class C, int kKeys>
-EAML_DEVICE void pack_keys(float (&square)[kKeys], const KeyRows& keys, const int64_t (&slots)[kKeys],
-                           uint16_t* const (&rows)[kKeys], uint32_t* const (&norms)[kKeys], const C* centre,
-                           Metric metric, const TensorCoreBound& bound, int64_t depth) {
-  const int lane = cuda::thread() % cuda::kWarp;
-  float scale[kKeys], rounding_square[kKeys] = {};
-  int64_t from[kKeys];
-  EAML_UNROLL
-  for (int k = 0; k < kKeys; ++k) {
-    from[k] = slots[k] < 0 ? slots[0] : slots[k], square[k] = 0;
-    scale[k] = metric == Metric::kCosine ? inverse_norm<float>(keys.square(from[k])) : 1.0f;
-  }
-  EAML_UNROLL_BY(4)
-  for (int64_t i = lane; i < keys.features; i += cuda::kWarp) {
-    const float middle = float(centre[i]);
-    float x[kKeys];
-    EAML_UNROLL
-    for (int k = 0; k < kKeys; ++k) x[k] = keys.get(from[k], i);
-    EAML_UNROLL
-    for (int k = 0; k < kKeys; ++k) {
-      x[k] = x[k] * scale[k] - middle;
-      const uint32_t bits = to_bfloat16(x[k]);
-      const float rest = x[k] - low(bits);
-      square[k] += x[k] * x[k], rounding_square[k] += rest * rest;
-      if (slots[k] >= 0) rows[k][i] = static_cast<uint16_t>(bits);
-    }
-  }
-  const float g = float(bound.key), underflow = float(bound.underflow);
-  EAML_UNROLL
-  for (int k = 0; k < kKeys; ++k) {
-    square[k] = sum_of_warp(square[k]), rounding_square[k] = sum_of_warp(rounding_square[k]);
-    if (slots[k] < 0) continue;
-    const float norm = norm_bound(square[k], g, underflow), rounding = norm_bound(rounding_square[k], g, underflow);
-    const bool fits = norm <= Limits<float>::kMaxNorm;
-    const uint32_t pair = fits ? key_pair(norm, rounding) : 0;
-    if (!fits) {
-      square[k] = kNaN<float>;
-      for (int64_t i = lane; i < keys.features; i += cuda::kWarp) rows[k][i] = 0;
-    }
-    for (int64_t i = keys.features + lane; i < depth; i += cuda::kWarp) {
-      const int64_t column = i - keys.features;
-      rows[k][i] = static_cast<uint16_t>(column == 0 ? pair & 0xffffu : column == 1 ? pair >> 16 : 0);
-    }
-    if (lane == 0) *norms[k] = pair;
-  }
-}
+// A warp packs the row and the norms of a key. Returns |x|², or NaN if no bound holds.
 template <class C>
 EAML_DEVICE float pack_key(const KeyRows& keys, int64_t slot, const C* centre, Metric metric,
                            const TensorCoreBound& bound, int64_t depth, uint16_t* row, uint32_t* norms) {
-  float square[1];
-  const int64_t slots[1] = {slot};
-  uint16_t* const rows[1] = {row};
-  uint32_t* const all_norms[1] = {norms};
-  pack_keys(square, keys, slots, rows, all_norms, centre, metric, bound, depth);
-  return square[0];
+  const int lane = cuda::thread() % cuda::kWarp;
+  const float scale = metric == Metric::kCosine ? inverse_norm<float>(keys.square(slot)) : 1.0f;
+  float square = 0, rounding_square = 0;
+  EAML_UNROLL_BY(4)
+  for (int64_t i = lane; i < keys.features; i += cuda::kWarp) {
+    const float x = keys.get(slot, i) * scale - float(centre[i]);
+    const uint32_t bits = to_bfloat16(x);
+    const float rest = x - low(bits);
+    square += x * x, rounding_square += rest * rest;
+    row[i] = static_cast<uint16_t>(bits);
+  }
+  const float g = float(bound.key), underflow = float(bound.underflow);
+  square = sum_of_warp(square), rounding_square = sum_of_warp(rounding_square);
+  const float norm = norm_bound(square, g, underflow), rounding = norm_bound(rounding_square, g, underflow);
+  const bool fits = norm <= Limits<float>::kMaxNorm;
+  const uint32_t pair = fits ? key_pair(norm, rounding) : 0;
+  if (!fits)
+    for (int64_t i = lane; i < keys.features; i += cuda::kWarp) row[i] = 0;
+  for (int64_t i = keys.features + lane; i < depth; i += cuda::kWarp) {
+    const int64_t column = i - keys.features;
+    row[i] = static_cast<uint16_t>(column == 0 ? pair & 0xffffu : column == 1 ? pair >> 16 : 0);
+  }
+  if (lane == 0) *norms = pair;
+  return fits ? square : kNaN<float>;
+}
+
+// ---- rows of 16 keys on a warp: lanes 4 g ... 4 g + 3 read rows g and g + 8, eight adjacent features each ----
+
+constexpr int kRowKeys = 16, kColumns = 32;  // keys of a warp; features of a row that four lanes read
+
+// Where kernels read keys: packed, in rows of floats for 16-byte accesses of eight features, or in any other rows.
+struct Panels {};
+struct AlignedRows {};
+struct Rows {};
+
+// Returns whether keys are AlignedRows.
+inline bool has_aligned_rows(const KnnParams<float>& p) {
+  return p.half == Half::kNone && p.features % 8 == 0 && reinterpret_cast<std::uintptr_t>(p.keys) % 16 == 0;
+}
+
+// Reads features i ... i + 7 of a row, 0 beyond its end.
+template <class Source>
+EAML_DEVICE void read_eight(float (&to)[8], const void* row, int64_t i, int64_t features, Half half) {
+  if constexpr (std::is_same_v<Source, AlignedRows>) {
+    if (i < features) return cuda::load_row(to, static_cast<const float*>(row) + i);
+    EAML_UNROLL
+    for (int j = 0; j < 8; ++j) to[j] = 0;
+  } else {
+    EAML_UNROLL
+    for (int j = 0; j < 8; ++j) to[j] = i + j < features ? read_number<float>(row, i + j, half) : 0.0f;
+  }
+}
+
+// The sum over the four lanes of a row.
+template <class V>
+EAML_DEVICE V sum_of_row(V x) {
+  x += cuda::shuffle_xor(x, 1);
+  return x + cuda::shuffle_xor(x, 2);
+}
+
+// Centres the two rows of a lane, or normalises them first. Calls centre(i, to) to read the centre from feature i on,
+// and use(i, x) with the results, 0 beyond the last feature. `square` becomes |x|².
+template <class Source, class Centre, class Use>
+EAML_DEVICE void centre_rows(float (&square)[2], const KeyRows& keys, const int64_t (&slots)[2], Metric metric,
+                             Centre centre, Use use) {
+  const int64_t features = keys.features, first = cuda::thread() % 4 * 8;
+  const void* const rows[2] = {keys.row(slots[0]), keys.row(slots[1])};
+  float scale[2] = {1, 1};
+  if (metric == Metric::kCosine) {
+    double squares[2] = {};
+    for (int64_t i = first; i < features; i += kColumns) {
+      EAML_UNROLL
+      for (int h = 0; h < 2; ++h) {
+        float x[8];
+        read_eight<Source>(x, rows[h], i, features, keys.half);
+        EAML_UNROLL
+        for (int j = 0; j < 8; ++j) squares[h] += double(x[j]) * double(x[j]);
+      }
+    }
+    EAML_UNROLL
+    for (int h = 0; h < 2; ++h) scale[h] = inverse_norm<float>(sum_of_row(squares[h]));
+  }
+  square[0] = square[1] = 0;
+  constexpr int kBatch = 2;  // reads of a row in flight
+  for (int64_t start = 0; start < features; start += kBatch * kColumns) {
+    float x[kBatch][2][8];
+    EAML_UNROLL
+    for (int b = 0; b < kBatch; ++b)
+      for (int h = 0; h < 2; ++h)
+        read_eight<Source>(x[b][h], rows[h], start + b * kColumns + first, features, keys.half);
+    EAML_UNROLL
+    for (int b = 0; b < kBatch; ++b) {
+      if (start + b * kColumns >= features) break;
+      float middle[8];
+      centre(start + b * kColumns + first, middle);
+      EAML_UNROLL
+      for (int h = 0; h < 2; ++h)
+        for (int j = 0; j < 8; ++j) {
+          x[b][h][j] = x[b][h][j] * scale[h] - middle[j];
+          square[h] += x[b][h][j] * x[b][h][j];
+        }
+      use(start + b * kColumns + first, x[b]);
+    }
+  }
+  square[0] = sum_of_row(square[0]), square[1] = sum_of_row(square[1]);
+}
+
+// A warp packs the rows and the norms of 16 keys from `first` on, those below `size`. Each `square` becomes |x|², or
+// NaN if no bound holds.
+EAML_DEVICE uint32_t* row_of_words(uint16_t* row) {
+  return reinterpret_cast<uint32_t*>(row);
+}
+template <class Source>
+EAML_DEVICE void pack_rows(float (&square)[2], const KeyRows& keys, int64_t first, int64_t size, const float* centre,
+                           Metric metric, const TensorCoreBound& bound, const Packed& packed, int64_t block,
+                           int64_t depth) {
+  const int lane = cuda::thread() % cuda::kWarp;
+  const int64_t features = keys.features;
+  int64_t slots[2];
+  uint16_t* rows[2];
+  float rounding[2] = {};
+  EAML_UNROLL
+  for (int h = 0; h < 2; ++h) {
+    const int64_t slot = first + lane / 4 + h * 8;
+    slots[h] = slot < size ? slot : size - 1, rows[h] = slot < size ? packed.key(block, slot, depth) : nullptr;
+  }
+  const auto store = [&](uint16_t* to, int64_t i, const uint32_t (&pairs)[4]) {  // columns i ... i + 7
+    if (std::is_same_v<Source, AlignedRows> || i + 8 <= features) return cuda::store_row(row_of_words(to + i), pairs);
+    EAML_UNROLL
+    for (int j = 0; j < 8; ++j)
+      if (i + j < features) to[i + j] = static_cast<uint16_t>(pairs[j / 2] >> 16 * (j % 2));
+  };
+  const auto read_centre = [&](int64_t i, float (&to)[8]) { read_eight<Source>(to, centre, i, features, Half::kNone); };
+  centre_rows<Source>(square, keys, slots, metric, read_centre, [&](int64_t i, const float (&x)[2][8]) {
+    EAML_UNROLL
+    for (int h = 0; h < 2; ++h) {
+      uint32_t pairs[4];
+      EAML_UNROLL
+      for (int j = 0; j < 4; ++j) {
+        pairs[j] = cuda::narrow_pair<Half::kBfloat16>(x[h][2 * j], x[h][2 * j + 1]);
+        const float rest[2] = {x[h][2 * j] - low(pairs[j]), x[h][2 * j + 1] - high(pairs[j])};
+        rounding[h] += rest[0] * rest[0] + rest[1] * rest[1];
+      }
+      if (rows[h] != nullptr && i < features) store(rows[h], i, pairs);
+    }
+  });
+  const float g = float(bound.key), underflow = float(bound.underflow);
+  EAML_UNROLL
+  for (int h = 0; h < 2; ++h) {
+    const float norm = norm_bound(square[h], g, underflow);
+    const float rest = norm_bound(sum_of_row(rounding[h]), g, underflow);
+    const bool fits = norm <= Limits<float>::kMaxNorm;
+    const uint32_t pair = fits ? key_pair(norm, rest) : 0;
+    if (!fits) square[h] = kNaN<float>;
+    if (rows[h] == nullptr) continue;
+    constexpr uint32_t kZeros[4] = {};
+    if (!fits)
+      for (int64_t i = lane % 4 * 8; i < features; i += kColumns) store(rows[h], i, kZeros);
+    if constexpr (std::is_same_v<Source, AlignedRows>) {  // the depth is a multiple of 16
+      for (int64_t i = features + lane % 4 * 8; i < depth; i += kColumns) {
+        const uint32_t last[4] = {i == features ? pair : 0};
+        cuda::store_row(row_of_words(rows[h] + i), last);
+      }
+    } else {
+      for (int64_t i = features + lane % 4; i < depth; i += 4) {
+        const int64_t column = i - features;
+        rows[h][i] = static_cast<uint16_t>(column == 0 ? pair & 0xffffu : column == 1 ? pair >> 16 : 0);
+      }
+    }
+    if (lane % 4 == 0) *packed.norm(block, slots[h]) = pair;
+  }
 }
 
 // Stores the start and the width of a key's bounds; `square` is NaN if no bound holds.
