@@ -160,6 +160,14 @@ def test_exact_one_pass_with_too_many_candidates_searches_directly(library):
         assert_same(found, knn_reference(queries, keys, 2))
 
 
+def test_exact_one_pass_evaluates_more_candidates_than_shared_memory_holds(library):
+    """Every key of every part is a candidate: 2000 slots, of which 512 are evaluated at a time."""
+    queries, keys = torch.randn(1, 3, 3), torch.zeros(1, 2000, 3)
+    failed, counts, found = one_pass(library, queries, keys, 40, blocks=8)
+    assert failed == 0 and (counts == 2000).all()
+    assert_same(found, knn_reference(queries, keys, 40))
+
+
 @pytest.mark.parametrize("metric", METRICS)
 def test_exact_one_pass_ties_return_lowest_index(library, metric):
     keys = torch.randint(0, 2, (1500, 4)).float()

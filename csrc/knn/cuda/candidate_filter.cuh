@@ -322,8 +322,7 @@ select_kernel(EAML_CONSTANT CandidateFilter p) {
   float threshold = Limits<float>::kMax;
   if (count > p.k) {
     TopK<uint64_t> lists[1];
-    lists[0].start(cuda::shared_memory() + BlockOffsets::size(1) * sizeof(uint32_t) + kFresh * sizeof(uint32_t), p.k,
-                   p.kept);
+    lists[0].start(cuda::shared_memory() + BlockOffsets::size(1) * sizeof(uint32_t), p.k, p.kept);
     cuda::sync_block();
     for (int64_t i = 0; i < count; i += kThreads) {
       const int64_t at = i + cuda::thread();
@@ -334,8 +333,10 @@ select_kernel(EAML_CONSTANT CandidateFilter p) {
     threshold = threshold_of(lists[0], p.margin[row]);
     cuda::sync_block();
   }
-  rerank(params, p.found, p.k, p.kept, from, count, threshold, offsets,
-         [&](int64_t i) { return i < count ? list[i] : no_candidate(); });
+  rerank(params, p.found, p.k, p.kept, from, threshold, offsets, [&](auto use) {
+    EAML_UNROLL_BY(4)
+    for (int64_t i = cuda::thread(); i < count; i += kThreads) use(list[i]);
+  });
 }
 
 }  // namespace

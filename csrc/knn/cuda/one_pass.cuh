@@ -134,15 +134,19 @@ one_pass_select_kernel(EAML_CONSTANT OnePassFilter p) {
   const Candidate* const list = p.list + row * p.capacity * p.parts;
   BlockOffsets offsets{{reinterpret_cast<uint32_t*>(cuda::shared_memory())}};
   const Shared<uint32_t> minima = offsets.counts.at(BlockOffsets::size(1)), longest = minima.at(kThreads);
-  uint32_t least = kNone<uint32_t>, most = 0;
-  for (int part = thread; part < parts; part += kThreads) {
-    const uint32_t count = counts[part];
-    most = count > most ? count : most;
-    for (uint32_t j = 0; j < count && j < p.capacity; ++j) {
-      const uint32_t word = word_of(list[int64_t(j) * parts + part].upper);
-      least = word < least ? word : least;
+  const auto for_each = [&](auto use) {
+    for (int part = thread; part < parts; part += kThreads) {
+      const int count = static_cast<int>(counts[part] < p.capacity ? counts[part] : p.capacity);
+      EAML_UNROLL_BY(8)
+      for (int j = 0; j < count; ++j) use(list[int64_t(j) * parts + part]);
     }
-  }
+  };
+  uint32_t least = kNone<uint32_t>, most = 0;
+  for (int part = thread; part < parts; part += kThreads) most = counts[part] > most ? counts[part] : most;
+  for_each([&](const Candidate& candidate) {
+    const uint32_t word = word_of(candidate.upper);
+    least = word < least ? word : least;
+  });
   minima.set(thread, least);
   most = ~cuda::min_of_warp(~most);
   if (lane == 0) longest.set(thread / cuda::kWarp, most);
@@ -159,11 +163,7 @@ one_pass_select_kernel(EAML_CONSTANT OnePassFilter p) {
   for (int j = 0; j < kWarps; ++j) words[j] = minima.get(j * cuda::kWarp + lane);
   const float threshold = threshold_of(score_of<float>(find_least(words, p.k)), margin);
   cuda::sync_block();
-  const int count = static_cast<int>(most) * parts;
-  rerank(p.params, p.found, p.k, p.kept, from, count, threshold, offsets, [&](int64_t i) {
-    const int at = static_cast<int>(i);
-    return at < count && uint32_t(at / parts) < counts[at % parts] ? list[at] : no_candidate();
-  });
+  rerank(p.params, p.found, p.k, p.kept, from, threshold, offsets, for_each);
 }
 
 // ---- host ----

@@ -8,13 +8,10 @@ namespace eaml::knn {
 namespace {
 
 // A key that may be among the k best, with the bounds of its fast score.
-struct Candidate {
+struct alignas(16) Candidate {
   float lower, upper;
   uint32_t slot, unused;
 };
-EAML_DEVICE Candidate no_candidate() {
-  return {kInfinity<float>, kInfinity<float>, 0, 0};
-}
 
 // Queries with too many candidates, or with numbers too large for the bounds: they are searched directly.
 struct FailedQueries {
@@ -36,64 +33,79 @@ EAML_DEVICE float threshold_of(const TopK<uint64_t>& uppers, float margin) {
   return threshold_of(score_of<float>(uint32_t(uppers.limit >> 32)), margin);
 }
 
-// Bytes of shared memory of `rerank`, after those of the block's offsets.
-inline std::size_t rerank_bytes(int64_t k) {
-  return kFresh * sizeof(uint32_t) + TopK<uint64_t>::bytes(k);
+// The sum of n over the threads before this one, and over all threads of the block. sums: [kWarps].
+EAML_DEVICE uint32_t sum_before(uint32_t n, uint32_t& total, const Shared<uint32_t>& sums) {
+  const int lane = cuda::thread() % cuda::kWarp, warp = cuda::thread() / cuda::kWarp;
+  uint32_t before = 0, of_warp = 0;
+  for (int bit = 0; cuda::ballot(n >> bit != 0) != 0; ++bit) {
+    const uint32_t votes = cuda::ballot((n >> bit) % 2 != 0);
+    before += cuda::count_bits(votes & ((1u << lane) - 1)) << bit, of_warp += cuda::count_bits(votes) << bit;
+  }
+  if (lane == 0) sums.set(warp, of_warp);
+  cuda::sync_block();
+  total = 0;
+  EAML_UNROLL
+  for (int w = 0; w < kWarps; ++w) {
+    const uint32_t sum = sums.get(w);
+    before += w < warp ? sum : 0, total += sum;
+  }
+  return before;
 }
 
 // A block evaluates the candidates of a query whose lower bounds are within the threshold, and writes the k best.
-// get(i) is candidate i < count, or no_candidate(); `from` is the query's number among all. Shared memory starts with
-// the block's offsets.
-template <class Get>
+// for_each(f) calls f(candidate) for all candidates of the calling thread, in the same order each time. `from` is the
+// query's number among all. Shared memory starts with the block's offsets.
+template <class ForEach>
 EAML_DEVICE void rerank(const KnnParams<float>& params, const KnnOutput<float>& found, int k, int kept, int64_t from,
-                        int64_t count, float threshold, BlockOffsets& offsets, Get get) {
+                        float threshold, BlockOffsets& offsets, ForEach for_each) {
   char* memory_at = cuda::shared_memory() + BlockOffsets::size(1) * sizeof(uint32_t);
-  const Shared<uint32_t> waiting{
-      reinterpret_cast<uint32_t*>(memory_at)};  // [kFresh], slots that wait for their exact values
+  const Shared<uint32_t> waiting{reinterpret_cast<uint32_t*>(memory_at)};  // [kFresh], slots to evaluate
+  const Shared<uint32_t> sums = waiting.at(kFresh);                        // [kWarps]
   TopK<uint64_t> lists[1];
-  lists[0].start(memory_at + kFresh * sizeof(uint32_t), k, kept);
-  cuda::sync_block();
+  lists[0].start(memory_at + (kFresh + kWarps) * sizeof(uint32_t), k, kept);
   const Memory<float> memory(params, from / params.queries_each);
   const Query<float> query[1] = {{params.queries + from * params.features, params.features}};
   const double norms[1] = {memory.metric == Metric::kCosine ? norm_of(query[0].row, params.features) : 0};
-  int held = 0;
-  const auto evaluate = [&](int n) {  // the first n waiting slots, n <= kThreads
-    cuda::sync_block();
+  const auto evaluate = [&](int first, int n) {  // n waiting slots, n <= kThreads
     const int thread = cuda::thread();
     uint64_t entries[1] = {kNone<uint64_t>};
     for (int i = 0; i < 2; ++i) {  // two threads compute two scores together, and each keeps one
       const int at = thread / 2 + i * (kThreads / 2);
       if (i * (kThreads / 2) >= n) break;
-      const int64_t slot[1] = {waiting.get(at < n ? at : 0)};
+      const int64_t slot[1] = {waiting.get(first + (at < n ? at : 0))};
       float score[1][1];
       scores<false>(score, memory, slot, query, norms);
       if (thread % 2 == i && at < n) entries[0] = entry_of(score[0][0], uint32_t(slot[0]));
     }
     push(lists, entries, offsets);
   };
-  for (int64_t i = 0; i < count; i += kThreads) {
-    const Candidate candidate = get(i + cuda::thread());
-    const bool yes[1] = {candidate.lower <= threshold};
-    int place[1], total[1];
-    offsets.find(yes, place, total);
-    if (yes[0]) waiting.set(held + place[0], candidate.slot);
-    held += total[0];
-    if (held < kThreads) continue;
-    evaluate(kThreads);
+  uint32_t mine = 0, total = 0;
+  for_each([&](const Candidate& candidate) { mine += candidate.lower <= threshold; });
+  const uint32_t before = sum_before(mine, total, sums);
+  for (uint32_t window = 0; window < total; window += kFresh) {
+    uint32_t number = before;
+    for_each([&](const Candidate& candidate) {
+      if (!(candidate.lower <= threshold)) return;
+      if (number - window < kFresh) waiting.set(static_cast<int>(number - window), candidate.slot);
+      ++number;
+    });
     cuda::sync_block();
-    held -= kThreads;
-    const uint32_t kept_slot = cuda::thread() < held ? waiting.get(kThreads + cuda::thread()) : 0;
-    cuda::sync_block();
-    if (cuda::thread() < held) waiting.set(cuda::thread(), kept_slot);
+    const int left = static_cast<int>(total - window < kFresh ? total - window : kFresh);
+    evaluate(0, left < kThreads ? left : kThreads);
+    if (left > kThreads) evaluate(kThreads, left - kThreads);
     cuda::sync_block();
   }
-  if (held > 0) evaluate(held);
   lists[0].flush();
   cuda::sync_block();
   write_best(lists[0], params, found, from);
 }
 
 // ---- host ----
+
+// Bytes of shared memory of `rerank`, after those of the block's offsets.
+inline std::size_t rerank_bytes(int64_t k) {
+  return (kFresh + kWarps) * sizeof(uint32_t) + TopK<uint64_t>::bytes(k);
+}
 
 // The direct search of failed queries, without its arrays.
 inline RowsTask<float> failed_task(const KnnParams<float>& params, KnnOutput<float> found) {
