@@ -160,6 +160,14 @@ def test_exact_one_pass_with_too_many_candidates_searches_directly(library):
         assert_same(found, knn_reference(queries, keys, 2))
 
 
+def test_exact_one_pass_of_failed_query_merges_parts_of_many_keys(library):
+    queries, keys = torch.randn(1, 1, 2), torch.zeros(1, 33_000, 2)
+    keys[0, [9, 20_000, 32_999]] = queries[0]
+    failed, _, found = one_pass(library, queries, keys, 5, blocks=4)
+    assert failed == 1 and found.indices.tolist() == [[[9, 20_000, 32_999, 0, 1]]]
+    assert_same(found, knn_reference(queries, keys, 5))
+
+
 def test_exact_one_pass_evaluates_more_candidates_than_shared_memory_holds(library):
     """Every key of every part is a candidate: 2000 slots, of which 512 are evaluated at a time."""
     queries, keys = torch.randn(1, 3, 3), torch.zeros(1, 2000, 3)

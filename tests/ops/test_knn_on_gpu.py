@@ -53,8 +53,32 @@ def test_knn_on_gpu_gives_bits_of_cpu(shape, k, metric):
     check(queries, keys, k, metric=metric, valid=valid, bias=bias)
 
 
+@pytest.mark.parametrize("metric", METRICS)
+@pytest.mark.parametrize(
+    "shape, k",
+    [
+        ((1, 1, 200_000, 128), 8),
+        ((1, 8, 50_000, 128), 8),
+        ((1, 16, 50_000, 33), 64),
+        ((16, 8, 10_000, 128), 8),
+        ((64, 4, 4096, 64), 8),
+    ],
+    ids=str,
+)
+def test_knn_on_gpu_few_queries_give_bits_of_cpu(shape, k, metric):
+    """Keys are read in one pass, from panels and from rows."""
+    memories, count, size, features = shape
+    queries, keys = torch.randn(memories, count, features), 3 + torch.randn(memories, size, features)
+    valid, bias = torch.rand(memories, size) < 0.9, torch.randn(memories, size)
+    check(queries, keys, k, metric=metric)
+    want = check(queries, keys, k, metric=metric, valid=valid, bias=bias)
+    memory = PackedKeys(size, features, memories=memories, metric=metric, device="cuda")
+    memory.write(torch.arange(size, device="cuda").expand(memories, size), keys.cuda(), bias.cuda())
+    assert_same(memory.search(queries.cuda(), k, valid.cuda()), want)
+
+
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float16], ids=str)
-@pytest.mark.parametrize("count", [1, 600])
+@pytest.mark.parametrize("count", [1, 12, 600])
 def test_knn_on_gpu_other_dtypes_give_bits_of_cpu(dtype, count):
     keys, bias = torch.randn(30000, 72).to(dtype), torch.randn(30000).to(dtype)
     check(torch.randn(count, 72).to(dtype), keys, 8, bias=bias)
@@ -206,7 +230,7 @@ def test_packed_keys_on_gpu_match_cpu(metric, memories):
         here.write(slots, keys, bias), there.write(slots.cuda(), keys.cuda(), bias.cuda())
         here.erase(slots[..., :500]), there.erase(slots[..., :500].cuda())
         assert len(here) == len(there)
-        for count in (1, 30, 500):
+        for count in (1, 16, 30, 500):
             queries = torch.randn(*lead, count, 48) + 100 * (i % 3)
             assert_same(there.search(queries.cuda(), 8), here.search(queries, 8))
     copy = PackedKeys(5000, 48, memories=memories, metric=metric, device="cuda")

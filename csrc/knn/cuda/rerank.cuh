@@ -17,7 +17,7 @@ struct alignas(16) Candidate {
 struct FailedQueries {
   int64_t* list;          // (rows,)
   uint32_t* count;        // (1,)
-  Entry<float>* partial;  // (rows, k, parts of the direct search)
+  Entry<float>* partial;  // (rows, k, parts of the direct search) or null: one part
   int64_t blocks;
 
   EAML_MEMBER void add(int64_t query) const { list[cuda::add_for_all(count, 1)] = query; }
@@ -110,7 +110,8 @@ inline std::size_t rerank_bytes(int64_t k) {
 // The direct search of failed queries, without its arrays.
 inline RowsTask<float> failed_task(const KnnParams<float>& params, KnnOutput<float> found) {
   RowsTask<float> task = rows_task(params, found);
-  partition_keys(task, between<int64_t>(1, params.size / 4096, kThreads));
+  constexpr int64_t kPartKeys = 4096, kOnePartKeys = 8 * kPartKeys;  // keys that are not worth a launch to merge parts
+  partition_keys(task, params.size <= kOnePartKeys ? 1 : between<int64_t>(1, params.size / kPartKeys, kThreads));
   return task;
 }
 // Bytes of scratch memory of a query that may fail.
@@ -127,7 +128,7 @@ inline FailedQueries plan_failed(const KnnParams<float>& params, KnnOutput<float
   failed.blocks = between<int64_t>(1, rows * task.parts, kManyBlocks);
   workspace.take(failed.list, rows);
   workspace.take(failed.count, 1);
-  workspace.take(failed.partial, rows * task.parts * task.k);
+  if (task.parts > 1) workspace.take(failed.partial, rows * task.parts * task.k);
   return failed;
 }
 
