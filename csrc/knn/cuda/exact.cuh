@@ -131,7 +131,8 @@ template <Metric kMetric, bool kPlain, class T, class Q, int kKeys, int kQueries
 EAML_DEVICE void sums(double (&sum)[kKeys][kQueries], double (&square)[kKeys], const void* const (&keys)[kKeys],
                       const Q (&queries)[kQueries], int64_t features, Half half) {
   double lane[kKeys][kQueries][4] = {}, squares[kKeys][4] = {};
-  EAML_UNROLL_BY((kQueries == 1 && (kKeys == 1 || kMetric != Metric::kCosine) ? 4 : 2))
+  // More reads in flight would spill registers.
+  EAML_UNROLL_BY((kQueries == 1 && (kKeys == 1 || (kMetric != Metric::kCosine && sizeof(T) == 4)) ? 4 : 2))
   for (int64_t i = lanes_begin(); i < features; i += 8) {
     T row[kKeys][4];
     EAML_UNROLL
