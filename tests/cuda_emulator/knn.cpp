@@ -27,7 +27,12 @@ extern "C" __attribute__((visibility("default"))) std::int64_t eaml_filter(
   p.tiles = between<std::int64_t>(1, p.tiles, tiles);
   if (launch_filter(p, nullptr) != nullptr) return -1;
   for (std::int64_t q = 0; q < count && p.tiles == p.tiles_each; ++q) counts[q] = p.count[q];
-  return *p.failed.count;
+  const std::int64_t last = (p.tiles_each - 1) / p.tiles * p.tiles;  // the first tile of the last pass
+  std::int64_t failed = 0;
+  p.first_tile = last;
+  for (std::int64_t row = 0; row < (p.tiles_each - last) * p.tile_rows; ++row)
+    failed += p.exists(row) && (p.count[row] > p.capacity || p.threshold[row] == -kInfinity<float>);
+  return failed;
 }
 
 // Searches memories with the one-pass filter. queries: (memories, count, features), keys: (memories, size, features),
@@ -55,7 +60,14 @@ extern "C" __attribute__((visibility("default"))) std::int64_t eaml_one_pass(
     counts[i] = 0;
     for (std::int64_t part = 0; part < p.parts; ++part) counts[i] += p.count[i * p.parts + part];
   }
-  return *p.failed.count;
+  const std::int64_t last = (memories - 1) / p.memories * p.memories;  // the first memory of the last pass
+  std::int64_t failed = 0;
+  for (std::int64_t row = 0; row < (memories - last) * count; ++row) {
+    bool fails = p.margin[row] != p.margin[row];
+    for (std::int64_t part = 0; part < p.parts; ++part) fails |= p.count[row * p.parts + part] > p.capacity;
+    failed += fails;
+  }
+  return failed;
 }
 
 // Whether a search of memories of float32 keys takes one pass.

@@ -99,6 +99,14 @@ def test_exact_filter_of_different_keys_selects_few_candidates(library, metric):
         assert counts.min() >= 4 and counts.float().mean() < 300, counts
 
 
+def test_exact_filter_of_failed_query_merges_parts_of_many_keys(library):
+    queries, keys = torch.randn(1, 2), torch.zeros(33_000, 2)
+    keys[[9, 20_000, 32_999]] = queries[0]
+    failed, _, found = filter_search(library, queries, keys, 5, "sqeuclidean")
+    assert failed == 1 and found.indices.tolist() == [[9, 20_000, 32_999, 0, 1]]
+    assert_same(found, knn_reference(queries, keys, 5))
+
+
 @pytest.mark.parametrize("features", [8, 40, 33], ids=["one_vector", "aligned", "unaligned"])
 @pytest.mark.parametrize("metric", METRICS)
 def test_exact_filter_packs_keys_of_every_magnitude(library, metric, features):

@@ -85,7 +85,7 @@ pack_kernel(EAML_CONSTANT CandidateFilter p) {
 EAML_KERNEL(kThreads)
 queries_kernel(EAML_CONSTANT CandidateFilter p) {
   const KnnParams<float>& params = p.params;
-  if (cuda::block() == 0 && cuda::thread() == 0) *p.failed.count = 0;
+  p.failed.clear();
   const int lane = cuda::thread() % cuda::kWarp;
   const int64_t row = cuda::block() * kWarps + cuda::thread() / cuda::kWarp, features = params.features;
   if (row >= p.tiles * p.tile_rows) return;
@@ -313,14 +313,12 @@ select_kernel(EAML_CONSTANT CandidateFilter p) {
   if (!p.exists(row)) return;
   const int64_t from = p.memory(row) * params.queries_each + p.query(row);
   const int64_t count = p.count[row];
-  if (count > p.capacity || p.threshold[row] == -kInfinity<float>) {
-    if (cuda::thread() == 0) p.failed.add(from);
-    return;
-  }
+  const bool failed = count > p.capacity || p.threshold[row] == -kInfinity<float>;
+  if (failed && p.failed.add(from)) return;
   BlockOffsets offsets{{reinterpret_cast<uint32_t*>(cuda::shared_memory())}};
   const Candidate* const list = p.list + row * p.capacity;
   float threshold = Limits<float>::kMax;
-  if (count > p.k) {
+  if (!failed && count > p.k) {
     TopK<uint64_t> lists[1];
     lists[0].start(cuda::shared_memory() + BlockOffsets::size(1) * sizeof(uint32_t), p.k, p.kept);
     cuda::sync_block();
@@ -334,6 +332,7 @@ select_kernel(EAML_CONSTANT CandidateFilter p) {
     cuda::sync_block();
   }
   rerank(params, p.found, p.k, p.kept, from, threshold, offsets, [&](auto use) {
+    if (failed) return for_each_key(params, p.memory(row), use);
     EAML_UNROLL_BY(4)
     for (int64_t i = cuda::thread(); i < count; i += kThreads) use(list[i]);
   });

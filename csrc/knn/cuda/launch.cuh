@@ -13,7 +13,8 @@
 // that at least k keys satisfy. All keys whose lower bound is within the threshold join the query's list.
 // `select_kernel` reduces the list in the same way.
 //
-// Queries with too many candidates, or with numbers too large for the bounds, are searched directly.
+// Queries with too many candidates, or with numbers too large for the bounds, are searched directly: in a small memory
+// by the block that would select their candidates.
 //
 // Kernels synchronise only by their order on the stream. No result depends on the order of threads.
 #pragma once

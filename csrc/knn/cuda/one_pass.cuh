@@ -18,7 +18,7 @@ one_pass_kernel(EAML_CONSTANT OnePassFilter p) {
   const int queries_each = static_cast<int>(params.queries_each), columns = static_cast<int>(p.columns);
   const bool* valid = params.valid == nullptr ? nullptr : params.valid + memory / params.valid_share * params.size;
   const OnePassMemory<kTiles> shared(cuda::shared_memory(), columns);
-  if (cuda::block() == 0 && cuda::thread() == 0) *p.failed.count = 0;
+  p.failed.clear();
 
   if constexpr (!std::is_same_v<Source, Panels>) {
     const KeyRows all{static_cast<const char*>(params.keys), features, params.half};
@@ -154,16 +154,15 @@ one_pass_select_kernel(EAML_CONSTANT OnePassFilter p) {
   EAML_UNROLL
   for (int w = 0; w < kWarps; ++w) most = longest.get(w) > most ? longest.get(w) : most;
   const float margin = p.margin[row];
-  if (most > p.capacity || margin != margin) {
-    if (thread == 0) p.failed.add(from);
-    return;
-  }
+  const bool failed = most > p.capacity || margin != margin;
+  if (failed && p.failed.add(from)) return;
   uint32_t words[kWarps];
   EAML_UNROLL
   for (int j = 0; j < kWarps; ++j) words[j] = minima.get(j * cuda::kWarp + lane);
   const float threshold = threshold_of(score_of<float>(find_least(words, p.k)), margin);
   cuda::sync_block();
-  rerank(p.params, p.found, p.k, p.kept, from, threshold, offsets, for_each);
+  rerank(p.params, p.found, p.k, p.kept, from, threshold, offsets,
+         [&](auto use) { failed ? for_each_key(p.params, from / p.params.queries_each, use) : for_each(use); });
 }
 
 // ---- host ----

@@ -13,15 +13,32 @@ struct alignas(16) Candidate {
   uint32_t slot, unused;
 };
 
-// Queries with too many candidates, or with numbers too large for the bounds: they are searched directly.
+// Queries with too many candidates, or with numbers too large for the bounds. Kernels of rows.cuh search them directly.
+// In a small memory the block that selects does.
 struct FailedQueries {
-  int64_t* list;          // (rows,)
+  int64_t* list;          // (rows,) or null: the memory is small
   uint32_t* count;        // (1,)
-  Entry<float>* partial;  // (rows, k, parts of the direct search) or null: one part
+  Entry<float>* partial;  // (rows, k, parts of the direct search)
   int64_t blocks;
 
-  EAML_MEMBER void add(int64_t query) const { list[cuda::add_for_all(count, 1)] = query; }
+  EAML_MEMBER void clear() const {
+    if (list != nullptr && cuda::block() == 0 && cuda::thread() == 0) *count = 0;
+  }
+  // Returns whether another kernel searches the query.
+  EAML_MEMBER bool add(int64_t query) const {
+    if (list != nullptr && cuda::thread() == 0) list[cuda::add_for_all(count, 1)] = query;
+    return list != nullptr;
+  }
 };
+
+// Calls use(candidate) for all valid keys of a memory, which are divided among the threads of a block.
+template <class Use>
+EAML_DEVICE void for_each_key(const KnnParams<float>& params, int64_t memory, Use use) {
+  const bool* const valid =
+      params.valid == nullptr ? nullptr : params.valid + memory / params.valid_share * params.size;
+  for (int64_t slot = cuda::thread(); slot < params.size; slot += kThreads)
+    if (valid == nullptr || valid[slot]) use(Candidate{-kInfinity<float>, kInfinity<float>, uint32_t(slot), 0});
+}
 
 // The threshold of lower bounds, from the k-th least upper bound.
 EAML_DEVICE float threshold_of(float upper, float margin) {
@@ -107,15 +124,18 @@ inline std::size_t rerank_bytes(int64_t k) {
   return (kFresh + kWarps) * sizeof(uint32_t) + TopK<uint64_t>::bytes(k);
 }
 
+// Keys that one block searches directly, which saves the launches of the direct search.
+constexpr int64_t kOneBlockKeys = 1 << 15;
+
 // The direct search of failed queries, without its arrays.
 inline RowsTask<float> failed_task(const KnnParams<float>& params, KnnOutput<float> found) {
   RowsTask<float> task = rows_task(params, found);
-  constexpr int64_t kPartKeys = 4096, kOnePartKeys = 8 * kPartKeys;  // keys that are not worth a launch to merge parts
-  partition_keys(task, params.size <= kOnePartKeys ? 1 : between<int64_t>(1, params.size / kPartKeys, kThreads));
+  partition_keys(task, between<int64_t>(1, params.size / 4096, kThreads));
   return task;
 }
 // Bytes of scratch memory of a query that may fail.
 inline int64_t failed_row_bytes(const KnnParams<float>& params) {
+  if (params.size <= kOneBlockKeys) return 0;
   const RowsTask<float> task = failed_task(params, {});
   return task.parts * task.k * sizeof(Entry<float>) + sizeof(int64_t);
 }
@@ -124,16 +144,18 @@ inline int64_t failed_row_bytes(const KnnParams<float>& params) {
 inline FailedQueries plan_failed(const KnnParams<float>& params, KnnOutput<float> found, int64_t rows,
                                  Workspace& workspace) {
   FailedQueries failed{};
+  if (params.size <= kOneBlockKeys) return failed;
   const RowsTask<float> task = failed_task(params, found);
   failed.blocks = between<int64_t>(1, rows * task.parts, kManyBlocks);
   workspace.take(failed.list, rows);
   workspace.take(failed.count, 1);
-  if (task.parts > 1) workspace.take(failed.partial, rows * task.parts * task.k);
+  workspace.take(failed.partial, rows * task.parts * task.k);
   return failed;
 }
 
 inline const char* launch_failed(const KnnParams<float>& params, KnnOutput<float> found, const FailedQueries& failed,
                                  void* stream) {
+  if (failed.list == nullptr) return nullptr;
   RowsTask<float> task = failed_task(params, found);
   task.blocks = failed.blocks, task.partial = failed.partial, task.list = failed.list, task.list_count = failed.count;
   return launch_rows(task, stream);
