@@ -17,8 +17,12 @@ An element is a step of a channel, with all its inputs and outputs. Instructions
 the chunk loop outside of the recurrence, over the elements of a thread in a chunk: with softplus, with saved states,
 with the staging of B and C. Other loops in the chunk loop count with the passes that the elements of a thread take:
 
-- With global accesses of 16 bytes, a loop stages the elements of 16 bytes in a pass.
+- With global accesses of 8 or 16 bytes, a loop stages the elements of such an access in a pass.
+- With other global accesses, it stages the last, partial chunk of a row, and is not counted.
 - Else it goes over elements in shared memory, with one load for each.
+
+Loops that no pass runs together with the counted recurrence are those of a decay that states share; they have no
+exponentials and are not counted.
 
 A loop within a recurrence loop adds up the gradients of B and C over warps and stores 16 bytes of them in a pass. Its
 instructions belong to the recurrence. The loops of the general kernels fit none of these descriptions, so their
@@ -121,7 +125,10 @@ def element_passes(flow: Flow, loop: Loop, name: str, elements: float) -> float:
         half = SEQUENCES.search(name)
         if half is None:
             raise ValueError("no type of the sequences in its name")
-        return elements / (4 if half["half"] == "0" else 8)
+        size = 16 if flow.own_count(loop, lambda i: i.is_global and ".128" in i.name) else 8
+        return elements / (size / (4 if half["half"] == "0" else 2))
+    if flow.own_count(loop, lambda i: i.is_global):
+        return 0
     loads = flow.own_count(loop, lambda i: i.opcode == "LDS")
     if not loads or loop.children:
         raise ValueError("a loop in the chunk loop is not counted: it loads no element")
@@ -157,7 +164,9 @@ def count(name: str, code: list[Instruction], kernel: Kernel) -> Count:
         cost = {loop: flow.pass_length(loop) / exponentials for loop, exponentials in recurrences.items()}
         if every_loop:
             cost = {loop: c + sum_cost(flow, loop, lanes, states) for loop, c in cost.items()}
-            others = [loop for loop in chunk.children if loop not in recurrences]
+            others = [
+                x for x in chunk.children if x not in recurrences and x not in flow.alternatives(chunk, recurrences)
+            ]
             inner = {x: element_passes(flow, x, name, elements) * flow.pass_length(x) for x in others}
             staged.append(flow.pass_length(chunk, inner) / elements)
         updates.append(min(sum(cost[loop] for loop in sequence) for sequence in sequences))

@@ -31,9 +31,14 @@ class Instruction:
         return self.name.split(".")[0]
 
     @property
+    def is_global(self) -> bool:
+        """Whether it accesses global memory."""
+        return self.opcode in ("LDG", "STG")
+
+    @property
     def is_wide(self) -> bool:
-        """Whether it accesses 16 bytes of global memory."""
-        return self.opcode in ("LDG", "STG") and ".128" in self.name
+        """Whether it accesses 8 or 16 bytes of global memory."""
+        return self.is_global and (".64" in self.name or ".128" in self.name)
 
     @property
     def target(self) -> int | None:
@@ -201,7 +206,7 @@ class Flow:
         """The instructions of a pass. Each inner loop counts what ``inner`` holds for it, else nothing."""
         before, own = self._pass(loop), self.own_blocks(loop)
         weight = {child.header: (0, (inner or {}).get(child, 0.0)) for child in loop.children}
-        best: dict[int, tuple[int, float]] = {}  # (16-byte accesses, instructions) of the path to the end of a node
+        best: dict[int, tuple[int, float]] = {}  # (wide accesses, instructions) of the path to the end of a node
         for node in graphlib.TopologicalSorter(before).static_order():
             block = self.blocks[node]
             wide, here = (sum(i.is_wide for i in block), len(block)) if node in own else weight[node]
@@ -209,6 +214,21 @@ class Flow:
             best[node] = accesses + wide, length + here
         node_of = self._outermost(loop)
         return max(best[node_of[latch]] for latch in loop.latches)[1]
+
+    def alternatives(self, loop: Loop, chosen: Iterable[Loop]) -> set[Loop]:
+        """The inner loops that share no pass with any of the chosen ones."""
+        before = self._pass(loop)
+        headers = {child.header for child in chosen}
+        ancestors: dict[int, set[int]] = {}
+        for node in graphlib.TopologicalSorter(before).static_order():
+            ancestors[node] = set().union(*(ancestors[n] | {n} for n in before[node]))
+        return {
+            child
+            for child in loop.children
+            if not any(
+                h == child.header or h in ancestors[child.header] or child.header in ancestors[h] for h in headers
+            )
+        }
 
     def sequences(self, loop: Loop, wanted: Iterable[Loop]) -> list[list[Loop]]:
         """The inner loops that one pass may run, in order, as longest sequences; alternatives are apart."""

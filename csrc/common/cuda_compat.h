@@ -154,16 +154,17 @@ EAML_DEVICE void store_row(T* to, const T (&from)[K]) {
 #if defined(EAML_CUDA_EMULATOR)
   std::memcpy(to, from, sizeof from);
 #else
+  std::uint32_t words[sizeof from / 4];
+  memcpy(words, from, sizeof from);
   if constexpr (sizeof from == 8) {
-    uint2 row;
-    memcpy(&row, from, 8);
-    __stwb(reinterpret_cast<uint2*>(to), row);
+    asm volatile("st.global.v2.b32 [%0], {%1, %2};" ::"l"(to), "r"(words[0]), "r"(words[1]) : "memory");
   } else {
     static_assert(sizeof from % 16 == 0);
-    uint4 row[sizeof from / 16];
-    memcpy(row, from, sizeof from);
     EAML_UNROLL
-    for (int i = 0; i < int(sizeof from / 16); ++i) __stwb(reinterpret_cast<uint4*>(to) + i, row[i]);
+    for (int i = 0; i < int(sizeof from / 16); ++i)
+      asm volatile("st.global.v4.b32 [%0], {%1, %2, %3, %4};" ::"l"(reinterpret_cast<char*>(to) + 16 * i),
+                   "r"(words[4 * i]), "r"(words[4 * i + 1]), "r"(words[4 * i + 2]), "r"(words[4 * i + 3])
+                   : "memory");
   }
 #endif
 }
@@ -206,6 +207,16 @@ EAML_DEVICE std::uint32_t narrow_pair(float low, float high) {
 #endif
 }
 
+// a b in 64 bits, one instruction.
+EAML_DEVICE std::int64_t multiply_wide(int a, int b) {
+#if defined(__CUDA_ARCH__)
+  std::int64_t out;
+  asm("mul.wide.s32 %0, %1, %2;" : "=l"(out) : "r"(a), "r"(b));
+  return out;
+#else
+  return std::int64_t{a} * b;
+#endif
+}
 // x; the compiler computes nothing that depends on it ahead of time, in a register that a loop would keep.
 EAML_DEVICE int recomputed(int x) {
 #if defined(__CUDA_ARCH__)

@@ -108,7 +108,8 @@ struct Machine {
   const std::function<void()>* kernel = nullptr;
   std::unique_ptr<char[]> shared;
   std::size_t shared_bytes = 0;
-  std::vector<Access> written, read;  // per word; per word and warp
+  std::int64_t total_shared_bytes = 0;  // of a block of each launch
+  std::vector<Access> written, read;    // per word; per word and warp
   int thread = 0;
   std::int64_t block = 0;
   std::string error;
@@ -194,7 +195,7 @@ const char* run(std::int64_t blocks, int threads, std::size_t shared_bytes, cons
   m.order.resize(threads), std::iota(m.order.begin(), m.order.end(), 0);
   m.blocks.resize(blocks), std::iota(m.blocks.begin(), m.blocks.end(), 0);
   std::shuffle(m.blocks.begin(), m.blocks.end(), m.random);
-  m.kernel = &kernel, m.shared_bytes = shared_bytes, m.error.clear();
+  m.kernel = &kernel, m.shared_bytes = shared_bytes, m.total_shared_bytes += shared_bytes, m.error.clear();
   for (const std::int64_t block : m.blocks) {
     m.block = block;
     run_block();
@@ -293,3 +294,8 @@ void touch(const void* data, std::size_t bytes, bool write) {
 }
 
 }  // namespace eaml::cuda::emulator
+
+// The sum, over all launches, of the shared memory of a block: two calls that differ in it ran different kernels.
+extern "C" __attribute__((visibility("default"))) std::int64_t eaml_total_shared_bytes() {
+  return eaml::cuda::emulator::m.total_shared_bytes;
+}

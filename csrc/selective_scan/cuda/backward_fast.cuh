@@ -11,12 +11,12 @@
 namespace eaml::selective_scan {
 namespace {
 
-template <class L, Half kHalf>
+template <class L>
 struct FastBackward {
   static constexpr int kWarpChannels = cuda::kWarp / L::kLanes;
   // Duals have fewer copies of B and C, because shared memory is limited.
   static constexpr int kCopies = (kWarpChannels < L::kStates ? kWarpChannels : L::kStates) / L::kNumbers;
-  using Matrix = MatrixReader<L, kHalf, kCopies>;
+  using Matrix = MatrixReader<L, kCopies>;
   static constexpr int kSlots = kSteps * L::kChannels * 4;
   static constexpr int kTermSteps = L::kPadded <= 16 ? 16 : 8;  // steps between two sums over the warps
   static constexpr int kTermsOfWarp = kTermSteps * 2 * L::kPadded;
@@ -59,7 +59,7 @@ template <class L, Half kHalf, bool kAlongTime, bool kGated>
 EAML_KERNEL(L::kThreads, (L::kNumbers == 2 ? 2 : 3))
 fast_backward_kernel(EAML_CONSTANT BackwardParams<float> p) {
   using S = typename L::S;
-  using Layout = FastBackward<L, kHalf>;
+  using Layout = FastBackward<L>;
   using Matrix = typename Layout::Matrix;
   using Vector = SequenceVector<S, kHalf, kVectorWidth<L, kHalf>>;
   using Grid = VectorGrid<L::kThreads, L::kChannels, kVectorWidth<L, kHalf>, kAlongTime>;
@@ -136,6 +136,32 @@ fast_backward_kernel(EAML_CONSTANT BackwardParams<float> p) {
     return out;
   };
 
+  // The states before a chunk: checkpoints or initial states.
+  const auto read_start = [&](S(&h)[kStates], int chunk) {
+    const auto read_numbers = [&](float (&to)[kStates], const float* checkpoints, const In<float>& initial_state) {
+      const bool first = chunk == 0;
+      const int64_t stride = first ? initial_state.inner : p.params.dim;
+      const int64_t at = first
+                             ? block.row * initial_state.outer + (block.first + block.channel) * initial_state.channel +
+                                   block.lane * kStates * stride
+                             : block.saved_at(block.row * (block.chunks() - 1) + chunk - 1, block.permutation);
+      const float* const from = first ? initial_state.data : checkpoints;
+      EAML_UNROLL
+      for (int k = 0; k < kStates; ++k) to[k] = from == nullptr ? 0.0f : from[at + (k ^ block.permutation) * stride];
+    };
+    float values[kStates];
+    read_numbers(values, p.out.checkpoints, p.arrays.values.initial_state);
+    if constexpr (kIsDual<S>) {
+      float tangents[kStates];
+      read_numbers(tangents, p.out.checkpoint_tangents, p.arrays.tangents.initial_state);
+      EAML_UNROLL
+      for (int k = 0; k < kStates; ++k) h[k] = {values[k], tangents[k]};
+    } else {
+      EAML_UNROLL
+      for (int k = 0; k < kStates; ++k) h[k] = values[k];
+    }
+  };
+
   // The states of the chunk and the sums of its steps, which replace the numbers in the slots. The chunk has kSteps
   // steps without a reset, or `count` of them.
   const auto recur = [&](auto whole, auto shared, int chunk, std::uint32_t resets, int count) {
@@ -156,10 +182,7 @@ fast_backward_kernel(EAML_CONSTANT BackwardParams<float> p) {
     const int row = copy * L::kPadded + block.lane * kStates;
     constexpr int kTermTiles = Layout::kTermSteps / kStepsPerTile;
     S h[kStates];
-    if (chunk > 0)
-      block.read_saved(h, p.out.checkpoints, p.out.checkpoint_tangents, block.row * (block.chunks() - 1) + chunk - 1);
-    else
-      block.read_states(h, &Inputs<float>::initial_state);
+    read_start(h, chunk);
 
     // Forward from the start of the chunk to the start of its last tile.
     EAML_UNROLL_BY(1)
@@ -293,9 +316,11 @@ fast_backward_kernel(EAML_CONSTANT BackwardParams<float> p) {
       for (int i = 0; i < kEach; ++i) {
         if (!grid.has(i)) continue;
         Vector vectors[4];
-        const int numbers = grid.count(i, count);
-        u.load(vectors[0], i, numbers), delta.load(vectors[1], i, numbers), grad_y.load(vectors[2], i, numbers);
-        if constexpr (kGated) z.load(vectors[3], i, numbers);
+        with_step_count(count, [&](auto steps) {
+          const auto numbers = grid.count(i, steps);
+          u.load(vectors[0], i, numbers), delta.load(vectors[1], i, numbers), grad_y.load(vectors[2], i, numbers);
+          if constexpr (kGated) z.load(vectors[3], i, numbers);
+        });
         S u_t[kWidth], delta_t[kWidth], grad_y_t[kWidth], z_t[kWidth] = {};
         vectors[0].unpack(u_t), vectors[1].unpack(delta_t), vectors[2].unpack(grad_y_t);
         if constexpr (kGated) vectors[3].unpack(z_t);
@@ -320,7 +345,7 @@ fast_backward_kernel(EAML_CONSTANT BackwardParams<float> p) {
     typename Matrix::Vectors next_B, next_C;
     const Matrix B_reader(block, p.arrays, &Inputs<float>::B, chunk),
         C_reader(block, p.arrays, &Inputs<float>::C, chunk);
-    B_reader.load(next_B, count), C_reader.load(next_C, count);
+    with_step_count(count, [&](auto steps) { B_reader.load(next_B, steps), C_reader.load(next_C, steps); });
     each_vector([&](int i, const Numbers& u_t, const Steps& dt, const Numbers& grad_y_t, const Numbers& z_t) {
       S A_t[kWidth] = {};
       if (shared_decay) shared_A.get(A_t, grid, i);
@@ -352,9 +377,11 @@ fast_backward_kernel(EAML_CONSTANT BackwardParams<float> p) {
       };
       const auto grad_u = writer(p.out.u), grad_delta = writer(p.out.delta),
                  grad_z = writer(kGated ? p.out.z : p.out.u);
-      const int numbers = grid.count(i, count);
-      grad_u.store(i, out_u, numbers), grad_delta.store(i, out_delta, numbers);
-      if constexpr (kGated) grad_z.store(i, out_z, numbers);
+      with_step_count(count, [&](auto steps) {
+        const auto numbers = grid.count(i, steps);
+        grad_u.store(i, out_u, numbers), grad_delta.store(i, out_delta, numbers);
+        if constexpr (kGated) grad_z.store(i, out_z, numbers);
+      });
     });
     cuda::sync_block();
     float total[2];

@@ -64,7 +64,8 @@ struct Block {
   EAML_MEMBER int64_t state(int k) const { return lane * kStates + (k ^ permutation); }
   // Offset of a state in (*, dstate, num_components, dim); `rows` indexes batch rows, or segments of them.
   EAML_MEMBER int64_t saved_at(int64_t rows, int k) const {
-    return (rows * params.dstate + state(k)) * kNumComponents<Z> * params.dim + first + channel;
+    const int64_t states = kNumComponents<Z> * params.dim;
+    return (rows * params.dstate + lane * kStates) * states + first + channel + (k ^ permutation) * states;
   }
   // Offset of a state in (*, dim, dstate, num_components); `rows` indexes batch rows, or segments of them.
   EAML_MEMBER int64_t partial_at(int64_t rows, int k) const {

@@ -8,6 +8,27 @@
 namespace eaml::selective_scan {
 namespace {
 
+// The number of steps of a chunk is an int or, if all its vectors are whole, WholeChunk. The count of a vector's
+// numbers in the chunk then is WholeVector.
+struct WholeChunk {};
+struct WholeVector {};
+template <class F>
+EAML_DEVICE void with_step_count(int steps, F f) {
+  if (steps == kSteps)
+    f(WholeChunk());
+  else
+    f(steps);
+}
+// The numbers of a vector of kWidth from step `t` on that are in a chunk of `steps` steps.
+template <int kWidth>
+EAML_DEVICE int numbers_left(bool along_time, int steps, int t) {
+  return along_time ? steps - t : steps > t ? kWidth : 0;
+}
+template <int kWidth>
+EAML_DEVICE WholeVector numbers_left(bool, WholeChunk, int) {
+  return {};
+}
+
 // The numbers of a vector: 16 bytes, or 8 bytes of half precision in kernels that have few registers left.
 template <class L, Half kHalf>
 constexpr int kVectorWidth = kHalf == Half::kNone || L::kNumbers == 2 || L::kLanes > 4 ? 4 : 8;
@@ -19,9 +40,10 @@ struct PackedVector {
 
   using Number = std::conditional_t<kHalf == Half::kNone, std::uint32_t, std::uint16_t>;
 
-  // Loads or stores the first `count` numbers; a load sets the others to zero.
+  EAML_MEMBER void load(const char* from) { cuda::load_row(words, reinterpret_cast<const std::uint32_t*>(from)); }
+  EAML_MEMBER void store(char* to) const { cuda::store_row(reinterpret_cast<std::uint32_t*>(to), words); }
+  // Loads or stores the first `count` numbers, one by one; a load sets the others to zero.
   EAML_MEMBER void load(const char* from, int count) {
-    if (count >= kWidth) return cuda::load_row(words, reinterpret_cast<const std::uint32_t*>(from));
     EAML_UNROLL
     for (int i = 0; i < kWords; ++i) words[i] = 0;
     EAML_UNROLL
@@ -31,13 +53,14 @@ struct PackedVector {
     }
   }
   EAML_MEMBER void store(char* to, int count) const {
-    if (count >= kWidth) return cuda::store_row(reinterpret_cast<std::uint32_t*>(to), words);
     EAML_UNROLL
     for (int k = 0; k < kWidth; ++k) {
       const int bits = 8 * sizeof(Number), shift = bits * k % 32;
       if (k < count) reinterpret_cast<Number*>(to)[k] = static_cast<Number>(words[bits * k / 32] >> shift);
     }
   }
+  EAML_MEMBER void load(const char* from, WholeVector) { load(from); }
+  EAML_MEMBER void store(char* to, WholeVector) const { store(to); }
 
   EAML_MEMBER void unpack(float (&to)[kWidth]) const {
     EAML_UNROLL
@@ -82,10 +105,10 @@ struct VectorGrid {
     const int v = thread + i * kThreads;
     return kAlongTime ? v / (kSteps / kWidth) : v % (kRows / kWidth) * kWidth;
   }
-  // Numbers of vector i that are in a chunk of `steps` steps.
-  EAML_MEMBER int count(int i, int steps) const {
-    const int left = steps - step(i);
-    return kAlongTime ? left : left > 0 ? kWidth : 0;
+  // The numbers of vector i that are in a chunk of `steps` steps.
+  template <class Steps>
+  EAML_MEMBER auto count(int i, Steps steps) const {
+    return numbers_left<kWidth>(kAlongTime, steps, step(i));
   }
   // The step and the row of element k of vector i.
   EAML_MEMBER int step(int i, int k) const { return step(i) + (kAlongTime ? k : 0); }
@@ -112,6 +135,11 @@ struct SequenceVector {
   }
 };
 
+// i times a stride. The strides of fast kernels fit an int, so this is one instruction.
+EAML_DEVICE int64_t times_stride(int i, int64_t stride) {
+  return cuda::multiply_wide(i, static_cast<int>(stride));
+}
+
 template <Half kHalf>
 constexpr int64_t kBytesOf = kHalf == Half::kNone ? 4 : 2;
 
@@ -121,22 +149,22 @@ struct VectorStream {
   const Array& array;
   const char* at;  // vector 0 of the current chunk
 
-  EAML_MEMBER VectorStream(const Grid& grid, const Array& x, int64_t row, int64_t first_channel, int64_t chunk)
-      : array(x) {
-    const int64_t offset =
-        row * x.outer + (first_channel + grid.row(0)) * x.channel + (chunk * kSteps + grid.step(0)) * x.inner;
+  EAML_MEMBER VectorStream(const Grid& grid, const Array& x, int row, int first_channel, int chunk) : array(x) {
+    const int64_t offset = times_stride(row, x.outer) + times_stride(first_channel + grid.row(0), x.channel) +
+                           times_stride(chunk * kSteps + grid.step(0), x.inner);
     at = reinterpret_cast<const char*>(x.data) + offset * kBytesOf<kHalf>;
   }
   EAML_MEMBER const char* vector(int i) const {
-    return at + i * (Grid::kRowsApart * array.channel + Grid::kStepsApart * array.inner) * kBytesOf<kHalf>;
+    return at + (times_stride(i * Grid::kRowsApart, array.channel) + times_stride(i * Grid::kStepsApart, array.inner)) *
+                    kBytesOf<kHalf>;
   }
-  template <int kWidth>
-  EAML_MEMBER void store(int i, const float (&from)[kWidth], int count) const {
+  template <int kWidth, class Count>
+  EAML_MEMBER void store(int i, const float (&from)[kWidth], Count count) const {
     PackedVector<kHalf, kWidth> packed;
     packed.pack(from);
     packed.store(const_cast<char*>(vector(i)), count);
   }
-  EAML_MEMBER void advance(int chunks) { at += chunks * kSteps * array.inner * kBytesOf<kHalf>; }
+  EAML_MEMBER void advance() { at += times_stride(kSteps, array.inner) * kBytesOf<kHalf>; }
 };
 
 // A sequence of S. A tangent that is not given is zero.
@@ -145,31 +173,31 @@ struct SequenceReader {
   using Stream = VectorStream<Grid, kHalf, In<float>>;
   Stream value;
 
-  EAML_MEMBER SequenceReader(const Grid& grid, const Arrays<float>& arrays, In<float> Inputs<float>::* member,
-                             int64_t row, int64_t first_channel, int64_t chunk)
+  EAML_MEMBER SequenceReader(const Grid& grid, const Arrays<float>& arrays, In<float> Inputs<float>::* member, int row,
+                             int first_channel, int chunk)
       : value(grid, arrays.values.*member, row, first_channel, chunk) {}
-  template <int kWidth>
-  EAML_MEMBER void load(SequenceVector<S, kHalf, kWidth>& to, int i, int count) const {
+  template <int kWidth, class Count>
+  EAML_MEMBER void load(SequenceVector<S, kHalf, kWidth>& to, int i, Count count) const {
     to.parts[0].load(value.vector(i), count);
   }
-  EAML_MEMBER void advance(int chunks) { value.advance(chunks); }
+  EAML_MEMBER void advance() { value.advance(); }
 };
 template <class Grid, Half kHalf>
 struct SequenceReader<Grid, Dual<float>, kHalf> {
   using Stream = VectorStream<Grid, kHalf, In<float>>;
   Stream value, tangent;
 
-  EAML_MEMBER SequenceReader(const Grid& grid, const Arrays<float>& arrays, In<float> Inputs<float>::* member,
-                             int64_t row, int64_t first_channel, int64_t chunk)
+  EAML_MEMBER SequenceReader(const Grid& grid, const Arrays<float>& arrays, In<float> Inputs<float>::* member, int row,
+                             int first_channel, int chunk)
       : value(grid, arrays.values.*member, row, first_channel, chunk),
         tangent(grid, arrays.tangents.*member, row, first_channel, chunk) {}
-  template <int kWidth>
-  EAML_MEMBER void load(SequenceVector<Dual<float>, kHalf, kWidth>& to, int i, int count) const {
+  template <int kWidth, class Count>
+  EAML_MEMBER void load(SequenceVector<Dual<float>, kHalf, kWidth>& to, int i, Count count) const {
     to.parts[0].load(value.vector(i), count);
     to.parts[1] = {};
     if (tangent.array.data != nullptr) to.parts[1].load(tangent.vector(i), count);
   }
-  EAML_MEMBER void advance(int chunks) { value.advance(chunks), tangent.advance(chunks); }
+  EAML_MEMBER void advance() { value.advance(), tangent.advance(); }
 };
 
 // An input that is constant in time, D or delta_bias, in shared memory for the block's channels.
@@ -200,19 +228,19 @@ EAML_DEVICE bool shares_decay(const Arrays<float>& arrays) {
   return arrays.values.A.inner == 0;
 }
 
-// B or C of a chunk. Shared memory has kCopies of each row: in copy q, the kStates states of a thread are in the order
-// of their numbers xor q kPermutation.
-template <class L, Half kHalf, int kCopies>
+// B or C of a chunk, which are in single precision also if sequences are not. Shared memory has kCopies of each row: in
+// copy q, the kStates states of a thread are in the order of their numbers xor q kPermutation.
+template <class L, int kCopies>
 struct MatrixReader {
   using S = typename L::S;
-  static constexpr int kWidth = kVectorWidth<L, kHalf>;
+  static constexpr int kWidth = 4;
   static constexpr int kCount = kSteps * L::kPadded / kWidth, kEach = (kCount + L::kThreads - 1) / L::kThreads;
   static constexpr int kRow = kCopies * L::kPadded + 4;  // padded against bank conflicts
   static constexpr int kTile = kSteps * kRow;
   static constexpr int kTimeGroups = kSteps / kWidth, kStateGroups = L::kPadded / kWidth;
   static constexpr int kPermutation = kCopies == 4 ? 1 : 2;
   static_assert(L::kThreads % kTimeGroups == 0 && L::kThreads % kStateGroups == 0 && L::kStates == 4);
-  using Vectors = SequenceVector<S, kHalf, kWidth>[kEach];
+  using Vectors = SequenceVector<S, Half::kNone, kWidth>[kEach];
 
   const Arrays<float>& arrays;
   In<float> Inputs<float>::* member;
@@ -228,7 +256,7 @@ struct MatrixReader {
     const int row = cuda::recomputed(block.row);
     const auto start = [&](const In<float>& x) {
       const int64_t offset = row * x.outer + block.group * x.group + n * x.channel + (chunk * kSteps + t) * x.inner;
-      return reinterpret_cast<const char*>(x.data) + offset * kBytesOf<kHalf>;
+      return reinterpret_cast<const char*>(x.data) + offset * kBytesOf<Half::kNone>;
     };
     at = start(arrays.values.*member);
     if constexpr (kIsDual<S>) tangent_at = start(arrays.tangents.*member);
@@ -237,16 +265,18 @@ struct MatrixReader {
     return kCount % L::kThreads == 0 || thread + i * L::kThreads < kCount;
   }
   // The vectors of a chunk of `steps` steps.
-  EAML_MEMBER void load(Vectors& to, int steps) const {
+  template <class Steps>
+  EAML_MEMBER void load(Vectors& to, Steps steps) const {
     const auto apart = [&](const In<float>& x) {
-      return (along_time ? L::kThreads / kTimeGroups * x.channel : L::kThreads / kStateGroups * x.inner) *
-             kBytesOf<kHalf>;
+      return (along_time ? times_stride(L::kThreads / kTimeGroups, x.channel)
+                         : times_stride(L::kThreads / kStateGroups, x.inner)) *
+             kBytesOf<Half::kNone>;
     };
     EAML_UNROLL
     for (int i = 0; i < kEach; ++i) {
       if (!has(i, thread)) continue;
-      const int left = steps - t - (along_time ? 0 : i * (L::kThreads / kStateGroups));
-      const int count = along_time ? left : left > 0 ? kWidth : 0;
+      const int step = t + (along_time ? 0 : i * (L::kThreads / kStateGroups));
+      const auto count = numbers_left<kWidth>(along_time, steps, step);
       to[i].parts[0].load(at + i * apart(arrays.values.*member), count);
       if constexpr (kIsDual<S>) {
         const In<float>& tangent = arrays.tangents.*member;
@@ -255,9 +285,10 @@ struct MatrixReader {
       }
     }
   }
-  EAML_MEMBER void advance(int chunks) {
-    at += chunks * kSteps * (arrays.values.*member).inner * kBytesOf<kHalf>;
-    if constexpr (kIsDual<S>) tangent_at += chunks * kSteps * (arrays.tangents.*member).inner * kBytesOf<kHalf>;
+  EAML_MEMBER void advance() {
+    at += times_stride(kSteps, (arrays.values.*member).inner) * kBytesOf<Half::kNone>;
+    if constexpr (kIsDual<S>)
+      tangent_at += times_stride(kSteps, (arrays.tangents.*member).inner) * kBytesOf<Half::kNone>;
   }
   EAML_MEMBER static void set(const Tile<S, kTile>& tile, int step, int state, S x) {
     EAML_UNROLL
@@ -290,25 +321,28 @@ struct MatrixReader {
   }
 };
 
-// Whether an array can be read in vectors of 16 bytes along the given dimension.
+constexpr int64_t kMaxStride = INT32_MAX;
+
+// Whether an array can be read in vectors of 16 bytes along the given dimension, with strides that fit an int.
 template <class Array>
 bool has_vectors(const Array& x, Half half, bool along_time) {
   const int64_t width = half == Half::kNone ? 4 : 8;
   const int64_t contiguous = along_time ? x.inner : x.channel, other = along_time ? x.channel : x.inner;
-  return x.half == half && contiguous == 1 && other % width == 0 && x.outer % width == 0 &&
-         reinterpret_cast<std::uintptr_t>(x.data) % 16 == 0;
+  return x.half == half && contiguous == 1 && other % width == 0 && x.outer % width == 0 && other <= kMaxStride &&
+         x.outer <= kMaxStride && reinterpret_cast<std::uintptr_t>(x.data) % 16 == 0;
 }
 
 // Whether the fast kernels can read the inputs of a call: whole blocks of channels, no padding states, vectors.
 template <class L>
 bool has_fast_inputs(const ScanParams& s, const Arrays<float>& arrays, bool backward) {
   if (s.B_invariant || s.C_invariant || s.dstate != L::kPadded || s.dim / s.groups % L::kChannels != 0) return false;
+  if (s.length > kMaxStride - kSteps) return false;
   const Half half = arrays.values.u.half;
   const bool along_time = arrays.values.u.inner == 1, matrix_along_time = arrays.values.B.inner == 1;
   const auto fits = [&](In<float> Inputs<float>::* member, bool is_matrix) {
     const auto array_fits = [&](const In<float>& x) {
-      const int64_t width = half == Half::kNone ? 4 : 8;
-      return has_vectors(x, half, is_matrix ? matrix_along_time : along_time) && x.group % width == 0;
+      if (!is_matrix) return has_vectors(x, half, along_time);
+      return has_vectors(x, Half::kNone, matrix_along_time) && x.group % 4 == 0 && x.group <= kMaxStride;
     };
     const In<float>& tangent = arrays.tangents.*member;
     return array_fits(arrays.values.*member) &&

@@ -15,7 +15,7 @@ struct FastKernel {
   std::size_t shared_bytes = 0;
 };
 
-FastKernel<ForwardParams<float>> fast_forward(const ForwardParams<float>& p, bool dual);
-FastKernel<BackwardParams<float>> fast_backward(const BackwardParams<float>& p, bool dual);
+FastKernel<ForwardParams<float>> fast_kernel(const ForwardParams<float>& p, bool dual);
+FastKernel<BackwardParams<float>> fast_kernel(const BackwardParams<float>& p, bool dual);
 
 }  // namespace eaml::selective_scan

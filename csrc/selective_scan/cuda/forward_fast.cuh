@@ -12,9 +12,9 @@
 namespace eaml::selective_scan {
 namespace {
 
-template <class L, Half kHalf>
+template <class L>
 struct FastForward {
-  using Matrix = MatrixReader<L, kHalf, 1>;
+  using Matrix = MatrixReader<L, 1>;
   static constexpr std::size_t kBytes =
       (3 * L::kTile + 2 * Matrix::kTile + 3 * L::kVector) * L::kNumbers * sizeof(float);
 };
@@ -33,7 +33,7 @@ fast_forward_kernel(EAML_CONSTANT ForwardParams<float> p) {
   using S = typename L::S;
   using Vector = SequenceVector<S, kHalf, kVectorWidth<L, kHalf>>;
   using Grid = VectorGrid<L::kThreads, L::kChannels, kVectorWidth<L, kHalf>, kAlongTime>;
-  using Matrix = typename FastForward<L, kHalf>::Matrix;
+  using Matrix = typename FastForward<L>::Matrix;
   constexpr int kStates = L::kStates, kWidth = kVectorWidth<L, kHalf>, kEach = Grid::kEach;
   const Block<L, true> block(p.params, p.arrays, p.segments.count);
   const Grid grid{block.thread};
@@ -74,15 +74,16 @@ fast_forward_kernel(EAML_CONSTANT ForwardParams<float> p) {
 
   Vector next_u[kEach], next_delta[kEach];
   typename Matrix::Vectors next_B, next_C;
-  const auto prefetch = [&](int steps_of_chunk) {
-    EAML_UNROLL
-    for (int i = 0; i < kEach; ++i) {
-      if (!grid.has(i)) continue;
-      const int count = grid.count(i, steps_of_chunk);
-      u.load(next_u[i], i, count), delta.load(next_delta[i], i, count);
-    }
-    B_reader.load(next_B, steps_of_chunk), C_reader.load(next_C, steps_of_chunk);
-    u.advance(1), delta.advance(1), B_reader.advance(1), C_reader.advance(1);
+  const auto prefetch = [&](int chunk) {
+    with_step_count(block.steps(chunk), [&](auto count) {
+      EAML_UNROLL
+      for (int i = 0; i < kEach; ++i) {
+        if (!grid.has(i)) continue;
+        u.load(next_u[i], i, grid.count(i, count)), delta.load(next_delta[i], i, grid.count(i, count));
+      }
+      B_reader.load(next_B, count), C_reader.load(next_C, count);
+    });
+    u.advance(), delta.advance(), B_reader.advance(), C_reader.advance();
   };
   // y of an element, from its sum over the states.
   const auto result = [&](int t, int c, S D_c, S u_t, S z_t) {
@@ -123,11 +124,16 @@ fast_forward_kernel(EAML_CONSTANT ForwardParams<float> p) {
       put_sums<L>(sum, sums, start * L::kRow + block.channel, false);
     }
   };
-  if (begin < end) prefetch(block.steps(begin));
+  int64_t checkpoint = block.saved_at(block.row * (block.chunks() - 1) + begin - 1, 0);  // before the next chunk
+  if (begin < end) prefetch(begin);
   for (int chunk = begin; chunk < end; ++chunk) {
     const int count = block.steps(chunk);
-    if (p.out.checkpoints != nullptr && chunk > 0)
-      block.write_saved(p.out.checkpoints, p.out.checkpoint_tangents, block.row * (block.chunks() - 1) + chunk - 1, h);
+    if (p.out.checkpoints != nullptr && chunk > 0) {
+      EAML_UNROLL
+      for (int k = 0; k < kStates; ++k)
+        set_saved(p.out.checkpoints, p.out.checkpoint_tangents, checkpoint + k * p.params.dim, 0, h[k]);
+    }
+    checkpoint += p.params.dstate * p.params.dim;
     Vector this_u[kEach], this_z[kEach];
     EAML_UNROLL
     for (int i = 0; i < kEach; ++i) {
@@ -158,12 +164,14 @@ fast_forward_kernel(EAML_CONSTANT ForwardParams<float> p) {
     B_reader.stage(B, next_B), C_reader.stage(C, next_C);
     const std::uint32_t resets = block.resets(chunk, count);
     cuda::sync_block();
-    if (chunk + 1 < end) prefetch(block.steps(chunk + 1));
+    if (chunk + 1 < end) prefetch(chunk + 1);
     if constexpr (kGated) {  // z is needed after the recurrence only
-      EAML_UNROLL
-      for (int i = 0; i < kEach; ++i)
-        if (grid.has(i)) z.load(this_z[i], i, grid.count(i, count));
-      z.advance(1);
+      with_step_count(count, [&](auto steps) {
+        EAML_UNROLL
+        for (int i = 0; i < kEach; ++i)
+          if (grid.has(i)) z.load(this_z[i], i, grid.count(i, steps));
+      });
+      z.advance();
     }
     const auto recur_chunk = [&](auto shared) {
       if (resets == 0 && count == kSteps)
@@ -183,9 +191,9 @@ fast_forward_kernel(EAML_CONSTANT ForwardParams<float> p) {
       if constexpr (kGated) this_z[i].unpack(z_t);
       EAML_UNROLL
       for (int k = 0; k < kWidth; ++k) out[k] = result(grid.step(i, k), grid.row(i, k), D_t[k], u_t[k], z_t[k]);
-      y.store(i, out, grid.count(i, count));
+      with_step_count(count, [&](auto steps) { y.store(i, out, grid.count(i, steps)); });
     }
-    y.advance(1);
+    y.advance();
   }
 
   if (p.out.last_state.data && block.segment == block.segments - 1) write_last_state(block, p.out.last_state, h);

@@ -3,7 +3,7 @@
 
 namespace eaml::selective_scan {
 
-FastKernel<BackwardParams<float>> fast_backward(const BackwardParams<float>& p, bool dual) {
+FastKernel<BackwardParams<float>> fast_kernel(const BackwardParams<float>& p, bool dual) {
   using Fast = FastKernel<BackwardParams<float>>;
   const Half half = p.arrays.values.u.half;
   const bool along_time = p.arrays.values.u.inner == 1;
@@ -18,7 +18,7 @@ FastKernel<BackwardParams<float>> fast_backward(const BackwardParams<float>& p, 
       constexpr bool kAlongTime = decltype(time)::value;
       return Fast{p.params.gated ? fast_backward_kernel<L, kHalf, kAlongTime, true>
                                  : fast_backward_kernel<L, kHalf, kAlongTime, false>,
-                  FastBackward<L, kHalf>::kBytes};
+                  FastBackward<L>::kBytes};
     });
   });
 }

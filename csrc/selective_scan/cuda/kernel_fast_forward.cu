@@ -3,7 +3,7 @@
 
 namespace eaml::selective_scan {
 
-FastKernel<ForwardParams<float>> fast_forward(const ForwardParams<float>& p, bool dual) {
+FastKernel<ForwardParams<float>> fast_kernel(const ForwardParams<float>& p, bool dual) {
   using Fast = FastKernel<ForwardParams<float>>;
   const Half half = p.arrays.values.u.half;
   const bool along_time = p.arrays.values.u.inner == 1;
@@ -16,7 +16,7 @@ FastKernel<ForwardParams<float>> fast_forward(const ForwardParams<float>& p, boo
       constexpr bool kAlongTime = decltype(time)::value;
       return Fast{p.params.gated ? fast_forward_kernel<L, kHalf, kAlongTime, true>
                                  : fast_forward_kernel<L, kHalf, kAlongTime, false>,
-                  FastForward<L, kHalf>::kBytes};
+                  FastForward<L>::kBytes};
     });
   });
 }

@@ -60,6 +60,15 @@ const char* launch_carry(const P& p, void* stream) {
   return cuda::launch(carry_kernel<Z, kBackward>, (states + 255) / 256, 256, 0, stream, p.params, p.arrays, p.segments);
 }
 
+// The fast kernel of a call; empty if the states are not real floats.
+template <class Z, class P>
+FastKernel<P> find_fast_kernel(const P& p) {
+  if constexpr (std::is_same_v<Z, float> || std::is_same_v<Z, Dual<float>>)
+    return fast_kernel(p, kIsDual<Z>);
+  else
+    return {};
+}
+
 template <class Z>
 const char* launch_forward(const ForwardParams<vector_t<Z>>& p, void* stream) {
   return with_tiling<Z>(p.params.dstate, [&](auto tiling) {
@@ -75,10 +84,8 @@ const char* launch_forward(const ForwardParams<vector_t<Z>>& p, void* stream) {
       if (error == nullptr) error = launch_carry<Z, false>(p, stream);
       if (error != nullptr) return error;
     }
-    if constexpr (L::kRealFloat) {
-      if (const auto fast = fast_forward(p, kIsDual<Z>); fast.kernel != nullptr)
-        return cuda::launch(fast.kernel, blocks, L::kThreads, fast.shared_bytes, stream, p);
-    }
+    if (const auto fast = find_fast_kernel<Z>(p); fast.kernel != nullptr)
+      return cuda::launch(fast.kernel, blocks, L::kThreads, fast.shared_bytes, stream, p);
     return cuda::launch(kernel, blocks, L::kThreads, L::kForwardBytes, stream, p);
   });
 }
@@ -94,10 +101,8 @@ const char* launch_backward(const BackwardParams<vector_t<Z>>& p, void* stream) 
       if (error == nullptr) error = launch_carry<Z, true>(p, stream);
       if (error != nullptr) return error;
     }
-    if constexpr (L::kRealFloat) {
-      if (const auto fast = fast_backward(p, kIsDual<Z>); fast.kernel != nullptr)
-        return cuda::launch(fast.kernel, blocks, L::kThreads, fast.shared_bytes, stream, p);
-    }
+    if (const auto fast = find_fast_kernel<Z>(p); fast.kernel != nullptr)
+      return cuda::launch(fast.kernel, blocks, L::kThreads, fast.shared_bytes, stream, p);
     const bool invariant = p.params.B_invariant || p.params.C_invariant;
     const auto kernel = invariant ? backward_kernel<L, true> : backward_kernel<L, !L::kHasVaryingKernel>;
     return cuda::launch(kernel, blocks, L::kThreads, L::kBackwardBytes, stream, p);
