@@ -4,7 +4,7 @@ The other modules import these names from here, so that a new release of torch n
 """
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -114,6 +114,18 @@ def has_hooks(module: nn.Module) -> bool:
         or torch_module._global_backward_hooks
         or torch_module._global_backward_pre_hooks
     )
+
+
+def run_frame_eagerly(function: Callable[..., Any]) -> None:
+    """Keep torch.compile from tracing the frame of a function, and frames within, if it is the outermost one.
+
+    The function of ``allow_in_graph`` is such a frame where its caller is not traced. 2.13.0; where the names are
+    missing, nothing is done.
+    """
+    with contextlib.suppress(ImportError):
+        from torch._C._dynamo.eval_frame import _FrameAction, _FrameExecStrategy, set_code_exec_strategy
+
+        set_code_exec_strategy(function.__code__, _FrameExecStrategy(_FrameAction.SKIP, _FrameAction.SKIP))
 
 
 def is_compiler_error(error: BaseException) -> bool:

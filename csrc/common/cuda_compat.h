@@ -29,6 +29,24 @@ constexpr int kWarp = 32;
 
 // ---- host ----
 
+#if !defined(EAML_CUDA_EMULATOR)
+// An attribute of the current device; 0 if there is no device.
+inline int device_attribute(cudaDeviceAttr attribute) {
+  int device = 0, value = 0;
+  const bool known =
+      cudaGetDevice(&device) == cudaSuccess && cudaDeviceGetAttribute(&value, attribute, device) == cudaSuccess;
+  return known ? value : 0;
+}
+#endif
+// The largest shared memory of a block on the current device, in bytes.
+inline std::size_t max_shared_bytes() {
+#if defined(EAML_CUDA_EMULATOR)
+  return SIZE_MAX;
+#else
+  return static_cast<std::size_t>(device_attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin));
+#endif
+}
+
 // Enqueues a kernel on a stream; returns nullptr or an error message.
 template <class... Parameters, class... Arguments>
 const char* launch(void (*kernel)(Parameters...), std::int64_t blocks, int threads, std::size_t shared_bytes,
@@ -40,8 +58,10 @@ const char* launch(void (*kernel)(Parameters...), std::int64_t blocks, int threa
 #else
   constexpr std::size_t kDefaultSharedBytes = 48 << 10;
   cudaError_t error = cudaSuccess;
+  // Always the device's maximum, because other threads may launch the kernel with another size.
   if (shared_bytes > kDefaultSharedBytes)
-    error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared_bytes));
+    error =
+        cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(max_shared_bytes()));
   cudaLaunchConfig_t config{};
   config.gridDim = dim3(static_cast<unsigned>(blocks)), config.blockDim = dim3(threads);
   config.dynamicSmemBytes = shared_bytes, config.stream = static_cast<cudaStream_t>(stream);
@@ -52,15 +72,6 @@ const char* launch(void (*kernel)(Parameters...), std::int64_t blocks, int threa
 #endif
 }
 
-#if !defined(EAML_CUDA_EMULATOR)
-// An attribute of the current device; 0 if there is no device.
-inline int device_attribute(cudaDeviceAttr attribute) {
-  int device = 0, value = 0;
-  const bool known =
-      cudaGetDevice(&device) == cudaSuccess && cudaDeviceGetAttribute(&value, attribute, device) == cudaSuccess;
-  return known ? value : 0;
-}
-#endif
 // The ratio of the current device's throughput in single precision to that in double precision. On the emulator it is
 // huge, so that tests reach the kernels that avoid double precision.
 inline int singles_to_a_double() {
@@ -157,12 +168,14 @@ EAML_DEVICE void store_row(T* to, const T (&from)[K]) {
   std::uint32_t words[sizeof from / 4];
   memcpy(words, from, sizeof from);
   if constexpr (sizeof from == 8) {
-    asm volatile("st.global.v2.b32 [%0], {%1, %2};" ::"l"(to), "r"(words[0]), "r"(words[1]) : "memory");
+    asm volatile("st.global.v2.b32 [%0], {%1, %2};" ::"l"(__cvta_generic_to_global(to)), "r"(words[0]), "r"(words[1])
+                 : "memory");
   } else {
     static_assert(sizeof from % 16 == 0);
     EAML_UNROLL
     for (int i = 0; i < int(sizeof from / 16); ++i)
-      asm volatile("st.global.v4.b32 [%0], {%1, %2, %3, %4};" ::"l"(reinterpret_cast<char*>(to) + 16 * i),
+      asm volatile("st.global.v4.b32 [%0], {%1, %2, %3, %4};" ::"l"(
+                       __cvta_generic_to_global(reinterpret_cast<char*>(to) + 16 * i)),
                    "r"(words[4 * i]), "r"(words[4 * i + 1]), "r"(words[4 * i + 2]), "r"(words[4 * i + 3])
                    : "memory");
   }
@@ -207,7 +220,7 @@ EAML_DEVICE std::uint32_t narrow_pair(float low, float high) {
 #endif
 }
 
-// a b in 64 bits, one instruction.
+// Returns the 64-bit product by one instruction.
 EAML_DEVICE std::int64_t multiply_wide(int a, int b) {
 #if defined(__CUDA_ARCH__)
   std::int64_t out;
@@ -217,7 +230,7 @@ EAML_DEVICE std::int64_t multiply_wide(int a, int b) {
   return std::int64_t{a} * b;
 #endif
 }
-// x; the compiler computes nothing that depends on it ahead of time, in a register that a loop would keep.
+// Returns x, and keeps the compiler from hoisting values derived from it, which would occupy registers.
 EAML_DEVICE int recomputed(int x) {
 #if defined(__CUDA_ARCH__)
   asm volatile("" : "+r"(x));

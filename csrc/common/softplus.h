@@ -6,9 +6,19 @@
 
 namespace eaml {
 
-// log(1 + v) for v in [0, 1], with relative accuracy also where v is tiny.
+// a b + c. On CUDA the fused operation is explicit, so that all kernels compute the same bits.
+template <class V>
+EAML_INLINE V fused(V a, V b, V c) {
+#if defined(__CUDACC__) || defined(EAML_CUDA_EMULATOR)
+  return std::fma(a, b, c);
+#else
+  return a * b + c;
+#endif
+}
+
+// log(1 + v) + c for v in [0, 1], with relative accuracy also where c is 0 and v is tiny.
 template <int K, class V>
-EAML_INLINE void log1p_unit(const V (&v)[K], V (&out)[K]) {
+EAML_INLINE void add_log1p(const V (&v)[K], const V (&c)[K], V (&out)[K]) {
   V p[K];
   if constexpr (sizeof(element_t<V>) == 4) {
     // log(1 + v) / v, minimax: a division would cost more than this polynomial.
@@ -22,7 +32,7 @@ EAML_INLINE void log1p_unit(const V (&v)[K], V (&out)[K]) {
       for (int k = 0; k < K; ++k) p[k] = p[k] * v[k] + polynomial[i];
     }
     EAML_UNROLL
-    for (int k = 0; k < K; ++k) out[k] = p[k] * v[k];
+    for (int k = 0; k < K; ++k) out[k] = fused(p[k], v[k], c[k]);
   } else {
     V s[K], q[K];
     EAML_UNROLL
@@ -33,7 +43,7 @@ EAML_INLINE void log1p_unit(const V (&v)[K], V (&out)[K]) {
       for (int k = 0; k < K; ++k) p[k] = p[k] * q[k] + 2.0 / (37 - 2 * i);
     }
     EAML_UNROLL
-    for (int k = 0; k < K; ++k) out[k] = p[k] * s[k];
+    for (int k = 0; k < K; ++k) out[k] = fused(p[k], s[k], c[k]);
   }
 }
 
@@ -60,15 +70,17 @@ struct Softplus {
 template <int K, class V>
 EAML_INLINE void softplus(const V (&x)[K], Softplus<V> (&out)[K]) {
   using T = element_t<V>;
-  V t[K], e[K], log[K];
+  V t[K], e[K], positive[K], value[K];
   EAML_UNROLL
   for (int k = 0; k < K; ++k) t[k] = (x[k] < V{} ? x[k] : -x[k]) * T(kLog2e);
   exp2_(t, e);
-  log1p_unit(e, log);
+  EAML_UNROLL
+  for (int k = 0; k < K; ++k) positive[k] = x[k] > V{} ? x[k] : V{};
+  add_log1p(e, positive, value);
   EAML_UNROLL
   for (int k = 0; k < K; ++k) {
     const V part = reciprocal(T(1) + e[k]);
-    out[k].value = (x[k] > V{} ? x[k] : V{}) + log[k];  // log is NaN if x is
+    out[k].value = value[k];  // NaN if x is, by the logarithm
     out[k].slope = x[k] > V{} ? part : e[k] * part;
   }
 }

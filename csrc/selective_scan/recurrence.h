@@ -40,7 +40,7 @@ EAML_INLINE void decay(V dt, const V (&)[K], const Rate<V> (&rate)[K], V (&a)[K]
   for (int n = 0; n < K; ++n) t[n] = dt * rate[n].log2;
   exp2_(t, a);
 }
-// a for states that share the value `shared` of exp(dt A).
+// Sets all a to `shared`, the exp(dt A) that the states have in common.
 template <int K, class V>
 EAML_INLINE void share_decay(V shared, V, const V (&)[K], V (&a)[K]) {
   EAML_UNROLL
@@ -65,7 +65,7 @@ EAML_INLINE void decay(Dual<V> dt, const Dual<V> (&A)[K], const Rate<Dual<V>> (&
   for (int n = 0; n < K; ++n) a[n] = with_log_tangent(values[n], dt, A[n]);
 }
 
-// The same without rates, for a step size that is also given as dt log2(e).
+// a = exp(dt A) for a step size that is also given as dt log2(e).
 template <int K, class S>
 EAML_INLINE void decay(S dt, vector_t<S> dt_log2, const S (&A)[K], S (&a)[K]) {
   vector_t<S> t[K], values[K];
@@ -136,7 +136,7 @@ EAML_INLINE S add_product(S sum, const Z& h, const M& C) {
 }
 
 #if defined(__CUDACC__) || defined(EAML_CUDA_EMULATOR)
-// Fused operations are explicit, so that all CUDA kernels compute the same bits, also as the values of duals.
+// Fused operations are explicit, so that all CUDA kernels compute the same bits, also as the values of real duals.
 EAML_INLINE float advance(float a, float h_prev, float x, float B) {
   return std::fma(a, h_prev, x * B);
 }
@@ -148,11 +148,22 @@ EAML_INLINE Dual<V> advance(const Dual<V>& a, const Dual<V>& h_prev, const Dual<
   const V tangent = a.value * h_prev.tangent + a.tangent * (a.value * h_prev.value);
   return {advance(a.value, h_prev.value, x.value, B.value), tangent + x.value * B.tangent + x.tangent * B.value};
 }
+template <class V>
+  requires std::is_floating_point_v<V>
+EAML_INLINE Complex<V> advance(const Complex<V>& a, const Complex<V>& h_prev, V x, const Complex<V>& B) {
+  return {std::fma(a.re, h_prev.re, std::fma(-a.im, h_prev.im, x * B.re)),
+          std::fma(a.re, h_prev.im, std::fma(a.im, h_prev.re, x * B.im))};
+}
 EAML_INLINE float add_product(float sum, float h, float C) {
   return std::fma(h, C, sum);
 }
 EAML_INLINE double add_product(double sum, double h, double C) {
   return std::fma(h, C, sum);
+}
+template <class V>
+  requires std::is_floating_point_v<V>
+EAML_INLINE V add_product(V sum, const Complex<V>& h, const Complex<V>& C) {
+  return std::fma(h.re, C.re, std::fma(-h.im, C.im, sum));
 }
 template <class V>
 EAML_INLINE Dual<V> add_product(const Dual<V>& sum, const Dual<V>& h, const Dual<V>& C) {

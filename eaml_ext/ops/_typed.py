@@ -5,6 +5,8 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 
+from eaml_ext._torch_compat import run_frame_eagerly
+
 T = TypeVar("T", bound=Callable[..., Any])
 
 if TYPE_CHECKING:
@@ -18,5 +20,9 @@ if TYPE_CHECKING:
     def register_fake(name: str) -> Callable[[T], T]: ...
 else:
     Function = torch.autograd.Function
-    allow_in_graph = torch.compiler.allow_in_graph
+
+    def allow_in_graph(function):
+        run_frame_eagerly(function)
+        return torch.compiler.allow_in_graph(function)
+
     register_fake = torch.library.register_fake

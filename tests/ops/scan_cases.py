@@ -10,7 +10,7 @@ from op_calls import Build, Call, outputs
 from torch import Tensor
 
 from eaml_ext.ops import selective_scan, selective_scan_reference, selective_scan_step
-from eaml_ext.ops.selective_scan import ARGUMENTS
+from eaml_ext.ops.selective_scan import ARGUMENTS, ScanOptions
 
 ops = torch.ops.eaml_ext
 OPTIONAL = ("D", "z", "delta_bias", "initial_state", "reset")
@@ -112,7 +112,7 @@ def raw_calls(call: Call) -> list[tuple[Any, tuple[Any, ...]]]:
     """Return the four raw ops with the arguments that this call gives them."""
     x = [call.tensors.get(name) for name in ARGUMENTS]
     reset, softplus = call.tensors.get("reset"), call.options["delta_softplus"]
-    options = (reset, softplus, call.tensors["B"].dim() == 2, call.tensors["C"].dim() == 2)
+    options = ScanOptions(reset, softplus, call.tensors["B"].dim() == 2, call.tensors["C"].dim() == 2, False)
     y, last, saved = ops.selective_scan(*x, *options, True)
     along = [None if v is None else torch.randn_like(v) for v in x]
     along[-1] = None

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from scan_bits import SCANS, check_parts_and_steps, check_rows, make_arguments
 from torch import Tensor
 
 from eaml_ext.ops import selective_scan, selective_scan_step
@@ -71,6 +72,16 @@ def check(x: list[Tensor], tolerance: float, **others: Any) -> None:
     want = gradients([exact(v) for v in x], **{n: exact(v) for n, v in others.items()})
     for a, b in zip(got, want, strict=True):
         assert (exact(a) - b).abs().max() <= tolerance * b.abs().max()
+
+
+@pytest.mark.parametrize("size", SCANS, ids=str)
+def test_split_invariant_scan_equals_its_parts_and_steps_on_a_gpu(size):
+    check_parts_and_steps(make_arguments(*size, "cuda"))
+
+
+@pytest.mark.parametrize("size", SCANS, ids=str)
+def test_row_bits_do_not_depend_on_the_batch_on_a_gpu(size):
+    check_rows(make_arguments(*size, "cuda"))
 
 
 @pytest.mark.parametrize("kind", ["real", "complex"])

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 
-from eaml_ext.ops import knn, selective_scan, selective_scan_step
+from eaml_ext.ops import knn, selective_scan, selective_scan_step, split_invariant
 
 ops = torch.ops.eaml_ext
 
@@ -57,6 +57,23 @@ def with_gradients(function: Callable[..., tuple[Tensor, ...]], x: list[Tensor])
 
 
 # ---- the compiler ------------------------------------------------------------------------------------------------
+
+
+def test_compile_scan_itself_or_within_a_context_runs():
+    """Frames that Dynamo does not trace call the op with nothing between."""
+    u, delta = torch.randn(1, 4, 10), torch.rand(1, 4, 10)
+    A, B, C = -torch.rand(4, 3), torch.randn(1, 3, 10), torch.randn(1, 3, 10)
+
+    def within(*args: Tensor) -> Tensor:
+        with split_invariant():
+            return selective_scan(*args)
+
+    with pytest.raises(torch._dynamo.exc.Unsupported, match="outside of the compiled function"):
+        torch.compile(within, fullgraph=True, backend="aot_eager")(u, delta, A, B, C)
+    torch._dynamo.reset()
+    want = selective_scan(u, delta, A, B, C)
+    for function in (selective_scan, within):
+        assert torch.equal(torch.compile(function, backend="aot_eager")(u, delta, A, B, C), want)
 
 
 @pytest.mark.parametrize("function, arguments, dynamic, sizes", FUNCTIONS)

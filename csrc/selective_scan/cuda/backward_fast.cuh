@@ -27,15 +27,15 @@ struct FastBackward {
 };
 
 // Sums the terms of B and C of one step over the channels of a warp, which differ in the bits of the thread from kFrom
-// on. At each exchange a thread keeps half of its kKept states and gives the others; if one is left, it keeps B or C.
-// While there are more than kChosen states, these are the first half, because the order of a thread's states depends on
-// its bit. Returns the number of the first state that the thread keeps.
-template <int kFrom, int kKept, int kChosen, int kStates>
+// on. At each exchange a thread keeps half of its kKept states; with one state left, it keeps the term of B or of C.
+// While kKept > kSelected, the thread keeps the first half of its states, whose order depends on its bit. Else it
+// selects the half by its bit. Returns the number of the first state that the thread keeps.
+template <int kFrom, int kKept, int kSelected, int kStates>
 EAML_DEVICE int sum_over_channels(float (&B)[kStates], float (&C)[kStates]) {
   if constexpr (kFrom == cuda::kWarp) {
     return 0;
   } else if constexpr (kKept > 1) {
-    const bool upper = kKept <= kChosen && (cuda::thread() & kFrom);
+    const bool upper = kKept <= kSelected && (cuda::thread() & kFrom);
     const auto exchange = [&](float (&x)[kStates]) {
       EAML_UNROLL
       for (int k = 0; k < kKept / 2; ++k) {
@@ -44,13 +44,38 @@ EAML_DEVICE int sum_over_channels(float (&B)[kStates], float (&C)[kStates]) {
       }
     };
     exchange(B), exchange(C);
-    return (upper ? kKept / 2 : 0) + sum_over_channels<2 * kFrom, kKept / 2, kChosen>(B, C);
+    return (upper ? kKept / 2 : 0) + sum_over_channels<2 * kFrom, kKept / 2, kSelected>(B, C);
   } else {
     static_assert(2 * kFrom == cuda::kWarp);
     const bool upper = cuda::thread() & kFrom;
     const float given = upper ? B[0] : C[0], kept = upper ? C[0] : B[0];
     B[0] = C[0] = kept + cuda::shuffle_xor(given, kFrom);
     return 0;
+  }
+}
+
+// Reads the states before a chunk: checkpoints or, for the first chunk, initial states.
+template <class L>
+EAML_DEVICE void read_states_before(typename L::S (&h)[L::kStates], const Block<L, true>& block,
+                                    const BackwardParams<float>& p, int chunk) {
+  const auto read_numbers = [&](float (&to)[L::kStates], const float* checkpoints, const In<float>& initial_state) {
+    const bool first = chunk == 0;
+    const int64_t stride = first ? initial_state.inner : p.params.dim;
+    const int64_t at = first ? block.row * initial_state.outer + (block.first + block.channel) * initial_state.channel +
+                                   block.lane * L::kStates * stride
+                             : block.saved_at(block.row * (block.chunks() - 1) + chunk - 1, block.permutation);
+    const float* const from = first ? initial_state.data : checkpoints;
+    EAML_UNROLL
+    for (int k = 0; k < L::kStates; ++k) to[k] = from == nullptr ? 0.0f : from[at + (k ^ block.permutation) * stride];
+  };
+  if constexpr (L::kNumbers == 2) {
+    float values[L::kStates], tangents[L::kStates];
+    read_numbers(values, p.out.checkpoints, p.arrays.values.initial_state);
+    read_numbers(tangents, p.out.checkpoint_tangents, p.arrays.tangents.initial_state);
+    EAML_UNROLL
+    for (int k = 0; k < L::kStates; ++k) h[k] = {values[k], tangents[k]};
+  } else {
+    read_numbers(h, p.out.checkpoints, p.arrays.values.initial_state);
   }
 }
 
@@ -136,32 +161,6 @@ fast_backward_kernel(EAML_CONSTANT BackwardParams<float> p) {
     return out;
   };
 
-  // The states before a chunk: checkpoints or initial states.
-  const auto read_start = [&](S(&h)[kStates], int chunk) {
-    const auto read_numbers = [&](float (&to)[kStates], const float* checkpoints, const In<float>& initial_state) {
-      const bool first = chunk == 0;
-      const int64_t stride = first ? initial_state.inner : p.params.dim;
-      const int64_t at = first
-                             ? block.row * initial_state.outer + (block.first + block.channel) * initial_state.channel +
-                                   block.lane * kStates * stride
-                             : block.saved_at(block.row * (block.chunks() - 1) + chunk - 1, block.permutation);
-      const float* const from = first ? initial_state.data : checkpoints;
-      EAML_UNROLL
-      for (int k = 0; k < kStates; ++k) to[k] = from == nullptr ? 0.0f : from[at + (k ^ block.permutation) * stride];
-    };
-    float values[kStates];
-    read_numbers(values, p.out.checkpoints, p.arrays.values.initial_state);
-    if constexpr (kIsDual<S>) {
-      float tangents[kStates];
-      read_numbers(tangents, p.out.checkpoint_tangents, p.arrays.tangents.initial_state);
-      EAML_UNROLL
-      for (int k = 0; k < kStates; ++k) h[k] = {values[k], tangents[k]};
-    } else {
-      EAML_UNROLL
-      for (int k = 0; k < kStates; ++k) h[k] = values[k];
-    }
-  };
-
   // The states of the chunk and the sums of its steps, which replace the numbers in the slots. The chunk has kSteps
   // steps without a reset, or `count` of them.
   const auto recur = [&](auto whole, auto shared, int chunk, std::uint32_t resets, int count) {
@@ -182,7 +181,7 @@ fast_backward_kernel(EAML_CONSTANT BackwardParams<float> p) {
     const int row = copy * L::kPadded + block.lane * kStates;
     constexpr int kTermTiles = Layout::kTermSteps / kStepsPerTile;
     S h[kStates];
-    read_start(h, chunk);
+    read_states_before(h, block, p, chunk);
 
     // Forward from the start of the chunk to the start of its last tile.
     EAML_UNROLL_BY(1)
@@ -253,8 +252,8 @@ fast_backward_kernel(EAML_CONSTANT BackwardParams<float> p) {
             sum_A[k] = sum_A[k] + output(g.dt_A * numbers[0]);
             terms_B[k] = output(g.B), terms_C[k] = output(numbers[2] * h_t);
           }
-          constexpr int kChosen = kStates / Layout::kCopies;
-          const int first_state = sum_over_channels<L::kLanes, kStates, kChosen>(terms_B, terms_C);
+          constexpr int kSelected = kStates / Layout::kCopies;
+          const int first_state = sum_over_channels<L::kLanes, kStates, kSelected>(terms_B, terms_C);
           const int at = (first_terms + i) * 2 * L::kPadded + static_cast<int>(block.state(first_state));
           if constexpr (Layout::kWarpChannels > kStates) {
             terms.set(at + (block.thread & cuda::kWarp / 2 ? L::kPadded : 0), terms_B[0]);
@@ -314,13 +313,10 @@ fast_backward_kernel(EAML_CONSTANT BackwardParams<float> p) {
       const auto grad_y = reader(&Inputs<float>::grad_y), z = reader(kGated ? &Inputs<float>::z : &Inputs<float>::u);
       EAML_UNROLL_BY(1)
       for (int i = 0; i < kEach; ++i) {
-        if (!grid.has(i)) continue;
+        if (!grid.has(i, count)) continue;
         Vector vectors[4];
-        with_step_count(count, [&](auto steps) {
-          const auto numbers = grid.count(i, steps);
-          u.load(vectors[0], i, numbers), delta.load(vectors[1], i, numbers), grad_y.load(vectors[2], i, numbers);
-          if constexpr (kGated) z.load(vectors[3], i, numbers);
-        });
+        u.load(vectors[0], i), delta.load(vectors[1], i), grad_y.load(vectors[2], i);
+        if constexpr (kGated) z.load(vectors[3], i);
         S u_t[kWidth], delta_t[kWidth], grad_y_t[kWidth], z_t[kWidth] = {};
         vectors[0].unpack(u_t), vectors[1].unpack(delta_t), vectors[2].unpack(grad_y_t);
         if constexpr (kGated) vectors[3].unpack(z_t);
@@ -345,7 +341,7 @@ fast_backward_kernel(EAML_CONSTANT BackwardParams<float> p) {
     typename Matrix::Vectors next_B, next_C;
     const Matrix B_reader(block, p.arrays, &Inputs<float>::B, chunk),
         C_reader(block, p.arrays, &Inputs<float>::C, chunk);
-    with_step_count(count, [&](auto steps) { B_reader.load(next_B, steps), C_reader.load(next_C, steps); });
+    B_reader.load(next_B, count), C_reader.load(next_C, count);
     each_vector([&](int i, const Numbers& u_t, const Steps& dt, const Numbers& grad_y_t, const Numbers& z_t) {
       S A_t[kWidth] = {};
       if (shared_decay) shared_A.get(A_t, grid, i);
@@ -353,7 +349,7 @@ fast_backward_kernel(EAML_CONSTANT BackwardParams<float> p) {
       for (int k = 0; k < kWidth; ++k)
         stage(slot_of_element(i, k), u_t[k], dt[k].value, grad_y_t[k], z_t[k], value_of(A_t[k]));
     });
-    B_reader.stage(B, next_B), C_reader.stage(C, next_C);
+    B_reader.stage(B, next_B, count), C_reader.stage(C, next_C, count);
     const std::uint32_t resets = block.resets(chunk, count);
     cuda::sync_block();
     const auto recur_chunk = [&](auto shared) {
@@ -377,11 +373,8 @@ fast_backward_kernel(EAML_CONSTANT BackwardParams<float> p) {
       };
       const auto grad_u = writer(p.out.u), grad_delta = writer(p.out.delta),
                  grad_z = writer(kGated ? p.out.z : p.out.u);
-      with_step_count(count, [&](auto steps) {
-        const auto numbers = grid.count(i, steps);
-        grad_u.store(i, out_u, numbers), grad_delta.store(i, out_delta, numbers);
-        if constexpr (kGated) grad_z.store(i, out_z, numbers);
-      });
+      grad_u.store(i, out_u), grad_delta.store(i, out_delta);
+      if constexpr (kGated) grad_z.store(i, out_z);
     });
     cuda::sync_block();
     float total[2];

@@ -8,27 +8,6 @@
 namespace eaml::selective_scan {
 namespace {
 
-// The number of steps of a chunk is an int or, if all its vectors are whole, WholeChunk. The count of a vector's
-// numbers in the chunk then is WholeVector.
-struct WholeChunk {};
-struct WholeVector {};
-template <class F>
-EAML_DEVICE void with_step_count(int steps, F f) {
-  if (steps == kSteps)
-    f(WholeChunk());
-  else
-    f(steps);
-}
-// The numbers of a vector of kWidth from step `t` on that are in a chunk of `steps` steps.
-template <int kWidth>
-EAML_DEVICE int numbers_left(bool along_time, int steps, int t) {
-  return along_time ? steps - t : steps > t ? kWidth : 0;
-}
-template <int kWidth>
-EAML_DEVICE WholeVector numbers_left(bool, WholeChunk, int) {
-  return {};
-}
-
 // The numbers of a vector: 16 bytes, or 8 bytes of half precision in kernels that have few registers left.
 template <class L, Half kHalf>
 constexpr int kVectorWidth = kHalf == Half::kNone || L::kNumbers == 2 || L::kLanes > 4 ? 4 : 8;
@@ -38,29 +17,8 @@ struct PackedVector {
   static constexpr int kWords = kWidth / (kHalf == Half::kNone ? 1 : 2);
   std::uint32_t words[kWords];
 
-  using Number = std::conditional_t<kHalf == Half::kNone, std::uint32_t, std::uint16_t>;
-
   EAML_MEMBER void load(const char* from) { cuda::load_row(words, reinterpret_cast<const std::uint32_t*>(from)); }
   EAML_MEMBER void store(char* to) const { cuda::store_row(reinterpret_cast<std::uint32_t*>(to), words); }
-  // Loads or stores the first `count` numbers, one by one; a load sets the others to zero.
-  EAML_MEMBER void load(const char* from, int count) {
-    EAML_UNROLL
-    for (int i = 0; i < kWords; ++i) words[i] = 0;
-    EAML_UNROLL
-    for (int k = 0; k < kWidth; ++k) {
-      const int bits = 8 * sizeof(Number), shift = bits * k % 32;
-      if (k < count) words[bits * k / 32] |= std::uint32_t{reinterpret_cast<const Number*>(from)[k]} << shift;
-    }
-  }
-  EAML_MEMBER void store(char* to, int count) const {
-    EAML_UNROLL
-    for (int k = 0; k < kWidth; ++k) {
-      const int bits = 8 * sizeof(Number), shift = bits * k % 32;
-      if (k < count) reinterpret_cast<Number*>(to)[k] = static_cast<Number>(words[bits * k / 32] >> shift);
-    }
-  }
-  EAML_MEMBER void load(const char* from, WholeVector) { load(from); }
-  EAML_MEMBER void store(char* to, WholeVector) const { store(to); }
 
   EAML_MEMBER void unpack(float (&to)[kWidth]) const {
     EAML_UNROLL
@@ -96,7 +54,9 @@ struct VectorGrid {
   static_assert(kAlongTime ? kSteps % kWidth == 0 : kRows % kWidth == 0);
   int thread;
 
-  EAML_MEMBER bool has(int i) const { return kWhole || thread + i * kThreads < kCount; }
+  // Whether vector i exists and is in a chunk of `steps` steps. Vectors along time are whole, because the length is a
+  // multiple of their width.
+  EAML_MEMBER bool has(int i, int steps) const { return (kWhole || thread + i * kThreads < kCount) && step(i) < steps; }
   EAML_MEMBER int step(int i) const {
     const int v = thread + i * kThreads;
     return kAlongTime ? v % (kSteps / kWidth) * kWidth : v / (kRows / kWidth);
@@ -104,11 +64,6 @@ struct VectorGrid {
   EAML_MEMBER int row(int i) const {
     const int v = thread + i * kThreads;
     return kAlongTime ? v / (kSteps / kWidth) : v % (kRows / kWidth) * kWidth;
-  }
-  // The numbers of vector i that are in a chunk of `steps` steps.
-  template <class Steps>
-  EAML_MEMBER auto count(int i, Steps steps) const {
-    return numbers_left<kWidth>(kAlongTime, steps, step(i));
   }
   // The step and the row of element k of vector i.
   EAML_MEMBER int step(int i, int k) const { return step(i) + (kAlongTime ? k : 0); }
@@ -158,11 +113,11 @@ struct VectorStream {
     return at + (times_stride(i * Grid::kRowsApart, array.channel) + times_stride(i * Grid::kStepsApart, array.inner)) *
                     kBytesOf<kHalf>;
   }
-  template <int kWidth, class Count>
-  EAML_MEMBER void store(int i, const float (&from)[kWidth], Count count) const {
+  template <int kWidth>
+  EAML_MEMBER void store(int i, const float (&from)[kWidth]) const {
     PackedVector<kHalf, kWidth> packed;
     packed.pack(from);
-    packed.store(const_cast<char*>(vector(i)), count);
+    packed.store(const_cast<char*>(vector(i)));
   }
   EAML_MEMBER void advance() { at += times_stride(kSteps, array.inner) * kBytesOf<kHalf>; }
 };
@@ -176,9 +131,9 @@ struct SequenceReader {
   EAML_MEMBER SequenceReader(const Grid& grid, const Arrays<float>& arrays, In<float> Inputs<float>::* member, int row,
                              int first_channel, int chunk)
       : value(grid, arrays.values.*member, row, first_channel, chunk) {}
-  template <int kWidth, class Count>
-  EAML_MEMBER void load(SequenceVector<S, kHalf, kWidth>& to, int i, Count count) const {
-    to.parts[0].load(value.vector(i), count);
+  template <int kWidth>
+  EAML_MEMBER void load(SequenceVector<S, kHalf, kWidth>& to, int i) const {
+    to.parts[0].load(value.vector(i));
   }
   EAML_MEMBER void advance() { value.advance(); }
 };
@@ -191,11 +146,11 @@ struct SequenceReader<Grid, Dual<float>, kHalf> {
                              int first_channel, int chunk)
       : value(grid, arrays.values.*member, row, first_channel, chunk),
         tangent(grid, arrays.tangents.*member, row, first_channel, chunk) {}
-  template <int kWidth, class Count>
-  EAML_MEMBER void load(SequenceVector<Dual<float>, kHalf, kWidth>& to, int i, Count count) const {
-    to.parts[0].load(value.vector(i), count);
+  template <int kWidth>
+  EAML_MEMBER void load(SequenceVector<Dual<float>, kHalf, kWidth>& to, int i) const {
+    to.parts[0].load(value.vector(i));
     to.parts[1] = {};
-    if (tangent.array.data != nullptr) to.parts[1].load(tangent.vector(i), count);
+    if (tangent.array.data != nullptr) to.parts[1].load(tangent.vector(i));
   }
   EAML_MEMBER void advance() { value.advance(), tangent.advance(); }
 };
@@ -261,12 +216,13 @@ struct MatrixReader {
     at = start(arrays.values.*member);
     if constexpr (kIsDual<S>) tangent_at = start(arrays.tangents.*member);
   }
-  EAML_MEMBER static bool has(int i, int thread) {
-    return kCount % L::kThreads == 0 || thread + i * L::kThreads < kCount;
+  EAML_MEMBER int step(int i) const { return t + (along_time ? 0 : i * (L::kThreads / kStateGroups)); }
+  // As VectorGrid::has.
+  EAML_MEMBER bool has(int i, int steps) const {
+    return (kCount % L::kThreads == 0 || thread + i * L::kThreads < kCount) && step(i) < steps;
   }
-  // The vectors of a chunk of `steps` steps.
-  template <class Steps>
-  EAML_MEMBER void load(Vectors& to, Steps steps) const {
+  // Loads the vectors of a chunk of `steps` steps.
+  EAML_MEMBER void load(Vectors& to, int steps) const {
     const auto apart = [&](const In<float>& x) {
       return (along_time ? times_stride(L::kThreads / kTimeGroups, x.channel)
                          : times_stride(L::kThreads / kStateGroups, x.inner)) *
@@ -274,14 +230,12 @@ struct MatrixReader {
     };
     EAML_UNROLL
     for (int i = 0; i < kEach; ++i) {
-      if (!has(i, thread)) continue;
-      const int step = t + (along_time ? 0 : i * (L::kThreads / kStateGroups));
-      const auto count = numbers_left<kWidth>(along_time, steps, step);
-      to[i].parts[0].load(at + i * apart(arrays.values.*member), count);
+      if (!has(i, steps)) continue;
+      to[i].parts[0].load(at + i * apart(arrays.values.*member));
       if constexpr (kIsDual<S>) {
         const In<float>& tangent = arrays.tangents.*member;
         to[i].parts[1] = {};
-        if (tangent.data != nullptr) to[i].parts[1].load(tangent_at + i * apart(tangent), count);
+        if (tangent.data != nullptr) to[i].parts[1].load(tangent_at + i * apart(tangent));
       }
     }
   }
@@ -294,10 +248,10 @@ struct MatrixReader {
     EAML_UNROLL
     for (int q = 0; q < kCopies; ++q) tile.set(step * kRow + q * L::kPadded + (state ^ q * kPermutation), x);
   }
-  EAML_MEMBER void stage(const Tile<S, kTile>& tile, const Vectors& from) const {
+  EAML_MEMBER void stage(const Tile<S, kTile>& tile, const Vectors& from, int steps) const {
     EAML_UNROLL
     for (int i = 0; i < kEach; ++i) {
-      if (!has(i, thread)) continue;
+      if (!has(i, steps)) continue;
       S x[kWidth];
       from[i].unpack(x);
       if (along_time) {
@@ -305,7 +259,7 @@ struct MatrixReader {
         EAML_UNROLL
         for (int k = 0; k < kWidth; ++k) set(tile, t + k, state, x[k]);
       } else {
-        const int to = (t + i * (L::kThreads / kStateGroups)) * kRow + n;
+        const int to = step(i) * kRow + n;
         EAML_UNROLL
         for (int k = 0; k < kWidth; k += 4) {
           EAML_UNROLL
@@ -323,13 +277,14 @@ struct MatrixReader {
 
 constexpr int64_t kMaxStride = INT32_MAX;
 
-// Whether an array can be read in vectors of 16 bytes along the given dimension, with strides that fit an int.
+// Whether an array can be read in whole vectors of 16 bytes along the given dimension, with strides that fit an int.
 template <class Array>
-bool has_vectors(const Array& x, Half half, bool along_time) {
+bool has_vectors(const ScanParams& s, const Array& x, Half half, bool along_time) {
   const int64_t width = half == Half::kNone ? 4 : 8;
   const int64_t contiguous = along_time ? x.inner : x.channel, other = along_time ? x.channel : x.inner;
-  return x.half == half && contiguous == 1 && other % width == 0 && x.outer % width == 0 && other <= kMaxStride &&
-         x.outer <= kMaxStride && reinterpret_cast<std::uintptr_t>(x.data) % 16 == 0;
+  const auto fits = [&](int64_t stride) { return stride % width == 0 && stride <= kMaxStride; };
+  return x.half == half && contiguous == 1 && fits(other) && (s.batch == 1 || fits(x.outer)) &&
+         (!along_time || s.length % width == 0) && reinterpret_cast<std::uintptr_t>(x.data) % 16 == 0;
 }
 
 // Whether the fast kernels can read the inputs of a call: whole blocks of channels, no padding states, vectors.
@@ -341,8 +296,8 @@ bool has_fast_inputs(const ScanParams& s, const Arrays<float>& arrays, bool back
   const bool along_time = arrays.values.u.inner == 1, matrix_along_time = arrays.values.B.inner == 1;
   const auto fits = [&](In<float> Inputs<float>::* member, bool is_matrix) {
     const auto array_fits = [&](const In<float>& x) {
-      if (!is_matrix) return has_vectors(x, half, along_time);
-      return has_vectors(x, Half::kNone, matrix_along_time) && x.group % 4 == 0 && x.group <= kMaxStride;
+      if (!is_matrix) return has_vectors(s, x, half, along_time);
+      return has_vectors(s, x, Half::kNone, matrix_along_time) && x.group % 4 == 0 && x.group <= kMaxStride;
     };
     const In<float>& tangent = arrays.tangents.*member;
     return array_fits(arrays.values.*member) &&
@@ -362,12 +317,14 @@ auto with_fast_layout(Half half, bool along_time, F f) {
   return with_type(std::integral_constant<Half, Half::kNone>());
 }
 
-// Calls f(Tiling) with the Tiling of a call that has fast kernels; returns an empty FastKernel if there is none.
+// Calls f(Tiling) with the Tiling of a call that has fast kernels. Returns an empty FastKernel if there is none, or if
+// the device has too little shared memory.
 template <class P, class F>
 FastKernel<P> with_fast_tiling(int64_t states, bool dual, F f) {
-  if (states == 16) return dual ? f(Tiling<Dual<float>, 4, 4>()) : f(Tiling<float, 4, 4>());
-  if (states == 64) return dual ? f(Tiling<Dual<float>, 16, 4>()) : f(Tiling<float, 16, 4>());
-  return {};
+  FastKernel<P> fast;
+  if (states == 16) fast = dual ? f(Tiling<Dual<float>, 4, 4>()) : f(Tiling<float, 4, 4>());
+  if (states == 64) fast = dual ? f(Tiling<Dual<float>, 16, 4>()) : f(Tiling<float, 16, 4>());
+  return fast.shared_bytes <= cuda::max_shared_bytes() ? fast : FastKernel<P>{};
 }
 
 }  // namespace

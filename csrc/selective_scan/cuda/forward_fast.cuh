@@ -2,8 +2,7 @@
 // time, whole blocks of channels. It computes the bits of forward_kernel.
 //
 // A thread loads vectors of 16 bytes along whichever dimension is contiguous, and prefetches those of the next chunk
-// into registers. It stores the elements of y that it loaded of u, so u stays in registers. Vectors that reach beyond
-// the last step of a row are read and written number by number.
+// into registers. It stores the elements of y that it loaded of u, so u stays in registers.
 #pragma once
 
 #include "selective_scan/cuda/fast_chunks.cuh"
@@ -74,15 +73,11 @@ fast_forward_kernel(EAML_CONSTANT ForwardParams<float> p) {
 
   Vector next_u[kEach], next_delta[kEach];
   typename Matrix::Vectors next_B, next_C;
-  const auto prefetch = [&](int chunk) {
-    with_step_count(block.steps(chunk), [&](auto count) {
-      EAML_UNROLL
-      for (int i = 0; i < kEach; ++i) {
-        if (!grid.has(i)) continue;
-        u.load(next_u[i], i, grid.count(i, count)), delta.load(next_delta[i], i, grid.count(i, count));
-      }
-      B_reader.load(next_B, count), C_reader.load(next_C, count);
-    });
+  const auto prefetch = [&](int steps_of_chunk) {
+    EAML_UNROLL
+    for (int i = 0; i < kEach; ++i)
+      if (grid.has(i, steps_of_chunk)) u.load(next_u[i], i), delta.load(next_delta[i], i);
+    B_reader.load(next_B, steps_of_chunk), C_reader.load(next_C, steps_of_chunk);
     u.advance(), delta.advance(), B_reader.advance(), C_reader.advance();
   };
   // y of an element, from its sum over the states.
@@ -125,7 +120,7 @@ fast_forward_kernel(EAML_CONSTANT ForwardParams<float> p) {
     }
   };
   int64_t checkpoint = block.saved_at(block.row * (block.chunks() - 1) + begin - 1, 0);  // before the next chunk
-  if (begin < end) prefetch(begin);
+  if (begin < end) prefetch(block.steps(begin));
   for (int chunk = begin; chunk < end; ++chunk) {
     const int count = block.steps(chunk);
     if (p.out.checkpoints != nullptr && chunk > 0) {
@@ -138,7 +133,7 @@ fast_forward_kernel(EAML_CONSTANT ForwardParams<float> p) {
     EAML_UNROLL
     for (int i = 0; i < kEach; ++i) {
       this_u[i] = next_u[i];
-      if (!grid.has(i)) continue;
+      if (!grid.has(i, count)) continue;
       S u_t[kWidth], delta_t[kWidth], bias_t[kWidth], dt[kWidth];
       next_u[i].unpack(u_t), next_delta[i].unpack(delta_t);
       bias.get(bias_t, grid, i);
@@ -161,16 +156,14 @@ fast_forward_kernel(EAML_CONSTANT ForwardParams<float> p) {
                         cuda::exp2(value_of(dt[k]) * (value_of(A_t[k]) * float(kLog2e))));
       }
     }
-    B_reader.stage(B, next_B), C_reader.stage(C, next_C);
+    B_reader.stage(B, next_B, count), C_reader.stage(C, next_C, count);
     const std::uint32_t resets = block.resets(chunk, count);
     cuda::sync_block();
-    if (chunk + 1 < end) prefetch(chunk + 1);
+    if (chunk + 1 < end) prefetch(block.steps(chunk + 1));
     if constexpr (kGated) {  // z is needed after the recurrence only
-      with_step_count(count, [&](auto steps) {
-        EAML_UNROLL
-        for (int i = 0; i < kEach; ++i)
-          if (grid.has(i)) z.load(this_z[i], i, grid.count(i, steps));
-      });
+      EAML_UNROLL
+      for (int i = 0; i < kEach; ++i)
+        if (grid.has(i, count)) z.load(this_z[i], i);
       z.advance();
     }
     const auto recur_chunk = [&](auto shared) {
@@ -183,7 +176,7 @@ fast_forward_kernel(EAML_CONSTANT ForwardParams<float> p) {
     cuda::sync_block();
     EAML_UNROLL
     for (int i = 0; i < kEach; ++i) {
-      if (!grid.has(i)) continue;
+      if (!grid.has(i, count)) continue;
       S u_t[kWidth], D_t[kWidth], z_t[kWidth] = {};
       float out[kWidth];
       this_u[i].unpack(u_t);
@@ -191,7 +184,7 @@ fast_forward_kernel(EAML_CONSTANT ForwardParams<float> p) {
       if constexpr (kGated) this_z[i].unpack(z_t);
       EAML_UNROLL
       for (int k = 0; k < kWidth; ++k) out[k] = result(grid.step(i, k), grid.row(i, k), D_t[k], u_t[k], z_t[k]);
-      with_step_count(count, [&](auto steps) { y.store(i, out, grid.count(i, steps)); });
+      y.store(i, out);
     }
     y.advance();
   }

@@ -7,8 +7,8 @@ FastKernel<BackwardParams<float>> fast_kernel(const BackwardParams<float>& p, bo
   using Fast = FastKernel<BackwardParams<float>>;
   const Half half = p.arrays.values.u.half;
   const bool along_time = p.arrays.values.u.inner == 1;
-  if (!has_vectors(p.out.u, half, along_time) || !has_vectors(p.out.delta, half, along_time) ||
-      (p.params.gated && !has_vectors(p.out.z, half, along_time)))
+  if (!has_vectors(p.params, p.out.u, half, along_time) || !has_vectors(p.params, p.out.delta, half, along_time) ||
+      (p.params.gated && !has_vectors(p.params, p.out.z, half, along_time)))
     return {};
   return with_fast_tiling<BackwardParams<float>>(p.params.dstate, dual, [&](auto tiling) -> Fast {
     using L = decltype(tiling);

@@ -7,7 +7,7 @@ FastKernel<ForwardParams<float>> fast_kernel(const ForwardParams<float>& p, bool
   using Fast = FastKernel<ForwardParams<float>>;
   const Half half = p.arrays.values.u.half;
   const bool along_time = p.arrays.values.u.inner == 1;
-  if (p.out.y.data == nullptr || !has_vectors(p.out.y, half, along_time)) return {};
+  if (p.out.y.data == nullptr || !has_vectors(p.params, p.out.y, half, along_time)) return {};
   return with_fast_tiling<ForwardParams<float>>(p.params.dstate, dual, [&](auto tiling) -> Fast {
     using L = decltype(tiling);
     if (!has_fast_inputs<L>(p.params, p.arrays, false)) return {};

@@ -14,7 +14,8 @@ int64_t num_partial_sums(const ScanParams&, ScalarType) {
   return 1;
 }
 
-void check_state_size(const ScanParams& s) {
+void check_sizes_of_kernels(const ScanParams& s) {
+  EAML_CHECK(s.dim <= INT32_MAX, "selective_scan: u has ", s.dim, " channels, the CUDA kernels take up to ", INT32_MAX);
   const int64_t max_states = kMaxStateSize / s.num_components;
   EAML_CHECK(s.dstate <= max_states, "selective_scan: A has ", s.dstate, s.num_components == 2 ? " complex" : "",
              " states, the CUDA kernels take up to ", max_states);
@@ -23,6 +24,17 @@ void check_state_size(const ScanParams& s) {
 template <class T>
 BlockCounts block_counts(const ScanParams& s) {
   return s.num_components == 1 ? real_states::block_counts<T>(s) : complex_states::block_counts<T>(s);
+}
+
+// A cotangent of y, contiguous along the dimension along which u is: else it is copied. So the kernel, and with it the
+// order of sums, does not depend on the layout that autograd chose, such as the expanded cotangent of a sum.
+OptionalTensor with_layout_of(const Tensor& u, const OptionalTensor& grad_y) {
+  if (!grad_y) return grad_y;
+  const int64_t contiguous = u.stride(2) == 1 ? 2 : 1;
+  if (u.stride(contiguous) != 1 || u.size(contiguous) == 1 || grad_y->stride(contiguous) == 1) return grad_y;
+  Tensor copy = torch::stable::empty_like(u);
+  torch::stable::copy_(copy, *grad_y);
+  return copy;
 }
 
 // Scratch memory of one call. torch reuses freed memory only for later work of the same stream.
@@ -130,7 +142,7 @@ GradientTuple run_backward(Scratch& scratch, const cuda::DeviceStreamGuard& guar
 
 template <class T>
 ForwardTuple run(const ScanParams& s, const Arguments& x, bool save) {
-  check_state_size(s);
+  check_sizes_of_kernels(s);
   const cuda::DeviceStreamGuard guard(*x.u);
   Scratch scratch(*x.A);
   Tensor y = torch::stable::empty_like(*x.u), last = empty(*x.A, {s.batch, s.dim, s.dstate});
@@ -144,11 +156,12 @@ ForwardTuple run(const ScanParams& s, const Arguments& x, bool save) {
 template <class T>
 GradientTuple run_vjp(const ScanParams& s, const Arguments& x, const Tensor& grad_y, const OptionalTensor& grad_state,
                       const OptionalTensor& saved) {
-  check_state_size(s);
+  check_sizes_of_kernels(s);
   const cuda::DeviceStreamGuard guard(*x.u);
   Scratch scratch(*x.A);
   Inputs<T> in = inputs<T>(s, x);
-  in.grad_y = sequence<T>(grad_y), in.grad_state = sequence<T>(grad_state, s.num_components);
+  const OptionalTensor grad_y_like_u = with_layout_of(*x.u, grad_y);
+  in.grad_y = sequence<T>(grad_y_like_u), in.grad_state = sequence<T>(grad_state, s.num_components);
   const T* states = saved ? data<T>(*saved) : nullptr;
   if (!saved) {
     T* const recomputed = scratch.take<T>(s.batch * saved_size(s) * s.num_components);
@@ -160,7 +173,7 @@ GradientTuple run_vjp(const ScanParams& s, const Arguments& x, const Tensor& gra
 
 template <class T>
 StateTuple run_jvp(const ScanParams& s, const Arguments& x, const Arguments& tangents) {
-  check_state_size(s);
+  check_sizes_of_kernels(s);
   const cuda::DeviceStreamGuard guard(*x.u);
   Scratch scratch(*x.A);
   const Inputs<T> tangent_in = inputs<T>(s, tangents);
@@ -174,12 +187,14 @@ BackwardJvpTuple run_vjp_jvp(const ScanParams& s, const Arguments& x, const Tens
                              const OptionalTensor& grad_state, const Arguments& tangents,
                              const OptionalTensor& grad_y_tangent, const OptionalTensor& grad_state_tangent,
                              bool outputs) {
-  check_state_size(s);
+  check_sizes_of_kernels(s);
   const cuda::DeviceStreamGuard guard(*x.u);
   Scratch scratch(*x.A);
   Inputs<T> in = inputs<T>(s, x), tangent_in = inputs<T>(s, tangents);
-  in.grad_y = sequence<T>(grad_y), in.grad_state = sequence<T>(grad_state, s.num_components);
-  tangent_in.grad_y = sequence<T>(grad_y_tangent),
+  const OptionalTensor grad_y_like_u = with_layout_of(*x.u, grad_y);
+  const OptionalTensor grad_y_tangent_like_u = with_layout_of(*x.u, grad_y_tangent);
+  in.grad_y = sequence<T>(grad_y_like_u), in.grad_state = sequence<T>(grad_state, s.num_components);
+  tangent_in.grad_y = sequence<T>(grad_y_tangent_like_u),
   tangent_in.grad_state = sequence<T>(grad_state_tangent, s.num_components);
   Tensor y = outputs ? torch::stable::empty_like(*x.u) : empty(*x.u, {0});
   Tensor last = empty(*x.A, outputs ? Sizes{s.batch, s.dim, s.dstate} : Sizes{0});
