@@ -60,20 +60,45 @@ class Kernel:
 
 # The counts are those of nvcc 13.0 for sm_90, rounded up a little. Registers: with so few, a multiprocessor holds the
 # threads of the kernel: 256 to 640 of a general forward kernel, 256 or 384 of a backward kernel, three or four blocks
-# of 128 of a fast kernel. The kernels of knn that read every key: three blocks of 128 threads, two of 256, or one.
+# of 128 of a fast kernel, two on duals. The kernels of knn that read every key: three blocks of 128 threads, two of
+# 256, or one.
 #
 # A kernel of the scan is hot if a thread's states take 16 bytes; for floats, only those for B and C that vary in time.
 # Dual kernels of complex states in double precision are not checked: the backward one spills 124 bytes a thread. The
 # last arguments of a fast kernel: type of the sequences (0 is float32), contiguous along time, gate.
 HOT = (
-    Kernel("fast_forward_kernel<Tiling<float, 4, 4>, (Half)0, *, false>", 2, 168, per_update=7.3, per_element=40.5),
-    Kernel("fast_forward_kernel<Tiling<float, 4, 4>, (Half)0, *, true>", 2, 168, per_update=7.3, per_element=47.5),
-    Kernel("fast_forward_kernel<Tiling<float, 4, 4>, (Half)[12], *, false>", 4, 168, per_update=7.3, per_element=46),
-    Kernel("fast_forward_kernel<Tiling<float, 4, 4>, (Half)[12], *, true>", 4, 168, per_update=7.3, per_element=54),
-    Kernel("fast_forward_kernel<Tiling<float, 16, 4>, (Half)0, *, false>", 2, 168, per_update=8.2, per_element=142),
-    Kernel("fast_forward_kernel<Tiling<float, 16, 4>, (Half)0, *, true>", 2, 168, per_update=8.2, per_element=159),
-    Kernel("fast_forward_kernel<Tiling<float, 16, 4>, (Half)[12], *, false>", 4, 168, per_update=8.2, per_element=200),
-    Kernel("fast_forward_kernel<Tiling<float, 16, 4>, (Half)[12], *, true>", 4, 168, per_update=8.2, per_element=227),
+    Kernel("fast_forward_kernel<Tiling<float, 4, 4>, (Half)0, *, false>", 2, 168, 7.5, 53),
+    Kernel("fast_forward_kernel<Tiling<float, 4, 4>, (Half)0, *, true>", 2, 168, 7.6, 60),
+    Kernel("fast_forward_kernel<Tiling<float, 4, 4>, (Half)[12], *, false>", 4, 168, 7.5, 51),
+    Kernel("fast_forward_kernel<Tiling<float, 4, 4>, (Half)[12], *, true>", 4, 168, 7.5, 59),
+    Kernel("fast_forward_kernel<Tiling<float, 16, 4>, (Half)0, *, false>", 2, 168, 8, 213),
+    Kernel("fast_forward_kernel<Tiling<float, 16, 4>, (Half)0, *, true>", 2, 168, 7.8, 218),
+    Kernel("fast_forward_kernel<Tiling<float, 16, 4>, (Half)[12], *, false>", 4, 168, 8, 217),
+    Kernel("fast_forward_kernel<Tiling<float, 16, 4>, (Half)[12], *, true>", 4, 168, 8, 234),
+    Kernel("fast_forward_kernel<Tiling<Dual<float>, 4, 4>, (Half)0, *, false>", 2, 255, 18.6, 79),
+    Kernel("fast_forward_kernel<Tiling<Dual<float>, 4, 4>, (Half)0, *, true>", 2, 255, 18.4, 98),
+    Kernel("fast_forward_kernel<Tiling<Dual<float>, 4, 4>, (Half)[12], *, false>", 4, 255, 18.3, 82),
+    Kernel("fast_forward_kernel<Tiling<Dual<float>, 4, 4>, (Half)[12], *, true>", 4, 255, 18.4, 103),
+    Kernel("fast_forward_kernel<Tiling<Dual<float>, 16, 4>, (Half)0, *, false>", 2, 255, 19.2, 360),
+    Kernel("fast_forward_kernel<Tiling<Dual<float>, 16, 4>, (Half)0, *, true>", 2, 255, 19.1, 404),
+    Kernel("fast_forward_kernel<Tiling<Dual<float>, 16, 4>, (Half)[12], *, false>", 4, 255, 19.2, 366),
+    Kernel("fast_forward_kernel<Tiling<Dual<float>, 16, 4>, (Half)[12], *, true>", 4, 255, 19.2, 413),
+    Kernel("fast_backward_kernel<Tiling<float, 4, 4>, (Half)0, *, false>", 2, 168, 28.7, 149),
+    Kernel("fast_backward_kernel<Tiling<float, 4, 4>, (Half)0, *, true>", 2, 168, 31.6, 173),
+    Kernel("fast_backward_kernel<Tiling<float, 4, 4>, (Half)[12], *, false>", 4, 168, 28.5, 123),
+    Kernel("fast_backward_kernel<Tiling<float, 4, 4>, (Half)[12], *, true>", 4, 168, 32, 181),
+    Kernel("fast_backward_kernel<Tiling<float, 16, 4>, (Half)0, *, false>", 2, 168, 29.7, 430),
+    Kernel("fast_backward_kernel<Tiling<float, 16, 4>, (Half)0, *, true>", 2, 168, 32.5, 517),
+    Kernel("fast_backward_kernel<Tiling<float, 16, 4>, (Half)[12], *, false>", 4, 168, 30, 441),
+    Kernel("fast_backward_kernel<Tiling<float, 16, 4>, (Half)[12], *, true>", 4, 168, 33, 534),
+    Kernel("fast_backward_kernel<Tiling<Dual<float>, 4, 4>, (Half)0, *, false>", 2, 255, 67.8, 208),
+    Kernel("fast_backward_kernel<Tiling<Dual<float>, 4, 4>, (Half)0, *, true>", 2, 255, 72.3, 261),
+    Kernel("fast_backward_kernel<Tiling<Dual<float>, 4, 4>, (Half)[12], *, false>", 4, 255, 69.2, 218),
+    Kernel("fast_backward_kernel<Tiling<Dual<float>, 4, 4>, (Half)[12], *, true>", 4, 255, 74, 277),
+    Kernel("fast_backward_kernel<Tiling<Dual<float>, 16, 4>, (Half)0, *, false>", 2, 255, 71, 645),
+    Kernel("fast_backward_kernel<Tiling<Dual<float>, 16, 4>, (Half)0, *, true>", 2, 255, 76.8, 786),
+    Kernel("fast_backward_kernel<Tiling<Dual<float>, 16, 4>, (Half)[12], *, false>", 4, 255, 71.8, 663),
+    Kernel("fast_backward_kernel<Tiling<Dual<float>, 16, 4>, (Half)[12], *, true>", 4, 255, 77.3, 817),
     Kernel("forward_kernel<Tiling<float, *, 4>, false>", 5, 96, per_update=24.5),
     Kernel("backward_kernel<Tiling<float, *, 4>, false>", 5, 168, per_update=68),
     Kernel("forward_kernel<Tiling<Dual<float>, *, 4>, true>", 5, 168, per_update=42),
@@ -89,6 +114,9 @@ HOT = (
     Kernel("forward_kernel<Tiling<Complex<double>, *, 1>, true>", 2, 128),
     Kernel("backward_kernel<Tiling<Complex<double>, *, 1>, true>", 2, 255),
     Kernel("filter_kernel<[14], false>", 2, 168),
+    Kernel("one_pass_kernel<Panels, [12]>", 2, 128),
+    Kernel("one_pass_kernel<AlignedRows, [12]>", 2, 128),
+    Kernel("one_pass_select_kernel", 1, 128),
     Kernel("pack_kernel", 1, 128),
     Kernel("rows_kernel<float, 1, true>", 1, 128),
     Kernel("rows_kernel<float, 4, true>", 1, 255),

@@ -13,14 +13,6 @@ namespace eaml {
 constexpr double kLog2e = 1.4426950408889634074;
 constexpr double kLn2 = 0.69314718055994530942;
 
-#if defined(__CUDACC__) || defined(EAML_CUDA_EMULATOR)
-// A GPU thread has one number, and an instruction for 2^t.
-template <int K, class V>
-EAML_INLINE void exp2_(const V (&t)[K], V (&out)[K]) {
-  EAML_UNROLL
-  for (int k = 0; k < K; ++k) out[k] = cuda::exp2(t[k]);
-}
-#else
 // Polynomials and bit layouts of 2^t. `polynomial` approximates 2^r for |r| <= 1/2. AVX-512 reads 2^(j / table size)
 // from `table`; `fine` or the square approximates the remaining factor (minimax, exactly 1 at 0).
 template <class T>
@@ -41,6 +33,40 @@ struct Exp2<float> {
       0.339865625f, 0.347307712f, 0.354912758f, 0.362684339f, 0.370626092f, 0.378741771f, 0.387035131f, 0.395510077f,
       0.404170632f, 0.413020819f, 0.422064781f, 0.431306809f, 0.440751195f, 0.450402379f, 0.460264921f, 0.470343411f};
 };
+
+#if defined(__CUDACC__) || defined(EAML_CUDA_EMULATOR)
+// The states of a thread whose 2^t is a polynomial on the FMA pipe; the others take the special-function unit. The
+// choice is by state and never by step, so that results do not depend on where a call starts. To be tuned on a GPU:
+// with a prototype of the forward kernel on an H100, one state of four took the same time as none, and two took longer.
+// With any but 0, a decay that states share would have other bits than decays of their own.
+constexpr int kPolynomialStates = 0;
+
+// 2^t within 2.5 ulp; below 2^-126 it is 0.
+EAML_INLINE float exp2_polynomial(float t) {
+  using E = Exp2<float>;
+  constexpr float polynomial[E::terms] = {E::polynomial[0], E::polynomial[1], E::polynomial[2],
+                                          E::polynomial[3], E::polynomial[4], E::polynomial[5]};
+  const float shifted = t + E::round, r = t - (shifted - E::round);
+  float p = polynomial[0];
+  EAML_UNROLL
+  for (int i = 1; i < E::terms; ++i) p = std::fma(p, r, polynomial[i]);
+  const float limited = shifted < E::top ? shifted : E::top;
+  const std::uint32_t exponent = __builtin_bit_cast(std::uint32_t, limited) << E::mantissa;
+  return t < E::bottom ? 0.0f : p * __builtin_bit_cast(float, exponent);
+}
+
+// A GPU thread has one number, and an instruction for 2^t.
+template <int kPolynomial = kPolynomialStates, int K, class V>
+EAML_INLINE void exp2_(const V (&t)[K], V (&out)[K]) {
+  EAML_UNROLL
+  for (int k = 0; k < K; ++k) {
+    if constexpr (sizeof(V) == 4)
+      out[k] = k < kPolynomial ? exp2_polynomial(t[k]) : cuda::exp2(t[k]);
+    else
+      out[k] = cuda::exp2(t[k]);
+  }
+}
+#else
 template <>
 struct Exp2<double> {
   static constexpr double round = 6755399441055744.0 + 1023.0, top = 6755399441055744.0 + 2047.0, bottom = -1022.5;

@@ -46,6 +46,16 @@ def test_emulator_fault_is_reported(library, fault, message):
         assert list(out) == [i + (i ^ 1) + (i ^ 16) for i in range(64)] * 3
 
 
+def test_exp2_by_polynomial_and_by_instruction_is_accurate(library):
+    t = torch.linspace(-126, 127.4, 100_000).repeat_interleave(4)
+    t[:8] = torch.tensor([float("-inf"), -200.0, -1e30, 0.0, float("nan"), float("nan"), float("nan"), 0.0])
+    got = torch.empty_like(t)
+    library.eaml_exp2(ctypes.c_void_p(t.data_ptr()), ctypes.c_void_p(got.data_ptr()), len(t))
+    want = t.double().exp2()
+    assert got[4:7].isnan().all() and (got[:3] == 0).all() and got[3] == got[7] == 1
+    assert ((got.double() - want).abs() <= 2.5 * 2.0**-23 * want)[8:].all()
+
+
 def arguments(
     batch: int, dim: int, length: int, state: int, groups: int | None, invariant: str, kind: torch.dtype
 ) -> dict[str, Any]:
@@ -210,6 +220,21 @@ def test_fast_kernels_equal_general_kernels(
     if shared_decay:
         own_decay = run([], A=inputs["A"].contiguous())
         assert all(torch.equal(x, own_decay[name]) for name, x in fast.items())
+
+
+@pytest.mark.parametrize("dstate, kind", [(5, torch.float32), (128, torch.float32), (3, torch.float64)], ids=str)
+def test_general_kernels_shared_decay_has_the_bits_of_own_decays(library, dstate, kind):
+    x = arguments(1, 3, 540, dstate, None, "", kind)  # two time segments
+    x["A"] = x["A"][:, :1]
+
+    def scan(A: Tensor, **others: Any) -> Any:
+        return selective_scan(A=A.expand(-1, dstate), **others)
+
+    def materialised_scan(A: Tensor, **others: Any) -> Any:
+        return selective_scan(A=A.expand(-1, dstate).contiguous(), **others)
+
+    shared, own = all_derivatives(scan, x, None), all_derivatives(materialised_scan, x, None)
+    assert all(torch.equal(v, own[name]) for name, v in shared.items())
 
 
 @pytest.mark.parametrize("size", SCANS, ids=str)

@@ -19,7 +19,7 @@ backward_kernel(EAML_CONSTANT BackwardParams<typename L::T> p) {
   Tile<Z, L::kStarts> starts;
   starts.data.data = block.unused_memory();
   const Shared<T> terms{block.unused_memory() + L::kStarts * L::kStateNumbers};
-  const bool gated = p.params.gated;
+  const bool gated = p.params.gated, shared_decay = shares_decay(p.arrays);
   const int64_t columns = p.params.dstate * kNumComponents<Z>;
 
   Z A[kStates], grad_h[kStates];
@@ -81,7 +81,7 @@ backward_kernel(EAML_CONSTANT BackwardParams<typename L::T> p) {
         const int at = block.tile_at(t);
         const S x = block.x.get(at);
         Z a[kStates];
-        decay(block.dt.get(at), A, rate, a);
+        decay_of_thread(shared_decay, block.dt.get(at), A, rate, a);
         B.step(block.B, block.matrix_at(t));
         EAML_UNROLL
         for (int k = 0; k < kStates; ++k) h[k] = advance(a[k], h[k], x, B.x[k]);
@@ -108,7 +108,7 @@ backward_kernel(EAML_CONSTANT BackwardParams<typename L::T> p) {
         }
         const int at = block.tile_at(t), row = block.matrix_at(t);
         const S x = block.x.get(at);
-        decay(block.dt.get(at), A, rate, a[i]);
+        decay_of_thread(shared_decay, block.dt.get(at), A, rate, a[i]);
         B.step(block.B, row);
         EAML_UNROLL
         for (int k = 0; k < kStates; ++k) {

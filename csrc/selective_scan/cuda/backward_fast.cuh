@@ -86,9 +86,11 @@ fast_backward_kernel(EAML_CONSTANT BackwardParams<float> p) {
   using S = typename L::S;
   using Layout = FastBackward<L>;
   using Matrix = typename Layout::Matrix;
-  using Vector = SequenceVector<S, kHalf, kVectorWidth<L, kHalf>>;
-  using Grid = VectorGrid<L::kThreads, L::kChannels, kVectorWidth<L, kHalf>, kAlongTime>;
-  constexpr int kStates = L::kStates, kWidth = kVectorWidth<L, kHalf>, kEach = Grid::kEach;
+  constexpr int kStates = L::kStates;
+  constexpr int kWidth = kGated ? 4 : kVectorWidth<L, kHalf>;  // with a gate there are too few registers for more
+  using Vector = SequenceVector<S, kHalf, kWidth>;
+  using Grid = VectorGrid<L::kThreads, L::kChannels, kWidth, kAlongTime>;
+  constexpr int kEach = Grid::kEach;
   Block<L, true> block(p.params, p.arrays, p.segments.count);
   // The number of the warp's channel that orders the states of a thread; see sum_over_channels. Its bits are reversed,
   // because the first exchange halves the states.

@@ -178,11 +178,6 @@ struct ChannelVector {
   }
 };
 
-// Whether A is the same for all states of a channel: A has no stride over the states.
-EAML_DEVICE bool shares_decay(const Arrays<float>& arrays) {
-  return arrays.values.A.inner == 0;
-}
-
 // B or C of a chunk, which are in single precision also if sequences are not. Shared memory has kCopies of each row: in
 // copy q, the kStates states of a thread are in the order of their numbers xor q kPermutation.
 template <class L, int kCopies>

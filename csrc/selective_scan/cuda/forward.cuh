@@ -26,7 +26,7 @@ forward_kernel(EAML_CONSTANT ForwardParams<typename L::T> p) {
   using T = typename L::T;
   constexpr int kStates = L::kStates;
   Block<L> block(p.params, p.arrays, p.segments.count);
-  const bool outputs = p.out.y.data != nullptr, local = p.segments.local;
+  const bool outputs = p.out.y.data != nullptr, local = p.segments.local, shared_decay = shares_decay(p.arrays);
   const int64_t chunks = block.chunks(), end = block.first_chunk(block.segment + 1);
 
   Z A[kStates], h[kStates];
@@ -82,7 +82,7 @@ forward_kernel(EAML_CONSTANT ForwardParams<typename L::T> p) {
         const int at = block.tile_at(t), row = block.matrix_at(t);
         const S dt = block.dt.get(at), x = block.x.get(at);
         Z a[kStates];
-        decay(dt, A, rate, a);
+        decay_of_thread(shared_decay, dt, A, rate, a);
         B.step(block.B, row);
         EAML_UNROLL
         for (int k = 0; k < kStates; ++k) h[k] = advance(a[k], h[k], x, B.x[k]);

@@ -45,7 +45,7 @@ step_kernel(EAML_CONSTANT ForwardParams<typename L::T> p) {
     for (int k = 0; k < kStates; ++k) rate[k] = rate_of(A[k]);
     u = sequence(in.u);
     const T dt = step_size(sequence(in.delta) + vector(in.delta_bias), params.softplus).value;
-    decay(dt, A, rate, a);
+    decay_of_thread(shares_decay(p.arrays), dt, A, rate, a);
     const Out<T>& out = p.out.last_state;
     EAML_UNROLL
     for (int k = 0; k < kStates; ++k) {

@@ -176,6 +176,25 @@ EAML_DEVICE Rate<Complex<S>> rate_of(const Complex<S>& A) {
   return {value(A.re) * vector_t<S>(kLog2e), half_turns(value(A.im))};
 }
 
+// Whether A is the same for all states of a channel: A has no stride over the states.
+template <class T>
+EAML_DEVICE bool shares_decay(const Arrays<T>& arrays) {
+  return arrays.values.A.inner == 0;
+}
+// a = exp(dt A) for the states of a thread; one exponential if they share it.
+template <int K, class Z, class S>
+EAML_DEVICE void decay_of_thread(bool shared, S dt, const Z (&A)[K], const Rate<Z> (&rate)[K], Z (&a)[K]) {
+  if constexpr (kNumComponents<Z> == 1 && K > 1) {
+    if (shared) {
+      const vector_t<Z> t[1] = {value_of(dt) * rate[0].log2};
+      vector_t<Z> value[1];
+      exp2_(t, value);
+      return share_decay(value[0], dt, A, a);
+    }
+  }
+  decay(dt, A, rate, a);
+}
+
 // Sums v[k] over the threads of a warp that differ in the bits from kFrom up to kTo, both powers of two, and
 // distributes the K sums over these threads. Afterwards v[0 .. max(1, K kFrom / kTo)) holds the sums from index `first`
 // on. If there are more threads than sums, `mine` is true on one thread per sum.

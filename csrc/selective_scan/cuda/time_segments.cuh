@@ -50,7 +50,7 @@ local_backward_kernel(EAML_CONSTANT BackwardParams<typename L::T> p) {
       const S dt = block.dt.get(block.tile_at(t)), grad_y = block.y.get(block.tile_at(t));
       const bool reset = resets >> t & 1;
       Z a[kStates];
-      decay(dt, A, rate, a);
+      decay_of_thread(shares_decay(p.arrays), dt, A, rate, a);
       C.step(block.C, block.matrix_at(t));
       EAML_UNROLL
       for (int k = 0; k < kStates; ++k) {
