@@ -217,3 +217,20 @@ def test_finite_one_bad_number_among_tensors_is_found(bad, dtype):
     assert finite(largest, *others, torch.tensor(2.0))
     assert not finite(largest, *others, torch.tensor([1.0, bad, 2.0], dtype=dtype))
     assert finite() and finite(None, torch.tensor([1, 2]))
+
+
+@pytest.mark.parametrize("view", [lambda t: t.conj(), lambda t: t.conj().imag], ids=["conjugate", "negative"])
+@pytest.mark.parametrize("count", [3, 10_000])
+def test_finite_lazy_conjugates_are_read(view, count):
+    numbers = torch.complex(torch.randn(count), torch.randn(count))
+    assert finite(view(numbers))
+    numbers[1] = complex(0.0, math.inf)
+    assert not finite(view(numbers))
+
+
+@pytest.mark.parametrize("bad", [math.nan, -math.inf])
+def test_finite_last_number_of_a_large_tensor_is_found(bad):
+    numbers = torch.full((100_000,), torch.finfo(torch.float32).max)
+    assert finite(numbers)
+    numbers[-1] = bad
+    assert not finite(numbers)
