@@ -11,8 +11,10 @@ import torch
 import torch.nn.modules.module as torch_module
 from torch import nn
 from torch.autograd import forward_ad
+from torch.utils._pytree import tree_flatten as tree_flatten  # 2.13.0
 from torch.utils._pytree import tree_leaves as tree_leaves  # 2.11.0, 2.13.0
 from torch.utils._pytree import tree_map as tree_map  # 2.11.0, 2.13.0
+from torch.utils._pytree import tree_unflatten as tree_unflatten  # 2.13.0
 
 # 2.11.0, 2.13.0: whether a tensor is the stand-in of a torch.func transform, whose numbers cannot be read.
 is_functorch_wrapped_tensor = torch._C._functorch.is_functorch_wrapped_tensor
@@ -82,6 +84,14 @@ def own_buffers(module: nn.Module) -> dict[str, Any]:
     return module._buffers
 
 
+def own_submodules(module: nn.Module) -> dict[str, Any]:
+    """Return the direct submodules of ``module`` by name, modules or None.
+
+    Tried with 2.11.0, 2.13.0.
+    """
+    return dict(module._modules.items())  # that of a ScriptModule is no dict
+
+
 def plain_attributes(module: nn.Module) -> dict[str, Any]:
     """Return the attributes of ``module`` besides its tensors, its submodules and those of every module.
 
@@ -128,6 +138,48 @@ def run_frame_eagerly(function: Callable[..., Any]) -> None:
         set_code_exec_strategy(function.__code__, _FrameExecStrategy(_FrameAction.SKIP, _FrameAction.SKIP))
 
 
+def hooks(module: nn.Module | None) -> list[tuple[Any, ...]]:
+    """Return the hooks that a call of ``module`` runs, those of every module if it is None: kind, function, options.
+
+    Tried with 2.13.0.
+    """
+    owner: Any = torch_module if module is None else module
+    prefix = "_global" if module is None else ""
+
+    def store(name: str) -> dict[int, Any]:
+        return getattr(owner, f"{prefix}_{name}", {})
+
+    kinds = ("forward_hooks", "forward_pre_hooks", "backward_hooks", "backward_pre_hooks")
+    options = ("forward_hooks_with_kwargs", "forward_pre_hooks_with_kwargs", "forward_hooks_always_called")
+    found = [(kind, number, hook) for kind in kinds for number, hook in store(kind).items()]
+    return [(kind, hook, *[number in store(option) for option in options]) for kind, number, hook in found]
+
+
+def dispatch_mode_active() -> bool:
+    """Return whether a mode such as FakeTensorMode or FlopCounterMode receives every op.
+
+    Tried with 2.13.0.
+    """
+    return torch._C._len_torch_dispatch_stack() > 0
+
+
+def float32_precision() -> tuple[str | bool | None, ...]:
+    """Return the settings of TF32: the attributes ``fp32_precision``, then the getters that these replace.
+
+    The getters raise where attributes have been set to values that the old settings cannot express.
+    Tried with 2.13.0.
+    """
+    cuda, cudnn = torch.backends.cuda.matmul, torch.backends.cudnn
+    owners = cuda, getattr(cudnn, "conv", None), getattr(cudnn, "rnn", None)
+    precision: list[str | bool | None] = [getattr(owner, "fp32_precision", None) for owner in owners]
+    for old in (torch.get_float32_matmul_precision, lambda: torch.backends.cudnn.allow_tf32):
+        try:
+            precision.append(old())
+        except RuntimeError:
+            precision.append(None)
+    return tuple(precision)
+
+
 def is_compiler_error(error: BaseException) -> bool:
     """Return whether torch.compile raised ``error`` because it cannot compile a function.
 
@@ -139,17 +191,23 @@ def is_compiler_error(error: BaseException) -> bool:
 __all__ = [
     "RUNNING_STATISTICS_NORMS",
     "autograd_in_kernel",
+    "dispatch_mode_active",
     "end_allocate_to_pool",
+    "float32_precision",
     "foreach_copy_",
     "has_hooks",
     "has_kernel",
+    "hooks",
     "is_any_autocast_enabled",
     "is_compiler_error",
     "is_functorch_wrapped_tensor",
     "own_buffers",
     "own_parameters",
+    "own_submodules",
     "plain_attributes",
     "transforms_active",
+    "tree_flatten",
     "tree_leaves",
     "tree_map",
+    "tree_unflatten",
 ]

@@ -91,6 +91,45 @@ def test_has_hooks_own_and_global_hooks_are_found():
     assert not _torch_compat.has_hooks(module)
 
 
+def test_hooks_own_and_global_hooks_are_found_with_their_options():
+    module, call = nn.Linear(1, 1), lambda *_: None
+    assert not _torch_compat.hooks(module) and not _torch_compat.hooks(None)
+    handle = module.register_forward_hook(call, with_kwargs=True)
+    module.register_full_backward_pre_hook(call)
+    own = [("forward_hooks", call, True, False, False), ("backward_pre_hooks", call, False, False, False)]
+    assert _torch_compat.hooks(module) == own and not _torch_compat.hooks(None)
+    handle.remove()
+    assert _torch_compat.hooks(module) == own[1:]
+    handle = nn.modules.module.register_module_forward_pre_hook(call)
+    assert _torch_compat.hooks(None) == [("forward_pre_hooks", call, False, False, False)]
+    handle.remove()
+
+
+def test_dispatch_mode_active_inside_of_modes_alone():
+    assert not _torch_compat.dispatch_mode_active()
+    with torch.utils.flop_counter.FlopCounterMode(display=False):
+        assert _torch_compat.dispatch_mode_active()
+
+
+def test_float32_precision_follows_old_and_new_settings():
+    matmul = torch.backends.cuda.matmul
+    found = getattr(matmul, "fp32_precision", None)
+    torch.set_float32_matmul_precision("highest")
+    before = _torch_compat.float32_precision()
+    try:
+        torch.set_float32_matmul_precision("high")
+        assert _torch_compat.float32_precision() != before
+        torch.set_float32_matmul_precision("highest")
+        assert _torch_compat.float32_precision() == before
+        if found is not None:
+            matmul.fp32_precision = "tf32"  # the getter of the old setting raises then
+            assert _torch_compat.float32_precision() != before
+    finally:
+        torch.set_float32_matmul_precision("highest")
+        if found is not None:
+            matmul.fp32_precision = found
+
+
 def test_is_compiler_error_of_compiler_only():
     assert _torch_compat.is_compiler_error(torch._dynamo.exc.Unsupported("no"))
     assert not _torch_compat.is_compiler_error(ValueError("no"))

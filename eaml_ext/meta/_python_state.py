@@ -1,23 +1,49 @@
 """The Python values and tensors that a model or a loss depends on, as the key of a captured graph."""
 
-import contextlib
 import functools
+import inspect
+import logging
 import types
-from collections.abc import Hashable
+import weakref
+from collections import deque
+from collections.abc import Hashable, Mapping
+from dataclasses import is_dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from eaml_ext._torch_compat import has_hooks, own_buffers, own_parameters, plain_attributes
+from eaml_ext._torch_compat import hooks, own_buffers, own_parameters, own_submodules, plain_attributes
 from eaml_ext.meta.functional import SUBSTITUTION_LOCK
+
+MAX_VALUES = 50_000  # a walk through more of them takes longer than the launches that a replay saves
+MAX_BYTES = 1 << 20  # of one array, for the same reason
+
+_BY_VALUE = (type(None), bool, int, str, bytes, torch.dtype, torch.device, torch.layout, torch.memory_format)
+
+
+class NoState:
+    """Base of objects that a model or a loss may hold, but on which its results do not depend."""
+
+
+_BY_IDENTITY = (
+    types.ModuleType,
+    type,
+    logging.Logger,
+    torch.optim.Optimizer,
+    torch.optim.lr_scheduler.LRScheduler,
+    NoState,
+)
 
 
 class PythonState:
     """The values and tensors that functions and modules depend on, as a key and as tensors at fixed addresses.
 
-    Modules contribute mode, hooks, parameters, buffers and attributes; functions their closures and defaults. Numbers,
-    strings and booleans enter the key by value, other objects by identity. Globals and contents of containers do not.
+    Modules contribute mode, hooks, parameters, buffers and attributes; functions code, closure and defaults; containers
+    contents; other objects attributes. Numbers, strings and arrays enter the key by value, functions by code, objects
+    by identity. Globals, attributes of classes and optimizers do not enter it.
+
+    The key holds weak references, so that it keeps no model alive. A key of too many values equals no other.
 
     Args:
         roots: functions, modules, or other values.
@@ -34,58 +60,138 @@ class PythonState:
     """
 
     def __init__(self, *roots: Any) -> None:
-        self._values: list[Hashable] = []
+        self.key: Hashable
         self.tensors: list[Tensor] = []
-        self._seen: set[int] = set()
-        with SUBSTITUTION_LOCK:
-            for root in roots:
-                self._add(root)
-        self.key = tuple(self._values)
+        self._values: list[Hashable] = []
+        self._seen: dict[int, tuple[int, Any]] = {}  # by id: when it was found; keeps the value and so its id
+        try:
+            with SUBSTITUTION_LOCK:
+                for root in roots:
+                    self._add(root)
+                for hook in hooks(None):
+                    self._add(hook)
+            self.key = tuple(self._values)
+        except (_TooManyValues, RecursionError):
+            self.key = object()
+        del self._values, self._seen
 
     def _add(self, value: Any) -> None:
-        if isinstance(value, Tensor):
-            self.tensors.append(value)
-        elif value is None or isinstance(value, (bool, int, float, complex, str, torch.dtype)):
+        if len(self._values) > MAX_VALUES:
+            raise _TooManyValues
+        if isinstance(value, _BY_VALUE):
             self._values.append((type(value), value))
+        elif isinstance(value, float):
+            self._values.append((type(value), value.hex()))  # 0.0 == -0.0, nan != nan
+        elif isinstance(value, complex):
+            self._values.append((type(value), repr(value)))
         elif isinstance(value, types.MethodType):  # each access makes a new one
-            self._add(value.__func__)
-            self._add(value.__self__)
-        elif isinstance(value, functools.partial):
-            self._values.append((*value.keywords, len(value.args)))
-            for part in (value.func, *value.args, *value.keywords.values()):
-                self._add(part)
+            self._values.append(types.MethodType)
+            self._add_all((value.__func__, value.__self__))
+        elif id(value) in self._seen:
+            self._values.append((PythonState, self._seen[id(value)][0]))
         else:
-            self._values.append(_Identity(value))
-            if id(value) not in self._seen:
-                self._seen.add(id(value))
-                self._add_contents(value)
+            self._seen[id(value)] = len(self._seen), value
+            self._add_contents(value)
 
     def _add_contents(self, value: Any) -> None:
-        if isinstance(value, nn.Module):
-            for module in value.modules():
-                self._values += [_Identity(module), module.training, has_hooks(module)]
-                self.tensors += [t for t in own_parameters(module).values() if t is not None]
-                self.tensors += [t for t in own_buffers(module).values() if t is not None]
-                for attribute in plain_attributes(module).values():
-                    self._add(attribute)
+        if isinstance(value, Tensor):
+            self.tensors.append(value)
+            self._values.append((Tensor, value.requires_grad))
+        elif isinstance(value, functools.partial):
+            self._values.append(functools.partial)
+            self._add_all((value.func, value.args, value.keywords))
         elif isinstance(value, types.FunctionType):
+            self._add_function(value)
+        elif isinstance(value, nn.Module):
+            self._values += [_Identity(value), value.training]
+            self._add_all(hooks(value))
+            for store in (own_parameters(value), own_buffers(value), own_submodules(value), plain_attributes(value)):
+                self._add_named(store)
+        elif isinstance(value, (list, tuple, set, deque, dict, types.MappingProxyType)):
+            content = [*value, *value.values()] if isinstance(value, (dict, types.MappingProxyType)) else [*value]
+            self._values += [_Identity(type(value)), len(content)]
+            self._add_all(content)
+            self._add_attributes(value)
+        elif type(value) is types.SimpleNamespace or is_dataclass(type(value)):
+            self._values.append(_Identity(type(value)))
+            self._add_attributes(value)
+        elif (numbers := _numbers(value)) is not None:
+            self._values += numbers
+        else:
+            self._values.append(_Identity(value))
+            # Private objects of torch, as those of torch.compile, hold caches and counters.
+            if not isinstance(value, _BY_IDENTITY) and not _is_private_of_torch(type(value).__module__):
+                self._add_attributes(value)
+
+    def _add_function(self, value: types.FunctionType) -> None:
+        # A function that is defined inside another is made again in each call.
+        self._values += [_Identity(value.__code__), _Identity(value.__globals__)]
+        if _is_private_of_torch(value.__globals__.get("__name__")):
+            self._values.append(_Identity(value))  # compiled functions share their code
+        else:
             for cell in value.__closure__ or ():
-                with contextlib.suppress(ValueError):  # an empty cell: the variable has no value yet
+                try:
                     self._add(cell.cell_contents)
-            for default in (*(value.__defaults__ or ()), *(value.__kwdefaults__ or {}).values()):
-                self._add(default)
+                except ValueError:  # the variable has no value yet
+                    self._values.append(types.CellType)
+            self._add_all((value.__defaults__, value.__kwdefaults__))
+        self._add_named(vars(value))
+
+    def _add_attributes(self, value: Any) -> None:
+        slots = {name: slot.__get__(value) for name, slot in _slots(value.__class__) if hasattr(value, name)}
+        self._add_named({**slots, **getattr(value, "__dict__", {})})
+
+    def _add_named(self, values: Mapping[str, Any]) -> None:
+        items = [*values.items()]
+        self._values.append(tuple([name for name, _ in items]))
+        self._add_all([value for _, value in items])
+
+    def _add_all(self, values: Any) -> None:
+        for value in values:
+            self._add(value)
+
+
+class _TooManyValues(Exception):
+    """The values are too many to compare them in every call."""
 
 
 class _Identity:
-    """A key that is equal for the same object alone, which it keeps alive."""
+    """A key that is equal for the same object alone, to which it has a weak reference where the object allows it."""
 
-    __slots__ = ("value",)
+    __slots__ = ("_hash", "_reference")
 
     def __init__(self, value: Any) -> None:
-        self.value = value
+        self._hash = id(value)
+        try:
+            self._reference: Any = weakref.ref(value)
+        except TypeError:
+            self._reference = lambda: value
 
     def __eq__(self, other: object) -> bool:
-        return isinstance(other, _Identity) and other.value is self.value
+        value = self._reference()
+        return value is not None and isinstance(other, _Identity) and other._reference() is value
 
     def __hash__(self) -> int:
-        return id(self.value)
+        return self._hash
+
+
+@functools.lru_cache(maxsize=1024)
+def _slots(kind: Any) -> list[tuple[str, types.MemberDescriptorType]]:
+    """The slots of a class and its bases."""
+    members = [item for base in inspect.getmro(kind) for item in vars(base).items() if item[0] != "__dict__"]
+    return [(name, member) for name, member in members if isinstance(member, types.MemberDescriptorType)]
+
+
+def _numbers(value: Any) -> list[Hashable] | None:
+    """The contents of an array of NumPy or another buffer; None for other values."""
+    try:
+        view = memoryview(value)
+    except (TypeError, ValueError, BufferError):
+        return None
+    if view.nbytes > MAX_BYTES:
+        raise _TooManyValues
+    return [type(value), view.format, view.shape, view.tobytes()]
+
+
+def _is_private_of_torch(module: Any) -> bool:
+    return isinstance(module, str) and module.startswith("torch._")
