@@ -13,13 +13,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from eaml_ext._torch_compat import hooks, own_buffers, own_parameters, own_submodules, plain_attributes
+from eaml_ext._torch_compat import has_hooks, hooks, own_buffers, own_parameters, own_submodules, plain_attributes
 from eaml_ext.meta.functional import SUBSTITUTION_LOCK
 
 MAX_VALUES = 50_000  # a walk through more of them takes longer than the launches that a replay saves
 MAX_BYTES = 1 << 20  # of one array, for the same reason
 
-_BY_VALUE = (type(None), bool, int, str, bytes, torch.dtype, torch.device, torch.layout, torch.memory_format)
+_BY_VALUE = frozenset((type(None), bool, int, str, bytes, torch.dtype, torch.device, torch.layout, torch.memory_format))
 
 
 class NoState:
@@ -76,42 +76,47 @@ class PythonState:
         del self._values, self._seen
 
     def _add(self, value: Any) -> None:
-        if len(self._values) > MAX_VALUES:
-            raise _TooManyValues
-        if isinstance(value, _BY_VALUE):
-            self._values.append((type(value), value))
-        elif isinstance(value, float):
-            self._values.append((type(value), value.hex()))  # 0.0 == -0.0, nan != nan
-        elif isinstance(value, complex):
-            self._values.append((type(value), repr(value)))
-        elif isinstance(value, types.MethodType):  # each access makes a new one
+        kind, number = type(value), len(self._seen)
+        if kind in _BY_VALUE:
+            self._values.append((kind, value))
+        elif kind is float:
+            self._values.append(value.hex())  # 0.0 == -0.0, nan != nan
+        elif kind is types.MethodType:  # each access makes a new one
             self._values.append(types.MethodType)
             self._add_all((value.__func__, value.__self__))
-        elif id(value) in self._seen:
+        elif self._seen.setdefault(id(value), (number, value))[0] < number:
             self._values.append((PythonState, self._seen[id(value)][0]))
+        elif isinstance(value, Tensor):
+            self.tensors.append(value)
+            self._values.append((Tensor, value.requires_grad))
+        elif len(self._values) > MAX_VALUES:
+            raise _TooManyValues
         else:
-            self._seen[id(value)] = len(self._seen), value
             self._add_contents(value)
 
     def _add_contents(self, value: Any) -> None:
-        if isinstance(value, Tensor):
-            self.tensors.append(value)
-            self._values.append((Tensor, value.requires_grad))
+        if isinstance(value, nn.Module):
+            self._values += [_Identity(value), value.training]
+            if has_hooks(value):
+                self._add_all(hooks(value))
+            for store in (own_parameters(value), own_buffers(value), own_submodules(value), plain_attributes(value)):
+                if store:
+                    self._add_named(store)
+        elif isinstance(value, complex):
+            self._values.append((type(value), repr(value)))
         elif isinstance(value, functools.partial):
             self._values.append(functools.partial)
             self._add_all((value.func, value.args, value.keywords))
         elif isinstance(value, types.FunctionType):
             self._add_function(value)
-        elif isinstance(value, nn.Module):
-            self._values += [_Identity(value), value.training]
-            self._add_all(hooks(value))
-            for store in (own_parameters(value), own_buffers(value), own_submodules(value), plain_attributes(value)):
-                self._add_named(store)
         elif isinstance(value, (list, tuple, set, deque, dict, types.MappingProxyType)):
             content = [*value, *value.values()] if isinstance(value, (dict, types.MappingProxyType)) else [*value]
+            if len(content) > MAX_VALUES:
+                raise _TooManyValues
             self._values += [_Identity(type(value)), len(content)]
             self._add_all(content)
-            self._add_attributes(value)
+            if type(value) not in (list, tuple, set, dict):
+                self._add_attributes(value)
         elif type(value) is types.SimpleNamespace or is_dataclass(type(value)):
             self._values.append(_Identity(type(value)))
             self._add_attributes(value)
@@ -142,9 +147,9 @@ class PythonState:
         self._add_named({**slots, **getattr(value, "__dict__", {})})
 
     def _add_named(self, values: Mapping[str, Any]) -> None:
-        items = [*values.items()]
-        self._values.append(tuple([name for name, _ in items]))
-        self._add_all([value for _, value in items])
+        self._values.append(tuple(values))
+        for value in [*values.values()]:
+            self._add(value)
 
     def _add_all(self, values: Any) -> None:
         for value in values:
