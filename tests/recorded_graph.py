@@ -7,6 +7,8 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 
+from eaml_ext.meta._cuda_capturer import NotCapturableError
+
 
 def waits(func, args):
     """Return whether the host reads the result or its shape: a number, or what a mask selects."""
@@ -36,7 +38,7 @@ class Recorder(TorchDispatchMode):
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         if waits(func, args):
-            raise RuntimeError(f"{func} waits for the GPU")
+            raise NotCapturableError(f"{func} waits for the GPU")
         args, kwargs, given = *fixed((args, kwargs or {})), tree_leaves((args, kwargs))
         storages = {t.untyped_storage().data_ptr() for t in given if isinstance(t, Tensor)}
         for t in given:
@@ -58,11 +60,14 @@ class RecordingCapturer:
 
     device_type = "cpu"
 
-    def __init__(self, device):
-        self.is_ready = True
+    stream = "default"
 
-    def ready(self):
-        return self.is_ready
+    def __init__(self, device):
+        pass
+
+    @classmethod
+    def current_stream(cls, device):
+        return cls.stream
 
     def check(self, function):
         state = torch.get_rng_state()

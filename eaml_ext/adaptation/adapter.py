@@ -96,6 +96,8 @@ class Adapter:
     (True, 5)
     """
 
+    _graphs: GraphCache | None = None  # of objects that were pickled before graphs existed
+
     @outside_inference_mode()
     def __init__(
         self,

@@ -9,128 +9,49 @@ optimizer with any schedule, ranks sum gradients before it, and a gradient that 
 *Requirements of a captured function.* A replay runs the kernels of the capture and no Python. So the function
 
 - returns tensors that depend on its inputs, on tensors at fixed addresses and on Python values in the key alone
-  (:class:`eaml_ext.meta._python_state.PythonState` collects both);
+  (:class:`eaml_ext.meta._python_state.PythonState` collects both), all tensors on one device;
 - does not wait for the GPU and reads no number on the host: no ``.item()``, ``bool(tensor)``, ``.cpu()``, boolean
   indexing or ``nonzero``;
 - draws random numbers only from torch's default generator of the device, whose state a replay advances;
 - has no side effect in Python that matters: hooks, counters and prints happen while it is captured.
 
-:class:`CudaCapturer` detects a function that waits or that draws random numbers on the host. The cache then warns once,
-with the reason, and runs all functions as usual.
+:class:`eaml_ext.meta._cuda_capturer.CudaCapturer` detects a function that waits or that draws random numbers on the
+host. The cache then warns once, with the reason, and runs all functions as usual.
 """
 
 from __future__ import annotations
 
-import contextlib
-import random
 import threading
 import warnings
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.parameter import is_lazy
 
-from eaml_ext._torch_compat import end_allocate_to_pool, foreach_copy_, transforms_active, tree_leaves, tree_map
+from eaml_ext._torch_compat import (
+    dispatch_mode_active,
+    float32_precision,
+    foreach_copy_,
+    transforms_active,
+    tree_flatten,
+    tree_unflatten,
+)
 from eaml_ext.meta._batching import caller_level
+from eaml_ext.meta._cuda_capturer import Capturer, CudaCapturer, NotCapturableError
+from eaml_ext.meta._python_state import NoState, PythonState
+from eaml_ext.ops.selective_scan._split_invariance import is_split_invariant
 
 MAX_GRAPHS = 16  # a graph holds its inputs, its outputs and some MB of launch parameters
 
 TensorFunction = Callable[..., list[Tensor]]
 """``(*inputs) -> tensors``."""
 
-
-class Capturer(Protocol):
-    """Captures functions on one device.
-
-    Attributes:
-        device_type: the type of the devices for which a capturer can be made.
-    """
-
-    device_type: str
-
-    def __init__(self, device: torch.device) -> None: ...
-
-    def ready(self) -> bool:
-        """Return whether this thread may capture and replay now."""
-
-    def check(self, function: Callable[[], Any]) -> None:
-        """Run the function once, without an effect on random numbers; raise RuntimeError if it cannot be captured."""
-
-    def capture(self, function: Callable[[], list[Tensor]]) -> tuple[list[Tensor], Callable[[], None]]:
-        """Capture the kernels of the function without running them; return its outputs and the call that runs them."""
-
-
-class CudaCapturer:
-    """Captures functions on a CUDA device; the graphs share one pool of memory.
-
-    Graphs are replayed on the stream that was current when the capturer was made, one after the other, so that they can
-    share memory and static inputs. On other streams :meth:`ready` is False.
-    """
-
-    device_type = "cuda"
-
-    def __init__(self, device: torch.device) -> None:
-        self._device = device
-        self._pool = torch.cuda.graph_pool_handle()
-        self._capture_stream = torch.cuda.Stream(device)
-        self._replay_stream = torch.cuda.current_stream(device)
-
-    def ready(self) -> bool:
-        """Return whether the stream is the one of the replays, and is not captured by the caller."""
-        current = torch.cuda.current_stream(self._device)
-        return bool(current == self._replay_stream) and not torch.cuda.is_current_stream_capturing()
-
-    def check(self, function: Callable[[], Any]) -> None:
-        """Run the function; raise RuntimeError if it waits for the GPU or draws random numbers on the host.
-
-        A capture that fails leaves torch's allocator and generator in a state of capture, so these faults are found
-        before.
-        """
-        mode, state = torch.cuda.get_sync_debug_mode(), torch.cuda.get_rng_state(self._device)
-        with warnings.catch_warnings(record=True) as caught:
-            warnings.simplefilter("always")
-            torch.cuda.set_sync_debug_mode("warn")  # not "error", which would raise in other threads
-            try:
-                refuse_host_randomness(function)
-            finally:
-                torch.cuda.set_sync_debug_mode(mode)
-                torch.cuda.set_rng_state(state, self._device)
-        for each in caught:
-            if "called a synchronizing CUDA operation" in str(each.message):
-                raise RuntimeError(f"{each.filename}:{each.lineno} waits for the GPU")
-
-    def capture(self, function: Callable[[], list[Tensor]]) -> tuple[list[Tensor], Callable[[], None]]:
-        """See :meth:`Capturer.capture`."""
-        graph, caches = torch.cuda.CUDAGraph(), torch.is_autocast_cache_enabled()
-        torch.set_autocast_cache_enabled(False)  # a cached cast would be freed when autocast ends
-        try:
-            with (
-                torch.cuda.stream(self._replay_stream),  # restores the stream where the end of a failed capture raises
-                # Threads that pin memory or wait for ranks may call CUDA meanwhile.
-                torch.cuda.graph(
-                    graph, pool=self._pool, stream=self._capture_stream, capture_error_mode="thread_local"
-                ),
-            ):
-                outputs = function()
-        except BaseException:
-            self._recover()
-            raise
-        finally:
-            torch.set_autocast_cache_enabled(caches)
-        return outputs, graph.replay
-
-    def _recover(self) -> None:
-        """Reset torch's allocator and generator, which a capture that cannot end leaves as they are in a capture."""
-        end_allocate_to_pool(self._device, self._pool)
-        with (
-            contextlib.suppress(RuntimeError),
-            torch.cuda.stream(self._replay_stream),
-            torch.cuda.graph(torch.cuda.CUDAGraph(), stream=self._capture_stream),
-        ):
-            torch.zeros(1, device=self._device)  # the end of a capture resets the generator
+# Held during a capture, because the debug mode and the warnings of its check belong to the whole process.
+_CAPTURE_LOCK = threading.Lock()
 
 
 @dataclass
@@ -138,7 +59,7 @@ class _Graph:
     """A function on inputs of fixed shapes.
 
     Attributes:
-        addresses: of the tensors that the function reads or writes in place.
+        addresses: where the tensors are that the function reads or writes in place.
         inputs, outputs: the static tensors of the graph.
         replay: runs the graph; None before it is captured.
     """
@@ -149,13 +70,16 @@ class _Graph:
     replay: Callable[[], None] | None = None
 
 
-class GraphCache:
+class GraphCache(NoState):
     """Runs functions of tensors, from the second call with equal shapes on by replaying a graph.
 
-    The first call with a key runs as usual, because libraries are initialised and kernels tuned in it; shapes that do
-    not return cost nothing. The second is captured first. The least recently used graph is dropped where there are too many.
-    A graph whose parameters or buffers have moved in memory is dropped, too. Results are new tensors. Copies and
+    The first call with a key runs as usual, because libraries are initialised and kernels tuned in it; a shape that
+    occurs once has no cost. The second is captured first. The least recently used graph is dropped where there are too
+    many. A graph whose parameters or buffers have moved in memory is dropped, too. Results are new tensors. Copies and
     pickles of a cache are empty caches.
+
+    A function with a tensor that graphs cannot have, on another device or sparse, runs as usual, after one warning.
+    A warning is also given once if no graph was used in ``2 * max_graphs`` calls in a row.
 
     Args:
         where: begins the warning.
@@ -168,10 +92,11 @@ class GraphCache:
 
     def __init__(self, where: str, make_capturer: type[Capturer] = CudaCapturer, max_graphs: int = MAX_GRAPHS) -> None:
         self._where, self._make_capturer, self._max_graphs = where, make_capturer, max_graphs
-        self._capturers: dict[torch.device, Capturer] = {}
+        self._capturers: dict[tuple[torch.device, Hashable], Capturer] = {}
         self._graphs: OrderedDict[Hashable, _Graph] = OrderedDict()
         self._lock = threading.Lock()
-        self._failed = False
+        self._failed = self._warned = False
+        self._misses = 0  # calls without a graph since the last replay
         self.replays = 0
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -191,21 +116,27 @@ class GraphCache:
 
         Args:
             function: see the requirements at the top of this module.
-            key: equal for calls whose functions differ in ``inputs`` and in the numbers of ``in_place`` alone.
+            key: equal if two calls compute the same function of ``inputs`` and of the numbers of ``in_place``.
             inputs: tensors of any shape, at least one, the first on the device of the graph; copied into static ones.
             in_place: tensors that the function reads or writes at their own addresses.
         """
-        capturer = self._capturer(inputs[0].device)
-        if capturer is None or not self._lock.acquire(blocking=False):  # another thread uses the static tensors
+        device = inputs[0].device
+        stream = self._stream(device)
+        if stream is None or not self._lock.acquire(blocking=False):  # another thread uses the static tensors
             return function(*inputs)
         try:
-            key = (key, *map(_layout, inputs), *_settings(inputs[0].device))
+            obstacle = _obstacle(device, [*inputs, *in_place])
+            if obstacle is not None:
+                self._warn_once(f"no CUDA graph can be captured, {obstacle}")
+                return function(*inputs)
+            key = (key, stream, *map(_layout, inputs), *_settings(device))
             addresses = tuple([(t.data_ptr(), t.stride(), *_layout(t)) for t in in_place])
             graph = self._graphs.pop(key, None)
             if graph is None or graph.addresses != addresses:
                 results = function(*inputs)
                 graph = _Graph(addresses)
-            elif graph.replay is not None or self._capture(capturer, graph, function, inputs, in_place):
+                self._count_miss()
+            elif graph.replay is not None or self._capture(device, stream, graph, function, inputs, in_place):
                 results = self._replay(graph, inputs)
             else:
                 return function(*inputs)
@@ -226,24 +157,24 @@ class GraphCache:
             key, in_place: as in :meth:`run`.
             nest: dicts, lists and tuples with at least one tensor; their other values belong to the key.
         """
-        tensors = [leaf for leaf in tree_leaves(nest) if isinstance(leaf, Tensor)]
+        leaves, structure = tree_flatten(nest)
+        tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
+        others = PythonState(*[Tensor if isinstance(leaf, Tensor) else leaf for leaf in leaves])
 
         def rebuilt(*given: Tensor) -> list[Tensor]:
             entries = iter(given)
-            return function(tree_map(lambda leaf: next(entries) if isinstance(leaf, Tensor) else leaf, nest))
+            replaced = [next(entries) if isinstance(leaf, Tensor) else leaf for leaf in leaves]
+            return function(tree_unflatten(replaced, structure))
 
-        structure = repr(tree_map(lambda leaf: "tensor" if isinstance(leaf, Tensor) else leaf, nest))
-        return self.run(rebuilt, (key, structure), tensors, in_place)
+        return self.run(rebuilt, (key, structure, others.key), tensors, [*in_place, *others.tensors])
 
-    def _capturer(self, device: torch.device) -> Capturer | None:
-        """The capturer of a device; None where functions run as usual."""
-        if not self.serves(device) or torch.compiler.is_compiling() or transforms_active():
+    def _stream(self, device: torch.device) -> Hashable | None:
+        """Return the stream of the replays; None where functions run as usual."""
+        if not self.serves(device) or torch.compiler.is_compiling() or transforms_active() or dispatch_mode_active():
             return None
-        if device not in self._capturers:
-            self._capturers[device] = self._make_capturer(device)
-        capturer = self._capturers[device]
-        return capturer if capturer.ready() else None
+        return self._make_capturer.current_stream(device)
 
+    @torch.no_grad()  # autograd would record the copies of an input with a history, one after the other
     def _replay(self, graph: _Graph, inputs: Sequence[Tensor]) -> list[Tensor]:
         assert graph.replay is not None
         foreach_copy_(graph.inputs, list(inputs))
@@ -251,18 +182,25 @@ class GraphCache:
         results = [torch.empty_like(t) for t in graph.outputs]
         foreach_copy_(results, graph.outputs)
         self.replays += 1
+        self._misses = 0
         return results
 
     def _capture(
         self,
-        capturer: Capturer,
+        device: torch.device,
+        stream: Hashable,
         graph: _Graph,
         function: TensorFunction,
         inputs: Sequence[Tensor],
         in_place: Sequence[Tensor],
     ) -> bool:
-        """Capture the function; return False, without graphs from then on and after a warning, where that fails."""
+        """Capture the function; return False if it has no graph, after a warning if the cache captures no more."""
+        if not _CAPTURE_LOCK.acquire(blocking=False):
+            return False
         try:
+            if (device, stream) not in self._capturers:
+                self._capturers[device, stream] = self._make_capturer(device)
+            capturer = self._capturers[device, stream]
             before = [t.detach().clone() for t in in_place]
             try:
                 capturer.check(lambda: function(*inputs))
@@ -273,32 +211,42 @@ class GraphCache:
             graph.inputs = [t.detach().clone() for t in inputs]
             graph.outputs, graph.replay = capturer.capture(lambda: [t.detach() for t in function(*graph.inputs)])
             return True
-        except Exception as error:
+        except torch.OutOfMemoryError:
+            return False  # memory may be free later
+        except NotCapturableError as error:
             self._failed = True
             self._graphs.clear()
-            while isinstance(error.__context__, Exception):
-                error = error.__context__  # the end of an invalid capture hides the first error
             reason = str(error).partition("\n")[0]
-            text = f"{self._where}: no CUDA graph can be captured, kernels are launched one by one: {reason}"
-            warnings.warn(text, RuntimeWarning, stacklevel=caller_level())
+            self._warn(f"no CUDA graph can be captured, kernels are launched one by one: {reason}")
             return False
+        finally:
+            _CAPTURE_LOCK.release()
+
+    def _count_miss(self) -> None:
+        self._misses += 1
+        if self._misses == 2 * self._max_graphs:
+            changing = "shapes, values or tensors on which the function depends change in every call"
+            self._warn_once(f"no CUDA graph was used in {self._misses} calls, {changing}")
+
+    def _warn_once(self, text: str) -> None:
+        if not self._warned:
+            self._warned = True
+            self._warn(text)
+
+    def _warn(self, text: str) -> None:
+        warnings.warn(f"{self._where}: {text}", RuntimeWarning, stacklevel=caller_level())
 
 
-def refuse_host_randomness(function: Callable[[], Any]) -> None:
-    """Run the function; raise RuntimeError if it draws random numbers from torch's or Python's generator on the host.
-
-    The generators are then as before.
-    """
-    python, of_torch = random.getstate(), torch.get_rng_state()
-    try:
-        function()
-    finally:
-        drew = random.getstate() != python or not torch.equal(torch.get_rng_state(), of_torch)
-        if drew:
-            random.setstate(python)
-            torch.set_rng_state(of_torch)
-    if drew:
-        raise RuntimeError("it draws random numbers on the host")
+def _obstacle(device: torch.device, tensors: Sequence[Tensor]) -> str | None:
+    """Return why a graph on the device cannot read these tensors; None if it can."""
+    for t in tensors:
+        if is_lazy(t):
+            return "a parameter is not initialised"
+        if t.device != device:
+            return f"tensors are on {device} and on {t.device}"
+        if t.layout is not torch.strided or t.is_nested or (t.numel() and not t.data_ptr()):
+            return f"a tensor is sparse, nested or has no memory: {type(t).__name__} of {t.layout}"
+    return None
 
 
 def _layout(t: Tensor) -> tuple[Hashable, ...]:
@@ -307,10 +255,18 @@ def _layout(t: Tensor) -> tuple[Hashable, ...]:
 
 def _settings(device: torch.device) -> tuple[Hashable, ...]:
     """The global settings of torch that choose kernels and dtypes."""
+    matmul, cudnn = torch.backends.cuda.matmul, torch.backends.cudnn
     return (
         torch.is_autocast_enabled(device.type) and torch.get_autocast_dtype(device.type),
         torch.is_grad_enabled(),
         torch.is_inference_mode_enabled(),
         torch.are_deterministic_algorithms_enabled(),
-        torch.get_float32_matmul_precision(),
+        torch.get_default_dtype(),
+        float32_precision(),
+        matmul.allow_fp16_reduced_precision_reduction,
+        matmul.allow_bf16_reduced_precision_reduction,
+        cudnn.enabled,
+        cudnn.benchmark,
+        cudnn.deterministic,
+        is_split_invariant(),
     )

@@ -38,7 +38,7 @@ class MetaGradient:
         rates: the learned step sizes in use by name; empty: none.
         batching: maps functions over tasks.
         compiled: the functions compiled so far; ``compile`` adds to it.
-        graphs: captures and replays compiled functions on CUDA.
+        graphs: captures and replays compiled functions on CUDA; None: they run as usual.
         micro_batch, reptile, compile: as of :class:`eaml_ext.meta.MetaMAML`.
     """
 
@@ -48,7 +48,7 @@ class MetaGradient:
     rates: Params
     batching: Batching
     compiled: dict[tuple[LossFn, InnerLoop], PureFunction]
-    graphs: GraphCache
+    graphs: GraphCache | None
     micro_batch: int | None
     reptile: bool
     compile: bool
@@ -93,7 +93,7 @@ class MetaGradient:
         chunks, parts = self._chunks(tasks, loss_fns), []
         for chunk in chunks:
             some, fns = _take(tasks, chunk), _take(loss_fns, chunk)
-            # An index on the host would make a GPU wait.
+            # A copy of the indices to a GPU would make the host wait, so equal weights are sliced.
             share = uniform[: len(chunk)] if weights is None else weights.to(uniform)[chunk]
 
             def compute(
@@ -125,18 +125,20 @@ class MetaGradient:
         self, batch: Map, tasks: list[Task], loss_fn: LossFn, weights: Tensor
     ) -> tuple[Tensor, Gradients]:
         """Losses and gradients of tasks of equal shapes by a pure function, compiled if wanted."""
-        pure, inputs = self._pure(loss_fn, batch), [weights, *stack(tasks)]
+        inputs, graphs, inner = [weights, *stack(tasks)], self.graphs, self.inner
 
         def function(weights: Tensor, *stacked: Tensor) -> list[Tensor]:
             start, rates = ({name: t.detach() for name, t in tensors.items()} for tensors in (self.params, self.rates))
-            losses, grads = pure(start, rates, weights, *stacked)
+            losses, grads = self._pure(loss_fn, batch)(start, rates, weights, *stacked)
             return [losses, *grads]
 
         with torch.set_grad_enabled(not self.reptile):
-            if self.compile and batch is vmapped and self.graphs.serves(weights.device):
+            if self.compile and batch is vmapped and graphs is not None and graphs.serves(weights.device):
                 state = PythonState(self.model, loss_fn)
-                key = self.inner, tuple(self.params), tuple(self.rates), self.reptile, state.key
-                losses, *grads = self.graphs.run(function, key, inputs, [*state.tensors, *self.rates.values()])
+                # Without inner.call, which would keep the learner and with it these graphs alive.
+                options = inner.names, inner.lr, inner.steps, inner.first_order, self.reptile
+                key = state.key, options, tuple(self.params), tuple(self.rates)
+                losses, *grads = graphs.run(function, key, inputs, [*state.tensors, *self.rates.values()])
             else:
                 losses, *grads = function(*inputs)
         return losses, [*grads]
@@ -254,7 +256,7 @@ def _equal_shapes(tasks: Sequence[Task], loss_fns: Sequence[LossFn]) -> list[lis
 
 
 def _in_order_of_tasks(parts: Sequence[Tensor], chunks: Sequence[Sequence[int]]) -> Tensor:
-    """The losses of all chunks as one tensor, in the order of the tasks."""
+    """Concatenate the losses of all chunks, in the order of the tasks."""
     joined = torch.cat([*parts])
     order = [i for chunk in chunks for i in chunk]
     if order == list(range(len(order))):

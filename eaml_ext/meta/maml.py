@@ -76,11 +76,12 @@ class MetaMAML:
             compilation takes seconds to a minute and is kept, so few losses and shapes pay off. Where compilation
             fails, a RuntimeWarning gives the reason and the usual path runs. Results are equal to rounding. On a GPU
             the kernels are also captured in a CUDA graph, in the second call with equal loss, shapes and settings;
-            later calls replay it. The latest 16 graphs are kept. Model and loss must meet the requirements that
-            :mod:`eaml_ext.meta._cuda_graphs` lists: they do not wait for the GPU, and their hooks, prints and counters
-            do not run in a replay. A change of attributes of the model or the loss, of training mode, or of tensors
-            that were replaced leads to a new graph; a change of globals does not. Where a graph cannot be captured, a
-            RuntimeWarning gives the reason and kernels are launched one by one.
+            later calls replay it. The latest 16 graphs are kept. Model and loss then read tensors of one device, do
+            not wait for the GPU (``.item()``, ``if tensor``, boolean indexing) and draw random numbers only from
+            torch's default generator. Their hooks, prints and counters do not run in a replay. A change of their
+            attributes, closures, containers or training mode, or a tensor in the place of another, leads to a new
+            graph. A change of globals or of attributes of classes does not and has no effect. Where a graph cannot be
+            captured, or 32 calls in a row had none, a RuntimeWarning gives the reason; kernels are launched one by one.
         group: the ranks that share the tasks of a meta-batch; None: this process has all of them.
 
     Attributes:
@@ -109,6 +110,8 @@ class MetaMAML:
     >>> list(maml.inner_lrs), maml.last_losses.shape
     (['2.weight', '2.bias'], torch.Size([8]))
     """
+
+    _graphs: GraphCache | None = None  # of objects that were pickled before graphs existed
 
     @outside_inference_mode()
     def __init__(

@@ -58,6 +58,7 @@ class SSMMetaPolicy(nn.Module):
 
     mean: Tensor
     std: Tensor
+    _graphs: GraphCache | None = None  # of objects that were pickled before graphs existed
 
     def __init__(
         self,

@@ -141,3 +141,36 @@ def test_adapter_copy_and_stream_with_graphs_equal_plain():
 def test_constructor_compile_not_a_flag_is_refused():
     with pytest.raises(TypeError, match=r"^Adapter: compile must be True or False, got int$"):
         Adapter(nn.Linear(3, 1), compile=1)
+
+
+def test_adapt_loss_written_in_the_call_is_captured_once():
+    replayed, plain = pair(MODELS["mlp"](), AdaptationConfig(0.05, max_steps_per_call=2))
+    for i in range(4):
+        batch, scale = rows(), 1.0 + i // 2
+        got, want = (adapter.adapt(lambda p, t: scale * mse_loss(p, t), batch) for adapter in (replayed, plain))  # noqa: B023
+        assert got == pytest.approx(want, rel=1e-5)
+    assert len(replayed._graphs) == 2 and replayed._graphs.replays == 6
+
+
+class KeepsOutput(nn.Linear):
+    def forward(self, x):
+        self.kept = [*getattr(self, "kept", ())[-1:], super().forward(x)]
+        return self.kept[-1]
+
+
+def test_adapt_model_that_keeps_its_output_warns_once():
+    replayed, plain = pair(KeepsOutput(3, 2), AdaptationConfig(0.05, max_steps_per_call=1))
+    replayed._graphs._max_graphs = 3
+    with pytest.warns(RuntimeWarning, match="^Adapter: no CUDA graph was used in 6 calls, shapes, values or") as caught:
+        for _ in range(10):
+            batch = rows()
+            got, want = (adapter.adapt(mse_loss, batch) for adapter in (replayed, plain))
+            assert got == pytest.approx(want, rel=1e-5)
+    assert len(caught) == 1 and caught[0].filename == __file__
+
+
+def test_adapt_of_adapter_pickled_without_graphs_runs_as_usual():
+    adapter, batch = Adapter(MODELS["mlp"](), AdaptationConfig(0.05)), rows()
+    old = copy.deepcopy(adapter)
+    del vars(old)["_graphs"]
+    assert old.adapt(mse_loss, batch) == adapter.adapt(mse_loss, batch)

@@ -2,14 +2,16 @@
 
 import contextlib
 import math
+import random
+import threading
 import warnings
 from types import SimpleNamespace
 
 import pytest
 import torch
 
-from eaml_ext.meta import _cuda_graphs
-from eaml_ext.meta._cuda_graphs import CudaCapturer
+from eaml_ext.meta import _cuda_capturer
+from eaml_ext.meta._cuda_capturer import CudaCapturer, NotCapturableError, raise_on_host_randomness
 
 DEVICE = torch.device("cuda", 0)
 
@@ -64,17 +66,16 @@ def cuda(monkeypatch):
     state = Cuda()
     for name, value in state.names().items():
         monkeypatch.setattr(torch.cuda, name, value)
-    monkeypatch.setattr(_cuda_graphs, "end_allocate_to_pool", lambda device, pool: state.pools.append((device, pool)))
+    monkeypatch.setattr(_cuda_capturer, "end_allocate_to_pool", lambda device, pool: state.pools.append((device, pool)))
     zeros = torch.zeros
     monkeypatch.setattr(torch, "zeros", lambda *sizes, device=None: zeros(*sizes))
     return state
 
 
-def test_ready_on_the_stream_of_construction_alone(cuda):
-    capturer = CudaCapturer(DEVICE)
-    assert capturer.ready()
-    cuda.stream = "other"
-    assert not capturer.ready()
+def test_current_stream_that_captures_is_none(cuda):
+    assert CudaCapturer.current_stream(DEVICE) == "user"
+    cuda.stream = "capture"
+    assert CudaCapturer.current_stream(DEVICE) is None
 
 
 @pytest.mark.parametrize("fails", [False, True])
@@ -98,12 +99,13 @@ def test_check_function_that_waits_raises_its_line(cuda):
         warnings.warn("called a synchronizing CUDA operation", UserWarning, stacklevel=1)
 
     line = function.__code__.co_firstlineno + 2
-    with pytest.raises(RuntimeError, match=f"test_cuda_capturer.py:{line} waits for the GPU$"):
+    waits = pytest.raises(NotCapturableError, match=f"test_cuda_capturer.py:{line} waits for the GPU$")
+    with pytest.warns(UserWarning, match="^something else$"), waits:
         CudaCapturer(DEVICE).check(function)
 
 
 def test_check_function_that_draws_on_the_host_raises(cuda):
-    with pytest.raises(RuntimeError, match="draws random numbers on the host"):
+    with pytest.raises(NotCapturableError, match="draws random numbers on the host"):
         CudaCapturer(DEVICE).check(lambda: torch.rand(1))
 
 
@@ -117,8 +119,65 @@ def test_capture_runs_on_capture_stream_without_autocast_cache(cuda):
 
 def test_capture_that_cannot_end_restores_stream_allocator_and_generator(cuda):
     capturer, cuda.end_fails = CudaCapturer(DEVICE), True
-    with pytest.raises(RuntimeError, match="capture invalidated"):
+    with pytest.raises(NotCapturableError, match="capture invalidated"):
         capturer.capture(lambda: [torch.full((1,), math.pi)])
     assert cuda.stream == "user" and torch.is_autocast_cache_enabled()
     assert cuda.pools == [(DEVICE, (0, 1))]
     assert cuda.captures == [(0, 1), None]  # the second is empty and ends, which resets the generator
+
+
+@pytest.mark.parametrize("end_fails", [False, True])
+def test_capture_fails_names_the_first_error(cuda, end_fails):
+    capturer, cuda.end_fails = CudaCapturer(DEVICE), end_fails
+
+    def function():
+        try:
+            raise KeyError("handled")
+        except KeyError:
+            raise RuntimeError("operation not permitted when stream is capturing") from None
+
+    with pytest.raises(NotCapturableError, match=r"^operation not permitted when stream is capturing$"):
+        capturer.capture(function)
+
+
+@pytest.mark.parametrize("error", [ValueError("no loss"), torch.OutOfMemoryError("CUDA out of memory")])
+@pytest.mark.parametrize("end_fails", [False, True])
+def test_capture_error_of_function_or_memory_is_raised_as_it_is(cuda, end_fails, error):
+    capturer, cuda.end_fails = CudaCapturer(DEVICE), end_fails
+
+    def function():
+        raise error
+
+    with pytest.raises(type(error)) as raised:
+        capturer.capture(function)
+    assert raised.value is error
+
+
+@pytest.mark.parametrize("mode", [0, 1])
+def test_check_other_thread_that_waits_is_not_the_function(cuda, mode):
+    cuda.mode = mode
+
+    def function():
+        for text in ("called a synchronizing CUDA operation", "something else"):
+            thread = threading.Thread(target=warnings.warn, args=(text,))
+            thread.start()
+            thread.join()
+
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        CudaCapturer(DEVICE).check(function)
+    shown = [str(each.message) for each in caught]
+    assert shown == ["called a synchronizing CUDA operation"] * mode + ["something else"]
+
+
+@pytest.mark.parametrize("draw", [random.random, lambda: torch.rand(1)])
+def test_raise_on_host_randomness_drawn_numbers_are_drawn_again(draw):
+    random.seed(1)
+    torch.manual_seed(1)
+    with pytest.raises(NotCapturableError, match="it draws random numbers on the host"):
+        raise_on_host_randomness(draw)
+    got = draw()
+    random.seed(1)
+    torch.manual_seed(1)
+    assert got == draw()
+    raise_on_host_randomness(lambda: torch.ones(1))

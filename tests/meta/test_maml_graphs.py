@@ -1,7 +1,9 @@
 """MetaMAML(compile=True) replays graphs: recorded operations in place of CUDA graphs, without torch.compile."""
 
 import copy
+import gc
 import math
+import weakref
 
 import pytest
 import torch
@@ -78,6 +80,7 @@ def test_meta_update_replayed_twice_in_one_step_accumulates():
     assert len(replayed._graphs) == 1 and replayed._graphs.replays == 9
 
 
+@pytest.mark.filterwarnings("ignore:MetaMAML. no CUDA graph was used in 6 calls")
 def test_meta_update_replayed_many_shapes_keep_bounded_number_of_graphs():
     replayed, plain = pair(mlp(), 0.1, 1e-2)
     replayed._graphs._max_graphs = 3
@@ -215,3 +218,62 @@ def test_meta_update_copied_maml_has_graphs_of_its_own():
     copied, want = copy.deepcopy((replayed, plain))
     assert_same_updates(copied, want, batches)
     assert_same_updates(replayed, plain, batches)
+
+
+class Weighted:
+    """A loss whose weights change."""
+
+    def __init__(self):
+        self.weight, self.table = 1.0, {"scales": [torch.ones((), dtype=torch.float64)]}
+
+    def __call__(self, prediction, target):
+        return self.weight * self.table["scales"][0] * mse_loss(prediction, target)
+
+    def loss(self, prediction, target):
+        return self(prediction, target)
+
+
+@pytest.mark.parametrize("pick", [lambda o: o, lambda o: o.loss], ids=["object", "method"])
+def test_meta_update_replayed_loss_object_with_other_attributes_is_captured_again(pick):
+    replayed, plain = pair(mlp(), 0.1, 1e-2)
+    batches, owner = [[task(), task()] for _ in range(3)], Weighted()
+    assert_same_updates(replayed, plain, batches, pick(owner))
+    owner.weight = 5.0
+    assert_same_updates(replayed, plain, batches, pick(owner))
+    owner.table["scales"][0] = torch.full((), 7.0, dtype=torch.float64)
+    assert_same_updates(replayed, plain, batches, pick(owner))
+    assert replayed._graphs.replays == 6 and len(replayed._graphs) == 2
+
+
+def test_meta_update_replayed_tasks_with_history_keep_none():
+    replayed, plain = pair(mlp(), 0.1, 1e-2)
+    batches = [[task(), task()] for _ in range(4)]
+    for tasks in batches:
+        for t in tasks[0]:
+            t.requires_grad_()
+    assert_same_updates(replayed, plain, [[tuple(2 * t for t in each) for each in tasks] for tasks in batches])
+    (graph,) = replayed._graphs._graphs.values()
+    assert replayed._graphs.replays == 3 and all(t.grad_fn is None for t in graph.inputs)
+
+
+def test_meta_update_of_maml_pickled_without_graphs_runs_as_usual():
+    maml, tasks = MetaMAML(mlp(), 0.1, 1e-2, compile=True), [task(), task()]
+    old = copy.deepcopy(maml)
+    del vars(old)["_graphs"]
+    assert old.meta_update(tasks, mse_loss) == pytest.approx(maml.meta_update(tasks, mse_loss))
+
+
+def test_meta_update_dropped_maml_frees_its_graphs():
+    maml, tasks = replaying(mlp(), 0.1, 1e-2), [task(), task()]
+    for _ in range(3):
+        maml.meta_update(tasks, mse_loss)
+    assert maml._graphs.replays == 2
+    graphs = weakref.ref(maml._graphs)
+    maml._compiled.clear()  # compiled functions hold bound methods of the learner
+    gc.collect()
+    gc.disable()
+    try:
+        del maml
+        assert graphs() is None
+    finally:
+        gc.enable()

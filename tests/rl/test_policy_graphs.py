@@ -1,6 +1,8 @@
 """SSMMetaPolicy(compile=True) replays steps: CUDA graphs on a GPU, recorded operations in their place on a CPU."""
 
 import copy
+import gc
+import weakref
 
 import pytest
 import torch
@@ -89,3 +91,26 @@ def test_save_and_load_compiled_policy_keep_weights(tmp_path):
     policy, obs = replaying(5, 2, 8), torch.randn(3, 5)
     policy.save(tmp_path / "policy")
     assert torch.equal(SSMMetaPolicy.load(tmp_path / "policy")(obs), policy(obs))
+
+
+def test_step_dropped_policy_is_freed_without_collection():
+    policy = replaying(5, 2, 8)
+    with torch.no_grad():
+        for _ in range(3):
+            policy.step(torch.randn(3, 5))
+    assert policy._graphs.replays == 2
+    alive = weakref.ref(policy)
+    gc.collect()
+    gc.disable()
+    try:
+        del policy
+        assert alive() is None
+    finally:
+        gc.enable()
+
+
+def test_step_of_policy_pickled_without_graphs_runs_as_usual():
+    policy = SSMMetaPolicy(5, 2, 8)
+    del vars(policy)["_graphs"]
+    with torch.no_grad():
+        assert policy.step(torch.randn(3, 5))[1].shape == (3,)
