@@ -48,7 +48,7 @@ def policy_step(device: str, compile: bool) -> Callable[[], Any]:
 
 
 def measure(make: Callable[[bool], Callable[[], Any]], seconds: float) -> dict[str, float]:
-    """Median seconds of a call, and its launches, without and with graphs."""
+    """Measure the median seconds of a call, and its launches, without and with graphs."""
     functions = {"plain": make(False), "graph": make(True)}
     for function in functions.values():
         for _ in range(3):  # compiles, captures, replays
