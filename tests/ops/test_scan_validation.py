@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 import torch
 from scan_cases import OPTIONAL, as_step, build, check_error
+from torch._subclasses import FakeTensorMode
 
 from eaml_ext.ops import selective_scan, selective_scan_reference, selective_scan_step
 
@@ -112,3 +113,15 @@ def test_scan_interleaved_matrix_without_gradient_equals_complex_one(interleaved
     packed = torch.view_as_real(states[interleaved]).flatten(-2)
     want = selective_scan(**{**GOOD, **states})
     assert torch.equal(selective_scan(**{**GOOD, **states, interleaved: packed}), want)
+
+
+def test_scan_and_step_under_fake_mode_check_shapes_of_plain_tensors():
+    u, A, B = torch.randn(2, 3, 5), -torch.rand(3, 4), torch.randn(2, 4, 5)
+    state, now, wrong = torch.zeros(2, 3, 4), torch.randn(2, 3), torch.randn(2, 4, 6)
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        assert selective_scan(u, u, A, B, B).shape == u.shape
+        assert selective_scan_step(state, now, now, A, B[..., 0].clone(), B[..., 0].clone())[0].shape == now.shape
+        with pytest.raises(ValueError, match=r"^selective_scan: B has length 6, u has length 5$"):
+            selective_scan(u, u, A, wrong, B)
+        with pytest.raises(ValueError, match=r"^selective_scan_step: B has 5 states, A has 4$"):
+            selective_scan_step(state, now, now, A, torch.randn(2, 5), torch.randn(2, 4))

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from eaml_ext import _check
-from eaml_ext._torch_compat import has_kernel, transforms_active
+from eaml_ext._torch_compat import dispatch_mode_active, has_kernel, transforms_active
 from eaml_ext.ops._library import library
 from eaml_ext.ops._typed import allow_in_graph
 from eaml_ext.ops.fallback import warn_once
@@ -279,6 +279,8 @@ def selective_scan_step(
     arguments = (state, u, delta, A, B, C, D, z, delta_bias, delta_softplus)
     shape_error = None
     if _raw_step_accepts(arguments):
+        if dispatch_mode_active():
+            check_step_arguments(arguments)  # the fake kernel checks no shapes
         try:
             pair: tuple[Tensor, Tensor] = library.selective_scan_step(*arguments)
             return pair
@@ -294,10 +296,11 @@ def selective_scan_step(
 def _raw_scan_accepts(x: ScanInputs, reset: Tensor | None) -> bool:
     """Return whether the raw op may run on the arguments of a scan, whose shapes it checks itself.
 
-    References and fake kernels check no shapes, so tensors that reach them are excluded.
+    References and fake kernels check no shapes, so tensors that reach them are excluded: FakeTensorMode gives them
+    plain tensors, too.
     """
     u = x.u
-    if type(u) not in _PLAIN or u.dtype not in _RAW_DTYPES or transforms_active():
+    if type(u) not in _PLAIN or u.dtype not in _RAW_DTYPES or transforms_active() or dispatch_mode_active():
         return False
     if not (u.is_cpu and _ON_CPU) and not (u.is_cuda and _ON_CUDA):
         return False
