@@ -62,7 +62,7 @@ def step_if_finite(
         return False
     optimizer.zero_grad()  # a frozen parameter may hold a gradient of its own
     for p, g in zip(leaves, grads, strict=True):
-        p.grad = g
+        p.grad = None if g is None else g.resolve_conj()  # torch.optim cannot read lazy conjugates
     try:
         take_step(where, optimizer)
     finally:

@@ -147,8 +147,9 @@ class PythonState:
         self._add_named({**slots, **getattr(value, "__dict__", {})})
 
     def _add_named(self, values: Mapping[str, Any]) -> None:
-        self._values.append(tuple(values))
-        for value in [*values.values()]:
+        items = [*values.items()]  # a ScriptModule has no dicts, and no iterators of names
+        self._values.append(tuple([name for name, _ in items]))
+        for _, value in items:
             self._add(value)
 
     def _add_all(self, values: Any) -> None:

@@ -234,3 +234,32 @@ def test_finite_last_number_of_a_large_tensor_is_found(bad):
     assert finite(numbers)
     numbers[-1] = bad
     assert not finite(numbers)
+
+
+class Conjugated(nn.Module):
+    """A model in which the gradient of the weight has the conjugate bit."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight, self.head = nn.Parameter(torch.randn(3, 3, dtype=torch.complex64)), nn.Linear(3, 1)
+
+    def forward(self, x):
+        return self.head((x.to(torch.complex64) @ self.weight.conj()).real)
+
+
+@pytest.mark.parametrize("optimizer", [torch.optim.Adam, torch.optim.SGD])
+@pytest.mark.parametrize("count", [1, 2])
+def test_meta_update_gradient_with_conjugate_bit_takes_the_step_of_backward(optimizer, count):
+    model = Conjugated()
+    other = copy.deepcopy(model)
+    # The inner loop leaves the weight as it is, to a step that rounds to none.
+    maml = MetaMAML(model, 1e-30, 0.01, inner_parameters="head", first_order=True, optimizer=optimizer)
+    tasks = [tuple(torch.randn(5, n) for n in (3, 1, 3, 1)) for _ in range(count)]
+    maml.meta_update(tasks, nn.functional.mse_loss)
+    plain = optimizer(other.parameters(), lr=0.01)
+    (sum(nn.functional.mse_loss(other(x), y) for _, _, x, y in tasks) / count).backward()
+    for p in other.parameters():
+        p.grad = p.grad.resolve_conj()
+    plain.step()
+    for p, q in zip(model.parameters(), other.parameters(), strict=True):
+        torch.testing.assert_close(p, q, rtol=1e-4, atol=1e-5)

@@ -183,6 +183,17 @@ def test_python_state_replaced_hook_has_another_key():
     assert PythonState(layer).key not in keys
 
 
+@pytest.mark.filterwarnings("ignore:.torch.jit.script. is deprecated")
+def test_python_state_script_module_has_its_tensors_in_the_key():
+    model = nn.Sequential(torch.jit.script(nn.Sequential(nn.Linear(2, 2), nn.BatchNorm1d(2))))
+    before = PythonState(model)
+    assert PythonState(model).key == before.key
+    addresses = {t.data_ptr() for t in before.tensors}
+    assert addresses == {t.data_ptr() for t in (*model.parameters(), *model.buffers())}
+    model.eval()
+    assert PythonState(model).key != before.key
+
+
 def test_python_state_global_hook_has_another_key():
     before = PythonState(nn.Linear).key
     handle = nn.modules.module.register_module_forward_hook(lambda *_: None)
