@@ -163,23 +163,6 @@ def dispatch_mode_active() -> bool:
     return torch._C._len_torch_dispatch_stack() > 0
 
 
-def float32_precision() -> tuple[str | bool | None, ...]:
-    """Return the settings of TF32: the attributes ``fp32_precision``, then the getters that these replace.
-
-    The getters raise where attributes have been set to values that the old settings cannot express.
-    Tried with 2.13.0.
-    """
-    cuda, cudnn = torch.backends.cuda.matmul, torch.backends.cudnn
-    owners = cuda, getattr(cudnn, "conv", None), getattr(cudnn, "rnn", None)
-    precision: list[str | bool | None] = [getattr(owner, "fp32_precision", None) for owner in owners]
-    for old in (torch.get_float32_matmul_precision, lambda: torch.backends.cudnn.allow_tf32):
-        try:
-            precision.append(old())
-        except RuntimeError:
-            precision.append(None)
-    return tuple(precision)
-
-
 def is_compiler_error(error: BaseException) -> bool:
     """Return whether torch.compile raised ``error`` because it cannot compile a function.
 
@@ -193,7 +176,6 @@ __all__ = [
     "autograd_in_kernel",
     "dispatch_mode_active",
     "end_allocate_to_pool",
-    "float32_precision",
     "foreach_copy_",
     "has_hooks",
     "has_kernel",

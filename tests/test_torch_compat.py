@@ -111,25 +111,6 @@ def test_dispatch_mode_active_inside_of_modes_alone():
         assert _torch_compat.dispatch_mode_active()
 
 
-def test_float32_precision_follows_old_and_new_settings():
-    matmul = torch.backends.cuda.matmul
-    found = getattr(matmul, "fp32_precision", None)
-    torch.set_float32_matmul_precision("highest")
-    before = _torch_compat.float32_precision()
-    try:
-        torch.set_float32_matmul_precision("high")
-        assert _torch_compat.float32_precision() != before
-        torch.set_float32_matmul_precision("highest")
-        assert _torch_compat.float32_precision() == before
-        if found is not None:
-            matmul.fp32_precision = "tf32"  # the getter of the old setting raises then
-            assert _torch_compat.float32_precision() != before
-    finally:
-        torch.set_float32_matmul_precision("highest")
-        if found is not None:
-            matmul.fp32_precision = found
-
-
 def test_is_compiler_error_of_compiler_only():
     assert _torch_compat.is_compiler_error(torch._dynamo.exc.Unsupported("no"))
     assert not _torch_compat.is_compiler_error(ValueError("no"))

@@ -34,7 +34,6 @@ from torch.nn.parameter import is_lazy
 
 from eaml_ext._torch_compat import (
     dispatch_mode_active,
-    float32_precision,
     foreach_copy_,
     transforms_active,
     tree_flatten,
@@ -255,14 +254,16 @@ def _layout(t: Tensor) -> tuple[Hashable, ...]:
 
 def _settings(device: torch.device) -> tuple[Hashable, ...]:
     """The global settings of torch that choose kernels and dtypes."""
-    matmul, cudnn = torch.backends.cuda.matmul, torch.backends.cudnn
+    matmul: Any = torch.backends.cuda.matmul
+    cudnn: Any = torch.backends.cudnn
     return (
         torch.is_autocast_enabled(device.type) and torch.get_autocast_dtype(device.type),
         torch.is_grad_enabled(),
         torch.is_inference_mode_enabled(),
         torch.are_deterministic_algorithms_enabled(),
         torch.get_default_dtype(),
-        float32_precision(),
+        # The older getters raise where these have been set.
+        *[owner.fp32_precision for owner in (matmul, cudnn.conv, cudnn.rnn)],
         matmul.allow_fp16_reduced_precision_reduction,
         matmul.allow_bf16_reduced_precision_reduction,
         cudnn.enabled,

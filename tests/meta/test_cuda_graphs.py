@@ -396,6 +396,16 @@ def double_by_default():
         torch.set_default_dtype(torch.float32)
 
 
+@contextlib.contextmanager
+def tf32_of_products():
+    torch.set_float32_matmul_precision("high")
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision("highest")
+        MATMUL.fp32_precision = "none"
+
+
 MATMUL, CUDNN = torch.backends.cuda.matmul, torch.backends.cudnn
 SETTINGS = {
     "split invariant": split_invariant,
@@ -406,6 +416,9 @@ SETTINGS = {
     "benchmark": _set(CUDNN, "benchmark", True),
     "deterministic": _set(CUDNN, "deterministic", True),
     "tf32": _set(CUDNN, "allow_tf32", False),
+    "tf32 of convolutions": _set(CUDNN.conv, "fp32_precision", "ieee"),
+    "tf32 of products": _set(MATMUL, "fp32_precision", "tf32"),
+    "tf32 of products, older name": tf32_of_products,
 }
 
 
