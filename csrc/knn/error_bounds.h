@@ -33,9 +33,10 @@
 // holds |x - y| beside |x| + |x - y|, which is at least |y|. The last row of the queries holds |q| beside g|q| + |q -
 // p|. All are rounded up.
 //
-// A kernel that rounds keys as it reads them bounds |x - y| by 2^-9 |x|, from the unit roundoff of bfloat16. Numbers
-// below the normal ones, which the hardware may read as zero, add at most sqrt(n) tiny to |x - y|. That is less than
-// 2^-9 times what the underflow and the factor 1 + g add to the bound of |x|. Such a kernel subtracts the terms of the
+// The hardware may read subnormal numbers of bfloat16 as zero, which adds at most sqrt(n) tiny to |x - y|. That is less
+// than the underflow and the factor 1 + g add to the bound of |x - y|.
+//
+// The one-pass kernel rounds keys as it reads them, and computes |x - y|² beside |x|². It subtracts the terms of the
 // last row after the products: a sum of n + 1 products onto the start, in another order.
 //
 // Tensor cores sum products in steps of 16, 8 or 4. A step of n aligns its n + 1 terms to the largest term and may cut
@@ -53,7 +54,6 @@ namespace eaml::knn {
 namespace {
 
 constexpr int kTensorCoreRoundings = 4;
-constexpr float kBfloat16Roundoff = 0x1p-9f;
 
 template <class T>
 struct Limits {
@@ -122,7 +122,7 @@ EAML_INLINE KeyBounds<T> key_bounds(T square, T bias, bool norm_fits, bool sqeuc
 
 // ---- pairs of bfloat16 ----
 
-// The nearest bfloat16; zero below the normal numbers, which the hardware's products may read as zero.
+// The nearest bfloat16; zero in place of a subnormal number, which the hardware's products may read as zero.
 EAML_INLINE std::uint32_t to_bfloat16(float x) {
   const std::uint32_t bits = narrow<Half::kBfloat16, std::uint32_t>(x);
   return (bits & 0x7f80u) == 0 ? 0 : bits;

@@ -235,6 +235,49 @@ def test_exact_one_pass_of_offset_clusters_matches_reference(library, metric, no
         assert failed == 0 and counts.float().mean() < 32 * math.log2(1500)
 
 
+def unit_keys(mantissas: Tensor, sums: Tensor, features: int) -> Tensor:
+    """Return keys of norm 1 whose first 62 features are ``mantissas / 8`` and whose first 64 have the sum ``sums / 8``.
+
+    Args:
+        mantissas: ``(size,)``, in [1, 1 + 1/64].
+        sums: ``(size,)``, near 63.
+    """
+    keys = torch.zeros(len(sums), features, dtype=torch.float64)
+    keys[:, :62] = mantissas[:, None] / 8
+    keys[:, 62] = (sums - 62 * mantissas) / 8
+    keys[:, 64] = (1 - keys.square().sum(1)).sqrt()
+    return keys.float()
+
+
+@pytest.mark.parametrize("features", [72, 67], ids=["aligned", "unaligned"])
+@pytest.mark.parametrize("metric", METRICS)
+def test_exact_one_pass_of_keys_halfway_between_bfloat16_numbers_returns_nearest(library, metric, features):
+    """The relative rounding errors are 2^-8, the unit roundoff of bfloat16, and all of one sign."""
+    queries, keys = torch.zeros(1, features), torch.zeros(1024, features)  # the keys of the sample are 0
+    queries[:, :64] = 1
+    down, up = 1 + 2**-8 - 2**-16, 1 + 3 * 2**-8 + 2**-16  # rounded to 1 and to 1 + 2^-6
+    sums = torch.tensor([63.02, 63.0], dtype=torch.float64)
+    keys[1:3] = unit_keys(torch.tensor([down, up], dtype=torch.float64), sums, features)
+    found = check(library, queries, keys, 1, metric=metric)
+    assert found.indices.item() == 1
+    filled(keys, metric=metric).check(queries, 1)
+
+
+@pytest.mark.parametrize("features", [72, 67], ids=["aligned", "unaligned"])
+@pytest.mark.parametrize("metric", METRICS)
+def test_exact_one_pass_of_keys_near_bfloat16_midpoints_matches_reference(library, metric, features):
+    """The rounding errors of a key have one sign and exceed the differences between keys."""
+    queries = torch.zeros(2, features)
+    queries[:, :64] = torch.tensor([[1.0], [-1.0]])
+    midpoints, offsets = torch.tensor([1 + 2**-8, 1 + 3 * 2**-8]), torch.tensor([-1, 0, 1]) * 2**-20
+    for _ in range(3):
+        mantissas = midpoints[torch.randint(2, (1100,))].double() + offsets[torch.randint(3, (1100,))]
+        keys = unit_keys(mantissas, 63 + 0.05 * torch.rand(1100, dtype=torch.float64), features)
+        keys[:: 1100 // 32] = 0  # the keys of the sample: the centre is 0
+        check(library, queries, keys, 6, metric=metric)
+        filled(keys, metric=metric).check(queries, 6)
+
+
 def test_exact_one_pass_gives_same_bits_for_every_number_of_queries(library):
     queries, keys = torch.randn(16, 24), torch.randn(1300, 24)
     whole = check(library, queries, keys, 7)

@@ -151,7 +151,7 @@ EAML_DEVICE void multiply_rows(float (&sum)[kTiles][4], LaneKeys& keys, const On
   const int lane = cuda::thread() % cuda::kWarp;
   const Memory<float> from(params, memory);
   int64_t slots[2];
-  float square[2];
+  float square[2], rounding[2] = {};
   EAML_UNROLL
   for (int h = 0; h < 2; ++h) {
     const int64_t slot = first + lane / 4 + h * 8;
@@ -163,8 +163,7 @@ EAML_DEVICE void multiply_rows(float (&sum)[kTiles][4], LaneKeys& keys, const On
                         uint32_t a[2][4];
                         EAML_UNROLL
                         for (int h = 0; h < 2; ++h)
-                          for (int j = 0; j < 4; ++j)
-                            a[h][j] = cuda::narrow_pair<Half::kBfloat16>(x[h][2 * j], x[h][2 * j + 1]);
+                          for (int j = 0; j < 4; ++j) a[h][j] = round_pair(rounding[h], x[h][2 * j], x[h][2 * j + 1]);
                         multiply_columns(sum, a, static_cast<int>(i / kColumns), shared);
                       });
   const TensorCoreBound bound(from.features);
@@ -172,11 +171,11 @@ EAML_DEVICE void multiply_rows(float (&sum)[kTiles][4], LaneKeys& keys, const On
   EAML_UNROLL
   for (int h = 0; h < 2; ++h) {
     const float norm = norm_bound(square[h], error, underflow);
+    const float rest = norm_bound(sum_of_row(rounding[h]), error, underflow);
     const bool fits = norm <= Limits<float>::kMaxNorm;
     const KeyBounds<float> bounds =
         key_bounds(square[h], from.weight(slots[h]), fits, from.metric == Metric::kSqeuclidean, error);
-    keys.start[h] = bounds.start, keys.width[h] = bounds.width,
-    keys.norms[h] = fits ? key_pair(norm, norm * kBfloat16Roundoff) : 0;
+    keys.start[h] = bounds.start, keys.width[h] = bounds.width, keys.norms[h] = fits ? key_pair(norm, rest) : 0;
     EAML_UNROLL
     for (int n = 0; n < kTiles; ++n)
       for (int i = 0; i < 2; ++i) {

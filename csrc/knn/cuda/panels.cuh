@@ -129,6 +129,14 @@ EAML_DEVICE V sum_of_row(V x) {
   return x + cuda::shuffle_xor(x, 2);
 }
 
+// The nearest bfloat16 numbers; adds the squares of the differences to `square`. Differences are exact.
+EAML_DEVICE uint32_t round_pair(float& square, float first, float second) {
+  const uint32_t pair = cuda::narrow_pair<Half::kBfloat16>(first, second);
+  const float rest[2] = {first - low(pair), second - high(pair)};
+  square += rest[0] * rest[0] + rest[1] * rest[1];
+  return pair;
+}
+
 // Centres the two rows of a lane, or normalises them first. Calls centre(i, to) to read the centre from feature i on,
 // and use(i, x) with the results, 0 beyond the last feature. `square` becomes |x|².
 template <class Source, class Centre, class Use>
@@ -176,11 +184,11 @@ EAML_DEVICE void centre_rows(float (&square)[2], const KeyRows& keys, const int6
   square[0] = sum_of_row(square[0]), square[1] = sum_of_row(square[1]);
 }
 
-// A warp packs the rows and the norms of 16 keys from `first` on, those below `size`. Each `square` becomes |x|², or
-// NaN if no bound holds.
 EAML_DEVICE uint32_t* row_of_words(uint16_t* row) {
   return reinterpret_cast<uint32_t*>(row);
 }
+// A warp packs the rows and the norms of 16 keys from `first` on, those below `size`. Each `square` becomes |x|², or
+// NaN if no bound holds.
 template <class Source>
 EAML_DEVICE void pack_rows(float (&square)[2], const KeyRows& keys, int64_t first, int64_t size, const float* centre,
                            Metric metric, const TensorCoreBound& bound, const Packed& packed, int64_t block,
@@ -207,11 +215,7 @@ EAML_DEVICE void pack_rows(float (&square)[2], const KeyRows& keys, int64_t firs
     for (int h = 0; h < 2; ++h) {
       uint32_t pairs[4];
       EAML_UNROLL
-      for (int j = 0; j < 4; ++j) {
-        pairs[j] = cuda::narrow_pair<Half::kBfloat16>(x[h][2 * j], x[h][2 * j + 1]);
-        const float rest[2] = {x[h][2 * j] - low(pairs[j]), x[h][2 * j + 1] - high(pairs[j])};
-        rounding[h] += rest[0] * rest[0] + rest[1] * rest[1];
-      }
+      for (int j = 0; j < 4; ++j) pairs[j] = round_pair(rounding[h], x[h][2 * j], x[h][2 * j + 1]);
       if (rows[h] != nullptr && i < features) store(rows[h], i, pairs);
     }
   });
