@@ -134,20 +134,8 @@ one_pass_select_kernel(EAML_CONSTANT OnePassFilter p) {
   const Candidate* const list = p.list + row * p.capacity * p.parts;
   BlockOffsets offsets{{reinterpret_cast<uint32_t*>(cuda::shared_memory())}};
   const Shared<uint32_t> minima = offsets.counts.at(BlockOffsets::size(1)), longest = minima.at(kThreads);
-  const auto for_each = [&](auto use) {
-    for (int part = thread; part < parts; part += kThreads) {
-      const int count = static_cast<int>(counts[part] < p.capacity ? counts[part] : p.capacity);
-      EAML_UNROLL_BY(8)
-      for (int j = 0; j < count; ++j) use(list[int64_t(j) * parts + part]);
-    }
-  };
-  uint32_t least = kNone<uint32_t>, most = 0;
+  uint32_t most = 0;  // candidates of a part
   for (int part = thread; part < parts; part += kThreads) most = counts[part] > most ? counts[part] : most;
-  for_each([&](const Candidate& candidate) {
-    const uint32_t word = word_of(candidate.upper);
-    least = word < least ? word : least;
-  });
-  minima.set(thread, least);
   most = ~cuda::min_of_warp(~most);
   if (lane == 0) longest.set(thread / cuda::kWarp, most);
   cuda::sync_block();
@@ -156,6 +144,24 @@ one_pass_select_kernel(EAML_CONSTANT OnePassFilter p) {
   const float margin = p.margin[row];
   const bool failed = most > p.capacity || margin != margin;
   if (failed && p.failed.add(from)) return;
+  // Candidates are divided among threads without regard to parts, because there may be few parts.
+  const int size = failed ? 0 : static_cast<int>(most) * parts;
+  const auto for_each = [&](auto use) {
+    int part = thread % parts, j = thread / parts;
+    EAML_UNROLL_BY(8)
+    for (int i = thread; i < size; i += kThreads) {
+      if (j < static_cast<int>(counts[part])) use(list[i]);
+      part += kThreads % parts, j += kThreads / parts;
+      if (part >= parts) part -= parts, ++j;
+    }
+  };
+  uint32_t least = kNone<uint32_t>;
+  for_each([&](const Candidate& candidate) {
+    const uint32_t word = word_of(candidate.upper);
+    least = word < least ? word : least;
+  });
+  minima.set(thread, least);
+  cuda::sync_block();
   uint32_t words[kWarps];
   EAML_UNROLL
   for (int j = 0; j < kWarps; ++j) words[j] = minima.get(j * cuda::kWarp + lane);
