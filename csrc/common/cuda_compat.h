@@ -277,6 +277,8 @@ EAML_DEVICE void multiply_add(float (&c)[4], const std::uint32_t (&a)[4], const 
       "{%0, %1, %2, %3};"
       : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
       : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
+#elif defined(__CUDA_ARCH__)
+  __trap();  // the device has the instruction, but the library has only code for older ones
 #endif
 }
 
