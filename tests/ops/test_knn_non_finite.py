@@ -11,10 +11,10 @@ from eaml_ext.ops.knn import METRICS, knn, knn_reference
 
 
 def sort_by_bits(x: Tensor, dim: int, stable: bool) -> tuple[Tensor, Tensor]:
-    """Sort as a radix sort does on CUDA: a NaN with a sign is less than all numbers (pytorch/pytorch#190781)."""
+    """Sort by bits: a NaN with a sign is first, as in CUDA's radix sort (pytorch/pytorch#190781), and -0 precedes 0."""
     assert stable
     if x.is_floating_point():
-        bits = torch.where(x == 0, 0, x).view(torch.int64 if x.dtype is torch.float64 else torch.int32)
+        bits = x.view(torch.int64 if x.dtype is torch.float64 else torch.int32)
         order = torch.where(bits < 0, bits ^ torch.iinfo(bits.dtype).max, bits).argsort(dim=dim, stable=True)
     else:
         order = x.argsort(dim=dim, stable=True)
@@ -41,6 +41,16 @@ def test_knn_reference_with_radix_sort_orders_every_nan_last(metric, dtype, monk
     monkeypatch.setattr(Tensor, "sort", sort_by_bits)
     for (x, k), expected in zip(calls, want, strict=True):
         assert_same(knn_reference(k=k, metric=metric, **x), expected)
+
+
+@pytest.mark.parametrize("dtype, tiny", [(torch.float32, 1e-30), (torch.float64, 1e-200)], ids=str)
+def test_knn_reference_with_radix_sort_orders_zeros_by_index(dtype, tiny, monkeypatch):
+    signs = torch.where(torch.arange(40) % 3 == 0, -1, 1)
+    queries, keys = torch.full((1, 8), tiny, dtype=dtype), (signs * tiny).to(dtype)[:, None].repeat(1, 8)
+    monkeypatch.setattr(Tensor, "sort", sort_by_bits)
+    want = knn_reference(queries, keys, 40, metric="inner_product")  # products of both signs that are rounded to zero
+    assert (want.values == 0).all() and want.indices.tolist() == [list(range(40))]
+    assert_same(knn(queries, keys, 40, metric="inner_product"), want)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)

@@ -120,7 +120,8 @@ def reference(
             chunk = slice(start, start + step)
             score = _scores(q[b, chunk].double(), memory_b, metric, weight_b)
             score = score.to(torch.promote_types(keys.dtype, torch.float32))
-            score = torch.where(score.isnan(), math.nan, score)  # a sort on CUDA puts NaN with a sign first
+            # NaN and zero get one sign each: torch's radix sort on CUDA, unlike its other sorts, orders by bits.
+            score = torch.where(score.isnan(), math.nan, score + 0.0)
             score, order = score.sort(dim=-1, stable=True)
             if live_b is not None:  # a second stable sort moves invalid slots behind all valid ones, even NaN
                 dead, rank = (~live_b)[order].byte().sort(dim=-1, stable=True)
