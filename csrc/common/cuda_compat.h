@@ -267,8 +267,8 @@ EAML_DEVICE void max_for_all(std::uint32_t* to, std::uint32_t x) {
 }
 
 // c += a b on matrices, a: (16, 16) and b: (16, 8) bfloat16 numbers in pairs, c: (16, 8) floats. They are distributed
-// over the threads of a warp as PTX defines for mma.m16n8k16. Products are exact. Sums have at least single precision,
-// any order and any rounding.
+// over the threads of a warp as PTX defines for mma.m16n8k16. Products are exact, except that subnormal numbers may be
+// read as zero. A step adds 4 to 16 products, aligned to the largest term and cut at 24 bits or more, in any order.
 EAML_DEVICE void multiply_add(float (&c)[4], const std::uint32_t (&a)[4], const std::uint32_t (&b)[2]) {
 #if defined(EAML_CUDA_EMULATOR)
   emulator::multiply_add(c, a, b);

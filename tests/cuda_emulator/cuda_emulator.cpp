@@ -240,27 +240,54 @@ std::uint32_t ballot(bool yes) {
   return bits;
 }
 
-// Sums are rounded towards zero; CUDA does not specify the rounding.
+namespace {
+
+// x as a multiple of 2^exponent, rounded up or down.
+double cut(double x, int exponent, bool up) {
+  const double multiple = std::ldexp(x, -exponent);
+  return std::ldexp(up ? std::ceil(multiple) : std::floor(multiple), exponent);
+}
+
+constexpr int kStep = 4, kBits = 24;  // products of a step, bits of a term
+
+// The sum of a step: terms are aligned to the largest and cut, and so is their sum.
+double sum_of_step(const double (&terms)[kStep + 1], bool up) {
+  double largest = 0, sum = 0;
+  for (const double x : terms) largest = std::max(largest, std::abs(x)), sum += x;
+  if (!std::isfinite(sum) || largest == 0) return sum;
+  sum = 0;
+  for (const double x : terms) sum += cut(x, std::ilogb(largest) + 1 - kBits, up);
+  return sum == 0 ? 0 : cut(sum, std::ilogb(sum) + 1 - kBits, up);
+}
+
+// A half of a pair of bfloat16; subnormal numbers are read as zero.
+double half_of(std::uint32_t pair, int k) {
+  const std::uint32_t bits = k % 2 == 0 ? pair << 16 : pair & 0xffff0000u;
+  float x;
+  std::memcpy(&x, &bits, 4);
+  return std::fpclassify(x) == FP_SUBNORMAL ? 0 : x;
+}
+
+}  // namespace
+
+// The least precise products that csrc/knn/error_bounds.h allows. Adjacent entries are rounded in opposite directions.
 void multiply_add(float (&c)[4], const std::uint32_t (&a)[4], const std::uint32_t (&b)[2]) {
   const int warp = m.thread / kWarp, lane = m.thread % kWarp;
   Gate& gate = m.products[warp];
   auto& fragments = m.fragments[warp][gate.passed % 2];
   std::copy_n(a, 4, fragments[lane]), std::copy_n(b, 2, fragments[lane] + 4);
   pass(gate);
-  const auto number = [](std::uint32_t pair, int k) {
-    const std::uint32_t bits = k % 2 == 0 ? pair << 16 : pair & 0xffff0000u;
-    float x;
-    std::memcpy(&x, &bits, 4);
-    return static_cast<double>(x);
-  };
   for (int j = 0; j < 4; ++j) {
     const int row = lane / 4, column = lane % 4 * 2 + j % 2;
     double sum = c[j];
-    for (int k = 0; k < 16; ++k)
-      sum += number(fragments[row * 4 + k % 8 / 2][j / 2 + k / 8 * 2], k) *
-             number(fragments[column * 4 + k % 8 / 2][4 + k / 8], k);
+    for (int first = 0; first < 16; first += kStep) {
+      double terms[kStep + 1] = {sum};
+      for (int k = first; k < first + kStep; ++k)
+        terms[1 + k - first] = half_of(fragments[row * 4 + k % 8 / 2][j / 2 + k / 8 * 2], k) *
+                               half_of(fragments[column * 4 + k % 8 / 2][4 + k / 8], k);
+      sum = sum_of_step(terms, (row + column) % 2 == 0);
+    }
     c[j] = static_cast<float>(sum);
-    if (std::abs(static_cast<double>(c[j])) > std::abs(sum)) c[j] = std::nextafter(c[j], 0.0f);
   }
 }
 
