@@ -58,13 +58,13 @@ extern "C" __attribute__((visibility("default"))) std::int64_t eaml_one_pass(
   if (launch_one_pass(p, nullptr) != nullptr) return -1;
   for (std::int64_t i = 0; i < memories * count && p.memories == memories; ++i) {
     counts[i] = 0;
-    for (std::int64_t part = 0; part < p.parts; ++part) counts[i] += p.count[i * p.parts + part];
+    for (std::int64_t part = 0; part < p.num_parts; ++part) counts[i] += p.count[i * p.num_parts + part];
   }
   const std::int64_t last = (memories - 1) / p.memories * p.memories;  // the first memory of the last pass
   std::int64_t failed = 0;
   for (std::int64_t row = 0; row < (memories - last) * count; ++row) {
     bool fails = p.margin[row] != p.margin[row];
-    for (std::int64_t part = 0; part < p.parts; ++part) fails |= p.count[row * p.parts + part] > p.capacity;
+    for (std::int64_t part = 0; part < p.num_parts; ++part) fails |= p.count[row * p.num_parts + part] > p.capacity;
     failed += fails;
   }
   return failed;

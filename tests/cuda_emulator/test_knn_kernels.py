@@ -110,7 +110,7 @@ def test_exact_filter_of_failed_query_merges_parts_of_many_keys(library):
 @pytest.mark.parametrize("features", [8, 40, 33], ids=["one_vector", "aligned", "unaligned"])
 @pytest.mark.parametrize("metric", METRICS)
 def test_exact_filter_packs_keys_of_every_magnitude(library, metric, features):
-    """Keys that no bound holds for are candidates of every query; numbers below the normal ones round to any number."""
+    """Keys without a bound are candidates of every query; subnormal features keep the results exact."""
     queries, keys = torch.randn(20, features), torch.randn(1003, features)
     keys[5], keys[6, 1], keys[1002, features - 1] = torch.nan, torch.inf, -torch.inf
     keys[7], keys[40:60] = 0, keys[40:60] * 1e-40

@@ -274,8 +274,8 @@ filter_kernel(EAML_CONSTANT CandidateFilter p) {
             const uint32_t norms = cuda::load(p.packed.norm(block, slot));
             const float upper = lower + cuda::load(p.packed.width + p.packed.bounds_at(set, slot)) +
                                 2 * (cuda::load(p.slope + row) * low(norms) + cuda::load(p.extent + row) * high(norms));
-            const uint32_t place = cuda::add_for_all(p.count + row, 1);
-            if (place < p.capacity) p.list[row * p.capacity + place] = {lower, upper, uint32_t(slot), 0};
+            const uint32_t position = cuda::add_for_all(p.count + row, 1);
+            if (position < p.capacity) p.list[row * p.capacity + position] = {lower, upper, uint32_t(slot), 0};
           }
         }
       }
@@ -305,7 +305,8 @@ threshold_kernel(EAML_CONSTANT CandidateFilter p) {
   if (cuda::thread() == 0) p.threshold[row] = threshold_of(lists[0], p.margin[row]);
 }
 
-// A block computes the results of a query from its list. A query with too many candidates joins the failed queries.
+// A block computes the results of a query from its list. A query with too many candidates is appended to the
+// failed queries.
 EAML_KERNEL(kThreads, 2)
 select_kernel(EAML_CONSTANT CandidateFilter p) {
   const KnnParams<float>& params = p.params;

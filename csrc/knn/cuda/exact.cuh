@@ -217,7 +217,7 @@ struct BlockOffsets {
   int parity = 0;
 
   template <int kLists>
-  EAML_MEMBER void find(const bool (&yes)[kLists], int (&place)[kLists], int (&total)[kLists]) {
+  EAML_MEMBER void find(const bool (&yes)[kLists], int (&position)[kLists], int (&total)[kLists]) {
     const int lane = cuda::thread() % cuda::kWarp, warp = cuda::thread() / cuda::kWarp, at = parity * kLists * kWarps;
     uint32_t votes[kLists];
     EAML_UNROLL
@@ -228,11 +228,11 @@ struct BlockOffsets {
     cuda::sync_block();
     EAML_UNROLL
     for (int i = 0; i < kLists; ++i) {
-      place[i] = cuda::count_bits(votes[i] & ((1u << lane) - 1)), total[i] = 0;
+      position[i] = cuda::count_bits(votes[i] & ((1u << lane) - 1)), total[i] = 0;
       EAML_UNROLL
       for (int w = 0; w < kWarps; ++w) {
         const int count = counts.get(at + i * kWarps + w);
-        place[i] += w < warp ? count : 0, total[i] += count;
+        position[i] += w < warp ? count : 0, total[i] += count;
       }
     }
     parity ^= 1;  // slower threads may still read these counts
@@ -308,13 +308,13 @@ struct TopK {
 template <class E, int kLists>
 EAML_DEVICE int push(TopK<E> (&lists)[kLists], const E (&entries)[kLists], BlockOffsets& offsets) {
   bool yes[kLists];
-  int place[kLists], total[kLists];
+  int position[kLists], total[kLists];
   EAML_UNROLL
   for (int i = 0; i < kLists; ++i) yes[i] = entries[i] < lists[i].limit;
-  offsets.find(yes, place, total);
+  offsets.find(yes, position, total);
   EAML_UNROLL
   for (int i = 0; i < kLists; ++i) {
-    if (yes[i]) lists[i].fresh.set(lists[i].count + place[i], entries[i]);
+    if (yes[i]) lists[i].fresh.set(lists[i].count + position[i], entries[i]);
     lists[i].count += total[i];
     if (lists[i].count > kFresh - kThreads) lists[i].flush();
   }

@@ -1,17 +1,20 @@
 // The CUDA kernels of knn. A query is searched in one of three ways, with the same bits.
 //
 // Direct search, rows.cuh: the exact value of every key, in double. A block takes some queries and a range of keys, and
-// keeps their best entries in shared memory. It serves small memories and float64.
+// keeps their best entries in shared memory. It serves float64, and GPUs without tensor cores for
+// bfloat16. It also serves searches that do not take one pass and have few queries of each memory, few keys or little
+// work in all (`is_direct`).
 //
-// One pass, one_pass.cuh: up to 16 queries of a large memory, or of many memories. A block takes all queries and a part
-// of the keys. It reads each key once, rounded to bfloat16, and multiplies it with all queries on tensor cores. The
-// k-th least upper bound of its keys so far is the threshold of its candidates. `one_pass_select_kernel` reduces the
-// candidates of all parts to keys that may be among the k best, and evaluates them in double.
+// One pass, one_pass.cuh: up to 16 queries of each memory, at least 1,024 keys and up to 64 neighbours, if shared
+// memory suffices for the features (`is_one_pass`). A block takes all queries and a part of the keys of a memory. It
+// reads each key once, rounded to bfloat16, and multiplies it with all queries on tensor cores. The k-th least upper
+// bound of its keys so far is the threshold of its candidates. `one_pass_select_kernel` reduces the candidates of all
+// parts to keys that may be among the k best, and evaluates them in double.
 //
-// Filtered search, candidate_filter.cuh: many queries. Keys and queries are centred and rounded to bfloat16, and their
-// products on tensor cores give a lower bound of each value. A sample of the keys yields a threshold for each query
-// that at least k keys satisfy. All keys whose lower bound is within the threshold join the query's list.
-// `select_kernel` reduces the list in the same way.
+// Filtered search, candidate_filter.cuh: all other searches. Keys and queries are centred and rounded to bfloat16, and
+// their products on tensor cores give a lower bound of each value. A sample of the keys yields a threshold for each
+// query that at least k keys satisfy. All keys whose lower bound is within the threshold are appended to the query's
+// list. `select_kernel` reduces the list in the same way.
 //
 // Queries with too many candidates, or with numbers too large for the bounds, are searched directly: in a small memory
 // by the block that would select their candidates.

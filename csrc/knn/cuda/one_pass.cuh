@@ -13,7 +13,8 @@ one_pass_kernel(EAML_CONSTANT OnePassFilter p) {
   constexpr int kQueries = 8 * kTiles;
   const KnnParams<float>& params = p.params;
   const int warp = cuda::thread() / cuda::kWarp, lane = cuda::thread() % cuda::kWarp, g = lane / 4, t = lane % 4;
-  const int64_t part = cuda::block() % p.parts, in_pass = cuda::block() / p.parts, memory = p.first_memory + in_pass;
+  const int64_t part = cuda::block() % p.num_parts, in_pass = cuda::block() / p.num_parts;
+  const int64_t memory = p.first_memory + in_pass;
   const int64_t block = memory / params.keys_share, features = params.features;
   const int queries_each = static_cast<int>(params.queries_each), columns = static_cast<int>(p.columns);
   const bool* valid = params.valid == nullptr ? nullptr : params.valid + memory / params.valid_share * params.size;
@@ -30,7 +31,7 @@ one_pass_kernel(EAML_CONSTANT OnePassFilter p) {
   }
   for (int query = warp; query < kQueries; query += kWarps) {  // the same warp selects the query's candidates
     const auto set = [&](int64_t i, uint16_t bits) {
-      shared.queries.set(shared.place(query, static_cast<int>(i)), bits);
+      shared.queries.set(shared.query_offset(query, static_cast<int>(i)), bits);
     };
     QueryBounds bounds{};
     if (query < queries_each) {
@@ -51,7 +52,7 @@ one_pass_kernel(EAML_CONSTANT OnePassFilter p) {
   }
   cuda::sync_block();
 
-  const int64_t begin = part * p.part, end = begin + p.part < params.size ? begin + p.part : params.size;
+  const int64_t begin = part * p.part_size, end = begin + p.part_size < params.size ? begin + p.part_size : params.size;
   float minima[kTiles][4];
   EAML_UNROLL
   for (int n = 0; n < kTiles; ++n)
@@ -91,7 +92,7 @@ one_pass_kernel(EAML_CONSTANT OnePassFilter p) {
       const float margin = shared.margin.get(query);
       if (margin != margin) continue;
       uint32_t count = shared.count.get(query);
-      Candidate* const list = p.list + (in_pass * queries_each + query) * p.capacity * p.parts + part;
+      Candidate* const list = p.list + (in_pass * queries_each + query) * p.capacity * p.num_parts + part;
       uint32_t words[kGroups / cuda::kWarp];
       EAML_UNROLL
       for (int j = 0; j < kGroups / cuda::kWarp; ++j)
@@ -109,11 +110,11 @@ one_pass_kernel(EAML_CONSTANT OnePassFilter p) {
         for (int i = 0; i < 4; ++i) {
           const bool yes = mine + i < size && lower[i] <= threshold;
           const uint32_t votes = cuda::ballot(yes);
-          const uint32_t place = count + cuda::count_bits(votes & ((1u << lane) - 1));
+          const uint32_t position = count + cuda::count_bits(votes & ((1u << lane) - 1));
           count += cuda::count_bits(votes);
-          if (!yes || place >= p.capacity) continue;
+          if (!yes || position >= p.capacity) continue;
           const float width = shared.widths.get(mine + i) + 2 * shared.error(query, shared.norms.get(mine + i));
-          list[place * p.parts] = {lower[i], lower[i] + width, uint32_t(step + mine + i), 0};
+          list[position * p.num_parts] = {lower[i], lower[i] + width, uint32_t(step + mine + i), 0};
         }
       }
       cuda::sync_warp();  // all lanes have read the count
@@ -122,20 +123,20 @@ one_pass_kernel(EAML_CONSTANT OnePassFilter p) {
     cuda::sync_block();
   }
   for (int query = warp; query < queries_each; query += kWarps)
-    if (lane == 0) p.count[(in_pass * queries_each + query) * p.parts + part] = shared.count.get(query);
+    if (lane == 0) p.count[(in_pass * queries_each + query) * p.num_parts + part] = shared.count.get(query);
 }
 
 // A block computes the results of a query from the candidates of all parts.
 EAML_KERNEL(kThreads, 2)
 one_pass_select_kernel(EAML_CONSTANT OnePassFilter p) {
   const int64_t row = cuda::block(), from = p.first_memory * p.params.queries_each + row;
-  const int thread = cuda::thread(), lane = thread % cuda::kWarp, parts = static_cast<int>(p.parts);
-  const uint32_t* const counts = p.count + row * p.parts;
-  const Candidate* const list = p.list + row * p.capacity * p.parts;
+  const int thread = cuda::thread(), lane = thread % cuda::kWarp, num_parts = static_cast<int>(p.num_parts);
+  const uint32_t* const counts = p.count + row * p.num_parts;
+  const Candidate* const list = p.list + row * p.capacity * p.num_parts;
   BlockOffsets offsets{{reinterpret_cast<uint32_t*>(cuda::shared_memory())}};
   const Shared<uint32_t> minima = offsets.counts.at(BlockOffsets::size(1)), longest = minima.at(kThreads);
   uint32_t most = 0;  // candidates of a part
-  for (int part = thread; part < parts; part += kThreads) most = counts[part] > most ? counts[part] : most;
+  for (int part = thread; part < num_parts; part += kThreads) most = counts[part] > most ? counts[part] : most;
   most = ~cuda::min_of_warp(~most);
   if (lane == 0) longest.set(thread / cuda::kWarp, most);
   cuda::sync_block();
@@ -145,14 +146,14 @@ one_pass_select_kernel(EAML_CONSTANT OnePassFilter p) {
   const bool failed = most > p.capacity || margin != margin;
   if (failed && p.failed.add(from)) return;
   // Candidates are divided among threads without regard to parts, because there may be few parts.
-  const int size = failed ? 0 : static_cast<int>(most) * parts;
+  const int size = failed ? 0 : static_cast<int>(most) * num_parts;
   const auto for_each = [&](auto use) {
-    int part = thread % parts, j = thread / parts;
+    int part = thread % num_parts, j = thread / num_parts;
     EAML_UNROLL_BY(8)
     for (int i = thread; i < size; i += kThreads) {
       if (j < static_cast<int>(counts[part])) use(list[i]);
-      part += kThreads % parts, j += kThreads / parts;
-      if (part >= parts) part -= parts, ++j;
+      part += kThreads % num_parts, j += kThreads / num_parts;
+      if (part >= num_parts) part -= num_parts, ++j;
     }
   };
   uint32_t least = kNone<uint32_t>;
@@ -180,7 +181,8 @@ inline int64_t one_pass_columns(const KnnParams<float>& p) {
   return ceil_div(p.panels == nullptr ? p.features : depth_of(p.features), kColumns) * kColumns;
 }
 
-// Returns whether all keys are worth one pass on tensor cores.
+// Returns whether a search takes one pass. It must have few queries and neighbours and many keys. The error bound must
+// hold for the features, shared memory must suffice, and the device must have tensor cores for bfloat16.
 inline bool is_one_pass(const KnnParams<float>& p) {
   constexpr int64_t kMinKeys = 1024;
   return p.size >= kMinKeys && p.queries_each <= kMaxOnePassQueries && p.k <= kMaxOnePassNeighbors &&
@@ -201,15 +203,15 @@ inline OnePassFilter plan_one_pass(const KnnParams<float>& params, KnnOutput<flo
   constexpr int64_t kLeast = kWarps * kRowKeys;  // keys of a part: a product for each warp
   const int64_t memories = params.memories > 0 ? params.memories : 1;
   const int64_t wanted = between<int64_t>(1, wanted_blocks / memories, ceil_div(params.size, kLeast));
-  p.part = ceil_div(ceil_div(params.size, wanted), kLeast) * kLeast;
-  p.parts = ceil_div(params.size, p.part);
-  p.capacity = between<int64_t>(1, 4 * p.k + 512, p.part);
-  const int64_t row_bytes = p.parts * (p.capacity * sizeof(Candidate) + 4) + failed_row_bytes(params) + 4;
+  p.part_size = ceil_div(ceil_div(params.size, wanted), kLeast) * kLeast;
+  p.num_parts = ceil_div(params.size, p.part_size);
+  p.capacity = between<int64_t>(1, 4 * p.k + 512, p.part_size);
+  const int64_t row_bytes = p.num_parts * (p.capacity * sizeof(Candidate) + 4) + failed_row_bytes(params) + 4;
   p.memories = between<int64_t>(1, kPassMemory / (row_bytes * params.queries_each), memories);
   const int64_t rows = p.memories * params.queries_each;
   workspace.take(p.margin, rows);
-  workspace.take(p.count, rows * p.parts);
-  workspace.take(p.list, rows * p.capacity * p.parts);
+  workspace.take(p.count, rows * p.num_parts);
+  workspace.take(p.list, rows * p.capacity * p.num_parts);
   p.failed = plan_failed(params, found, rows, workspace);
   return p;
 }
@@ -233,7 +235,7 @@ inline const char* launch_one_pass(OnePassFilter p, void* stream) {
     error = with_source(p.params, [&](auto source, auto tiles) {
       using Source = decltype(source);
       constexpr int kTiles = decltype(tiles)::value;
-      return cuda::launch(one_pass_kernel<Source, kTiles>, p.memories * p.parts, kThreads,
+      return cuda::launch(one_pass_kernel<Source, kTiles>, p.memories * p.num_parts, kThreads,
                           OnePassMemory<kTiles>::bytes(p.columns), stream, p);
     });
     if (error == nullptr)

@@ -1,5 +1,5 @@
-// Products of a warp of the one-pass search: 16 keys, read once and straight into the operands of tensor cores, times
-// all queries.
+// Products of the one-pass search: a warp multiplies 16 keys, read once and straight into the operands of tensor cores,
+// with all queries.
 #pragma once
 
 #include "knn/cuda/rerank.cuh"
@@ -13,19 +13,20 @@ constexpr int kScoreRow = kStep + 4;                 // padded, so that the thre
 constexpr int kGroups = kWarps * kRowKeys;           // groups of a part's keys, each with its least upper bound
 static_assert(kMaxOnePassNeighbors <= kGroups / 2);  // the k-th least of the groups is near that of the keys
 
-// A search of up to 16 queries in each memory. A pass has the memories whose arrays fit into the workspace.
+// A search of up to 16 queries in each memory. A pass covers the memories whose arrays fit in the workspace.
 struct OnePassFilter {
   KnnParams<float> params;
   KnnOutput<float> found;
   Packed packed;  // with panels
   int64_t depth, columns;
   int64_t first_memory, memories;  // of this pass
-  int64_t parts, part, capacity;   // parts of the keys, keys of a part, candidates of a query in a part
+  int64_t num_parts, part_size;    // of the keys of a memory
+  int64_t capacity;                // candidates of a query in a part
   int k, kept;
   // Arrays per query of this pass, rows = memories * queries_each.
   float* margin;    // (rows,), NaN if no bound holds
-  uint32_t* count;  // (rows, parts)
-  Candidate* list;  // (rows, capacity, parts)
+  uint32_t* count;  // (rows, num_parts)
+  Candidate* list;  // (rows, capacity, num_parts)
   FailedQueries failed;
 };
 
@@ -77,8 +78,8 @@ struct OnePassMemory {
   EAML_MEMBER float error(int query, uint32_t norms) const {
     return slope.get(query) * low(norms) + extent.get(query) * high(norms);
   }
-  // The place of a column of a query.
-  EAML_MEMBER int place(int query, int column) const {
+  // The index in `queries` of a column of a query.
+  EAML_MEMBER int query_offset(int query, int column) const {
     const int lane = query % 8 * 4 + column % kColumns / 8;
     return ((column / kColumns * kTiles + query / 8) * cuda::kWarp + lane) * 8 + column % 8;
   }

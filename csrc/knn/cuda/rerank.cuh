@@ -1,4 +1,4 @@
-// The exact search of candidates, and the queries that candidates cannot answer.
+// The exact search of candidates, and the direct search of queries for which the bounds or the list do not suffice.
 #pragma once
 
 #include "knn/cuda/panels.cuh"
@@ -18,7 +18,7 @@ struct alignas(16) Candidate {
 struct FailedQueries {
   int64_t* list;          // (rows,) or null: the memory is small
   uint32_t* count;        // (1,)
-  Entry<float>* partial;  // (rows, k, parts of the direct search)
+  Entry<float>* partial;  // (rows, k, num_parts of the direct search)
   int64_t blocks;
 
   EAML_MEMBER void clear() const {
@@ -137,7 +137,7 @@ inline RowsTask<float> failed_task(const KnnParams<float>& params, KnnOutput<flo
 inline int64_t failed_row_bytes(const KnnParams<float>& params) {
   if (params.size <= kOneBlockKeys) return 0;
   const RowsTask<float> task = failed_task(params, {});
-  return task.parts * task.k * sizeof(Entry<float>) + sizeof(int64_t);
+  return task.num_parts * task.k * sizeof(Entry<float>) + sizeof(int64_t);
 }
 
 // Plans the direct search of up to `rows` failed queries.
@@ -146,10 +146,10 @@ inline FailedQueries plan_failed(const KnnParams<float>& params, KnnOutput<float
   FailedQueries failed{};
   if (params.size <= kOneBlockKeys) return failed;
   const RowsTask<float> task = failed_task(params, found);
-  failed.blocks = between<int64_t>(1, rows * task.parts, kManyBlocks);
+  failed.blocks = between<int64_t>(1, rows * task.num_parts, kManyBlocks);
   workspace.take(failed.list, rows);
   workspace.take(failed.count, 1);
-  workspace.take(failed.partial, rows * task.parts * task.k);
+  workspace.take(failed.partial, rows * task.num_parts * task.k);
   return failed;
 }
 

@@ -11,10 +11,11 @@ template <class T>
 struct RowsTask {
   KnnParams<T> params;
   KnnOutput<T> found;
-  Entry<T>* partial;                    // (queries or entries of the list, k, parts), if there are several parts
-  const int64_t* list;                  // (*list_count,) or null: all queries
-  const uint32_t* list_count;           // (1,)
-  int64_t parts, part, groups, blocks;  // parts of the keys, keys of a part, groups of queries, blocks
+  Entry<T>* partial;             // (queries or entries of the list, k, num_parts), if there are several parts
+  const int64_t* list;           // (*list_count,) or null: all queries
+  const uint32_t* list_count;    // (1,)
+  int64_t num_parts, part_size;  // of the keys
+  int64_t groups, blocks;        // groups of queries of a memory, blocks of the launch
   int k, kept;
 };
 
@@ -30,10 +31,10 @@ rows_kernel(EAML_CONSTANT RowsTask<T> p) {
   if constexpr (kStaged) memory_at += kQueries * padded * sizeof(double);
   BlockOffsets offsets{{reinterpret_cast<uint32_t*>(memory_at)}};
   memory_at += BlockOffsets::size(kQueries) * sizeof(uint32_t);
-  const int64_t units = p.parts * (p.list == nullptr ? params.memories * p.groups : int64_t(*p.list_count));
+  const int64_t units = p.num_parts * (p.list == nullptr ? params.memories * p.groups : int64_t(*p.list_count));
   for (int64_t unit = cuda::block(); unit < units; unit += p.blocks) {
     cuda::sync_block();  // the previous unit's shared memory is no longer read
-    const int64_t part = unit % p.parts, index = unit / p.parts;
+    const int64_t part = unit % p.num_parts, index = unit / p.num_parts;
     const int64_t group = p.list == nullptr ? index % p.groups : 0;
     const int64_t first = p.list == nullptr ? index / p.groups * params.queries_each + group * kQueries : p.list[index];
     const int64_t left = params.queries_each - group * kQueries;
@@ -56,7 +57,8 @@ rows_kernel(EAML_CONSTANT RowsTask<T> p) {
       }
     }
     cuda::sync_block();
-    const int64_t begin = part * p.part, end = begin + p.part < params.size ? begin + p.part : params.size;
+    const int64_t begin = part * p.part_size, next = begin + p.part_size;
+    const int64_t end = next < params.size ? next : params.size;
     // Two threads compute the scores of two keys, together if registers suffice; each keeps the score of one key.
     constexpr int kKeys = kPlain && kQueries == 1 ? 2 : 1;
     for (int64_t slot = begin; slot < end; slot += kThreads) {
@@ -90,7 +92,7 @@ rows_kernel(EAML_CONSTANT RowsTask<T> p) {
       const int64_t row = p.list == nullptr ? first + q : index;
       cuda::sync_block();
       for (int j = cuda::thread(); j < p.k; j += kThreads)
-        p.partial[(row * p.k + j) * p.parts + part] = lists[q].best.get(j);
+        p.partial[(row * p.k + j) * p.num_parts + part] = lists[q].best.get(j);
     }
   }
 }
@@ -109,11 +111,11 @@ merge_kernel(EAML_CONSTANT RowsTask<T> p) {
     lists[0].start(cuda::shared_memory() + BlockOffsets::size(1) * sizeof(uint32_t), p.k, p.kept);
     cuda::sync_block();
     // Entries are ordered by rank within their part: once no part's next entry is accepted, no later one is.
-    const int64_t count = p.parts * p.k;
+    const int64_t count = p.num_parts * p.k;
     for (int64_t i = 0; i < count; i += kThreads) {
       const int64_t at = i + cuda::thread();
       const E entries[1] = {at < count ? p.partial[row * count + at] : kNone<E>};
-      if (push(lists, entries, offsets) == 0 && p.parts <= kThreads) break;
+      if (push(lists, entries, offsets) == 0 && p.num_parts <= kThreads) break;
     }
     lists[0].flush();
     cuda::sync_block();
@@ -167,9 +169,9 @@ RowsTask<T> rows_task(const KnnParams<T>& params, KnnOutput<T> found) {
 template <class T>
 void partition_keys(RowsTask<T>& p, int64_t wanted) {
   const int64_t least = p.k * 4 > kThreads ? p.k * 4 : kThreads, size = p.params.size > 0 ? p.params.size : 1;
-  p.parts = between<int64_t>(1, wanted, ceil_div(size, least));
-  p.part = ceil_div(ceil_div(size, p.parts), kThreads) * kThreads;
-  p.parts = ceil_div(size, p.part);
+  p.num_parts = between<int64_t>(1, wanted, ceil_div(size, least));
+  p.part_size = ceil_div(ceil_div(size, p.num_parts), kThreads) * kThreads;
+  p.num_parts = ceil_div(size, p.part_size);
 }
 
 template <class T>
@@ -197,8 +199,8 @@ RowsTask<T> plan_rows(const KnnParams<T>& params, KnnOutput<T> found, Workspace&
   });
   const int64_t units = params.memories * p.groups;
   partition_keys(p, units >= kFewBlocks ? 1 : kManyBlocks / units);
-  p.blocks = units * p.parts;
-  if (p.parts > 1) workspace.take(p.partial, params.memories * params.queries_each * p.k * p.parts);
+  p.blocks = units * p.num_parts;
+  if (p.num_parts > 1) workspace.take(p.partial, params.memories * params.queries_each * p.k * p.num_parts);
   return p;
 }
 
