@@ -186,7 +186,7 @@ inline int64_t one_pass_columns(const KnnParams<float>& p) {
 inline bool is_one_pass(const KnnParams<float>& p) {
   constexpr int64_t kMinKeys = 1024;
   return p.size >= kMinKeys && p.queries_each <= kMaxOnePassQueries && p.k <= kMaxOnePassNeighbors &&
-         TensorCoreBound(p.features).holds() && OnePassMemory<2>::bytes(one_pass_columns(p)) <= kMaxSharedBytes &&
+         TensorCoreBound(p.features).holds() && OnePassMemory<2>::bytes(one_pass_columns(p)) <= max_block_bytes() &&
          cuda::multiplies_bfloat16();
 }
 

@@ -125,8 +125,12 @@ merge_kernel(EAML_CONSTANT RowsTask<T> p) {
 
 // ---- host ----
 
-constexpr std::size_t kMaxSharedBytes = 96 << 10;  // the shared memory of a block on the smaller GPUs
 constexpr int64_t kMaxStagedFeatures = 512;
+
+// The most shared memory of a block: a multiprocessor of a large GPU holds two such blocks, other GPUs may have less.
+inline std::size_t max_block_bytes() {
+  return between<std::size_t>(0, cuda::max_shared_bytes(), 96 << 10);
+}
 
 template <class T, int kQueries, bool kPlain>
 std::size_t rows_bytes(const RowsTask<T>& p) {
@@ -146,9 +150,9 @@ const char* with_rows(const RowsTask<T>& p, F f) {
   constexpr int kGroup = 4;
   const bool plain = is_plain(p.params);
   if (p.list == nullptr && p.params.queries_each > 1) {
-    if (plain && rows_bytes<T, kGroup, true>(p) <= kMaxSharedBytes)
+    if (plain && rows_bytes<T, kGroup, true>(p) <= max_block_bytes())
       return f(std::integral_constant<int, kGroup>(), std::true_type());
-    if (!plain && rows_bytes<T, kGroup, false>(p) <= kMaxSharedBytes)
+    if (!plain && rows_bytes<T, kGroup, false>(p) <= max_block_bytes())
       return f(std::integral_constant<int, kGroup>(), std::false_type());
   }
   if (plain) return f(std::integral_constant<int, 1>(), std::true_type());
