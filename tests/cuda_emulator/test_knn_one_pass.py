@@ -278,6 +278,16 @@ def test_exact_one_pass_of_keys_near_bfloat16_midpoints_matches_reference(librar
         filled(keys, metric=metric).check(queries, 6)
 
 
+def test_exact_one_pass_of_products_that_tensor_cores_cut_returns_nearest(library):
+    """A sum near 1 has the unit 2^-23: a tensor core may round smaller products to zero, or to a whole unit."""
+    queries, keys = torch.full((2, 1024), 2**-12), torch.zeros(1024, 1024)
+    queries[:, 0], keys[1:3, 0] = 1, 1
+    keys[1, 2:] = 255 / 256 * 2**-11  # 1018 units in all
+    keys[2, 1], keys[2, 2:] = 1000 * 2**-11, 1 / 256 * 2**-11  # 1004 units in all
+    found = check(library, queries, keys, 1, metric="inner_product")
+    assert found.indices.tolist() == [[1], [1]]
+
+
 def test_exact_one_pass_gives_same_bits_for_every_number_of_queries(library):
     queries, keys = torch.randn(16, 24), torch.randn(1300, 24)
     whole = check(library, queries, keys, 7)
