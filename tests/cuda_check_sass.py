@@ -202,18 +202,33 @@ class Flow:
         """The instructions of a kind outside of inner loops, on all paths."""
         return sum(wanted(i) for block in self.own_blocks(loop) for i in self.blocks[block])
 
+    def _longest_pass(self, loop: Loop, inner: Mapping[Loop, float]) -> tuple[float, list[int]]:
+        before, own = self._pass(loop), self.own_blocks(loop)
+        weight = {child.header: inner.get(child, 0.0) for child in loop.children}
+        best: dict[int, tuple[int, float]] = {}  # (wide accesses, instructions) of the path to the end of a node
+        previous: dict[int, int | None] = {}
+        for node in graphlib.TopologicalSorter(before).static_order():
+            block = self.blocks[node] if node in own else []
+            last = max(before[node], key=best.__getitem__, default=None)
+            accesses, length = (0, 0.0) if last is None else best[last]
+            best[node] = accesses + sum(i.is_wide for i in block), length + (weight.get(node, 0.0) + len(block))
+            previous[node] = last
+        node_of = self._outermost(loop)
+        end: int | None = max((node_of[latch] for latch in loop.latches), key=best.__getitem__)
+        assert end is not None
+        length, path = best[end][1], []
+        while end is not None:
+            path += [end] if end in own else []
+            end = previous[end]
+        return length, path
+
     def pass_length(self, loop: Loop, inner: Mapping[Loop, float] | None = None) -> float:
         """The instructions of a pass. Each inner loop counts what ``inner`` holds for it, else nothing."""
-        before, own = self._pass(loop), self.own_blocks(loop)
-        weight = {child.header: (0, (inner or {}).get(child, 0.0)) for child in loop.children}
-        best: dict[int, tuple[int, float]] = {}  # (wide accesses, instructions) of the path to the end of a node
-        for node in graphlib.TopologicalSorter(before).static_order():
-            block = self.blocks[node]
-            wide, here = (sum(i.is_wide for i in block), len(block)) if node in own else weight[node]
-            accesses, length = max((best[n] for n in before[node]), default=(0, 0.0))
-            best[node] = accesses + wide, length + here
-        node_of = self._outermost(loop)
-        return max(best[node_of[latch]] for latch in loop.latches)[1]
+        return self._longest_pass(loop, inner or {})[0]
+
+    def pass_count(self, loop: Loop, wanted: Callable[[Instruction], bool]) -> int:
+        """The instructions of a kind in a pass, outside of inner loops."""
+        return sum(wanted(i) for block in self._longest_pass(loop, {})[1] for i in self.blocks[block])
 
     def alternatives(self, loop: Loop, chosen: Iterable[Loop]) -> set[Loop]:
         """The inner loops that share no pass with any of the chosen ones."""
