@@ -97,5 +97,4 @@ class TestKnn(OpConformance):
         ),
         raw=raw_calls,
         factor=32,  # a sum over the features, and the norms of a cosine, in each of two derivatives
-        highest_order=None,
     )

@@ -8,6 +8,9 @@ one is another:
 - ``_Jvp``: J(x) v.
 - ``_VjpJvp``: d/de of J(x + e v)^T (g + e w), the forward-mode derivative of ``_Vjp``. It is the reverse-mode one too,
   as grad_x <v, J(x)^T g> = d/de J(x + e v)^T g. Its kernel is the backward kernel, run on dual numbers.
+
+The derivatives of ``_VjpJvp`` and the forward-mode derivative of ``_Jvp`` have no kernel: ``_higher_order``
+differentiates the reference, to any order.
 """
 
 import inspect
@@ -20,12 +23,9 @@ from torch import Tensor
 from eaml_ext._torch_compat import transforms_active
 from eaml_ext.ops._library import library
 from eaml_ext.ops._typed import Function
+from eaml_ext.ops.selective_scan._higher_order import backward_jvp_formula, jvp_formula, jvp_of, vjp_of
 from eaml_ext.ops.selective_scan._schema import ARGUMENTS, NUM_INPUTS, NUM_OPTIONS, ScanInputs, ScanOptions, split_args
 
-_THIRD_ORDER = (
-    "selective_scan: derivatives of third order, and forward-mode over forward-mode, are not implemented; "
-    "differentiate selective_scan_reference instead"
-)
 _NO_GRADIENTS = (None,) * NUM_OPTIONS
 
 
@@ -177,7 +177,8 @@ class _Jvp(_ScanFunction):
 
     @staticmethod
     def jvp(ctx: Any, *tangents: Any) -> Any:
-        raise RuntimeError(_THIRD_ORDER)
+        tensors, options = _saved(ctx)
+        return jvp_of(jvp_formula, (*tensors, *options), tangents)
 
     @staticmethod
     def vmap(info: Any, in_dims: Any, *args: Any) -> Any:
@@ -207,15 +208,18 @@ class _VjpJvp(_ScanFunction):
 
     @staticmethod
     def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
-        pass
+        tensors, options, (ctx.outputs,) = split_args(inputs, 4 + 2 * NUM_INPUTS, NUM_OPTIONS)
+        _save(ctx, tensors, options)
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> Any:
-        raise RuntimeError(_THIRD_ORDER)
+        tensors, options = _saved(ctx)
+        return vjp_of(backward_jvp_formula, (*tensors, *options, ctx.outputs), grads)
 
     @staticmethod
     def jvp(ctx: Any, *tangents: Any) -> Any:
-        raise RuntimeError(_THIRD_ORDER)
+        tensors, options = _saved(ctx)
+        return jvp_of(backward_jvp_formula, (*tensors, *options, ctx.outputs), tangents)
 
     @staticmethod
     def vmap(info: Any, in_dims: Any, *args: Any) -> Any:
@@ -309,7 +313,7 @@ class VmapBatchFolding:
 
 
 def differentiable_scan(x: ScanInputs, options: ScanOptions) -> tuple[Tensor, Tensor]:
-    """Run the scan with derivatives up to second order.
+    """Run the scan with derivatives of every order, to the second by kernels.
 
     Returns:
         ``y`` and the last state.

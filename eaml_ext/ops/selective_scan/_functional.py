@@ -141,10 +141,11 @@ def selective_scan(
     """Selective scan, ``h_t = exp(dt_t A) h_{t-1} + dt_t B_t u_t``, ``y_t = C_t . h_t + D u_t``, ``y_t *= silu(z_t)``.
 
     The positional arguments are those of mamba_ssm's ``selective_scan_fn``. Derivatives are exact to second order in
-    every argument: reverse over reverse, forward over reverse, reverse over forward. ``torch.func``, ``vmap`` (per-task
-    parameters in one call) and ``torch.compile`` compose with it. The batch is task-major: with per-task parameters,
-    row ``b`` belongs to task ``b // (batch / tasks)``. Under ``torch.autocast``, ``u``, ``delta``, ``z`` and variable
-    real ``B``, ``C`` of mixed dtypes are promoted to the widest of them.
+    every argument: reverse over reverse, forward over reverse, reverse over forward. Higher orders and forward over
+    forward differentiate the slow reference, with one warning. ``torch.func``, ``vmap`` (per-task parameters in one
+    call) and ``torch.compile`` compose with it. The batch is task-major: with per-task parameters, row ``b`` belongs to
+    task ``b // (batch / tasks)``. Under ``torch.autocast``, ``u``, ``delta``, ``z`` and variable real ``B``, ``C`` of
+    mixed dtypes are promoted to the widest of them.
 
     With a complex ``A`` (S4D), ``B``, ``C`` and ``initial_state`` are complex, the last state is complex, and ``y`` is
     real: ``y_t = 2 Re(C_t . h_t) + D u_t``. Gradients follow PyTorch's convention, dL/dRe + i dL/dIm.
