@@ -55,7 +55,19 @@ _EXPORTS = {
     "AdaptationConfig": "adaptation",
     "SSMMetaPolicy": "rl",
 }
-_SUBPACKAGES = ("adaptation", "distributed", "experience", "integrations", "jobs", "meta", "nn", "ops", "rl", "tasks")
+_SUBPACKAGES = (
+    "adaptation",
+    "distributed",
+    "experience",
+    "integrations",
+    "jobs",
+    "meta",
+    "nn",
+    "ops",
+    "rl",
+    "tasks",
+    "testing",
+)
 
 # Subpackages are left out, because a star import would replace torch's nn by eaml_ext.nn.
 __all__ = ["__version__", "build_info", *_EXPORTS]
