@@ -23,7 +23,7 @@ TEXTS = {
 # Pages of several modules: each lists the public names of these.
 MODULES = {
     "integrations": ["integrations.transformers"],
-    "package": ["checkpoint", "distributed", "info", "jobs.config", "jobs.rl_config", "jobs.config_file"],
+    "package": ["checkpoint", "distributed", "testing", "info", "jobs.config", "jobs.rl_config", "jobs.config_file"],
 }
 
 
