@@ -109,19 +109,6 @@ EAML_INLINE V splat(element_t<V> constant) {
   return constant - V{};
 }
 
-// x, rounded: a product that is not fused into the following sum, so that one thread and two compute the same bits.
-// clang fuses only within an expression.
-template <class V>
-EAML_INLINE V rounded(V x) {
-#if defined(__clang__)
-#elif defined(__x86_64__)
-  asm("" : "+v"(x));
-#elif defined(__aarch64__)
-  asm("" : "+w"(x));
-#endif
-  return x;
-}
-
 // to[column][row] = from[row][column]; both have adjacent elements in their last dimension. Shuffles of four elements
 // are fast on every machine, so one version suffices.
 template <class T>

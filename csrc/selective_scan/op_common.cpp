@@ -60,8 +60,7 @@ ScanParams make_params(const Device& device, const Arguments& x, const OptionalT
   check_tensor(device, "initial_state", x.initial_state, states, 3, 3);
 
   ScanParams s{};
-  s.batch = x.u->size(0), s.dim = x.u->size(1), s.length = x.u->size(2),
-  s.dstate = s.all_dstate = x.A->size(x.A->dim() - 1);
+  s.batch = x.u->size(0), s.dim = x.u->size(1), s.length = x.u->size(2), s.dstate = x.A->size(x.A->dim() - 1);
   s.groups = 1, s.num_components = num_components(states), s.softplus = softplus, s.gated = x.z.has_value();
   s.B_invariant = B_invariant, s.C_invariant = C_invariant, s.split_invariant = split_invariant;
   check_sizes("delta", x.delta, 0, {s.batch, s.dim, s.length}), check_sizes("z", x.z, 0, {s.batch, s.dim, s.length});
@@ -84,7 +83,6 @@ ScanParams make_params(const Device& device, const Arguments& x, const OptionalT
     check_sizes("reset", reset, 0, {s.batch, s.length});
     s.reset = data<bool>(*reset), s.reset_outer = reset->stride(0), s.reset_inner = reset->stride(1);
   }
-  s.num_partial_sums = device.num_partial_sums(s, dtype);
   return s;
 }
 
@@ -97,7 +95,7 @@ ScanParams make_step_params(const Device& device, const Tensor& state, const Arg
   check_tensor(device, "D", x.D, dtype, 1, 2), check_tensor(device, "z", x.z, dtype, 2, 2);
   check_tensor(device, "delta_bias", x.delta_bias, dtype, 1, 2);
   ScanParams s{};
-  s.batch = state.size(0), s.dim = state.size(1), s.length = 1, s.dstate = s.all_dstate = state.size(2);
+  s.batch = state.size(0), s.dim = state.size(1), s.length = 1, s.dstate = state.size(2);
   s.groups = x.B->dim() == 3 ? x.B->size(1) : 1, s.num_components = num_components(states);
   s.softplus = softplus, s.gated = x.z.has_value();
   EAML_CHECK(s.groups > 0 && s.dim % s.groups == 0, "selective_scan_step: B has ", s.groups, " groups");

@@ -51,8 +51,7 @@ struct Functions {
 
 struct Device {
   const char* name;
-  bool (*has)(const Tensor& t);                                        // whether t is on the device
-  int64_t (*num_partial_sums)(const ScanParams& s, ScalarType dtype);  // see ScanParams
+  bool (*has)(const Tensor& t);  // whether t is on the device
   Functions<float> single_precision;
   Functions<double> double_precision;
 };

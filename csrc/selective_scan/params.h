@@ -39,16 +39,14 @@ struct Inputs {
   In<T> D, delta_bias;       // (tasks, dim)
   In<T> initial_state;       // (batch, dim, dstate)
   In<T> grad_y, grad_state;  // (batch, dim, length), (batch, dim, dstate): cotangents
-  const T* carry = nullptr;  // (batch, all_dstate, dim): on the CPU, replaces initial_state or grad_state
+  const T* carry = nullptr;  // (batch, dstate, dim): on the CPU, replaces initial_state or grad_state
 };
 
 struct ScanParams {
   std::int64_t batch, dim, length, dstate, groups;
-  std::int64_t all_dstate;  // states of a channel in the arrays; on the CPU a call may compute only dstate of them
   std::int64_t num_components = 1;                      // real numbers per state: 2 if complex
+  std::int64_t unit_channels = 0;                       // CPU: the most channels of a unit, see cpu/kernel.h
   std::int64_t first_chunk = 0, end_chunk = INT64_MAX;  // CPU: the chunks that a call computes
-  // Number of partial sums over states: y and the gradients of u, delta and z are sums over states.
-  std::int64_t num_partial_sums = 1;
   bool B_invariant, C_invariant, softplus, gated;
   bool split_invariant = false;           // CUDA: no time segments; the CPU's results never depend on them
   const bool* reset;                      // (batch, length) or null
@@ -61,10 +59,10 @@ template <class T>
 struct Outputs {
   Out<T> y;                  // (batch, dim, length)
   Out<T> last_state;         // (batch, dim, dstate)
-  T* checkpoints = nullptr;  // (batch, chunks - 1, all_dstate, dim): the state at the start of each chunk but the first
-  T* checkpoint_tangents = nullptr;  // (batch, chunks - 1, all_dstate, dim)
-  T* carry = nullptr;                // (batch, all_dstate, dim): the state after the call's last chunk
-  T* carry_tangent = nullptr;        // (batch, all_dstate, dim)
+  T* checkpoints = nullptr;  // (batch, chunks - 1, dstate, dim): the state at the start of each chunk but the first
+  T* checkpoint_tangents = nullptr;  // (batch, chunks - 1, dstate, dim)
+  T* carry = nullptr;                // (batch, dstate, dim): the state after the call's last chunk
+  T* carry_tangent = nullptr;        // (batch, dstate, dim)
 };
 
 }  // namespace eaml::selective_scan

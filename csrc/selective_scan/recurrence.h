@@ -180,11 +180,11 @@ struct StepGradient {
   Z dt_A;    // term of dL/d(dt A); times conj(A) a term of dL/d(dt), times dt a term of dL/dA
 };
 
-// Adjoint of one step. grad_h is dL/dh_t without the term of y_t; decayed_h is a h_{t-1}.
-template <class Z, class S, class M>
-EAML_INLINE StepGradient<Z, S> step_backward(Z grad_h, S grad_y, Z a, Z decayed_h, S x, M B, M C) {
-  const Z g = grad_h + times_conjugate(grad_y, C);
-  return {decayed(conjugate(a), g), g * x, real(times_conjugate(g, B)), times_conjugate(g, decayed_h)};
+// Adjoint of one step. grad_h is dL/dh_t without the term of y_t; `state` is h_{t-1} or, with kDecayed, a h_{t-1}.
+template <bool kDecayed = true, class Z, class S, class M>
+EAML_INLINE StepGradient<Z, S> step_backward(Z grad_h, S grad_y, Z a, Z state, S x, M B, M C) {
+  const Z g = grad_h + times_conjugate(grad_y, C), g_prev = decayed(conjugate(a), g);
+  return {g_prev, g * x, real(times_conjugate(g, B)), times_conjugate(kDecayed ? g : g_prev, state)};
 }
 
 }  // namespace eaml::selective_scan

@@ -29,7 +29,7 @@ template <bool kGated, class Z, bool kPerLane>
 EAML_INLINE void backward_states(const ResetRuns& runs, PrefetchPair upcoming, Rates<Z> rates, Span<Z> start,
                                  StepTile<real_t<Z>> dt, StepTile<real_t<Z>> x, Operand<Z, kPerLane> B,
                                  Operand<Z, kPerLane> C, StepTile<real_t<Z>> y, Span<Z> grad_state,
-                                 ChunkGradients<real_t<Z>> grad, GroupTile<Z> decays, GroupTile<Z> decayed_states,
+                                 ChunkGradients<real_t<Z>> grad, GroupTile<Z> decays, GroupTile<Z> states,
                                  Sums<Z> sums) {
   using S = real_t<Z>;
   constexpr int64_t W = kLanes<Z>, size = kGroup<Z>;
@@ -46,10 +46,9 @@ EAML_INLINE void backward_states(const ResetRuns& runs, PrefetchPair upcoming, R
       upcoming.prefetch(t);
       decay(step, rates.A, rates.rate, a);
       each_state<Z>([&](auto n) EAML_LAMBDA {
-        const Z decayed_h = decayed(a[n], h[n]);
         decays.set(t * size + n * W, a[n]);
-        decayed_states.set(t * size + n * W, decayed_h);
-        h[n] = decayed_h + input * B.get(t, n);
+        states.set(t * size + n * W, h[n]);
+        h[n] = advance(a[n], h[n], input, B.get(t, n));
         terms[n] = output(times_conjugate(gy, h[n]));
       });
       add_terms<Z, kPerLane>(sums.C.at(t * sums.C_step), terms);
@@ -70,7 +69,7 @@ EAML_INLINE void backward_states(const ResetRuns& runs, PrefetchPair upcoming, R
       each_state<Z>([&](auto n) EAML_LAMBDA {
         const int64_t i = t * size + n * W;
         const StepGradient<Z, S> g =
-            step_backward(grad_h[n], gy, decays.get(i), decayed_states.get(i), input, B.get(t, n), C.get(t, n));
+            step_backward<false>(grad_h[n], gy, decays.get(i), states.get(i), input, B.get(t, n), C.get(t, n));
         grad_h[n] = g.h_prev;
         terms[n] = output(g.B);
         gx = gx + g.x;
@@ -93,46 +92,40 @@ struct SequenceTargets {
   Target<V> u, delta, z;
 };
 
-// Computes the gradients of u, delta and z from those of x and dt. The first partial sum over states writes them, the
-// others add to them. sum_D and sum_bias receive the chunk's terms of the gradients of D and delta_bias.
+// Computes the gradients of u, delta and z from those of x and dt. sum_D and sum_bias receive the chunk's terms of the
+// gradients of D and delta_bias.
 template <class Z>
-EAML_SHARED void write_gradients(const Unit<Z>& unit, int64_t block, int64_t steps, bool first_partial_sum,
+EAML_SHARED void write_gradients(const Unit<Z>& unit, int64_t block, int64_t steps,
                                  const ChunkGradients<real_t<Z>>& grad, View<real_t<Z>> gy, StepTile<real_t<Z>> slope,
                                  StepTile<real_t<Z>> sigmoid_z, const SequenceTargets<vector_t<Z>>& to,
                                  number_t<Z>* sum_D, number_t<Z>* sum_bias) {
   using S = real_t<Z>;
   using V = vector_t<Z>;
   constexpr int64_t W = kLanes<Z>;
-  const auto each = [&](auto put, auto first) EAML_LAMBDA {
-    const S d = first ? unit.D.get(block * W) : S{};
-    V block_D = load<V>(sum_D), block_bias = load<V>(sum_bias);
-    for (int64_t t = 0; t < steps; ++t) {
-      const int64_t j = t * W;
-      const S gx = grad.x.get(j), input = unit.u.get(t);
-      const V grad_delta = output((grad.dt.get(j) + input * gx) * slope.get(j));
-      put(to.u, t, output(unit.dt.get(j) * gx + d * grad.y.get(t)));
-      put(to.delta, t, grad_delta);
-      block_bias += grad_delta;
-      if (first) block_D += output(grad.y.get(t) * input);
-      if (unit.params.gated) {
-        const S s = sigmoid_z.get(j);
-        put(to.z, t, output(gy.get(t) * unit.y.get(j) * (s + unit.z.get(t) * (s * (one<S>() - s)))));
-      }
+  const S d = unit.D.get(block * W);
+  V block_D = load<V>(sum_D), block_bias = load<V>(sum_bias);
+  for (int64_t t = 0; t < steps; ++t) {
+    const int64_t j = t * W;
+    const S gx = grad.x.get(j), input = unit.u.get(t);
+    const V grad_delta = output((grad.dt.get(j) + input * gx) * slope.get(j));
+    to.u.set(t, output(unit.dt.get(j) * gx + d * grad.y.get(t)));
+    to.delta.set(t, grad_delta);
+    block_bias += grad_delta;
+    block_D += output(grad.y.get(t) * input);
+    if (unit.params.gated) {
+      const S s = sigmoid_z.get(j);
+      to.z.set(t, output(gy.get(t) * unit.y.get(j) * (s + unit.z.get(t) * (s * (one<S>() - s)))));
     }
-    store(sum_D, block_D), store(sum_bias, block_bias);
-  };
-  if (first_partial_sum)
-    each([](Target<V> at, int64_t t, V x) EAML_LAMBDA { at.set(t, x); }, std::true_type());
-  else
-    each([](Target<V> at, int64_t t, V x) EAML_LAMBDA { at.set(t, at.get(t) + rounded(x)); }, std::false_type());
+  }
+  store(sum_D, block_D), store(sum_bias, block_bias);
 }
 
-// Operands and sums of backward_partial_sum.
+// Operands and sums of backward_block.
 template <class Z>
 struct BackwardOperands {
   Span<Z> start, grad_state;  // of the block
   ChunkGradients<real_t<Z>> grad;
-  GroupTile<Z> decays, decayed_states;
+  GroupTile<Z> decays, states;
   Span<output_t<Z>> sum_A;         // of the block
   Span<output_t<Z>> sum_B, sum_C;  // of the block, or of the chunk
 };
@@ -144,18 +137,17 @@ constexpr int64_t row_size(bool per_lane) {
 }
 
 template <bool kGated, bool kPerLane, class Z>
-EAML_SHARED void backward_partial_sum(const Unit<Z>& unit, int64_t part, int64_t offset,
-                                      const BackwardOperands<Z>& operands) {
+EAML_SHARED void backward_block(const Unit<Z>& unit, int64_t offset, const BackwardOperands<Z>& operands) {
   constexpr int64_t W = kLanes<Z>, row = row_size<Z>(kPerLane);
   const ScanParams& params = unit.params;
-  for (int64_t n = partial_sum_begin(params, part); n < partial_sum_begin(params, part + 1); n += kStates<Z>) {
+  for (int64_t n = 0; n < params.dstate; n += kStates<Z>) {
     const int64_t j = n * W, k = n / kStates<Z> * kChunk * row;
     const Sums<Z> sums{operands.sum_A.at(j), operands.sum_B.at(params.B_invariant ? j : k),
                        operands.sum_C.at(params.C_invariant ? j : k), params.B_invariant ? 0 : row,
                        params.C_invariant ? 0 : row};
     backward_states<kGated, Z, kPerLane>(unit.runs, unit.prefetch_for(n), unit.rates(offset + j), operands.start.at(j),
                                          unit.dt, unit.x, {unit.B, n}, {unit.C, n}, unit.y, operands.grad_state.at(j),
-                                         operands.grad, operands.decays, operands.decayed_states, sums);
+                                         operands.grad, operands.decays, operands.states, sums);
   }
 }
 
@@ -193,7 +185,7 @@ EAML_SHARED void backward_unit(Arena& arena, const ScanParams& params, const Sou
   const int64_t row = unit.at.row, size = unit.padded * W, blocks = unit.blocks(), chunks = unit.chunks();
 
   const Span<Z> grad_h = take<Z>(arena, blocks * size), h0 = take<Z>(arena, size);
-  const GroupTile<Z> decays = group_tile<Z>(arena), decayed_states = group_tile<Z>(arena);
+  const GroupTile<Z> decays = group_tile<Z>(arena), states = group_tile<Z>(arena);
   const StepTile<S> slope = step_tile<S>(arena), staging_gy = step_tile<S>(arena);
   const StepTile<S> sigmoid_z = step_tile<S>(arena);
   const StepTile<S> gated_gy = step_tile<S>(arena), grad_x = step_tile<S>(arena), grad_dt = step_tile<S>(arena);
@@ -208,7 +200,7 @@ EAML_SHARED void backward_unit(Arena& arena, const ScanParams& params, const Sou
   const Span<output_t<Z>> sum_B = zeroed_states(params.B_invariant ? blocks * size : sums_size);
   const Span<output_t<Z>> sum_C = zeroed_states(params.C_invariant ? blocks * size : sums_size);
   T* const sum_D = zeroed(blocks * W);
-  T* const sum_bias = zeroed(params.num_partial_sums * blocks * W);  // [partial sum][block][lane]
+  T* const sum_bias = zeroed(blocks * W);
   T* const tile_u = arena.take<T>(tile);
   T* const tile_delta = arena.take<T>(tile);
   T* const tile_z = arena.take<T>(tile);
@@ -225,7 +217,6 @@ EAML_SHARED void backward_unit(Arena& arena, const ScanParams& params, const Sou
       const int64_t channel = unit.channel(block), lanes = unit.lanes(block);
       unit.template stage_block<true>(block, start, steps, slope);
       const View<S> z = unit.z, gy = unit.view(&Inputs<T>::grad_y, staging_gy, block, start, steps, -kChunk);
-      const StepTile<S> y = unit.y;
       const SequenceTargets<V> to{unit.target(out.u, tile_u, block, start, -kChunk),
                                   unit.target(out.delta, tile_delta, block, start, -kChunk),
                                   unit.target(out.z, tile_z, block, start, -kChunk)};
@@ -253,35 +244,30 @@ EAML_SHARED void backward_unit(Arena& arena, const ScanParams& params, const Sou
         stage_start(h0.value, out.checkpoints);
         if constexpr (kIsDual<S>) stage_start(h0.tangent, out.checkpoint_tangents);
       }
-      for (int64_t part = 0; part < params.num_partial_sums; ++part) {
-        if (part > 0) clear<S>(y, steps * W);
-        clear<S>(grad.x, steps * W);
-        clear<S>(grad.dt, steps * W);
-
-        const BackwardOperands<Z> operands{h0,
-                                           grad_h.at(block * size),
-                                           grad,
-                                           decays,
-                                           decayed_states,
-                                           sum_A.at(block * size),
-                                           sum_B.at(params.B_invariant ? block * size : 0),
-                                           sum_C.at(params.C_invariant ? block * size : 0)};
-        if (unit.per_lane)
-          params.gated ? backward_partial_sum<true, true>(unit, part, block * size, operands)
-                       : backward_partial_sum<false, true>(unit, part, block * size, operands);
-        else
-          params.gated ? backward_partial_sum<true, false>(unit, part, block * size, operands)
-                       : backward_partial_sum<false, false>(unit, part, block * size, operands);
-        write_gradients<Z>(unit, block, steps, part == 0, grad, gy, slope, sigmoid_z, to, sum_D + block * W,
-                           sum_bias + (part * blocks + block) * W);
-      }
+      clear<S>(grad.x, steps * W);
+      clear<S>(grad.dt, steps * W);
+      const BackwardOperands<Z> operands{h0,
+                                         grad_h.at(block * size),
+                                         grad,
+                                         decays,
+                                         states,
+                                         sum_A.at(block * size),
+                                         sum_B.at(params.B_invariant ? block * size : 0),
+                                         sum_C.at(params.C_invariant ? block * size : 0)};
+      if (unit.per_lane)
+        params.gated ? backward_block<true, true>(unit, block * size, operands)
+                     : backward_block<false, true>(unit, block * size, operands);
+      else
+        params.gated ? backward_block<true, false>(unit, block * size, operands)
+                     : backward_block<false, false>(unit, block * size, operands);
+      write_gradients<Z>(unit, block, steps, grad, gy, slope, sigmoid_z, to, sum_D + block * W, sum_bias + block * W);
       store_tile<V>(out.u, tile_u, row, channel, lanes, start, steps);
       store_tile<V>(out.delta, tile_delta, row, channel, lanes, start, steps);
       if (params.gated) store_tile<V>(out.z, tile_z, row, channel, lanes, start, steps);
     }
 
-    const int64_t unit_row = row * units_per_group<T>(params) * params.groups + unit.at.unit;
-    const int64_t first = (unit_row * params.all_dstate * params.length + start) * num_components;
+    const int64_t unit_row = row * units(params) + unit.at.unit;
+    const int64_t first = (unit_row * params.dstate * params.length + start) * num_components;
     const auto reduce = [&](T* to, Span<output_t<Z>> sums) {
       unit.per_lane ? reduce_lanes<Z, true>(to, sums, params, steps) : reduce_lanes<Z, false>(to, sums, params, steps);
     };
@@ -293,7 +279,7 @@ EAML_SHARED void backward_unit(Arena& arena, const ScanParams& params, const Sou
     const int64_t channel = row * params.dim + unit.channel(block), lanes = unit.lanes(block);
     const auto store = [&](T* to, const T* matrix) {
       if (to == nullptr) return;
-      const int64_t stride = params.all_dstate * num_components;
+      const int64_t stride = params.dstate * num_components;
       store_matrix<V, num_components>(to + channel * stride, stride, num_components, matrix, lanes, params.dstate);
     };
     store(out.A, sum_A.at(block * size).value);
@@ -304,9 +290,6 @@ EAML_SHARED void backward_unit(Arena& arena, const ScanParams& params, const Sou
     unit.save(out.carry, row, state.value, block);
     if constexpr (kIsDual<S>) unit.save(out.carry_tangent, row, state.tangent, block);
     if (out.D) std::copy_n(sum_D + block * W, lanes, out.D + channel);
-    if (out.delta_bias == nullptr) continue;
-    for (int64_t part = 1; part < params.num_partial_sums; ++part)
-      for (int64_t i = 0; i < lanes; ++i) sum_bias[block * W + i] += sum_bias[(part * blocks + block) * W + i];
-    std::copy_n(sum_bias + block * W, lanes, out.delta_bias + channel);
+    if (out.delta_bias) std::copy_n(sum_bias + block * W, lanes, out.delta_bias + channel);
   }
 }

@@ -4,7 +4,7 @@
 template <class Z, bool kPerLane>
 EAML_INLINE real_t<Z> add_outputs(real_t<Z> y, const Z (&h)[kStates<Z>], Operand<Z, kPerLane> C, int64_t t) {
   real_t<Z> sum = kNumComponents<Z> == 2 ? real_t<Z>{} : y;
-  each_state<Z>([&](auto n) EAML_LAMBDA { sum = sum + real(h[n] * C.get(t, n)); });
+  each_state<Z>([&](auto n) EAML_LAMBDA { sum = add_product(sum, h[n], C.get(t, n)); });
   return kNumComponents<Z> == 2 ? y + conjugate_pair_sum<Z>(sum) : sum;
 }
 
@@ -29,11 +29,10 @@ EAML_INLINE void forward_states(const ResetRuns& runs, PrefetchPair upcoming, Ra
   write(state, h);
 }
 
-// Writes a chunk of y, times silu(z) if there is a gate. The first partial sum is stored, the others are added to it.
-// In reduced precision there is one partial sum, and y goes to `half_row` unless that is null.
+// Writes a chunk of y, times silu(z) if there is a gate: in reduced precision to `half_row` unless that is null.
 template <class Z>
-EAML_SHARED void write_outputs(const Unit<Z>& unit, int64_t steps, bool first_partial_sum, Half half,
-                               std::uint16_t* half_row, int64_t half_step, Target<vector_t<Z>> to) {
+EAML_SHARED void write_outputs(const Unit<Z>& unit, int64_t steps, Half half, std::uint16_t* half_row,
+                               int64_t half_step, Target<vector_t<Z>> to) {
   using S = real_t<Z>;
   using V = vector_t<Z>;
   const StepTile<S> y = unit.y;
@@ -52,17 +51,15 @@ EAML_SHARED void write_outputs(const Unit<Z>& unit, int64_t steps, bool first_pa
     with_half(half, [&](auto kind) EAML_LAMBDA {
       each([&](int64_t t, V term) EAML_LAMBDA { store_narrow<kind>(half_row + t * half_step, term); });
     });
-  else if (first_partial_sum)
-    each([&](int64_t t, V term) EAML_LAMBDA { to.set(t, term); });
   else
-    each([&](int64_t t, V term) EAML_LAMBDA { to.set(t, to.get(t) + rounded(term)); });
+    each([&](int64_t t, V term) EAML_LAMBDA { to.set(t, term); });
 }
 
-// Advances the states of one partial sum of a block through a chunk.
+// Advances the states of a block through a chunk.
 template <bool kOutput, bool kPerLane, class Z>
-EAML_SHARED void forward_partial_sum(const Unit<Z>& unit, int64_t part, Span<Z> state, int64_t offset) {
+EAML_SHARED void forward_block(const Unit<Z>& unit, Span<Z> state, int64_t offset) {
   constexpr int64_t W = kLanes<Z>;
-  for (int64_t n = partial_sum_begin(unit.params, part); n < partial_sum_begin(unit.params, part + 1); n += kStates<Z>)
+  for (int64_t n = 0; n < unit.params.dstate; n += kStates<Z>)
     forward_states<kOutput, Z, kPerLane>(unit.runs, unit.prefetch_for(n), unit.rates(offset + n * W), state.at(n * W),
                                          unit.dt, unit.x, {unit.B, n}, {unit.C, n}, unit.y);
 }
@@ -95,18 +92,14 @@ EAML_SHARED void forward_unit(Arena& arena, const ScanParams& params, const Sour
       unit.template stage_block<false>(block, start, steps, {});
       const Target<V> to = unit.target(out.y, tile, block, start, kChunk);
       std::uint16_t* const half_row = unit.half_target(out.y, block, start, kChunk);
-      for (int64_t part = 0; part < params.num_partial_sums; ++part) {
-        if (part > 0) clear<S>(unit.y, steps * W);
-        const bool writes = out.y.data != nullptr;
-        if (unit.per_lane)
-          writes ? forward_partial_sum<true, true>(unit, part, state, block * size)
-                 : forward_partial_sum<false, true>(unit, part, state, block * size);
-        else
-          writes ? forward_partial_sum<true, false>(unit, part, state, block * size)
-                 : forward_partial_sum<false, false>(unit, part, state, block * size);
-        if (!writes) continue;
-        write_outputs<Z>(unit, steps, part == 0, out.y.half, half_row, out.y.inner, to);
-      }
+      const bool writes = out.y.data != nullptr;
+      if (unit.per_lane)
+        writes ? forward_block<true, true>(unit, state, block * size)
+               : forward_block<false, true>(unit, state, block * size);
+      else
+        writes ? forward_block<true, false>(unit, state, block * size)
+               : forward_block<false, false>(unit, state, block * size);
+      if (writes) write_outputs<Z>(unit, steps, out.y.half, half_row, out.y.inner, to);
       if (!half_row) store_tile<V>(out.y, tile, row, unit.channel(block), unit.lanes(block), start, steps);
       if (chunk + 1 < chunks) {
         const int64_t next = row * (chunks - 1) + chunk;

@@ -1,19 +1,23 @@
 // Interface of the CPU kernels: pointers, strides, and two entry points per precision and kind of state.
 #pragma once
 
+#include <algorithm>
 #include <cstdint>
 
 #include "selective_scan/params.h"
 
 namespace eaml::selective_scan {
 
-// A unit has this many bytes of channels: 256 floats or 128 doubles. The number is fixed, so that sums do not depend on
-// the number of threads.
-constexpr std::int64_t kUnitBytes = 1024;
-
-// The first state of a partial sum: a multiple of four states, so that groups of states are whole.
-inline std::int64_t partial_sum_begin(const ScanParams& s, std::int64_t part) {
-  return part == s.num_partial_sums ? s.dstate : part * ((s.dstate / s.num_partial_sums + 3) / 4 * 4);
+// A unit of work is up to `unit_channels` channels of one group and batch row. The gradients of B and C are sums over
+// channels: of a unit first, then over units. So the backward pass always takes sum_channels(), a function of dim
+// alone. The forward pass has no sum over channels and may take any number.
+//
+// sum_channels: half of a group, at least 64 and at most 256 floats, as whole vectors of every instruction set.
+template <class T>
+std::int64_t sum_channels(const ScanParams& params) {
+  constexpr std::int64_t kVector = 64 / sizeof(T), kLeast = 256 / sizeof(T), kMost = 1024 / sizeof(T);
+  const std::int64_t half = (params.dim / params.groups + 1) / 2;
+  return std::clamp((half + kVector - 1) / kVector * kVector, kLeast, kMost);
 }
 
 // Gradients, in a Dual run their tangents. Null ones are not written. The caller adds the partial sums of A, B, C, D
@@ -21,27 +25,24 @@ inline std::int64_t partial_sum_begin(const ScanParams& s, std::int64_t part) {
 template <class T>
 struct Gradients {
   Out<T> u, delta, z;                      // (batch, dim, length)
-  T* initial_state = nullptr;              // (batch, dim, all_dstate)
+  T* initial_state = nullptr;              // (batch, dim, dstate)
   T* A = nullptr;                          // (batch, dim, dstate)
   T* B = nullptr;                          // (batch, units, dstate, length) or, invariant in time, (batch, dim, dstate)
   T* C = nullptr;                          // as B
   T* D = nullptr;                          // (batch, dim)
   T* delta_bias = nullptr;                 // (batch, dim)
-  const T* checkpoints = nullptr;          // (batch, chunks - 1, all_dstate, dim): saved by the forward pass
-  const T* checkpoint_tangents = nullptr;  // (batch, chunks - 1, all_dstate, dim)
-  T* carry = nullptr;          // (batch, all_dstate, dim): gradient of the state before the call's first chunk
-  T* carry_tangent = nullptr;  // (batch, all_dstate, dim)
+  const T* checkpoints = nullptr;          // (batch, chunks - 1, dstate, dim): saved by the forward pass
+  const T* checkpoint_tangents = nullptr;  // (batch, chunks - 1, dstate, dim)
+  T* carry = nullptr;                      // (batch, dstate, dim): gradient of the state before the call's first chunk
+  T* carry_tangent = nullptr;              // (batch, dstate, dim)
 };
 
 // Units of a group, and of a batch row. A call has batch * units(params) independent units.
-template <class T>
-std::int64_t units_per_group(const ScanParams& params) {
-  const std::int64_t width = kUnitBytes / sizeof(T), dim = params.dim / params.groups;
-  return (dim + width - 1) / width;
+inline std::int64_t units_per_group(const ScanParams& params) {
+  return (params.dim / params.groups + params.unit_channels - 1) / params.unit_channels;
 }
-template <class T>
-std::int64_t units(const ScanParams& params) {
-  return units_per_group<T>(params) * params.groups;
+inline std::int64_t units(const ScanParams& params) {
+  return units_per_group(params) * params.groups;
 }
 
 // The kernels compute the units [begin, end). With tangents they run on Duals.

@@ -2,10 +2,13 @@
 // file per precision, EAML_NUMBER, instantiates it for real states; another, with EAML_COMPLEX, for complex states.
 //
 // Lanes are channels, so there is no horizontal sum per step and the exponential runs at full vector width. A unit of
-// work is one batch row times kUnitBytes of channels, in blocks of one vector. The scan goes through time in chunks:
-// inputs of a chunk are staged as [step][lane] tiles, and a group of states stays in registers through the chunk.
-// Backward goes from the last chunk to the first. It recomputes the states of a chunk from the state at its start,
-// which the forward pass saved.
+// work is some channels of one batch row, in blocks of one vector. The scan goes through time in chunks: inputs of a
+// chunk are staged as [step][lane] tiles, and a group of states stays in registers through the chunk. Backward goes
+// from the last chunk to the first. It recomputes the states of a chunk from the state at its start, which the forward
+// pass saved.
+//
+// Every sum has one order, whatever the batch, the length, the chunk and the threads: y and the gradients of u, delta
+// and z are sums over the states in ascending order; the gradients of B and C are sums over channels, see kernel.h.
 //
 // EAML_SHARED marks functions that run once per chunk. They are called, not inlined: inlining would triple the time of
 // compilation. Loops over time have no branches on options, because the options are template parameters.
@@ -31,9 +34,10 @@ EAML_SHARED void run_forward(const ScanParams& params, const Source<real_t<Z>>& 
   static thread_local Arena arena;
   for (int64_t index = begin; index < end; ++index) {
     arena.reset();
-    if constexpr (std::is_same_v<Z, vector_t<Z>>) {
-      if (one_step<Z>(params, source.values, out)) {
-        step_unit<Z>(arena, params, source.values, out, index);
+    if constexpr (std::is_same_v<Z, vector_t<Z>> && kLanes<Z> % 4 == 0) {
+      const UnitIndex at = unit_index(params, index);
+      if (one_step<Z>(params, at, source.values, out)) {
+        step_unit<Z>(arena, params, source.values, out, at);
         continue;
       }
     }

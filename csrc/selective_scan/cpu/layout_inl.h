@@ -202,10 +202,9 @@ struct UnitIndex {
   int64_t row, group, unit, first, channels;  // `unit` is its number within the row; channels [first, first + channels)
 };
 
-template <class T>
-UnitIndex unit_index(const ScanParams& params, int64_t index) {
-  const int64_t per_group = units_per_group<T>(params), per_row = per_group * params.groups;
-  const int64_t width = kUnitBytes / sizeof(T), dim = params.dim / params.groups;
+EAML_SHARED UnitIndex unit_index(const ScanParams& params, int64_t index) {
+  const int64_t per_group = units_per_group(params), per_row = per_group * params.groups;
+  const int64_t width = params.unit_channels, dim = params.dim / params.groups;
   UnitIndex p;
   p.row = index / per_row, p.unit = index % per_row, p.group = p.unit / per_group;
   const int64_t offset = p.unit % per_group * width;

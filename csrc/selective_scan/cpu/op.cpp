@@ -10,65 +10,9 @@
 namespace eaml::selective_scan {
 namespace {
 
-int64_t num_partial_sums_of(const ScanParams& s, ScalarType dtype) {
-  if (half_of(dtype) != Half::kNone) return 1;
-  return dtype == ScalarType::Float ? num_partial_sums<float>(s) : num_partial_sums<double>(s);
-}
-
 bool on_device(const Tensor& t) {
   return t.is_cpu();
 }
-
-// Whether each partial sum over states is a kernel call of its own, so that threads share a unit. Their outputs must
-// then be added.
-bool splits_states(const ScanParams& s) {
-  return s.num_partial_sums > 1 && torch::stable::get_num_threads() > 1;
-}
-
-// The states of one partial sum, or all: `params` has their number, `first` is the index of the first. of() shifts
-// pointers to that state.
-struct StateRange {
-  ScanParams params;
-  int64_t first;
-
-  StateRange(const ScanParams& s, bool splits_states, int64_t index) : params(s), first(0) {
-    if (!splits_states) return;
-    first = partial_sum_begin(s, index), params.dstate = partial_sum_begin(s, index + 1) - first,
-    params.num_partial_sums = 1;
-  }
-
-  template <class T>
-  Inputs<T> of(Inputs<T> in) const {
-    const auto shift = [&](In<T>& x, int64_t step) { x.data = x.data ? x.data + first * step : nullptr; };
-    shift(in.A, in.A.inner), shift(in.initial_state, in.initial_state.inner);
-    shift(in.B, params.B_invariant ? in.B.inner : in.B.channel);
-    shift(in.C, params.C_invariant ? in.C.inner : in.C.channel);
-    shift(in.grad_state, in.grad_state.inner);
-    if (in.carry) in.carry += first * params.num_components * params.dim;
-    if (first > 0) in.D = {};  // D u is part of the first partial sum
-    return in;
-  }
-
-  template <class T>
-  Outputs<T> of(Outputs<T> out) const {
-    for (T** states : {&out.checkpoints, &out.checkpoint_tangents, &out.carry, &out.carry_tangent})
-      if (*states) *states += first * params.num_components * params.dim;
-    if (out.last_state.data) out.last_state.data += first * out.last_state.inner;
-    return out;
-  }
-
-  template <class T>
-  Gradients<T> of(Gradients<T> out) const {
-    const int64_t matrix = first * params.num_components, sequence = matrix * params.length;
-    for (const T** states : {&out.checkpoints, &out.checkpoint_tangents})
-      if (*states) *states += first * params.num_components * params.dim;
-    for (T** states : {&out.carry, &out.carry_tangent})
-      if (*states) *states += first * params.num_components * params.dim;
-    out.A += matrix, out.initial_state += matrix;
-    out.B += params.B_invariant ? matrix : sequence, out.C += params.C_invariant ? matrix : sequence;
-    return out;
-  }
-};
 
 // to[i] += from[i]
 template <class T>
@@ -143,14 +87,14 @@ struct GradientTensors {
                                   int64_t rank) {
     const int64_t tasks = like && like->dim() > rank ? like->size(0) : 1;
     const int64_t inner = rank == 2 ? s.dim * s.dstate * s.num_components : s.dim;
-    return {scratch, *x.A, like, num_time_partitions<T>(s), tasks, s.batch / tasks, inner};
+    return {scratch, *x.A, like, num_time_partitions(s), tasks, s.batch / tasks, inner};
   }
 
   // The gradient of B or C, summed over the units of a group, or over batch rows if invariant in time.
   static PartialSums<T> over_channels(Scratch& scratch, const ScanParams& s, const Arguments& x,
                                       const OptionalTensor& like, bool invariant) {
     if (invariant) return over_rows(scratch, s, x, like, 2);
-    return {scratch, *x.A, like, 1, s.batch * s.groups, units<T>(s) / s.groups, s.dstate * s.length * s.num_components};
+    return {scratch, *x.A, like, 1, s.batch * s.groups, units(s) / s.groups, s.dstate * s.length * s.num_components};
   }
 
   Gradients<T> pointers(const Arguments& x) const {
@@ -182,77 +126,50 @@ void run_forward(Scratch& scratch, const ScanParams& s, const Inputs<T>& in, con
   };
   const auto run = [&](int64_t begin, int64_t end, Carry<T> from, Carry<T> to, int64_t unit) {
     ScanParams part = s;
-    part.first_chunk = partition_begin<T>(s, begin), part.end_chunk = partition_begin<T>(s, end);
+    part.first_chunk = partition_begin(s, begin), part.end_chunk = partition_begin(s, end);
     call(part, from, part.end_chunk < chunks(s) ? to : Carry<T>{}, out, unit);
   };
   if (run_time_segments<T>(scratch, s, in, tangents != nullptr, false, warm_up, run)) return;
 
-  const int64_t count = s.batch * s.dim * s.length;
-  const bool split = splits_states(s), sum = split && out.y.data;
-  Outputs<T> second = out;  // of the second partial sum
-  if (sum) second.y.data = scratch.take<T>(count);
-  for_each_unit<T>(s, split ? s.num_partial_sums : 1, [&](int64_t index, int64_t unit) {
-    const StateRange part(s, split, index);
-    const Inputs<T> tangent_in = tangents ? part.of(*tangents) : Inputs<T>{};
-    forward<T>(part.params, part.of(in), tangents ? &tangent_in : nullptr, part.of(index ? second : out), unit);
-  });
-  if (sum) add(out.y.data, second.y.data, count);
+  const ScanParams narrow = with_forward_units<T>(s);
+  for_each_unit(narrow, 1, [&](int64_t, int64_t unit) { forward<T>(narrow, in, tangents, out, unit); });
 }
 
 template <class T>
 void run_backward(Scratch& scratch, const ScanParams& s, const Inputs<T>& in, const Inputs<T>* tangents,
                   const Gradients<T>& out) {
-  const int64_t count = s.batch * s.dim * s.length, channels = s.batch * s.dim, partitions = num_time_partitions<T>(s);
-  const auto call = [&](const StateRange& part, Carry<T> from, Carry<T> to, Gradients<T> gradients, int64_t unit) {
+  const int64_t channels = s.batch * s.dim, partitions = num_time_partitions(s);
+  const auto call = [&](const ScanParams& part, Carry<T> from, Carry<T> to, Gradients<T> gradients, int64_t unit) {
     Inputs<T> x = in, tangent_in = tangents ? *tangents : Inputs<T>{};
     x.carry = from.value, tangent_in.carry = from.tangent;
     gradients.carry = to.value, gradients.carry_tangent = to.tangent;
-    tangent_in = part.of(tangent_in);
-    backward<T>(part.params, part.of(x), tangents ? &tangent_in : nullptr, part.of(gradients), unit);
+    backward<T>(part, x, tangents ? &tangent_in : nullptr, gradients, unit);
   };
-  const auto run_partitions = [&](StateRange part, int64_t begin, int64_t end, Carry<T> from, Carry<T> to,
-                                  const Gradients<T>& gradients, int64_t unit) {
+  const auto run = [&](int64_t begin, int64_t end, Carry<T> from, Carry<T> to, int64_t unit) {
     for (int64_t partition = end - 1; partition >= begin; --partition, from = to) {
-      Gradients<T> of_partition = gradients;
-      const int64_t states = partition * channels * s.all_dstate * s.num_components;
+      Gradients<T> of_partition = out;
+      const int64_t states = partition * channels * s.dstate * s.num_components;
       of_partition.A += states, of_partition.D += partition * channels, of_partition.delta_bias += partition * channels;
       if (s.B_invariant) of_partition.B += states;
       if (s.C_invariant) of_partition.C += states;
-      part.params.first_chunk = partition_begin<T>(s, partition),
-      part.params.end_chunk = partition_begin<T>(s, partition + 1);
+      ScanParams part = s;
+      part.first_chunk = partition_begin(s, partition), part.end_chunk = partition_begin(s, partition + 1);
       call(part, from, to, of_partition, unit);
     }
   };
   const auto warm_up = [&](const ScanParams& part, Carry<T> carry, int64_t unit) {
     Gradients<T> none;
     none.checkpoints = out.checkpoints, none.checkpoint_tangents = out.checkpoint_tangents;
-    call(StateRange(part, false, 0), carry, carry, none, unit);
-  };
-  const auto run = [&](int64_t begin, int64_t end, Carry<T> from, Carry<T> to, int64_t unit) {
-    run_partitions(StateRange(s, false, 0), begin, end, from, to, out, unit);
+    call(part, carry, carry, none, unit);
   };
   if (run_time_segments<T>(scratch, s, in, tangents != nullptr, true, warm_up, run)) return;
-
-  const bool split = splits_states(s);
-  Gradients<T> second = out;  // of the second partial sum
-  if (split) {
-    for (Out<T>* sequence : {&second.u, &second.delta, &second.z})
-      if (sequence->data) sequence->data = scratch.take<T>(count);
-    second.delta_bias = scratch.take<T>(partitions * channels);
-    second.D = scratch.take<T>(partitions * channels);
-  }
   const Carry<T> carry = partitions > 1 ? Carry<T>(scratch, s, tangents != nullptr) : Carry<T>{};
-  for_each_unit<T>(s, split ? s.num_partial_sums : 1, [&](int64_t index, int64_t unit) {
-    run_partitions(StateRange(s, split, index), 0, partitions, {}, carry, index ? second : out, unit);
-  });
-  if (!split) return;
-  add(out.u.data, second.u.data, count), add(out.delta.data, second.delta.data, count);
-  if (out.z.data) add(out.z.data, second.z.data, count);
-  add(out.delta_bias, second.delta_bias, partitions * channels);
+  for_each_unit(s, 1, [&](int64_t, int64_t unit) { run(0, partitions, {}, carry, unit); });
 }
 
 template <class T>
-ForwardTuple run(const ScanParams& s, const Arguments& x, bool save) {
+ForwardTuple run(const ScanParams& params, const Arguments& x, bool save) {
+  const ScanParams s = with_units<T>(params);
   Scratch scratch;
   Tensor y = torch::stable::empty_like(*x.u), last = empty(*x.A, {s.batch, s.dim, s.dstate});
   Tensor saved = empty(*x.A, save ? Sizes{s.batch, saved_size(s)} : Sizes{0});
@@ -263,8 +180,9 @@ ForwardTuple run(const ScanParams& s, const Arguments& x, bool save) {
 }
 
 template <class T>
-GradientTuple run_vjp(const ScanParams& s, const Arguments& x, const Tensor& grad_y, const OptionalTensor& grad_state,
-                      const OptionalTensor& saved) {
+GradientTuple run_vjp(const ScanParams& params, const Arguments& x, const Tensor& grad_y,
+                      const OptionalTensor& grad_state, const OptionalTensor& saved) {
+  const ScanParams s = with_units<T>(params);
   Scratch scratch;
   Inputs<T> in = inputs<T>(s, x);
   in.grad_y = sequence<T>(grad_y), in.grad_state = sequence<T>(grad_state, s.num_components);
@@ -282,7 +200,8 @@ GradientTuple run_vjp(const ScanParams& s, const Arguments& x, const Tensor& gra
 }
 
 template <class T>
-StateTuple run_jvp(const ScanParams& s, const Arguments& x, const Arguments& tangents) {
+StateTuple run_jvp(const ScanParams& params, const Arguments& x, const Arguments& tangents) {
+  const ScanParams s = with_units<T>(params);
   Scratch scratch;
   const Inputs<T> tangent_in = inputs<T>(s, tangents);
   Tensor y = torch::stable::empty_like(*x.u), last = empty(*x.A, {s.batch, s.dim, s.dstate});
@@ -291,10 +210,11 @@ StateTuple run_jvp(const ScanParams& s, const Arguments& x, const Arguments& tan
 }
 
 template <class T>
-BackwardJvpTuple run_vjp_jvp(const ScanParams& s, const Arguments& x, const Tensor& grad_y,
+BackwardJvpTuple run_vjp_jvp(const ScanParams& params, const Arguments& x, const Tensor& grad_y,
                              const OptionalTensor& grad_state, const Arguments& tangents,
                              const OptionalTensor& grad_y_tangent, const OptionalTensor& grad_state_tangent,
                              bool outputs) {
+  const ScanParams s = with_units<T>(params);
   Inputs<T> in = inputs<T>(s, x), tangent_in = inputs<T>(s, tangents);
   in.grad_y = sequence<T>(grad_y), in.grad_state = sequence<T>(grad_state, s.num_components);
   tangent_in.grad_y = sequence<T>(grad_y_tangent),
@@ -314,7 +234,8 @@ BackwardJvpTuple run_vjp_jvp(const ScanParams& s, const Arguments& x, const Tens
 }
 
 template <class T>
-StateTuple run_step(const ScanParams& s, const Tensor& state, const Arguments& x) {
+StateTuple run_step(const ScanParams& params, const Tensor& state, const Arguments& x) {
+  const ScanParams s = with_units<T>(params);
   Tensor y = empty(*x.u, {s.batch, s.dim}), next = empty(state, {s.batch, s.dim, s.dstate});
   const Outputs<T> to{{mutable_data<T>(y), s.dim, 1, 0}, out<T>(next, s.num_components)};
   Scratch scratch;
@@ -324,7 +245,7 @@ StateTuple run_step(const ScanParams& s, const Tensor& state, const Arguments& x
 
 template <class T>
 constexpr Functions<T> kFunctions{run<T>, run_vjp<T>, run_jvp<T>, run_vjp_jvp<T>, run_step<T>};
-constexpr Device kDevice{"the CPU", on_device, num_partial_sums_of, kFunctions<float>, kFunctions<double>};
+constexpr Device kDevice{"the CPU", on_device, kFunctions<float>, kFunctions<double>};
 
 }  // namespace
 

@@ -142,9 +142,9 @@ EAML_SHARED void stage_vector(T* vector, const In<T>& in, int64_t row, int64_t c
   for (int64_t i = 0; i < lanes; ++i) vector[i] = from[i * in.channel];
 }
 
-// Entry `index` of saved states (entries, all_dstate, num_components, dim), as an input in which each component counts
+// Entry `index` of saved states (entries, dstate, num_components, dim), as an input in which each component counts
 // as a state. The state at the start of chunk c > 0 is entry row * (chunks - 1) + c - 1; a carry is entry row.
 template <class T>
 In<T> saved_state(const T* all, const ScanParams& params, int64_t index) {
-  return {all + index * params.all_dstate * params.num_components * params.dim, 0, 1, params.dim};
+  return {all + index * params.dstate * params.num_components * params.dim, 0, 1, params.dim};
 }

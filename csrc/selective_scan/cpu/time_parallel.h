@@ -18,23 +18,12 @@ namespace {
 
 using std::int64_t;
 
-// If there are few units, their work is divided further. A sum over states is two partial sums, which two threads may
-// compute. A sum over time is one partial sum per time partition. Both numbers depend on the shape alone, because
-// results must not depend on the number of threads.
-template <class T>
-bool few_units(const ScanParams& s) {
-  constexpr int64_t kFewUnits = 4, kWorthwhile = int64_t{1} << 20;
-  return s.batch * units<T>(s) < kFewUnits && s.dim * s.length * s.dstate >= kWorthwhile;
-}
-template <class T>
-int64_t num_partial_sums(const ScanParams& s) {
-  constexpr int64_t kMinPartialSumStates = 4;
-  return few_units<T>(s) && s.dstate >= 2 * kMinPartialSumStates ? 2 : 1;
-}
-template <class T>
-int64_t num_time_partitions(const ScanParams& s) {
-  constexpr int64_t kPartitionSteps = 2048, kMaxPartitions = 32;
-  return few_units<T>(s) ? std::clamp<int64_t>(s.length / kPartitionSteps, 1, kMaxPartitions) : 1;
+// The backward pass of few units sums over time in partitions, one partial sum each, so that threads can share a unit.
+// Their number is a function of the shape, because results must not depend on the number of threads.
+inline int64_t num_time_partitions(const ScanParams& s) {
+  constexpr int64_t kPartitionSteps = 2048, kMaxPartitions = 32, kFewUnits = 8, kWorthwhile = int64_t{1} << 20;
+  if (s.batch * units(s) >= kFewUnits || s.dim * s.length * s.dstate < kWorthwhile) return 1;
+  return std::clamp<int64_t>(s.length / kPartitionSteps, 1, kMaxPartitions);
 }
 
 // Calls f(begin, end) on ranges of [0, total). An index is `work_each` state updates. Several threads share the
@@ -52,14 +41,30 @@ void parallel(int64_t total, int64_t work_each, F f) {
 
 // Calls f(index, unit) for `count` jobs on each unit. Each thread takes the next job when it has finished one: ranges
 // fixed in advance would wait for the slowest thread.
-template <class T, class F>
+template <class F>
 void for_each_unit(const ScanParams& s, int64_t count, F f) {
-  const int64_t total = s.batch * units<T>(s) * count;
+  const int64_t total = s.batch * units(s) * count;
   if (total == 0) return;
   std::atomic<int64_t> next{0};
   parallel(total, s.batch * s.dim * s.length * s.dstate / total, [&](int64_t, int64_t) {
     for (int64_t i = next++; i < total; i = next++) f(i % count, i / count);
   });
+}
+
+template <class T>
+ScanParams with_units(ScanParams s) {
+  s.unit_channels = sum_channels<T>(s);
+  return s;
+}
+// The same call with narrower units, if there are too few for the threads. No sum of the forward pass is over channels,
+// so results do not depend on the width.
+template <class T>
+ScanParams with_forward_units(ScanParams s) {
+  constexpr int64_t kNarrowest = 64 / sizeof(T), kUnitsPerThread = 2;
+  const int64_t threads = torch::stable::get_num_threads();
+  while (threads > 1 && s.batch * units(s) < kUnitsPerThread * threads && s.unit_channels > kNarrowest)
+    s.unit_channels /= 2;
+  return s;
 }
 
 // Scratch memory of one call. The thread keeps it for the next call: fresh pages would cost a tenth of the backward
@@ -112,7 +117,7 @@ struct Carry {
   int64_t size = 0;
 
   Carry() = default;
-  Carry(Scratch& scratch, const ScanParams& s, bool dual) : size(s.batch * s.all_dstate * s.num_components * s.dim) {
+  Carry(Scratch& scratch, const ScanParams& s, bool dual) : size(s.batch * s.dstate * s.num_components * s.dim) {
     value = scratch.take<T>(size), tangent = dual ? scratch.take<T>(size) : nullptr;
   }
   void fill(T number) const {
@@ -130,9 +135,8 @@ struct Carry {
 };
 
 // The first chunk of a partition.
-template <class T>
-int64_t partition_begin(const ScanParams& s, int64_t partition) {
-  return chunks(s) * partition / num_time_partitions<T>(s);
+inline int64_t partition_begin(const ScanParams& s, int64_t partition) {
+  return chunks(s) * partition / num_time_partitions(s);
 }
 
 // Divides time into segments of one or more partitions and runs them on several threads. The results have the same bits
@@ -153,15 +157,15 @@ bool run_time_segments(Scratch& scratch, const ScanParams& s, const Inputs<T>& i
   // The warm-up must halve a difference of states this often. That is twice the digits, because a difference in the
   // last digit can persist.
   constexpr int64_t kHalvings = 2 * std::numeric_limits<T>::digits;
-  const int64_t partitions = num_time_partitions<T>(s), threads = torch::stable::get_num_threads();
-  if (partitions < 2 || threads <= s.batch * units<T>(s)) return false;
+  const int64_t partitions = num_time_partitions(s), threads = torch::stable::get_num_threads();
+  if (partitions < 2 || threads <= s.batch * units(s)) return false;
   int64_t count = std::min(partitions, threads);
   const auto first_partition = [&](int64_t i) { return partitions * (backward ? count - i - 1 : i) / count; };
   const auto end_partition = [&](int64_t i) { return partitions * (backward ? count - i : i + 1) / count; };
   const auto chunks_before = [&](int64_t i,
                                  int64_t length) {  // `length` chunks before segment i, in the scan's direction
     ScanParams part = s;
-    const int64_t edge = partition_begin<T>(s, backward ? end_partition(i) : first_partition(i));
+    const int64_t edge = partition_begin(s, backward ? end_partition(i) : first_partition(i));
     part.first_chunk = backward ? edge : edge - length, part.end_chunk = part.first_chunk + length;
     return part;
   };
@@ -174,7 +178,7 @@ bool run_time_segments(Scratch& scratch, const ScanParams& s, const Inputs<T>& i
 
   // Without B, states that start at 1 end as the products of their decays, here over kProbeChunks chunks.
   const std::vector<Carry<T>> decay_products = carries(false, 1);
-  for_each_unit<T>(s, count - 1, [&](int64_t i, int64_t unit) {
+  for_each_unit(s, count - 1, [&](int64_t i, int64_t unit) {
     Inputs<T> decays = in;
     decays.B = {}, decays.carry = decay_products[i].value;
     Outputs<T> to;
@@ -193,7 +197,7 @@ bool run_time_segments(Scratch& scratch, const ScanParams& s, const Inputs<T>& i
   if (count < 2) return false;
 
   const std::vector<Carry<T>> guess = carries(dual, 0), from_ones = carries(dual, 1), end_states = carries(dual, 0);
-  for_each_unit<T>(s, 2 * (count - 1), [&](int64_t i, int64_t unit) {
+  for_each_unit(s, 2 * (count - 1), [&](int64_t i, int64_t unit) {
     warm_up(chunks_before(i / 2 + 1, length), (i % 2 ? from_ones : guess)[i / 2], unit);
   });
   for (int64_t i = 1; i < count; ++i)
@@ -204,11 +208,11 @@ bool run_time_segments(Scratch& scratch, const ScanParams& s, const Inputs<T>& i
     run(first_partition(i), end_partition(i), i > 0 ? guess[i - 1] : Carry<T>{}, i + 1 < count ? end_states[i] : last,
         unit);
   };
-  for_each_unit<T>(s, count, segment);
+  for_each_unit(s, count, segment);
   for (int64_t i = 1; i < count; ++i)
     if (!guess[i - 1].same_bits(end_states[i - 1])) {
       guess[i - 1].copy(end_states[i - 1]);
-      for_each_unit<T>(s, 1, [&](int64_t, int64_t unit) { segment(i, unit); });
+      for_each_unit(s, 1, [&](int64_t, int64_t unit) { segment(i, unit); });
     }
   return true;
 }

@@ -134,8 +134,8 @@ struct Unit {
   EAML_SHARED Unit(Arena& arena, const ScanParams& s, const Source<S>& src, int64_t index)
       : params(s),
         source(src),
-        at(unit_index<T>(s, index)),
-        after(unit_index<T>(s, std::min(index + 1, s.batch * units<T>(s) - 1))),
+        at(unit_index(s, index)),
+        after(unit_index(s, std::min(index + 1, s.batch * units(s) - 1))),
         padded((s.dstate + kStates<Z> - 1) / kStates<Z> * kStates<Z>),
         per_lane(s.B_invariant || s.C_invariant) {
     A = take<Z>(arena, blocks() * padded * W);
@@ -193,7 +193,7 @@ struct Unit {
   }
   EAML_SHARED void save(T* all, int64_t index, const T* matrix, int64_t block) const {
     if (all == nullptr) return;
-    T* const to = all + index * params.all_dstate * params.num_components * params.dim + channel(block);
+    T* const to = all + index * params.dstate * params.num_components * params.dim + channel(block);
     store_matrix<V, 1>(to, 1, params.dim, matrix, lanes(block), params.dstate * kNumComponents<Z>);
   }
 

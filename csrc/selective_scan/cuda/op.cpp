@@ -10,10 +10,6 @@
 namespace eaml::selective_scan {
 namespace {
 
-int64_t num_partial_sums(const ScanParams&, ScalarType) {
-  return 1;
-}
-
 void check_sizes_of_kernels(const ScanParams& s) {
   EAML_CHECK(s.dim <= INT32_MAX, "selective_scan: u has ", s.dim, " channels, the CUDA kernels take up to ", INT32_MAX);
   const int64_t max_states = kMaxStateSize / s.num_components;
@@ -219,7 +215,7 @@ StateTuple run_step(const ScanParams& s, const Tensor& state, const Arguments& x
 
 template <class T>
 constexpr Functions<T> kFunctions{run<T>, run_vjp<T>, run_jvp<T>, run_vjp_jvp<T>, run_step<T>};
-constexpr Device kDevice{"a CUDA device", cuda::on_device, num_partial_sums, kFunctions<float>, kFunctions<double>};
+constexpr Device kDevice{"a CUDA device", cuda::on_device, kFunctions<float>, kFunctions<double>};
 
 }  // namespace
 
