@@ -1,6 +1,7 @@
 """Initial step sizes of discretised state-space models: their range, and the bias whose softplus they are."""
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -23,3 +24,16 @@ def inverse_softplus(x: Tensor) -> Tensor:
     0.00100...
     """
     return x + torch.log(-torch.expm1(-x))
+
+
+def draw_step_sizes(size: int, dt_min: float, dt_max: float, floor: float, **factory: Any) -> Tensor:
+    """Draw ``(size,)`` step sizes as mamba_ssm does: log-uniform in [dt_min, dt_max], then at least ``floor``.
+
+    Args:
+        size: number of step sizes.
+        dt_min, dt_max: the range, positive.
+        floor: the smallest value.
+        factory: ``device`` and ``dtype`` of ``torch.rand``.
+    """
+    uniform = torch.rand(size, **factory)
+    return torch.exp(uniform * (math.log(dt_max) - math.log(dt_min)) + math.log(dt_min)).clamp(min=floor)
