@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from eaml_ext.meta import TaskBatch as TaskBatch
     from eaml_ext.nn import SSM as SSM
     from eaml_ext.nn import Mamba as Mamba
+    from eaml_ext.nn import Mamba2 as Mamba2
     from eaml_ext.nn import SSMLayer as SSMLayer
     from eaml_ext.nn import Stateful as Stateful
     from eaml_ext.ops.knn import Neighbors as Neighbors
@@ -43,6 +44,7 @@ _EXPORTS = {
     "SSM": "nn",
     "SSMLayer": "nn",
     "Mamba": "nn",
+    "Mamba2": "nn",
     "Stateful": "nn",
     "MetaLearner": "meta",
     "MetaMAML": "meta",

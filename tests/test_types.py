@@ -5,7 +5,18 @@ from torch import Tensor
 from torch.nn.functional import mse_loss
 from typing_extensions import assert_type
 
-from eaml_ext import SSM, ExperienceBuffer, Experiences, Mamba, MetaMAML, Neighbors, PackedKeys, knn, selective_scan
+from eaml_ext import (
+    SSM,
+    ExperienceBuffer,
+    Experiences,
+    Mamba,
+    Mamba2,
+    MetaMAML,
+    Neighbors,
+    PackedKeys,
+    knn,
+    selective_scan,
+)
 from eaml_ext import selective_scan_step as step
 from eaml_ext.ops import selective_scan as scan
 
@@ -40,6 +51,7 @@ def test_types_of_models_and_buffer_are_exact() -> None:
     model = SSM(state_dim=3, hidden_dim=8, output_dim=2)
     assert_type(model.scan(torch.rand(2, 5, 3)), tuple[Tensor, Tensor])
     assert_type(Mamba(8).scan(torch.rand(2, 5, 8)), tuple[Tensor, tuple[Tensor, Tensor]])
+    assert_type(Mamba2(8, headdim=4).scan(torch.rand(2, 5, 8)), tuple[Tensor, tuple[Tensor, Tensor]])
     x, y = torch.rand(2, 5, 3), torch.rand(2, 5, 2)
     maml = MetaMAML(model, inner_lr=0.1, outer_lr=0.1)
     assert_type(maml.meta_update([(x, y, x, y)], mse_loss), float)

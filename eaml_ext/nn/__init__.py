@@ -2,6 +2,7 @@
 
 from eaml_ext.nn.episodic import EpisodicRead, KNNAttention
 from eaml_ext.nn.mamba import Mamba
+from eaml_ext.nn.mamba2 import Mamba2
 from eaml_ext.nn.ssm import SSM, SSMLayer, Stateful
 
-__all__ = ["SSM", "EpisodicRead", "KNNAttention", "Mamba", "SSMLayer", "Stateful"]
+__all__ = ["SSM", "EpisodicRead", "KNNAttention", "Mamba", "Mamba2", "SSMLayer", "Stateful"]

@@ -5,7 +5,7 @@ import torch
 from torch import nn
 from torch.func import functional_call, grad
 
-from eaml_ext.nn import SSM, EpisodicRead, KNNAttention, Mamba, SSMLayer, Stateful
+from eaml_ext.nn import SSM, EpisodicRead, KNNAttention, Mamba, Mamba2, SSMLayer, Stateful
 from eaml_ext.nn.cores import CORES, Core
 from eaml_ext.rl import SSMMetaPolicy
 
@@ -55,6 +55,7 @@ MODELS = {
     "SSMLayer": lambda: SSMLayer(3, 8),
     "Stateful": lambda: Stateful(SSM(3, 8, 2)),
     "Mamba": lambda: Mamba(4),
+    "Mamba2": lambda: Mamba2(4, 4, headdim=4),
     "EpisodicRead": lambda: EpisodicRead(4, 2, 2, 2),
     "KNNAttention": lambda: KNNAttention(4, 4, 1, 2),
     "SSMMetaPolicy": lambda: SSMMetaPolicy(3, 2),

@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from core_cases import NAMES, net_of
 from torch.func import vmap
 
-from eaml_ext.nn import SSM, Mamba
+from eaml_ext.nn import SSM, Mamba, Mamba2
 from eaml_ext.nn.padding import padding_mask, unit_step_delta, zero_delta_after_length, zero_padding
 
 
@@ -57,7 +57,7 @@ def test_scan_lengths_under_vmap_equal_a_loop(name):
     ids=str,
 )
 def test_scan_bad_lengths_raise_one_sentence(lengths, error, text):
-    for scan, width in ((SSM(4, 8, 2).scan, 4), (Mamba(4).scan, 4)):
+    for scan, width in ((SSM(4, 8, 2).scan, 4), (Mamba(4).scan, 4), (Mamba2(4, headdim=4).scan, 4)):
         with pytest.raises(error) as info:
             scan(torch.randn(2, 3, width), lengths=lengths)
         assert text in str(info.value) and "\n" not in str(info.value)

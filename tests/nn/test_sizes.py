@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from eaml_ext.nn import SSM, EpisodicRead, KNNAttention, Mamba, SSMLayer
+from eaml_ext.nn import SSM, EpisodicRead, KNNAttention, Mamba, Mamba2, SSMLayer
 from eaml_ext.nn.cores import LRU, RWKV, S4D, S5, S6, SSD, MambaCore, Retention, make_core
 
 N = np.int64
@@ -18,6 +18,9 @@ CASES = {
     "SSMLayer": lambda i, f: SSMLayer(i(4), i(8), state_size=i(4), num_layers=i(2), dt_max=f(0.5)),
     "Mamba": lambda i, f: Mamba(
         i(6), i(3), i(4), f(2.0), i(2), f(0.01), f(0.5), dt_scale=f(0.5), dt_init_floor=f(1e-3)
+    ),
+    "Mamba2": lambda i, f: Mamba2(
+        i(6), i(3), i(4), f(0.5), f(2.0), i(2), i(8), i(2), (f(1.0), f(4.0)), dt_min=f(0.01), dt_limit=(f(0.0), f(0.5))
     ),
     "EpisodicRead": lambda i, f: EpisodicRead(i(9), i(4), i(4), i(3), delta=f(0.5)),
     "KNNAttention": lambda i, f: KNNAttention(i(4), i(9), i(2), i(3)),
@@ -91,6 +94,8 @@ def bad_sizes():
             ("Mamba", "d_state", lambda v: Mamba(4, v)),
             ("Mamba", "d_conv", lambda v: Mamba(4, d_conv=v)),
             ("Mamba", "dt_rank", lambda v: Mamba(4, dt_rank=v)),
+            ("Mamba2", "headdim", lambda v: Mamba2(4, headdim=v)),
+            ("Mamba2", "ngroups", lambda v: Mamba2(4, headdim=4, ngroups=v)),
             ("EpisodicRead", "slots", lambda v: EpisodicRead(v, 3, 3, 1)),
             ("EpisodicRead", "k", lambda v: EpisodicRead(9, 3, 3, v)),
             ("KNNAttention", "num_heads", lambda v: KNNAttention(4, 9, v, 3)),
