@@ -98,6 +98,7 @@ EMULATOR_TESTS := close_to or numerical or half or strides or equals or extreme 
 EMULATOR_SCAN := tests/cuda_emulator/test_emulator.py $(addprefix tests/ops/,test_scan_conformance.py \
 	test_selective_scan.py test_selective_scan_step.py test_complex_scan.py \
 	test_scan_numerics.py::test_bits_of_rows_independent_of_batch_and_threads)
+EMULATOR_CONV := tests/ops/test_causal_conv1d_conformance.py tests/ops/test_causal_conv1d.py
 EMULATOR_KNN := exact_ or one_pass or slots_that or more_neighbors or close_to or strides or equals_ or dead or history
 
 $(EMULATOR)/%.o: % | $(VENV)/test
@@ -112,6 +113,7 @@ KNN_TESTS := tests/cuda_emulator/test_knn_kernels.py tests/cuda_emulator/test_kn
 
 cuda-emulator: $(EMULATOR)/kernels.so  ## the tests of the ops on their CUDA kernels, run on an emulator of CUDA
 	$(BIN)/pytest -n 2 --cuda-emulator $< -k '$(EMULATOR_TESTS)' $(EMULATOR_SCAN)
+	$(BIN)/pytest -n 2 -m '' --cuda-emulator $< -k '$(EMULATOR_TESTS) or reduced or bits' $(EMULATOR_CONV)
 	$(BIN)/pytest -n 2 --cuda-emulator $< -k '$(EMULATOR_KNN)' $(KNN_TESTS) tests/ops/test_knn.py \
 		tests/ops/test_packed_keys.py
 
@@ -120,7 +122,7 @@ sanitize-cuda:  ## the same under AddressSanitizer and UndefinedBehaviorSanitize
 	$(MAKE) EMULATOR=build/cuda_emulator_sanitized build/cuda_emulator_sanitized/kernels.so
 	LD_PRELOAD=$(RUNTIME) ASAN_OPTIONS=detect_leaks=0:detect_stack_use_after_return=0 UBSAN_OPTIONS=print_stacktrace=1 \
 		$(BIN)/python -m pytest -x -n 2 -m '' --cuda-emulator build/cuda_emulator_sanitized/kernels.so \
-		-k 'close_to or half or strides or long or exact_ or slots_that' $(EMULATOR_SCAN) $(KNN_TESTS)
+		-k 'close_to or half or strides or long or exact_ or slots_that' $(EMULATOR_SCAN) $(EMULATOR_CONV) $(KNN_TESTS)
 
 # About three minutes an architecture and core: TORCH_CUDA_ARCH_LIST=9.0 is enough between commits.
 cuda-check: $(VENV)/test  ## compiles the CUDA kernels, loads them without a GPU, counts registers and instructions

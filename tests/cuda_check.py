@@ -82,7 +82,7 @@ def registered(library: Path) -> list[str]:
     torch.ops.load_library(library)
     names = [n for n in torch._C._dispatch_get_all_op_names() if n.startswith("eaml_ext::")]
     without = [n for n in names if not torch._C._dispatch_has_kernel_for_dispatch_key(n, "CUDA")]
-    assert len(names) == 7 and not without, f"no CUDA kernel for {without} of {names}"
+    assert len(names) == 9 and not without, f"no CUDA kernel for {without} of {names}"
     return names
 
 
@@ -90,9 +90,8 @@ def short_names(mangled: Iterable[str]) -> dict[str, str]:
     """The names of kernels without namespaces and parameters, by their mangled names."""
     mangled = list(mangled)
     names = subprocess.run(["c++filt"], input="\n".join(mangled), capture_output=True, text=True, check=True).stdout
-    short = re.sub(r"\(anonymous namespace\)::|eaml::|selective_scan::|knn::|(?m:^void )", "", names).replace(
-        "> >", ">>"
-    )
+    namespaces = r"\(anonymous namespace\)::|eaml::|selective_scan::|causal_conv1d::|knn::|(?m:^void )"
+    short = re.sub(namespaces, "", names).replace("> >", ">>")
     # The parameters follow the name or its template arguments, unlike the type of an enumerator as in "<(Half)0>".
     return dict(zip(mangled, (re.sub(r"(?<=[>\w])\(.*", "", name) for name in short.splitlines()), strict=True))
 

@@ -62,7 +62,7 @@ class Kernel:
 # The counts are those of nvcc 13.0 for sm_90, rounded up a little. Registers: with so few, a multiprocessor holds the
 # threads of the kernel: 256 to 640 of a general forward kernel, 256 or 384 of a backward kernel, three or four blocks
 # of 128 of a fast kernel, two on duals. The kernels of knn that read every key: three blocks of 128 threads, two of
-# 256, or one.
+# 256, or one. The convolution's forward kernels: eight blocks of 128 threads, its backward kernels five.
 #
 # A kernel of the scan is hot if a thread's states take 16 bytes; for floats, only those for B and C that vary in time.
 # Dual kernels of complex states in double precision are not checked: the backward one spills 124 bytes a thread. The
@@ -114,6 +114,8 @@ HOT = (
     Kernel("backward_kernel<Tiling<Dual<double>, *, 2>, true>", 3, 255),
     Kernel("forward_kernel<Tiling<Complex<double>, *, 1>, true>", 2, 128),
     Kernel("backward_kernel<Tiling<Complex<double>, *, 1>, true>", 2, 255),
+    Kernel("forward_kernel<float, (Half)?, 4, *>", 6, 64),
+    Kernel("backward_kernel<float, (Half)?, 4, *>", 6, 96),
     Kernel("filter_kernel<[14], false>", 2, 168),
     Kernel("one_pass_kernel<Panels, [12]>", 2, 128),
     Kernel("one_pass_kernel<AlignedRows, [12]>", 2, 128),
