@@ -63,7 +63,7 @@ def test_build_info_torch_target_is_not_newer_than_torch(library):
 
 def test_kernels_every_op_is_registered_for_cpu(library):
     names = [name for name in torch._C._dispatch_get_all_op_names() if name.startswith("eaml_ext::")]
-    assert {"eaml_ext::knn", "eaml_ext::selective_scan"} <= set(names)
+    assert {"eaml_ext::knn", "eaml_ext::selective_scan", "eaml_ext::causal_conv1d"} <= set(names)
     for name in names:
         assert torch._C._dispatch_has_kernel_for_dispatch_key(name, "CPU"), name
 

@@ -5,8 +5,8 @@
 
 namespace eaml::causal_conv1d {
 
-// A unit is one batch row, one segment of time and kUnitBytes of channels. Results do not depend on the division,
-// except that each segment has its own partial sums.
+// A unit is one batch row, one segment of time and kUnitBytes of channels. Each segment has its own partial sums; the
+// other results do not depend on the division.
 constexpr int64_t kUnitBytes = 512;
 constexpr int64_t kSegment = 512;  // steps
 
