@@ -7,15 +7,19 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from eaml_ext import _check
+from eaml_ext._torch_compat import dispatch_mode_active, has_kernel, transforms_active
 from eaml_ext.ops._library import library
 from eaml_ext.ops._typed import allow_in_graph
 from eaml_ext.ops.causal_conv1d._autograd import can_skip_autograd, differentiable_conv
 from eaml_ext.ops.causal_conv1d._reference import reference
-from eaml_ext.ops.causal_conv1d._schema import MAX_KERNEL_WIDTH, ConvInputs, ConvOptions
+from eaml_ext.ops.causal_conv1d._schema import MAX_KERNEL_WIDTH, REDUCED_PRECISION, ConvInputs, ConvOptions
 from eaml_ext.ops.causal_conv1d._validation import check_arguments, check_step_arguments
 from eaml_ext.ops.fallback import warn_once
 
 Activation = Literal["silu", "swish"] | None
+
+_PLAIN = (Tensor, torch.nn.Parameter)
+_ON_CPU, _ON_CUDA = (has_kernel("eaml_ext::causal_conv1d", key) for key in ("CPU", "CUDA"))
 
 
 def _conv(x: ConvInputs, options: ConvOptions, use_reference: bool = False) -> Tensor:
@@ -157,6 +161,20 @@ def causal_conv1d(
     >>> y, states
     (tensor([[[2., 5., 8.]]]), tensor([[[6.]]]))
     """
+    if (
+        seq_idx is None
+        and cu_seqlens is None
+        and return_final_states is False
+        and final_states_out is None
+        and (activation is None or activation == "silu")
+        and _raw_conv_accepts(x, weight, bias, initial_states, reset)
+    ):
+        states = None if initial_states is None else initial_states.unsqueeze(1)
+        try:
+            y: Tensor = library.causal_conv1d(x, weight, bias, states, reset, None, activation is not None)
+            return y
+        except ValueError:  # the op checks shapes itself; the checks below raise an error that names the argument
+            pass
     return _public_conv(
         "causal_conv1d",
         (x, weight, bias, seq_idx, initial_states, activation, reset, cu_seqlens),
@@ -250,3 +268,30 @@ def causal_conv1d_step(
     size = conv_state.shape[2]
     next_state = torch.cat([conv_state[..., 1:], x.unsqueeze(-1)], dim=-1)[..., :size]
     return _conv(inputs, options).squeeze(-1), next_state
+
+
+def _raw_conv_accepts(
+    x: Tensor, weight: Tensor, bias: Tensor | None, initial_states: Tensor | None, reset: Tensor | None
+) -> bool:
+    """Return whether the raw op may run on these arguments, whose shapes it checks itself.
+
+    References and fake kernels check no shapes, so tensors that reach them are excluded.
+    """
+    if type(x) not in _PLAIN or type(weight) not in _PLAIN or transforms_active() or dispatch_mode_active():
+        return False
+    if not (x.is_cpu and _ON_CPU) and not (x.is_cuda and _ON_CUDA):
+        return False
+    device, records = x.device, torch.is_grad_enabled()
+    full = torch.float32 if x.dtype in REDUCED_PRECISION else x.dtype
+    for v, dtype in ((x, x.dtype), (weight, full), (bias, full), (initial_states, x.dtype), (reset, torch.bool)):
+        if v is None:
+            continue
+        if type(v) not in _PLAIN or v.dtype != dtype or v.device != device or v.layout is not torch.strided:
+            return False
+        if records and v.requires_grad:
+            return False
+    return (
+        (initial_states is None or initial_states.dim() == 3)
+        and (bias is None or bias.dim() == weight.dim() - 1)
+        and weight.shape[-1] <= MAX_KERNEL_WIDTH
+    )

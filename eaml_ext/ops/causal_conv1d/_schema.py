@@ -10,6 +10,7 @@ from eaml_ext.ops._library import library
 from eaml_ext.ops._typed import register_fake
 
 MAX_KERNEL_WIDTH = 4  # kMaxWidth in csrc/causal_conv1d/params.h
+REDUCED_PRECISION = (torch.bfloat16, torch.float16)
 
 
 class ConvInputs(NamedTuple):

@@ -7,10 +7,9 @@ from torch import Tensor
 
 from eaml_ext import _check
 from eaml_ext.ops._packing import check_cu_seqlens, reset_from_seq_idx
-from eaml_ext.ops.causal_conv1d._schema import ConvInputs, ConvOptions
+from eaml_ext.ops.causal_conv1d._schema import REDUCED_PRECISION, ConvInputs, ConvOptions
 
-_REDUCED_PRECISION = (torch.bfloat16, torch.float16)
-_DTYPES = (torch.float32, torch.float64, *_REDUCED_PRECISION)
+_DTYPES = (torch.float32, torch.float64, *REDUCED_PRECISION)
 
 
 def _opmath(dtype: torch.dtype) -> torch.dtype:
@@ -56,7 +55,7 @@ def check_parameters(where: str, x: Tensor, weight: Any, bias: Any) -> tuple[Ten
             raise ValueError(f"{where}: {name} has {number} tasks, which do not divide the batch of {batch}")
     if len(set(tasks.values())) > 1:
         raise ValueError(f"{where}: bias has {tasks['bias']} tasks, weight has {tasks['weight']}")
-    wanted = (opmath,) if x.dtype == torch.float64 else (opmath, *_REDUCED_PRECISION)
+    wanted = (opmath,) if x.dtype == torch.float64 else (opmath, *REDUCED_PRECISION)
     for name, v in named.items():
         _check.dtype(where, name, v, wanted, f"{opmath} for x of {x.dtype}".replace("torch.", ""))
         _check.device(where, name, v, x.device, "x")
