@@ -81,8 +81,7 @@ def mixer_scan(
         y, of the shape of ``x``, then ``conv_state`` and ``ssm_state`` after each row's last step.
     """
     x, z = layer.in_proj(x).chunk(2, dim=-1)
-    x, conv_state = conv1d_scan(layer.conv1d, layer.d_conv, x, conv_state, reset, lengths)
-    x = layer.act(x)
+    x, conv_state = conv1d_scan(layer.conv1d, layer.act, layer.d_conv, x, conv_state, reset, lengths)
     x = x if mask is None else x * mask.unsqueeze(-1).to(x.dtype)
     delta, B, C, delta_bias = _project_delta(layer, x)
     y, ssm_state = selective_scan(
@@ -108,7 +107,7 @@ def mixer_step(
     """Run one step of :func:`mixer_scan`, ``x`` and y ``(batch, d_model)``."""
     x, z = layer.in_proj(x).chunk(2, dim=-1)
     conv_state = torch.cat([conv_state[..., 1:].to(x.dtype), x.unsqueeze(-1)], dim=-1)
-    x = layer.act(conv1d_step(layer.conv1d, layer.d_conv, conv_state))
+    x = conv1d_step(layer.conv1d, layer.act, layer.d_conv, conv_state)
     delta, B, C, delta_bias = _project_delta(layer, x)
     A, D = -torch.exp(to_opmath(layer.A_log)), to_opmath(layer.D)
     y, ssm_state = selective_scan_step(ssm_state, x, delta, A, B, C, D, z, delta_bias, True)

@@ -3,8 +3,9 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from torch import nn
 
-from eaml_ext.nn._causal_conv import causal_conv
+from eaml_ext.nn._causal_conv import causal_conv, conv1d_scan, conv1d_step
 
 
 @pytest.mark.parametrize("no_grad", [False, True])
@@ -31,3 +32,31 @@ def test_causal_conv_has_first_and_second_derivatives(with_reset):
         return causal_conv(*v, reset)
 
     assert torch.autograd.gradcheck(conv, inputs) and torch.autograd.gradgradcheck(conv, inputs)
+
+
+def test_causal_conv_resets_and_lengths_keep_inputs_of_the_last_episode():
+    x, before = torch.randn(4, 6, 2), torch.randn(4, 2, 3)
+    weight = torch.randn(2, 1, 3)
+    reset, lengths = torch.zeros(4, 6, dtype=torch.bool), torch.tensor([6, 2, 0, 4])
+    reset[0, 4], reset[1, 1], reset[2, 0], reset[3, 5] = True, True, True, True  # the last two lie beyond the rows
+    y, conv_state = causal_conv(x, before, weight, None, reset, lengths)
+    expected = torch.stack(
+        [
+            F.pad(x[0, 4:].mT, (1, 0)),
+            F.pad(x[1, 1:2].mT, (2, 0)),
+            before[2],
+            x[3, 1:4].mT,
+        ]
+    )
+    assert torch.equal(conv_state, expected)
+    alone, _ = causal_conv(x[:1, 4:], None, weight, None)
+    assert torch.equal(y[:1, 4:], alone)
+
+
+@pytest.mark.parametrize("act", [nn.SiLU(), nn.Tanh()])
+@pytest.mark.parametrize("bias", [False, True])
+def test_conv1d_scan_and_step_apply_the_activation_once(act, bias):
+    conv1d, x = nn.Conv1d(5, 5, 4, groups=5, padding=3, bias=bias), torch.randn(2, 7, 5)
+    y, conv_state = conv1d_scan(conv1d, act, 4, x, None, None, None)
+    torch.testing.assert_close(y, act(conv1d(x.mT)[..., :7]).mT)
+    assert torch.equal(conv1d_step(conv1d, act, 4, conv_state), y[:, -1])
