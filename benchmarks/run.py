@@ -4,11 +4,11 @@
 """
 
 from benchmarks import experience, mamba, mamba2, meta
-from benchmarks.ops import knn, selective_scan
+from benchmarks.ops import causal_conv1d, knn, selective_scan
 
 
 def main() -> None:
-    for benchmark in (selective_scan, knn, meta, experience, mamba, mamba2):
+    for benchmark in (selective_scan, causal_conv1d, knn, meta, experience, mamba, mamba2):
         print(f"\n== {benchmark.__name__}")
         benchmark.main()
 

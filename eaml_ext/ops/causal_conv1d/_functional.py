@@ -127,8 +127,8 @@ def causal_conv1d(
     its single steps and its sequences alone have these bits, too.
 
     Args:
-        x: ``(batch, dim, length)``, float32, float64, bfloat16 or float16; the input, of any strides. Channel-last
-            memory is the fastest on a CPU.
+        x: ``(batch, dim, length)``, float32, float64, bfloat16 or float16; the input, of any strides, without
+            a copy; adjacent channels or steps are the fastest.
         weight: ``(dim, width)`` or per task ``(tasks, dim, width)``, float32, bfloat16 or float16 (float64 for float64
             ``x``); the tap of the newest input last. Sums are in float32 (float64). Kernels take up to 4 taps; wider
             filters run the reference.
