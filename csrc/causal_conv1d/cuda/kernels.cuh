@@ -5,6 +5,8 @@
 // taps from the oldest to the newest.
 #pragma once
 
+#include <type_traits>
+
 #include "causal_conv1d/cuda/launch.h"
 #include "common/cuda_compat.h"
 #include "common/softplus.h"
@@ -133,17 +135,21 @@ EAML_DEVICE T before_run(const ConvParams<T>& p, const Place& at, const Position
   return load_element<T, kHalf>(s.data, row + (p.width - 1 - distance) * s.inner);
 }
 
-// tap[k] is the input width - 1 - k steps before a step, `x` ends with that of the step.
+// Replaces the taps before the run of a step; tap[k] is the input width - 1 - k steps before the step.
 template <class T, Half kHalf, int kWidth>
-EAML_DEVICE void taps(T (&tap)[kWidth], const ConvParams<T>& p, const Place& at, const Position& step, const T* x) {
-  EAML_UNROLL
-  for (int k = 0; k < kWidth; ++k) tap[k] = x[k];
+EAML_DEVICE void replace_taps(T (&tap)[kWidth], const ConvParams<T>& p, const Place& at, const Position& step) {
   if (step.past == kWidth - 1) return;
   EAML_UNROLL
   for (int k = 0; k < kWidth - 1; ++k) {
     const int distance = kWidth - 1 - k - step.past;
     if (distance > 0) tap[k] = before_run<T, kHalf>(p, at, step, distance);
   }
+}
+
+// Whether all steps [begin - width + 1, end) are in the row and in one run, as in most chunks of most calls.
+template <int kWidth, class T>
+EAML_DEVICE bool in_one_run(const ConvParams<T>& p, int64_t begin, int64_t end) {
+  return p.runs.reset == nullptr && p.runs.cu_seqlens == nullptr && begin >= kWidth - 1 && end <= p.runs.length;
 }
 
 template <class T, int kWidth>
@@ -155,7 +161,7 @@ EAML_DEVICE T filter(const Parameters<T, kWidth>& w, const T (&tap)[kWidth]) {
 }
 
 template <class T, Half kHalf, int kWidth, int kLanes>
-EAML_KERNEL(kThreads)
+EAML_KERNEL(kThreads, sizeof(T) == 4 ? 8 : 4)
 forward_kernel(EAML_CONSTANT ConvParams<T> p) {
   const Place at = place<kLanes>(p);
   if (at.row >= p.batch) return;
@@ -169,15 +175,24 @@ forward_kernel(EAML_CONSTANT ConvParams<T> p) {
   for (int64_t begin = at.segment * size + at.lane * kSteps; begin < end; begin += kLanes * kSteps) {
     T x[kWidth - 1 + kSteps], y[kSteps];
     load_steps<T, kHalf, kWidth - 1>(x, p.x, x_offset, begin - (kWidth - 1), length, x_aligned);
-    Position step = position<kWidth>(p.runs, at.row, begin);
-    EAML_UNROLL
-    for (int i = 0; i < kSteps; ++i) {
-      if (i > 0 && begin + i < length) advance<kWidth>(p.runs, at.row, step);
-      T tap[kWidth];
-      taps<T, kHalf>(tap, p, at, step, x + i);
-      const T sum = filter(w, tap);
-      y[i] = p.silu ? sum * sigmoid(sum) : sum;
-    }
+    const auto compute = [&](auto one_run) {
+      constexpr bool kOneRun = decltype(one_run)::value;
+      Position step{};
+      if constexpr (!kOneRun) step = position<kWidth>(p.runs, at.row, begin);
+      EAML_UNROLL
+      for (int i = 0; i < kSteps; ++i) {
+        T tap[kWidth];
+        EAML_UNROLL
+        for (int k = 0; k < kWidth; ++k) tap[k] = x[i + k];
+        if constexpr (!kOneRun) {
+          if (i > 0 && begin + i < length) advance<kWidth>(p.runs, at.row, step);
+          replace_taps<T, kHalf>(tap, p, at, step);
+        }
+        const T sum = filter(w, tap);
+        y[i] = p.silu ? sum * sigmoid(sum) : sum;
+      }
+    };
+    in_one_run<kWidth>(p, begin, begin + kSteps) ? compute(std::true_type()) : compute(std::false_type());
     store_steps<T, kHalf>(p.y, y_offset, begin, length, y_aligned, y);
   }
 }
@@ -202,7 +217,7 @@ EAML_DEVICE void store_state_gradients(const ConvParams<T>& p, const Place& at, 
 }
 
 template <class T, Half kHalf, int kWidth, int kLanes>
-EAML_KERNEL(kThreads)
+EAML_KERNEL(kThreads, sizeof(T) == 4 ? 5 : 3)
 backward_kernel(EAML_CONSTANT ConvParams<T> p) {
   const Place at = place<kLanes>(p);
   if (at.row >= p.batch) return;
@@ -221,35 +236,44 @@ backward_kernel(EAML_CONSTANT ConvParams<T> p) {
     T x[kWidth - 1 + kSums], grad[kSums], grad_x[kSteps];
     load_steps<T, kHalf, kWidth - 1>(x, p.x, x_offset, begin - (kWidth - 1), length, x_aligned);
     load_steps<T, kHalf, 0>(grad, p.grad_y, grad_offset, begin, length, grad_aligned);
-    Position step = position<kWidth>(p.runs, at.row, begin);
-    int past[kSums];  // -1 after the row
-    EAML_UNROLL
-    for (int i = 0; i < kSums; ++i) {
-      past[i] = -1;
-      if (begin + i >= length) continue;
-      if (i > 0) advance<kWidth>(p.runs, at.row, step);
-      past[i] = step.past;
-      T tap[kWidth];
-      taps<T, kHalf>(tap, p, at, step, x + i);
-      if (p.silu) {
-        const T sum = filter(w, tap), s = sigmoid(sum);
-        grad[i] *= s * (T(1) + sum * (T(1) - s));
+    const auto compute = [&](auto one_run) {
+      constexpr bool kOneRun = decltype(one_run)::value;
+      Position step{};
+      if constexpr (!kOneRun) step = position<kWidth>(p.runs, at.row, begin);
+      int past[kSums];  // -1 after the row
+      EAML_UNROLL
+      for (int i = 0; i < kSums; ++i) {
+        past[i] = kOneRun ? kWidth - 1 : -1;
+        T tap[kWidth];
+        EAML_UNROLL
+        for (int k = 0; k < kWidth; ++k) tap[k] = x[i + k];
+        if constexpr (!kOneRun) {
+          if (begin + i >= length) continue;
+          if (i > 0) advance<kWidth>(p.runs, at.row, step);
+          past[i] = step.past;
+          replace_taps<T, kHalf>(tap, p, at, step);
+        }
+        if (p.silu) {
+          const T sum = filter(w, tap), s = sigmoid(sum);
+          grad[i] *= s * (T(1) + sum * (T(1) - s));
+        }
+        if (i >= kSteps) continue;
+        EAML_UNROLL
+        for (int k = 0; k < kWidth; ++k) sums[k] = fused(grad[i], tap[k], sums[k]);
+        sums[kWidth] += grad[i];
       }
-      if (i >= kSteps) continue;
       EAML_UNROLL
-      for (int k = 0; k < kWidth; ++k) sums[k] = fused(grad[i], tap[k], sums[k]);
-      sums[kWidth] += grad[i];
-    }
-    EAML_UNROLL
-    for (int i = 0; i < kSteps; ++i) {
-      grad_x[i] = T(0);
-      int later = 0;
-      EAML_UNROLL
-      for (int j = 0; j < kWidth; ++j)
-        if (past[i + j] >= j) grad_x[i] = fused(grad[i + j], w.weight[kWidth - 1 - j], grad_x[i]), later = j;
-      if (p.grad_states.data != nullptr && past[i] == 0)
-        store_state_gradients<T, kHalf>(p, at, w, begin + i, grad + i, later);
-    }
+      for (int i = 0; i < kSteps; ++i) {
+        grad_x[i] = T(0);
+        int later = 0;
+        EAML_UNROLL
+        for (int j = 0; j < kWidth; ++j)
+          if (past[i + j] >= j) grad_x[i] = fused(grad[i + j], w.weight[kWidth - 1 - j], grad_x[i]), later = j;
+        if (!kOneRun && p.grad_states.data != nullptr && past[i] == 0)
+          store_state_gradients<T, kHalf>(p, at, w, begin + i, grad + i, later);
+      }
+    };
+    in_one_run<kWidth>(p, begin, begin + kSums) ? compute(std::true_type()) : compute(std::false_type());
     store_steps<T, kHalf>(p.y, y_offset, begin, length, y_aligned, grad_x);
   }
   EAML_UNROLL
