@@ -3,11 +3,13 @@
 from eaml_ext.meta.adapted_task_models import AdaptedTaskModels
 from eaml_ext.meta.learner import MetaLearner
 from eaml_ext.meta.maml import MetaMAML
+from eaml_ext.meta.masked_loss import MaskedLoss
 from eaml_ext.meta.task_batch import MetaBatch, MetaTask, TaskBatch, TaskSource
 from eaml_ext.meta.trainer import MetaMAMLTrainer
 
 __all__ = [
     "AdaptedTaskModels",
+    "MaskedLoss",
     "MetaBatch",
     "MetaLearner",
     "MetaMAML",

@@ -15,6 +15,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from eaml_ext.meta._types import LossFn, Params
 from eaml_ext.meta._validation import check_scalar
 from eaml_ext.meta.functional import uses_tape
+from eaml_ext.meta.masked_loss import apply_loss
 
 _attention_lock = threading.Lock()
 _attention_users = 0  # blocks of all threads that are open
@@ -26,37 +27,56 @@ class InnerLoop:
     """theta_i = theta - lr dL(call(theta, x), y)/dtheta, ``steps`` times: adaptation to one task.
 
     Args:
-        call: ``(params, x) -> prediction``, the model under other parameters.
+        call: ``(params, x[, lengths]) -> prediction``, the model under other parameters.
         names: the parameters that are adapted.
         lr: step size, unless each number has a learned one.
         steps: gradient steps.
         first_order: treat the gradients as constants.
     """
 
-    call: Callable[[Params, Tensor], Tensor]
+    call: Callable[..., Tensor]
     names: tuple[str, ...]
     lr: float
     steps: int
     first_order: bool
 
-    def loss(self, params: Params, x: Tensor, y: Tensor, loss_fn: LossFn) -> Tensor:
-        """``loss_fn`` of the model under ``params``, a scalar."""
-        return check_scalar("MetaMAML", loss_fn(self.call(params, x), y))
+    def loss(self, params: Params, x: Tensor, y: Tensor, loss_fn: LossFn, mask: Tensor | None = None) -> Tensor:
+        """``loss_fn`` of the model under ``params``, a scalar.
 
-    def adapt(self, params: Params, rates: Params, x: Tensor, y: Tensor, loss_fn: LossFn) -> Params:
+        Args:
+            params: the parameters.
+            x, y: ``(n, ...)``; with a mask of sequences ``(n, time, ...)``.
+            loss_fn: with a mask a MaskedLoss.
+            mask: ``(n,)``, or ``(n, time)`` for sequences, whose lengths are passed to the model; None: no padding.
+        """
+        sequences = mask is not None and mask.dim() == 2
+        prediction = self.call(params, x, mask.sum(1)) if sequences else self.call(params, x)  # type: ignore[union-attr]
+        return check_scalar("MetaMAML", apply_loss(loss_fn, prediction, y, mask))
+
+    def adapt(
+        self, params: Params, rates: Params, x: Tensor, y: Tensor, loss_fn: LossFn, mask: Tensor | None = None
+    ) -> Params:
         """Return all of ``params``, those in ``names`` adapted; ``rates`` are their learned step sizes, if any."""
 
         def loss(fast: Params) -> Tensor:
-            return self.loss({**params, **fast}, x, y, loss_fn)
+            return self.loss({**params, **fast}, x, y, loss_fn, mask)
 
         fast = {name: params[name] for name in self.names}
         return {**params, **descend(loss, fast, rates or self.lr, self.steps, self.first_order)}
 
     def query_loss(self, params: Params, rates: Params, loss_fn: LossFn) -> Callable[..., Tensor]:
-        """Return ``(support_x, support_y, query_x, query_y) -> scalar``: the query loss after adaptation."""
+        """Return ``(support_x, support_y, query_x, query_y[, masks]) -> scalar``: the query loss after adaptation."""
 
-        def query_loss(support_x: Tensor, support_y: Tensor, query_x: Tensor, query_y: Tensor) -> Tensor:
-            return self.loss(self.adapt(params, rates, support_x, support_y, loss_fn), query_x, query_y, loss_fn)
+        def query_loss(
+            support_x: Tensor,
+            support_y: Tensor,
+            query_x: Tensor,
+            query_y: Tensor,
+            support_mask: Tensor | None = None,
+            query_mask: Tensor | None = None,
+        ) -> Tensor:
+            adapted = self.adapt(params, rates, support_x, support_y, loss_fn, support_mask)
+            return self.loss(adapted, query_x, query_y, loss_fn, query_mask)
 
         return query_loss
 

@@ -12,9 +12,10 @@ from torch import Tensor, nn
 from torch.func import grad, vmap
 
 from eaml_ext._torch_compat import is_compiler_error
-from eaml_ext.meta._batching import Batching, Map, buckets, caller_level, stack, vmapped
+from eaml_ext.meta._batching import Batching, Map, caller_level, stack, vmapped
 from eaml_ext.meta._cuda_graphs import GraphCache
 from eaml_ext.meta._inner_loop import InnerLoop, descend, twice_differentiable_attention
+from eaml_ext.meta._padding import launches, pad_tasks
 from eaml_ext.meta._python_state import PythonState
 from eaml_ext.meta._types import LossFn, Params, Task
 from eaml_ext.meta.functional import uses_tape
@@ -118,14 +119,13 @@ class MetaGradient:
         if not (self.reptile or self.compile or self.micro_batch):
             return [list(range(len(tasks)))]
         size = self.micro_batch or len(tasks)
-        by_shape = _equal_shapes(tasks, loss_fns)
-        return [bucket[i : i + size] for bucket in by_shape for i in range(0, len(bucket), size)]
+        return [bucket[i : i + size] for bucket in launches(tasks, loss_fns) for i in range(0, len(bucket), size)]
 
     def _without_tape(
         self, batch: Map, tasks: list[Task], loss_fn: LossFn, weights: Tensor
     ) -> tuple[Tensor, Gradients]:
-        """Losses and gradients of tasks of equal shapes by a pure function, compiled if wanted."""
-        inputs, graphs, inner = [weights, *stack(tasks)], self.graphs, self.inner
+        """Losses and gradients of the tasks of one launch by a pure function, compiled if wanted."""
+        inputs, graphs, inner = [weights, *stack(pad_tasks(tasks))], self.graphs, self.inner
 
         def function(weights: Tensor, *stacked: Tensor) -> list[Tensor]:
             start, rates = ({name: t.detach() for name, t in tensors.items()} for tensors in (self.params, self.rates))
@@ -155,10 +155,10 @@ class MetaGradient:
 def task_losses(
     batch: Map, inner: InnerLoop, params: Params, rates: Params, tasks: Sequence[Task], loss_fns: Sequence[LossFn]
 ) -> Tensor:
-    """The query losses after adaptation, ``(len(tasks),)``; tasks of equal shapes and loss go through ``batch``."""
+    """The query losses after adaptation, ``(len(tasks),)``; the tasks of each launch go through ``batch``."""
     losses: dict[int, Tensor] = {}
-    for bucket in _equal_shapes(tasks, loss_fns):
-        loss_fn, some = loss_fns[bucket[0]], _take(tasks, bucket)
+    for bucket in launches(tasks, loss_fns):
+        loss_fn, some = loss_fns[bucket[0]], pad_tasks(_take(tasks, bucket))
         if len(bucket) == 1:
             losses[bucket[0]] = inner.query_loss(params, rates, loss_fn)(*some[0])
         elif uses_tape():
@@ -178,6 +178,8 @@ def _losses_on_tape(
     support_y: Tensor,
     query_x: Tensor,
     query_y: Tensor,
+    support_mask: Tensor | None = None,
+    query_mask: Tensor | None = None,
 ) -> Tensor:
     """``batch(query_loss)``, faster: autograd's tape below vmap gives the inner gradients.
 
@@ -185,15 +187,20 @@ def _losses_on_tape(
     parameters of one task is the gradient of that task's loss.
     """
 
-    def loss(fast: Params, x: Tensor, y: Tensor) -> Tensor:
-        return inner.loss({**params, **fast}, x, y, loss_fn)
+    def loss(fast: Params, x: Tensor, y: Tensor, *mask: Tensor) -> Tensor:
+        return inner.loss({**params, **fast}, x, y, loss_fn, *mask)
 
     losses = batch(loss)
+    support_masks, query_masks = ([] if mask is None else [mask] for mask in (support_mask, query_mask))
     fast = {name: params[name].expand(len(support_x), *params[name].shape) for name in inner.names}
     fast = descend(
-        lambda fast: losses(fast, support_x, support_y).sum(), fast, rates or inner.lr, inner.steps, inner.first_order
+        lambda fast: losses(fast, support_x, support_y, *support_masks).sum(),
+        fast,
+        rates or inner.lr,
+        inner.steps,
+        inner.first_order,
     )
-    values: Tensor = losses(fast, query_x, query_y)
+    values: Tensor = losses(fast, query_x, query_y, *query_masks)
     return values
 
 
@@ -201,9 +208,16 @@ def reptile_gradient(inner: InnerLoop, loss_fn: LossFn, batch: Map) -> PureFunct
     """Return the pure function of Reptile: the gradient is sum_i w_i (theta - theta_i) / lr."""
 
     def reptile(params: Params, rates: Params, weights: Tensor, *stacked: Tensor) -> tuple[Tensor, list[Tensor]]:
-        def one(support_x: Tensor, support_y: Tensor, query_x: Tensor, query_y: Tensor) -> tuple[Params, Tensor]:
-            adapted = inner.adapt(params, rates, support_x, support_y, loss_fn)
-            return adapted, inner.loss(adapted, query_x, query_y, loss_fn)
+        def one(
+            support_x: Tensor,
+            support_y: Tensor,
+            query_x: Tensor,
+            query_y: Tensor,
+            support_mask: Tensor | None = None,
+            query_mask: Tensor | None = None,
+        ) -> tuple[Params, Tensor]:
+            adapted = inner.adapt(params, rates, support_x, support_y, loss_fn, support_mask)
+            return adapted, inner.loss(adapted, query_x, query_y, loss_fn, query_mask)
 
         adapted, losses = batch(one)(*stacked)
         moved = [torch.tensordot(weights, p - adapted[name], 1) for name, p in params.items()]
@@ -247,12 +261,6 @@ def try_compile(function: PureFunction) -> PureFunction:
             return function(*args)
 
     return call
-
-
-def _equal_shapes(tasks: Sequence[Task], loss_fns: Sequence[LossFn]) -> list[list[int]]:
-    """The indices of the tasks that can run as one batch: of equal shapes, dtypes, devices and loss."""
-    keys = [(fn, *((t.shape, t.dtype, t.device) for t in task)) for task, fn in zip(tasks, loss_fns, strict=True)]
-    return buckets(keys)
 
 
 def _in_order_of_tasks(parts: Sequence[Tensor], chunks: Sequence[Sequence[int]]) -> Tensor:

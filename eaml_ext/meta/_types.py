@@ -1,6 +1,6 @@
 """Types that meta-learning and adaptation share."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, Protocol, runtime_checkable
 
 from torch import Tensor
@@ -11,8 +11,11 @@ LossFn = Callable[[Tensor, Tensor], Tensor]
 Params = dict[str, Tensor]
 """Parameters by their names in the model."""
 
-Task = tuple[Tensor, Tensor, Tensor, Tensor]
-"""``(support_x, support_y, query_x, query_y)``; x and y of a set have equally many rows."""
+DataSet = Tensor | Sequence[Tensor]
+"""``(n, ...)``, or n sequences ``(time_i, ...)`` of any lengths."""
+
+Task = tuple[DataSet, DataSet, DataSet, DataSet]
+"""``(support_x, support_y, query_x, query_y)``; x and y of a set have equally many rows, or sequences and steps."""
 
 
 @runtime_checkable

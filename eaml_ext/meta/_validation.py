@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
@@ -10,8 +11,9 @@ from torch import Tensor, nn
 
 from eaml_ext import _check
 from eaml_ext._torch_compat import RUNNING_STATISTICS_NORMS
-from eaml_ext.meta._types import LossFn, Task
+from eaml_ext.meta._types import DataSet, LossFn, Task
 from eaml_ext.meta.functional import select_parameters
+from eaml_ext.meta.masked_loss import MaskedLoss
 
 
 def check_rate(where: str, name: str, value: Any) -> float:
@@ -49,7 +51,10 @@ def check_scalar(where: str, loss: Any) -> Tensor:
 
 
 def check_pair(where: str, name: str, x: Any, y: Any) -> None:
-    """Raise unless x and y are tensors on one device with equally many rows, at least one."""
+    """Raise unless x and y are tensors on one device with equally many rows, at least one, or lists of such pairs."""
+    if isinstance(x, (list, tuple)) and isinstance(y, (list, tuple)):
+        _check_sequences(where, name, x, y)
+        return
     _check.tensor(where, f"{name}_x", x)
     _check.tensor(where, f"{name}_y", y)
     if x.dim() == 0 or y.dim() == 0 or x.shape[0] != y.shape[0]:
@@ -59,7 +64,40 @@ def check_pair(where: str, name: str, x: Any, y: Any) -> None:
     _check.device(where, f"{name}_y", y, x.device, f"{name}_x")
 
 
-def check_support(where: str, new_task_data: Any) -> tuple[Tensor, Tensor]:
+def _check_sequences(where: str, name: str, x: Sequence[Any], y: Sequence[Any]) -> None:
+    """Raise unless x and y are equally many sequences, at least one, alike but for their lengths."""
+    if len(x) != len(y):
+        raise ValueError(f"{where}: {name}_x has {len(x)} sequences, {name}_y has {len(y)}")
+    if not x:
+        raise ValueError(f"{where}: {name}_x is empty")
+    for i, pair in enumerate(zip(x, y, strict=True)):
+        check_pair(f"{where}, sequence {i}", name, *pair)
+        for part, got, first in zip("xy", pair, (x[0], y[0]), strict=True):
+            _check.dtype(f"{where}, sequence {i}", f"{name}_{part}", got, (first.dtype,))
+            _check.device(f"{where}, sequence {i}", f"{name}_{part}", got, first.device, "sequence 0")
+            if got.shape[1:] != first.shape[1:]:
+                wanted = ", ".join(["time", *map(str, first.shape[1:])])
+                raise ValueError(
+                    f"{where}, sequence {i}: {name}_{part} must have shape ({wanted}), got {tuple(got.shape)}"
+                )
+
+
+def check_sequence_support(
+    where: str, tasks: Sequence[Sequence[DataSet]], model: nn.Module, loss_fns: Sequence[LossFn]
+) -> None:
+    """Raise TypeError if a set of a task consists of sequences, but the model takes no lengths or its loss no mask."""
+    for task, loss_fn in zip(tasks, loss_fns, strict=True):
+        if all(isinstance(part, Tensor) for part in task):
+            continue
+        if "lengths" not in inspect.signature(model.forward).parameters:
+            kind = type(model).__name__
+            raise TypeError(f"{where}: sets of sequences need a model called as model(x, lengths=lengths), got {kind}")
+        if not isinstance(loss_fn, MaskedLoss):
+            kind = getattr(loss_fn, "__name__", type(loss_fn).__name__)
+            raise TypeError(f"{where}: sets of sequences need a MaskedLoss as loss_fn, got {kind}")
+
+
+def check_support(where: str, new_task_data: Any) -> tuple[DataSet, DataSet]:
     """Return the support set of a new task, ``(support_x, support_y)``."""
     if not isinstance(new_task_data, (tuple, list)) or len(new_task_data) != 2:
         raise TypeError(f"{where}: new_task_data must be (support_x, support_y)")

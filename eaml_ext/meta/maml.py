@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from eaml_ext import _check
 from eaml_ext._renamed import rename_keys
+from eaml_ext._torch_compat import tree_leaves
 from eaml_ext.distributed import Group, check_group
 from eaml_ext.meta._batching import Batching
 from eaml_ext.meta._cuda_graphs import GraphCache
@@ -17,7 +18,8 @@ from eaml_ext.meta._distributed import all_ranks_succeed, broadcast_model, gradi
 from eaml_ext.meta._inner_loop import InnerLoop, twice_differentiable_attention
 from eaml_ext.meta._meta_gradient import MetaGradient, PureFunction, task_losses
 from eaml_ext.meta._optimizer import check_state, load_state, make_optimizer, step_if_finite
-from eaml_ext.meta._types import LossFn, Params, Task
+from eaml_ext.meta._padding import pad_set
+from eaml_ext.meta._types import DataSet, LossFn, Params, Task
 from eaml_ext.meta._validation import (
     check_buffers_constant,
     check_loss_fn,
@@ -27,6 +29,7 @@ from eaml_ext.meta._validation import (
     check_parameters,
     check_prefixes,
     check_rate,
+    check_sequence_support,
     check_tasks,
     check_tensors,
 )
@@ -43,7 +46,17 @@ from eaml_ext.meta.functional import (
 class MetaMAML:
     """Model-agnostic meta-learning (Finn, Abbeel & Levine 2017, algorithm 1) over any ``nn.Module``, and its relatives.
 
-    Tasks of equal shapes run as one vmapped batch, in which every op runs once; tasks of different shapes are bucketed.
+    Tasks of equal shapes run as one vmapped batch, in which every op runs once. Tasks of other shapes need a batch of
+    their own, unless ``loss_fn`` is a :class:`MaskedLoss`, with which they are padded and share it:
+
+    - A set may have any number of rows. The model must compute each row by itself.
+    - A set may be a list of sequences of any lengths, ``(time_i, ...)``, each with its targets ``(time_i, ...)``. The
+      model is called as ``model(x, lengths=lengths)`` with ``x`` ``(n, time, ...)``, zero after each row's last step,
+      and ``lengths`` ``(n,)``, which may be 0; :class:`eaml_ext.nn.SSM` takes them.
+
+    Loss and gradient of a task are those of the task alone, to rounding. A batch is split where padding would more than
+    double it.
+
     Meta-gradients are exact second order, also through :func:`eaml_ext.ops.selective_scan`. Tasks run one at a time,
     after one RuntimeWarning, where ``vmap`` cannot run the model: recurrent layers of torch, control flow that depends
     on data, ``torch.utils.checkpoint``.
@@ -109,6 +122,15 @@ class MetaMAML:
     >>> loss = maml.meta_update([(x, y, x, y)] * 8, torch.nn.functional.mse_loss)
     >>> list(maml.inner_lrs), maml.last_losses.shape
     (['2.weight', '2.bias'], torch.Size([8]))
+
+    Next-step prediction on engines that ran for 128 to 362 steps, in one batch:
+
+    >>> from eaml_ext import SSM
+    >>> from eaml_ext.meta import MaskedLoss
+    >>> maml = MetaMAML(SSM(14, 16, 14), inner_lr=0.1, outer_lr=0.01)
+    >>> engines = [torch.randn(steps, 14) for steps in (128, 206, 362)]
+    >>> tasks = [([e[:64]], [e[1:65]], [e[64:-1]], [e[65:]]) for e in engines]
+    >>> loss = maml.meta_update(tasks, MaskedLoss(torch.nn.MSELoss(reduction="none")))
     """
 
     _graphs: GraphCache | None = None  # of objects that were pickled before graphs existed
@@ -176,21 +198,29 @@ class MetaMAML:
         """The model's parameters that require grad now, by name."""
         return trainable_parameters(self.model)
 
-    def call(self, params: Params, x: Tensor) -> Tensor:
+    def call(self, params: Params, x: Tensor, lengths: Tensor | None = None) -> Tensor:
         """``model(x)`` under other parameters; the model itself is left as it is.
 
         Args:
             params: parameters by name, each of its shape in the model; the others are the model's own.
             x: what the model takes, any shape.
+            lengths: ``(n,)``, integer, passed to the model by name; None: not passed.
         """
         if not (torch.compiler.is_compiling() or torch.is_inference_mode_enabled()):
             params, x = recordable((params, x))
-        out: Tensor = functional_call(self.model, params, (x,))
+        out: Tensor = functional_call(self.model, params, (x,), None if lengths is None else {"lengths": lengths})
         return out
 
     @outside_inference_mode()
     def adapt_params(
-        self, params: Params, support_x: Tensor, support_y: Tensor, loss_fn: LossFn, num_steps: int | None = None
+        self,
+        params: Params,
+        support_x: DataSet,
+        support_y: DataSet,
+        loss_fn: LossFn,
+        num_steps: int | None = None,
+        *,
+        mask: Tensor | None = None,
     ) -> Params:
         """The inner loop: ``num_steps`` of gradient descent from ``params`` on one support set.
 
@@ -198,10 +228,12 @@ class MetaMAML:
 
         Args:
             params: parameters by name, as from :meth:`parameters`. Frozen parameters among them are not adapted.
-            support_x: ``(n, ...)``, what the model takes.
-            support_y: ``(n, ...)``, what ``loss_fn`` takes as target.
+            support_x: ``(n, ...)``, what the model takes, or n sequences.
+            support_y: ``(n, ...)``, what ``loss_fn`` takes as target, or n sequences.
             loss_fn: ``(prediction, target) -> scalar``.
             num_steps: at least 0, where 0 returns ``params``; None: ``inner_steps``.
+            mask: ``(n,)`` or ``(n, time)``, bool, False at the padding of tensors; ``loss_fn`` is then a MaskedLoss.
+                A row's steps come before its padding. None: tensors have no padding.
 
         Returns:
             The adapted parameters by name, connected to ``params`` (and ``inner_lrs``) where gradients are recorded.
@@ -215,20 +247,23 @@ class MetaMAML:
         num_steps = _check.positive(where, "num_steps", num_steps, zero=True, integer=True)
         check_loss_fn(where, loss_fn)
         inner = self._inner_loop(where, params, num_steps)
+        check_sequence_support(where, [(support_x, support_y)], self.model, [loss_fn])
+        if not (isinstance(support_x, Tensor) and isinstance(support_y, Tensor)):
+            support_x, support_y, mask = pad_set(support_x, support_y)
         params, x, y = recordable((params, support_x, support_y))
         with twice_differentiable_attention(not self.first_order and torch.is_grad_enabled()):
-            return inner.adapt(params, self.inner_lrs, x, y, loss_fn)
+            return inner.adapt(params, self.inner_lrs, x, y, loss_fn, mask)
 
     @outside_inference_mode()
-    def adapt(self, support_x: Tensor, support_y: Tensor, loss_fn: LossFn, num_steps: int | None = None) -> nn.Module:
+    def adapt(self, support_x: DataSet, support_y: DataSet, loss_fn: LossFn, num_steps: int | None = None) -> nn.Module:
         """A copy of the model adapted to one support set. **Detached**: no gradient reaches the meta-parameters.
 
         For a differentiable inner loop use :meth:`adapt_params`, whose arguments and errors these are. The model itself
         is left as it is.
 
         Args:
-            support_x: ``(n, ...)``, n at least 1.
-            support_y: ``(n, ...)``.
+            support_x: ``(n, ...)``, n at least 1, or n sequences.
+            support_y: ``(n, ...)``, or n sequences.
             loss_fn: ``(prediction, target) -> scalar``.
             num_steps: at least 0; None: ``inner_steps``.
         """
@@ -254,10 +289,11 @@ class MetaMAML:
         where = "MetaMAML.task_losses"
         params, tasks = recordable((params, check_tasks(where, tasks)))
         loss_fns = check_loss_fns(where, loss_fn, len(tasks))
+        check_sequence_support(where, tasks, self.model, loss_fns)
         inner = self._inner_loop(where, params, self.inner_steps)
         with twice_differentiable_attention(not self.first_order and torch.is_grad_enabled()):
             return self._batching.run(
-                lambda batch: task_losses(batch, inner, params, self.inner_lrs, tasks, loss_fns), tasks[0][0].device
+                lambda batch: task_losses(batch, inner, params, self.inner_lrs, tasks, loss_fns), tasks[0][0][0].device
             )
 
     @outside_inference_mode()
@@ -270,9 +306,11 @@ class MetaMAML:
         ``skipped_updates`` counts it.
 
         Args:
-            tasks: ``(support_x, support_y, query_x, query_y)`` each: ``(n, ...)`` twice and ``(m, ...)`` twice. Shapes
-                may differ from task to task. With a group, this rank's tasks; all ranks call together.
-            loss_fn: ``(prediction, target) -> scalar``, or a list of one for each task.
+            tasks: ``(support_x, support_y, query_x, query_y)`` each: ``(n, ...)`` twice and ``(m, ...)`` twice, or n
+                and m sequences. Shapes may differ from task to task. With a group, this rank's tasks; all ranks call
+                together.
+            loss_fn: ``(prediction, target) -> scalar``, or a list of one for each task; a MaskedLoss lets tasks of
+                different sizes run as one batch.
             kl_radius: step on the worst weighting of the tasks whose KL divergence from the plain mean is at most
                 this many nats (:func:`eaml_ext.meta.kl_dro.kl_dro_weights`), found by one more pass without gradient.
 
@@ -289,12 +327,14 @@ class MetaMAML:
         def check() -> tuple[list[Task], list[LossFn], float]:
             radius = _check.positive(where, "kl_radius", kl_radius, zero=True)
             checked = check_tasks(where, tasks, empty=group is not None)
-            if any(t.is_inference() for task in checked for t in task):
+            if any(t.is_inference() for t in tree_leaves(checked)):
                 checked = recordable(checked)
             params = self.parameters()
             check_parameters(where, "MetaMAML", params, self._known.values())
             self._adapted_names(where, params)
-            return checked, check_loss_fns(where, loss_fn, len(checked)), radius
+            fns = check_loss_fns(where, loss_fn, len(checked))
+            check_sequence_support(where, checked, self.model, fns)
+            return checked, fns, radius
 
         if group is None:
             mine, loss_fns, radius = check()

@@ -24,7 +24,7 @@ class MetaTask(Protocol):
     """A task that draws its own data. Random numbers come from torch's global generator, which is seeded for it."""
 
     def sample(self) -> Task:
-        """Draw ``(support_x, support_y, query_x, query_y)``: ``(n, ...)`` twice and ``(m, ...)`` twice."""
+        """Draw ``(support_x, support_y, query_x, query_y)``, as :meth:`eaml_ext.meta.MetaMAML.meta_update` takes it."""
 
     def loss(self, prediction: Tensor, target: Tensor) -> Tensor:
         """Return a scalar.
@@ -36,7 +36,7 @@ class MetaTask(Protocol):
 class MetaBatch(NamedTuple):
     """One meta-batch: the data of each task, its loss (None: the trainer's), its index in the list (-1: none)."""
 
-    tasks: list[Task]
+    tasks: Sequence[Task]
     loss_fns: list[LossFn | None]
     indices: list[int]
 
@@ -127,10 +127,10 @@ class TaskBatch:
         if self.endless:
             while True:
                 self._passes += 1
-                yield self.batch(self._passes - 1).tasks
+                yield list(self.batch(self._passes - 1).tasks)
         self._passes += 1
         for i in range(len(self)):
-            yield self.batch((self._passes - 1) * len(self) + i).tasks
+            yield list(self.batch((self._passes - 1) * len(self) + i).tasks)
 
     def batch(self, iteration: int) -> MetaBatch:
         """Return meta-batch number ``iteration``, the same at each call (under adaptive sampling: for the same losses).

@@ -8,24 +8,30 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.nn.functional import mse_loss
 from torch.optim.lr_scheduler import LRScheduler
 
 from eaml_ext import _check
 from eaml_ext._random import Purpose, derive_seed
 from eaml_ext._terminal import progress_bar
+from eaml_ext._torch_compat import tree_map
 from eaml_ext.checkpoint import content_errors, deferred_interrupt
 from eaml_ext.distributed import Group, any_rank, run_on_rank_zero
+from eaml_ext.meta._cross_validation import held_out_loss
 from eaml_ext.meta._run_checkpoint import check_run, read_run, save_run
 from eaml_ext.meta._scalar_log import Log, ScalarLog, check_log, open_log
-from eaml_ext.meta._types import LossFn, Stateful
-from eaml_ext.meta._validation import check_loss_fn, check_parameters, check_rate, check_support
+from eaml_ext.meta._types import DataSet, LossFn, Stateful
+from eaml_ext.meta._validation import (
+    check_loss_fn,
+    check_parameters,
+    check_rate,
+    check_sequence_support,
+    check_support,
+)
 from eaml_ext.meta.functional import detached_copy, outside_inference_mode, recordable
 from eaml_ext.meta.maml import MetaMAML
 from eaml_ext.meta.task_batch import MetaBatch, TaskSource
-
-_FOLDS = 5
 
 OnIteration = Callable[[int, MetaBatch, float], None]
 """``(number of the meta-update, its meta-batch, its loss)``."""
@@ -51,7 +57,8 @@ class MetaMAMLTrainer:
         policy: the model.
         meta_lr: learning rate of the meta-update.
         inner_lr: step size of the inner loop.
-        loss_fn: ``(prediction, target) -> scalar``, for the tasks without a loss of their own.
+        loss_fn: ``(prediction, target) -> scalar``, for the tasks without a loss of their own. With a
+            :class:`MaskedLoss` tasks of different sizes run as one batch.
         kl_radii: nats, each at least 0; (0.0,) is plain MAML.
         log: destination of losses and skipped updates: a ``SummaryWriter`` (any object with ``add_scalar``), or a
             directory for TensorBoard, which then must be installed; None: nowhere.
@@ -237,13 +244,13 @@ class MetaMAMLTrainer:
             raise KeyboardInterrupt
         return self.losses[began:end]
 
-    def adapt_to_new_task(self, new_task_data: tuple[Tensor, Tensor], num_steps: int | None = None) -> nn.Module:
+    def adapt_to_new_task(self, new_task_data: tuple[DataSet, DataSet], num_steps: int | None = None) -> nn.Module:
         """Return a copy of the policy adapted to a task; the policy itself is left as it is.
 
         Among several radii, :meth:`select_kl_radius` selects the policy.
 
         Args:
-            new_task_data: ``(support_x, support_y)``, ``(n, ...)`` each, n at least 1.
+            new_task_data: ``(support_x, support_y)``, ``(n, ...)`` each or n sequences each, n at least 1.
             num_steps: inner steps, at least 0; None: ``inner_steps``.
         """
         where = "MetaMAMLTrainer.adapt_to_new_task"
@@ -253,7 +260,7 @@ class MetaMAMLTrainer:
         return maml.adapt(x, y, self.loss_fn, num_steps)
 
     @outside_inference_mode()
-    def select_kl_radius(self, new_task_data: tuple[Tensor, Tensor], num_steps: int | None = None) -> int:
+    def select_kl_radius(self, new_task_data: tuple[DataSet, DataSet], num_steps: int | None = None) -> int:
         """Return the index in ``kl_radii`` with the lowest held-out loss, by the rule in the class's docstring.
 
         Arguments as of :meth:`adapt_to_new_task`.
@@ -261,21 +268,8 @@ class MetaMAMLTrainer:
         where = "MetaMAMLTrainer.select_kl_radius"
         x, y = recordable(check_support(where, new_task_data))
         self._freeze_copies(where)
-        rows = torch.arange(len(x), device=x.device)
-        folds = [rows % min(_FOLDS, len(x)) == f for f in range(min(_FOLDS, len(x)))]
-
-        def score(maml: MetaMAML) -> float:
-            start = {name: p.detach() for name, p in maml.parameters().items()}
-            with torch.no_grad():
-                if len(x) == 1:
-                    return float(self.loss_fn(maml.call(start, x), y))
-                losses = []
-                for held in folds:
-                    adapted = maml.adapt_params(start, x[~held], y[~held], self.loss_fn, num_steps)
-                    losses.append(float(self.loss_fn(maml.call(adapted, x[held]), y[held])))
-            return sum(losses) / len(losses)
-
-        scores = [score(maml) for maml in self.mamls]
+        check_sequence_support(where, [(x, y)], self.maml.model, [self.loss_fn])
+        scores = [held_out_loss(maml, x, y, self.loss_fn, num_steps) for maml in self.mamls]
         # NaN never wins, not even in first place.
         return min(range(len(scores)), key=lambda i: (scores[i] != scores[i], scores[i]))
 
@@ -298,7 +292,7 @@ class MetaMAMLTrainer:
         if self.group is not None:
             share, rank = self.group.shard(len(batch.tasks)), self.group.rank
             loss_fns = [loss_fns[i] for i in share]
-        tasks: list[Any] = [tuple(data.to(device) for data in batch.tasks[i]) for i in share]
+        tasks: list[Any] = [tree_map(lambda data: data.to(device), batch.tasks[i]) for i in share]
         values, seed = [], derive_seed(task_batch.seed, Purpose.META_UPDATE, number, rank)
         for maml, radius in zip(self.mamls, self.kl_radii, strict=True):
             with _seeded(seed, device):

@@ -79,19 +79,20 @@ class SSM(nn.Module):
         self.head = nn.Linear(hidden_dim, output_dim)
         self.to(device)
 
-    def forward(self, x: Tensor, hidden_state: Tensor | None = None) -> Tensor:
+    def forward(self, x: Tensor, hidden_state: Tensor | None = None, lengths: Tensor | None = None) -> Tensor:
         """Run a batch of single steps, or of sequences.
 
         Args:
             x: ``(batch, state_dim)`` or ``(batch, time, state_dim)``, floating.
             hidden_state: ``(batch, num_layers, *core.state_shape)``, floating; the first state, zeros if absent.
+            lengths: ``(batch,)``, int64 or int32, of sequences; row b has ``lengths[b]`` steps, followed by padding.
 
         Returns:
-            ``(batch, output_dim)`` or ``(batch, time, output_dim)``.
+            ``(batch, output_dim)`` or ``(batch, time, output_dim)``; zero on padding.
         """
-        self._check_input("SSM", x, (2, 3))
+        self._check_input("SSM", x, (2, 3) if lengths is None else (3,))
         if x.dim() == 3:
-            return self.scan(x, hidden_state)[0]
+            return self.scan(x, hidden_state, lengths=lengths)[0]
         return self.step(x, hidden_state)[0]
 
     def init_hidden(self, batch: int) -> Tensor:

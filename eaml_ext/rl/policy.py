@@ -144,17 +144,18 @@ class SSMMetaPolicy(nn.Module):
         """True if :meth:`normalise` or a loaded state has set mean or standard deviation."""
         return bool((self.mean != 0).any() or (self.std != 1).any())
 
-    def forward(self, obs: Tensor, hidden_state: Tensor | None = None) -> Tensor:
+    def forward(self, obs: Tensor, hidden_state: Tensor | None = None, lengths: Tensor | None = None) -> Tensor:
         """Return logits, or means if continuous.
 
         Args:
             obs: ``(batch, state_dim)`` or ``(batch, time, state_dim)``, floating.
             hidden_state: ``(batch, ...)``; the state before the first step. Default: zero.
+            lengths: ``(batch,)``, int64 or int32, of sequences; row b has ``lengths[b]`` steps, followed by padding.
 
         Returns:
             ``(batch, action_dim)`` or ``(batch, time, action_dim)``.
         """
-        out: Tensor = self.actor(torch.tanh(self.ssm(self._normalised(obs), hidden_state)))
+        out: Tensor = self.actor(torch.tanh(self.ssm(self._normalised(obs), hidden_state, lengths)))
         return out
 
     def init_hidden(self, batch: int) -> Tensor:

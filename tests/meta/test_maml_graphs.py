@@ -12,7 +12,7 @@ from recorded_graph import RecordingCapturer
 from torch import nn
 from torch.nn.functional import mse_loss
 
-from eaml_ext.meta import MetaMAML
+from eaml_ext.meta import MaskedLoss, MetaMAML
 from eaml_ext.meta._cuda_graphs import GraphCache
 from eaml_ext.nn import SSM
 from eaml_ext.nn.cores import CORES
@@ -72,6 +72,14 @@ def test_meta_update_replayed_ragged_tasks_equal_plain():
     batches = [[sequences(1, 12 if i % 3 else 5) for i in range(6)] for _ in range(4)]
     assert_same_updates(replayed, plain, batches)
     assert len(replayed._graphs) == 2 and replayed._graphs.replays == 6
+
+
+def test_meta_update_replayed_padded_tasks_equal_plain():
+    replayed, plain = pair(SSM(4, 6, 2, state_size=3).double(), 0.1, 1e-2)
+    tasks = [[sequences(1, 12 - i) for i in (0, 2, 5)] for _ in range(4)]
+    batches = [[tuple(list(part) for part in task) for task in some] for some in tasks]
+    assert_same_updates(replayed, plain, batches, MaskedLoss(nn.MSELoss(reduction="none")))
+    assert len(replayed._graphs) == 1 and replayed._graphs.replays == 3
 
 
 def test_meta_update_replayed_twice_in_one_step_accumulates():
