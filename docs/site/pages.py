@@ -25,6 +25,8 @@ MODULES = {
     "integrations": ["integrations.transformers"],
     "package": ["checkpoint", "distributed", "testing", "info", "jobs.config", "jobs.rl_config", "jobs.config_file"],
 }
+# Classes with methods of a base that has no entry of its own.
+INHERITING = {"ExperienceBuffer"}
 
 
 def on_files(files: Any, config: Any) -> Any:
@@ -73,7 +75,9 @@ def api_pages() -> dict[str, str]:
 
 
 def entry(path: str, name: str) -> str:
-    return f"::: {path}\n    options:\n      heading: {name}\n      toc_label: {name}\n"
+    options = f"      heading: {name}\n      toc_label: {name}\n"
+    options += "      inherited_members: true\n" if name in INHERITING else ""
+    return f"::: {path}\n    options:\n{options}"
 
 
 def public_names(init: Path) -> dict[str, str]:

@@ -22,13 +22,14 @@ def default_retriever(buffer: ExperienceBuffer, batch: Mapping[str, Any]) -> Any
     return strategy(len(batch["states"]))(buffer, batch)
 
 
-def check_experience(where: str, found: Any, like: Tensor) -> dict[str, Tensor] | None:
+def check_experience(where: str, found: Any, like: Tensor) -> dict[str, Any] | None:
     """Return the result of a retriever, detached; None if it has no items.
 
     Args:
         where: the beginning of messages.
-        found: the result, ``{"states": (n, ...), "targets": (n, ...), "weights": (n,)}`` without weights perhaps, or
-            None.
+        found: the result, ``{"states": (n, ...), "targets": (n, ...)}``, perhaps with ``"weights"`` ``(n,)`` and
+            ``"mask"`` ``(n, time)``, or None. The mask becomes ``rows``, the indices of its True entries, and
+            ``counts``, their number in each item.
         like: a tensor of the dtype and device that floating values must have.
 
     Raises:
@@ -48,7 +49,7 @@ def check_experience(where: str, found: Any, like: Tensor) -> dict[str, Tensor] 
     if states.shape[:1] != targets.shape[:1]:
         got, wanted = tuple(targets.shape), tuple(states.shape)
         raise ValueError(f"{where}: the retriever's targets have shape {got}, its states {wanted}")
-    experience = {"states": states, "targets": targets}
+    experience: dict[str, Any] = {"states": states, "targets": targets}
     weights = found.get("weights")
     if weights is not None:
         name = "the retriever's weights"
@@ -59,21 +60,35 @@ def check_experience(where: str, found: Any, like: Tensor) -> dict[str, Tensor] 
         weights = experience["weights"] = weights.detach()
         if len(weights) and not (weights.min() >= 0 and 0 < weights.sum() < math.inf):
             raise ValueError(f"{where}: {name} must be finite, >= 0 and not all 0")
+    mask = found.get("mask")
+    if mask is not None and states.numel():
+        name = "the retriever's mask"
+        _check.tensor(where, name, mask)
+        _check.dtype(where, name, mask, (torch.bool,))
+        _check.device(where, name, mask, like.device, "the model")
+        if mask.dim() != 2 or mask.shape != targets.shape[:2]:
+            wanted = tuple(targets.shape[:2])
+            raise ValueError(f"{where}: {name} must have shape (n, time) = {wanted}, got {tuple(mask.shape)}")
+        counts = mask.sum(1).tolist()
+        if not all(counts):
+            raise ValueError(f"{where}: {name} must be True at least once in each item")
+        experience |= {"rows": mask.flatten().nonzero().squeeze(1), "counts": tuple(counts)}
     return recordable(experience) if states.numel() else None
 
 
-def stack_experience(where: str, found: Sequence[dict[str, Tensor] | None]) -> dict[str, Tensor] | None:
+def stack_experience(where: str, found: Sequence[dict[str, Any] | None]) -> dict[str, Any] | None:
     """Stack the experience of all users, ``(users, n, ...)``; None if no user has any.
 
     Raises:
-        ValueError: users have different numbers of items.
+        ValueError: users have different numbers of items, or items of different lengths.
     """
     kept = [f for f in found if f is not None]
     if not kept:
         return None
-    if len(kept) < len(found) or len({tuple((name, x.shape) for name, x in f.items()) for f in kept}) > 1:
-        raise ValueError(f"{where}: the retriever must find equally many experiences for all users")
-    return {name: torch.stack([f[name] for f in kept]) for name in kept[0]}
+    shapes = {tuple((name, x.shape if isinstance(x, Tensor) else x) for name, x in f.items()) for f in kept}
+    if len(kept) < len(found) or len(shapes) > 1:
+        raise ValueError(f"{where}: the retriever must find equally many experiences for all users, of equal lengths")
+    return {n: torch.stack([f[n] for f in kept]) if isinstance(x, Tensor) else x for n, x in kept[0].items()}
 
 
 def split_by_user(

@@ -12,7 +12,7 @@ from eaml_ext.adaptation._update import Evaluation
 from eaml_ext.meta._cuda_graphs import GraphCache
 from eaml_ext.meta._python_state import PythonState
 
-Data = tuple[dict[str, Any], dict[str, Tensor] | None]
+Data = tuple[dict[str, Any], dict[str, Any] | None]
 """``(batch, experience)``."""
 
 
@@ -23,7 +23,7 @@ def evaluate_model(
     flat: FlatParams,
     losses: objective.Losses,
     batch: dict[str, Any],
-    experience: dict[str, Tensor] | None,
+    experience: dict[str, Any] | None,
     graphs: GraphCache | None,
 ) -> Callable[[Tensor], Evaluation]:
     """Return the function ``theta (1, parameters) -> Evaluation``, which sets the model's parameters.

@@ -24,7 +24,7 @@ def evaluate_users(
     flat: FlatParams,
     losses: objective.Losses,
     batch: dict[str, Any],
-    experience: dict[str, Tensor] | None,
+    experience: dict[str, Any] | None,
     batching: Batching,
     graphs: GraphCache | None,
 ) -> Callable[[Tensor], Evaluation]:

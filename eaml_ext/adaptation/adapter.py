@@ -66,7 +66,9 @@ class Adapter:
         experience_weight: w ≥ 0 above; 0: nothing is retrieved.
         retriever: ``(buffer, batch_dict) -> {"states": ..., "targets": ...} or None``, called once per call; see
             ``eaml_ext.experience.retrieval``. With ``"weights"`` ``(n,)`` too, loss_experience is the mean of the
-            items' own losses, each ``loss_fn(prediction (1, ...), target (1, ...))``, with these weights. The default
+            items' own losses, each ``loss_fn(prediction (1, ...), target (1, ...))``, with these weights. With
+            ``"mask"`` ``(n, time)``, which a buffer with ragged fields adds, loss_fn receives only the steps where it
+            is True, as with the mask of a batch. The default
             returns one item for each row of the batch: the nearest to ``batch_dict["context_embedding"]`` if given,
             without those of ``batch_dict["task"]``; uniform ones otherwise.
         parameters: the parameters that adapt, by a prefix of names or several (``"head"`` means ``head.weight`` and
@@ -243,7 +245,7 @@ class Adapter:
         call: Callable[..., Any],
         loss_fn: LossFn,
         batch: dict[str, Any],
-        experience: dict[str, Tensor] | None,
+        experience: dict[str, Any] | None,
         graphs: GraphCache | None = None,
     ) -> float:
         """Apply the guarded update to the model's own parameters: one user, without vmap."""
@@ -389,7 +391,7 @@ class Adapter:
         given = self.experience_buffer is not None or self._retriever is not _experience.default_retriever
         return bool(self.experience_weight) and given
 
-    def _retrieve(self, where: str, batch: Mapping[str, Any]) -> dict[str, Tensor] | None:
+    def _retrieve(self, where: str, batch: Mapping[str, Any]) -> dict[str, Any] | None:
         if not self._uses_experience:
             return None
         found = self._retriever(self.experience_buffer, batch)  # type: ignore[arg-type]

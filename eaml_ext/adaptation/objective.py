@@ -12,7 +12,7 @@ from eaml_ext.meta._batching import Batching
 from eaml_ext.meta._types import LossFn
 from eaml_ext.meta.functional import recordable
 
-Losses = Callable[[Callable[..., Any], dict[str, Any], dict[str, Tensor] | None], tuple[Tensor, Tensor]]
+Losses = Callable[[Callable[..., Any], dict[str, Any], dict[str, Any] | None], tuple[Tensor, Tensor]]
 """``(call, batch, experience) -> (total, objective)``: the last arguments of :func:`losses`."""
 
 ENTRIES = ("states", "targets", "hidden_state", "rows", "mask_dims")
@@ -100,7 +100,7 @@ def losses(
     batching: Batching,
     call: Callable[..., Any],
     batch: Mapping[str, Any],
-    experience: Mapping[str, Tensor] | None,
+    experience: Mapping[str, Any] | None,
 ) -> tuple[Tensor, Tensor]:
     """Return ``(total, objective)`` of one batch and its experience, scalars.
 
@@ -111,7 +111,7 @@ def losses(
         batching: maps the loss over experience items that have weights.
         call: the model.
         batch: the result of :func:`check_batch`.
-        experience: states ``(n, ...)``, targets ``(n, ...)`` and perhaps weights ``(n,)``; None: none.
+        experience: the result of ``check_experience``; None: none.
 
     Raises:
         TypeError, ValueError: the model or ``loss_fn`` returns something of another type or shape.
@@ -139,18 +139,32 @@ def losses(
 
 
 def _experience_loss(
-    where: str, loss_fn: LossFn, predictions: Tensor, experience: Mapping[str, Tensor], batching: Batching
+    where: str, loss_fn: LossFn, predictions: Tensor, experience: Mapping[str, Any], batching: Batching
 ) -> Tensor:
-    """Return the loss of all items, or with weights w the mean of their own losses: sum_i w_i l_i / sum_i w_i."""
-    targets = experience["targets"]
+    """Return the loss of all items, or with weights w the mean of their own losses: sum_i w_i l_i / sum_i w_i.
+
+    With a mask, ``loss_fn`` receives the steps where it is True, flattened to ``(count, ...)``.
+    """
+    targets: Tensor = experience["targets"]
+    masked = "rows" in experience
+    if masked:
+        if predictions.shape[:2] != targets.shape[:2]:
+            got, wanted = tuple(predictions.shape), tuple(targets.shape[:2])
+            raise ValueError(f"{where}: the model returned shape {got}, the mask of the experience has shape {wanted}")
+        predictions, targets = (x.flatten(0, 1)[experience["rows"]] for x in (predictions, targets))
     if "weights" not in experience:
         return _scalar(where, loss_fn(predictions, targets))
 
     def alone(prediction: Tensor, target: Tensor) -> Tensor:
         return _scalar(where, loss_fn(prediction.unsqueeze(0), target.unsqueeze(0)))
 
-    weights = experience["weights"]
-    losses: Tensor = batching.run(lambda batch: batch(alone)(predictions, targets), targets.device)
+    weights: Tensor = experience["weights"]
+    losses: Tensor
+    if masked:  # vmap cannot run items of different lengths
+        items = zip(predictions.split(experience["counts"]), targets.split(experience["counts"]), strict=True)
+        losses = torch.stack([alone(*item) for item in items])
+        return (weights * losses).sum() / weights.sum()
+    losses = batching.run(lambda batch: batch(alone)(predictions, targets), targets.device)
     return (weights * losses).sum() / weights.sum()
 
 

@@ -8,8 +8,10 @@ from typing import Any, NamedTuple
 import torch
 
 from eaml_ext import _check
+from eaml_ext.experience import _ragged
 
 METRICS = ("sqeuclidean", "cosine")
+_NOT_IN_0_1 = {"ragged", "max_length"}
 
 
 class BufferOptions(NamedTuple):
@@ -20,10 +22,20 @@ class BufferOptions(NamedTuple):
     action_dim: int | None
     metric: str
     age_half_life: float | None
+    ragged: tuple[str, ...] = ()
+    max_length: int | None = None
 
     @classmethod
     def checked(
-        cls, where: str, capacity: Any, state_dim: Any, action_dim: Any, metric: Any, age_half_life: Any
+        cls,
+        where: str,
+        capacity: Any,
+        state_dim: Any,
+        action_dim: Any,
+        metric: Any,
+        age_half_life: Any,
+        ragged: Any,
+        max_length: Any,
     ) -> BufferOptions:
         """Return the arguments as Python numbers. Raises TypeError or ValueError for one out of its range."""
         capacity = _check.positive(where, "capacity", capacity, integer=True)
@@ -37,7 +49,12 @@ class BufferOptions(NamedTuple):
             age_half_life = _check.positive(where, "age_half_life", age_half_life)
             if math.isinf(age_half_life):
                 raise ValueError(f"{where}: age_half_life must be finite, or None for no ageing, got {age_half_life!r}")
-        return cls(capacity, state_dim, action_dim, metric, age_half_life)
+        ragged = _ragged.checked_names(where, ragged)
+        if max_length is not None:
+            max_length = _check.positive(where, "max_length", max_length, integer=True)
+            if not ragged:
+                raise ValueError(f"{where}: max_length is that of ragged fields, but ragged names none")
+        return cls(capacity, state_dim, action_dim, metric, age_half_life, ragged, max_length)
 
     @classmethod
     def of(cls, buffer: Any) -> BufferOptions:
@@ -51,7 +68,7 @@ class BufferOptions(NamedTuple):
         Raises:
             LookupError: the names differ. A file thus cannot set other arguments, such as a directory to write to.
         """
-        if set(options) != set(cls._fields):
+        if set(options) | _NOT_IN_0_1 != set(cls._fields):
             raise LookupError(f"options are {', '.join(map(str, options))}, not {', '.join(cls._fields)}")
         return cls(**options)
 

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from eaml_ext.experience import _ragged
 from eaml_ext.experience._schema import FieldSpec, Schema
 from eaml_ext.experience.experiences import Experiences
 
@@ -35,7 +36,10 @@ def encode(found: Experiences, indices: Tensor, schema: Schema) -> Tensor:
         schema: the fields of ``found``.
     """
     header = torch.stack([indices, found.generations], dim=-1)
-    columns = [header, *(found.fields[name] for name in sorted(schema))]
+    columns = [header]
+    for name in sorted(schema):
+        value = found.fields[name]
+        columns.append(_ragged.padded(value, schema[name].shape[0], dim=2) if name in found.ragged else value)
     flat = [column.reshape(*column.shape[:2], math.prod(column.shape[2:])) for column in columns]
     return torch.cat([to_bytes(column) for column in flat], dim=-1).cpu()
 

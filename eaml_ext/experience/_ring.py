@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from eaml_ext import _check
+from eaml_ext.experience import _ragged
 from eaml_ext.experience._memmap import MemmapDirectory
 from eaml_ext.experience._schema import Schema, dtype_name, schema_of
 from eaml_ext.experience.experiences import Experiences
@@ -37,9 +38,13 @@ class RingStorage:
         device: of the columns.
         files: files that the columns are mapped to; None: the columns are in memory.
         flush_state: returns tensors and metadata that each flush commits in addition to the columns.
+        ragged: names of the ragged fields, whose columns have zeros after each item's last step.
+        max_length: steps of their columns; None: at least those of the longest item, at most
+            1.5 times that.
 
     Attributes:
-        columns: field to tensor ``(num_slots, *item shape)``; empty until the first add.
+        columns: field to tensor ``(num_slots, *item shape)``; empty until the first add. With ragged fields the column
+            ``lengths`` has the steps of each item.
         schema: field to dtype and shape of an item.
         lock: reentrant; a fork waits until no other thread holds it.
         written: number of the next item. :meth:`clear` rounds it up to a multiple of the capacity, so that the next
@@ -55,8 +60,11 @@ class RingStorage:
         device: torch.device,
         files: MemmapDirectory | None = None,
         flush_state: FlushState = lambda: ({}, {}),
+        ragged: tuple[str, ...] = (),
+        max_length: int | None = None,
     ):
         self.capacity, self.device, self.files = capacity, device, files
+        self.ragged, self.max_length = ragged, max_length
         # Items added between two flushes are stored in spare slots, so that no item of the last flush is overwritten.
         self.num_slots = capacity if files is None else capacity + max(MIN_SPARE_SLOTS, capacity // 8)
         self.columns: dict[str, Tensor] = {}
@@ -100,6 +108,8 @@ class RingStorage:
 
     def init_columns(self, schema: Schema) -> None:
         """Allocate the first columns."""
+        if self.max_length is not None:
+            schema = _ragged.with_length(schema, self.ragged, self.max_length)
         self.replace(self.allocate(schema), self.written, self.cleared)
         if self.files is not None:
             self.flush()  # the metadata must name the files before items are written to them
@@ -119,10 +129,13 @@ class RingStorage:
     def write(self, items: dict[str, Tensor]) -> None:
         """Write items ``(n, *item shape)``; on disk, flush whenever too few spare slots are free.
 
-        The first call allocates the columns. Later ones must have the same fields, shapes and dtypes.
+        The first call allocates the columns. Later ones must have the same fields, shapes and dtypes. Ragged fields may
+        have other numbers of steps: longer ones enlarge the columns.
         """
         if not self.columns:
             self.init_columns(schema_of(items))
+        if self.ragged:
+            items = self._fit_steps(items)
         count = len(next(iter(items.values())))
         if self.files is None:
             skipped = max(0, count - self.capacity)
@@ -138,6 +151,26 @@ class RingStorage:
             stop = min(count, start + free)
             self._put(items, start, stop)
             start = stop
+
+    def _fit_steps(self, items: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Return the items with ragged fields padded to the steps of the columns, which are enlarged if needed."""
+        steps, stored = items[self.ragged[0]].shape[1], _ragged.length_of(self.schema, self.ragged)
+        if steps > stored:
+            stored = max(steps, stored + stored // 2)  # so that slowly growing lengths cause few copies
+            self._enlarge(stored)
+        return {n: _ragged.padded(value, stored) if n in self.ragged else value for n, value in items.items()}
+
+    def _enlarge(self, steps: int) -> None:
+        """Replace the ragged columns by copies with more steps; on disk, all columns, and flush."""
+        old, schema = self.columns, _ragged.with_length(self.schema, self.ragged, steps)
+        if self.files is None:  # the other columns stay, so that an index of them remains valid
+            schema = {name: spec for name, spec in schema.items() if name in self.ragged}
+        new = self.allocate(schema)
+        for name, column in new.items():
+            (column[:, : old[name].shape[1]] if name in self.ragged else column).copy_(old[name])
+        self.replace({name: new.get(name, column) for name, column in old.items()}, self.written, self.cleared)
+        if self.files is not None:
+            self.flush()
 
     def _put(self, items: dict[str, Tensor], start: int, stop: int) -> None:
         """Write items ``start`` to ``stop`` of a batch, at most ``num_slots`` of them."""
@@ -215,7 +248,9 @@ class RingStorage:
     def gather(self, slots: Tensor, distances: Tensor | None = None) -> Experiences:
         """Return copies of the items in ``slots``, int64 of any shape."""
         fields = {name: column[slots] for name, column in self.columns.items()}
-        return Experiences(fields, slots, self.generations(slots), distances)
+        if self.ragged:
+            fields = _ragged.trimmed(fields, self.ragged)
+        return Experiences(fields, slots, self.generations(slots), distances, self.ragged)
 
     def of_task(self, where: str, task: int) -> Experiences:
         """Return copies of the items of one task, oldest first. Raises ValueError if there are none."""

@@ -132,17 +132,20 @@ class SchemaRules:
     Attributes:
         state_dim: size of the last dimension of a state or observation; None: any.
         action_dim: size of the last dimension of an action; None: any.
+        ragged: names of the ragged fields, whose first dimension in an item is time.
     """
 
     state_dim: int | None
     action_dim: int | None
+    ragged: tuple[str, ...] = ()
 
-    def items(self, where: str, values: Mapping[str, Tensor], schema: Schema) -> dict[str, Tensor]:
+    def items(self, where: str, values: Mapping[str, Tensor], schema: Schema, many: bool = False) -> dict[str, Tensor]:
         """Return the values with a leading dimension of items, checked against the schema.
 
         Args:
             values: the fields that one call of ``add`` got, each of one item or of many; a scalar applies to all items.
             schema: the stored fields. At the first add it is empty, and :meth:`check` checks the schema of the values.
+            many: the values of a first add are those of many items; otherwise their shapes decide.
 
         Raises:
             TypeError, ValueError: as :meth:`ExperienceBuffer.add`.
@@ -159,7 +162,7 @@ class SchemaRules:
             many = extra == 1
         else:
             self._check_names(where, values)
-            many = self._first_is_many(where, values)
+            many = many or self._first_is_many(where, values)
             wanted_fields = _item_schema(values, many)
             self.check(where, wanted_fields)
             deciding = _deciding_field(_item_schema(values, many=False), values)
@@ -192,6 +195,8 @@ class SchemaRules:
         for name in ("state", "observation"):
             if name in schema and self.state_dim is not None and schema[name].shape[-1:] != (self.state_dim,):
                 raise_shape_error(name, f"({self.state_dim},) or (time, {self.state_dim})")
+            if name in schema and self.state_dim is not None and name in self.ragged and len(schema[name].shape) != 2:
+                raise_shape_error(name, f"(time, {self.state_dim}), because it is ragged")
         steps = self._steps(schema) if "state" in schema else ()
         for name in ("action", "reward"):
             if name in schema and schema[name].shape[: len(steps)] != steps:
@@ -227,6 +232,10 @@ class SchemaRules:
         """Return whether the values of a first add are many items, by the rules of :meth:`ExperienceBuffer.add`."""
         if "context_embedding" in values:  # rule 1
             return values["context_embedding"].dim() > 1
+        if self.ragged:
+            sequences = (values[n] for n in ("state", "observation") if n in self.ragged and n in values)
+            many = self.state_dim is not None and any(value.dim() == 3 for value in sequences)
+            return many or any(values[name].dim() for name in ("task", "priority") if name in values)
         arrays = {name: value for name, value in values.items() if value.dim()}
         vectors = {name: value for name, value in arrays.items() if value.dim() == 1}
         scalars = values.keys() - arrays.keys() - {"task", "priority"}

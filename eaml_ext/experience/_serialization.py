@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from eaml_ext import _check, checkpoint
+from eaml_ext.experience import _ragged
 from eaml_ext.experience._draws import Draws
 from eaml_ext.experience._memmap import MemmapDirectory
 from eaml_ext.experience._options import BufferOptions
@@ -32,6 +33,7 @@ def state_dict(where: str, storage: RingStorage, draws: Draws) -> dict[str, Any]
         if storage.num_slots != storage.capacity:
             slots = storage.from_memory_slots(torch.arange(len(storage)))
         return {
+            **({"ragged": list(storage.ragged)} if storage.ragged else {}),
             "capacity": storage.capacity,
             "written": storage.written,
             "cleared": storage.cleared,
@@ -43,12 +45,14 @@ def state_dict(where: str, storage: RingStorage, draws: Draws) -> dict[str, Any]
 
 def load_state_dict(where: str, storage: RingStorage, draws: Draws, rules: SchemaRules, state: Any) -> None:
     """Replace the content of ``storage`` and ``draws``. Errors are those of the buffer's method of this name."""
-    wanted = {"capacity", "written", "cleared", "generator", "fields"}
+    wanted = {"capacity", "written", "cleared", "generator", "fields"} | ({"ragged"} if storage.ragged else set())
     if not isinstance(state, dict) or set(state) - {"stream"} != wanted:  # files of 0.1 have no stream
         raise ValueError(f"{where}: state must be a dict with the entries {', '.join(sorted(wanted))}")
     capacity = storage.capacity
     if state["capacity"] != capacity:
         raise ValueError(f"{where}: the state is of capacity {state['capacity']}, the buffer of {capacity}")
+    if list(state.get("ragged", [])) != list(storage.ragged):
+        raise ValueError(f"{where}: the state has the ragged fields {state['ragged']}, wanted {[*storage.ragged]}")
     written, cleared = (_check.integer(where, name, state[name], 0, 2**62) for name in ("written", "cleared"))
     if cleared > written or cleared % capacity:
         raise ValueError(f"{where}: cleared must be a multiple of {capacity} up to {written}, got {cleared}")
@@ -58,6 +62,7 @@ def load_state_dict(where: str, storage: RingStorage, draws: Draws, rules: Schem
     count = min(written - cleared, capacity)
     fields: dict[str, Tensor] = state["fields"]
     _check_fields(where, fields, count, rules)
+    _ragged.check_columns(where, fields, storage.ragged, storage.max_length)
     generator = torch.Generator()
     try:
         generator.set_state(state["generator"].cpu())
@@ -65,10 +70,14 @@ def load_state_dict(where: str, storage: RingStorage, draws: Draws, rules: Schem
         raise ValueError(f"{where}: generator is not the state of a CPU generator ({error})") from None
     with storage.lock:
         storage.check_writable(where)
-        storage.replace(storage.allocate(schema_of(fields)), written, cleared)
+        schema = schema_of(fields)
+        if fields and storage.max_length is not None:
+            schema = _ragged.with_length(schema, storage.ragged, storage.max_length)
+        storage.replace(storage.allocate(schema), written, cleared)
         slots = storage.from_memory_slots(torch.arange(count, device=storage.device))
         for name, value in fields.items():
-            storage.columns[name][slots] = value.detach().to(storage.device)
+            stored = _ragged.padded(value, schema[name].shape[0]) if name in storage.ragged else value
+            storage.columns[name][slots] = stored.detach().to(storage.device)
         draws.generator, draws.worker_seed = generator, worker_seed
         if storage.files is not None:
             storage.flush()  # replaces the old files
@@ -138,6 +147,7 @@ def attach_directory(
         raise ValueError(f"{where}: {files.path} has numbers that do not go together: {text}")
     columns = files.attach(where, shapes)
     rules.check(where, schema_of(columns))
+    _ragged.check_columns(where, columns, storage.ragged, storage.max_length, shortest=0)  # 0: a slot not yet used
     storage.attach(files, slots, columns, written, cleared)
 
 

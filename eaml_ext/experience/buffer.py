@@ -10,18 +10,19 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from eaml_ext import _check, checkpoint
-from eaml_ext.experience import _schema, _serialization
+from eaml_ext import _check
+from eaml_ext.experience import _ragged, _schema, _serialization
 from eaml_ext.experience._draws import Draws
 from eaml_ext.experience._index import KeyIndex
 from eaml_ext.experience._memmap import MemmapDirectory
 from eaml_ext.experience._options import BufferOptions, checked_device, checked_seed
+from eaml_ext.experience._persistent import PersistentBuffer
 from eaml_ext.experience._ring import RingStorage
 from eaml_ext.experience._weights import draw_by_weight, has_weights, set_priority
 from eaml_ext.experience.experiences import Experiences
 
 
-class ExperienceBuffer:
+class ExperienceBuffer(PersistentBuffer):
     """A memory of the last ``capacity`` experiences, of fixed size, on one device.
 
     The first add fixes the schema (names, shapes and dtypes of the fields) and allocates the memory. Each later add
@@ -34,6 +35,11 @@ class ExperienceBuffer:
     ``w = p · 2^(-age / H)``. The age is the number of items added since. The logarithm is a bias of every search:
     ``distance = ‖q − key‖² − log w``, or ``1 − cosine − log w``, in the dtype of the embeddings. A weight that is e
     times larger thus offsets one unit of distance. :meth:`get_batch` can draw in proportion to the weights.
+
+    *Ragged fields.* The fields in ``ragged`` are sequences ``(time, ...)`` whose length differs from item to item. All
+    ragged fields of one item have the same length. Many items are added as lists of sequences, one list per field.
+    What a buffer returns is padded with zeros to the longest item of the result, and has two more fields: ``lengths``
+    and ``mask``, which marks the steps. ``batch`` passes the mask to the Adapter, whose loss leaves the padding out.
 
     *On disk.* With ``directory`` the fields are memory-mapped files there, for memories larger than RAM. All items
     added before the last :meth:`flush` survive a crash bit for bit, and :meth:`open` continues from them. Items added
@@ -59,6 +65,9 @@ class ExperienceBuffer:
         age_half_life: number of later items that halve the weight of an item; None: age does not count.
         directory: directory of the memory-mapped files, which must not hold a buffer yet. It is created if it does not
             exist, and disk space is allocated at the first add. None: the data are in memory.
+        ragged: names of ragged fields, one or several.
+        max_length: longest sequence of the ragged fields, for which memory is allocated at the first add. None: any
+            length; a longer sequence than all before copies the ragged fields (on disk, all fields) to larger memory.
 
     Raises:
         TypeError, ValueError: an argument is out of its range.
@@ -81,6 +90,16 @@ class ExperienceBuffer:
     >>> batch = pairs.get_batch(16).batch()
     >>> batch["states"].shape, batch["targets"].shape
     (torch.Size([16, 4]), torch.Size([16, 1]))
+
+    Episodes of any length, added as one item and as a list of two:
+
+    >>> episodes = ExperienceBuffer(1000, state_dim=4, seed=0, ragged=("state", "next_state"))
+    >>> episodes.add(state=torch.randn(9, 4), next_state=torch.randn(9, 4), task=0)
+    >>> states, nexts = ([torch.randn(steps, 4) for steps in (5, 7)] for _ in range(2))
+    >>> episodes.add(state=states, next_state=nexts, task=1)
+    >>> found = episodes.of_task(1)
+    >>> found.lengths.tolist(), {name: tuple(value.shape) for name, value in found.batch().items()}
+    ([5, 7], {'states': (2, 7, 4), 'targets': (2, 7, 4), 'mask': (2, 7)})
 
     With priorities, on disk:
 
@@ -106,19 +125,24 @@ class ExperienceBuffer:
         metric: str = "sqeuclidean",
         age_half_life: float | None = None,
         directory: str | os.PathLike[str] | None = None,
+        ragged: str | Sequence[str] = (),
+        max_length: int | None = None,
     ):
         where = "ExperienceBuffer"
-        options = BufferOptions.checked(where, capacity, state_dim, action_dim, metric, age_half_life)
-        self.capacity, self.state_dim, self.action_dim, self.metric, self.age_half_life = options
+        sizes, search = (capacity, state_dim, action_dim), (metric, age_half_life)
+        options = BufferOptions.checked(where, *sizes, *search, ragged, max_length)
+        self.capacity, self.state_dim, self.action_dim = capacity, state_dim, action_dim = options[:3]
+        self.metric, self.age_half_life, self.ragged, self.max_length = options[3:]
         seed = checked_seed(where, seed)
         self.device = checked_device(where, device)
         if directory is not None and self.device.type != "cpu":
             raise ValueError(f"{where}: a buffer on disk (directory) lives on the cpu, got device {self.device}")
         files = None if directory is None else MemmapDirectory(where, directory, create=True)
         self._draws = Draws(seed)
-        self._rules = _schema.SchemaRules(self.state_dim, self.action_dim)
+        self._rules = _schema.SchemaRules(self.state_dim, self.action_dim, self.ragged)
         flush_state = partial(_serialization.flush_state, self._draws, options)
-        self.storage = RingStorage(self.capacity, self.device, files, flush_state)  # not public: for eaml_ext only
+        parts = self.capacity, self.device, files, flush_state
+        self.storage = RingStorage(*parts, self.ragged, self.max_length)  # not public: for eaml_ext only
         self._index = KeyIndex(self.storage, metric, self.age_half_life)
         if files is not None:
             self.storage.flush()
@@ -148,6 +172,9 @@ class ExperienceBuffer:
         7. Arrays of three dimensions and one shape beside a scalar mean one item, such as an image.
         8. Arrays of different leading sizes beside a scalar mean one item, unless two of them are matrices.
 
+        With ragged fields, other rules follow the first. A list of sequences means many items, and so does a vector of
+        ``task`` or ``priority``. With ``state_dim``, a ragged state of three dimensions does. All else is one item.
+
         Other shapes, for instance four dimensions beside a scalar, raise a ValueError. To avoid it, give every array a
         leading dimension, which is 1 for one item.
 
@@ -158,7 +185,9 @@ class ExperienceBuffer:
 
         Args:
             observation, target: the values of these two fields, by position.
-            fields: name to value, ``(*item shape)`` for one item, ``(n, *item shape)`` for many.
+            fields: name to value, ``(*item shape)`` for one item, ``(n, *item shape)`` for many. A ragged field is
+                ``(time, ...)`` for one item; for many it is a list of n arrays ``(time_i, ...)``, or ``(n, time, ...)``
+                where all have one length.
 
         Raises:
             TypeError: a value is no tensor, or of another dtype.
@@ -185,12 +214,12 @@ class ExperienceBuffer:
             raise TypeError(f"{where}: there is nothing to add, give (observation, target) or fields by name")
         with storage.lock, torch.no_grad():
             storage.check_writable(where)
-            schema = storage.schema
-            values = {
-                name: _schema.as_field(where, name, value, schema[name].dtype if name in schema else None, self.device)
-                for name, value in fields.items()
-            }
-            storage.write(self._rules.items(where, values, schema))
+            values, lengths = _ragged.convert(where, fields, self.ragged, storage.schema, self.device)
+            schema = _ragged.call_schema(storage.schema, self.ragged, values)
+            items = self._rules.items(where, values, schema, many=lengths is not None)
+            if self.ragged:
+                items = _ragged.with_lengths(where, items, lengths, self.ragged, self.max_length)
+            storage.write(items)
 
     def clear(self) -> None:
         """Drop all items, and flush if on disk. Schema and memory remain, and all earlier indices are stale."""
@@ -359,93 +388,3 @@ class ExperienceBuffer:
         options = f", metric={self.metric}, device={self.device}{age}"
         options += "" if files is None else f", directory={files.path}"
         return f"ExperienceBuffer({count} of {self.capacity}{fields}{options})"
-
-    def flush(self) -> None:
-        """Write unwritten items and the generator of a buffer on disk, so that both survive a crash.
-
-        Raises:
-            ValueError: the buffer lives in memory (``save`` writes it to a file), or is closed.
-        """
-        where = "ExperienceBuffer.flush"
-        with self.storage.lock:
-            if self.storage.files is None:
-                raise ValueError(f"{where}: the buffer lives in memory, there is no directory to flush to")
-            self.storage.check_writable(where)
-            self.storage.flush()
-
-    def close(self) -> None:
-        """Flush a buffer on disk and close its files. Afterwards it is empty, and :meth:`add` raises a ValueError.
-
-        In a forked process it closes the files of that process and flushes nothing.
-        """
-        with self.storage.lock:
-            self.storage.close()
-            self._index.reset()
-
-    @classmethod
-    def open(cls, directory: str | os.PathLike[str]) -> ExperienceBuffer:
-        """Return the buffer that was made with this ``directory``, as of its last flush. No code in files is executed.
-
-        Raises:
-            FileNotFoundError: there is no buffer.
-            BlockingIOError: another buffer, here or in another process, has the directory open.
-            ValueError: its files are damaged.
-            TypeError: ``directory`` is not a path.
-        """
-        where = "ExperienceBuffer.open"
-        files = MemmapDirectory(where, directory)
-        try:
-            tensors, metadata = files.load(where)
-            with checkpoint.content_errors(where, files.path):
-                buffer = cls(**BufferOptions.from_file(metadata["options"])._asdict(), seed=0)
-                parts = buffer.storage, buffer._draws, buffer._rules
-                _serialization.attach_directory(where, *parts, files, tensors, metadata)
-        except BaseException:
-            files.close()
-            raise
-        return buffer
-
-    def state_dict(self) -> dict[str, Any]:
-        """Return copies of items, counters and generator, which determine the results of all later calls."""
-        return _serialization.state_dict("ExperienceBuffer.state_dict", self.storage, self._draws)
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Load a state that :meth:`state_dict` returned. Later calls return the same as on the saved buffer.
-
-        Raises:
-            ValueError: the capacity differs, an entry is missing, or the fields do not fit together or with
-                ``state_dim`` and ``action_dim``, or hold values that are invalid in :meth:`add`.
-            TypeError: a counter is no integer, or a field no tensor.
-            In both cases nothing has been modified.
-        """
-        where = "ExperienceBuffer.load_state_dict"
-        with self.storage.lock:
-            _serialization.load_state_dict(where, self.storage, self._draws, self._rules, state)
-            self._index.reset()
-
-    def save(self, path: str | os.PathLike[str]) -> None:
-        """Write the buffer to a file (safetensors), atomically. A buffer on disk is copied to memory first."""
-        _serialization.save(path, self.state_dict(), BufferOptions.of(self))
-
-    @classmethod
-    def load(cls, path: str | os.PathLike[str], device: torch.device | str = "cpu") -> ExperienceBuffer:
-        """Return the buffer that :meth:`save` wrote, in memory, on ``device``. No code in the file is executed.
-
-        Raises:
-            FileNotFoundError: there is no such file.
-            ValueError: the file is damaged or holds something else.
-        """
-        tensors, metadata = checkpoint.load(path, kind=_serialization.KIND)
-        with checkpoint.content_errors("ExperienceBuffer.load", path):
-            state, options = _serialization.from_file(tensors, metadata)
-            buffer = cls(**options._asdict(), device=device, seed=0)
-            buffer.load_state_dict(state)
-        return buffer
-
-    def __getstate__(self) -> dict[str, Any]:  # a copy of a buffer on disk lives in memory
-        options = {**BufferOptions.of(self)._asdict(), "device": str(self.device)}
-        return _serialization.to_pickle(self.state_dict(), options)
-
-    def __setstate__(self, pickled: dict[str, Any]) -> None:
-        self.__init__(**pickled["options"], seed=0)  # type: ignore[misc]
-        self.load_state_dict(_serialization.from_pickle(pickled))

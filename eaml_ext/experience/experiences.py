@@ -27,6 +27,8 @@ class Experiences:
         generations: int64 ``(n,)``, the number of times each slot had been reused. An index and a generation together
             identify one item permanently.
         distances: ``(n,)``, ascending, after a search; if the buffer has weights, minus the log-weights. Else None.
+        ragged: names of the ragged fields, ``(n, time, ...)`` with zeros after each item's last step. With them there
+            are two more fields: ``lengths``, int64 ``(n,)``, and ``mask``, bool ``(n, time)``, True at steps.
 
     >>> import torch
     >>> from eaml_ext.experience import ExperienceBuffer
@@ -40,13 +42,21 @@ class Experiences:
     (torch.Size([5, 3]), torch.Size([5, 2]))
     """
 
+    ragged: tuple[str, ...] = ()  # of the class too, so that no field can have this name
+
     def __init__(
-        self, fields: dict[str, Tensor], indices: Tensor, generations: Tensor, distances: Tensor | None = None
+        self,
+        fields: dict[str, Tensor],
+        indices: Tensor,
+        generations: Tensor,
+        distances: Tensor | None = None,
+        ragged: Sequence[str] = (),
     ):
         self.fields = fields
         self.indices = indices
         self.generations = generations
         self.distances = distances
+        self.ragged = tuple(ragged)
 
     def __getattr__(self, name: str) -> Tensor:
         fields: dict[str, Tensor] = self.__dict__.get("fields", {})
@@ -64,6 +74,7 @@ class Experiences:
             self.indices[index],
             self.generations[index],
             None if self.distances is None else self.distances[index],
+            self.ragged,
         )
 
     def __iter__(self) -> Iterator[Experiences]:
@@ -76,6 +87,9 @@ class Experiences:
     def batch(self, states: Selector | None = None, targets: Selector | None = None) -> dict[str, Tensor]:
         """Return a batch for the Adapter: ``{"states": (n, ...), "targets": (n, ...)}``.
 
+        Where the targets are ragged, it also has the entry ``mask``, ``(n, time)``: the Adapter's loss then leaves out
+        the steps after the last of each item. A function's result counts as ragged if its shape begins with (n, time).
+
         Args:
             states: a selector, which is the name of a stored field, several names, or a function of the experiences
                 that returns a tensor. Several fields are concatenated along the last dimension in the dtype of the
@@ -87,10 +101,13 @@ class Experiences:
             ValueError: a field is not stored, or a function returned another number of items.
             TypeError: a function did not return a tensor.
         """
-        return {
+        batch = {
             "states": self._select("states", states, ("state", "observation")),
             "targets": self._select("targets", targets, ("next_state", "target")),
         }
+        if self.ragged and self._is_ragged(targets, batch["targets"]):
+            batch["mask"] = self.fields["mask"]
+        return batch
 
     def attention(self, temperature: float = 1.0) -> Tensor:
         """Return ``softmax(-distances / temperature)`` over the items: ``(n,)``, or ``(queries, n)``.
@@ -140,6 +157,16 @@ class Experiences:
             )
         weights = weights.to(chosen.dtype).reshape(*weights.shape, *[1] * (chosen.dim() - weights.dim()))
         return (weights * chosen).sum(self.indices.dim() - 1)
+
+    def _is_ragged(self, targets: Selector | None, value: Tensor) -> bool:
+        """Return whether selected targets have a time dimension that the mask describes."""
+        if callable(targets):
+            mask = self.fields["mask"]
+            return value.shape[: mask.dim()] == mask.shape
+        names = [targets] if isinstance(targets, str) else targets
+        if names is None:
+            names = ["next_state" if "next_state" in self.fields else "target"]
+        return any(name in self.ragged for name in names)
 
     def _select(
         self, argument: str, selector: Selector | None, default: tuple[str, str], where: str = "Experiences.batch"

@@ -1,7 +1,8 @@
 """Strategies that choose the experience to adapt on: each returns a ``retriever(buffer, batch) -> dict | None``.
 
 A retriever receives the buffer and the Adapter's batch, and returns ``{"states", "targets"}``, or None if it finds no
-items. An optional entry ``"weights"``, of shape ``(n,)``, weights the losses of the items. The arguments ``states`` and
+items. An optional entry ``"weights"``, of shape ``(n,)``, weights the losses of the items. An entry ``"mask"``,
+``(n, time)``, which ragged targets have, limits the losses to the steps where it is True. The arguments ``states`` and
 ``targets`` of the strategies are passed to ``Experiences.batch``. All strategies but ``uniform`` leave out experiences
 of ``batch["task"]``, if it is given. The items come from one state of the buffer, even if other threads write to it at
 the same time. A retriever can be pickled if its selectors can.
@@ -317,8 +318,8 @@ def _best_fit(
     with buffer.storage.lock:
         stored = set(_stored_tasks(buffer).tolist())
         parts = [buffer.of_task(task) for task in islice((task for task in ranked if task in stored), num_tasks)]
-    batches = [part.batch(states, targets) for part in parts]
-    return {name: torch.cat([part[name] for part in batches]) for name in ("states", "targets")} if batches else None
+        found = buffer.get(torch.cat([part.indices for part in parts])) if parts else None
+    return None if found is None else found.batch(states, targets)
 
 
 def _stored_tasks(buffer: ExperienceBuffer) -> Tensor:

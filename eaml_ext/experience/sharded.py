@@ -14,7 +14,7 @@ from torch import Tensor
 
 from eaml_ext import _check, checkpoint
 from eaml_ext.distributed import Group
-from eaml_ext.experience import _records
+from eaml_ext.experience import _ragged, _records
 from eaml_ext.experience._index import check_query
 from eaml_ext.experience._options import BufferOptions
 from eaml_ext.experience._schema import FieldSpec, dtype_name, dtype_of_name, task_ids
@@ -63,6 +63,7 @@ class ShardedExperienceBuffer:
             has spare slots (see ExperienceBuffer), so that items at equal distances may have another order.
         state_dim, action_dim, device, seed, metric, age_half_life: as of :class:`ExperienceBuffer`; ``age_half_life``
             counts the items of all ranks. All but ``device`` and ``seed`` are equal on all ranks.
+        ragged, max_length: as of :class:`ExperienceBuffer`; ragged fields need a ``max_length``.
 
     Attributes:
         local: this rank's shard, an ExperienceBuffer with methods such as ``get_batch``, ``set_priority``, ``flush``.
@@ -91,13 +92,18 @@ class ShardedExperienceBuffer:
         metric: str = "sqeuclidean",
         age_half_life: float | None = None,
         directory: str | os.PathLike[str] | None = None,
+        ragged: str | Sequence[str] = (),
+        max_length: int | None = None,
     ):
         where = "ShardedExperienceBuffer"
         self._set_group(where, group)
         capacity = _check.positive(where, "capacity", capacity, integer=True)
         if capacity % group.size:
             raise ValueError(f"{where}: capacity must be a multiple of the {group.size} ranks, got {capacity}")
+        if ragged and max_length is None:
+            raise ValueError(f"{where}: ragged fields need a max_length, which makes items of all ranks equally large")
         options: dict[str, Any] = {"metric": metric, "age_half_life": age_half_life, "device": device, "seed": seed}
+        options |= {"ragged": ragged, "max_length": max_length}
         if directory is not None:
             options["directory"] = self._shard_path(where, directory)
         self._set_local(ExperienceBuffer(capacity // group.size, state_dim, action_dim, **options))
@@ -308,7 +314,9 @@ class ShardedExperienceBuffer:
                 values = values + age_cost(newest - origin, local.age_half_life)
         row = torch.arange(count, device=local.device).unsqueeze(1)
         fields = {name: value[row, chosen] for name, value in fields.items()}
-        return Experiences(fields, indices[row, chosen], generations[row, chosen], values)
+        if storage.ragged:
+            fields = _ragged.trimmed(fields, storage.ragged)
+        return Experiences(fields, indices[row, chosen], generations[row, chosen], values, storage.ragged)
 
     # ------------------------------------------------------------------------------------------------- storing
 

@@ -7,6 +7,7 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from eaml_ext import _check
@@ -87,14 +88,31 @@ def check_sequence_support(
 ) -> None:
     """Raise TypeError if a set of a task consists of sequences, but the model takes no lengths or its loss no mask."""
     for task, loss_fn in zip(tasks, loss_fns, strict=True):
-        if all(isinstance(part, Tensor) for part in task):
-            continue
-        if "lengths" not in inspect.signature(model.forward).parameters:
-            kind = type(model).__name__
-            raise TypeError(f"{where}: sets of sequences need a model called as model(x, lengths=lengths), got {kind}")
-        if not isinstance(loss_fn, MaskedLoss):
-            kind = getattr(loss_fn, "__name__", type(loss_fn).__name__)
-            raise TypeError(f"{where}: sets of sequences need a MaskedLoss as loss_fn, got {kind}")
+        if not all(isinstance(part, Tensor) for part in task):
+            _check_takes_lengths(where, model, loss_fn)
+
+
+def check_mask(where: str, mask: Any, x: Tensor, model: nn.Module, loss_fn: LossFn) -> None:
+    """Raise unless ``mask`` is ``(n,)`` or ``(n, time)`` of ``x``, bool, and model and loss take it."""
+    _check.tensor(where, "mask", mask)
+    _check.dtype(where, "mask", mask, (torch.bool,))
+    _check.device(where, "mask", mask, x.device, "support_x")
+    if mask.dim() not in (1, 2) or mask.shape != x.shape[: mask.dim()]:
+        got, wanted = tuple(mask.shape), tuple(x.shape[:2])
+        raise ValueError(f"{where}: mask must have shape (n,) or (n, time) = {wanted}, got {got}")
+    if mask.dim() == 2:
+        _check_takes_lengths(where, model, loss_fn)
+    elif not isinstance(loss_fn, MaskedLoss):
+        raise TypeError(f"{where}: a mask needs a MaskedLoss as loss_fn, got {type(loss_fn).__name__}")
+
+
+def _check_takes_lengths(where: str, model: nn.Module, loss_fn: LossFn) -> None:
+    if "lengths" not in inspect.signature(model.forward).parameters:
+        kind = type(model).__name__
+        raise TypeError(f"{where}: sets of sequences need a model called as model(x, lengths=lengths), got {kind}")
+    if not isinstance(loss_fn, MaskedLoss):
+        kind = getattr(loss_fn, "__name__", type(loss_fn).__name__)
+        raise TypeError(f"{where}: sets of sequences need a MaskedLoss as loss_fn, got {kind}")
 
 
 def check_support(where: str, new_task_data: Any) -> tuple[DataSet, DataSet]:

@@ -15,6 +15,7 @@ from eaml_ext.meta._types import LossFn, Params
 from eaml_ext.meta._validation import check_loss_fn, check_scalar
 from eaml_ext.meta.functional import outside_inference_mode, recordable
 from eaml_ext.meta.maml import MetaMAML
+from eaml_ext.meta.masked_loss import MaskedLoss, apply_loss
 
 
 class AdaptedTaskModels:
@@ -28,7 +29,8 @@ class AdaptedTaskModels:
     Args:
         maml: its model and inner loop are used, as they are at that time.
         buffer: holds the past tasks, with a field ``task``.
-        loss_fn: ``(prediction, target) -> scalar``, for the adaptation and the score.
+        loss_fn: ``(prediction, target) -> scalar``, for the adaptation and the score; a :class:`MaskedLoss` where the
+            targets are a ragged field of the buffer. The model then takes ``lengths``, as of :class:`MetaMAML`.
         num_steps: steps of the inner loop; None: ``maml.inner_steps``.
         states, targets: arguments of ``Experiences.batch``.
         length: skip tasks with another number of items, because the ring has overwritten some; None: take all.
@@ -98,11 +100,13 @@ class AdaptedTaskModels:
         Args:
             buffer: the one that the models were made from.
             tasks: ``(n,)``, integer, ids of tasks.
-            batch: has "states", ``(batch, ...)``, and "targets", ``(batch, ...)``.
+            batch: has "states", ``(batch, ...)``, and "targets", ``(batch, ...)``; a MaskedLoss also gets its
+                "mask".
         """
         if buffer is not self._buffer:
             raise ValueError("AdaptedTaskModels.score: buffer is another than the one these models were made from")
         x, y = recordable((batch["states"], batch["targets"]))
+        mask = batch.get("mask") if isinstance(self._loss_fn, MaskedLoss) else None
         numbers = tasks.tolist()
         before = self._models
         models = self._extended(before, self._parts([task for task in numbers if task not in before[0]]))
@@ -113,7 +117,8 @@ class AdaptedTaskModels:
             return torch.full((len(numbers),), torch.inf, device=tasks.device)
 
         def loss(params: Params) -> Tensor:
-            return check_scalar("AdaptedTaskModels.score", self._loss_fn(self._maml.call(params, x), y))
+            loss = apply_loss(self._loss_fn, self._maml.call(params, x), y, mask)
+            return check_scalar("AdaptedTaskModels.score", loss)
 
         with torch.no_grad():
             losses = self._batching.run(partial(self._map, loss, [past]), x.device)
@@ -154,15 +159,16 @@ class AdaptedTaskModels:
         tasks, batches = list(parts), [part.batch(**self._select) for part in parts.values()]
         start = {name: p.detach() for name, p in self._maml.parameters().items()}
 
-        def adapt(x: Tensor, y: Tensor) -> Params:
-            return self._maml.adapt_params(start, x, y, self._loss_fn, self._num_steps)
+        def adapt(x: Tensor, y: Tensor, mask: Tensor | None = None) -> Params:
+            return self._maml.adapt_params(start, x, y, self._loss_fn, self._num_steps, mask=mask)
 
         if params and parts and set(params) != set(start):
             raise ValueError(
                 "AdaptedTaskModels: parameters were frozen or unfrozen after the last update: call update again"
             )
-        for bucket in buckets(len(part) for part in parts.values()):
-            data = stack([(batches[i]["states"], batches[i]["targets"]) for i in bucket])
+        for bucket in buckets(batch["targets"].shape[: 2 if "mask" in batch else 1] for batch in batches):
+            names = [name for name in ("states", "targets", "mask") if name in batches[bucket[0]]]
+            data = stack([[batches[i][name] for name in names] for i in bucket])
             with torch.no_grad():
                 adapted = self._batching.run(partial(self._map, adapt, data), data[0].device)
             for name, new in adapted.items():

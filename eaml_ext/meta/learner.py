@@ -132,7 +132,8 @@ class MetaLearner(nn.Module):
             context, support_set: as in :meth:`adapt`.
             experiences: what ``ExperienceBuffer.retrieve`` returned for one query; k = 0 is plain adaptation. Its field
                 ``state`` is ``(k, input_dim)`` or ``(k, time, input_dim)``. Its field ``action`` is ``(k, output_dim)``
-                or ``(k, time, output_dim)``; integer actions without the last dimension become one-hot.
+                or ``(k, time, output_dim)``; integer actions without the last dimension become one-hot. Steps of
+                ragged fields after each item's last are left out.
         """
         return self._batching.run(
             lambda batch: self._adapt_with_experience(batch, context, support_set, experiences),
@@ -268,7 +269,12 @@ class MetaLearner(nn.Module):
         if distances is not None:
             weights = torch.exp(-distances.to(state.dtype) / self.log_temperature.exp())
         steps = state[0].numel() // self.input_dim if len(state) else 1
-        return state.reshape(-1, self.input_dim), action.reshape(-1, self.output_dim), weights.repeat_interleave(steps)
+        weights = weights.repeat_interleave(steps)
+        pairs = state.reshape(-1, self.input_dim), action.reshape(-1, self.output_dim), weights
+        if "state" not in experiences.ragged:
+            return pairs
+        inputs, targets, weights = (x[experiences.mask.flatten()] for x in pairs)
+        return inputs, targets, weights
 
     def _check_inputs(self, where: str, name: str, value: Any) -> None:
         _check.tensor(where, name, value)

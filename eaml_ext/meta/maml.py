@@ -24,6 +24,7 @@ from eaml_ext.meta._validation import (
     check_buffers_constant,
     check_loss_fn,
     check_loss_fns,
+    check_mask,
     check_model,
     check_pair,
     check_parameters,
@@ -250,6 +251,8 @@ class MetaMAML:
         check_sequence_support(where, [(support_x, support_y)], self.model, [loss_fn])
         if not (isinstance(support_x, Tensor) and isinstance(support_y, Tensor)):
             support_x, support_y, mask = pad_set(support_x, support_y)
+        elif mask is not None:
+            check_mask(where, mask, support_x, self.model, loss_fn)
         params, x, y = recordable((params, support_x, support_y))
         with twice_differentiable_attention(not self.first_order and torch.is_grad_enabled()):
             return inner.adapt(params, self.inner_lrs, x, y, loss_fn, mask)

@@ -158,10 +158,10 @@ def test_update_concurrent_readers_get_old_or_new_models_only():
     batch, tasks = now(1.0), buffer.tasks()
     wanted, adapt, seen = models.score(buffer, tasks, batch), models._maml.adapt_params, []
 
-    def reading(*args):  # as another thread would read, between two steps of the update
+    def reading(*args, **options):  # as another thread would read, between two steps of the update
         if not seen:
             seen.append((sorted(models.tasks), models.params(tasks), models.score(buffer, tasks, batch)))
-        return adapt(*args)
+        return adapt(*args, **options)
 
     before = models.params(tasks)
     models._maml.adapt_params = reading
