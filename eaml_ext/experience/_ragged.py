@@ -94,13 +94,15 @@ def with_lengths(
 
 def call_schema(schema: Schema, ragged: Sequence[str], values: Mapping[str, Tensor]) -> Schema:
     """Return the stored schema with the length of the sequences that a call adds, without the field of lengths."""
+    if not ragged:
+        return schema
     length = None
     for name in ragged:
         if name in schema and name in values:
             time = values[name].dim() - len(schema[name].shape)  # 0 for one item, 1 for many
             length = values[name].shape[time] if time in (0, 1) else None
             break
-    known = {name: spec for name, spec in schema.items() if not ragged or name != LENGTHS}
+    known = {name: spec for name, spec in schema.items() if name != LENGTHS}
     return known if length is None else with_length(known, ragged, length)
 
 

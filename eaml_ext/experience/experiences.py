@@ -134,7 +134,7 @@ class Experiences:
             temperature: of the attention. A small one selects the nearest item, a large one gives all equal weight.
 
         Raises:
-            ValueError: as :meth:`attention` and :meth:`batch`.
+            ValueError: as :meth:`attention` and :meth:`batch`, or the values are ragged.
             TypeError: as :meth:`attention` and :meth:`batch`, or the values are not floating.
 
         Source: the soft read of Graves et al., "Neural Turing machines", 2014, over the k nearest only (Rae et al.,
@@ -155,15 +155,17 @@ class Experiences:
             raise TypeError(
                 f"Experiences.read: values must be floating, got {str(chosen.dtype).removeprefix('torch.')}"
             )
+        if self.ragged and self._is_ragged(values, chosen):
+            raise ValueError("Experiences.read: values must not be ragged, because a mean would include padding")
         weights = weights.to(chosen.dtype).reshape(*weights.shape, *[1] * (chosen.dim() - weights.dim()))
         return (weights * chosen).sum(self.indices.dim() - 1)
 
-    def _is_ragged(self, targets: Selector | None, value: Tensor) -> bool:
-        """Return whether selected targets have a time dimension that the mask describes."""
-        if callable(targets):
+    def _is_ragged(self, selector: Selector | None, value: Tensor) -> bool:
+        """Return whether ``value``, which ``selector`` gave, has a time dimension that the mask describes."""
+        if callable(selector):
             mask = self.fields["mask"]
             return value.shape[: mask.dim()] == mask.shape
-        names = [targets] if isinstance(targets, str) else targets
+        names = [selector] if isinstance(selector, str) else selector
         if names is None:
             names = ["next_state" if "next_state" in self.fields else "target"]
         return any(name in self.ragged for name in names)

@@ -22,6 +22,24 @@ def sequences():
     return buffer, pairs
 
 
+def test_adapter_batch_of_ragged_items_leaves_padding_out():
+    buffer, _ = sequences()
+    model, found = SSM(1, 8, 1), buffer.get_batch(3)
+    with torch.no_grad():
+        wanted = (model(found.observation) - found.target)[found.mask].square().mean()
+    adapter = Adapter(model, AdaptationConfig(lr=0.1, max_steps_per_call=1))
+    assert adapter.adapt(mse_loss, found.batch()) == pytest.approx(float(wanted), rel=1e-5)
+
+
+def test_read_ragged_values_raise():
+    buffer, _ = sequences()
+    found = buffer.retrieve(torch.zeros(1), 2)
+    for values in ("target", lambda e: e.target):
+        with pytest.raises(ValueError, match="values must not be ragged"):
+            found.read(values)
+    assert found.read("context_embedding").shape == (1,)
+
+
 @pytest.mark.parametrize("temperature", [None, 2.0])
 def test_adapter_loss_of_ragged_experience_leaves_padding_out(temperature):
     torch.manual_seed(0)
