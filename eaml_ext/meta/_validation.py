@@ -103,7 +103,8 @@ def check_mask(where: str, mask: Any, x: Tensor, model: nn.Module, loss_fn: Loss
     if mask.dim() == 2:
         _check_takes_lengths(where, model, loss_fn)
     elif not isinstance(loss_fn, MaskedLoss):
-        raise TypeError(f"{where}: a mask needs a MaskedLoss as loss_fn, got {type(loss_fn).__name__}")
+        kind = getattr(loss_fn, "__name__", type(loss_fn).__name__)
+        raise TypeError(f"{where}: a mask needs a MaskedLoss as loss_fn, got {kind}")
 
 
 def _check_takes_lengths(where: str, model: nn.Module, loss_fn: LossFn) -> None:

@@ -190,6 +190,24 @@ def test_adapt_sequences_equal_padded_tensors_with_a_mask():
         torch.testing.assert_close(short[name], alone[name], rtol=1e-12, atol=1e-12)
 
 
+@pytest.mark.parametrize(
+    "model, loss_fn, mask, error, text",
+    [
+        (ssm, LOSS, torch.ones(2, 6), TypeError, "mask must be bool, got float32"),
+        (ssm, LOSS, torch.ones(2, 5).bool(), ValueError, "mask must have shape (n,) or (n, time) = (2, 6), got (2, 5)"),
+        (ssm, mse_loss, torch.ones(2, 6).bool(), TypeError, "need a MaskedLoss as loss_fn, got mse_loss"),
+        (ssm, mse_loss, torch.ones(2).bool(), TypeError, "a mask needs a MaskedLoss as loss_fn, got mse_loss"),
+        (mlp, LOSS, torch.ones(2, 6).bool(), TypeError, "need a model called as model(x, lengths=lengths)"),
+    ],
+    ids=range(5),
+)
+def test_adapt_params_bad_mask_raises_one_sentence(model, loss_fn, mask, error, text):
+    maml, x, y = MetaMAML(model(), 0.1, 1e-3), torch.randn(2, 6, 4).double(), torch.randn(2, 6, 2).double()
+    with pytest.raises(error) as info:
+        maml.adapt_params(maml.parameters(), x, y, loss_fn, mask=mask)
+    assert text in str(info.value) and "\n" not in str(info.value)
+
+
 def test_trainer_sequences_of_other_lengths_train_and_select_a_radius():
     lists, tensors = one_sequence_tasks()
     several = sequences(3, 8, 5)

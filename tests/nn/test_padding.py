@@ -44,6 +44,13 @@ def test_scan_lengths_under_vmap_equal_a_loop(name):
         torch.testing.assert_close((y[i], last[i]), net.scan(x[i], lengths=lengths[i]))
 
 
+def test_forward_lengths_equal_scan():
+    net, x, lengths = SSM(3, 8, 2), torch.randn(2, 5, 3), torch.tensor([2, 5])
+    assert torch.equal(net(x, lengths=lengths), net.scan(x, lengths=lengths)[0])
+    with pytest.raises(ValueError, match=r"x must have shape \(batch, time, 3\), got \(2, 3\)"):
+        net(x[:, 0], lengths=lengths)
+
+
 @pytest.mark.parametrize(
     "lengths, error, text",
     [
