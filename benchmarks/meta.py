@@ -13,6 +13,13 @@ An SSM gets it in four ways:
 - MetaMAML with the fused scan, and the same with compile=True;
 - the scan as a Python loop over steps under vmap;
 - a Python loop over tasks and steps.
+
+Tasks of different lengths (32 engines of 128 to 362 steps, as in C-MAPSS) get it in two ways:
+
+- one launch, padded, with a MaskedLoss;
+- a launch for each length.
+
+Tasks of the mean length, which need no padding, show the cost of padding and of the mask.
 """
 
 import time
@@ -26,16 +33,17 @@ from torch.func import functional_call
 
 from benchmarks.common import flags, medians, write
 from eaml_ext import SSM, MetaMAML
+from eaml_ext.meta import MaskedLoss
 from eaml_ext.ops import selective_scan_reference
 from eaml_ext.tasks import SinusoidTasks
 
 SHAPES = [(8, 50), (8, 200), (32, 50)]  # (tasks, steps)
 
 
-def gradient(maml: MetaMAML, tasks: Any) -> list[Tensor]:
+def gradient(maml: MetaMAML, tasks: Any, loss_fn: Any = F.mse_loss) -> list[Tensor]:
     """The meta-gradient of a batch of tasks, as a meta-update takes it."""
     computation = maml._meta_gradient()
-    grads = computation.run(tasks, [F.mse_loss] * len(tasks))[1]
+    grads = computation.run(tasks, [loss_fn] * len(tasks))[1]
     return [torch.zeros_like(p) if g is None else g for p, g in zip(computation.leaves, grads, strict=True)]
 
 
@@ -140,6 +148,28 @@ def ssm(shape: tuple[int, int], seconds: float) -> dict[str, float]:
     return {**medians(functions, seconds=seconds), "compilation": compilation}
 
 
+# --- tasks of different lengths --------------------------------------------------------------------------------------
+
+
+def ragged(seconds: float) -> dict[str, float]:
+    """Median seconds of each way: next-step prediction of 14 sensors, a support and a query half of each engine."""
+    lengths = [128 + 234 * i // 31 for i in range(32)]
+    engines = [torch.randn(1, steps, 14) for steps in lengths]
+    halves = [(e[:, : e.shape[1] // 2 + 1], e[:, e.shape[1] // 2 :]) for e in engines]
+    alone = [tuple(part for half in pair for part in (half[:, :-1], half[:, 1:])) for pair in halves]
+    lists = [tuple([part[0]] for part in task) for task in alone]
+    equal = [tuple(torch.randn(1, sum(lengths) // 64, 14) for _ in range(4)) for _ in lengths]
+    maml, masked = MetaMAML(SSM(14, 32, 14), inner_lr=0.05, outer_lr=1e-3), MaskedLoss(nn.MSELoss(reduction="none"))
+    for ours, other in zip(gradient(maml, lists, masked), gradient(maml, alone), strict=True):
+        torch.testing.assert_close(other, ours, rtol=1e-3, atol=1e-5, msg="padding gives another gradient")
+    functions = {
+        "one launch": lambda: gradient(maml, lists, masked),
+        "launch per length": lambda: gradient(maml, alone),
+        "mean length": lambda: gradient(maml, equal),
+    }
+    return medians(functions, seconds=seconds)
+
+
 def main() -> None:
     arguments = flags(__doc__)
     seconds = 1.0 if arguments.quick else 3.0
@@ -161,9 +191,13 @@ def main() -> None:
                 + f"   (compiled in {row['compilation']:.0f} s)"
                 * (way == "compiled")
             )
+    r = ragged(seconds)
+    print(f"32 engines of 128 to 362 steps, SSM: one launch {1e3 * r['one launch']:.1f} ms,", end="")
+    print(f" {r['launch per length'] / r['one launch']:.1f} times as fast as a launch per length;", end="")
+    print(f" tasks of the mean length take {r['mean length'] / r['one launch']:.2f} of its time")
     if not arguments.quick:
         name = f"meta-{arguments.threads}-thread"
-        print(write(name, {"threads": arguments.threads, "sinusoid": t, "shapes": results}))
+        print(write(name, {"threads": arguments.threads, "sinusoid": t, "shapes": results, "ragged": r}))
 
 
 if __name__ == "__main__":
