@@ -157,14 +157,26 @@ def padded(value: Tensor, length: int, dim: int = 1) -> Tensor:
     return F.pad(value, [0, 0] * (value.dim() - dim - 1) + [0, missing]) if missing else value
 
 
+def gather(columns: Mapping[str, Tensor], ragged: Sequence[str], slots: Tensor) -> dict[str, Tensor]:
+    """Return copies of the items in ``slots``, int64 of any shape, as :func:`trimmed` returns them.
+
+    Steps after the longest of these items are not read, which may be far fewer than the columns have.
+    """
+    longest = _longest(columns[LENGTHS][slots])
+    steps = {name: column[:, :longest] if name in ragged else column for name, column in columns.items()}
+    return trimmed({name: column[slots] for name, column in steps.items()}, ragged)
+
+
 def trimmed(fields: Mapping[str, Tensor], ragged: Sequence[str]) -> dict[str, Tensor]:
     """Return the fields of items, ragged ones without the steps after the longest, and the mask of steps."""
     lengths = fields[LENGTHS]
-    longest = int(lengths.max()) if lengths.numel() else 0
-    result = {
-        name: value.narrow(lengths.dim(), 0, longest) if name in ragged else value for name, value in fields.items()
-    }
+    longest, time = _longest(lengths), lengths.dim()
+    result = {name: value.narrow(time, 0, longest) if name in ragged else value for name, value in fields.items()}
     return {**result, MASK: torch.arange(longest, device=lengths.device) < lengths.unsqueeze(-1)}
+
+
+def _longest(lengths: Tensor) -> int:
+    return int(lengths.max()) if lengths.numel() else 0
 
 
 def _is_list_of_arrays(value: Any) -> bool:

@@ -247,9 +247,10 @@ class RingStorage:
 
     def gather(self, slots: Tensor, distances: Tensor | None = None) -> Experiences:
         """Return copies of the items in ``slots``, int64 of any shape."""
-        fields = {name: column[slots] for name, column in self.columns.items()}
         if self.ragged:
-            fields = _ragged.trimmed(fields, self.ragged)
+            fields = _ragged.gather(self.columns, self.ragged, slots)
+        else:
+            fields = {name: column[slots] for name, column in self.columns.items()}
         return Experiences(fields, slots, self.generations(slots), distances, self.ragged)
 
     def of_task(self, where: str, task: int) -> Experiences:

@@ -86,7 +86,7 @@ class MetaMAML:
             Nichol, Achiam & Schulman 2018). The inner loop uses the support set; the query set is only measured.
         micro_batch: the most tasks that run at once. Gradients are accumulated: less memory, the same result to
             rounding.
-        compile: ``torch.compile`` the inner loop and its outer gradient, once per loss and shape of a bucket. Each
+        compile: ``torch.compile`` the inner loop and its outer gradient, once per loss and shape of a batch. Each
             compilation takes seconds to a minute and is kept, so few losses and shapes pay off. Where compilation
             fails, a RuntimeWarning gives the reason and the usual path runs. Results are equal to rounding. On a GPU
             the kernels are also captured in a CUDA graph, in the second call with equal loss, shapes and settings;

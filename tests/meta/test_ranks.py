@@ -11,7 +11,7 @@ from torch.nn.functional import l1_loss, mse_loss
 
 from eaml_ext import SSM
 from eaml_ext.distributed import RankError
-from eaml_ext.meta import MetaMAML, MetaMAMLTrainer, TaskBatch
+from eaml_ext.meta import MaskedLoss, MetaMAML, MetaMAMLTrainer, TaskBatch
 from eaml_ext.tasks import SinusoidTasks
 
 
@@ -70,6 +70,16 @@ def on_ranks_as_one_process(group, folder):
         assert any((p - q).abs().max() > 1e-3 for p, q in zip(start, one.model.parameters(), strict=True))
         everywhere = group.all_gather(torch.cat([p.detach().flatten() for p in shared.model.parameters()]))
         assert torch.equal(everywhere[0], everywhere[1])
+
+
+def on_ranks_sequences_of_other_lengths_as_one_process(group, folder):
+    loss_fn, options = MaskedLoss(nn.MSELoss(reduction="none")), {"optimizer": torch.optim.SGD}
+    one = MetaMAML(network("ssm"), 0.05, 0.05, **options)
+    shared = MetaMAML(network("ssm"), 0.05, 0.05, **options, group=group)
+    tasks = [tuple(list(part) for part in draw(1, i, time=3 + i)[0]) for i in range(5)]
+    wanted = one.meta_update(tasks, loss_fn)
+    assert shared.meta_update(tasks[:2] if group.rank == 0 else tasks[2:], loss_fn) == pytest.approx(wanted, rel=1e-5)
+    close(shared.model, one.model)
 
 
 def on_ranks_a_parameter_that_is_not_used(group, folder):
