@@ -15,7 +15,7 @@ from eaml_ext.meta._batching import buckets
 from eaml_ext.meta._types import DataSet, LossFn, Task
 from eaml_ext.meta.masked_loss import MaskedLoss
 
-# Most padded rows or steps of a launch for each real one. On a CPU padding costs in proportion, a launch little.
+# Size of a padded launch over the sum of its tasks' own sizes. On a CPU padding costs in proportion, a launch little.
 MAX_PADDING = 2
 
 
@@ -24,7 +24,7 @@ def launches(tasks: Sequence[Task], loss_fns: Sequence[LossFn]) -> list[list[int
 
     Tasks of a launch have one loss, and tensors of equal dtypes and devices. Their shapes are equal too, but with a
     MaskedLoss the sizes of sets and the lengths of sequences may differ. Such tasks are in descending order of size,
-    and a launch has at most ``MAX_PADDING`` times the rows or steps of its tasks.
+    and a launch has at most ``MAX_PADDING`` times the rows or steps that its tasks have, each padded by itself.
     """
     result: list[list[int]] = []
     for bucket in buckets(_key(task, fn) for task, fn in zip(tasks, loss_fns, strict=True)):
@@ -97,17 +97,15 @@ def _split(tasks: dict[int, Task]) -> list[list[int]]:
     volume = {i: sum(map(math.prod, pair)) for i, pair in sizes.items()}
     result: list[list[int]] = []
     largest: list[list[int]] = []
-    real = 0
+    total = 0
     for i in sorted(tasks, key=lambda i: -volume[i]):  # a stable sort: tasks of one size stay in order
         wanted = [[max(pair) for pair in zip(*both, strict=True)] for both in zip(largest, sizes[i], strict=False)]
-        own = _real_size(tasks[i])
-        fits = result and sum(map(math.prod, wanted)) * (len(result[-1]) + 1) <= MAX_PADDING * (real + own)
-        if fits:
+        if result and sum(map(math.prod, wanted)) * (len(result[-1]) + 1) <= MAX_PADDING * (total + volume[i]):
             result[-1].append(i)
-            largest, real = wanted, real + own
+            largest, total = wanted, total + volume[i]
         else:
             result.append([i])
-            largest, real = [[*size] for size in sizes[i]], own
+            largest, total = [[*size] for size in sizes[i]], volume[i]
     return result
 
 
@@ -117,7 +115,3 @@ def _sizes(task: Task) -> tuple[tuple[int, ...], tuple[int, ...]]:
 
 def _size(x: DataSet) -> tuple[int, ...]:
     return (len(x),) if isinstance(x, Tensor) else (len(x), max(map(len, x)))
-
-
-def _real_size(task: Task) -> int:
-    return sum(len(x) if isinstance(x, Tensor) else sum(map(len, x)) for x in (task[0], task[2]))

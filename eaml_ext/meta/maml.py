@@ -250,6 +250,7 @@ class MetaMAML:
         inner = self._inner_loop(where, params, num_steps)
         check_sequence_support(where, [(support_x, support_y)], self.model, [loss_fn])
         if not (isinstance(support_x, Tensor) and isinstance(support_y, Tensor)):
+            check_pair(where, "support", support_x, support_y)
             support_x, support_y, mask = pad_set(support_x, support_y)
         elif mask is not None:
             check_mask(where, mask, support_x, self.model, loss_fn)

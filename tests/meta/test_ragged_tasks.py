@@ -140,6 +140,11 @@ def test_launches_padding_above_twice_the_data_is_split():
         assert sum(t[0].shape[1] + t[2].shape[1] for t in padded) <= 2 * real
 
 
+def test_launches_uneven_sequences_within_a_set_do_not_separate_tasks():
+    tasks = [(*sequences(50 + i, 1, 1, 1), *sequences(9)) for i in range(3)]
+    assert launches(tasks, [LOSS] * 3) == [[2, 1, 0]]
+
+
 def test_launches_other_losses_dtypes_or_widths_do_not_share_one():
     lists, _ = one_sequence_tasks([4, 5, 5, 5])
     other = MaskedLoss(nn.L1Loss(reduction="none"))
@@ -188,6 +193,12 @@ def test_adapt_sequences_equal_padded_tensors_with_a_mask():
     for name, p in adapted.items():
         torch.testing.assert_close(given[name], p, rtol=1e-12, atol=1e-12)
         torch.testing.assert_close(short[name], alone[name], rtol=1e-12, atol=1e-12)
+
+
+def test_adapt_params_sequences_and_a_tensor_raise_one_sentence():
+    maml, (x, _) = MetaMAML(ssm(), 0.1, 1e-3), sequences(3, 4)
+    with pytest.raises(TypeError, match=r"^MetaMAML.adapt_params: support_x must be a torch.Tensor, got list$"):
+        maml.adapt_params(maml.parameters(), x, torch.zeros(2, 4, 2), LOSS)
 
 
 @pytest.mark.parametrize(
