@@ -244,6 +244,27 @@ def test_meta_update_policy_learns_from_episodes_of_other_lengths():
     assert_same_gradient(gradient(maml, tensors, mse_loss), gradient(maml, lists, LOSS))
 
 
+class MeanOverTime(nn.Module):
+    """Not causal: padding has an influence unless the lengths are used."""
+
+    def __init__(self):
+        super().__init__()
+        self.inner, self.outer = nn.Linear(4, 8), nn.Linear(8, 2)
+
+    def forward(self, x, lengths=None):
+        h = self.inner(x).tanh()
+        if lengths is None:
+            return self.outer(h + h.mean(1, keepdim=True))
+        steps = (torch.arange(x.shape[1]) < lengths.unsqueeze(1)).unsqueeze(-1)
+        mean = (h * steps).sum(1, keepdim=True) / lengths.clamp(min=1).view(-1, 1, 1)
+        return self.outer(h + mean)
+
+
+def test_meta_gradient_model_that_is_not_causal_equals_each_task_alone():
+    maml, (lists, tensors) = MetaMAML(MeanOverTime().double(), 0.1, 1e-3), one_sequence_tasks()
+    assert_same_gradient(gradient(maml, tensors, mse_loss), gradient(maml, lists, LOSS))
+
+
 def test_meta_gradient_model_that_vmap_cannot_run_equals_each_task_alone():
     class Branching(nn.Module):
         def __init__(self):
