@@ -198,8 +198,8 @@ class Mamba2(MambaLayer):
                 raise ValueError("Mamba2.scan: reset must be None with learnable_init_states, got a tensor")
             ssm_state = self._initial_state(len(x)) if ssm_state is None else ssm_state
         mlp_gate, mlp, z, x, dt = self.in_proj(x).split(self._in_proj_sizes, dim=-1)
-        x, conv_state = conv1d_scan(self.conv1d, self.d_conv, x, conv_state, reset, lengths)
-        x, B, C = self._split_groups(self.act(x))
+        x, conv_state = conv1d_scan(self.conv1d, self.act, self.d_conv, x, conv_state, reset, lengths)
+        x, B, C = self._split_groups(x)
         delta = self._step_sizes(dt).to(x.dtype)
         if lengths is not None:
             delta = delta.masked_fill(padding_mask(lengths, delta.shape[1]).unsqueeze(-1), 0)
@@ -221,7 +221,7 @@ class Mamba2(MambaLayer):
     def _run_step(self, x: Tensor, conv_state: Tensor, ssm_state: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         mlp_gate, mlp, z, x, dt = self.in_proj(x).split(self._in_proj_sizes, dim=-1)
         conv_state = torch.cat([conv_state[..., 1:].to(x.dtype), x.unsqueeze(-1)], dim=-1)
-        x, B, C = self._split_groups(self.act(conv1d_step(self.conv1d, self.d_conv, conv_state)))
+        x, B, C = self._split_groups(conv1d_step(self.conv1d, self.act, self.d_conv, conv_state))
         delta = self._per_channel(self._step_sizes(dt).to(x.dtype))
         gate = z if self._scan_gates() else None
         A, D = self._decay_and_skip()
