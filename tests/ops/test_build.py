@@ -113,7 +113,10 @@ def kernels(library: str, namespace: str, isa: str, precision: str, kernel: str)
     number = rf"Dv{vector}_{precision}"
     state = rf"N\w*4DualI{number}E" if dual else number
     state = rf"N\w*7ComplexI{state}E" if namespace == "complex_states" else state
-    name, count = rf"{kernel}_blockILb[01]ELb[01]E{state}", 4  # y or the gate; B and C as numbers or as vectors
+    # y or the gate; B and C as numbers or as vectors; as numbers, real states with a decay in common
+    name, count = rf"{kernel}_blockILb[01]ELb[01]ELb[01]E{state}", 4
+    if namespace == "real_states":
+        count = {"forward": 5, "backward": 6}[kernel]
     if eaml_ext.build_info()["compiler"].startswith("clang"):  # clang inlines all of them into the entry
         name, count = rf"{len(kernel)}{kernel}ERK\w*InputsI{precision}E", 1
     names = re.findall(rf"\b\w*{namespace}\w*?{len(isa)}{isa}\w*?{name}\w*", tool("nm", library))

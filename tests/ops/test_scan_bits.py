@@ -50,3 +50,25 @@ def test_step_where_lanes_are_states_gives_bits_of_scan(dim: int, dstate: int) -
             out, state = selective_scan_step(state, *args)
             assert torch.equal(out, y[..., t])
     assert torch.equal(state, last)
+
+
+@pytest.mark.kernels
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+@pytest.mark.parametrize("batch, dim, length, dstate", [(2, 40, 70, 16), (1, 5, 33, 7)])
+def test_scan_decay_shared_by_states_gives_bits_of_materialised_decay(
+    batch: int, dim: int, length: int, dstate: int, dtype: torch.dtype
+) -> None:
+    full = torch.promote_types(dtype, torch.float32)
+    u, delta, z = torch.randn(3, batch, length, dim).to(dtype).mT
+    B, C = torch.randn(2, batch, length, dstate).to(dtype).mT
+    shared = (-torch.rand(dim, 1, dtype=full)).expand(dim, dstate)
+
+    def derivatives(A: torch.Tensor) -> list[torch.Tensor]:
+        leaves = [v.detach().requires_grad_() for v in (u, delta, A, B, C, torch.ones(dim, dtype=full), z)]
+        assert leaves[2].stride() == A.stride()
+        out = selective_scan(*leaves, None, True, True)
+        first = torch.autograd.grad(out, leaves, [torch.ones_like(o) for o in out], create_graph=True)
+        return [*out, *first, *torch.autograd.grad(sum(g.square().sum() for g in first), leaves)]
+
+    for a, b in zip(derivatives(shared), derivatives(shared.contiguous()), strict=True):
+        assert same_bits(a.detach(), b.detach())

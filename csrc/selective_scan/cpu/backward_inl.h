@@ -25,12 +25,12 @@ EAML_INLINE void add_terms(Span<output_t<Z>> sums, const output_t<Z> (&terms)[kS
 
 // Backward pass of a group of states through a chunk. First recomputes the states from `start`, the states before the
 // chunk. If there is a gate, also recomputes y.
-template <bool kGated, class Z, bool kPerLane>
-EAML_INLINE void backward_states(const ResetRuns& runs, PrefetchPair upcoming, Rates<Z> rates, Span<Z> start,
-                                 StepTile<real_t<Z>> dt, StepTile<real_t<Z>> x, Operand<Z, kPerLane> B,
-                                 Operand<Z, kPerLane> C, StepTile<real_t<Z>> y, Span<Z> grad_state,
-                                 ChunkGradients<real_t<Z>> grad, GroupTile<Z> decays, GroupTile<Z> states,
-                                 Sums<Z> sums) {
+template <bool kGated, bool kShared, class Z, bool kPerLane>
+EAML_INLINE void backward_states(const ResetRuns& runs, PrefetchPair upcoming, Rates<Z> rates,
+                                 StepTile<vector_t<Z>> shared, Span<Z> start, StepTile<real_t<Z>> dt,
+                                 StepTile<real_t<Z>> x, Operand<Z, kPerLane> B, Operand<Z, kPerLane> C,
+                                 StepTile<real_t<Z>> y, Span<Z> grad_state, ChunkGradients<real_t<Z>> grad,
+                                 GroupTile<Z> decays, GroupTile<Z> states, Sums<Z> sums) {
   using S = real_t<Z>;
   constexpr int64_t W = kLanes<Z>, size = kGroup<Z>;
   const auto cotangent = [&](int64_t t) EAML_LAMBDA { return conjugate_pair_sum<Z>(grad.y.get(t)); };
@@ -44,7 +44,7 @@ EAML_INLINE void backward_states(const ResetRuns& runs, PrefetchPair upcoming, R
       Z a[kStates<Z>];
       output_t<Z> terms[kStates<Z>];
       upcoming.prefetch(t);
-      decay(step, rates.A, rates.rate, a);
+      decay_at<kShared>(t, step, rates, shared, a);
       each_state<Z>([&](auto n) EAML_LAMBDA {
         decays.set(t * size + n * W, a[n]);
         states.set(t * size + n * W, h[n]);
@@ -136,7 +136,7 @@ constexpr int64_t row_size(bool per_lane) {
   return per_lane ? kGroup<Z> : kFolded<vector_t<Z>> / kNumComponents<Z>;
 }
 
-template <bool kGated, bool kPerLane, class Z>
+template <bool kGated, bool kPerLane, bool kShared, class Z>
 EAML_SHARED void backward_block(const Unit<Z>& unit, int64_t offset, const BackwardOperands<Z>& operands) {
   constexpr int64_t W = kLanes<Z>, row = row_size<Z>(kPerLane);
   const ScanParams& params = unit.params;
@@ -145,9 +145,10 @@ EAML_SHARED void backward_block(const Unit<Z>& unit, int64_t offset, const Backw
     const Sums<Z> sums{operands.sum_A.at(j), operands.sum_B.at(params.B_invariant ? j : k),
                        operands.sum_C.at(params.C_invariant ? j : k), params.B_invariant ? 0 : row,
                        params.C_invariant ? 0 : row};
-    backward_states<kGated, Z, kPerLane>(unit.runs, unit.prefetch_for(n), unit.rates(offset + j), operands.start.at(j),
-                                         unit.dt, unit.x, {unit.B, n}, {unit.C, n}, unit.y, operands.grad_state.at(j),
-                                         operands.grad, operands.decays, operands.states, sums);
+    backward_states<kGated, kShared, Z, kPerLane>(unit.runs, unit.prefetch_for(n), unit.rates(offset + j), unit.shared,
+                                                  operands.start.at(j), unit.dt, unit.x, {unit.B, n}, {unit.C, n},
+                                                  unit.y, operands.grad_state.at(j), operands.grad, operands.decays,
+                                                  operands.states, sums);
   }
 }
 
@@ -216,6 +217,7 @@ EAML_SHARED void backward_unit(Arena& arena, const ScanParams& params, const Sou
     for (int64_t block = 0; block < blocks; ++block) {
       const int64_t channel = unit.channel(block), lanes = unit.lanes(block);
       unit.template stage_block<true>(block, start, steps, slope);
+      unit.stage_shared_decay(block, steps);
       const View<S> z = unit.z, gy = unit.view(&Inputs<T>::grad_y, staging_gy, block, start, steps, -kChunk);
       const SequenceTargets<V> to{unit.target(out.u, tile_u, block, start, -kChunk),
                                   unit.target(out.delta, tile_delta, block, start, -kChunk),
@@ -254,12 +256,14 @@ EAML_SHARED void backward_unit(Arena& arena, const ScanParams& params, const Sou
                                          sum_A.at(block * size),
                                          sum_B.at(params.B_invariant ? block * size : 0),
                                          sum_C.at(params.C_invariant ? block * size : 0)};
-      if (unit.per_lane)
-        params.gated ? backward_block<true, true>(unit, block * size, operands)
-                     : backward_block<false, true>(unit, block * size, operands);
-      else
-        params.gated ? backward_block<true, false>(unit, block * size, operands)
-                     : backward_block<false, false>(unit, block * size, operands);
+      const auto run = [&](auto gated) {
+        constexpr bool kGated = gated;
+        if (unit.per_lane) return backward_block<kGated, true, false>(unit, block * size, operands);
+        if constexpr (num_components == 1)
+          if (unit.shares_decay) return backward_block<kGated, false, true>(unit, block * size, operands);
+        backward_block<kGated, false, false>(unit, block * size, operands);
+      };
+      params.gated ? run(std::true_type()) : run(std::false_type());
       write_gradients<Z>(unit, block, steps, grad, gy, slope, sigmoid_z, to, sum_D + block * W, sum_bias + block * W);
       store_tile<V>(out.u, tile_u, row, channel, lanes, start, steps);
       store_tile<V>(out.delta, tile_delta, row, channel, lanes, start, steps);

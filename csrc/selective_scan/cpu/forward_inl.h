@@ -8,11 +8,22 @@ EAML_INLINE real_t<Z> add_outputs(real_t<Z> y, const Z (&h)[kStates<Z>], Operand
   return kNumComponents<Z> == 2 ? y + conjugate_pair_sum<Z>(sum) : sum;
 }
 
+// exp(dt A) of a group of states at step t; with kShared, the states have it in common.
+template <bool kShared, class Z>
+EAML_INLINE void decay_at(int64_t t, real_t<Z> step, const Rates<Z>& rates, StepTile<vector_t<Z>> shared,
+                          Z (&a)[kStates<Z>]) {
+  if constexpr (kShared)
+    share_decay(shared.get(t * kLanes<Z>), step, rates.A, a);
+  else
+    decay(step, rates.A, rates.rate, a);
+}
+
 // Advances a group of states through a chunk and, if kOutput, adds C h to y.
-template <bool kOutput, class Z, bool kPerLane>
-EAML_INLINE void forward_states(const ResetRuns& runs, PrefetchPair upcoming, Rates<Z> rates, Span<Z> state,
-                                StepTile<real_t<Z>> dt, StepTile<real_t<Z>> x, Operand<Z, kPerLane> B,
-                                Operand<Z, kPerLane> C, StepTile<real_t<Z>> y) {
+template <bool kOutput, bool kShared, class Z, bool kPerLane>
+EAML_INLINE void forward_states(const ResetRuns& runs, PrefetchPair upcoming, Rates<Z> rates,
+                                StepTile<vector_t<Z>> shared, Span<Z> state, StepTile<real_t<Z>> dt,
+                                StepTile<real_t<Z>> x, Operand<Z, kPerLane> B, Operand<Z, kPerLane> C,
+                                StepTile<real_t<Z>> y) {
   constexpr int64_t W = kLanes<Z>;
   Z h[kStates<Z>], a[kStates<Z>];
   read(h, state);
@@ -21,7 +32,7 @@ EAML_INLINE void forward_states(const ResetRuns& runs, PrefetchPair upcoming, Ra
     for (int64_t t = runs.begin[run]; t < runs.begin[run + 1]; ++t) {
       const real_t<Z> step = dt.get(t * W), input = x.get(t * W);
       upcoming.prefetch(t);
-      decay(step, rates.A, rates.rate, a);
+      decay_at<kShared>(t, step, rates, shared, a);
       each_state<Z>([&](auto n) EAML_LAMBDA { h[n] = advance(a[n], h[n], input, B.get(t, n)); });
       if constexpr (kOutput) y.set(t * W, add_outputs<Z>(y.get(t * W), h, C, t));
     }
@@ -56,12 +67,13 @@ EAML_SHARED void write_outputs(const Unit<Z>& unit, int64_t steps, Half half, st
 }
 
 // Advances the states of a block through a chunk.
-template <bool kOutput, bool kPerLane, class Z>
+template <bool kOutput, bool kPerLane, bool kShared, class Z>
 EAML_SHARED void forward_block(const Unit<Z>& unit, Span<Z> state, int64_t offset) {
   constexpr int64_t W = kLanes<Z>;
   for (int64_t n = 0; n < unit.params.dstate; n += kStates<Z>)
-    forward_states<kOutput, Z, kPerLane>(unit.runs, unit.prefetch_for(n), unit.rates(offset + n * W), state.at(n * W),
-                                         unit.dt, unit.x, {unit.B, n}, {unit.C, n}, unit.y);
+    forward_states<kOutput, kShared, Z, kPerLane>(unit.runs, unit.prefetch_for(n), unit.rates(offset + n * W),
+                                                  unit.shared, state.at(n * W), unit.dt, unit.x, {unit.B, n},
+                                                  {unit.C, n}, unit.y);
 }
 
 template <class Z>
@@ -90,15 +102,20 @@ EAML_SHARED void forward_unit(Arena& arena, const ScanParams& params, const Sour
       // on where a call starts.
       if (unit.padded > params.dstate) clear(state.at(params.dstate * W), (unit.padded - params.dstate) * W);
       unit.template stage_block<false>(block, start, steps, {});
+      unit.stage_shared_decay(block, steps);
       const Target<V> to = unit.target(out.y, tile, block, start, kChunk);
       std::uint16_t* const half_row = unit.half_target(out.y, block, start, kChunk);
       const bool writes = out.y.data != nullptr;
       if (unit.per_lane)
-        writes ? forward_block<true, true>(unit, state, block * size)
-               : forward_block<false, true>(unit, state, block * size);
+        writes ? forward_block<true, true, false>(unit, state, block * size)
+               : forward_block<false, true, false>(unit, state, block * size);
+      else if constexpr (kNumComponents<Z> == 1)
+        !writes             ? forward_block<false, false, false>(unit, state, block * size)
+        : unit.shares_decay ? forward_block<true, false, true>(unit, state, block * size)
+                            : forward_block<true, false, false>(unit, state, block * size);
       else
-        writes ? forward_block<true, false>(unit, state, block * size)
-               : forward_block<false, false>(unit, state, block * size);
+        writes ? forward_block<true, false, false>(unit, state, block * size)
+               : forward_block<false, false, false>(unit, state, block * size);
       if (writes) write_outputs<Z>(unit, steps, out.y.half, half_row, out.y.inner, to);
       if (!half_row) store_tile<V>(out.y, tile, row, unit.channel(block), unit.lanes(block), start, steps);
       if (chunk + 1 < chunks) {

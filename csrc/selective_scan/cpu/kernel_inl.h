@@ -7,8 +7,8 @@
 // from the last chunk to the first. It recomputes the states of a chunk from the state at its start, which the forward
 // pass saved.
 //
-// Every sum has one order, whatever the batch, the length, the chunk and the threads: y and the gradients of u, delta
-// and z are sums over the states in ascending order; the gradients of B and C are sums over channels, see kernel.h.
+// Every sum has one order, whatever the batch, the length, the chunk and the threads. y and the gradients of u, delta
+// and z are sums over the states in ascending order. The gradients of B and C are sums over channels, see kernel.h.
 //
 // EAML_SHARED marks functions that run once per chunk. They are called, not inlined: inlining would triple the time of
 // compilation. Loops over time have no branches on options, because the options are template parameters.

@@ -121,9 +121,11 @@ struct Unit {
   RateSpan<Z> A_rates;  // A as `decay` reads it
   Span<S> D, bias;      // [block][lane]
   bool per_lane;        // whether B and C have a lane dimension, because one of them is invariant in time
+  bool shares_decay;    // whether the states of a channel have one A and B and C vary in time: one exponential a step
   Matrix<Z> B, C;       // of the current chunk (invariant: of the current block)
   Span<Z> staging_B, staging_C;
   StepTile<S> dt, x, y;  // of the current chunk and block
+  StepTile<V> shared;    // exp(dt A) of the current chunk and block, if states share it
   StepTile<S> staging_u, staging_delta, staging_z;
   View<S> u, z;
   ResetRuns runs;
@@ -137,7 +139,8 @@ struct Unit {
         at(unit_index(s, index)),
         after(unit_index(s, std::min(index + 1, s.batch * units(s) - 1))),
         padded((s.dstate + kStates<Z> - 1) / kStates<Z> * kStates<Z>),
-        per_lane(s.B_invariant || s.C_invariant) {
+        per_lane(s.B_invariant || s.C_invariant),
+        shares_decay(!per_lane && kNumComponents<Z> == 1 && src.values.A.inner == 0) {
     A = take<Z>(arena, blocks() * padded * W);
     A_rates.data = arena.take<T>(blocks() * padded * W * A_rates.kCount);
     D = take<S>(arena, blocks() * W);
@@ -157,6 +160,7 @@ struct Unit {
     const int64_t size = kChunk * padded * (per_lane ? W : 1);
     B = {staging_B = take<Z>(arena, size), 0}, C = {staging_C = take<Z>(arena, size), 0};
     for (StepTile<S>* tile : {&dt, &x, &y, &staging_u, &staging_delta, &staging_z}) *tile = step_tile<S>(arena);
+    shared = step_tile<V>(arena);
   }
 
   int64_t blocks() const { return (at.channels + W - 1) / W; }
@@ -374,5 +378,20 @@ struct Unit {
       each([](const Rows& v, Steps& out) EAML_LAMBDA {
         for (int k = 0; k < kSoftplusSteps; ++k) out[k] = {v[k], one<S>()};
       });
+  }
+
+  // Stages the exponentials of a block whose states share them; their bits are those of `decay`.
+  EAML_SHARED void stage_shared_decay(int64_t block, int64_t steps) const {
+    if (!shares_decay) return;
+    const V rate = load<V>(A_rates.data + block * padded * W);
+    const StepTile<V> to = shared;
+    for (int64_t t = 0; t < steps; t += kVectors) {
+      V exponents[kVectors], decays[kVectors];
+      EAML_UNROLL
+      for (int k = 0; k < kVectors; ++k) exponents[k] = load<V>(dt.value + std::min(t + k, steps - 1) * W) * rate;
+      exp2_(exponents, decays);
+      EAML_UNROLL
+      for (int k = 0; k < kVectors; ++k) to.set(std::min(t + k, steps - 1) * W, decays[k]);
+    }
   }
 };
