@@ -46,8 +46,9 @@ ScalarType state_type(const Tensor& A, ScalarType full) {
   return full == ScalarType::Double ? ScalarType::ComplexDouble : ScalarType::ComplexFloat;
 }
 
-ScanParams make_params(const Device& device, const Arguments& x, const OptionalTensor& reset, bool softplus,
-                       bool B_invariant, bool C_invariant, bool split_invariant) {
+ScanParams make_params(const Device& device, const Arguments& x, const OptionalTensor& reset,
+                       const OptionalTensor& cu_seqlens, bool softplus, bool B_invariant, bool C_invariant,
+                       bool split_invariant) {
   const ScalarType dtype = x.u->scalar_type();
   const ScalarType full = opmath_type(dtype), states = state_type(*x.A, full);
   EAML_CHECK(dtype == full || half_of(dtype) != Half::kNone, "selective_scan: u must be floating-point");
@@ -60,27 +61,38 @@ ScanParams make_params(const Device& device, const Arguments& x, const OptionalT
   check_tensor(device, "initial_state", x.initial_state, states, 3, 3);
 
   ScanParams s{};
-  s.batch = x.u->size(0), s.dim = x.u->size(1), s.length = x.u->size(2), s.dstate = x.A->size(x.A->dim() - 1);
+  const int64_t rows = x.u->size(0);
+  s.dim = x.u->size(1), s.length = x.u->size(2);
+  if (cu_seqlens) {
+    EAML_CHECK(device.has(*cu_seqlens) && cu_seqlens->scalar_type() == ScalarType::Int && cu_seqlens->dim() == 1 &&
+                   cu_seqlens->size(0) > 0 && cu_seqlens->is_contiguous(),
+               "selective_scan: cu_seqlens must be a contiguous int32 tensor of shape (sequences + 1,) on ",
+               device.name);
+    EAML_CHECK(s.length <= INT32_MAX, "selective_scan: u has length ", s.length, ", more than cu_seqlens can hold");
+    s.cu_seqlens = data<std::int32_t>(*cu_seqlens), s.num_sequences = cu_seqlens->size(0) - 1;
+  }
+  s.batch = rows * s.num_sequences;
+  s.dstate = x.A->size(x.A->dim() - 1);
   s.groups = 1, s.num_components = num_components(states), s.softplus = softplus, s.gated = x.z.has_value();
   s.B_invariant = B_invariant, s.C_invariant = C_invariant, s.split_invariant = split_invariant;
-  check_sizes("delta", x.delta, 0, {s.batch, s.dim, s.length}), check_sizes("z", x.z, 0, {s.batch, s.dim, s.length});
+  check_sizes("delta", x.delta, 0, {rows, s.dim, s.length}), check_sizes("z", x.z, 0, {rows, s.dim, s.length});
   check_sizes("initial_state", x.initial_state, 0, {s.batch, s.dim, s.dstate});
-  check_parameter("A", x.A, {s.dim, s.dstate}, s.batch);
-  check_parameter("D", x.D, {s.dim}, s.batch), check_parameter("delta_bias", x.delta_bias, {s.dim}, s.batch);
+  check_parameter("A", x.A, {s.dim, s.dstate}, rows);
+  check_parameter("D", x.D, {s.dim}, rows), check_parameter("delta_bias", x.delta_bias, {s.dim}, rows);
   bool first = true;
   const auto check_matrix = [&](const char* name, const Tensor& t, bool invariant) {
-    if (invariant) return check_parameter(name, t, {s.dim, s.dstate}, s.batch);
+    if (invariant) return check_parameter(name, t, {s.dim, s.dstate}, rows);
     const int64_t groups = t.dim() == 4 ? t.size(1) : 1;
     EAML_CHECK(groups > 0 && s.dim % groups == 0 && (first || groups == s.groups), "selective_scan: ", name, " has ",
                groups, " groups");
     s.groups = groups, first = false;
-    check_sizes(name, t, 0, {s.batch}), check_sizes(name, t, t.dim() - 2, {s.dstate, s.length});
+    check_sizes(name, t, 0, {rows}), check_sizes(name, t, t.dim() - 2, {s.dstate, s.length});
   };
   check_matrix("B", *x.B, B_invariant), check_matrix("C", *x.C, C_invariant);
   if (reset) {
     EAML_CHECK(device.has(*reset) && reset->scalar_type() == ScalarType::Bool && reset->dim() == 2,
                "selective_scan: reset must be a bool tensor of shape (batch, length) on ", device.name);
-    check_sizes("reset", reset, 0, {s.batch, s.length});
+    check_sizes("reset", reset, 0, {rows, s.length});
     s.reset = data<bool>(*reset), s.reset_outer = reset->stride(0), s.reset_inner = reset->stride(1);
   }
   return s;
@@ -113,7 +125,7 @@ void check_cotangents(const Device& device, const ScanParams& s, const Arguments
                       const OptionalTensor& grad_state) {
   check_tensor(device, "grad_y", grad_y, x.u->scalar_type(), 3, 3);
   check_tensor(device, "grad_state", grad_state, x.A->scalar_type(), 3, 3);
-  check_sizes("grad_y", grad_y, 0, {s.batch, s.dim, s.length});
+  check_sizes("grad_y", grad_y, 0, sizes_of(*x.u));
   check_sizes("grad_state", grad_state, 0, {s.batch, s.dim, s.dstate});
 }
 
@@ -142,7 +154,7 @@ Tensor empty(const Tensor& like, const Sizes& size) {
 }
 
 int64_t saved_chunks(const ScanParams& s) {
-  return std::max<int64_t>((s.length - 1) / kChunk, 0);
+  return s.cu_seqlens ? s.length / kChunk : std::max<int64_t>((s.length - 1) / kChunk, 0);
 }
 int64_t saved_size(const ScanParams& s) {
   return std::max<int64_t>(saved_chunks(s), 1) * s.dstate * s.dim;
@@ -242,10 +254,11 @@ auto with_functions(const Device& device, const Arguments& x, F f) {
 
 ForwardTuple selective_scan(const Device& device, Tensor u, Tensor delta, Tensor A, Tensor B, Tensor C,
                             OptionalTensor D, OptionalTensor z, OptionalTensor delta_bias, OptionalTensor initial_state,
-                            OptionalTensor reset, bool delta_softplus, bool B_invariant, bool C_invariant,
-                            bool split_invariant, bool save) {
+                            OptionalTensor reset, OptionalTensor cu_seqlens, bool delta_softplus, bool B_invariant,
+                            bool C_invariant, bool split_invariant, bool save) {
   const Arguments x{u, delta, A, B, C, D, z, delta_bias, initial_state};
-  const ScanParams s = make_params(device, x, reset, delta_softplus, B_invariant, C_invariant, split_invariant);
+  const ScanParams s =
+      make_params(device, x, reset, cu_seqlens, delta_softplus, B_invariant, C_invariant, split_invariant);
   return with_functions(device, x, [&](const auto& f) { return f.forward(s, x, save); });
 }
 
@@ -259,13 +272,14 @@ StateTuple selective_scan_step(const Device& device, Tensor state, Tensor u, Ten
 GradientTuple selective_scan_backward(const Device& device, Tensor grad_y, OptionalTensor grad_state, Tensor u,
                                       Tensor delta, Tensor A, Tensor B, Tensor C, OptionalTensor D, OptionalTensor z,
                                       OptionalTensor delta_bias, OptionalTensor initial_state, OptionalTensor reset,
-                                      bool delta_softplus, bool B_invariant, bool C_invariant, bool split_invariant,
-                                      OptionalTensor saved) {
+                                      OptionalTensor cu_seqlens, bool delta_softplus, bool B_invariant,
+                                      bool C_invariant, bool split_invariant, OptionalTensor saved) {
   const Arguments x{u, delta, A, B, C, D, z, delta_bias, initial_state};
-  const ScanParams s = make_params(device, x, reset, delta_softplus, B_invariant, C_invariant, split_invariant);
+  const ScanParams s =
+      make_params(device, x, reset, cu_seqlens, delta_softplus, B_invariant, C_invariant, split_invariant);
   check_cotangents(device, s, x, grad_y, grad_state);
   check_tensor(device, "saved", saved, A.scalar_type(), 2, 2);
-  check_sizes("saved", saved, 0, {s.batch, saved_size(s)});
+  check_sizes("saved", saved, 0, {u.size(0), saved_size(s)});
   EAML_CHECK(!saved || saved->is_contiguous(), "selective_scan: saved must be contiguous");
   return with_functions(device, x, [&](const auto& f) { return f.backward(s, x, grad_y, grad_state, saved); });
 }
@@ -275,13 +289,14 @@ StateTuple selective_scan_jvp(const Device& device, Tensor u, Tensor delta, Tens
                               OptionalTensor initial_state, OptionalTensor u_tangent, OptionalTensor delta_tangent,
                               OptionalTensor A_tangent, OptionalTensor B_tangent, OptionalTensor C_tangent,
                               OptionalTensor D_tangent, OptionalTensor z_tangent, OptionalTensor delta_bias_tangent,
-                              OptionalTensor initial_state_tangent, OptionalTensor reset, bool delta_softplus,
-                              bool B_invariant, bool C_invariant, bool split_invariant) {
+                              OptionalTensor initial_state_tangent, OptionalTensor reset, OptionalTensor cu_seqlens,
+                              bool delta_softplus, bool B_invariant, bool C_invariant, bool split_invariant) {
   const Arguments x{u, delta, A, B, C, D, z, delta_bias, initial_state};
   const Arguments tangents{u_tangent, delta_tangent,      A_tangent,
                            B_tangent, C_tangent,          D_tangent,
                            z_tangent, delta_bias_tangent, initial_state_tangent};
-  const ScanParams s = make_params(device, x, reset, delta_softplus, B_invariant, C_invariant, split_invariant);
+  const ScanParams s =
+      make_params(device, x, reset, cu_seqlens, delta_softplus, B_invariant, C_invariant, split_invariant);
   check_tangents(device, x, tangents);
   return with_functions(device, x, [&](const auto& f) { return f.jvp(s, x, tangents); });
 }
@@ -292,13 +307,14 @@ BackwardJvpTuple selective_scan_backward_jvp(
     OptionalTensor z, OptionalTensor delta_bias, OptionalTensor initial_state, OptionalTensor u_tangent,
     OptionalTensor delta_tangent, OptionalTensor A_tangent, OptionalTensor B_tangent, OptionalTensor C_tangent,
     OptionalTensor D_tangent, OptionalTensor z_tangent, OptionalTensor delta_bias_tangent,
-    OptionalTensor initial_state_tangent, OptionalTensor reset, bool delta_softplus, bool B_invariant, bool C_invariant,
-    bool split_invariant, bool outputs) {
+    OptionalTensor initial_state_tangent, OptionalTensor reset, OptionalTensor cu_seqlens, bool delta_softplus,
+    bool B_invariant, bool C_invariant, bool split_invariant, bool outputs) {
   const Arguments x{u, delta, A, B, C, D, z, delta_bias, initial_state};
   const Arguments tangents{u_tangent, delta_tangent,      A_tangent,
                            B_tangent, C_tangent,          D_tangent,
                            z_tangent, delta_bias_tangent, initial_state_tangent};
-  const ScanParams s = make_params(device, x, reset, delta_softplus, B_invariant, C_invariant, split_invariant);
+  const ScanParams s =
+      make_params(device, x, reset, cu_seqlens, delta_softplus, B_invariant, C_invariant, split_invariant);
   check_cotangents(device, s, x, grad_y, grad_state);
   check_cotangents(device, s, x, grad_y_tangent, grad_state_tangent);
   check_tangents(device, x, tangents);

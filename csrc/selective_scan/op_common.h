@@ -5,9 +5,10 @@
 //   A: ([tasks,] dim, dstate)
 //   B, C: (batch, [groups,] dstate, length) or, invariant in time, ([tasks,] dim, dstate)
 //   D, delta_bias: ([tasks,] dim)
-//   initial_state, last_state, grad_state: (batch, dim, dstate)
+//   initial_state, last_state, grad_state: (batch, dim, dstate); packed: (batch * sequences, dim, dstate)
 //   reset: (batch, length)
-//   saved: (batch, saved_size), the states at the start of all chunks but the first
+//   cu_seqlens: (sequences + 1,), the same for all batch rows
+//   saved: (batch, saved_size), the states at the start of all chunks of each sequence but its first
 // A step has u, delta, z, y: (batch, dim), B, C: (batch, [groups,] dstate), and state: (batch, dim, dstate).
 #pragma once
 
@@ -61,7 +62,11 @@ struct Device {
 Sizes sizes_of(const Tensor& t);
 Tensor empty(const Tensor& like, const Sizes& size);
 
-// The number of chunks that start from a saved state: all but the first.
+// The number of saved states of a batch row, one for each chunk but the first.
+//
+// A packed sequence of n steps has at most floor(n / kChunk) of them. If it starts at step c of its row, they begin at
+// number floor(c / kChunk). Since floor(c / kChunk) + floor(n / kChunk) <= floor((c + n) / kChunk), they end before the
+// next sequence's begin, and floor(length / kChunk) suffice for a row. Saved states that belong to no chunk are zero.
 int64_t saved_chunks(const ScanParams& s);
 // Numbers of A's dtype in the saved states of a batch row; at least those of one chunk.
 int64_t saved_size(const ScanParams& s);
@@ -81,8 +86,8 @@ Inputs<T> step_inputs(const ScanParams& s, const Tensor& state, const Arguments&
 
 ForwardTuple selective_scan(const Device& device, Tensor u, Tensor delta, Tensor A, Tensor B, Tensor C,
                             OptionalTensor D, OptionalTensor z, OptionalTensor delta_bias, OptionalTensor initial_state,
-                            OptionalTensor reset, bool delta_softplus, bool B_invariant, bool C_invariant,
-                            bool split_invariant, bool save);
+                            OptionalTensor reset, OptionalTensor cu_seqlens, bool delta_softplus, bool B_invariant,
+                            bool C_invariant, bool split_invariant, bool save);
 
 StateTuple selective_scan_step(const Device& device, Tensor state, Tensor u, Tensor delta, Tensor A, Tensor B, Tensor C,
                                OptionalTensor D, OptionalTensor z, OptionalTensor delta_bias, bool delta_softplus);
@@ -90,16 +95,16 @@ StateTuple selective_scan_step(const Device& device, Tensor state, Tensor u, Ten
 GradientTuple selective_scan_backward(const Device& device, Tensor grad_y, OptionalTensor grad_state, Tensor u,
                                       Tensor delta, Tensor A, Tensor B, Tensor C, OptionalTensor D, OptionalTensor z,
                                       OptionalTensor delta_bias, OptionalTensor initial_state, OptionalTensor reset,
-                                      bool delta_softplus, bool B_invariant, bool C_invariant, bool split_invariant,
-                                      OptionalTensor saved);
+                                      OptionalTensor cu_seqlens, bool delta_softplus, bool B_invariant,
+                                      bool C_invariant, bool split_invariant, OptionalTensor saved);
 
 StateTuple selective_scan_jvp(const Device& device, Tensor u, Tensor delta, Tensor A, Tensor B, Tensor C,
                               OptionalTensor D, OptionalTensor z, OptionalTensor delta_bias,
                               OptionalTensor initial_state, OptionalTensor u_tangent, OptionalTensor delta_tangent,
                               OptionalTensor A_tangent, OptionalTensor B_tangent, OptionalTensor C_tangent,
                               OptionalTensor D_tangent, OptionalTensor z_tangent, OptionalTensor delta_bias_tangent,
-                              OptionalTensor initial_state_tangent, OptionalTensor reset, bool delta_softplus,
-                              bool B_invariant, bool C_invariant, bool split_invariant);
+                              OptionalTensor initial_state_tangent, OptionalTensor reset, OptionalTensor cu_seqlens,
+                              bool delta_softplus, bool B_invariant, bool C_invariant, bool split_invariant);
 
 BackwardJvpTuple selective_scan_backward_jvp(
     const Device& device, Tensor grad_y, OptionalTensor grad_state, OptionalTensor grad_y_tangent,
@@ -107,8 +112,8 @@ BackwardJvpTuple selective_scan_backward_jvp(
     OptionalTensor z, OptionalTensor delta_bias, OptionalTensor initial_state, OptionalTensor u_tangent,
     OptionalTensor delta_tangent, OptionalTensor A_tangent, OptionalTensor B_tangent, OptionalTensor C_tangent,
     OptionalTensor D_tangent, OptionalTensor z_tangent, OptionalTensor delta_bias_tangent,
-    OptionalTensor initial_state_tangent, OptionalTensor reset, bool delta_softplus, bool B_invariant, bool C_invariant,
-    bool split_invariant, bool outputs);
+    OptionalTensor initial_state_tangent, OptionalTensor reset, OptionalTensor cu_seqlens, bool delta_softplus,
+    bool B_invariant, bool C_invariant, bool split_invariant, bool outputs);
 
 // Registers the ops of a device.
 template <const Device& kDevice>

@@ -30,7 +30,8 @@ struct Out {
   Half half = Half::kNone;
 };
 
-// Inputs of one call. A call on dual numbers, a Dual run, has a second set: the tangents.
+// Inputs of one call; `batch` is that of ScanParams for the states, else the number of batch rows. A call on dual
+// numbers, a Dual run, has a second set: the tangents.
 template <class T>
 struct Inputs {
   In<T> u, delta, z;         // (batch, dim, length)
@@ -46,11 +47,17 @@ struct ScanParams {
   std::int64_t batch, dim, length, dstate, groups;
   std::int64_t num_components = 1;                      // real numbers per state: 2 if complex
   std::int64_t unit_channels = 0;                       // CPU: the most channels of a unit, see cpu/kernel.h
+  std::int64_t all_length = 0;                          // CPU: the steps of a row in the gradients of B and C
   std::int64_t first_chunk = 0, end_chunk = INT64_MAX;  // CPU: the chunks that a call computes
   bool B_invariant, C_invariant, softplus, gated;
   bool split_invariant = false;           // CUDA: no time segments; the CPU's results never depend on them
-  const bool* reset;                      // (batch, length) or null
+  const bool* reset;                      // (batch rows, length) or null
   std::int64_t reset_outer, reset_inner;  // strides over batch rows and steps
+  // Packed sequences: `batch` counts sequences, num_sequences for each batch row, and `length` the steps of a batch
+  // row. Sequence r has the steps from cu_seqlens[r % num_sequences] to cu_seqlens[r % num_sequences + 1] - 1 of batch
+  // row r / num_sequences. Kernels limit these values to 0 ... length, because nothing checks them on a GPU.
+  const std::int32_t* cu_seqlens = nullptr;  // (num_sequences + 1,) or null
+  std::int64_t num_sequences = 1;
 };
 
 // Outputs of the forward pass. Null ones are not written. A Dual run writes the tangents of y and last_state in place

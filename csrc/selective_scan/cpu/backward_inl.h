@@ -166,12 +166,12 @@ EAML_SHARED void reduce_lanes(number_t<Z>* to, Span<output_t<Z>> sums, const Sca
     } else {
       for (int64_t t = 0; t < kChunk; ++t) reduce_folded<V>(line + t * kVectors, rows.at(t * row).value);
     }
-    number_t<Z>* const first = to + n * params.length * kNumComponents<Z>;
+    number_t<Z>* const first = to + n * params.all_length * kNumComponents<Z>;
     const int64_t count = std::min<int64_t>(kStates<Z>, params.dstate - n);
     if constexpr (kNumComponents<Z> == 2)
-      transpose_complex(first, params.length, line, steps, count);
+      transpose_complex(first, params.all_length, line, steps, count);
     else
-      transpose(first, params.length, line, kVectors, steps, count);
+      transpose(first, params.all_length, line, kVectors, steps, count);
   }
 }
 
@@ -271,7 +271,7 @@ EAML_SHARED void backward_unit(Arena& arena, const ScanParams& params, const Sou
     }
 
     const int64_t unit_row = row * units(params) + unit.at.unit;
-    const int64_t first = (unit_row * params.dstate * params.length + start) * num_components;
+    const int64_t first = (unit_row * params.dstate * params.all_length + start) * num_components;
     const auto reduce = [&](T* to, Span<output_t<Z>> sums) {
       unit.per_lane ? reduce_lanes<Z, true>(to, sums, params, steps) : reduce_lanes<Z, false>(to, sums, params, steps);
     };

@@ -94,7 +94,8 @@ struct GradientTensors {
   static PartialSums<T> over_channels(Scratch& scratch, const ScanParams& s, const Arguments& x,
                                       const OptionalTensor& like, bool invariant) {
     if (invariant) return over_rows(scratch, s, x, like, 2);
-    return {scratch, *x.A, like, 1, s.batch * s.groups, units(s) / s.groups, s.dstate * s.length * s.num_components};
+    return {
+        scratch, *x.A, like, 1, x.u->size(0) * s.groups, units(s) / s.groups, s.dstate * s.length * s.num_components};
   }
 
   Gradients<T> pointers(const Arguments& x) const {
@@ -172,7 +173,7 @@ ForwardTuple run(const ScanParams& params, const Arguments& x, bool save) {
   const ScanParams s = with_units<T>(params);
   Scratch scratch;
   Tensor y = torch::stable::empty_like(*x.u), last = empty(*x.A, {s.batch, s.dim, s.dstate});
-  Tensor saved = empty(*x.A, save ? Sizes{s.batch, saved_size(s)} : Sizes{0});
+  Tensor saved = empty(*x.A, save ? Sizes{x.u->size(0), saved_size(s)} : Sizes{0});
   if (save && saved_chunks(s) == 0) torch::stable::zero_(saved);
   const Outputs<T> to{out<T>(y), out<T>(last, s.num_components), save ? mutable_data<T>(saved) : nullptr};
   run_forward<T>(scratch, s, inputs<T>(s, x), nullptr, to);
@@ -191,7 +192,7 @@ GradientTuple run_vjp(const ScanParams& params, const Arguments& x, const Tensor
   if (saved) {
     to.checkpoints = data<T>(*saved);
   } else {
-    T* const states = scratch.take<T>(s.batch * saved_size(s) * s.num_components);
+    T* const states = scratch.take<T>(x.u->size(0) * saved_size(s) * s.num_components);
     if (saved_chunks(s) > 0) run_forward<T>(scratch, s, in, nullptr, {{}, {}, states});
     to.checkpoints = states;
   }
@@ -222,7 +223,7 @@ BackwardJvpTuple run_vjp_jvp(const ScanParams& params, const Arguments& x, const
   Tensor y = outputs ? torch::stable::empty_like(*x.u) : empty(*x.u, {0});
   Tensor last = empty(*x.A, outputs ? Sizes{s.batch, s.dim, s.dstate} : Sizes{0});
   Scratch scratch;
-  const int64_t count = s.batch * saved_size(s) * s.num_components;
+  const int64_t count = x.u->size(0) * saved_size(s) * s.num_components;
   Outputs<T> first{{}, {}, scratch.take<T>(count), scratch.take<T>(count)};
   if (outputs) first.y = out<T>(y), first.last_state = out<T>(last, s.num_components);
   if (outputs || saved_chunks(s) > 0) run_forward<T>(scratch, s, in, &tangent_in, first);

@@ -12,6 +12,7 @@
 
 #include "common/arena.h"
 #include "selective_scan/cpu/kernel.h"
+#include "selective_scan/cpu/packed_sequence.h"
 
 namespace eaml::selective_scan {
 namespace {
@@ -22,7 +23,7 @@ using std::int64_t;
 // Their number is a function of the shape, because results must not depend on the number of threads.
 inline int64_t num_time_partitions(const ScanParams& s) {
   constexpr int64_t kPartitionSteps = 2048, kMaxPartitions = 32, kFewUnits = 8, kWorthwhile = int64_t{1} << 20;
-  if (s.batch * units(s) >= kFewUnits || s.dim * s.length * s.dstate < kWorthwhile) return 1;
+  if (s.cu_seqlens || s.batch * units(s) >= kFewUnits || s.dim * s.length * s.dstate < kWorthwhile) return 1;
   return std::clamp<int64_t>(s.length / kPartitionSteps, 1, kMaxPartitions);
 }
 
@@ -53,7 +54,7 @@ void for_each_unit(const ScanParams& s, int64_t count, F f) {
 
 template <class T>
 ScanParams with_units(ScanParams s) {
-  s.unit_channels = sum_channels<T>(s);
+  s.unit_channels = sum_channels<T>(s), s.all_length = s.length;
   return s;
 }
 // The same call with narrower units, if there are too few for the threads. No sum of the forward pass is over channels,
@@ -94,6 +95,11 @@ int64_t chunks(const ScanParams& s) {
 // The kernels on one unit. With tangents they run on Duals.
 template <class T>
 void forward(const ScanParams& s, const Inputs<T>& in, const Inputs<T>* tangents, const Outputs<T>& out, int64_t unit) {
+  if (s.cu_seqlens) {
+    const PackedSequence<T> sequence(s, unit);
+    const Inputs<T> tangent_in = tangents ? sequence.of(*tangents) : Inputs<T>{};
+    return forward(sequence.params, sequence.of(in), tangents ? &tangent_in : nullptr, sequence.of(out), sequence.unit);
+  }
   if (s.num_components == 1)
     real_states::forward(s, in, tangents, out, unit, unit + 1);
   else
@@ -102,6 +108,12 @@ void forward(const ScanParams& s, const Inputs<T>& in, const Inputs<T>* tangents
 template <class T>
 void backward(const ScanParams& s, const Inputs<T>& in, const Inputs<T>* tangents, const Gradients<T>& out,
               int64_t unit) {
+  if (s.cu_seqlens) {
+    const PackedSequence<T> sequence(s, unit);
+    const Inputs<T> tangent_in = tangents ? sequence.of(*tangents) : Inputs<T>{};
+    return backward(sequence.params, sequence.of(in), tangents ? &tangent_in : nullptr, sequence.of(out),
+                    sequence.unit);
+  }
   if (s.num_components == 1)
     real_states::backward(s, in, tangents, out, unit, unit + 1);
   else

@@ -15,7 +15,7 @@ backward_kernel(EAML_CONSTANT BackwardParams<typename L::T> p) {
   constexpr int kStates = L::kStates, kReals = L::kReals;
   constexpr int kTerms = 2 * kReals, kLeft = kSumsLeft<L::kLanes, cuda::kWarp, kTerms>;
   Block<L> block(p.params, p.arrays, p.segments.count);
-  const int64_t chunks = block.chunks(), begin = block.first_chunk(block.segment);
+  const int64_t begin = block.first_chunk(block.segment);
   Tile<Z, L::kStarts> starts;
   starts.data.data = block.unused_memory();
   const Shared<T> terms{block.unused_memory() + L::kStarts * L::kStateNumbers};
@@ -44,12 +44,12 @@ backward_kernel(EAML_CONSTANT BackwardParams<typename L::T> p) {
     const std::uint32_t resets = block.resets(chunk, steps);
     Z h[kStates];
     if (chunk > 0)
-      block.read_saved(h, p.out.checkpoints, p.out.checkpoint_tangents, block.row * (chunks - 1) + chunk - 1);
+      block.read_saved(h, p.out.checkpoints, p.out.checkpoint_tangents, block.first_saved + chunk - 1);
     else
       block.read_states(h, &Inputs<T>::initial_state);
     cuda::sync_block();  // the previous chunk's tiles are no longer read
     block.each_element(steps, [&](int t, int c, auto half) {
-      const int64_t time = chunk * kSteps + t;
+      const int64_t time = block.time(chunk) + t;
       const S u = block.template read_sequence<half>(&Inputs<T>::u, c, time);
       S grad_y = block.template read_sequence<half>(&Inputs<T>::grad_y, c, time);
       if (gated) {
@@ -175,7 +175,7 @@ backward_kernel(EAML_CONSTANT BackwardParams<typename L::T> p) {
         if (t >= steps || column >= columns || (which ? C.fixed : B.fixed)) continue;
         T total = terms.get(i);
         for (int warp = 1; warp < L::kWarps; ++warp) total += terms.get(warp * L::kTermsOfWarp + i);
-        const int64_t time = block.index * p.params.length + chunk * kSteps + t;
+        const int64_t time = block.index * p.params.length + block.time(chunk) + t;
         (which ? p.out.C : p.out.B)[time * columns + column] = total;
       }
       cuda::sync_block();
@@ -183,14 +183,14 @@ backward_kernel(EAML_CONSTANT BackwardParams<typename L::T> p) {
 
     cuda::sync_block();
     block.each_element(steps, [&](int t, int c, auto half) {
-      const int64_t time = chunk * kSteps + t, channel = block.first + c;
+      const int64_t time = block.time(chunk) + t, channel = block.first + c;
       const int i = t * L::kRow + c;
       const S u = block.template read_sequence<half>(&Inputs<T>::u, c, time), D = block.D.get(c);
       const Softplus<S> dt = block.template read_step<half>(c, time);
       const S grad_x = block.x.get(i), grad_dt = block.dt.get(i);
       S grad_y = block.template read_sequence<half>(&Inputs<T>::grad_y, c, time);
       const auto send = [&](const Out<T>& out, T x) {
-        write<half>(out, block.row * out.outer + channel * out.channel + time * out.inner, x);
+        write<half>(out, block.batch_row * out.outer + channel * out.channel + time * out.inner, x);
       };
       if (gated) {
         const S z = block.template read_sequence<half>(&Inputs<T>::z, c, time), s = sigmoid(z),

@@ -63,7 +63,7 @@ EAML_DEVICE void read_states_before(typename L::S (&h)[L::kStates], const Block<
     const int64_t stride = first ? initial_state.inner : p.params.dim;
     const int64_t at = first ? block.row * initial_state.outer + (block.first + block.channel) * initial_state.channel +
                                    block.lane * L::kStates * stride
-                             : block.saved_at(block.row * (block.chunks() - 1) + chunk - 1, block.permutation);
+                             : block.saved_at(block.first_saved + chunk - 1, block.permutation);
     const float* const from = first ? initial_state.data : checkpoints;
     EAML_UNROLL
     for (int k = 0; k < L::kStates; ++k) to[k] = from == nullptr ? 0.0f : from[at + (k ^ block.permutation) * stride];
@@ -297,7 +297,7 @@ fast_backward_kernel(EAML_CONSTANT BackwardParams<float> p) {
           EAML_UNROLL
           for (int k = 0; k < 4; ++k) total[k] += other[k];
         }
-        const int64_t time = block.index * p.params.length + int64_t(chunk) * kSteps + t;
+        const int64_t time = block.index * p.params.length + block.time(chunk) + t;
         cuda::store_row((which ? p.out.C : p.out.B) + time * L::kPadded + column, total);
       }
       cuda::sync_block();
@@ -308,8 +308,8 @@ fast_backward_kernel(EAML_CONSTANT BackwardParams<float> p) {
     const int count = block.steps(chunk);
     const auto each_vector = [&](auto f) {
       // Each chunk computes its pointers, because kept ones would take too many registers.
-      const auto reader = [&, row = cuda::recomputed(block.row)](In<float> Inputs<float>::* member) {
-        return SequenceReader<Grid, S, kHalf>(grid, p.arrays, member, row, block.first, chunk);
+      const auto reader = [&, row = cuda::recomputed(block.batch_row)](In<float> Inputs<float>::* member) {
+        return SequenceReader<Grid, S, kHalf>(grid, p.arrays, member, row, block.first, block.time(chunk));
       };
       const auto u = reader(&Inputs<float>::u), delta = reader(&Inputs<float>::delta);
       const auto grad_y = reader(&Inputs<float>::grad_y), z = reader(kGated ? &Inputs<float>::z : &Inputs<float>::u);
@@ -341,8 +341,8 @@ fast_backward_kernel(EAML_CONSTANT BackwardParams<float> p) {
     using Numbers = S[kWidth];
     using Steps = Softplus<S>[kWidth];
     typename Matrix::Vectors next_B, next_C;
-    const Matrix B_reader(block, p.arrays, &Inputs<float>::B, chunk),
-        C_reader(block, p.arrays, &Inputs<float>::C, chunk);
+    const Matrix B_reader(block, p.arrays, &Inputs<float>::B, block.time(chunk)),
+        C_reader(block, p.arrays, &Inputs<float>::C, block.time(chunk));
     B_reader.load(next_B, count), C_reader.load(next_C, count);
     each_vector([&](int i, const Numbers& u_t, const Steps& dt, const Numbers& grad_y_t, const Numbers& z_t) {
       S A_t[kWidth] = {};
@@ -371,7 +371,8 @@ fast_backward_kernel(EAML_CONSTANT BackwardParams<float> p) {
         out_u[k] = g.u, out_delta[k] = g.delta, out_z[k] = g.z;
       }
       const auto writer = [&](const Out<float>& out) {
-        return VectorStream<Grid, kHalf, Out<float>>(grid, out, cuda::recomputed(block.row), block.first, chunk);
+        return VectorStream<Grid, kHalf, Out<float>>(grid, out, cuda::recomputed(block.batch_row), block.first,
+                                                     block.time(chunk));
       };
       const auto grad_u = writer(p.out.u), grad_delta = writer(p.out.delta),
                  grad_z = writer(kGated ? p.out.z : p.out.u);

@@ -13,13 +13,19 @@ struct Block {
   using Z = typename L::Z;
   using S = typename L::S;
   using T = typename L::T;
+  // The type of numbers of steps and chunks. Fast kernels take calls whose lengths fit an int.
+  using Steps = std::conditional_t<kWhole, int, int64_t>;
   static constexpr int kStates = L::kStates;
 
   const ScanParams& params;
   const Arrays<T>& arrays;
   // A launch has fewer than 2^31 blocks, so these numbers fit an int.
-  int index;              // of the channel block in (batch, groups, channel_blocks)
-  int row, group, first;  // batch row, group, and the block's first channel
+  int index;              // of the channel block in (batch rows, groups, channel_blocks)
+  int row, group, first;  // batch row, group, and the block's first channel; packed, `row` counts sequences
+  int batch_row;          // of the inputs: `row`, or the row that holds the sequence
+  int start = 0;          // the first step in that row
+  Steps length;           // the steps from there on
+  Steps first_saved;      // the number of the first state that the sequence saves, in (batch rows, saved chunks)
   int segment, segments;
   int channels;  // channels of the block
   int thread, channel, lane;
@@ -33,9 +39,11 @@ struct Block {
       : params(s), arrays(a), segments(static_cast<int>(segments_)) {
     const int groups = static_cast<int>(params.groups), per_group = static_cast<int>(params.dim) / groups;
     const int blocks = (per_group + L::kChannels - 1) / L::kChannels, number = static_cast<int>(cuda::block());
-    segment = number % segments, index = number / segments;
-    const int block = index % blocks, rest = index / blocks;
+    segment = number % segments;
+    const int block = number / segments % blocks, rest = number / segments / blocks;
     group = rest % groups, row = rest / groups;
+    place_in_row();
+    index = (batch_row * groups + group) * blocks + block;
     first = group * per_group + block * L::kChannels;
     const int left = per_group - block * L::kChannels;
     channels = left < L::kChannels ? left : L::kChannels;
@@ -50,19 +58,38 @@ struct Block {
     bias.data.data = memory;
   }
 
+  // Sets the row and the steps of the block's inputs.
+  EAML_MEMBER void place_in_row() {
+    batch_row = row, length = static_cast<Steps>(params.length);
+    Steps saved = chunks() - 1;
+    if (params.cu_seqlens != nullptr) {
+      const int sequences = static_cast<int>(params.num_sequences), all_steps = static_cast<int>(params.length);
+      const auto bound = [&](int least, int i) {
+        const int step = params.cu_seqlens[i];
+        return step < least ? least : step > all_steps ? all_steps : step;
+      };
+      batch_row = row / sequences;
+      start = bound(0, row % sequences), length = bound(start, row % sequences + 1) - start;
+      saved = all_steps / kSteps;
+    }
+    first_saved = batch_row * saved + start / kSteps;
+  }
+
   // Shared memory after the arrays of the block.
   EAML_MEMBER T* unused_memory() const { return bias.data.data + L::kVector * L::kNumbers; }
 
-  EAML_MEMBER int64_t chunks() const { return (params.length + kSteps - 1) / kSteps; }
+  EAML_MEMBER Steps chunks() const { return (length + kSteps - 1) / kSteps; }
   EAML_MEMBER int64_t first_chunk(int64_t s) const { return chunks() * s / segments; }
-  EAML_MEMBER int steps(int64_t chunk) const {
-    const int64_t left = params.length - chunk * kSteps;
+  EAML_MEMBER int steps(Steps chunk) const {
+    const Steps left = length - chunk * kSteps;
     return static_cast<int>(left < kSteps ? left : kSteps);
   }
+  // The first step of a chunk in the batch row.
+  EAML_MEMBER Steps time(Steps chunk) const { return start + chunk * kSteps; }
   EAML_MEMBER bool has_channel() const { return kWhole || channel < channels; }
   EAML_MEMBER bool has_state(int k) const { return kWhole || (has_channel() && state(k) < params.dstate); }
   EAML_MEMBER int64_t state(int k) const { return lane * kStates + (k ^ permutation); }
-  // Offset of a state in (*, dstate, num_components, dim); `rows` indexes batch rows, or segments of them.
+  // Offset of a state in (*, dstate, num_components, dim); `rows` indexes saved states, or segments of rows.
   EAML_MEMBER int64_t saved_at(int64_t rows, int k) const {
     const int64_t states = kNumComponents<Z> * params.dim;
     return (rows * params.dstate + lane * kStates) * states + first + channel + (k ^ permutation) * states;
@@ -101,7 +128,7 @@ struct Block {
   }
   template <bool kHalf>
   EAML_MEMBER S read_sequence(In<T> Inputs<T>::* member, int c, int64_t t) const {
-    const auto at = [&](const In<T>& in) { return row * in.outer + (first + c) * in.channel + t * in.inner; };
+    const auto at = [&](const In<T>& in) { return batch_row * in.outer + (first + c) * in.channel + t * in.inner; };
     return read_input<S, kHalf>(arrays, member, at);
   }
   template <bool kHalf>
@@ -141,37 +168,37 @@ struct Block {
     if (params.reset == nullptr) return 0;
     const int t = thread % cuda::kWarp;
     return cuda::ballot(t < steps &&
-                        params.reset[row * params.reset_outer + (chunk * kSteps + t) * params.reset_inner]);
+                        params.reset[batch_row * params.reset_outer + (time(chunk) + t) * params.reset_inner]);
   }
 
-  // Stages B or C of kMatrixSteps steps from step `start` of the chunk on; padding states and steps are zero.
-  EAML_MEMBER void stage_matrix(Tile<Z, L::kMatrix> to, In<T> Inputs<T>::* member, int64_t chunk, int start) const {
+  // Stages B or C of kMatrixSteps steps from step `first_step` of the chunk on; padding states and steps are zero.
+  EAML_MEMBER void stage_matrix(Tile<Z, L::kMatrix> to, In<T> Inputs<T>::* member, int64_t chunk,
+                                int first_step) const {
     const bool along_time = (arrays.values.*member).inner == kNumComponents<Z>;
     constexpr int kCount = L::kMatrixSteps * L::kPadded;
     EAML_UNROLL_BY((2))
     for (int i = thread; i < kCount; i += L::kThreads) {
       const int t = along_time ? i % L::kMatrixSteps : i / L::kPadded;
       const int n = along_time ? i / L::kMatrixSteps : i % L::kPadded;
-      const int64_t step = chunk * kSteps + start + t;
       const auto at = [&](const In<T>& in) {
-        return row * in.outer + group * in.group + n * in.channel + step * in.inner;
+        return batch_row * in.outer + group * in.group + n * in.channel + (time(chunk) + first_step + t) * in.inner;
       };
       to.set(t * L::kMatrixRow + n,
-             n < params.dstate && step < params.length ? read_input<Z>(arrays, member, at) : Z{});
+             n < params.dstate && chunk * kSteps + first_step + t < length ? read_input<Z>(arrays, member, at) : Z{});
     }
   }
 
   // Stages B and C of the tile that starts at step t of the chunk, unless they are staged. t is the same for all
   // threads.
   EAML_MEMBER void need_matrices(int64_t chunk, int t, bool need_B, bool need_C) {
-    const int start = t / L::kMatrixSteps * L::kMatrixSteps;
-    if (start == staged) return;
+    const int first_step = t / L::kMatrixSteps * L::kMatrixSteps;
+    if (first_step == staged) return;
     need_B = need_B && !params.B_invariant, need_C = need_C && !params.C_invariant;
-    staged = start;
+    staged = first_step;
     if (!need_B && !need_C) return;
     cuda::sync_block();
-    if (need_B) stage_matrix(B, &Inputs<T>::B, chunk, start);
-    if (need_C) stage_matrix(C, &Inputs<T>::C, chunk, start);
+    if (need_B) stage_matrix(B, &Inputs<T>::B, chunk, first_step);
+    if (need_C) stage_matrix(C, &Inputs<T>::C, chunk, first_step);
     cuda::sync_block();
   }
   EAML_MEMBER int matrix_at(int t) const { return t % L::kMatrixSteps * L::kMatrixRow + lane * kStates; }

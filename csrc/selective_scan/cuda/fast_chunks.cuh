@@ -102,11 +102,11 @@ constexpr int64_t kBytesOf = kHalf == Half::kNone ? 4 : 2;
 template <class Grid, Half kHalf, class Array>
 struct VectorStream {
   const Array& array;
-  const char* at;  // vector 0 of the current chunk
+  const char* at;  // vector 0 of the current chunk, whose first step is `time`
 
-  EAML_MEMBER VectorStream(const Grid& grid, const Array& x, int row, int first_channel, int chunk) : array(x) {
+  EAML_MEMBER VectorStream(const Grid& grid, const Array& x, int row, int first_channel, int time) : array(x) {
     const int64_t offset = times_stride(row, x.outer) + times_stride(first_channel + grid.row(0), x.channel) +
-                           times_stride(chunk * kSteps + grid.step(0), x.inner);
+                           times_stride(time + grid.step(0), x.inner);
     at = reinterpret_cast<const char*>(x.data) + offset * kBytesOf<kHalf>;
   }
   EAML_MEMBER const char* vector(int i) const {
@@ -129,8 +129,8 @@ struct SequenceReader {
   Stream value;
 
   EAML_MEMBER SequenceReader(const Grid& grid, const Arrays<float>& arrays, In<float> Inputs<float>::* member, int row,
-                             int first_channel, int chunk)
-      : value(grid, arrays.values.*member, row, first_channel, chunk) {}
+                             int first_channel, int time)
+      : value(grid, arrays.values.*member, row, first_channel, time) {}
   template <int kWidth>
   EAML_MEMBER void load(SequenceVector<S, kHalf, kWidth>& to, int i) const {
     to.parts[0].load(value.vector(i));
@@ -143,9 +143,9 @@ struct SequenceReader<Grid, Dual<float>, kHalf> {
   Stream value, tangent;
 
   EAML_MEMBER SequenceReader(const Grid& grid, const Arrays<float>& arrays, In<float> Inputs<float>::* member, int row,
-                             int first_channel, int chunk)
-      : value(grid, arrays.values.*member, row, first_channel, chunk),
-        tangent(grid, arrays.tangents.*member, row, first_channel, chunk) {}
+                             int first_channel, int time)
+      : value(grid, arrays.values.*member, row, first_channel, time),
+        tangent(grid, arrays.tangents.*member, row, first_channel, time) {}
   template <int kWidth>
   EAML_MEMBER void load(SequenceVector<Dual<float>, kHalf, kWidth>& to, int i) const {
     to.parts[0].load(value.vector(i));
@@ -198,14 +198,13 @@ struct MatrixReader {
   int thread, t, n;  // the first step and state of vector 0
   const char *at, *tangent_at;
 
-  EAML_MEMBER MatrixReader(const Block<L, true>& block, const Arrays<float>& a, In<float> Inputs<float>::* m,
-                           int64_t chunk)
+  EAML_MEMBER MatrixReader(const Block<L, true>& block, const Arrays<float>& a, In<float> Inputs<float>::* m, int time)
       : arrays(a), member(m), along_time((a.values.*m).inner == 1), thread(block.thread) {
     t = along_time ? thread % kTimeGroups * kWidth : thread / kStateGroups;
     n = along_time ? thread / kTimeGroups : thread % kStateGroups * kWidth;
-    const int row = cuda::recomputed(block.row);
+    const int row = cuda::recomputed(block.batch_row);
     const auto start = [&](const In<float>& x) {
-      const int64_t offset = row * x.outer + block.group * x.group + n * x.channel + (chunk * kSteps + t) * x.inner;
+      const int64_t offset = row * x.outer + block.group * x.group + n * x.channel + (time + t) * x.inner;
       return reinterpret_cast<const char*>(x.data) + offset * kBytesOf<Half::kNone>;
     };
     at = start(arrays.values.*member);
@@ -273,13 +272,15 @@ struct MatrixReader {
 constexpr int64_t kMaxStride = INT32_MAX;
 
 // Whether an array can be read in whole vectors of 16 bytes along the given dimension, with strides that fit an int.
+// Packed sequences may start at any step, so their vectors along time may not.
 template <class Array>
 bool has_vectors(const ScanParams& s, const Array& x, Half half, bool along_time) {
   const int64_t width = half == Half::kNone ? 4 : 8;
   const int64_t contiguous = along_time ? x.inner : x.channel, other = along_time ? x.channel : x.inner;
   const auto fits = [&](int64_t stride) { return stride % width == 0 && stride <= kMaxStride; };
-  return x.half == half && contiguous == 1 && fits(other) && (s.batch == 1 || fits(x.outer)) &&
-         (!along_time || s.length % width == 0) && reinterpret_cast<std::uintptr_t>(x.data) % 16 == 0;
+  return x.half == half && contiguous == 1 && fits(other) && (s.batch == s.num_sequences || fits(x.outer)) &&
+         (!along_time || (s.cu_seqlens == nullptr && s.length % width == 0)) &&
+         reinterpret_cast<std::uintptr_t>(x.data) % 16 == 0;
 }
 
 // Whether the fast kernels can read the inputs of a call: whole blocks of channels, no padding states, vectors.

@@ -27,7 +27,7 @@ forward_kernel(EAML_CONSTANT ForwardParams<typename L::T> p) {
   constexpr int kStates = L::kStates;
   Block<L> block(p.params, p.arrays, p.segments.count);
   const bool outputs = p.out.y.data != nullptr, local = p.segments.local, shared_decay = shares_decay(p.arrays);
-  const int64_t chunks = block.chunks(), end = block.first_chunk(block.segment + 1);
+  const int64_t end = block.first_chunk(block.segment + 1);
 
   Z A[kStates], h[kStates];
   Rate<Z> rate[kStates];
@@ -51,13 +51,13 @@ forward_kernel(EAML_CONSTANT ForwardParams<typename L::T> p) {
   for (int64_t chunk = block.first_chunk(block.segment); chunk < end; ++chunk) {
     const int steps = block.steps(chunk);
     if (p.out.checkpoints && chunk > 0)
-      block.write_saved(p.out.checkpoints, p.out.checkpoint_tangents, block.row * (chunks - 1) + chunk - 1, h);
+      block.write_saved(p.out.checkpoints, p.out.checkpoint_tangents, block.first_saved + chunk - 1, h);
     const std::uint32_t resets = block.resets(chunk, steps);
     has_reset = has_reset || resets != 0;
     block.staged = -1;
     cuda::sync_block();  // the previous chunk's tiles are no longer read
     block.each_element(steps, [&](int t, int c, auto half) {
-      const int64_t time = chunk * kSteps + t;
+      const int64_t time = block.time(chunk) + t;
       const S u = block.template read_sequence<half>(&Inputs<T>::u, c, time);
       const S dt = block.template read_step<half>(c, time).value;
       const int i = t * L::kRow + c;
@@ -101,14 +101,14 @@ forward_kernel(EAML_CONSTANT ForwardParams<typename L::T> p) {
     cuda::sync_block();
     const Out<T>& out = p.out.y;
     block.each_element(steps, [&](int t, int c, auto half) {
-      const int64_t time = chunk * kSteps + t;
+      const int64_t time = block.time(chunk) + t;
       const S y = block.y.get(t * L::kRow + c);
       T term = output(y);
       if (p.params.gated) {
         const S z = block.template read_sequence<half>(&Inputs<T>::z, c, time);
         term = output(y * (z * sigmoid(z)));
       }
-      write<half>(out, block.row * out.outer + (block.first + c) * out.channel + time * out.inner, term);
+      write<half>(out, block.batch_row * out.outer + (block.first + c) * out.channel + time * out.inner, term);
     });
   }
 

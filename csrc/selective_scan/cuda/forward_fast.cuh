@@ -64,12 +64,13 @@ fast_forward_kernel(EAML_CONSTANT ForwardParams<float> p) {
   const int end = static_cast<int>(block.first_chunk(block.segment + 1));
   using Reader = SequenceReader<Grid, S, kHalf>;
   const auto reader = [&](In<float> Inputs<float>::* member) {
-    return Reader(grid, p.arrays, member, block.row, block.first, begin);
+    return Reader(grid, p.arrays, member, block.batch_row, block.first, block.time(begin));
   };
   Reader u = reader(&Inputs<float>::u), delta = reader(&Inputs<float>::delta);
   Reader z = reader(kGated ? &Inputs<float>::z : &Inputs<float>::u);
-  VectorStream<Grid, kHalf, Out<float>> y(grid, p.out.y, block.row, block.first, begin);
-  Matrix B_reader(block, p.arrays, &Inputs<float>::B, begin), C_reader(block, p.arrays, &Inputs<float>::C, begin);
+  VectorStream<Grid, kHalf, Out<float>> y(grid, p.out.y, block.batch_row, block.first, block.time(begin));
+  Matrix B_reader(block, p.arrays, &Inputs<float>::B, block.time(begin)),
+      C_reader(block, p.arrays, &Inputs<float>::C, block.time(begin));
 
   Vector next_u[kEach], next_delta[kEach];
   typename Matrix::Vectors next_B, next_C;
@@ -119,7 +120,7 @@ fast_forward_kernel(EAML_CONSTANT ForwardParams<float> p) {
       put_sums<L>(sum, sums, start * L::kRow + block.channel, false);
     }
   };
-  int64_t checkpoint = block.saved_at(block.row * (block.chunks() - 1) + begin - 1, 0);  // before the next chunk
+  int64_t checkpoint = block.saved_at(block.first_saved + begin - 1, 0);  // before the next chunk
   if (begin < end) prefetch(block.steps(begin));
   for (int chunk = begin; chunk < end; ++chunk) {
     const int count = block.steps(chunk);

@@ -39,14 +39,15 @@ struct ForwardParams {
 // Gradients, in a Dual run their tangents. The gradients of A, B, C, D and delta_bias are partial sums.
 template <class T>
 struct CudaGradients {
-  Out<T> u, delta, z;          // (batch, dim, length)
+  Out<T> u, delta, z;          // (batch rows, dim, length)
   T* initial_state = nullptr;  // (batch, dim, dstate, num_components)
   T* A = nullptr;              // (batch, segments, dim, dstate, num_components)
-  T* B = nullptr;              // (batch, groups, channel_blocks, length, dstate, num_components) or, invariant, as A
-  T* C = nullptr;              // as B
-  T* D = nullptr;              // (batch, segments, dim)
-  T* delta_bias = nullptr;     // (batch, segments, dim)
-  const T* checkpoints = nullptr;  // (batch, chunks - 1, dstate, num_components, dim), saved by the forward pass
+  // (batch rows, groups, channel_blocks, length, dstate, num_components) or, invariant, as A
+  T* B = nullptr;
+  T* C = nullptr;                  // as B
+  T* D = nullptr;                  // (batch, segments, dim)
+  T* delta_bias = nullptr;         // (batch, segments, dim)
+  const T* checkpoints = nullptr;  // (batch rows, saved_chunks, dstate, num_components, dim), of the forward pass
   const T* checkpoint_tangents = nullptr;
 };
 

@@ -100,8 +100,8 @@ GradientTuple run_backward(Scratch& scratch, const cuda::DeviceStreamGuard& guar
                            const T* checkpoint_tangents) {
   const bool dual = tangents != nullptr;
   BackwardParams<T> p{s, {in, dual ? *tangents : Inputs<T>{}}, time_segments<T>(scratch, s, dual)};
-  const int64_t segments = p.segments.count, states = s.dstate * s.num_components;
-  // Gradients summed over time segments and over the batch rows that share a parameter.
+  const int64_t segments = p.segments.count, states = s.dstate * s.num_components, rows = x.u->size(0);
+  // Gradients summed over time segments and over the batch rows, or packed sequences, that share a parameter.
   const auto over_rows = [&](const OptionalTensor& like, int64_t rank) {
     const int64_t tasks = like && like->dim() > rank ? like->size(0) : 1;
     return PartialSums<T>(scratch, *x.A, like, tasks, s.batch / tasks * segments, rank == 2 ? s.dim * states : s.dim);
@@ -109,7 +109,7 @@ GradientTuple run_backward(Scratch& scratch, const cuda::DeviceStreamGuard& guar
   // Gradients summed over the blocks of channels of a group.
   const auto over_channels = [&](const OptionalTensor& like, bool invariant) {
     if (invariant) return over_rows(like, 2);
-    return PartialSums<T>(scratch, *x.A, like, s.batch * s.groups, block_counts<T>(s).channel_blocks, s.length * states,
+    return PartialSums<T>(scratch, *x.A, like, rows * s.groups, block_counts<T>(s).channel_blocks, s.length * states,
                           s.dstate, s.num_components);
   };
   PartialSums<T> A = over_rows(x.A, 2), B = over_channels(x.B, s.B_invariant), C = over_channels(x.C, s.C_invariant);
@@ -142,8 +142,8 @@ ForwardTuple run(const ScanParams& s, const Arguments& x, bool save) {
   const cuda::DeviceStreamGuard guard(*x.u);
   Scratch scratch(*x.A);
   Tensor y = torch::stable::empty_like(*x.u), last = empty(*x.A, {s.batch, s.dim, s.dstate});
-  Tensor saved = empty(*x.A, save ? Sizes{s.batch, saved_size(s)} : Sizes{0});
-  if (save && saved_chunks(s) == 0) torch::stable::zero_(saved);
+  Tensor saved = empty(*x.A, save ? Sizes{x.u->size(0), saved_size(s)} : Sizes{0});
+  if (save && (saved_chunks(s) == 0 || s.cu_seqlens)) torch::stable::zero_(saved);
   const Outputs<T> to{out<T>(y), out<T>(last, s.num_components), save ? mutable_data<T>(saved) : nullptr};
   run_forward<T>(scratch, guard, s, inputs<T>(s, x), nullptr, to);
   return {y, last, saved};
@@ -160,7 +160,7 @@ GradientTuple run_vjp(const ScanParams& s, const Arguments& x, const Tensor& gra
   in.grad_y = sequence<T>(grad_y_like_u), in.grad_state = sequence<T>(grad_state, s.num_components);
   const T* states = saved ? data<T>(*saved) : nullptr;
   if (!saved) {
-    T* const recomputed = scratch.take<T>(s.batch * saved_size(s) * s.num_components);
+    T* const recomputed = scratch.take<T>(x.u->size(0) * saved_size(s) * s.num_components);
     if (saved_chunks(s) > 0) run_forward<T>(scratch, guard, s, in, nullptr, {{}, {}, recomputed});
     states = recomputed;
   }
@@ -194,7 +194,7 @@ BackwardJvpTuple run_vjp_jvp(const ScanParams& s, const Arguments& x, const Tens
   tangent_in.grad_state = sequence<T>(grad_state_tangent, s.num_components);
   Tensor y = outputs ? torch::stable::empty_like(*x.u) : empty(*x.u, {0});
   Tensor last = empty(*x.A, outputs ? Sizes{s.batch, s.dim, s.dstate} : Sizes{0});
-  const int64_t count = s.batch * saved_size(s) * s.num_components;
+  const int64_t count = x.u->size(0) * saved_size(s) * s.num_components;
   Outputs<T> first{{}, {}, scratch.take<T>(count), scratch.take<T>(count)};
   if (outputs) first.y = out<T>(y), first.last_state = out<T>(last, s.num_components);
   if (outputs || saved_chunks(s) > 0) run_forward<T>(scratch, guard, s, in, &tangent_in, first);

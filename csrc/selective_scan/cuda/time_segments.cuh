@@ -34,7 +34,7 @@ local_backward_kernel(EAML_CONSTANT BackwardParams<typename L::T> p) {
     block.staged = -1;
     cuda::sync_block();
     block.each_element(steps, [&](int t, int c, auto half) {
-      const int64_t time = chunk * kSteps + t;
+      const int64_t time = block.time(chunk) + t;
       S grad_y = block.template read_sequence<half>(&Inputs<T>::grad_y, c, time);
       if (p.params.gated) {
         const S z = block.template read_sequence<half>(&Inputs<T>::z, c, time);

@@ -27,6 +27,7 @@ from eaml_ext.ops.selective_scan._higher_order import backward_jvp_formula, jvp_
 from eaml_ext.ops.selective_scan._schema import ARGUMENTS, NUM_INPUTS, NUM_OPTIONS, ScanInputs, ScanOptions, split_args
 
 _NO_GRADIENTS = (None,) * NUM_OPTIONS
+MAPPED_CU_SEQLENS = "selective_scan: cu_seqlens must be the same for all samples of a vmap"
 
 
 def can_skip_autograd(x: Sequence[Tensor | None]) -> bool:
@@ -60,15 +61,15 @@ class _ScanFunction(Function):
 
 def _save(ctx: Any, tensors: Sequence[Tensor | None], options: Sequence[Any]) -> None:
     """Save tensors and options for reverse and forward mode."""
-    reset, *ctx.flags = options
+    reset, cu_seqlens, *ctx.flags = options
     ctx.set_materialize_grads(False)
-    ctx.save_for_backward(*tensors, reset)
-    ctx.save_for_forward(*tensors, reset)
+    ctx.save_for_backward(*tensors, reset, cu_seqlens)
+    ctx.save_for_forward(*tensors, reset, cu_seqlens)
 
 
 def _saved(ctx: Any) -> tuple[list[Any], ScanOptions]:
-    *tensors, reset = ctx.saved_tensors
-    return tensors, ScanOptions(reset, *ctx.flags)
+    *tensors, reset, cu_seqlens = ctx.saved_tensors
+    return tensors, ScanOptions(reset, cu_seqlens, *ctx.flags)
 
 
 class _Scan(_ScanFunction):
@@ -260,7 +261,7 @@ class VmapBatchFolding:
         per_sample: bool = False,
     ):
         self.size, self.x, self.in_dims, self.per_sample = size, x, in_dims, per_sample
-        _, _, B_invariant, C_invariant, _ = options
+        _, _, _, B_invariant, C_invariant, _ = options
         ranks = {"A": 2, "D": 1, "delta_bias": 1}  # of parameters that all rows share
         if B_invariant:
             ranks["B"] = 2
@@ -291,9 +292,11 @@ class VmapBatchFolding:
         )
 
     def fold_options(self, options: Sequence[Any], in_dims: Sequence[int | None]) -> ScanOptions:
-        """Fold ``reset``; the flags are the same for all samples."""
-        reset, *flags = options
-        return ScanOptions(self.fold_rows(reset, in_dims[0]), *flags)
+        """Fold ``reset``; ``cu_seqlens`` and the flags are the same for all samples."""
+        reset, cu_seqlens, *flags = options
+        if in_dims[1] is not None:
+            raise ValueError(MAPPED_CU_SEQLENS)
+        return ScanOptions(self.fold_rows(reset, in_dims[0]), cu_seqlens, *flags)
 
     def unfold_rows(self, value: Tensor) -> Tensor:
         """``(size * batch, *)`` -> ``(size, batch, *)``."""

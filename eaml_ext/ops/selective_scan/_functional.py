@@ -89,6 +89,8 @@ def selective_scan(
     *,
     initial_state: Tensor | None = ...,
     reset: Tensor | None = ...,
+    cu_seqlens: Tensor | None = ...,
+    seq_idx: Tensor | None = ...,
 ) -> Tensor: ...
 @overload
 def selective_scan(
@@ -105,6 +107,8 @@ def selective_scan(
     return_last_state: Literal[True],
     initial_state: Tensor | None = ...,
     reset: Tensor | None = ...,
+    cu_seqlens: Tensor | None = ...,
+    seq_idx: Tensor | None = ...,
 ) -> tuple[Tensor, Tensor]: ...
 @overload
 def selective_scan(
@@ -121,6 +125,8 @@ def selective_scan(
     *,
     initial_state: Tensor | None = ...,
     reset: Tensor | None = ...,
+    cu_seqlens: Tensor | None = ...,
+    seq_idx: Tensor | None = ...,
 ) -> Tensor | tuple[Tensor, Tensor]: ...
 @allow_in_graph
 def selective_scan(
@@ -137,6 +143,8 @@ def selective_scan(
     *,
     initial_state: Tensor | None = None,
     reset: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+    seq_idx: Tensor | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Selective scan, ``h_t = exp(dt_t A) h_{t-1} + dt_t B_t u_t``, ``y_t = C_t . h_t + D u_t``, ``y_t *= silu(z_t)``.
 
@@ -149,6 +157,10 @@ def selective_scan(
 
     With a complex ``A`` (S4D), ``B``, ``C`` and ``initial_state`` are complex, the last state is complex, and ``y`` is
     real: ``y_t = 2 Re(C_t . h_t) + D u_t``. Gradients follow PyTorch's convention, dL/dRe + i dL/dIm.
+
+    Sequences of any lengths may be packed into one row, without padding: ``cu_seqlens`` has their boundaries, and each
+    has its own initial and last state. On a CPU the results of a sequence have the bits of a call with this sequence
+    alone, and so have its gradients. ``seq_idx`` has resets in place of states.
 
     Args:
         u: ``(batch, dim, length)``, float32, float64, bfloat16 or float16; the input, of any strides. Channel-last
@@ -165,16 +177,24 @@ def selective_scan(
         delta_bias: ``(dim,)`` or ``(tasks, dim)``, dtype of ``D``; added to ``delta``.
         delta_softplus: use ``softplus(delta + delta_bias)`` as the step size.
         return_last_state: also return ``h`` after the last step.
-        initial_state: ``(batch, dim, dstate)``, dtype of ``A``; ``h`` before the first step, zero by default.
+        initial_state: ``(batch, dim, dstate)``, dtype of ``A``; ``h`` before the first step, zero by default. With
+            ``cu_seqlens`` ``(sequences, dim, dstate)``.
         reset: ``(batch, length)``, bool; True zeroes the state before a step, so that an episode starts there.
+        cu_seqlens: ``(sequences + 1,)``, int32, on the device of ``u``, whose batch must be 1. Sequence ``i`` has the
+            steps ``cu_seqlens[i]`` to ``cu_seqlens[i + 1] - 1``: the first value is 0, the last the length, none is
+            smaller than that before it. These values are checked on a CPU; on a GPU, wrong ones give wrong results.
+        seq_idx: ``(batch, length)``, integers, as in mamba_ssm; the state is zeroed before each step whose index
+            differs from that of the step before.
 
     Returns:
         ``y``: ``(batch, dim, length)``, dtype and strides of ``u``. With ``return_last_state`` also the last state,
-        ``(batch, dim, dstate)``, dtype of ``A``; float32 where ``A`` is bfloat16 or float16.
+        ``(batch, dim, dstate)``, or ``(sequences, dim, dstate)`` with ``cu_seqlens``, dtype of ``A``; float32 where
+        ``A`` is bfloat16 or float16. A sequence of length 0 returns its initial state.
 
     Raises:
         TypeError: an argument is not a tensor or has the wrong dtype.
-        ValueError: an argument has the wrong shape or device.
+        ValueError: an argument has the wrong shape or device; ``cu_seqlens`` has wrong values; ``seq_idx`` is given
+            together with ``reset`` or ``cu_seqlens``.
 
     Source: Gu & Dao 2023, "Mamba", algorithm 2.
 
@@ -185,10 +205,19 @@ def selective_scan(
     >>> y, last = selective_scan(u, delta, A, B, C, return_last_state=True)
     >>> y.shape, last.shape
     (torch.Size([2, 3, 5]), torch.Size([2, 3, 4]))
+
+    Two sequences, of two and three steps, in one row:
+
+    >>> cu_seqlens = torch.tensor([0, 2, 5], dtype=torch.int32)
+    >>> u, delta, B, C = u[:1], delta[:1], B[:1], C[:1]
+    >>> y, last = selective_scan(u, delta, A, B, C, return_last_state=True, cu_seqlens=cu_seqlens)
+    >>> y.shape, last.shape
+    (torch.Size([1, 3, 5]), torch.Size([2, 3, 4]))
     """
     x = ScanInputs(u, delta, A, B, C, D, z, delta_bias, initial_state)
-    if type(delta_softplus) is bool and type(return_last_state) is bool and _raw_scan_accepts(x, reset):
-        options = ScanOptions(reset, delta_softplus, B.dim() == 2, C.dim() == 2, is_split_invariant())
+    plain = cu_seqlens is None and seq_idx is None and type(delta_softplus) is bool and type(return_last_state) is bool
+    if plain and _raw_scan_accepts(x, reset):
+        options = ScanOptions(reset, None, delta_softplus, B.dim() == 2, C.dim() == 2, is_split_invariant())
         if B.dtype in REDUCED_PRECISION:
             B, C = B.float(), C.float()
         try:
@@ -197,7 +226,7 @@ def selective_scan(
         except ValueError:  # the op checks shapes itself; the checks below raise an error that names the argument
             pass
     x = promote_under_autocast(x)
-    options = check_arguments("selective_scan", x, delta_softplus, reset)
+    options = check_arguments("selective_scan", x, delta_softplus, reset, cu_seqlens, seq_idx)
     _check.flag("selective_scan", "return_last_state", return_last_state)
     y, last = _scan(x, options)
     return (y, last) if return_last_state else y
@@ -217,6 +246,8 @@ def selective_scan_reference(
     *,
     initial_state: Tensor | None = None,
     reset: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+    seq_idx: Tensor | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Run :func:`selective_scan` as a loop over time, with derivatives of any order: its specification.
 
@@ -228,7 +259,7 @@ def selective_scan_reference(
     True
     """
     x = promote_under_autocast(ScanInputs(u, delta, A, B, C, D, z, delta_bias, initial_state))
-    options = check_arguments("selective_scan_reference", x, delta_softplus, reset)
+    options = check_arguments("selective_scan_reference", x, delta_softplus, reset, cu_seqlens, seq_idx)
     _check.flag("selective_scan_reference", "return_last_state", return_last_state)
     y, last = _scan(x, options, use_reference=True)
     return (y, last) if return_last_state else y

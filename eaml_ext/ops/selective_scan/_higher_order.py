@@ -13,14 +13,18 @@ from torch import Tensor
 from eaml_ext.ops._typed import Function
 from eaml_ext.ops.fallback import warn_beyond_second_order
 from eaml_ext.ops.selective_scan._reference import fill_zeros, reference
-from eaml_ext.ops.selective_scan._schema import NUM_INPUTS, ScanInputs, ScanOptions, split_args
+from eaml_ext.ops.selective_scan._schema import NUM_INPUTS, ScanInputs, ScanOptions, split_args, state_shape
 
 Formula = Callable[..., tuple[Tensor, ...]]
 
 
 def _differentiable(args: Sequence[Any]) -> list[int]:
     """Return the positions of tensors that have a gradient."""
-    return [i for i, value in enumerate(args) if isinstance(value, Tensor) and value.dtype is not torch.bool]
+    return [
+        i
+        for i, value in enumerate(args)
+        if isinstance(value, Tensor) and (value.is_floating_point() or value.is_complex())
+    ]
 
 
 def _pull(formula: Formula, args: Sequence[Any], cotangents: Sequence[Tensor | None]) -> tuple[Tensor, ...]:
@@ -62,8 +66,8 @@ def backward_jvp_formula(*args: Any) -> tuple[Tensor, ...]:
     (grad_y, grad_state, *w), x, v, (*options, outputs) = split_args(args, 4, NUM_INPUTS, NUM_INPUTS)
     scan = _scan_of(options)
     if grad_state is None:
-        u, _, A = x[:3]
-        grad_state = A.new_zeros(*u.shape[:2], A.shape[-1])
+        inputs = ScanInputs(*x)
+        grad_state = inputs.A.new_zeros(state_shape(inputs, ScanOptions(*options)))
     # The gradient of <v, J(x)^T g> is J v in g and d/de J(x + e v)^T g in x.
     y, last, *grads = _pull(lambda *p: _pull(scan, p[2:], p[:2]), (grad_y, grad_state, *x), fill_zeros(v, x))
     results = [a + b for a, b in zip(grads, _pull(scan, x, w), strict=True)]
@@ -71,7 +75,7 @@ def backward_jvp_formula(*args: Any) -> tuple[Tensor, ...]:
 
 
 class Composite(Function):
-    """``(formula, *args)`` -> formula(*args), differentiable to any order in every tensor that is not bool.
+    """``(formula, *args)`` -> formula(*args), differentiable to any order in every tensor of real or complex numbers.
 
     A formula has no tensors but its arguments.
     """

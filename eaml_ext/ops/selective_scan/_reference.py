@@ -1,5 +1,6 @@
 """The scan as a loop over time: the specification, and the kernel of every op where no compiled one is registered."""
 
+import itertools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -12,12 +13,14 @@ from eaml_ext.ops.fallback import reference_of
 from eaml_ext.ops.selective_scan._schema import (
     CHUNK_SIZE,
     NUM_INPUTS,
+    NUM_OPTIONS,
     REDUCED_PRECISION,
     ScanInputs,
     ScanOptions,
     empty_gradients,
     saved_size,
     split_args,
+    state_shape,
 )
 from eaml_ext.ops.selective_scan._validation import check_step_arguments
 
@@ -43,11 +46,42 @@ def _matrix_at(matrix: Tensor, invariant: bool, batch: int, dim: int) -> Callabl
 
 
 def reference(x: ScanInputs, options: ScanOptions) -> tuple[Tensor, Tensor, list[Tensor]]:
-    """Run the formula one step at a time.
+    """Run the formula one step at a time, and packed sequences one by one.
 
     Returns:
-        ``y``, the last state, and the states at the start of every chunk but the first.
+        ``y``, the last state, and the states at the start of every chunk but the first. If a packed sequence starts
+        at step ``c``, its states begin at entry ``c // CHUNK_SIZE``. Entries that belong to no chunk are zeros.
     """
+    cu_seqlens = options.cu_seqlens
+    if cu_seqlens is None:
+        return _scan_steps(x, options)
+    batch, dim, length = x.u.shape
+    zeros = x.A.new_zeros(batch, dim, x.A.shape[-1])
+    saved = [zeros] * (length // CHUNK_SIZE)
+    ys, states = [x.u[..., :0]], []
+    for i, (start, stop) in enumerate(itertools.pairwise(cu_seqlens.tolist())):
+        sequence = _steps_of(x, options, start, stop)
+        if x.initial_state is not None:
+            sequence = sequence._replace(initial_state=x.initial_state[i :: len(cu_seqlens) - 1])
+        reset = None if options.reset is None else options.reset[:, start:stop]
+        y, last, checkpoints = _scan_steps(sequence, options._replace(reset=reset))
+        ys.append(y)
+        states.append(last)
+        first = start // CHUNK_SIZE
+        saved[first : first + len(checkpoints)] = checkpoints
+    last = torch.stack(states, dim=1).flatten(0, 1) if states else zeros[:0]
+    return torch.cat(ys, dim=-1), last, saved
+
+
+def _steps_of(x: ScanInputs, options: ScanOptions, start: int, stop: int) -> ScanInputs:
+    """Return the inputs of the steps from ``start`` to ``stop - 1``."""
+    invariant = {"B": options.B_invariant, "C": options.C_invariant}
+    names = ("u", "delta", "z", *(name for name in invariant if not invariant[name]))
+    return x._replace(**{n: v[..., start:stop] for n, v in x._asdict().items() if n in names and v is not None})
+
+
+def _scan_steps(x: ScanInputs, options: ScanOptions) -> tuple[Tensor, Tensor, list[Tensor]]:
+    """As :func:`reference`, of rows that are one sequence each."""
     u, delta, A, B, C, D, z, delta_bias, initial_state = x
     batch, dim, length = u.shape
     dtype = u.dtype
@@ -136,15 +170,16 @@ def vjp(
 @torch.library.impl("eaml_ext::selective_scan", "CompositeExplicitAutograd")
 @reference_of("selective_scan")
 def _scan_kernel(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
-    inputs, options, (save,) = split_args(args, NUM_INPUTS, len(ScanOptions._fields))
-    x = ScanInputs(*inputs)
-    y, last, saved = reference(x, ScanOptions(*options))
+    inputs, flat_options, (save,) = split_args(args, NUM_INPUTS, NUM_OPTIONS)
+    x, options = ScanInputs(*inputs), ScanOptions(*flat_options)
+    y, last, saved = reference(x, options)
     y = torch.empty_like(x.u).copy_(y)
     last = last.clone(memory_format=torch.contiguous_format)
     if not save:
         return y, last, x.A.new_empty(0)
-    states = torch.stack(saved or [torch.zeros_like(last)], dim=1)
-    return y, last, states.transpose(2, 3).reshape(len(x.u), saved_size(x.u, x.A))
+    batch, dim, _ = x.u.shape
+    states = torch.stack(saved or [x.A.new_zeros(batch, dim, x.A.shape[-1])], dim=1)
+    return y, last, states.transpose(2, 3).reshape(batch, saved_size(x, options))
 
 
 @torch.library.impl("eaml_ext::selective_scan_step", "CompositeExplicitAutograd")
@@ -191,11 +226,11 @@ def _backward_jvp_kernel(
     grad_state_tangent: Tensor | None,
     *args: Any,
 ) -> tuple[Tensor, ...]:
-    inputs, tangents, (*options, outputs) = split_args(args, NUM_INPUTS, NUM_INPUTS)
-    x = ScanInputs(*inputs)
-    function, present = _as_function(x, ScanOptions(*options))
+    inputs, tangents, (*flat_options, outputs) = split_args(args, NUM_INPUTS, NUM_INPUTS)
+    x, options = ScanInputs(*inputs), ScanOptions(*flat_options)
+    function, present = _as_function(x, options)
     if grad_state is None:
-        grad_state = x.A.new_zeros(*x.u.shape[:2], x.A.shape[-1])
+        grad_state = x.A.new_zeros(state_shape(x, options))
     with autograd_in_kernel():
         leaves, g = _leaves(present), _leaves((grad_y, grad_state))
         outs = function(*leaves)

@@ -41,6 +41,8 @@ class ScanOptions(NamedTuple):
 
     Attributes:
         reset: as in :func:`selective_scan`.
+        cu_seqlens: as in :func:`selective_scan`, but the batch may have several rows, all with these sequences. The
+            states of sequence ``i`` of row ``b`` are row ``b * sequences + i`` of ``(batch * sequences, dim, dstate)``.
         delta_softplus: as in :func:`selective_scan`.
         B_invariant: whether B is the same at every step.
         C_invariant: whether C is the same at every step.
@@ -48,6 +50,7 @@ class ScanOptions(NamedTuple):
     """
 
     reset: Tensor | None
+    cu_seqlens: Tensor | None
     delta_softplus: bool
     B_invariant: bool
     C_invariant: bool
@@ -77,7 +80,9 @@ def split_args(args: Sequence[Any], *sizes: int) -> list[Sequence[Any]]:
 
 _INPUTS = ", ".join(f"Tensor{'' if name in REQUIRED else '?'} {name}" for name in ARGUMENTS)
 _TANGENTS = ", ".join(f"Tensor? {name}_tangent" for name in ARGUMENTS)
-_OPTIONS = "Tensor? reset, bool delta_softplus, bool B_invariant, bool C_invariant, bool split_invariant"
+_OPTIONS = (
+    "Tensor? reset, Tensor? cu_seqlens, bool delta_softplus, bool B_invariant, bool C_invariant, bool split_invariant"
+)
 _COTANGENTS = "Tensor grad_y, Tensor? grad_state"
 _GRADIENTS = ", ".join(["Tensor"] * NUM_INPUTS)
 
@@ -117,24 +122,31 @@ def empty_gradients(x: ScanInputs) -> tuple[Tensor, ...]:
     )
 
 
-def saved_size(u: Tensor, A: Tensor) -> Any:
-    """Return the elements that ``(chunks - 1, dstate, dim)`` saved states take, an int or a SymInt.
+def saved_size(x: ScanInputs, options: ScanOptions) -> Any:
+    """Return the elements that the ``(saved_chunks, dstate, dim)`` saved states of a row take, an int or a SymInt.
 
-    The saved states of a row have one dimension and are never empty (with one chunk, one state of zeros). Sizes 0 and 1
-    would make torch.compile specialise on them.
+    ``saved_chunks`` is that of csrc/selective_scan/op_common.h: a state for each chunk but the first. The saved states
+    of a row have one dimension and are never empty (with one chunk, one state of zeros). Sizes 0 and 1 would make
+    torch.compile specialise on them.
     """
-    return torch.sym_max((u.shape[2] - 1) // CHUNK_SIZE, 1) * A.shape[-1] * u.shape[1]
+    length = x.u.shape[2]
+    chunks = (length if options.cu_seqlens is not None else length - 1) // CHUNK_SIZE
+    return torch.sym_max(chunks, 1) * x.A.shape[-1] * x.u.shape[1]
 
 
-def _fake_state(x: ScanInputs) -> Tensor:
-    return x.A.new_empty(x.u.shape[0], x.u.shape[1], x.A.shape[-1])
+def state_shape(x: ScanInputs, options: ScanOptions) -> tuple[Any, ...]:
+    """Return the shape of the initial and last states: one row per batch row, or per sequence of each."""
+    rows, dim, _ = x.u.shape
+    sequences = 1 if options.cu_seqlens is None else options.cu_seqlens.shape[0] - 1
+    return rows * sequences, dim, x.A.shape[-1]
 
 
 @register_fake("eaml_ext::selective_scan")
 def _scan_fake(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
-    x, save = ScanInputs(*args[:NUM_INPUTS]), args[-1]
-    saved = x.A.new_empty(x.u.shape[0], saved_size(x.u, x.A)) if save else x.A.new_empty(0)
-    return torch.empty_like(x.u), _fake_state(x), saved
+    inputs, flat_options, (save,) = split_args(args, NUM_INPUTS, NUM_OPTIONS)
+    x, options = ScanInputs(*inputs), ScanOptions(*flat_options)
+    saved = x.A.new_empty(x.u.shape[0], saved_size(x, options)) if save else x.A.new_empty(0)
+    return torch.empty_like(x.u), x.A.new_empty(state_shape(x, options)), saved
 
 
 @register_fake("eaml_ext::selective_scan_step")
@@ -149,8 +161,9 @@ def _backward_fake(grad_y: Tensor, grad_state: Tensor | None, *args: Any) -> tup
 
 @register_fake("eaml_ext::selective_scan_jvp")
 def _jvp_fake(*args: Any) -> tuple[Tensor, Tensor]:
-    x = ScanInputs(*args[:NUM_INPUTS])
-    return torch.empty_like(x.u), _fake_state(x)
+    inputs, _, flat_options = split_args(args, NUM_INPUTS, NUM_INPUTS)
+    x, options = ScanInputs(*inputs), ScanOptions(*flat_options)
+    return torch.empty_like(x.u), x.A.new_empty(state_shape(x, options))
 
 
 @register_fake("eaml_ext::selective_scan_backward_jvp")
@@ -161,8 +174,10 @@ def _backward_jvp_fake(
     grad_state_tangent: Tensor | None,
     *args: Any,
 ) -> tuple[Tensor, ...]:
-    x, outputs = ScanInputs(*args[:NUM_INPUTS]), args[-1]
-    outs = (torch.empty_like(x.u), _fake_state(x)) if outputs else (x.u.new_empty(0), x.A.new_empty(0))
+    inputs, _, (*flat_options, outputs) = split_args(args, NUM_INPUTS, NUM_INPUTS)
+    x, options = ScanInputs(*inputs), ScanOptions(*flat_options)
+    last = x.A.new_empty(state_shape(x, options) if outputs else 0)
+    outs = torch.empty_like(x.u) if outputs else x.u.new_empty(0), last
     return (*outs, *empty_gradients(x))
 
 

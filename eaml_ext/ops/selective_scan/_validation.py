@@ -9,6 +9,7 @@ from torch import Tensor
 
 from eaml_ext import _check
 from eaml_ext._torch_compat import is_any_autocast_enabled
+from eaml_ext.ops._packing import check_cu_seqlens, reset_from_seq_idx
 from eaml_ext.ops.selective_scan._schema import (
     ARGUMENTS,
     FULL_PRECISION,
@@ -16,14 +17,22 @@ from eaml_ext.ops.selective_scan._schema import (
     REQUIRED,
     ScanInputs,
     ScanOptions,
+    state_shape,
 )
 from eaml_ext.ops.selective_scan._split_invariance import is_split_invariant
 
 _DTYPES = (*FULL_PRECISION, *REDUCED_PRECISION)
+_INTEGERS = (torch.int32, torch.int64, torch.int16, torch.int8, torch.uint8)
 
 
 def check_arguments(
-    where: str, x: ScanInputs, delta_softplus: Any, reset: Any, state_name: str = "initial_state"
+    where: str,
+    x: ScanInputs,
+    delta_softplus: Any,
+    reset: Any = None,
+    cu_seqlens: Any = None,
+    seq_idx: Any = None,
+    state_name: str = "initial_state",
 ) -> ScanOptions:
     """Check the arguments of a scan.
 
@@ -32,6 +41,8 @@ def check_arguments(
         x: the inputs, of any type.
         delta_softplus: must be a bool.
         reset: None or a tensor, ``(batch, length)``, bool.
+        cu_seqlens: None or a tensor, ``(sequences + 1,)``, int32.
+        seq_idx: None or a tensor, ``(batch, length)``, of integers; becomes the reset of the options.
         state_name: the public function's name of ``initial_state``.
 
     Raises:
@@ -83,7 +94,8 @@ def check_arguments(
     check_parameter("A", A, (dim, dstate), "(dim, dstate)")
     if delta.shape != u.shape:
         _check.shape(where, "delta", delta, u.shape, f"of u, {tuple(u.shape)}")
-    options = ScanOptions(reset, softplus, B.dim() == 2, C.dim() == 2, is_split_invariant())
+    reset, cu_seqlens = _check_sequences(where, u, reset, cu_seqlens, seq_idx)
+    options = ScanOptions(reset, cu_seqlens, softplus, B.dim() == 2, C.dim() == 2, is_split_invariant())
     for name, value, invariant in (("B", B, options.B_invariant), ("C", C, options.C_invariant)):
         check_parameter(name, value, (dim, dstate), "(dim, dstate)") if invariant else check_variable(name, value)
     groups = [v.shape[1] if v.dim() == 4 else 1 for v in (B, C) if v.dim() > 2]
@@ -95,14 +107,10 @@ def check_arguments(
         check_parameter("delta_bias", delta_bias, (dim,), "(dim,)")
     if z is not None and z.shape != u.shape:
         _check.shape(where, "z", z, u.shape, f"of u, {tuple(u.shape)}")
-    if initial_state is not None and initial_state.shape != (batch, dim, dstate):
-        sizes = (batch, dim, dstate)
-        _check.shape(where, state_name, initial_state, sizes, f"(batch, dim, dstate) = {sizes}")
-    if reset is not None:
-        _check.tensor(where, "reset", reset)
-        _check.shape(where, "reset", reset, (batch, length), f"(batch, length) = {(batch, length)}")
-        _check.dtype(where, "reset", reset, (torch.bool,))
-        _check.device(where, "reset", reset, u.device, "u")
+    if initial_state is not None:
+        sizes, rows = state_shape(x, options), "batch" if cu_seqlens is None else "sequences"
+        if initial_state.shape != sizes:
+            _check.shape(where, state_name, initial_state, sizes, f"({rows}, dim, dstate) = {sizes}")
 
     _check.dtype(where, "u", u, _DTYPES)
     opmath = torch.float32 if u.dtype in REDUCED_PRECISION else u.dtype
@@ -124,6 +132,29 @@ def check_arguments(
         if value.device != u.device:
             _check.device(where, name, value, u.device, "u")
     return options
+
+
+def _check_sequences(
+    where: str, u: Tensor, reset: Any, cu_seqlens: Any, seq_idx: Any
+) -> tuple[Tensor | None, Tensor | None]:
+    """Check the arguments that divide rows into sequences; return ``reset`` and ``cu_seqlens`` of the op."""
+    batch, _, length = u.shape
+    if seq_idx is not None and (reset is not None or cu_seqlens is not None):
+        other = "reset" if reset is not None else "cu_seqlens"
+        raise ValueError(f"{where}: seq_idx and {other} both say where sequences start, give one of them")
+    for name, value, dtypes in (("reset", reset, (torch.bool,)), ("seq_idx", seq_idx, _INTEGERS)):
+        if value is None:
+            continue
+        _check.tensor(where, name, value)
+        _check.shape(where, name, value, (batch, length), f"(batch, length) = {(batch, length)}")
+        _check.dtype(where, name, value, dtypes)
+        _check.device(where, name, value, u.device, "u")
+    if seq_idx is not None:
+        reset = reset_from_seq_idx(seq_idx)
+    if cu_seqlens is not None:
+        cu_seqlens = check_cu_seqlens(where, cu_seqlens, batch, length).contiguous()
+        _check.device(where, "cu_seqlens", cu_seqlens, u.device, "u")
+    return reset, cu_seqlens
 
 
 def one_step_inputs(
@@ -170,7 +201,7 @@ def check_step_arguments(arguments: Sequence[Any]) -> tuple[ScanInputs, ScanOpti
     _check.tensor(where, "state", state)
     x = promote_under_autocast(one_step_inputs(*arguments[:-1]))
     dtype, x = x.u.dtype, promote_sequences(x)
-    return x, check_arguments(where, x, delta_softplus, None, "state"), dtype
+    return x, check_arguments(where, x, delta_softplus, state_name="state"), dtype
 
 
 def promote_under_autocast(x: ScanInputs) -> ScanInputs:
