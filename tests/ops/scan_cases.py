@@ -1,6 +1,7 @@
 """Calls of the scan and of its step for the tests: cases, shapes, drawn calls, and other ways to compute a scan."""
 
 import itertools
+from collections.abc import Sequence
 from typing import Any
 
 import pytest
@@ -30,11 +31,18 @@ def build(
     tasks: tuple[str, ...] = (),
     groups: int | None = None,
     invariant: tuple[str, ...] = (),
+    lengths: Sequence[int] | None = None,
     softplus: bool = False,
     last: bool = True,
     seed: int = 0,
 ) -> Build:
-    """Build a call with the optional arguments ``present``; ``tasks`` names the parameters that differ per task."""
+    """Build a call with the optional arguments ``present``; ``tasks`` names the parameters that differ per task.
+
+    With ``lengths``, the call has one row of packed sequences of these lengths; ``batch`` and ``length`` are unused.
+    ``cu_seqlens`` is an option, because the values of an integer tensor cannot be changed at will.
+    """
+    if lengths is not None:
+        batch, length = 1, sum(lengths)
 
     def make(dtype: torch.dtype, device: str) -> Call:
         draw = torch.Generator().manual_seed(seed)
@@ -60,7 +68,7 @@ def build(
             "D": parameter("D", dim),
             "z": randn(batch, dim, length),
             "delta_bias": parameter("delta_bias", dim) if softplus else parameter("delta_bias", dim).abs(),  # dt > 0
-            "initial_state": randn(batch, dim, state),
+            "initial_state": randn(batch if lengths is None else len(lengths), dim, state),
             "reset": randn(batch, length) > 0.7,
         }
         kept = {
@@ -68,9 +76,17 @@ def build(
             for name, x in tensors.items()
             if name not in OPTIONAL or name in present
         }
-        return Call(kept, {"delta_softplus": softplus, "return_last_state": last})
+        options: dict[str, Any] = {"delta_softplus": softplus, "return_last_state": last}
+        if lengths is not None:
+            options["cu_seqlens"] = cu_seqlens_of(lengths).to(device)
+        return Call(kept, options)
 
     return make
+
+
+def cu_seqlens_of(lengths: Sequence[int]) -> Tensor:
+    """Return the boundaries of packed sequences of these lengths."""
+    return torch.tensor([0, *itertools.accumulate(lengths)], dtype=torch.int32)
 
 
 CASES = {
@@ -82,9 +98,16 @@ CASES = {
     "invariant": build("reset", invariant=("B", "C")),
     "mixed": build("D", "initial_state", invariant=("B",), groups=1),
     "step": build(*OPTIONAL, length=1, invariant=("C",)),
+    "packed": build(*OPTIONAL, softplus=True, dim=2, lengths=(2, 0, 1, 2), state=2),
     "all": build(*OPTIONAL, softplus=True, dim=2, length=4, state=2),
 }
-REPRESENTATIVE = ("per_task", "groups", "invariant", "step")  # together, they have every optional argument and layout
+REPRESENTATIVE = (
+    "per_task",
+    "groups",
+    "invariant",
+    "step",
+    "packed",
+)  # together, they have every optional argument and layout
 SHAPES = {
     "batch0": build(*OPTIONAL, batch=0),
     "batch0_tasks": build(*OPTIONAL, batch=0, tasks=("A", "D"), invariant=("B",)),
@@ -99,6 +122,10 @@ SHAPES = {
     "lanes_and_one": build("D", "delta_bias", dim=17, length=3, softplus=True),
     "units": build(*OPTIONAL, batch=1, dim=150, length=3, state=5),
     "units_groups": build("z", batch=1, dim=140, groups=2, length=3, state=2),
+    "packed_none": build("initial_state", lengths=()),
+    "packed_empty": build(*OPTIONAL, lengths=(0, 0)),
+    "packed_chunks": build(*OPTIONAL, dim=2, lengths=(31, 0, 1, 33, 64, 2), softplus=True),
+    "packed_groups": build(dim=34, groups=2, lengths=(3, 40), state=5, invariant=("C",)),
     "units_invariant": build("z", batch=2, dim=70, length=3, invariant=("B", "C"), tasks=("A",)),
 }
 
@@ -112,7 +139,8 @@ def raw_calls(call: Call) -> list[tuple[Any, tuple[Any, ...]]]:
     """Return the four raw ops with the arguments that this call gives them."""
     x = [call.tensors.get(name) for name in ARGUMENTS]
     reset, softplus = call.tensors.get("reset"), call.options["delta_softplus"]
-    options = ScanOptions(reset, softplus, call.tensors["B"].dim() == 2, call.tensors["C"].dim() == 2, False)
+    invariant = [call.tensors[name].dim() == 2 for name in "BC"]
+    options = ScanOptions(reset, call.options.get("cu_seqlens"), softplus, *invariant, False)
     y, last, saved = ops.selective_scan(*x, *options, True)
     along = [None if v is None else torch.randn_like(v) for v in x]
     along[-1] = None
@@ -128,12 +156,16 @@ def raw_calls(call: Call) -> list[tuple[Any, tuple[Any, ...]]]:
     ]
 
 
+drawn_lengths = st.lists(st.integers(0, 40) | st.sampled_from((0, 1, 32, 33)), max_size=5)
+
+
 @st.composite
 def drawn(draw: Any) -> Build:
     tasks = draw(st.lists(st.sampled_from(("A", "D", "delta_bias", "B", "C")), unique=True))
     invariant = draw(st.sampled_from(((), ("B",), ("C",), ("B", "C"))))
     groups = draw(st.sampled_from((None, 1, 2, 3)))
     large = draw(st.integers(0, 7)) == 7  # many states, few channels and steps
+    lengths = None if tasks else draw(st.none() | drawn_lengths)
     return build(
         *draw(st.lists(st.sampled_from(OPTIONAL), unique=True)),
         batch=2 * draw(st.integers(0, 2)) if tasks else draw(st.integers(0, 3)),
@@ -143,6 +175,7 @@ def drawn(draw: Any) -> Build:
         tasks=tuple(tasks),
         groups=groups,
         invariant=invariant,
+        lengths=lengths,
         softplus=draw(st.booleans()),
         last=draw(st.booleans()),
         seed=draw(st.integers(0, 999)),

@@ -37,7 +37,7 @@ class TestScan(OpConformance):
         drawn=drawn(),
         raw=raw_calls,
         factor=FACTOR,
-        compiled=("plain", "per_task", "all"),
+        compiled=("plain", "per_task", "packed", "all"),
         representative=REPRESENTATIVE,
     )
 
