@@ -29,7 +29,7 @@ def check_cu_seqlens(op: str, cu_seqlens: Any, batch: int, length: int) -> Tenso
     _check.tensor(op, "cu_seqlens", cu_seqlens)
     _check.dtype(op, "cu_seqlens", cu_seqlens, (torch.int32,))
     assert isinstance(cu_seqlens, Tensor)
-    if cu_seqlens.dim() != 1 or len(cu_seqlens) == 0:
+    if cu_seqlens.dim() != 1 or cu_seqlens.shape[0] == 0:
         raise ValueError(f"{op}: cu_seqlens must have shape (sequences + 1,), got {tuple(cu_seqlens.shape)}")
     if batch != 1:
         raise ValueError(f"{op}: with cu_seqlens the batch must be 1, got {batch}")
