@@ -27,7 +27,6 @@ from eaml_ext.ops.selective_scan._higher_order import backward_jvp_formula, jvp_
 from eaml_ext.ops.selective_scan._schema import ARGUMENTS, NUM_INPUTS, NUM_OPTIONS, ScanInputs, ScanOptions, split_args
 
 _NO_GRADIENTS = (None,) * NUM_OPTIONS
-MAPPED_CU_SEQLENS = "selective_scan: cu_seqlens must be the same for all samples of a vmap"
 
 
 def can_skip_autograd(x: Sequence[Tensor | None]) -> bool:
@@ -295,7 +294,7 @@ class VmapBatchFolding:
         """Fold ``reset``; ``cu_seqlens`` and the flags are the same for all samples."""
         reset, cu_seqlens, *flags = options
         if in_dims[1] is not None:
-            raise ValueError(MAPPED_CU_SEQLENS)
+            raise ValueError("selective_scan: cu_seqlens must be the same for all samples of a vmap")
         return ScanOptions(self.fold_rows(reset, in_dims[0]), cu_seqlens, *flags)
 
     def unfold_rows(self, value: Tensor) -> Tensor:
