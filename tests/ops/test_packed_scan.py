@@ -11,6 +11,7 @@ from op_calls import Call, close
 from scan_bits import PER_ROW, PER_STEP, make_arguments
 from scan_cases import FACTOR, OPTIONAL, build, check_error, cu_seqlens_of, drawn_lengths
 from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
 
 from eaml_ext.ops import selective_scan, selective_scan_reference
 from eaml_ext.ops.selective_scan import ARGUMENTS, ScanOptions
@@ -183,6 +184,40 @@ def test_seq_idx_equals_reset_where_it_changes(function, dtype, device):
     reset = torch.tensor([[0, 0, 1, 0, 0, 1], [0, 1, 0, 0, 1, 0]], dtype=torch.bool, device=device)
     got, want = (function(**call.tensors, **call.options, **how) for how in ({"seq_idx": seq_idx}, {"reset": reset}))
     assert all(map(torch.equal, got, want))
+
+
+# ---- PyTorch's tools ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("gradients", [False, True])
+def test_compile_packed_dynamic_sizes_compiles_once(gradients):
+    torch._dynamo.reset()
+    names = ("u", "delta", "A", "B", "C", "initial_state")
+
+    def function(cu_seqlens: Tensor, *x: Tensor) -> tuple[Tensor, Tensor]:
+        return selective_scan(**dict(zip(names, x, strict=True)), return_last_state=True, cu_seqlens=cu_seqlens)
+
+    def run(f: Any, cu_seqlens: Tensor, x: list[Tensor]) -> list[Tensor]:
+        outs = f(cu_seqlens, *(v.requires_grad_(gradients) for v in x))
+        return [*outs, *(torch.autograd.grad(sum(out.square().sum() for out in outs), x) if gradients else ())]
+
+    compiled = torch.compile(function, fullgraph=True, backend="aot_eager")
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        for lengths in ((2, 3), (33, 0, 64), (1, 1, 1, 30)):
+            call = build("initial_state", lengths=lengths)(torch.float64, "cpu")
+            cu_seqlens, x = call.options["cu_seqlens"], [call.tensors[name] for name in names]
+            want = run(function, cu_seqlens, x)
+            for name, v in zip(("cu_seqlens", *names), (cu_seqlens, *x), strict=True):
+                if name != "A":
+                    torch._dynamo.mark_dynamic(v, 0 if name in ("cu_seqlens", "initial_state") else 2)
+            torch.testing.assert_close(run(compiled, cu_seqlens, x), want)
+
+
+def test_flop_counter_packed_scan_counts_each_step_once():
+    call = build("initial_state", dim=3, state=2, lengths=(5, 0, 30))(torch.float32, "cpu")
+    with FlopCounterMode(display=False) as counter:
+        selective_scan(**call.tensors, **call.options)
+    assert counter.get_flop_counts()["Global"][ops.selective_scan] == 7 * 3 * 2 * 35
 
 
 # ---- errors ------------------------------------------------------------------------------------------------------
