@@ -110,6 +110,16 @@ def test_decay_underflow_is_zero_and_never_nan(scale, dtype, device):
         assert all((x == 0).all() for x in with_zero_input)
 
 
+def test_jacobian_of_one_row_matches_reference(device):
+    """All cotangents share the saved states of the row, which vmap expands."""
+    call = build(batch=1, length=40, dim=2, state=2)(torch.float64, device)
+    got, want = (
+        torch.func.jacrev(lambda A, f=f: outputs(f, call, A=A)[0])(call.tensors["A"])
+        for f in (selective_scan, selective_scan_reference)
+    )
+    close([got], [want], FACTOR)
+
+
 def test_inputs_after_derivatives_are_unchanged(device):
     call = build(*OPTIONAL, softplus=True)(torch.float32, device)
     before = {n: x.clone() for n, x in call.tensors.items()}

@@ -142,11 +142,12 @@ class _Vjp(_ScanFunction):
         cotangent_dims, x_dims, option_dims, (saved_dim,) = split_args(in_dims, *sizes)
         # Gradients of shared parameters differ between samples, so all parameters become per-task.
         folding = VmapBatchFolding(info.batch_size, x, x_dims, options, per_sample=True)
+        folded_saved = folding.fold_rows(saved, saved_dim)
         grads = _Vjp.apply(
             *map(folding.fold_rows, cotangents, cotangent_dims),
             *folding.fold_inputs(x, x_dims),
             *folding.fold_options(options, option_dims),
-            folding.fold_rows(saved, saved_dim),
+            folded_saved if folded_saved is None else folded_saved.contiguous(),  # kernels take no strides of it
         )
         return folding.unfold_gradients(grads), (0,) * len(grads)
 
