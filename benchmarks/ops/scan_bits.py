@@ -8,6 +8,7 @@ compares outputs, last states and gradients of a scan with those of
 - a row of the batch alone,
 - two parts of the sequence, with the state and its gradient handed over,
 - the episodes between resets, one by one,
+- packed sequences, one by one,
 - single steps, with gradients through up to 512 of them,
 - one thread and two.
 
@@ -32,7 +33,7 @@ Results = dict[str, Tensor]
 LARGEST = (16, 16384, 64, 64)  # (batch, length, dim, state)
 STEPS = 512  # single steps with gradients
 SEQUENCES = ("u", "delta", "z")
-PER_STEP = (*SEQUENCES, "B", "C", "reset", "grad_y")
+PER_STEP = (*SEQUENCES, "B", "C", "reset", "y", "grad_y")
 PER_ROW = (*PER_STEP, "initial_state", "grad_state")
 DTYPES = (torch.float32, torch.float32, torch.float64, torch.bfloat16, torch.float16, torch.complex64)
 
@@ -94,7 +95,8 @@ def steps_of(x: Arguments, steps: slice) -> Arguments:
 def run(x: Arguments) -> Results:
     """Return y, the last state and all gradients of a scan."""
     leaves = {k: v.detach().requires_grad_() for k, v in x.items() if v is not None and k not in _NO_GRADIENT}
-    y, last = selective_scan(**leaves, reset=x["reset"], delta_softplus=True, return_last_state=True)
+    options = {"reset": x["reset"], "cu_seqlens": x.get("cu_seqlens")}
+    y, last = selective_scan(**leaves, **options, delta_softplus=True, return_last_state=True)
     grads = torch.autograd.grad([y, last], [*leaves.values()], [x["grad_y"], x["grad_state"]])
     return {"y": y.detach(), "last_state": last.detach(), **dict(zip(leaves, grads, strict=True))}
 
@@ -113,7 +115,7 @@ def run_steps(x: Arguments) -> Results:
     return {"y": outs[0].detach(), "last_state": state.detach(), **dict(zip(leaves, grads, strict=True))}
 
 
-_NO_GRADIENT = ("reset", "grad_y", "grad_state")
+_NO_GRADIENT = ("reset", "cu_seqlens", "grad_y", "grad_state")
 OF_A_ROW = ("y", "last_state", *SEQUENCES, "B", "C", "initial_state")
 
 
@@ -180,12 +182,28 @@ def check(x: Arguments, seed: int) -> Iterator[tuple[str, str]]:
         with_resets = run({**x, "reset": reset})
         episodes = run_parts({**x, "reset": None}, [0, *cuts, length], episodes=True)
         yield from (("resets", name) for name in differing(episodes, with_resets, x))
+        yield from (("packed", name) for name in check_packed(rows_of(x, rows), [0, *cuts, length]))
         if x["B"].dim() == 2:  # a single step takes a B for each batch row
             return
         few = {**steps_of(x, slice(0, STEPS)), "reset": None}
         yield from (("steps", name) for name in differing(run_steps(few), run(few), x))
     finally:
         torch.set_num_threads(threads)
+
+
+def check_packed(row: Arguments, bounds: list[int]) -> Iterator[str]:
+    """Yield the results of a packed row that differ from those of its sequences."""
+    count = len(bounds) - 1
+    states = ("initial_state", "grad_state")
+    row = {**row, **{name: torch.randn_like(row[name].expand(count, -1, -1)) for name in states}}
+    packed = run({**row, "cu_seqlens": torch.tensor(bounds, dtype=torch.int32)})
+    for i in range(count):
+        steps = slice(bounds[i], bounds[i + 1])
+        alone = run({**steps_of(row, steps), **{name: row[name][i : i + 1] for name in states}})
+        of_sequence = {**steps_of({name: packed.get(name) for name in ("y", *OF_A_ROW)}, steps)}
+        of_sequence |= {name: packed[name][i : i + 1] for name in ("last_state", "initial_state")}
+        present = {name: v for name, v in of_sequence.items() if v is not None}
+        yield from differing(present, alone, row)
 
 
 def main() -> None:
