@@ -129,3 +129,9 @@ def test_checker_last_digits_of_float32_are_accepted(printed, same):
 
 def test_docs_have_fifteen_examples_or_more():
     assert sum(len(blocks(page)) for page in PAGES) >= 15
+
+
+def test_guarantees_name_tests_that_exist():
+    named = re.findall(r"`(tests/[\w/.]+\.py)::(test_\w+)`", (ROOT / "docs/guarantees.md").read_text())
+    missing = [test for path, test in named if f"def {test}(" not in (ROOT / path).read_text()]
+    assert len(named) >= 25 and not missing

@@ -142,10 +142,10 @@ def test_docstring_examples_pass():
 
 @pytest.mark.parametrize("present", [(), OPTIONAL], ids=["plain", "all"])
 @pytest.mark.parametrize("state, invariant", [(16, ()), (9, ("B",))])
-def test_few_channels_two_partial_sums_give_same_bits(state, invariant, present, device, reference_only):
-    """Two threads sum the states of few, long channels; a batch has enough work without such partial sums."""
+def test_few_channels_two_threads_give_same_bits(state, invariant, present, device, reference_only):
+    """Units of the forward pass are narrowed for the threads."""
     if reference_only:
-        pytest.skip("only the kernels have partial sums: the reference is one loop, minutes long here")
+        pytest.skip("only the kernels use threads: the reference is one loop, minutes long here")
     single = build(*present, batch=1, dim=17, length=70000 // state, state=state, invariant=invariant, softplus=True)(
         torch.float32, device
     )
