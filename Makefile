@@ -94,9 +94,9 @@ EMULATOR_FLAGS = -O1 -g1 -std=c++20 -fPIC -fno-math-errno -Wall -Wno-unknown-pra
 TORCH = $(shell $(BIN)/python -c 'import torch; print(torch.__path__[0])')
 CUDA_SOURCES := $(wildcard tests/cuda_emulator/*.cpp csrc/*/op_common.cpp csrc/*/cuda/*.cpp csrc/*/cuda/*.cu)
 EMULATOR_TESTS := close_to or numerical or half or strides or equals or extreme or drawn or exact or long or fault or \
-	states or tiling or (rows_independent and (units or tails))
+	states or tiling or each_alone or each_row or limited or (rows_independent and (units or tails))
 EMULATOR_SCAN := tests/cuda_emulator/test_emulator.py $(addprefix tests/ops/,test_scan_conformance.py \
-	test_selective_scan.py test_selective_scan_step.py test_complex_scan.py \
+	test_selective_scan.py test_selective_scan_step.py test_complex_scan.py test_packed_scan.py \
 	test_scan_numerics.py::test_bits_of_rows_independent_of_batch_and_threads)
 EMULATOR_CONV := tests/ops/test_causal_conv1d_conformance.py tests/ops/test_causal_conv1d.py
 EMULATOR_KNN := exact_ or one_pass or slots_that or more_neighbors or close_to or strides or equals_ or dead or history
