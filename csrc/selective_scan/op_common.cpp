@@ -71,7 +71,7 @@ ScanParams make_params(const Device& device, const Arguments& x, const OptionalT
     EAML_CHECK(s.length <= INT32_MAX, "selective_scan: u has length ", s.length, ", more than cu_seqlens can hold");
     s.cu_seqlens = data<std::int32_t>(*cu_seqlens), s.num_sequences = cu_seqlens->size(0) - 1;
   }
-  s.batch = rows * s.num_sequences;
+  s.batch = rows * s.num_sequences, s.saved_chunks = saved_chunks(s);
   s.dstate = x.A->size(x.A->dim() - 1);
   s.groups = 1, s.num_components = num_components(states), s.softplus = softplus, s.gated = x.z.has_value();
   s.B_invariant = B_invariant, s.C_invariant = C_invariant, s.split_invariant = split_invariant;

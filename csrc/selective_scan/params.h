@@ -58,6 +58,7 @@ struct ScanParams {
   // row r / num_sequences. Kernels limit these values to 0 ... length, because nothing checks them on a GPU.
   const std::int32_t* cu_seqlens = nullptr;  // (num_sequences + 1,) or null
   std::int64_t num_sequences = 1;
+  std::int64_t saved_chunks = 0;  // saved states of a batch row, see op_common.h
 };
 
 // Outputs of the forward pass. Null ones are not written. A Dual run writes the tangents of y and last_state in place

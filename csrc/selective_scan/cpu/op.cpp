@@ -174,7 +174,7 @@ ForwardTuple run(const ScanParams& params, const Arguments& x, bool save) {
   Scratch scratch;
   Tensor y = torch::stable::empty_like(*x.u), last = empty(*x.A, {s.batch, s.dim, s.dstate});
   Tensor saved = empty(*x.A, save ? Sizes{x.u->size(0), saved_size(s)} : Sizes{0});
-  if (save && saved_chunks(s) == 0) torch::stable::zero_(saved);
+  if (save && (s.cu_seqlens || saved_chunks(s) == 0)) torch::stable::zero_(saved);  // some entries belong to no chunk
   const Outputs<T> to{out<T>(y), out<T>(last, s.num_components), save ? mutable_data<T>(saved) : nullptr};
   run_forward<T>(scratch, s, inputs<T>(s, x), nullptr, to);
   return {y, last, saved};

@@ -3,9 +3,9 @@
 #pragma once
 
 #include <algorithm>
+#include <cstdint>
 
 #include "selective_scan/cpu/kernel.h"
-#include "selective_scan/op_common.h"
 
 namespace eaml::selective_scan {
 
@@ -20,8 +20,7 @@ class PackedSequence {
       : params(s),
         unit(unit_of_call % units(s)),
         sequence_(unit_of_call / units(s)),
-        row_(sequence_ / s.num_sequences),
-        saved_chunks_(saved_chunks(s)) {
+        row_(sequence_ / s.num_sequences) {
     const std::int32_t* const bounds = s.cu_seqlens + sequence_ % s.num_sequences;
     start_ = std::clamp<int64_t>(bounds[0], 0, s.length);
     params.length = std::clamp<int64_t>(bounds[1], start_, s.length) - start_;
@@ -61,11 +60,11 @@ class PackedSequence {
   }
 
  private:
-  int64_t sequence_, row_, saved_chunks_, start_;
+  int64_t sequence_, row_, start_;
 
-  // The states that sequences save do not overlap, see saved_chunks.
+  // The states that sequences save do not overlap, see saved_chunks in op_common.h.
   int64_t first_saved() const {
-    return (row_ * saved_chunks_ + start_ / kChunk) * params.dstate * params.num_components * params.dim;
+    return (row_ * params.saved_chunks + start_ / kChunk) * params.dstate * params.num_components * params.dim;
   }
 
   // Moves an In or Out by `offset` elements.

@@ -63,7 +63,7 @@ EAML_DEVICE void read_states_before(typename L::S (&h)[L::kStates], const Block<
     const int64_t stride = first ? initial_state.inner : p.params.dim;
     const int64_t at = first ? block.row * initial_state.outer + (block.first + block.channel) * initial_state.channel +
                                    block.lane * L::kStates * stride
-                             : block.saved_at(block.first_saved + chunk - 1, block.permutation);
+                             : block.saved_at(block.saved_before(chunk), block.permutation);
     const float* const from = first ? initial_state.data : checkpoints;
     EAML_UNROLL
     for (int k = 0; k < L::kStates; ++k) to[k] = from == nullptr ? 0.0f : from[at + (k ^ block.permutation) * stride];
@@ -303,9 +303,9 @@ fast_backward_kernel(EAML_CONSTANT BackwardParams<float> p) {
       cuda::sync_block();
     }
   };
-  for (int chunk = end - 1; chunk >= begin; --chunk) {
+  int count = block.steps(end - 1);  // all chunks but the last are whole
+  for (int chunk = end - 1; chunk >= begin; --chunk, count = kSteps) {
     cuda::sync_block();  // the previous chunk's slots and matrices are no longer read
-    const int count = block.steps(chunk);
     const auto each_vector = [&](auto f) {
       // Each chunk computes its pointers, because kept ones would take too many registers.
       const auto reader = [&, row = cuda::recomputed(block.batch_row)](In<float> Inputs<float>::* member) {

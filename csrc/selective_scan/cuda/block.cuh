@@ -86,6 +86,10 @@ struct Block {
   }
   // The first step of a chunk in the batch row.
   EAML_MEMBER Steps time(Steps chunk) const { return start + chunk * kSteps; }
+  // The number of the state before a chunk but the first, for kernels that have no register for first_saved.
+  EAML_MEMBER Steps saved_before(Steps chunk) const {
+    return batch_row * static_cast<Steps>(params.saved_chunks) + time(chunk) / kSteps - 1;
+  }
   EAML_MEMBER bool has_channel() const { return kWhole || channel < channels; }
   EAML_MEMBER bool has_state(int k) const { return kWhole || (has_channel() && state(k) < params.dstate); }
   EAML_MEMBER int64_t state(int k) const { return lane * kStates + (k ^ permutation); }
