@@ -1,7 +1,9 @@
 """Functions of tensors as one autograd function, with derivatives of every order and mode.
 
-Inside ``jvp`` of an autograd function, torch disables forward mode: outer levels of it see the calls of autograd
-functions there, and no other operation. So ``jvp`` has to be one such call, of :class:`Composite`.
+A derivative of a formula is another formula, so one autograd function, :class:`Composite`, has every order. Formulas
+use reverse mode alone, because levels of forward mode nest only inside ``torch.func``. Inside ``jvp`` of an autograd
+function, torch disables forward mode: outer levels of it see the calls of autograd functions there, and no other
+operation. So ``jvp`` has to be one such call.
 """
 
 from collections.abc import Callable, Sequence
@@ -16,10 +18,9 @@ Formula = Callable[..., tuple[Tensor, ...]]
 
 
 class Composite(Function):
-    """``(formula, *args)`` -> formula(*args), differentiable in every floating tensor among the arguments.
+    """``(formula, *args)`` -> formula(*args), differentiable to any order in every tensor of real or complex numbers.
 
-    A formula has no tensors but its arguments. A derivative of a formula is another formula. Both use reverse mode
-    alone, because levels of forward mode nest only inside ``torch.func``.
+    A formula has no tensors but its arguments.
     """
 
     @staticmethod
@@ -31,22 +32,17 @@ class Composite(Function):
         ctx.formula, *args = inputs
         tensors = [value if isinstance(value, Tensor) else None for value in args]
         ctx.constants = [None if isinstance(value, Tensor) else value for value in args]
+        ctx.set_materialize_grads(False)
         ctx.save_for_backward(*tensors)
         ctx.save_for_forward(*tensors)
 
     @staticmethod
-    def backward(ctx: Any, *cotangents: Tensor) -> tuple[Tensor | None, ...]:
-        args, count = _args(ctx), len(ctx.constants)
-        grads = Composite.apply(lambda *p: _vjp(ctx.formula, p[:count], p[count:]), *args, *cotangents)
-        by_index = dict(zip(_differentiable(args), grads, strict=True))
-        return (None, *(by_index.get(i) for i in range(count)))
+    def backward(ctx: Any, *cotangents: Tensor | None) -> tuple[Tensor | None, ...]:
+        return (None, *vjp_of(ctx.formula, _args(ctx), cotangents))
 
     @staticmethod
     def jvp(ctx: Any, _: None, *tangents: Tensor | None) -> tuple[Tensor, ...]:
-        args, count = _args(ctx), len(ctx.constants)
-        present = [tangents[i] for i in _differentiable(args)]
-        outs: tuple[Tensor, ...] = Composite.apply(lambda *p: _jvp(ctx.formula, p[:count], p[count:]), *args, *present)
-        return outs
+        return jvp_of(ctx.formula, _args(ctx), tangents)
 
     @staticmethod
     def vmap(info: Any, in_dims: Any, formula: Formula, *args: Any) -> Any:
@@ -59,13 +55,24 @@ def _args(ctx: Any) -> list[Any]:
     return [constant if tensor is None else tensor for tensor, constant in pairs]
 
 
-def _differentiable(args: Sequence[Any]) -> list[int]:
-    """Return the positions of tensors that have a gradient."""
-    return [i for i, value in enumerate(args) if isinstance(value, Tensor) and value.is_floating_point()]
+def vjp_of(formula: Formula, args: Sequence[Any], cotangents: Sequence[Tensor | None]) -> tuple[Tensor | None, ...]:
+    """Return J^T g of a formula with one entry per argument, None for one without a gradient."""
+    count = len(args)
+    grads = Composite.apply(lambda *p: vjp_formula(formula, p[:count], p[count:]), *args, *cotangents)
+    by_index = dict(zip(_differentiable(args), grads, strict=True))
+    return tuple(by_index.get(i) for i in range(count))
 
 
-def _vjp(formula: Formula, args: Sequence[Any], cotangents: Sequence[Tensor]) -> tuple[Tensor, ...]:
-    """J^T g, one gradient per differentiable argument."""
+def jvp_of(formula: Formula, args: Sequence[Any], tangents: Sequence[Tensor | None]) -> tuple[Tensor, ...]:
+    """Return J v of a formula, for one tangent per argument."""
+    count = len(args)
+    present = [tangents[i] for i in _differentiable(args)]
+    outs: tuple[Tensor, ...] = Composite.apply(lambda *p: jvp_formula(formula, p[:count], p[count:]), *args, *present)
+    return outs
+
+
+def vjp_formula(formula: Formula, args: Sequence[Any], cotangents: Sequence[Tensor | None]) -> tuple[Tensor, ...]:
+    """Compute J^T g, one gradient per differentiable argument."""
     indices = _differentiable(args)
 
     def bound(*tensors: Tensor) -> tuple[Tensor, ...]:
@@ -75,13 +82,24 @@ def _vjp(formula: Formula, args: Sequence[Any], cotangents: Sequence[Tensor]) ->
         return formula(*full)
 
     outs_and_pullback: Any = torch.func.vjp(bound, *(args[i] for i in indices))
-    grads: tuple[Tensor, ...] = outs_and_pullback[1](tuple(cotangents))
+    outs, pullback = outs_and_pullback
+    grads: tuple[Tensor, ...] = pullback(_fill_zeros(cotangents, outs))
     return grads
 
 
-def _jvp(formula: Formula, args: Sequence[Any], tangents: Sequence[Tensor | None]) -> tuple[Tensor, ...]:
-    """J v, the gradient in g of <v, J^T g>, for one tangent per differentiable argument."""
+def jvp_formula(formula: Formula, args: Sequence[Any], tangents: Sequence[Tensor | None]) -> tuple[Tensor, ...]:
+    """Compute J v, the gradient in g of <v, J^T g>, for one tangent per differentiable argument."""
     zeros = [torch.zeros_like(out) for out in formula(*args)]
     values = [args[i] for i in _differentiable(args)]
-    filled = [torch.zeros_like(v) if t is None else t for t, v in zip(tangents, values, strict=True)]
-    return _vjp(lambda *g: _vjp(formula, args, g), zeros, filled)
+    return vjp_formula(lambda *g: vjp_formula(formula, args, g), zeros, _fill_zeros(tangents, values))
+
+
+def _differentiable(args: Sequence[Any]) -> list[int]:
+    """Return the positions of tensors that have a gradient."""
+    tensors = [(i, value) for i, value in enumerate(args) if isinstance(value, Tensor)]
+    return [i for i, value in tensors if value.is_floating_point() or value.is_complex()]
+
+
+def _fill_zeros(tangents: Sequence[Tensor | None], values: Sequence[Tensor]) -> tuple[Tensor, ...]:
+    pairs = zip(tangents, values, strict=True)
+    return tuple(torch.zeros_like(v) if t is None else t for t, v in pairs)
