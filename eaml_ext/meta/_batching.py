@@ -38,25 +38,35 @@ class Batching:
         generators; it must have no other side effect. Errors of the loop are raised.
         """
         if self.vmapped:
-            # A generator cannot be read during a capture, which follows a run of the same function.
-            readable = device.type == "cuda" and not torch.cuda.is_current_stream_capturing()
-            cuda = torch.cuda.get_rng_state(device) if readable else None
-            state = torch.get_rng_state()
+            restore = generator_states(device)
             try:
                 return compute(vmapped)
             except torch.OutOfMemoryError:
                 raise
             except RuntimeError as error:
                 reason = str(error).partition("\n")[0].partition(". ")[0]
-            torch.set_rng_state(state)
-            if cuda is not None:
-                torch.cuda.set_rng_state(cuda, device)
+            restore()
         result = compute(looped)
         if self.vmapped:
             self.vmapped = False
             text = f"{self.where}: vmap cannot run the model, so {self.item}s run one at a time from now on: {reason}"
             warnings.warn(text, RuntimeWarning, stacklevel=caller_level())
         return result
+
+
+def generator_states(device: torch.device) -> Callable[[], None]:
+    """Return a function that restores the present states of torch's default generators of the CPU and of ``device``."""
+    # A generator cannot be read during a capture, which follows a run of the same function.
+    readable = device.type == "cuda" and not torch.cuda.is_current_stream_capturing()
+    cuda = torch.cuda.get_rng_state(device) if readable else None
+    state = torch.get_rng_state()
+
+    def restore() -> None:
+        torch.set_rng_state(state)
+        if cuda is not None:
+            torch.cuda.set_rng_state(cuda, device)
+
+    return restore
 
 
 def vmapped(function: Callable[..., Any], in_dims: Any = 0, chunk_size: int | None = None) -> Callable[..., Any]:

@@ -14,6 +14,7 @@ from torch.func import grad, vmap
 from eaml_ext._torch_compat import is_compiler_error
 from eaml_ext.meta._batching import Batching, Map, caller_level, stack, vmapped
 from eaml_ext.meta._cuda_graphs import GraphCache
+from eaml_ext.meta._hessian_vector_products import HessianVectorProducts
 from eaml_ext.meta._inner_loop import InnerLoop, descend, twice_differentiable_attention
 from eaml_ext.meta._padding import launches, pad_tasks
 from eaml_ext.meta._python_state import PythonState
@@ -40,6 +41,7 @@ class MetaGradient:
         batching: maps functions over tasks.
         compiled: the functions compiled so far; ``compile`` adds to it.
         graphs: captures and replays compiled functions on CUDA; None: they run as usual.
+        products: computes the gradient by Hessian-vector products; None: by the graph of the inner loop.
         micro_batch, reptile, compile: as of :class:`eaml_ext.meta.MetaMAML`.
     """
 
@@ -50,6 +52,7 @@ class MetaGradient:
     batching: Batching
     compiled: dict[tuple[LossFn, InnerLoop], PureFunction]
     graphs: GraphCache | None
+    products: HessianVectorProducts | None
     micro_batch: int | None
     reptile: bool
     compile: bool
@@ -102,6 +105,9 @@ class MetaGradient:
             ) -> tuple[Tensor, Gradients]:
                 if self.reptile or (self.compile and batch is vmapped):
                     return self._without_tape(batch, some, fns[0], shares)
+                if self.products is not None:
+                    inner, params, rates, stacked = self.inner, self.params, self.rates, stack(pad_tasks(some))
+                    return self.products.meta_gradient(batch, inner, params, rates, fns[0], shares, *stacked)
                 values = task_losses(batch, self.inner, self.params, self.rates, some, fns)
                 # A product with equal weights would round differently from a mean.
                 equal = values.mean() * (len(some) / count)
@@ -116,7 +122,7 @@ class MetaGradient:
 
     def _chunks(self, tasks: list[Task], loss_fns: list[LossFn]) -> list[list[int]]:
         """The indices of the tasks that run at once."""
-        if not (self.reptile or self.compile or self.micro_batch):
+        if not (self.reptile or self.compile or self.micro_batch or self.products is not None):
             return [list(range(len(tasks)))]
         size = self.micro_batch or len(tasks)
         return [bucket[i : i + size] for bucket in launches(tasks, loss_fns) for i in range(0, len(bucket), size)]

@@ -50,6 +50,34 @@ def calls(monkeypatch):
     return seen
 
 
+class MeanOverTime(nn.Module):
+    """Not causal: padding has an influence unless the lengths are used."""
+
+    def __init__(self):
+        super().__init__()
+        self.inner, self.outer = nn.Linear(4, 8), nn.Linear(8, 2)
+
+    def forward(self, x, lengths=None):
+        h = self.inner(x).tanh()
+        if lengths is None:
+            return self.outer(h + h.mean(1, keepdim=True))
+        steps = (torch.arange(x.shape[1]) < lengths.unsqueeze(1)).unsqueeze(-1)
+        mean = (h * steps).sum(1, keepdim=True) / lengths.clamp(min=1).view(-1, 1, 1)
+        return self.outer(h + mean)
+
+
+class Branching(nn.Module):
+    """Its branch depends on data, so vmap cannot run it."""
+
+    def __init__(self):
+        super().__init__()
+        self.inner = ssm()
+
+    def forward(self, x, lengths=None):
+        y = self.inner(x, lengths=lengths)
+        return -y if float(y.detach().sum()) > 0 else y
+
+
 @pytest.mark.parametrize(
     "options",
     [
@@ -60,6 +88,8 @@ def calls(monkeypatch):
         {"learn_inner_lr": True},
         {"inner_parameters": "head"},
         {"micro_batch": 3},
+        {"inner_steps": 3, "memory": "recompute"},
+        {"inner_steps": 3, "memory": "forward_over_reverse"},
     ],
     ids=str,
 )
@@ -67,6 +97,39 @@ def test_meta_gradient_sequences_of_other_lengths_equal_each_task_alone(options)
     maml = MetaMAML(ssm(), 0.1, 1e-3, **options)
     lists, tensors = one_sequence_tasks()
     assert_same_gradient(gradient(maml, tensors, mse_loss), gradient(maml, lists, LOSS))
+
+
+def several_sequences_tasks():
+    return [
+        (*sequences(3, 7), *sequences(5)),
+        (*sequences(6), *sequences(2, 4, 4)),
+        (*sequences(1, 1, 8), *sequences(9)),
+    ]
+
+
+RAGGED = {
+    "one sequence": (ssm, lambda: one_sequence_tasks()[0]),
+    "several sequences": (ssm, several_sequences_tasks),
+    "mamba": (lambda: ssm("mamba"), several_sequences_tasks),
+    "not causal": (lambda: MeanOverTime().double(), several_sequences_tasks),
+    "rows": (mlp, lambda: [task(n, m) for n, m in ((10, 6), (7, 6), (10, 9), (8, 4))]),
+    "two launches": (ssm, lambda: one_sequence_tasks([40, 3, 35, 4])[0]),
+    "branch": (Branching, several_sequences_tasks),
+}
+
+
+@pytest.mark.filterwarnings("ignore:MetaMAML. vmap cannot", "ignore:MetaMAML. forward mode cannot")
+@pytest.mark.parametrize("memory", ["recompute", "forward_over_reverse"])
+@pytest.mark.parametrize(
+    "options, kl_radius", [({}, 0.0), ({"learn_inner_lr": True, "micro_batch": 2}, 0.3)], ids=["plain", "options"]
+)
+@pytest.mark.parametrize("kind", RAGGED)
+def test_meta_gradient_ragged_tasks_by_products_equals_that_of_the_graph(kind, options, kl_radius, memory):
+    model, tasks = (make() for make in RAGGED[kind])
+    one, other = (
+        MetaMAML(model, 0.1, 1e-3, inner_steps=3, memory=m, **options) for m in ("reverse_over_reverse", memory)
+    )
+    assert_same_gradient(gradient(one, tasks, LOSS, kl_radius), gradient(other, tasks, LOSS, kl_radius), 1e-9)
 
 
 @pytest.mark.parametrize("core", ["mamba", "s4d", "s5", "lru", "ssd", "retention", "rwkv"])
@@ -83,12 +146,7 @@ def test_meta_gradient_kl_radius_equals_each_task_alone():
 
 
 def test_meta_gradient_sets_of_several_sequences_equal_a_loop_over_sequences():
-    model = ssm()
-    tasks = [
-        (*sequences(3, 7), *sequences(5)),
-        (*sequences(6), *sequences(2, 4, 4)),
-        (*sequences(1, 1, 8), *sequences(9)),
-    ]
+    model, tasks = ssm(), several_sequences_tasks()
 
     def loss(params, x, y):
         parts = [torch.func.functional_call(model, params, (a.unsqueeze(0),))[0] for a in x]
@@ -244,37 +302,12 @@ def test_meta_update_policy_learns_from_episodes_of_other_lengths():
     assert_same_gradient(gradient(maml, tensors, mse_loss), gradient(maml, lists, LOSS))
 
 
-class MeanOverTime(nn.Module):
-    """Not causal: padding has an influence unless the lengths are used."""
-
-    def __init__(self):
-        super().__init__()
-        self.inner, self.outer = nn.Linear(4, 8), nn.Linear(8, 2)
-
-    def forward(self, x, lengths=None):
-        h = self.inner(x).tanh()
-        if lengths is None:
-            return self.outer(h + h.mean(1, keepdim=True))
-        steps = (torch.arange(x.shape[1]) < lengths.unsqueeze(1)).unsqueeze(-1)
-        mean = (h * steps).sum(1, keepdim=True) / lengths.clamp(min=1).view(-1, 1, 1)
-        return self.outer(h + mean)
-
-
 def test_meta_gradient_model_that_is_not_causal_equals_each_task_alone():
     maml, (lists, tensors) = MetaMAML(MeanOverTime().double(), 0.1, 1e-3), one_sequence_tasks()
     assert_same_gradient(gradient(maml, tensors, mse_loss), gradient(maml, lists, LOSS))
 
 
 def test_meta_gradient_model_that_vmap_cannot_run_equals_each_task_alone():
-    class Branching(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.inner = ssm()
-
-        def forward(self, x, lengths=None):
-            y = self.inner(x, lengths=lengths)
-            return -y if float(y.detach().sum()) > 0 else y
-
     maml, (lists, tensors) = MetaMAML(Branching(), 0.1, 1e-3), one_sequence_tasks()
     with pytest.warns(RuntimeWarning, match="vmap cannot run the model"):
         got = gradient(maml, lists, LOSS)

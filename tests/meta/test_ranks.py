@@ -46,6 +46,7 @@ WAYS = [
     ({"learn_inner_lr": True, "inner_parameters": "2"}, "mlp", 5, (3, 2), 0.0),
     ({"first_order": True}, "mlp", 5, (1, 4), 0.0),
     ({"reptile": True}, "mlp", 5, (1, 4), 0.3),
+    ({"inner_steps": 3, "memory": "recompute"}, "ssm", 5, (2, 3), 0.3),
 ]
 
 
