@@ -205,6 +205,23 @@ def meta(found: Any) -> Section:
     return text, head, rows, ""
 
 
+def inner_steps(found: Any) -> Section:
+    """Time and memory of long inner loops."""
+    memories = ("reverse_over_reverse", "recompute", "forward_over_reverse")
+    rows: list[Sequence[str]] = []
+    for row in found["rows"]:
+        times = [f"{row[f'time {memory}']:.2f}x" for memory in memories[1:]]
+        peaks = [f"{row[f'bytes {memory}'] / 2**20:.0f} MB" for memory in memories]
+        rows.append([row["case"], str(row["inner steps"]), *times, *peaks])
+    head = ["second-order meta-gradient", "inner steps", "time: recompute", "forward over reverse"]
+    head += ["peak memory: graph", "recompute", "forward over reverse"]
+    text = """`MetaMAML(memory=)` computes one gradient from the graph of all inner steps, by recomputing one step at a
+        time, or by forward mode over reverse mode. Times are those of one thread, in units of the graph's. Both sweeps
+        do the work of each step twice and lose in time. Their memory grows by the adapted parameters of all tasks per
+        step, so a small model with few data gains little."""
+    return text, head, rows, ""
+
+
 SECTIONS: dict[str, tuple[str, str, Callable[[Any], Section]]] = {  # title: module, file, what to say of it
     "The main job": ("benchmarks.main_job", "main_job", main_job),
     "MAML's sinusoids": ("benchmarks.experiments.sinusoid", "sinusoid", sinusoid),
@@ -216,6 +233,7 @@ SECTIONS: dict[str, tuple[str, str, Callable[[Any], Section]]] = {  # title: mod
     "The cost of adaptation": ("benchmarks.adaptation_step", "adaptation-step-1-thread", adaptation_step),
     "A million steps": ("benchmarks.soak", "soak", soak),
     "Speed of meta-updates": ("benchmarks.meta", "meta-1-thread", meta),
+    "Long inner loops": ("benchmarks.inner_steps", "inner_steps-1-thread", inner_steps),
 }
 
 

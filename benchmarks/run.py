@@ -3,12 +3,12 @@
 --quick takes a few minutes: the kernels' tables for this machine, their plots in build/bench, nothing in results/.
 """
 
-from benchmarks import experience, mamba, mamba2, meta
+from benchmarks import experience, inner_steps, mamba, mamba2, meta
 from benchmarks.ops import causal_conv1d, knn, selective_scan
 
 
 def main() -> None:
-    for benchmark in (selective_scan, causal_conv1d, knn, meta, experience, mamba, mamba2):
+    for benchmark in (selective_scan, causal_conv1d, knn, meta, inner_steps, experience, mamba, mamba2):
         print(f"\n== {benchmark.__name__}")
         benchmark.main()
 
