@@ -100,7 +100,7 @@ class MetaMAML:
         group: the ranks that share the tasks of a meta-batch; None: this process has all of them.
         memory: how :meth:`meta_update` computes second order. ``"reverse_over_reverse"`` keeps the graph of all inner
             steps. ``"recompute"`` keeps their parameters and recomputes one step at a time for a Hessian-vector
-            product, in about 4/3 of the time. ``"forward_over_reverse"`` computes these products by forward mode
+            product, in 4/3 of the time or more. ``"forward_over_reverse"`` computes these products by forward mode
             (MixFlow-MG; Kemaev et al. 2025, arXiv 2505.00793). A model that forward mode cannot run is recomputed after
             one RuntimeWarning; an ``autograd.Function`` with ``jvp`` needs a ``backward`` of differentiable operations.
             All three give equal gradients, to rounding, and, where ``vmap`` runs the model, draw equal numbers from
