@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from eaml_ext import _check
 from eaml_ext._torch_compat import RUNNING_STATISTICS_NORMS
-from eaml_ext.meta._types import DataSet, LossFn, Task
+from eaml_ext.meta._types import DataSet, LossFn, Params, Task
 from eaml_ext.meta.functional import select_parameters
 from eaml_ext.meta.masked_loss import MaskedLoss
 
@@ -177,6 +177,17 @@ def check_parameters(where: str, owner: str, params: Mapping[str, Tensor], known
             raise ValueError(
                 f"{where}: {name} was unfrozen or replaced after this {owner} was made: make a new {owner}"
             )
+
+
+def check_inner_parameters(where: str, params: Params, names: Sequence[str], inner_lrs: Params) -> None:
+    """Raise ValueError unless there are ``names``, each with a learned step size of its shape if any are learned."""
+    if not names:
+        got = ", ".join(params) or "none"
+        raise ValueError(f"{where}: params must hold an inner parameter that requires grad, got {got}")
+    for name in names if inner_lrs else ():
+        if name not in inner_lrs or inner_lrs[name].shape != params[name].shape:
+            text = f"{name} was unfrozen or replaced after this MetaMAML was made and has no learned step size"
+            raise ValueError(f"{where}: {text}: make a new MetaMAML")
 
 
 def check_tensors(where: str, part: str, given: Any, own: Mapping[str, Tensor]) -> None:

@@ -23,6 +23,7 @@ from eaml_ext.meta._padding import pad_set
 from eaml_ext.meta._types import DataSet, LossFn, Params, Task
 from eaml_ext.meta._validation import (
     check_buffers_constant,
+    check_inner_parameters,
     check_loss_fn,
     check_loss_fns,
     check_mask,
@@ -106,7 +107,6 @@ class MetaMAML:
             All three give equal gradients, to rounding, and, where ``vmap`` runs the model, draw equal numbers from
             torch's default generators. The last two raise ValueError where a support loss changes between two calls, by
             other random numbers or state of the model. First order and Reptile keep no graph and ignore ``memory``.
-            With ``compile`` it must be the default.
 
     Attributes:
         skipped_updates: meta-updates skipped because a loss or a gradient was not finite.
@@ -144,9 +144,8 @@ class MetaMAML:
     >>> loss = maml.meta_update(tasks, MaskedLoss(torch.nn.MSELoss(reduction="none")))
     """
 
-    # Objects that were pickled before these existed have neither.
-    _graphs: GraphCache | None = None
-    _products: HessianVectorProducts | None = None
+    _graphs: GraphCache | None = None  # of objects that were pickled before graphs existed
+    _products: HessianVectorProducts | None = None  # None: the graph of the inner loop gives the meta-gradient
 
     @outside_inference_mode()
     def __init__(
@@ -190,10 +189,8 @@ class MetaMAML:
         if not self._known:
             raise ValueError(f"{where}: model has no parameters that require grad")
         self._inner_prefixes = check_prefixes(where, model, inner_parameters)
-        self.inner_lrs: Params = {}
-        if learn_inner_lr:
-            for name in self.inner_names:
-                self.inner_lrs[name] = torch.full_like(self._known[name], self.inner_lr, requires_grad=True)
+        rated = self.inner_names if learn_inner_lr else []
+        self.inner_lrs: Params = {n: torch.full_like(self._known[n], self.inner_lr, requires_grad=True) for n in rated}
         if group is not None:
             broadcast_model(where, group, model)
         leaves = [*self._known.values(), *self.inner_lrs.values()]
@@ -351,7 +348,7 @@ class MetaMAML:
                 checked = recordable(checked)
             params = self.parameters()
             check_parameters(where, "MetaMAML", params, self._known.values())
-            self._adapted_names(where, params)
+            self._inner_loop(where, params, self.inner_steps)
             fns = check_loss_fns(where, loss_fn, len(checked))
             check_sequence_support(where, checked, self.model, fns)
             return checked, fns, radius
@@ -407,21 +404,12 @@ class MetaMAML:
         load_state(self.optimizer, state["optimizer"])
         self.skipped_updates = state["skipped_updates"]
 
-    def _adapted_names(self, where: str, params: Params) -> tuple[str, ...]:
-        """The names in ``params`` that the inner loop adapts; raises ValueError where it cannot adapt them."""
+    def _inner_loop(self, where: str, params: Params, steps: int) -> InnerLoop:
+        """The inner loop from ``params``; raises ValueError where it cannot adapt them."""
         check_buffers_constant(where, self.model)
         names = tuple(name for name in self.inner_names if name in params)
-        if not names:
-            got = ", ".join(params) or "none"
-            raise ValueError(f"{where}: params must hold an inner parameter that requires grad, got {got}")
-        for name in names if self.inner_lrs else ():
-            if name not in self.inner_lrs or self.inner_lrs[name].shape != params[name].shape:
-                text = f"{name} was unfrozen or replaced after this MetaMAML was made and has no learned step size"
-                raise ValueError(f"{where}: {text}: make a new MetaMAML")
-        return names
-
-    def _inner_loop(self, where: str, params: Params, steps: int) -> InnerLoop:
-        return InnerLoop(self.call, self._adapted_names(where, params), self.inner_lr, steps, self.first_order)
+        check_inner_parameters(where, params, names, self.inner_lrs)
+        return InnerLoop(self.call, names, self.inner_lr, steps, self.first_order)
 
     def _meta_gradient(self) -> MetaGradient:
         """The meta-gradient under the present parameters, which the caller has checked."""
