@@ -55,8 +55,9 @@ def convert(
         rows: list[Tensor] = []
         for i, row in enumerate(value):
             rows.append(as_field(where, f"{name}[{i}]", row, rows[0].dtype if rows else stored, device))
-            if rows[i].dim() == 0 or rows[i].shape[1:] != rows[0].shape[1:]:
-                wanted = ", ".join(["time", *map(str, rows[0].shape[1:])])
+            step_shape = schema[name].shape[1:] if name in schema else tuple(rows[0].shape[1:])
+            if rows[i].dim() == 0 or rows[i].shape[1:] != step_shape:
+                wanted = ", ".join(["time", *map(str, step_shape)])
                 raise ValueError(f"{where}: {name}[{i}] has shape {tuple(rows[i].shape)}, wanted ({wanted})")
         values[name], lengths[name] = pad_sequence(rows, batch_first=True), [len(row) for row in rows]
     if not lengths:
@@ -148,7 +149,7 @@ def check_columns(
         raise ValueError(f"{where}: lengths must be one int64 number per item, got {lengths.dtype}")
     if len(lengths) and not (shortest <= int(lengths.min()) and int(lengths.max()) <= steps):
         text = f"{int(lengths.min())} to {int(lengths.max())}"
-        raise ValueError(f"{where}: sequences must have {shortest} to {steps} steps, got {text}")
+        raise ValueError(f"{where}: sequences must have {shortest} to {max(shortest, steps)} steps, got {text}")
 
 
 def padded(value: Tensor, length: int, dim: int = 1) -> Tensor:

@@ -200,7 +200,11 @@ def twice(**change):
         (shorter("next_state"), ValueError, r"next_state"),
         (shorter("action"), ValueError, r"action has shape \(4,\)"),
         (lambda e: {**e, "state": e["state"][:, :3]}, ValueError, r"state has shape \(5, 3\)"),
-        (lambda e: {n: v[:0] if n in RAGGED else v for n, v in e.items()}, ValueError, "got 0 to 0"),
+        (
+            lambda e: {n: v[:0] if n in RAGGED else v for n, v in e.items()},
+            ValueError,
+            "must have 1 to [19] steps, got 0 to 0",
+        ),
         (
             lambda e: {n: v.repeat_interleave(2, 0) if n in RAGGED else v for n, v in e.items()},
             ValueError,
@@ -223,6 +227,15 @@ def test_add_items_that_do_not_fit_raise_and_nothing_changes(change, error, text
     with pytest.raises(error, match=text) as info:
         buffer.add(**change(episode(5, 1)))
     assert "\n" not in str(info.value) and same(snapshot(buffer), before)
+
+
+def test_add_list_of_single_steps_raises_and_nothing_changes():
+    buffer = ExperienceBuffer(5, 4, ragged=("state", "next_state"))
+    buffer.add(state=torch.randn(2, 4), next_state=torch.randn(2, 4))
+    before, steps = snapshot(buffer), [torch.randn(4) for _ in range(6)]
+    with pytest.raises(ValueError, match=r"add: state\[0\] has shape \(4,\), wanted \(time, 4\)"):
+        buffer.add(state=steps, next_state=steps)
+    assert same(snapshot(buffer), before)
 
 
 def test_add_other_length_without_ragged_is_refused():
