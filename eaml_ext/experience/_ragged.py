@@ -163,9 +163,15 @@ def gather(columns: Mapping[str, Tensor], ragged: Sequence[str], slots: Tensor) 
 
     Steps after the longest of these items are not read, which may be far fewer than the columns have.
     """
+    return trimmed({n: column[slots] for n, column in shortened(columns, ragged, slots).items()}, ragged)
+
+
+def shortened(columns: Mapping[str, Tensor], ragged: Sequence[str], slots: Tensor | slice) -> dict[str, Tensor]:
+    """Return views of the columns, ragged ones without the steps after the longest item in ``slots``."""
+    if not ragged or not columns:
+        return {**columns}
     longest = _longest(columns[LENGTHS][slots])
-    steps = {name: column[:, :longest] if name in ragged else column for name, column in columns.items()}
-    return trimmed({name: column[slots] for name, column in steps.items()}, ragged)
+    return {name: column[:, :longest] if name in ragged else column for name, column in columns.items()}
 
 
 def trimmed(fields: Mapping[str, Tensor], ragged: Sequence[str]) -> dict[str, Tensor]:

@@ -62,7 +62,10 @@ def load_state_dict(where: str, storage: RingStorage, draws: Draws, rules: Schem
     count = min(written - cleared, capacity)
     fields: dict[str, Tensor] = state["fields"]
     _check_fields(where, fields, count, rules)
-    _ragged.check_columns(where, fields, storage.ragged, storage.max_length)
+    _ragged.check_columns(where, fields, storage.ragged, None)
+    if storage.max_length is not None:  # a state without one may have more steps than its longest item
+        fields = _ragged.shortened(fields, storage.ragged, slice(None))
+        _ragged.check_columns(where, fields, storage.ragged, storage.max_length)
     generator = torch.Generator()
     try:
         generator.set_state(state["generator"].cpu())

@@ -143,6 +143,16 @@ def test_saved_buffer_returns_the_same(to, max_length, tmp_path):
             each.add(**episode(25, 8))
 
 
+def test_load_state_dict_spare_steps_beyond_max_length_are_left_out():
+    buffer, other = make(5), make(5, max_length=5)
+    episodes = [episode(steps, steps) for steps in (4, 5)]  # the second enlarges the columns to 6 steps
+    for each in episodes:
+        buffer.add(**each)
+    other.load_state_dict(snapshot(buffer))
+    assert other.storage.columns["state"].shape == (5, 5, 4)
+    assert_holds(other.get(torch.tensor([0, 1])), episodes)
+
+
 def test_state_of_another_kind_is_refused_and_nothing_changes(tmp_path):
     buffer, plain = make(5), ExperienceBuffer(5, 4, seed=0)
     buffer.add(**episode(3, 0))
