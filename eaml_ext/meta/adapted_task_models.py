@@ -166,7 +166,7 @@ class AdaptedTaskModels:
             raise ValueError(
                 "AdaptedTaskModels: parameters were frozen or unfrozen after the last update: call update again"
             )
-        for bucket in buckets(batch["targets"].shape[: 2 if "mask" in batch else 1] for batch in batches):
+        for bucket in buckets((batch["states"].shape, batch["targets"].shape) for batch in batches):
             names = [name for name in ("states", "targets", "mask") if name in batches[bucket[0]]]
             data = stack([[batches[i][name] for name in names] for i in bucket])
             with torch.no_grad():

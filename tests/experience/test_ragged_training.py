@@ -116,6 +116,22 @@ def test_adapted_task_models_ragged_items_equal_each_task_alone():
             assert score == pytest.approx(float(mse_loss(adapted(x)[:, :4], y[:, :4])), rel=1e-4)
 
 
+def test_adapted_task_models_ragged_states_with_one_target_each_equal_each_task_alone():
+    buffer = ExperienceBuffer(20, seed=0, ragged="observation")
+    tasks = [([torch.randn(n, 1) for _ in range(2)], torch.randn(2, 1)) for n in (3, 5, 3)]
+    for task, (x, y) in enumerate(tasks):
+        buffer.add(observation=x, target=y, task=task)
+    model = nn.Sequential(nn.AdaptiveAvgPool2d((1, 1)), nn.Flatten(), nn.Linear(1, 1))
+    maml = MetaMAML(model, 0.1, 1e-3)
+    models = AdaptedTaskModels(maml, buffer, mse_loss)
+    x, y = torch.randn(4, 6, 1), torch.randn(4, 1)
+    scores = models.score(buffer, torch.arange(3), {"states": x, "targets": y})
+    for (own_x, own_y), score in zip(tasks, scores.tolist(), strict=True):
+        adapted = maml.adapt(torch.stack(own_x), own_y, mse_loss)
+        with torch.no_grad():
+            assert score == pytest.approx(float(mse_loss(adapted(x), y)), rel=1e-4)
+
+
 def test_meta_learner_ragged_experience_leaves_padding_out():
     learner = MetaLearner(3, 2, 8, 1e-3)
     buffer = ExperienceBuffer(20, 3, 2, seed=0, ragged=("state", "action"))
