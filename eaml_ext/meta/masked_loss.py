@@ -56,8 +56,9 @@ class MaskedLoss:
         # the loss or, where only its input is filled, in its derivatives.
         prediction = torch.where(_expanded(mask, prediction), prediction, 0)
         losses = self._losses(prediction, target, mask.shape)
-        total = torch.where(_expanded(mask, losses), losses, 0).sum()
-        return total / (mask.sum() * (losses.numel() // mask.numel()))
+        opmath = torch.promote_types(losses.dtype, torch.float32)  # a sum in float16 overflows where its mean does not
+        total = torch.where(_expanded(mask, losses), losses, 0).sum(dtype=opmath)
+        return (total / (mask.sum() * (losses.numel() // mask.numel()))).to(losses.dtype)
 
     def _losses(self, prediction: Tensor, target: Tensor, leading: torch.Size) -> Tensor:
         losses: Any = self.elementwise(prediction, target)

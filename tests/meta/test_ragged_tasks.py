@@ -239,6 +239,12 @@ def test_masked_loss_several_elements_per_step_average_over_all():
     torch.testing.assert_close(LOSS(prediction, target), mse_loss(prediction, target))
 
 
+def test_masked_loss_half_precision_averages_beyond_its_largest_number():
+    prediction = torch.full((1000, 1), 10.0, dtype=torch.float16)  # the losses sum to 1e5, float16 ends at 65504
+    got = LOSS(prediction, torch.zeros_like(prediction), torch.arange(1000) < 999)
+    assert got.dtype == torch.float16 and got.item() == 100
+
+
 def test_adapt_sequences_equal_padded_tensors_with_a_mask():
     x, y = sequences(4, 6)
     maml = MetaMAML(ssm(), 0.1, 1e-3, inner_steps=2)
