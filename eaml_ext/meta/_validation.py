@@ -72,6 +72,8 @@ def _check_sequences(where: str, name: str, x: Sequence[Any], y: Sequence[Any]) 
     if not x:
         raise ValueError(f"{where}: {name}_x is empty")
     for i, pair in enumerate(zip(x, y, strict=True)):
+        for part, got in zip("xy", pair, strict=True):
+            _check.tensor(f"{where}, sequence {i}", f"{name}_{part}", got)
         check_pair(f"{where}, sequence {i}", name, *pair)
         for part, got, first in zip("xy", pair, (x[0], y[0]), strict=True):
             _check.dtype(f"{where}, sequence {i}", f"{name}_{part}", got, (first.dtype,))

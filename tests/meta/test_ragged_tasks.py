@@ -350,6 +350,7 @@ def test_meta_gradient_model_that_vmap_cannot_run_equals_each_task_alone():
         (ssm, lambda x, y: ([x[0], x[1].float()], y), LOSS, TypeError, "support_x must be float64, got float32"),
         (ssm, lambda x, y: ([x[0][:0], x[1]], [y[0][:0], y[1]]), LOSS, ValueError, "support_x is empty"),
         (ssm, lambda x, y: (x, torch.zeros(2, 2)), LOSS, TypeError, "support_x must be a torch.Tensor, got list"),
+        (ssm, lambda x, y: ([x], [y]), LOSS, TypeError, "sequence 0: support_x must be a torch.Tensor, got list"),
     ],
     ids=str,
 )
