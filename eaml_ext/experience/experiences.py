@@ -88,7 +88,8 @@ class Experiences:
         """Return a batch for the Adapter: ``{"states": (n, ...), "targets": (n, ...)}``.
 
         Where the targets are ragged, it also has the entry ``mask``, ``(n, time)``: the Adapter's loss then leaves out
-        the steps after the last of each item. A function's result counts as ragged if its shape begins with (n, time).
+        the steps after the last of each item. A function's result counts as ragged if its second dimension is time.
+        Where it has the size of time, the function is called once more, with one more step of padding.
 
         Args:
             states: a selector, which is the name of a stored field, several names, or a function of the experiences
@@ -163,12 +164,27 @@ class Experiences:
     def _is_ragged(self, selector: Selector | None, value: Tensor) -> bool:
         """Return whether ``value``, which ``selector`` gave, has a time dimension that the mask describes."""
         if callable(selector):
-            mask = self.fields["mask"]
-            return value.shape[: mask.dim()] == mask.shape
+            dims = self.fields["mask"].dim()
+            if value.shape[:dims] != self.fields["mask"].shape:
+                return False
+            # Another dimension may have the size of time by chance, so time is made one step longer.
+            longer = self._with_one_more_step()
+            return selector(longer).shape[:dims] == longer.fields["mask"].shape
         names = [selector] if isinstance(selector, str) else selector
         if names is None:
             names = ["next_state" if "next_state" in self.fields else "target"]
         return any(name in self.ragged for name in names)
+
+    def _with_one_more_step(self) -> Experiences:
+        """Return the same items with one more step of padding."""
+        time = self.indices.dim()
+
+        def pad(value: Tensor) -> Tensor:
+            return torch.cat([value, value.new_zeros(*value.shape[:time], 1, *value.shape[time + 1 :])], dim=time)
+
+        ragged = (*self.ragged, "mask")
+        fields = {name: pad(value) if name in ragged else value for name, value in self.fields.items()}
+        return Experiences(fields, self.indices, self.generations, self.distances, self.ragged)
 
     def _select(
         self, argument: str, selector: Selector | None, default: tuple[str, str], where: str = "Experiences.batch"

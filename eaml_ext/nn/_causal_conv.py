@@ -135,7 +135,7 @@ def _call_conv1d(conv1d: nn.Module, inputs: Tensor, d_conv: int, in_episode: Ten
     y: Tensor = conv1d(x)
     wanted = (rows, dim, size + d_conv - 1)
     if y.shape != wanted:
-        raise ValueError(f"Mamba: conv1d must map {(rows, dim, size)} to {wanted}, got {tuple(y.shape)}")
+        raise ValueError(f"conv1d must map {(rows, dim, size)} to {wanted}, got {tuple(y.shape)}")
     y = y[..., d_conv - 1 : size]
     return y.mT if in_episode is None else y.reshape(*in_episode.shape[:2], dim)
 

@@ -297,6 +297,14 @@ def test_batch_has_a_mask_where_targets_are_ragged(targets, masked):
     assert batch["states"].shape[2] == 5 and ("mask" in batch) == masked
 
 
+def test_batch_function_whose_width_is_the_number_of_steps_has_no_mask():
+    buffer = ExperienceBuffer(4, ragged="state")
+    buffer.add(state=torch.ones(3, 2), target=torch.arange(3.0))
+    experiences = buffer.get_batch(2)
+    assert "mask" not in experiences.batch(targets=lambda e: e.target)
+    assert "mask" in experiences.batch(targets=lambda e: e.state)
+
+
 def test_experiences_chosen_items_keep_their_mask():
     buffer = make()
     buffer.add(**together([episode(n, n) for n in (3, 5)]))

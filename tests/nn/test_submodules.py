@@ -198,7 +198,7 @@ def test_mamba_convolution_of_another_length_raises(options):
     m.conv1d = nn.Conv1d(12, 12, 4, **{"padding": 3, "groups": 12, **options}).double()
     if "padding" in options:
         m.conv1d.register_forward_hook(lambda *_: None)
-    with pytest.raises(ValueError, match=r"^Mamba: conv1d must map \(2, 12, 12\) to \(2, 12, 15\), got \("):
+    with pytest.raises(ValueError, match=r"^conv1d must map \(2, 12, 12\) to \(2, 12, 15\), got \("):
         m(sequence())
 
 
