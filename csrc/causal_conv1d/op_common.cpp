@@ -44,7 +44,7 @@ Call<T> make_call(const Device& device, const Tensor& x, const Tensor& weight, c
   Call<T> call{{}, torch::stable::contiguous(weight), {}, {}};
   ConvParams<T>& p = call.params;
   const ScalarType dtype = x.scalar_type(), full = opmath_type(dtype);
-  EAML_CHECK(dtype == full || half_of(dtype) != Half::kNone, "causal_conv1d: x must be floating-point");
+  EAML_CHECK(is_kernel_dtype(dtype), "causal_conv1d: x must be floating-point");
   EAML_CHECK(x.dim() == 3, "causal_conv1d: x has ", x.dim(), " dimensions");
   EAML_CHECK(weight.dim() == 2 || weight.dim() == 3, "causal_conv1d: weight has ", weight.dim(), " dimensions");
   p.batch = x.size(0), p.dim = x.size(1), p.runs.length = x.size(2), p.silu = silu;

@@ -29,6 +29,11 @@ inline Half half_of(ScalarType dtype) {
   return dtype == ScalarType::BFloat16 ? Half::kBfloat16 : dtype == ScalarType::Half ? Half::kFloat16 : Half::kNone;
 }
 
+// Whether kernels have numbers of `dtype`.
+inline bool is_kernel_dtype(ScalarType dtype) {
+  return dtype == ScalarType::Float || dtype == ScalarType::Double || half_of(dtype) != Half::kNone;
+}
+
 // The dtype of arithmetic on numbers of `dtype`: float32 for reduced precision.
 inline ScalarType opmath_type(ScalarType dtype) {
   return half_of(dtype) == Half::kNone ? dtype : ScalarType::Float;

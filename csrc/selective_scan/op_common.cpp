@@ -51,7 +51,7 @@ ScanParams make_params(const Device& device, const Arguments& x, const OptionalT
                        bool split_invariant) {
   const ScalarType dtype = x.u->scalar_type();
   const ScalarType full = opmath_type(dtype), states = state_type(*x.A, full);
-  EAML_CHECK(dtype == full || half_of(dtype) != Half::kNone, "selective_scan: u must be floating-point");
+  EAML_CHECK(is_kernel_dtype(dtype), "selective_scan: u must be floating-point");
   check_tensor(device, "u", x.u, dtype, 3, 3), check_tensor(device, "delta", x.delta, dtype, 3, 3);
   check_tensor(device, "A", x.A, states, 2, 3);
   check_tensor(device, "B", x.B, states, B_invariant ? 2 : 3, B_invariant ? 3 : 4);
@@ -100,6 +100,7 @@ ScanParams make_params(const Device& device, const Arguments& x, const OptionalT
 
 ScanParams make_step_params(const Device& device, const Tensor& state, const Arguments& x, bool softplus) {
   const ScalarType dtype = opmath_type(x.u->scalar_type()), states = state_type(*x.A, dtype);
+  EAML_CHECK(is_kernel_dtype(dtype), "selective_scan_step: u must be floating-point");
   check_tensor(device, "state", state, states, 3, 3), check_tensor(device, "u", x.u, dtype, 2, 2);
   check_tensor(device, "delta", x.delta, dtype, 2, 2);
   check_tensor(device, "A", x.A, states, 2, 3), check_tensor(device, "B", x.B, states, 2, 3);

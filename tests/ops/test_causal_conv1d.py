@@ -159,6 +159,8 @@ CU_SEQLENS = torch.tensor([0, 2, 5], dtype=torch.int32)
         ({"x": [1.0]}, TypeError, "x must be a torch.Tensor, got list"),
         ({"x": X[0]}, ValueError, r"x must have shape \(batch, dim, length\), got \(3, 5\)"),
         ({"x": X.int()}, TypeError, "x must be float32 or float64 or bfloat16 or float16, got int32"),
+        ({"x": X.long(), "weight": WEIGHT.long()}, TypeError, "x must be float32 or .*, got int64"),
+        ({"weight": WEIGHT[0, 0]}, ValueError, r"weight must have shape .* with dim = 3, got \(\)"),
         ({"weight": WEIGHT[:2]}, ValueError, r"weight must have shape .* with dim = 3, got \(2, 4\)"),
         ({"weight": WEIGHT[:, :0]}, ValueError, r"weight must have shape .* with dim = 3, got \(3, 0\)"),
         ({"weight": WEIGHT.double()}, TypeError, "weight must be float32 for x of float32, got float64"),
@@ -211,6 +213,13 @@ def test_causal_conv1d_step_invalid_argument_raises(changes, error, message):
     arguments = {"x": X[..., 0], "conv_state": torch.zeros(2, 3, 3), "weight": WEIGHT}
     with pytest.raises(error, match=f"^causal_conv1d_step: {message}$"):
         causal_conv1d_step(**{**arguments, **changes})
+
+
+@pytest.mark.kernels
+@pytest.mark.parametrize("dtype", [torch.int64, torch.complex64])
+def test_raw_op_dtype_without_kernels_raises(dtype):
+    with pytest.raises((ValueError, RuntimeError), match="causal_conv1d: x must be floating-point"):
+        torch.ops.eaml_ext.causal_conv1d(X.to(dtype), WEIGHT.to(dtype), None, None, None, None, False)
 
 
 @pytest.mark.kernels

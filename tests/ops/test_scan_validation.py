@@ -107,6 +107,18 @@ def test_scan_without_gradient_leaves_checks_to_raw_op_with_same_bits(arguments,
     assert all(map(torch.equal, got, selective_scan(**call)))
 
 
+@pytest.mark.kernels
+@pytest.mark.parametrize("dtype", [torch.int64, torch.complex64])
+def test_raw_op_dtype_without_kernels_raises(dtype):
+    state, u, A, B = (torch.ones(shape, dtype=dtype) for shape in ((2, 3, 4), (2, 3, 5), (3, 4), (2, 4, 5)))
+    none, flags = [None] * 6, [False] * 5
+    with pytest.raises((ValueError, RuntimeError), match="selective_scan: u must be floating-point"):
+        torch.ops.eaml_ext.selective_scan(u, u, A, B, B, *none, *flags)
+    now = B[..., 0].contiguous()
+    with pytest.raises((ValueError, RuntimeError), match="selective_scan_step: u must be floating-point"):
+        torch.ops.eaml_ext.selective_scan_step(state, u[..., 0], u[..., 0], A, now, now, None, None, None, False)
+
+
 @pytest.mark.parametrize("interleaved", ["B", "C"])
 def test_scan_interleaved_matrix_without_gradient_equals_complex_one(interleaved):
     states = {n: torch.complex(GOOD[n], 1 - GOOD[n]) for n in ("A", "B", "C", "initial_state")}

@@ -293,5 +293,6 @@ def _raw_conv_accepts(
     return (
         (initial_states is None or initial_states.dim() == 3)
         and (bias is None or bias.dim() == weight.dim() - 1)
+        and weight.dim() > 0
         and weight.shape[-1] <= MAX_KERNEL_WIDTH
     )
