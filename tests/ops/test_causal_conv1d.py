@@ -111,6 +111,19 @@ def test_reset_stops_nan_of_the_episode_before_in_outputs_and_gradients(device):
     assert x.grad is not None and x.grad[..., 1:].isfinite().all()
 
 
+@pytest.mark.parametrize("layout", [torch.Tensor.contiguous, channel_last])
+def test_gradient_of_weight_infinite_input_of_the_next_segment_matches_reference(layout, device):
+    # The segment of 512 steps ends in a run that fills no vector; only the newest tap meets the infinite input.
+    x = layout(torch.ones(1, 2, 513, device=device).index_fill(2, torch.tensor(512, device=device), torch.inf))
+    reset = torch.arange(513, device=device)[None] == 505
+    weight = torch.ones(2, 4, device=device, requires_grad=True)
+    got, want = (
+        torch.autograd.grad(function(x, weight, reset=reset).sum(), weight)[0]
+        for function in (causal_conv1d, causal_conv1d_reference)
+    )
+    assert torch.equal(got, want)
+
+
 def test_final_states_out_is_written_and_returned(device):
     x, weight = torch.randn(2, 3, 5, device=device), torch.randn(3, 4, device=device)
     out = torch.full((2, 3, 3), torch.nan, device=device)

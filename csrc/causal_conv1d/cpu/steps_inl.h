@@ -109,17 +109,21 @@ EAML_SHARED void gate_line(T* grad, const T* line, const Taps<kWidth, T>& w, int
 template <int kWidth, class V, class T>
 EAML_INLINE void accumulate_line(V (&sums)[kWidth + 1], const T* grad, const T* line, int64_t count) {
   constexpr int64_t W = Lanes<V>::count;
-  for (int64_t i = 0; i < count; i += W) {
-    V g = load<V>(grad + i);
-    if (i + W > count) {  // the gradients of steps after the segment belong to the next one
-      alignas(kAlignment) T last[W] = {};
-      std::copy_n(grad + i, count - i, last);
-      g = load<V>(last);
-    }
+  const auto add = [&](auto load_at) EAML_LAMBDA {
+    const V g = load_at(grad);
     EAML_UNROLL
-    for (int k = 0; k < kWidth; ++k) sums[k] = fused(g, load<V>(line + i + k), sums[k]);
+    for (int k = 0; k < kWidth; ++k) sums[k] = fused(g, load_at(line + k), sums[k]);
     sums[kWidth] = sums[kWidth] + g;
-  }
+  };
+  int64_t i = 0;
+  for (; i + W <= count; i += W) add([&](const T* from) EAML_LAMBDA { return load<V>(from + i); });
+  if (i == count) return;
+  // The steps after the segment belong to the next one. Their inputs count as zeros, too: 0 times infinity is NaN.
+  add([&](const T* from) EAML_LAMBDA {
+    alignas(kAlignment) T last[W] = {};
+    std::copy_n(from + i, count - i, last);
+    return load<V>(last);
+  });
 }
 
 // The gradient of an input, of which the first `count` of the sums from grad on have a tap, newest first.
