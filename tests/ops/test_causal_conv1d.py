@@ -159,6 +159,23 @@ def test_per_task_parameters_equal_a_call_for_each_task(device):
     assert torch.equal(got, want)
 
 
+def test_compile_packed_dynamic_sizes_compiles_once():
+    torch._dynamo.reset()
+
+    def function(x: Tensor, states: Tensor, cu_seqlens: Tensor) -> tuple[Tensor, Tensor]:
+        return causal_conv1d(x, WEIGHT, None, None, states, True, cu_seqlens=cu_seqlens)
+
+    compiled = torch.compile(function, fullgraph=True, backend="aot_eager")
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        for bounds in ((0, 4, 10), (0, 3, 5, 12), (0, 0, 7, 9, 20)):
+            call = build("initial_states", batch=1, length=bounds[-1], cu_seqlens=bounds)(torch.float32, "cpu")
+            x, states, cu_seqlens = call.tensors["x"], call.tensors["initial_states"], call.options["cu_seqlens"]
+            want = function(x, states, cu_seqlens)
+            for v, dynamic in ((x, 2), (states, 0), (cu_seqlens, 0)):
+                torch._dynamo.mark_dynamic(v, dynamic)
+            assert all(map(torch.equal, compiled(x, states, cu_seqlens), want))
+
+
 # ---- errors ------------------------------------------------------------------------------------------------------
 
 X, WEIGHT = torch.zeros(2, 3, 5), torch.zeros(3, 4)

@@ -225,7 +225,7 @@ def _public_conv(
         if not _check.flag(where, "return_final_states", return_final_states):
             raise ValueError(f"{where}: final_states_out must be None without return_final_states, got a tensor")
         size = x.weight.shape[-1] - 1
-        rows = len(x.x) if options.cu_seqlens is None else options.cu_seqlens.shape[1] - 1
+        rows = x.x.shape[0] if options.cu_seqlens is None else options.cu_seqlens.shape[1] - 1
         _check.tensor(where, "final_states_out", final_states_out)
         sizes = (rows, x.x.shape[1], size)
         _check.shape(where, "final_states_out", final_states_out, sizes, f"of the final states, {sizes}")

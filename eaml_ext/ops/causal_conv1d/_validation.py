@@ -115,7 +115,7 @@ def check_arguments(
     if cu_seqlens is not None:
         cu_seqlens = check_cu_seqlens(where, cu_seqlens, batch, length)
         _check.device(where, "cu_seqlens", cu_seqlens, x.device, "x")
-        states_text, rows = "(sequences, dim, width - 1)", len(cu_seqlens) - 1
+        states_text, rows = "(sequences, dim, width - 1)", cu_seqlens.shape[0] - 1
         cu_seqlens = cu_seqlens.unsqueeze(0)
     if initial_states is not None:
         sizes = (rows, dim, weight.shape[-1] - 1)
