@@ -124,6 +124,19 @@ def test_gradient_of_weight_infinite_input_of_the_next_segment_matches_reference
     assert torch.equal(got, want)
 
 
+@pytest.mark.kernels
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_bits_of_gradients_of_inputs_independent_of_layout(dtype, device):
+    x, weight, bias, states, reset = drawn(LARGE, dtype, device).values()
+
+    def input_gradients(x: Tensor) -> tuple[Tensor, ...]:
+        inputs = x.requires_grad_(), states.clone().requires_grad_()
+        y = causal_conv1d(inputs[0], weight, bias, None, inputs[1], activation="silu", reset=reset)
+        return torch.autograd.grad(y, inputs, torch.linspace(-1, 1, y.numel(), device=device).view_as(y).to(dtype))
+
+    assert all(map(torch.equal, input_gradients(x.clone()), input_gradients(channel_last(x))))
+
+
 def test_final_states_out_is_written_and_returned(device):
     x, weight = torch.randn(2, 3, 5, device=device), torch.randn(3, 4, device=device)
     out = torch.full((2, 3, 3), torch.nan, device=device)

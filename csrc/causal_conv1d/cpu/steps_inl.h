@@ -130,14 +130,14 @@ EAML_INLINE void accumulate_line(V (&sums)[kWidth + 1], const T* grad, const T* 
 template <int kWidth, class V, class T>
 EAML_INLINE V transposed(const T* grad, const T (&weight)[kWidth], int count, int newest) {
   V sum = load<V>(grad) * weight[newest] + T(0);
-  for (int j = 1; j < count; ++j) sum = load<V>(grad + j) * weight[newest - j] + sum;
+  for (int j = 1; j < count && j <= newest; ++j) sum = load<V>(grad + j) * weight[newest - j] + sum;
   return sum;
 }
-template <class T>
-EAML_INLINE T transposed_one(const T* grad, const T* weight, int count, int newest) {
-  T sum = T(0);
-  for (int j = 0; j < count; ++j) sum = fused(grad[j], weight[newest - j], sum);
-  return sum;
+// One such gradient, with the rounding of a vector's: gcc rounds the products of a loop over numbers.
+template <int kWidth, class T>
+EAML_INLINE T transposed_one(const T* grad, const T (&weight)[kWidth], int count, int newest) {
+  using V = VectorOf<T>;
+  return transposed<kWidth, V>(grad, weight, count, newest)[0];
 }
 
 template <int kWidth, class T>
