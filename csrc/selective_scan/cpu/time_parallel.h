@@ -64,7 +64,7 @@ ScanParams with_forward_units(ScanParams s) {
   constexpr int64_t kNarrowest = 64 / sizeof(T), kUnitsPerThread = 2;
   const int64_t threads = torch::stable::get_num_threads();
   while (threads > 1 && s.batch * units(s) < kUnitsPerThread * threads && s.unit_channels > kNarrowest)
-    s.unit_channels /= 2;
+    s.unit_channels = (s.unit_channels / 2 + kNarrowest - 1) / kNarrowest * kNarrowest;  // whole vectors
   return s;
 }
 
