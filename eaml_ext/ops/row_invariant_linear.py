@@ -1,0 +1,76 @@
+"""y = x W^T + bias, whose rows have the same bits in any batch: torch's own product rounds them by its shape."""
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.utils.flop_counter import register_flop_formula
+
+from eaml_ext._torch_compat import has_kernel
+from eaml_ext.ops._library import library
+from eaml_ext.ops._typed import Function, register_fake
+
+torch.library.define("eaml_ext::row_invariant_linear", "(Tensor x, Tensor weight, Tensor? bias) -> Tensor")
+torch.library.impl("eaml_ext::row_invariant_linear", "CompositeExplicitAutograd", F.linear)
+
+_ON_CPU = has_kernel("eaml_ext::row_invariant_linear", "CPU")
+
+
+def is_row_invariant(x: Tensor) -> bool:
+    """Return whether :func:`row_invariant_linear` has a kernel for ``x``: on the CPU, in float32 and float64."""
+    return _ON_CPU and x.device.type == "cpu" and x.dtype in (torch.float32, torch.float64)
+
+
+def row_invariant_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """``torch.nn.functional.linear``, with rows that have the same bits in any batch and with any number of threads.
+
+    The kernel adds the products of each output in the order of the inputs, starting from the bias. Gradients are
+    torch's own products, exact in every order; their bits may depend on the batch. Transforms of ``torch.func`` and
+    forward-mode differentiation are not defined.
+
+    Args:
+        x: ``(*, inputs)``, float32 or float64, on the CPU.
+        weight: ``(outputs, inputs)``, dtype of ``x``.
+        bias: ``(outputs,)``, dtype of ``x``.
+
+    Returns:
+        ``(*, outputs)``.
+
+    Raises:
+        ValueError: an argument has another shape or dtype.
+
+    >>> x, weight = torch.randn(64, 30), torch.randn(8, 30)
+    >>> torch.equal(row_invariant_linear(x, weight)[:1], row_invariant_linear(x[:1], weight))
+    True
+    """
+    rows = x.reshape(math.prod(x.shape[:-1]), x.shape[-1])
+    differentiates = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, weight, bias))
+    run = _RowInvariantLinear.apply if differentiates else library.row_invariant_linear
+    y: Tensor = run(rows, weight, bias)
+    return y.reshape(*x.shape[:-1], weight.shape[0])
+
+
+class _RowInvariantLinear(Function):
+    @staticmethod
+    def forward(ctx: torch.autograd.function.FunctionCtx, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        ctx.save_for_backward(x, weight)
+        y: Tensor = library.row_invariant_linear(x, weight, bias)
+        return y
+
+    @staticmethod
+    def backward(ctx: torch.autograd.function.FunctionCtx, grad: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight = ctx.saved_tensors  # type: ignore[attr-defined]
+        of_x, of_weight, of_bias = ctx.needs_input_grad  # type: ignore[attr-defined]
+        return grad @ weight if of_x else None, grad.mT @ x if of_weight else None, grad.sum(0) if of_bias else None
+
+
+@register_fake("eaml_ext::row_invariant_linear")
+def _fake(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    return x.new_empty(x.shape[0], weight.shape[0])
+
+
+@register_flop_formula(torch.ops.eaml_ext.row_invariant_linear)
+def _flops(x: torch.Size, weight: torch.Size, *_: object, **__: object) -> int:
+    """Count a product and a sum for every input of every output; the arguments are shapes."""
+    return 2 * math.prod(x) * weight[0]
