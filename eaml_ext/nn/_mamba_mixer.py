@@ -7,10 +7,10 @@ from collections.abc import Callable
 from typing import Protocol
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from eaml_ext.nn._causal_conv import conv1d_scan, conv1d_step
+from eaml_ext.nn._row_invariant import linear, project
 from eaml_ext.nn.padding import zero_delta_after_length
 from eaml_ext.nn.precision import to_opmath
 from eaml_ext.nn.submodule import is_plain
@@ -80,7 +80,7 @@ def mixer_scan(
     Returns:
         y, of the shape of ``x``, then ``conv_state`` and ``ssm_state`` after each row's last step.
     """
-    x, z = layer.in_proj(x).chunk(2, dim=-1)
+    x, z = linear(layer.in_proj, x).chunk(2, dim=-1)
     x, conv_state = conv1d_scan(layer.conv1d, layer.act, layer.d_conv, x, conv_state, reset, lengths)
     x = x if mask is None else x * mask.unsqueeze(-1).to(x.dtype)
     delta, B, C, delta_bias = _project_delta(layer, x)
@@ -98,27 +98,27 @@ def mixer_scan(
         initial_state=ssm_state,
         reset=reset,
     )
-    return layer.out_proj(y.mT), conv_state, ssm_state
+    return linear(layer.out_proj, y.mT), conv_state, ssm_state
 
 
 def mixer_step(
     layer: MambaMixerLayer, x: Tensor, conv_state: Tensor, ssm_state: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Run one step of :func:`mixer_scan`, ``x`` and y ``(batch, d_model)``."""
-    x, z = layer.in_proj(x).chunk(2, dim=-1)
+    x, z = linear(layer.in_proj, x).chunk(2, dim=-1)
     conv_state = torch.cat([conv_state[..., 1:].to(x.dtype), x.unsqueeze(-1)], dim=-1)
     x = conv1d_step(layer.conv1d, layer.act, layer.d_conv, conv_state)
     delta, B, C, delta_bias = _project_delta(layer, x)
     A, D = -torch.exp(to_opmath(layer.A_log)), to_opmath(layer.D)
     y, ssm_state = selective_scan_step(ssm_state, x, delta, A, B, C, D, z, delta_bias, True)
-    return layer.out_proj(y), conv_state, ssm_state
+    return linear(layer.out_proj, y), conv_state, ssm_state
 
 
 def _project_delta(layer: MambaMixerLayer, x: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
     """Delta, B, C, and the bias that the op adds to delta in full precision; None where ``dt_proj`` added it."""
     d_state, dt_proj = layer.A_log.shape[1], layer.dt_proj
-    x = layer.x_proj(x)
+    x = linear(layer.x_proj, x)
     dt, B, C = x.split((x.shape[-1] - 2 * d_state, d_state, d_state), dim=-1)
     if is_plain(dt_proj, nn.Linear):
-        return F.linear(dt, dt_proj.weight), B, C, None if dt_proj.bias is None else to_opmath(dt_proj.bias)
+        return project(dt, dt_proj.weight), B, C, None if dt_proj.bias is None else to_opmath(dt_proj.bias)
     return dt_proj(dt), B, C, None

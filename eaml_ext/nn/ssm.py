@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from eaml_ext import _check, checkpoint
 from eaml_ext._torch_compat import has_hooks
+from eaml_ext.nn._row_invariant import linear
 from eaml_ext.nn.cores import Core, make_core
 from eaml_ext.nn.padding import check_lengths, check_reset, zero_padding
 from eaml_ext.nn.submodule import reference_weight
@@ -124,12 +125,12 @@ class SSM(nn.Module):
             if reset is not None:
                 check_reset("SSM.scan", reset, x)
             x, reset, padding = zero_padding(x, reset, lengths)
-        h, states = self.embed(x), []
+        h, states = linear(self.embed, x), []
         for i, (norm, core) in enumerate(zip(self.norms, self.cores, strict=True)):
             y, last = _method_or_call(core, "scan")(norm(h), None if state is None else state[:, i], reset, **options)
             h = h + y
             states.append(last)
-        y = self.head(self.norm(h))
+        y = linear(self.head, self.norm(h))
         return y if lengths is None else y.masked_fill(padding, 0), torch.stack(states, dim=1)
 
     def step(self, x: Tensor, state: Tensor | None = None) -> tuple[Tensor, Tensor]:
@@ -145,12 +146,12 @@ class SSM(nn.Module):
         self._check_input("SSM.step", x, (2,))
         self._check_state("SSM.step", x, state)
         state = self.init_hidden(x.shape[0]) if state is None else state
-        h, states = self.embed(x), []
+        h, states = linear(self.embed, x), []
         for i, (norm, core) in enumerate(zip(self.norms, self.cores, strict=True)):
             y, last = _method_or_call(core, "step")(norm(h), state[:, i])
             h = h + y
             states.append(last)
-        return self.head(self.norm(h)), torch.stack(states, dim=1)
+        return linear(self.head, self.norm(h)), torch.stack(states, dim=1)
 
     def save(self, path: str | PathLike[str]) -> None:
         """Write weights and options, without code, to the file ``path``.

@@ -12,6 +12,7 @@ from eaml_ext import _check, checkpoint
 from eaml_ext.meta._cuda_graphs import GraphCache
 from eaml_ext.meta._python_state import PythonState
 from eaml_ext.nn import SSM
+from eaml_ext.nn._row_invariant import linear, row_invariant
 from eaml_ext.nn.cores import CORES_WITH_STEP_SIZE
 
 # Ten times Mamba's step sizes, because the effect of an action must show within a few steps.
@@ -21,9 +22,14 @@ DT_MIN, DT_MAX = 0.01, 1.0
 class SSMMetaPolicy(nn.Module):
     """Actor and critic on one SSM, for tasks that a single observation does not identify. States are explicit.
 
-    :meth:`scan` evaluates whole sequences, for a loss; :meth:`step` advances all environments by one time step. Both
-    return the same numbers. ``reset`` marks the steps before which the state is zeroed. A policy that adapts by
-    gradient is reset at every episode; a policy that adapts in context, at every trial (Duan et al. 2016, "RL^2").
+    :meth:`scan` evaluates whole sequences, for a loss; :meth:`step` advances all environments by one time step. On a
+    CPU with kernels both return the same bits, in any batch and with any number of threads, so the first ratio of PPO
+    is exactly 1. This holds in float32 and float64 with plain linear layers and the named cores, except "s5" and "lru":
+    their state is rounded between calls. It does not hold under autocast, ``torch.compile`` and transforms of
+    ``torch.func``. On a GPU bits may differ.
+
+    ``reset`` marks the steps before which the state is zeroed. A policy that adapts by gradient is reset at every
+    episode; a policy that adapts in context, at every trial (Duan et al. 2016, "RL^2").
 
     **Two-dimensional input is a batch** of single steps, as in :class:`eaml_ext.nn.SSM`.
 
@@ -155,8 +161,8 @@ class SSMMetaPolicy(nn.Module):
         Returns:
             ``(batch, action_dim)`` or ``(batch, time, action_dim)``.
         """
-        out: Tensor = self.actor(torch.tanh(self.ssm(self._normalised(obs), hidden_state, lengths)))
-        return out
+        with row_invariant():
+            return linear(self.actor, torch.tanh(self.ssm(self._normalised(obs), hidden_state, lengths)))
 
     def init_hidden(self, batch: int) -> Tensor:
         """Return the zero state, ``(batch, ...)``."""
@@ -198,8 +204,9 @@ class SSMMetaPolicy(nn.Module):
         self, obs: Tensor, state: Tensor | None = None, reset: Tensor | None = None
     ) -> tuple[Tensor, Tensor, Tensor]:
         """:meth:`scan`, but returns the distribution's parameters, which a vmapped function can return."""
-        y, state = self.ssm.scan(self._normalised(obs), state, reset)
-        return (*self._heads(y), state)
+        with row_invariant():
+            y, state = self.ssm.scan(self._normalised(obs), state, reset)
+            return (*self._heads(y), state)
 
     def step_tensors(
         self, obs: Tensor, state: Tensor | None = None, reset: Tensor | None = None
@@ -224,8 +231,9 @@ class SSMMetaPolicy(nn.Module):
             if state is not None:
                 # Not a product, because the state of the last episode may be infinite.
                 state = state.masked_fill(reset.view(-1, *[1] * (state.dim() - 1)), 0.0)
-        y, state = self.ssm.step(self._normalised(obs), state)
-        return (*self._heads(y), state)
+        with row_invariant():
+            y, state = self.ssm.step(self._normalised(obs), state)
+            return (*self._heads(y), state)
 
     def distribution(self, parameters: Tensor) -> Distribution:
         """Return the distribution of actions with the parameters that :meth:`scan_tensors` returned.
@@ -264,7 +272,7 @@ class SSMMetaPolicy(nn.Module):
 
     def _heads(self, y: Tensor) -> tuple[Any, Tensor]:
         y = torch.tanh(y)
-        parameters = self.actor(y)
+        parameters: Any = linear(self.actor, y)
         if self.continuous:
             parameters = torch.cat([parameters, self.log_std.expand_as(parameters)], dim=-1)
-        return parameters, self.critic(y).squeeze(-1)
+        return parameters, linear(self.critic, y).squeeze(-1)

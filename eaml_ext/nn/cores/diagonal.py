@@ -3,10 +3,10 @@
 import math
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from eaml_ext import _check
+from eaml_ext.nn._row_invariant import gelu, glu, linear, project
 from eaml_ext.nn.cores.base import Core
 from eaml_ext.nn.padding import unit_step_delta
 from eaml_ext.nn.precision import as_complex, as_real, to_opmath, zero_order_hold
@@ -41,7 +41,7 @@ class _Diagonal(Core):
         one, i = torch.ones_like(log_lambda), 1j * torch.ones_like(log_lambda)
         op_B = torch.cat([one, i, one, i]).unsqueeze(-1)
         op_C = torch.cat([one, one, -i, -i]).unsqueeze(-1) / 2
-        Bx = F.linear(x, torch.cat([B.real, B.imag]).to(x.dtype))
+        Bx = project(x, torch.cat([B.real, B.imag]).to(x.dtype))
         u = torch.cat([Bx, Bx], dim=-1).mT
         initial_state = None
         if state is not None:
@@ -58,9 +58,9 @@ class _Diagonal(Core):
             reset=reset,
         )
         real_C = torch.cat([C.real, C.real, -C.imag, -C.imag], dim=1)
-        y = F.linear(y.mT, real_C.to(y.dtype)) + self.D * x
+        y = project(y.mT, real_C.to(y.dtype)) + self.D * x
         n = self.state_size
-        return F.glu(self.out_proj(F.gelu(y))), as_real((last[:, :n] + last[:, n : 2 * n]).squeeze(-1))
+        return glu(linear(self.out_proj, gelu(y))), as_real((last[:, :n] + last[:, n : 2 * n]).squeeze(-1))
 
 
 class LRU(_Diagonal):

@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from eaml_ext.nn._row_invariant import linear, silu
 from eaml_ext.nn.cores.base import Core
 from eaml_ext.nn.padding import unit_step_delta
 from eaml_ext.nn.precision import as_complex, as_real, to_opmath
@@ -55,7 +56,7 @@ class Retention(Core):
     ) -> tuple[Tensor, Tensor]:
         """See :meth:`Core.scan`; ``state`` is ``(batch, dim, state_size / 2, 2)``, floating."""
         heads = self.num_heads
-        q, k, v, gate = self.in_proj(x).split(self.split, dim=-1)
+        q, k, v, gate = linear(self.in_proj, x).split(self.split, dim=-1)
         q, k = (p.unflatten(-1, (heads, self.state_size // 2, 2)) for p in (q, k))
         k = k * k.new_tensor([1.0, -1.0])  # conjugate
         scale = 0.5 / math.sqrt(self.state_size)  # 0.5 because the op returns 2 Re(C . h) for complex states
@@ -72,4 +73,4 @@ class Retention(Core):
             reset=reset,
         )
         y = F.layer_norm(y.mT.unflatten(-1, (heads, self.head_dim)), (self.head_dim,)).flatten(-2)
-        return self.out_proj(F.silu(gate) * y), as_real(last)
+        return linear(self.out_proj, silu(gate) * y), as_real(last)

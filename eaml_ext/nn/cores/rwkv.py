@@ -4,6 +4,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from eaml_ext.nn._row_invariant import linear, silu
 from eaml_ext.nn.cores.base import Core
 from eaml_ext.nn.padding import check_reset, unit_step_delta
 from eaml_ext.nn.precision import to_opmath
@@ -60,7 +61,7 @@ class RWKV(Core):
             check_reset("RWKV.scan", reset, x)
             previous = previous.masked_fill(reset.unsqueeze(-1), 0)
         r, k, v, gate = (
-            layer(torch.lerp(x, previous, weight.to(x.dtype)))
+            linear(layer, torch.lerp(x, previous, weight.to(x.dtype)))
             for layer, weight in zip(
                 (self.receptance, self.key, self.value, self.gate), self.token_shift_mix.unbind(), strict=True
             )
@@ -91,4 +92,4 @@ class RWKV(Core):
         y = F.layer_norm(y, (self.head_dim,)).flatten(-2) * weight + bias
         end = None if lengths is None else lengths.long().view(-1, 1, 1)
         newest = inputs[:, length] if end is None else inputs.take_along_dim(end, dim=1)[:, 0]
-        return self.out_proj(F.silu(gate) * y), torch.cat([last, to_opmath(newest).unsqueeze(-1)], dim=-1)
+        return linear(self.out_proj, silu(gate) * y), torch.cat([last, to_opmath(newest).unsqueeze(-1)], dim=-1)

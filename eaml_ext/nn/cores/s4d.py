@@ -3,9 +3,9 @@
 import math
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
+from eaml_ext.nn._row_invariant import gelu, glu, linear
 from eaml_ext.nn.cores.base import Core
 from eaml_ext.nn.padding import unit_step_delta
 from eaml_ext.nn.precision import as_complex, as_real, to_opmath, zero_order_hold
@@ -60,4 +60,4 @@ class S4D(Core):
             initial_state=None if state is None else as_complex(state),
             reset=reset,
         )
-        return F.glu(self.out_proj(F.gelu(y.mT))), as_real(last)
+        return glu(linear(self.out_proj, gelu(y.mT))), as_real(last)

@@ -5,6 +5,7 @@ import math
 import torch
 from torch import Tensor, nn
 
+from eaml_ext.nn._row_invariant import linear
 from eaml_ext.nn._step_size import inverse_softplus
 from eaml_ext.nn.cores.base import Core
 from eaml_ext.nn.padding import zero_delta_after_length
@@ -46,27 +47,26 @@ class S6(Core):
         self, x: Tensor, state: Tensor | None = None, reset: Tensor | None = None, lengths: Tensor | None = None
     ) -> tuple[Tensor, Tensor]:
         """See :meth:`Core.scan`; ``state`` is ``(batch, dim, state_size)``, floating."""
-        dt, B, C = self.x_proj(x).split(self.split, dim=-1)
+        dt, B, C = linear(self.x_proj, x).split(self.split, dim=-1)
         y, state = selective_scan(
             x.mT,
-            zero_delta_after_length(self.dt_proj(dt).mT, lengths),
+            zero_delta_after_length(linear(self.dt_proj, dt).mT, lengths),
             -self.A_log.exp(),
             B.mT,
             C.mT,
             self.D,
-            self.gate(x).mT,
+            linear(self.gate, x).mT,
             self.delta_bias,
             True,
             True,
             initial_state=state,
             reset=reset,
         )
-        return self.out_proj(y.mT), state
+        return linear(self.out_proj, y.mT), state
 
     def step(self, x: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
         """See :meth:`Core.step`; ``state`` is ``(batch, dim, state_size)``, floating."""
-        dt, B, C = self.x_proj(x).split(self.split, dim=-1)
-        y, state = selective_scan_step(
-            state, x, self.dt_proj(dt), -self.A_log.exp(), B, C, self.D, self.gate(x), self.delta_bias, True
-        )
-        return self.out_proj(y), state
+        dt, B, C = linear(self.x_proj, x).split(self.split, dim=-1)
+        delta, z = linear(self.dt_proj, dt), linear(self.gate, x)
+        y, state = selective_scan_step(state, x, delta, -self.A_log.exp(), B, C, self.D, z, self.delta_bias, True)
+        return linear(self.out_proj, y), state

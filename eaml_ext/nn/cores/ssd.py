@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor, nn
 
+from eaml_ext.nn._row_invariant import linear
 from eaml_ext.nn._step_size import inverse_softplus
 from eaml_ext.nn.cores.base import Core
 from eaml_ext.nn.padding import zero_delta_after_length
@@ -54,7 +55,7 @@ class SSD(Core):
         self, x: Tensor, state: Tensor | None = None, reset: Tensor | None = None, lengths: Tensor | None = None
     ) -> tuple[Tensor, Tensor]:
         """See :meth:`Core.scan`; ``state`` is ``(batch, dim, state_size)``, floating."""
-        z, B, C, dt = self.in_proj(x).split(self.split, dim=-1)
+        z, B, C, dt = linear(self.in_proj, x).split(self.split, dim=-1)
         y, last = selective_scan(
             x.mT,
             zero_delta_after_length(self._per_channel(dt).mT, lengths),
@@ -69,7 +70,7 @@ class SSD(Core):
             initial_state=state,
             reset=reset,
         )
-        return self.out_proj(self.norm(y.mT)), last
+        return linear(self.out_proj, self.norm(y.mT)), last
 
     def _per_channel(self, x: Tensor) -> Tensor:
         """``(*, num_heads)`` -> ``(*, dim)``: repeat each head's number for its channels."""
