@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from eaml_ext._torch_compat import dispatch_mode_active, is_any_autocast_enabled, transforms_active
+from eaml_ext._torch_compat import is_any_autocast_enabled, transforms_active
 from eaml_ext.nn.submodule import is_plain
 from eaml_ext.ops.row_invariant_linear import is_row_invariant, row_invariant_linear
 
@@ -90,4 +90,4 @@ def _sigmoid(x: Tensor) -> Tensor:
 def _applies(x: Tensor) -> bool:
     if torch.compiler.is_compiling() or not _state.active:
         return False
-    return is_row_invariant(x) and not (transforms_active() or is_any_autocast_enabled() or dispatch_mode_active())
+    return is_row_invariant(x) and not (transforms_active() or is_any_autocast_enabled())

@@ -14,6 +14,7 @@ from eaml_ext.ops._typed import Function, register_fake
 torch.library.define("eaml_ext::row_invariant_linear", "(Tensor x, Tensor weight, Tensor? bias) -> Tensor")
 torch.library.impl("eaml_ext::row_invariant_linear", "CompositeExplicitAutograd", F.linear)
 
+_op = library.row_invariant_linear.default
 _ON_CPU = has_kernel("eaml_ext::row_invariant_linear", "CPU")
 
 
@@ -44,18 +45,17 @@ def row_invariant_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) 
     >>> torch.equal(row_invariant_linear(x, weight)[:1], row_invariant_linear(x[:1], weight))
     True
     """
-    rows = x.reshape(math.prod(x.shape[:-1]), x.shape[-1])
-    differentiates = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, weight, bias))
-    run = _RowInvariantLinear.apply if differentiates else library.row_invariant_linear
+    rows = x if x.dim() == 2 else x.reshape(math.prod(x.shape[:-1]), x.shape[-1])
+    run = _RowInvariantLinear.apply if torch.is_grad_enabled() else _op
     y: Tensor = run(rows, weight, bias)
-    return y.reshape(*x.shape[:-1], weight.shape[0])
+    return y if x.dim() == 2 else y.reshape(*x.shape[:-1], weight.shape[0])
 
 
 class _RowInvariantLinear(Function):
     @staticmethod
     def forward(ctx: torch.autograd.function.FunctionCtx, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         ctx.save_for_backward(x, weight)
-        y: Tensor = library.row_invariant_linear(x, weight, bias)
+        y: Tensor = _op(x, weight, bias)
         return y
 
     @staticmethod
