@@ -1,4 +1,4 @@
-"""Sequences of different lengths in one batch: after its last step a row's state stays, bit for bit."""
+"""Sequences of different lengths in one batch: padded rows, whose states stay after their last step, or packed ones."""
 
 from typing import Any
 
@@ -7,6 +7,7 @@ from torch import Tensor
 
 from eaml_ext import _check
 from eaml_ext._torch_compat import is_functorch_wrapped_tensor
+from eaml_ext.ops._packing import check_cu_seqlens, reset_from_seq_idx
 
 
 def check_lengths(where: str, lengths: Any, x: Tensor) -> None:
@@ -30,6 +31,50 @@ def check_reset(where: str, reset: Any, x: Tensor) -> None:
     _check.dtype(where, "reset", reset, (torch.bool,))
     _check.shape(where, "reset", reset, x.shape[:2], f"(batch, length) = {tuple(x.shape[:2])}")
     _check.device(where, "reset", reset, x.device, "x")
+
+
+def check_boundaries(
+    where: str, x: Tensor, reset: Any, lengths: Any = None, cu_seqlens: Any = None, seq_idx: Any = None
+) -> Tensor | None:
+    """Check the arguments that divide the rows of ``x`` ``(batch, length, *)`` into sequences, except ``lengths``.
+
+    Under torch.compile the ops check ``cu_seqlens``, whose values cannot be read.
+
+    Returns:
+        ``reset``, or the resets of ``seq_idx``.
+
+    Raises:
+        TypeError: an argument is not a tensor or has the wrong dtype.
+        ValueError: one has the wrong shape, device or value; ``seq_idx`` is given beside ``reset`` or ``cu_seqlens``,
+            or ``cu_seqlens`` beside ``lengths``.
+
+    >>> check_boundaries("f", torch.zeros(1, 3, 2), None, seq_idx=torch.tensor([[4, 4, 5]]))
+    tensor([[False, False,  True]])
+    """
+    for name, value, others in (
+        ("seq_idx", seq_idx, {"reset": reset, "cu_seqlens": cu_seqlens}),
+        ("cu_seqlens", cu_seqlens, {"lengths": lengths}),
+    ):
+        for other, other_value in others.items():
+            if value is not None and other_value is not None:
+                raise ValueError(f"{where}: {name} must be None beside {other}, got {type(value).__name__}")
+    if reset is not None:
+        check_reset(where, reset, x)
+    if cu_seqlens is not None and not torch.compiler.is_compiling():
+        check_cu_seqlens(where, cu_seqlens, x.shape[0], x.shape[1])
+        _check.device(where, "cu_seqlens", cu_seqlens, x.device, "x")
+    if seq_idx is not None:
+        _check.tensor(where, "seq_idx", seq_idx)
+        _check.dtype(where, "seq_idx", seq_idx, (torch.int32, torch.int64))
+        _check.shape(where, "seq_idx", seq_idx, x.shape[:2], f"(batch, length) = {tuple(x.shape[:2])}")
+        _check.device(where, "seq_idx", seq_idx, x.device, "x")
+        reset = reset_from_seq_idx(seq_idx)
+    return reset  # type: ignore[no-any-return]
+
+
+def count_sequences(x: Tensor, cu_seqlens: Tensor | None) -> int:
+    """Return how many sequences, each with a state, ``x`` ``(batch, *)`` holds: its rows, or those packed into one."""
+    return x.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
 
 
 def padding_mask(lengths: Tensor, length: int) -> Tensor:
