@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from eaml_ext import _check
-from eaml_ext.nn.padding import check_lengths, check_reset, zero_padding
+from eaml_ext.nn.padding import check_boundaries, check_lengths, count_sequences, zero_padding
 from eaml_ext.nn.precision import to_opmath
 from eaml_ext.nn.submodule import reference_weight
 from eaml_ext.ops._sizes import SIZE_LIMIT, check_size
@@ -52,6 +52,7 @@ class MambaLayer(
         ssm_state: Tensor | None,
         reset: Tensor | None,
         lengths: Tensor | None,
+        cu_seqlens: Tensor | None,
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Run :meth:`scan` on checked arguments; the padding of ``x`` is zero and without resets."""
         raise NotImplementedError(f"{type(self).__name__}: _run_scan is not defined")
@@ -61,7 +62,13 @@ class MambaLayer(
         raise NotImplementedError(f"{type(self).__name__}: _run_step is not defined")
 
     def forward(
-        self, x: Tensor, inference_params: Any = None, *, _method: Callable[[Tensor], Any] | None = None
+        self,
+        x: Tensor,
+        inference_params: Any = None,
+        *,
+        cu_seqlens: Tensor | None = None,
+        seq_idx: Tensor | None = None,
+        _method: Callable[[Tensor], Any] | None = None,
     ) -> Tensor:
         """Run a sequence, from the initial states or from those in ``inference_params``.
 
@@ -70,6 +77,7 @@ class MambaLayer(
             inference_params: mamba_ssm's ``InferenceParams``. ``key_value_memory_dict[layer_idx]`` holds both states
                 between calls. A call with ``seqlen_offset`` 0 starts from the initial states; later calls may have any
                 length.
+            cu_seqlens, seq_idx: as in :meth:`scan`.
 
         Returns:
             ``(batch, length, d_model)``.
@@ -83,7 +91,7 @@ class MambaLayer(
             y: Tensor = _method(x)
             return y
         if inference_params is None:
-            return self.scan(x)[0]
+            return self.scan(x, cu_seqlens=cu_seqlens, seq_idx=seq_idx)[0]
         where = type(self).__name__
         if self.layer_idx is None:
             raise ValueError(f"{where}: inference_params needs a layer_idx, got a layer without one")
@@ -102,7 +110,7 @@ class MambaLayer(
                     f"{where}: inference_params.key_value_memory_dict must hold the states of layer {self.layer_idx} "
                     f"where seqlen_offset is {inference_params.seqlen_offset}, got none: begin with seqlen_offset 0"
                 )
-        y, memory[self.layer_idx] = self.scan(x, state)
+        y, memory[self.layer_idx] = self.scan(x, state, cu_seqlens=cu_seqlens, seq_idx=seq_idx)
         return y
 
     def scan(
@@ -111,6 +119,8 @@ class MambaLayer(
         state: tuple[Tensor, Tensor] | None = None,
         reset: Tensor | None = None,
         lengths: Tensor | None = None,
+        cu_seqlens: Tensor | None = None,
+        seq_idx: Tensor | None = None,
     ) -> tuple[Tensor, tuple[Tensor, Tensor]]:
         """Run a sequence from a state.
 
@@ -120,21 +130,25 @@ class MambaLayer(
                 states if absent.
             reset: ``(batch, length)``, bool; an episode starts at t, without state or convolution inputs from before.
             lengths: ``(batch,)``, int64 or int32; row b has ``lengths[b]`` steps, followed by padding.
+            cu_seqlens: ``(sequences + 1,)``, int32; the boundaries of the sequences packed into the only row of ``x``,
+                from 0 to ``length``; each has one row of the states. Excludes ``lengths``.
+            seq_idx: ``(batch, length)``, int32 or int64; an episode starts where it changes. Excludes ``reset`` and
+                ``cu_seqlens``.
 
         Returns:
-            y ``(batch, length, d_model)``, zero on padding, and ``(conv_state, ssm_state)`` after each row's last step.
+            y ``(batch, length, d_model)``, zero on padding, and ``(conv_state, ssm_state)`` after the last step of each
+            row or packed sequence.
         """
         where = f"{type(self).__name__}.scan"
         self._check_input(where, x, (3,))
+        reset = check_boundaries(where, x, reset, lengths, cu_seqlens, seq_idx)
         conv_state, ssm_state = (None, None) if state is None else state
         if state is not None:
-            self._check_states(where, x, conv_state, ssm_state)
-        if reset is not None:
-            check_reset(where, reset, x)
+            self._check_states(where, x, conv_state, ssm_state, count_sequences(x, cu_seqlens))
         if lengths is not None:
             check_lengths(where, lengths, x)
             x, reset, padding = zero_padding(x, reset, lengths)
-        y, conv_state, ssm_state = self._run_scan(x, conv_state, ssm_state, reset, lengths)
+        y, conv_state, ssm_state = self._run_scan(x, conv_state, ssm_state, reset, lengths, cu_seqlens)
         return y if lengths is None else y.masked_fill(padding, 0), (conv_state, ssm_state)
 
     def step(self, x: Tensor, conv_state: Tensor, ssm_state: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -152,7 +166,7 @@ class MambaLayer(
         self._check_input(where, x, (2, 3))
         if x.dim() == 3 and x.shape[1] != 1:
             raise ValueError(f"{where}: x must have length 1, got {x.shape[1]}")
-        self._check_states(where, x, conv_state, ssm_state)
+        self._check_states(where, x, conv_state, ssm_state, x.shape[0])
         y, conv_state, ssm_state = self._run_step(x.flatten(1) if x.dim() == 3 else x, conv_state, ssm_state)
         return y.reshape(*x.shape[:-1], self.d_model), conv_state, ssm_state
 
@@ -186,13 +200,13 @@ class MambaLayer(
         if not (x.is_floating_point() and torch.is_autocast_enabled(x.device.type)):
             _check.dtype(where, "x", x, (like.dtype,))
 
-    def _check_states(self, where: str, x: Tensor, conv_state: Any, ssm_state: Any) -> None:
+    def _check_states(self, where: str, x: Tensor, conv_state: Any, ssm_state: Any, rows: int) -> None:
         for name, value, row_shape in (
             ("conv_state", conv_state, self.conv_state_shape),
             ("ssm_state", ssm_state, self.ssm_state_shape),
         ):
             _check.tensor(where, name, value)
-            shape = (x.shape[0], *row_shape)
+            shape = (rows, *row_shape)
             _check.shape(where, name, value, shape, str(shape))
             _check.device(where, name, value, x.device, "x")
             if not value.is_floating_point():

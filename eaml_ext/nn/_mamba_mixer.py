@@ -65,23 +65,26 @@ def mixer_scan(
     reset: Tensor | None = None,
     mask: Tensor | None = None,
     lengths: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Run a sequence through the block that ``layer`` holds.
 
     Args:
         layer: the module with the submodules and parameters.
         x: ``(batch, length, d_model)``, floating.
-        conv_state: ``(batch, d_inner, d_conv)``, floating; zeros if absent.
+        conv_state: ``(batch, d_inner, d_conv)``, floating; zeros if absent. With ``cu_seqlens`` states have one row per
+            sequence.
         ssm_state: ``(batch, d_inner, d_state)``, floating; zeros if absent.
         reset: ``(batch, length)``, bool; an episode starts at t.
         mask: ``(batch, length)``; the input of the scan is multiplied by it, so 0 marks padding.
         lengths: ``(batch,)``, integer; the number of steps of each row.
+        cu_seqlens: ``(sequences + 1,)``, int32; the boundaries of the sequences packed into the only row.
 
     Returns:
-        y, of the shape of ``x``, then ``conv_state`` and ``ssm_state`` after each row's last step.
+        y, of the shape of ``x``, then ``conv_state`` and ``ssm_state`` after the last step of each row or sequence.
     """
     x, z = linear(layer.in_proj, x).chunk(2, dim=-1)
-    x, conv_state = conv1d_scan(layer.conv1d, layer.act, layer.d_conv, x, conv_state, reset, lengths)
+    x, conv_state = conv1d_scan(layer.conv1d, layer.act, layer.d_conv, x, conv_state, reset, lengths, cu_seqlens)
     x = x if mask is None else x * mask.unsqueeze(-1).to(x.dtype)
     delta, B, C, delta_bias = _project_delta(layer, x)
     y, ssm_state = selective_scan(
@@ -97,6 +100,7 @@ def mixer_scan(
         True,
         initial_state=ssm_state,
         reset=reset,
+        cu_seqlens=cu_seqlens,
     )
     return linear(layer.out_proj, y.mT), conv_state, ssm_state
 

@@ -53,6 +53,13 @@ class Mamba(MambaLayer):
     >>> y, conv_state, ssm_state = block.step(x[:, 9:], conv_state, ssm_state)
     >>> torch.allclose(y, block(x)[:, 9:], atol=1e-5), conv_state.shape, ssm_state.shape
     (True, torch.Size([2, 32, 4]), torch.Size([2, 32, 16]))
+
+    Two sequences, of 3 and 7 steps, in one row:
+
+    >>> cu_seqlens = torch.tensor([0, 3, 10], dtype=torch.int32)
+    >>> y, (conv_state, ssm_state) = block.scan(x[:1], cu_seqlens=cu_seqlens)
+    >>> torch.allclose(y[:, 3:], block(x[:1, 3:]), atol=1e-5), conv_state.shape, ssm_state.shape
+    (True, torch.Size([2, 32, 4]), torch.Size([2, 32, 16]))
     """
 
     def __init__(
@@ -123,8 +130,9 @@ class Mamba(MambaLayer):
         ssm_state: Tensor | None,
         reset: Tensor | None,
         lengths: Tensor | None,
+        cu_seqlens: Tensor | None,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        return mixer_scan(self, x, conv_state, ssm_state, reset, lengths=lengths)
+        return mixer_scan(self, x, conv_state, ssm_state, reset, lengths=lengths, cu_seqlens=cu_seqlens)
 
     def _run_step(self, x: Tensor, conv_state: Tensor, ssm_state: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         return mixer_step(self, x, conv_state, ssm_state)

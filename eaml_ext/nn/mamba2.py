@@ -12,7 +12,7 @@ from eaml_ext import _check
 from eaml_ext.nn._causal_conv import conv1d_scan, conv1d_step
 from eaml_ext.nn._mamba_layer import MambaLayer, check_d_inner
 from eaml_ext.nn._step_size import check_dt_range, draw_step_sizes, inverse_softplus
-from eaml_ext.nn.padding import padding_mask
+from eaml_ext.nn.padding import count_sequences, padding_mask
 from eaml_ext.nn.precision import to_opmath
 from eaml_ext.ops import selective_scan, selective_scan_step
 from eaml_ext.ops._sizes import check_size
@@ -192,13 +192,14 @@ class Mamba2(MambaLayer):
         ssm_state: Tensor | None,
         reset: Tensor | None,
         lengths: Tensor | None,
+        cu_seqlens: Tensor | None,
     ) -> tuple[Tensor, Tensor, Tensor]:
         if self.init_states is not None:
             if reset is not None:
-                raise ValueError("Mamba2.scan: reset must be None with learnable_init_states, got a tensor")
-            ssm_state = self._initial_state(len(x)) if ssm_state is None else ssm_state
+                raise ValueError("Mamba2.scan: reset and seq_idx must be None with learnable_init_states, got a tensor")
+            ssm_state = self._initial_state(count_sequences(x, cu_seqlens)) if ssm_state is None else ssm_state
         mlp_gate, mlp, z, x, dt = self.in_proj(x).split(self._in_proj_sizes, dim=-1)
-        x, conv_state = conv1d_scan(self.conv1d, self.act, self.d_conv, x, conv_state, reset, lengths)
+        x, conv_state = conv1d_scan(self.conv1d, self.act, self.d_conv, x, conv_state, reset, lengths, cu_seqlens)
         x, B, C = self._split_groups(x)
         delta = self._step_sizes(dt).to(x.dtype)
         if lengths is not None:
@@ -215,6 +216,7 @@ class Mamba2(MambaLayer):
             return_last_state=True,
             initial_state=None if ssm_state is None else ssm_state.flatten(1, 2),
             reset=reset,
+            cu_seqlens=cu_seqlens,
         )
         return self._outputs(y.mT, z, mlp_gate, mlp), conv_state, ssm_state.unflatten(1, (self.nheads, self.headdim))
 

@@ -355,7 +355,7 @@ def bad_calls():
     yield lambda: Mamba2(6, headdim=4, bias=None), TypeError, "Mamba2: bias must be True or False, got NoneType"
     yield lambda: Mamba2(6, headdim=4, process_group=m), ValueError, "Mamba2: process_group must be None, got Mamba2"
     yield lambda: Mamba2(6, headdim=4, activation="silu"), TypeError, "unexpected keyword argument 'activation'"
-    yield lambda: m(x, seq_idx=None), TypeError, "unexpected keyword argument 'seq_idx'"
+    yield lambda: m(x, seqlen=4), TypeError, "unexpected keyword argument 'seqlen'"
     yield lambda: m([1.0]), TypeError, "Mamba2.scan: x must be a torch.Tensor"
     yield lambda: m(x[0]), ValueError, "Mamba2.scan: x must have shape (batch, length, 6)"
     yield lambda: m(x.double()), TypeError, "Mamba2.scan: x must be float32"
@@ -366,7 +366,7 @@ def bad_calls():
     yield (
         lambda: layer(learnable_init_states=True).scan(x.double(), reset=torch.zeros(2, 4).bool()),
         ValueError,
-        "Mamba2.scan: reset must be None with learnable_init_states, got a tensor",
+        "Mamba2.scan: reset and seq_idx must be None with learnable_init_states, got a tensor",
     )
     yield lambda: m.step(x, conv, ssm), ValueError, "Mamba2.step: x must have length 1, got 4"
     yield lambda: m.step(x[:, 0], conv, ssm.long()), TypeError, "Mamba2.step: ssm_state must be floating point"
