@@ -3,9 +3,11 @@
 A core is an ``nn.Module`` built as ``Core(dim, state_size)`` with
 
 - ``state_shape``: the shape of one row's state;
-- ``scan(x, state=None, reset=None, lengths=None) -> (y, state)``: a sequence, ``x`` ``(batch, length, dim)``, ``reset``
-  ``(batch, length)`` bool and False on padding, ``lengths`` ``(batch,)``; the returned state is that after each row's
-  last step;
+- ``scan(x, state=None, reset=None, lengths=None, cu_seqlens=None, seq_idx=None) -> (y, state)``: a sequence, ``x``
+  ``(batch, length, dim)``, ``reset`` ``(batch, length)`` bool and False on padding, ``lengths`` ``(batch,)``; the
+  returned state is that after each row's last step. ``cu_seqlens`` has the boundaries of packed sequences, each with a
+  state; ``seq_idx`` is another form of resets. :class:`eaml_ext.nn.SSM` passes ``lengths`` and ``cu_seqlens`` where
+  they are given, and resets in place of ``seq_idx``;
 - ``step(x, state) -> (y, state)``: one step, ``x`` ``(batch, dim)``.
 
 ``state_size`` is the number of states per channel; in S5 and LRU all channels share ``state_size`` states.

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from eaml_ext import _check
 from eaml_ext._renamed import core_parameters
 from eaml_ext.nn._step_size import check_dt_range
+from eaml_ext.nn.padding import check_boundaries
 from eaml_ext.ops._sizes import check_size
 
 
@@ -31,19 +32,42 @@ class Core(nn.Module):  # not an ABC: libraries that derive classes from a modul
         self.dim, self.state_size = check_size(where, "dim", dim), check_size(where, "state_size", state_size)
 
     def scan(
-        self, x: Tensor, state: Tensor | None = None, reset: Tensor | None = None, lengths: Tensor | None = None
+        self,
+        x: Tensor,
+        state: Tensor | None = None,
+        reset: Tensor | None = None,
+        lengths: Tensor | None = None,
+        cu_seqlens: Tensor | None = None,
+        seq_idx: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
         """Run a sequence from a state.
 
         Args:
             x: ``(batch, length, dim)``, floating.
-            state: ``(batch, *state_shape)``, floating; the state before the first step, zeros if absent.
+            state: ``(batch, *state_shape)``, floating, or ``(sequences, *state_shape)`` with ``cu_seqlens``; the state
+                before the first step, zeros if absent.
             reset: ``(batch, length)``, bool; the state is zeroed before step t.
             lengths: ``(batch,)``, integer; row b has ``lengths[b]`` steps, after which its state stays.
+            cu_seqlens: ``(sequences + 1,)``, int32; the boundaries of the sequences packed into the only row of ``x``,
+                from 0 to ``length``. Excludes ``lengths``.
+            seq_idx: ``(batch, length)``, int32 or int64; the state is zeroed where it changes. Excludes ``reset`` and
+                ``cu_seqlens``.
 
         Returns:
-            y ``(batch, length, dim)``, and the state ``(batch, *state_shape)`` after each row's last step.
+            y ``(batch, length, dim)``, and the state after the last step of each row or packed sequence.
         """
+        reset = check_boundaries(f"{type(self).__name__}.scan", x, reset, lengths, cu_seqlens, seq_idx)
+        return self._run_scan(x, state, reset, lengths, cu_seqlens)
+
+    def _run_scan(
+        self,
+        x: Tensor,
+        state: Tensor | None,
+        reset: Tensor | None,
+        lengths: Tensor | None,
+        cu_seqlens: Tensor | None,
+    ) -> tuple[Tensor, Tensor]:
+        """Run :meth:`scan` on checked arguments."""
         raise NotImplementedError(f"{type(self).__name__}: scan is not defined")
 
     def step(self, x: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
@@ -60,11 +84,16 @@ class Core(nn.Module):  # not an ABC: libraries that derive classes from a modul
         return y.squeeze(1), state
 
     def forward(
-        self, x: Tensor, state: Tensor | None = None, reset: Tensor | None = None, lengths: Tensor | None = None
+        self,
+        x: Tensor,
+        state: Tensor | None = None,
+        reset: Tensor | None = None,
+        lengths: Tensor | None = None,
+        **packing: Tensor,
     ) -> tuple[Tensor, Tensor]:
         """Run :meth:`step` for 2-D ``x``, which needs a state, and :meth:`scan` for 3-D ``x``."""
-        if x.dim() != 2:
-            return self.scan(x, state, reset, lengths)
+        if x.dim() != 2:  # a derived class may define scan without the arguments of packing
+            return self.scan(x, state, reset, lengths, **packing)
         _check.tensor(type(self).__name__, "state", state)
         assert state is not None
         return self.step(x, state)

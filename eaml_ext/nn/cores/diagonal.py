@@ -30,8 +30,13 @@ class _Diagonal(Core):
         """Return log(lambda), ``(state_size,)``, and the B of the recurrence, ``(state_size, dim)``, both complex."""
         raise NotImplementedError(f"{type(self).__name__}: discretize is not defined")
 
-    def scan(
-        self, x: Tensor, state: Tensor | None = None, reset: Tensor | None = None, lengths: Tensor | None = None
+    def _run_scan(
+        self,
+        x: Tensor,
+        state: Tensor | None,
+        reset: Tensor | None,
+        lengths: Tensor | None,
+        cu_seqlens: Tensor | None,
     ) -> tuple[Tensor, Tensor]:
         """See :meth:`Core.scan`; ``state`` is ``(batch, state_size, 2)``, floating."""
         log_lambda, B = self.discretize()
@@ -56,6 +61,7 @@ class _Diagonal(Core):
             return_last_state=True,
             initial_state=initial_state,
             reset=reset,
+            cu_seqlens=cu_seqlens,
         )
         real_C = torch.cat([C.real, C.real, -C.imag, -C.imag], dim=1)
         y = project(y.mT, real_C.to(y.dtype)) + self.D * x

@@ -39,12 +39,17 @@ class MambaCore(Core):
         self.block = Mamba(self.dim, self.state_size, d_conv, expand, dt_min=dt_min, dt_max=dt_max)
         self.state_shape = (self.block.d_inner, self.block.d_conv + self.state_size)
 
-    def scan(
-        self, x: Tensor, state: Tensor | None = None, reset: Tensor | None = None, lengths: Tensor | None = None
+    def _run_scan(
+        self,
+        x: Tensor,
+        state: Tensor | None,
+        reset: Tensor | None,
+        lengths: Tensor | None,
+        cu_seqlens: Tensor | None,
     ) -> tuple[Tensor, Tensor]:
         """See :meth:`Core.scan`; ``state`` is ``(batch, d_inner, d_conv + state_size)``, floating."""
         states = None if state is None else self._split(state)
-        y, states = self._run(lambda x: self.block.scan(x, states, reset, lengths), x)
+        y, states = self._run(lambda x: self.block.scan(x, states, reset, lengths, cu_seqlens), x)
         return y, self._join(*states)
 
     def step(self, x: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:

@@ -51,8 +51,13 @@ class Retention(Core):
         self.register_buffer("log_gamma", torch.log1p(-(2**-exponents)).float())
         self.register_buffer("theta", (1e4 ** -(2 * pairs / state_size)).float())
 
-    def scan(
-        self, x: Tensor, state: Tensor | None = None, reset: Tensor | None = None, lengths: Tensor | None = None
+    def _run_scan(
+        self,
+        x: Tensor,
+        state: Tensor | None,
+        reset: Tensor | None,
+        lengths: Tensor | None,
+        cu_seqlens: Tensor | None,
     ) -> tuple[Tensor, Tensor]:
         """See :meth:`Core.scan`; ``state`` is ``(batch, dim, state_size / 2, 2)``, floating."""
         heads = self.num_heads
@@ -71,6 +76,7 @@ class Retention(Core):
             return_last_state=True,
             initial_state=None if state is None else as_complex(state),
             reset=reset,
+            cu_seqlens=cu_seqlens,
         )
         y = F.layer_norm(y.mT.unflatten(-1, (heads, self.head_dim)), (self.head_dim,)).flatten(-2)
         return linear(self.out_proj, silu(gate) * y), as_real(last)

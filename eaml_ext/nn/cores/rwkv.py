@@ -5,8 +5,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from eaml_ext.nn._row_invariant import linear, silu
+from eaml_ext.nn._slots import slotted_row
 from eaml_ext.nn.cores.base import Core
-from eaml_ext.nn.padding import check_reset, unit_step_delta
+from eaml_ext.nn.padding import count_sequences, unit_step_delta
 from eaml_ext.nn.precision import to_opmath
 from eaml_ext.ops import selective_scan
 
@@ -48,17 +49,35 @@ class RWKV(Core):
         self.decay = nn.Parameter(-6 + 5 * ramp**0.7)  # w = exp(-exp(decay))
         self.bonus = nn.Parameter(0.5 * (1 - ramp))
 
-    def scan(
-        self, x: Tensor, state: Tensor | None = None, reset: Tensor | None = None, lengths: Tensor | None = None
+    def _run_scan(
+        self,
+        x: Tensor,
+        state: Tensor | None,
+        reset: Tensor | None,
+        lengths: Tensor | None,
+        cu_seqlens: Tensor | None,
     ) -> tuple[Tensor, Tensor]:
         """See :meth:`Core.scan`; ``state`` is ``(batch, dim, state_size + 1)``, floating."""
         heads, length = self.num_heads, x.shape[1]
+        row = None if cu_seqlens is None else slotted_row(cu_seqlens, length, 1)
         if state is None:
-            state = to_opmath(x).new_zeros(x.shape[0], *self.state_shape)
-        inputs = torch.cat([state[..., -1].unsqueeze(1).to(x.dtype), x], dim=1)
-        previous = inputs[:, :length]
+            state = to_opmath(x).new_zeros(count_sequences(x, cu_seqlens), *self.state_shape)
+
+        def prepend(values: Tensor, first: Tensor | None = None) -> Tensor:
+            """Insert a step before each sequence: ``first``, or zeros."""
+            if row is not None:
+                return row.insert(values, first)
+            return F.pad(values, (0, 0, 1, 0)) if first is None else torch.cat([first.unsqueeze(1), values], dim=1)
+
+        def append(values: Tensor) -> Tensor:
+            """Insert a step of zeros after each sequence."""
+            appended = F.pad(values if row is None else row.insert(values), (0, 0, 0, 1))
+            return appended if row is None else appended[:, 1:]
+
+        inputs = prepend(x, state[..., -1].to(x.dtype))
+        before = slice(0, length) if row is None else row.steps - 1
+        previous = inputs[:, before]
         if reset is not None:
-            check_reset("RWKV.scan", reset, x)
             previous = previous.masked_fill(reset.unsqueeze(-1), 0)
         r, k, v, gate = (
             linear(layer, torch.lerp(x, previous, weight.to(x.dtype)))
@@ -67,29 +86,32 @@ class RWKV(Core):
             )
         )
         # The output reads S_{t-1}, so the op runs one step longer: its step t adds k and v of step t - 1 and then reads
-        # the state. Its step 0 adds nothing, and its last step is not read.
-        added_v, added_k = v, k
+        # the state. The step 0 of a sequence adds nothing, and its last step is not read.
+        added_v, added_k = prepend(v), prepend(k)
         if reset is not None:  # masked, because the values may be NaN
-            ends = F.pad(reset[:, 1:], (0, 1)).unsqueeze(-1)
-            added_v, added_k = v.masked_fill(ends, 0), k.masked_fill(ends, 0)
-        u = F.pad(added_v, (0, 0, 1, 0)).mT
-        delta = F.pad(unit_step_delta(added_v.mT, lengths), (1, 0))
+            starts = append(reset.unsqueeze(-1))
+            added_v, added_k, reset = added_v.masked_fill(starts, 0), added_k.masked_fill(starts, 0), starts.squeeze(-1)
         log_w = -to_opmath(self.decay).exp().unsqueeze(1).expand(heads, self.head_dim, -1).flatten(0, 1)
         y, last = selective_scan(
-            u,
-            delta,
+            added_v.mT,
+            prepend(unit_step_delta(v.mT, lengths).mT).mT,
             log_w,
-            F.pad(added_k, (0, 0, 1, 0)).unflatten(-1, (heads, self.state_size)).permute(0, 2, 3, 1),
-            F.pad(r, (0, 0, 0, 1)).unflatten(-1, (heads, self.state_size)).permute(0, 2, 3, 1),
+            added_k.unflatten(-1, (heads, self.state_size)).permute(0, 2, 3, 1),
+            append(r).unflatten(-1, (heads, self.state_size)).permute(0, 2, 3, 1),
             return_last_state=True,
             initial_state=to_opmath(state[..., :-1]),
-            reset=None if reset is None else F.pad(reset, (0, 1)),
+            reset=reset,
+            cu_seqlens=None if row is None else row.cu_seqlens,
         )
         bonus = (r * k).unflatten(-1, (heads, self.state_size)) * self.bonus.to(x.dtype)
-        y = y.mT[:, :length].unflatten(-1, (heads, self.head_dim))
+        y = y.mT[:, before].unflatten(-1, (heads, self.head_dim))
         y = y + bonus.sum(-1, keepdim=True) * v.unflatten(-1, (heads, self.head_dim))
         weight, bias = self.norm.to(y.dtype).unbind()
         y = F.layer_norm(y, (self.head_dim,)).flatten(-2) * weight + bias
-        end = None if lengths is None else lengths.long().view(-1, 1, 1)
-        newest = inputs[:, length] if end is None else inputs.take_along_dim(end, dim=1)[:, 0]
+        if row is not None:
+            newest = inputs[0, row.cu_seqlens[1:].long() - 1]
+        elif lengths is not None:
+            newest = inputs.take_along_dim(lengths.long().view(-1, 1, 1), dim=1)[:, 0]
+        else:
+            newest = inputs[:, length]
         return linear(self.out_proj, silu(gate) * y), torch.cat([last, to_opmath(newest).unsqueeze(-1)], dim=-1)

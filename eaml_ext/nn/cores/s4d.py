@@ -42,8 +42,13 @@ class S4D(Core):
         self.D = nn.Parameter(torch.randn(dim))
         self.out_proj = nn.Linear(dim, 2 * dim)
 
-    def scan(
-        self, x: Tensor, state: Tensor | None = None, reset: Tensor | None = None, lengths: Tensor | None = None
+    def _run_scan(
+        self,
+        x: Tensor,
+        state: Tensor | None,
+        reset: Tensor | None,
+        lengths: Tensor | None,
+        cu_seqlens: Tensor | None,
     ) -> tuple[Tensor, Tensor]:
         """See :meth:`Core.scan`; ``state`` is ``(batch, dim, state_size, 2)``, floating."""
         A = torch.complex(-to_opmath(self.A_log).exp(), to_opmath(self.A_imag))
@@ -59,5 +64,6 @@ class S4D(Core):
             return_last_state=True,
             initial_state=None if state is None else as_complex(state),
             reset=reset,
+            cu_seqlens=cu_seqlens,
         )
         return glu(linear(self.out_proj, gelu(y.mT))), as_real(last)

@@ -43,8 +43,13 @@ class S6(Core):
         self.delta_bias = nn.Parameter(inverse_softplus(self._step_sizes(dim, dt_min, dt_max)))
         nn.init.uniform_(self.dt_proj.weight, -(rank**-0.5), rank**-0.5)
 
-    def scan(
-        self, x: Tensor, state: Tensor | None = None, reset: Tensor | None = None, lengths: Tensor | None = None
+    def _run_scan(
+        self,
+        x: Tensor,
+        state: Tensor | None,
+        reset: Tensor | None,
+        lengths: Tensor | None,
+        cu_seqlens: Tensor | None,
     ) -> tuple[Tensor, Tensor]:
         """See :meth:`Core.scan`; ``state`` is ``(batch, dim, state_size)``, floating."""
         dt, B, C = linear(self.x_proj, x).split(self.split, dim=-1)
@@ -61,6 +66,7 @@ class S6(Core):
             True,
             initial_state=state,
             reset=reset,
+            cu_seqlens=cu_seqlens,
         )
         return linear(self.out_proj, y.mT), state
 

@@ -51,8 +51,13 @@ class SSD(Core):
         self.norm = nn.RMSNorm(dim, eps=1e-5)
         self.out_proj = nn.Linear(dim, dim, bias=False)
 
-    def scan(
-        self, x: Tensor, state: Tensor | None = None, reset: Tensor | None = None, lengths: Tensor | None = None
+    def _run_scan(
+        self,
+        x: Tensor,
+        state: Tensor | None,
+        reset: Tensor | None,
+        lengths: Tensor | None,
+        cu_seqlens: Tensor | None,
     ) -> tuple[Tensor, Tensor]:
         """See :meth:`Core.scan`; ``state`` is ``(batch, dim, state_size)``, floating."""
         z, B, C, dt = linear(self.in_proj, x).split(self.split, dim=-1)
@@ -69,6 +74,7 @@ class SSD(Core):
             True,
             initial_state=state,
             reset=reset,
+            cu_seqlens=cu_seqlens,
         )
         return linear(self.out_proj, self.norm(y.mT)), last
 
