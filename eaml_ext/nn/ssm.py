@@ -1,5 +1,6 @@
 """h = embed(x);  h = h + core(norm(h)) per layer;  y = head(norm(h)): sequence models over a state-space core."""
 
+import inspect
 from collections.abc import Callable
 from os import PathLike
 from typing import Any
@@ -11,7 +12,7 @@ from eaml_ext import _check, checkpoint
 from eaml_ext._torch_compat import has_hooks
 from eaml_ext.nn._row_invariant import linear
 from eaml_ext.nn.cores import Core, make_core
-from eaml_ext.nn.padding import check_lengths, check_reset, zero_padding
+from eaml_ext.nn.padding import check_boundaries, check_lengths, count_sequences, zero_padding
 from eaml_ext.nn.submodule import reference_weight
 from eaml_ext.ops._sizes import check_size
 
@@ -80,20 +81,29 @@ class SSM(nn.Module):
         self.head = nn.Linear(hidden_dim, output_dim)
         self.to(device)
 
-    def forward(self, x: Tensor, hidden_state: Tensor | None = None, lengths: Tensor | None = None) -> Tensor:
+    def forward(
+        self,
+        x: Tensor,
+        hidden_state: Tensor | None = None,
+        lengths: Tensor | None = None,
+        cu_seqlens: Tensor | None = None,
+        seq_idx: Tensor | None = None,
+    ) -> Tensor:
         """Run a batch of single steps, or of sequences.
 
         Args:
             x: ``(batch, state_dim)`` or ``(batch, time, state_dim)``, floating.
             hidden_state: ``(batch, num_layers, *core.state_shape)``, floating; the first state, zeros if absent.
             lengths: ``(batch,)``, int64 or int32, of sequences; row b has ``lengths[b]`` steps, followed by padding.
+            cu_seqlens, seq_idx: as in :meth:`scan`.
 
         Returns:
             ``(batch, output_dim)`` or ``(batch, time, output_dim)``; zero on padding.
         """
-        self._check_input("SSM", x, (2, 3) if lengths is None else (3,))
+        of_sequences = lengths is not None or cu_seqlens is not None or seq_idx is not None
+        self._check_input("SSM", x, (3,) if of_sequences else (2, 3))
         if x.dim() == 3:
-            return self.scan(x, hidden_state, lengths=lengths)[0]
+            return self.scan(x, hidden_state, None, lengths, cu_seqlens, seq_idx)[0]
         return self.step(x, hidden_state)[0]
 
     def init_hidden(self, batch: int) -> Tensor:
@@ -102,7 +112,13 @@ class SSM(nn.Module):
         return reference_weight(self.embed, self.norm).new_zeros(batch, *self._state_shape)
 
     def scan(
-        self, x: Tensor, state: Tensor | None = None, reset: Tensor | None = None, lengths: Tensor | None = None
+        self,
+        x: Tensor,
+        state: Tensor | None = None,
+        reset: Tensor | None = None,
+        lengths: Tensor | None = None,
+        cu_seqlens: Tensor | None = None,
+        seq_idx: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
         """Run a sequence from a state.
 
@@ -112,18 +128,30 @@ class SSM(nn.Module):
                 :meth:`init_hidden`, :meth:`scan` or :meth:`step`; zeros if absent.
             reset: ``(batch, time)``, bool; the state is zeroed before step t.
             lengths: ``(batch,)``, int64 or int32; row b has ``lengths[b]`` steps, followed by padding.
+            cu_seqlens: ``(sequences + 1,)``, int32; the boundaries of the sequences packed into the only row of ``x``,
+                from 0 to ``time``; each has one row of the state. Excludes ``lengths``.
+            seq_idx: ``(batch, time)``, int32 or int64; the state is zeroed where it changes. Excludes ``reset`` and
+                ``cu_seqlens``.
 
         Returns:
-            y ``(batch, time, output_dim)``, zero on padding, and the state after each row's last step.
+            y ``(batch, time, output_dim)``, zero on padding, and the state after the last step of each row or packed
+            sequence.
+
+        >>> model, cu_seqlens = SSM(3, 8, 2), torch.tensor([0, 2, 7], dtype=torch.int32)  # 2 and 5 steps in one row
+        >>> y, state = model.scan(torch.randn(1, 7, 3), cu_seqlens=cu_seqlens)
+        >>> y.shape, state.shape
+        (torch.Size([1, 7, 2]), torch.Size([2, 1, 8, 16]))
         """
         self._check_input("SSM.scan", x, (3,))
-        self._check_state("SSM.scan", x, state)
+        reset = check_boundaries("SSM.scan", x, reset, lengths, cu_seqlens, seq_idx)
+        self._check_state("SSM.scan", count_sequences(x, cu_seqlens), state)
         options: dict[str, Tensor] = {}
+        if cu_seqlens is not None:
+            self._check_cores_pack()
+            options["cu_seqlens"] = cu_seqlens
         if lengths is not None:
             check_lengths("SSM.scan", lengths, x)
             options["lengths"] = lengths
-            if reset is not None:
-                check_reset("SSM.scan", reset, x)
             x, reset, padding = zero_padding(x, reset, lengths)
         h, states = linear(self.embed, x), []
         for i, (norm, core) in enumerate(zip(self.norms, self.cores, strict=True)):
@@ -144,7 +172,7 @@ class SSM(nn.Module):
             y ``(batch, output_dim)``, and the next state.
         """
         self._check_input("SSM.step", x, (2,))
-        self._check_state("SSM.step", x, state)
+        self._check_state("SSM.step", x.shape[0], state)
         state = self.init_hidden(x.shape[0]) if state is None else state
         h, states = linear(self.embed, x), []
         for i, (norm, core) in enumerate(zip(self.norms, self.cores, strict=True)):
@@ -181,12 +209,20 @@ class SSM(nn.Module):
         _check.dtype(where, "x", x, (like.dtype,))
         _check.device(where, "x", x, like.device, "the model")
 
-    def _check_state(self, where: str, x: Tensor, state: Any) -> None:
+    def _check_state(self, where: str, rows: int, state: Any) -> None:
         if state is None:
             return
         _check.tensor(where, "state", state)
-        shape = (x.shape[0], *self._state_shape)
+        shape = (rows, *self._state_shape)
         _check.shape(where, "state", state, shape, str(shape))
+
+    def _check_cores_pack(self) -> None:
+        """Raise unless the cores, which may be a user's own, take ``cu_seqlens``."""
+        for core in self.cores:
+            parameters = inspect.signature(core.scan).parameters  # type: ignore[arg-type]
+            if "cu_seqlens" not in parameters and all(p.kind is not p.VAR_KEYWORD for p in parameters.values()):
+                kind = type(core).__name__
+                raise ValueError(f"SSM.scan: cu_seqlens must be None for the core {kind}, whose scan lacks it")
 
 
 def _method_or_call(core: nn.Module, name: str) -> Callable[..., tuple[Tensor, Tensor]]:
@@ -230,11 +266,12 @@ class SSMLayer(nn.Module):
         options: dict[str, Any] = {"state_size": state_size, "num_layers": num_layers, "core": core}
         self.model = SSM(input_dim, hidden_dim, hidden_dim, **options, dt_min=dt_min, dt_max=dt_max)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Encode one sequence, or a batch of sequences.
+    def forward(self, x: Tensor, cu_seqlens: Tensor | None = None) -> Tensor:
+        """Encode one sequence, a batch of sequences, or sequences packed into one.
 
         Args:
             x: ``(time, input_dim)`` or ``(batch, time, input_dim)``, floating.
+            cu_seqlens: ``(sequences + 1,)``, int32; the boundaries of packed sequences, as in :meth:`SSM.scan`.
 
         Returns:
             ``(time, hidden_dim)`` or ``(batch, time, hidden_dim)``.
@@ -243,8 +280,8 @@ class SSMLayer(nn.Module):
         if x.dim() not in (2, 3) or x.shape[-1] != self.input_dim:
             wanted = f"(time, {self.input_dim}) or (batch, time, {self.input_dim})"
             raise ValueError(f"SSMLayer: x must have shape {wanted}, got {tuple(x.shape)}")
-        y: Tensor = self.model(x) if x.dim() == 3 else self.model(x.unsqueeze(0)).squeeze(0)
-        return y
+        y: Tensor = self.model(x if x.dim() == 3 else x.unsqueeze(0), cu_seqlens=cu_seqlens)
+        return y if x.dim() == 3 else y.squeeze(0)
 
 
 class Stateful(nn.Module):
