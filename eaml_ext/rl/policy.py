@@ -169,7 +169,11 @@ class SSMMetaPolicy(nn.Module):
         return self.ssm.init_hidden(batch)
 
     def scan(
-        self, obs: Tensor, state: Tensor | None = None, reset: Tensor | None = None
+        self,
+        obs: Tensor,
+        state: Tensor | None = None,
+        reset: Tensor | None = None,
+        cu_seqlens: Tensor | None = None,
     ) -> tuple[Distribution, Tensor, Tensor]:
         """Evaluate a whole sequence.
 
@@ -177,11 +181,13 @@ class SSMMetaPolicy(nn.Module):
             obs: ``(batch, time, state_dim)``, floating.
             state: ``(batch, ...)``; the state before the first step. Default: zero.
             reset: ``(batch, time)``, bool; the state is zeroed before step t. Default: never.
+            cu_seqlens: ``(sequences + 1,)``, int32; the boundaries of the sequences packed into the only row of
+                ``obs``, from 0 to ``time``; each has one row of the state. Trials of different lengths need no padding.
 
         Returns:
             The distribution of actions, of batch shape ``(batch, time)``; values ``(batch, time)``; the last state.
         """
-        parameters, value, state = self.scan_tensors(obs, state, reset)
+        parameters, value, state = self.scan_tensors(obs, state, reset, cu_seqlens)
         return self.distribution(parameters), value, state
 
     def step(
@@ -201,11 +207,15 @@ class SSMMetaPolicy(nn.Module):
         return self.distribution(parameters), value, state
 
     def scan_tensors(
-        self, obs: Tensor, state: Tensor | None = None, reset: Tensor | None = None
+        self,
+        obs: Tensor,
+        state: Tensor | None = None,
+        reset: Tensor | None = None,
+        cu_seqlens: Tensor | None = None,
     ) -> tuple[Tensor, Tensor, Tensor]:
         """:meth:`scan`, but returns the distribution's parameters, which a vmapped function can return."""
         with row_invariant():
-            y, state = self.ssm.scan(self._normalised(obs), state, reset)
+            y, state = self.ssm.scan(self._normalised(obs), state, reset, cu_seqlens=cu_seqlens)
             return (*self._heads(y), state)
 
     def step_tensors(

@@ -47,6 +47,18 @@ def test_scan_with_resets_equals_steps_with_resets(continuous, num_layers):
     assert torch.allclose(parameters, whole) and torch.allclose(v, values) and torch.allclose(state, last)
 
 
+def test_scan_packed_trials_equal_each_alone():
+    net, (x, _) = policy(), data(batch=1)
+    reset = torch.zeros(1, 9, dtype=torch.bool)
+    reset[0, 6] = True  # an episode starts inside the second trial
+    parameters, values, last = net.scan_tensors(x, None, reset, torch.tensor([0, 4, 9], dtype=torch.int32))
+    distribution, _, _ = net.scan(x, None, reset, torch.tensor([0, 4, 9], dtype=torch.int32))
+    assert torch.equal(distribution.logits, net.distribution(parameters).logits)
+    for i, steps in enumerate((slice(0, 4), slice(4, 9))):
+        want = net.scan_tensors(x[:, steps], None, reset[:, steps])
+        torch.testing.assert_close((parameters[:, steps], values[:, steps], last[i : i + 1]), want)
+
+
 def test_scan_resets_cut_outputs_and_gradients():
     net, (x, reset) = policy(), data()
     x.requires_grad_()
