@@ -4,11 +4,11 @@
 """
 
 from benchmarks import experience, inner_steps, mamba, mamba2, meta
-from benchmarks.ops import causal_conv1d, knn, selective_scan
+from benchmarks.ops import causal_conv1d, knn, packed, selective_scan
 
 
 def main() -> None:
-    for benchmark in (selective_scan, causal_conv1d, knn, meta, inner_steps, experience, mamba, mamba2):
+    for benchmark in (selective_scan, causal_conv1d, packed, knn, meta, inner_steps, experience, mamba, mamba2):
         print(f"\n== {benchmark.__name__}")
         benchmark.main()
 
