@@ -105,7 +105,7 @@ def main() -> None:
     lengths = draw_lengths(16 if arguments.quick else 256)
     rows = []
     for shape in shapes:
-        for row in measure(shape, lengths, 0.2 if arguments.quick else 2.0):
+        for row in measure(shape, lengths, 0.2 if arguments.quick else 1.0):
             rows.append(row)
             verdict = "" if row["speedup"] >= BAR * row["ideal"] else f"  below {BAR} of it"
             print(

@@ -51,13 +51,12 @@ def check_boundaries(
     >>> check_boundaries("f", torch.zeros(1, 3, 2), None, seq_idx=torch.tensor([[4, 4, 5]]))
     tensor([[False, False,  True]])
     """
-    for name, value, others in (
-        ("seq_idx", seq_idx, {"reset": reset, "cu_seqlens": cu_seqlens}),
-        ("cu_seqlens", cu_seqlens, {"lengths": lengths}),
-    ):
-        for other, other_value in others.items():
-            if value is not None and other_value is not None:
-                raise ValueError(f"{where}: {name} must be None beside {other}, got {type(value).__name__}")
+    if seq_idx is not None:
+        for other, value in (("reset", reset), ("cu_seqlens", cu_seqlens)):
+            if value is not None:
+                raise ValueError(f"{where}: seq_idx must be None beside {other}, got {type(seq_idx).__name__}")
+    if cu_seqlens is not None and lengths is not None:
+        raise ValueError(f"{where}: cu_seqlens must be None beside lengths, got {type(cu_seqlens).__name__}")
     if reset is not None:
         check_reset(where, reset, x)
     if cu_seqlens is not None and not torch.compiler.is_compiling():
