@@ -394,3 +394,4 @@ def test_slotted_row_wrong_boundaries_stay_inside_the_row():
         row = slotted_row(torch.tensor(values), 4, 3)
         for positions in (row.source, row.steps):
             assert positions.min() >= 0 and positions.max() < 10
+        assert row.cu_seqlens.min() >= 0 and row.cu_seqlens.max() <= 10
