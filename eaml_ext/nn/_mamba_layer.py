@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from eaml_ext import _check
-from eaml_ext.nn.padding import check_boundaries, check_lengths, count_sequences, zero_padding
+from eaml_ext.nn.padding import check_boundaries, check_lengths, count_sequences, given, zero_padding
 from eaml_ext.nn.precision import to_opmath
 from eaml_ext.nn.submodule import reference_weight
 from eaml_ext.ops._sizes import SIZE_LIMIT, check_size
@@ -90,8 +90,9 @@ class MambaLayer(
         if _method is not None:  # a method of this layer, called from here so that hooks run
             y: Tensor = _method(x)
             return y
+        options = given(cu_seqlens=cu_seqlens, seq_idx=seq_idx)
         if inference_params is None:
-            return self.scan(x, cu_seqlens=cu_seqlens, seq_idx=seq_idx)[0]
+            return self.scan(x, None, **options)[0]
         where = type(self).__name__
         if self.layer_idx is None:
             raise ValueError(f"{where}: inference_params needs a layer_idx, got a layer without one")
@@ -110,7 +111,7 @@ class MambaLayer(
                     f"{where}: inference_params.key_value_memory_dict must hold the states of layer {self.layer_idx} "
                     f"where seqlen_offset is {inference_params.seqlen_offset}, got none: begin with seqlen_offset 0"
                 )
-        y, memory[self.layer_idx] = self.scan(x, state, cu_seqlens=cu_seqlens, seq_idx=seq_idx)
+        y, memory[self.layer_idx] = self.scan(x, state, **options)
         return y
 
     def scan(

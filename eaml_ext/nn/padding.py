@@ -10,6 +10,11 @@ from eaml_ext._torch_compat import is_functorch_wrapped_tensor
 from eaml_ext.ops._packing import check_cu_seqlens, reset_from_seq_idx
 
 
+def given(**options: Tensor | None) -> dict[str, Tensor]:
+    """Return the options that are not None: a derived class need not take the others."""
+    return {name: value for name, value in options.items() if value is not None}
+
+
 def check_lengths(where: str, lengths: Any, x: Tensor) -> None:
     """Raise unless ``lengths`` is ``(batch,)``, int64 or int32, in [0, length] of ``x`` ``(batch, length, *)``.
 

@@ -12,7 +12,7 @@ from eaml_ext import _check, checkpoint
 from eaml_ext._torch_compat import has_hooks
 from eaml_ext.nn._row_invariant import linear
 from eaml_ext.nn.cores import Core, make_core
-from eaml_ext.nn.padding import check_boundaries, check_lengths, count_sequences, zero_padding
+from eaml_ext.nn.padding import check_boundaries, check_lengths, count_sequences, given, zero_padding
 from eaml_ext.nn.submodule import reference_weight
 from eaml_ext.ops._sizes import check_size
 
@@ -103,7 +103,7 @@ class SSM(nn.Module):
         of_sequences = lengths is not None or cu_seqlens is not None or seq_idx is not None
         self._check_input("SSM", x, (3,) if of_sequences else (2, 3))
         if x.dim() == 3:
-            return self.scan(x, hidden_state, None, lengths, cu_seqlens, seq_idx)[0]
+            return self.scan(x, hidden_state, **given(lengths=lengths, cu_seqlens=cu_seqlens, seq_idx=seq_idx))[0]
         return self.step(x, hidden_state)[0]
 
     def init_hidden(self, batch: int) -> Tensor:

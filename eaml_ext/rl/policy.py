@@ -14,6 +14,7 @@ from eaml_ext.meta._python_state import PythonState
 from eaml_ext.nn import SSM
 from eaml_ext.nn._row_invariant import linear, row_invariant
 from eaml_ext.nn.cores import CORES_WITH_STEP_SIZE
+from eaml_ext.nn.padding import given
 
 # Ten times Mamba's step sizes, because the effect of an action must show within a few steps.
 DT_MIN, DT_MAX = 0.01, 1.0
@@ -215,7 +216,7 @@ class SSMMetaPolicy(nn.Module):
     ) -> tuple[Tensor, Tensor, Tensor]:
         """:meth:`scan`, but returns the distribution's parameters, which a vmapped function can return."""
         with row_invariant():
-            y, state = self.ssm.scan(self._normalised(obs), state, reset, cu_seqlens=cu_seqlens)
+            y, state = self.ssm.scan(self._normalised(obs), state, reset, **given(cu_seqlens=cu_seqlens))
             return (*self._heads(y), state)
 
     def step_tensors(

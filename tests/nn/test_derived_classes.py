@@ -74,3 +74,14 @@ def test_module_has_the_metaclass_type_and_classes_derive_from_it(name):
 def test_core_without_scan_raises_not_implemented():
     with pytest.raises(NotImplementedError, match=r"^Core: scan is not defined$"):
         Core(2, 2).scan(torch.zeros(1, 1, 2))
+
+
+@pytest.mark.parametrize("base, sizes", [(SSM, (3, 8, 2)), (Mamba, (8,))])
+def test_class_whose_scan_takes_no_boundaries_is_called_as_before(base, sizes):
+    class Derived(base):
+        def scan(self, x, state=None, reset=None):
+            return super().scan(x, state, reset)
+
+    torch.manual_seed(0)
+    model, x = Derived(*sizes), torch.randn(2, 5, sizes[0])
+    assert torch.equal(model(x), base.scan(model, x)[0])
