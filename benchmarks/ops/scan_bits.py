@@ -105,10 +105,11 @@ def run_steps(x: Arguments) -> Results:
     """Return what :func:`run` does, by single steps."""
     leaves = {k: v.detach().requires_grad_() for k, v in x.items() if v is not None and k not in _NO_GRADIENT}
     state, ys = leaves["initial_state"], []
+    # unbind, because the gradients of indexing are added to zeros: -0 would become 0.
+    per_step = {k: v.unbind(-1) for k, v in leaves.items() if k in PER_STEP and v.dim() > 2}
+    shared = {k: v for k, v in leaves.items() if k not in per_step and k != "initial_state"}
     for t in range(x["u"].shape[-1]):
-        per_step = {k: v[..., t] if k in PER_STEP and v.dim() > 2 else v for k, v in leaves.items()}
-        del per_step["initial_state"]
-        y, state = selective_scan_step(state, **per_step, delta_softplus=True)
+        y, state = selective_scan_step(state, **{k: v[t] for k, v in per_step.items()}, **shared, delta_softplus=True)
         ys.append(y)
     outs = [torch.stack(ys, -1), state]
     grads = torch.autograd.grad(outs, [*leaves.values()], [x["grad_y"], x["grad_state"]])
