@@ -352,7 +352,7 @@ def test_meta_gradient_model_that_vmap_cannot_run_equals_each_task_alone():
         (ssm, lambda x, y: (x, torch.zeros(2, 2)), LOSS, TypeError, "support_x must be a torch.Tensor, got list"),
         (ssm, lambda x, y: ([x], [y]), LOSS, TypeError, "sequence 0: support_x must be a torch.Tensor, got list"),
     ],
-    ids=str,
+    ids=range(10),
 )
 def test_meta_update_bad_sequences_raise_one_sentence(model, change, loss_fn, error, text):
     x, y = sequences(3, 4)
