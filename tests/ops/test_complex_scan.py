@@ -152,7 +152,7 @@ def plain_loop(delta_softplus: bool, return_last_state: bool, **x: Tensor) -> tu
 
 
 @pytest.mark.parametrize("function", [selective_scan, selective_scan_reference])
-@pytest.mark.parametrize("name", [*real.CASES, "chunk_and_one", "length0"])
+@pytest.mark.parametrize("name", [*(name for name in real.CASES if name != "packed"), "chunk_and_one", "length0"])
 def test_complex_scan_every_case_equals_loop_over_python_numbers(name, function):
     call = {**TestComplexScan.op.cases, **SHAPES}[name](torch.float64, "cpu")
     tensors = joined(call.tensors)
