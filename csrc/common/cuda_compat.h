@@ -241,6 +241,18 @@ EAML_DEVICE int recomputed(int x) {
 EAML_DEVICE int count_bits(std::uint32_t x) {
   return EAML_DEVICE_CODE(__popc(x), __builtin_popcount(x));
 }
+#if defined(EAML_CUDA_EMULATOR)
+// x, a product that the compiler does not fuse with the following sum. clang fuses only within an expression.
+inline double rounded(double x) {
+#if defined(__clang__)
+#elif defined(__x86_64__)
+  asm("" : "+v"(x));
+#elif defined(__aarch64__)
+  asm("" : "+w"(x));
+#endif
+  return x;
+}
+#endif
 // a b, rounded before it is added to anything.
 EAML_DEVICE double multiply(double a, double b) {
   return EAML_DEVICE_CODE(__dmul_rn(a, b), rounded(a * b));

@@ -1,10 +1,15 @@
 """Bits of the CPU scan: rows, parts, episodes, single steps and threads, see ``benchmarks/ops/scan_bits.py``."""
 
+import sys
+from pathlib import Path
+
 import pytest
 import torch
 
-from benchmarks.ops.scan_bits import check, draw, same_bits
 from eaml_ext.ops import selective_scan, selective_scan_step
+
+sys.path.append(str(Path(__file__).parents[2]))  # last, so as not to hide an installed eaml_ext
+from benchmarks.ops.scan_bits import check, draw, same_bits
 
 SMALL = (6, 300, 40, 40)
 # Shapes in which the order of a sum once looked at the batch or the length: (batch, length, dim, state).
