@@ -204,7 +204,9 @@ def test_count_local_memory_of_any_kernel():
     lines = ["LDL.64 R2, [R1]", "@P0 STL [R1+0x8], R3", "LDS R4, [R5]", "LDG.E R4, [R5]", "EXIT"]
     assert local_accesses(functions(assemble(lines))["kernel"]) == 2
     found = counted(lines, "pack_kernel", Kernel("pack_kernel", 1, 128))
-    assert faults("pack_kernel", found, LOOSE) == ["pack_kernel: 2 loads and stores of local memory"]
+    assert faults("pack_kernel", found, LOOSE) == ["pack_kernel: 2 loads and stores of local memory, budget 0"]
+    assert faults("pack_kernel", found, Kernel("*", 1, 128, local=2)) == []
+    assert faults("pack_kernel", found, Kernel("*", 1, 128, local=1)) != []
 
 
 # ---- budgets ---------------------------------------------------------------------------------------------------------
@@ -264,5 +266,5 @@ def test_check_prints_counts_with_budgets_and_returns_each_fault(monkeypatch, tm
         f"{FAST}: 3.25 instructions a state and step, budget 3 (sm_90)",
         f"{FAST}: 5.25 instructions an element, budget 5 (sm_90)",
         f"{FAST}: 100 registers, budget 99 (sm_90)",
-        f"{FAST}: 4 bytes spilled, 8 bytes of stack (sm_90)",
+        f"{FAST}: 4 bytes spilled, 8 bytes of stack, budget 0 (sm_90)",
     ]
