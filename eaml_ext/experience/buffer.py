@@ -38,8 +38,8 @@ class ExperienceBuffer(PersistentBuffer):
 
     *Ragged fields.* The fields in ``ragged`` are sequences ``(time, ...)`` whose length differs from item to item. All
     ragged fields of one item have the same length. Many items are added as lists of sequences, one list per field.
-    What a buffer returns is padded with zeros to the longest item of the result, and has two more fields: ``lengths``
-    and ``mask``, which marks the steps. ``batch`` passes the mask to the Adapter, whose loss leaves the padding out.
+    Results are padded with zeros to their longest item, and have two more fields: ``lengths`` and ``mask``, which marks
+    the steps. ``batch`` passes the mask to the Adapter, whose loss leaves the padding out.
 
     *On disk.* With ``directory`` the fields are memory-mapped files there, for memories larger than RAM. All items
     added before the last :meth:`flush` survive a crash bit for bit, and :meth:`open` continues from them. Items added

@@ -89,7 +89,7 @@ class Experiences:
 
         Where the targets are ragged, it also has the entry ``mask``, ``(n, time)``: the Adapter's loss then leaves out
         the steps after the last of each item. A function's result counts as ragged if its second dimension is time.
-        Where it has the size of time, the function is called once more, with one more step of padding.
+        Where its size equals the number of steps, the function is called once more, with one more step of padding.
 
         Args:
             states: a selector, which is the name of a stored field, several names, or a function of the experiences

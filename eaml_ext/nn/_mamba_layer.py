@@ -24,9 +24,8 @@ def check_d_inner(where: str, expand: Any, d_model: int) -> tuple[float, int]:
     return expand, int(expand * d_model)
 
 
-class MambaLayer(
-    nn.Module
-):  # not an ABC: libraries that derive classes from a module's type need the metaclass ``type``
+# Not an ABC: libraries that derive classes from a module's type need the metaclass ``type``.
+class MambaLayer(nn.Module):
     """A layer of a projection, a causal convolution and a selective scan, with the states of the last two.
 
     A derived class sets the attributes and defines ``_run_scan`` and ``_run_step``.
