@@ -33,7 +33,7 @@ const char* with_tiling(int64_t states, F f) {
 // The number of time segments of a row. It does not depend on the batch, so the bits of a row do not either. Segments
 // cost another pass over the inputs of the recurrence. They pay if the channels of a row occupy a small part of a large
 // GPU, which holds about 2000 warps of these kernels on 528 schedulers. Rows with 64 warps or more have no segments,
-// nor have packed sequences, whose lengths only the GPU knows.
+// nor have packed sequences, whose lengths are in GPU memory alone.
 inline int64_t num_time_segments(const ScanParams& s, int64_t warps_of_row) {
   constexpr int64_t kMaxDividedWarps = 64, kWantedWarps = 2048, kMinChunks = 8;
   if (s.split_invariant || s.cu_seqlens || warps_of_row >= kMaxDividedWarps || warps_of_row == 0) return 1;
