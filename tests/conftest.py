@@ -17,7 +17,7 @@ DEVICES = ["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"]
 for name, examples in {"exhaustive": 200, "kernels": 60, "few": 25}.items():
     settings.register_profile(name, max_examples=examples, deadline=None, derandomize=True)
 
-pytest.register_assert_rewrite("op_calls", "op_conformance", "parametrisations", "scan_cases")
+pytest.register_assert_rewrite("mamba_layer_checks", "op_calls", "op_conformance", "parametrisations", "scan_cases")
 
 
 def pytest_addoption(parser):

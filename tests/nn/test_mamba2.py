@@ -6,8 +6,17 @@ from types import SimpleNamespace
 import pytest
 import torch
 import torch.nn.functional as F
+from mamba_layer_checks import (
+    check_bfloat16,
+    check_inference_params,
+    check_maml_outer_gradient,
+    check_per_task_weights,
+    check_resets,
+    check_steps_and_splits,
+    sequence,
+)
 from torch import nn
-from torch.func import functional_call, grad, vmap
+from torch.func import functional_call
 from torch.nn.utils import prune
 
 from eaml_ext.nn import Mamba2
@@ -31,10 +40,6 @@ def layer(**options):
         for p in m.parameters():
             p.add_(0.3 * torch.randn_like(p))
     return m
-
-
-def sequence(batch=2, length=9, width=6):
-    return torch.randn(batch, length, width, dtype=torch.float64)
 
 
 def quadratic(m, x):
@@ -150,42 +155,11 @@ def test_mamba2_initialisation_equals_that_of_mamba_ssm():
 @pytest.mark.parametrize("options", OPTIONS, ids=str)
 @pytest.mark.parametrize("no_grad", [False, True])
 def test_mamba2_scan_equals_steps_and_split_scans(no_grad, options):
-    m, x = layer(**options), sequence()
-    with torch.set_grad_enabled(not no_grad):
-        whole, (conv, ssm) = m.scan(x)
-        assert conv.shape == (2, *m.conv_state_shape) and ssm.shape == (2, *m.ssm_state_shape)
-        for split in (1, 2, 7):  # shorter and longer than the convolution
-            a, state = m.scan(x[:, :split])
-            b, last = m.scan(x[:, split:], state)
-            torch.testing.assert_close(torch.cat([a, b], dim=1), whole)
-            torch.testing.assert_close(last, (conv, ssm))
-        state, ys = m.allocate_inference_cache(2, max_seqlen=9), []
-        for t in range(9):
-            y, *state = m.step(x[:, t : t + 1] if t % 2 else x[:, t], *state)
-            ys.append(y.reshape(2, 6))
-        torch.testing.assert_close(torch.stack(ys, dim=1), whole)
-        torch.testing.assert_close(tuple(state), (conv, ssm))
-        empty, unchanged = m.scan(x[:, :0], (conv, ssm))
-        assert empty.shape == (2, 0, 6) and torch.equal(unchanged[0], conv) and torch.equal(unchanged[1], ssm)
+    check_steps_and_splits(layer(**options), no_grad)
 
 
 def test_mamba2_resets_separate_episodes_in_state_and_convolution():
-    m, x = layer(ngroups=3), sequence(length=12)
-    reset = torch.zeros(2, 12, dtype=torch.bool)
-    reset[0, [0, 5, 6]] = True
-    reset[1, 10] = True
-    before = m.scan(sequence())[1]
-    y, last = m.scan(x, before, reset)
-    for row, episodes in ((0, [(0, 5), (5, 6), (6, 12)]), (1, [(10, 12)])):
-        for start, stop in episodes:
-            alone, end = m.scan(x[row : row + 1, start:stop])
-            torch.testing.assert_close(y[row : row + 1, start:stop], alone)
-        torch.testing.assert_close((last[0][row : row + 1], last[1][row : row + 1]), end)
-    alone = m.scan(x[1:, :10], tuple(s[1:] for s in before))[0]
-    torch.testing.assert_close(y[1:, :10], alone)
-    x.requires_grad_()
-    (g,) = torch.autograd.grad(m.scan(x, None, reset)[0][0, 6:].square().sum(), x)
-    assert g[0, :6].abs().max() == 0 and g[0, 6:].abs().max() > 0  # exactly
+    check_resets(layer(ngroups=3))
 
 
 @pytest.mark.parametrize("options", [{}, {"dt_limit": (0.5, 2.0)}, {"learnable_init_states": True}], ids=str)
@@ -220,16 +194,10 @@ def test_mamba2_gradient_reaches_init_states_through_scan_and_steps():
 
 
 def test_mamba2_inference_params_keep_the_states_of_a_layer():
-    m, x = layer(layer_idx=4), sequence()
+    check_inference_params(layer(layer_idx=4))
     memory = SimpleNamespace(seqlen_offset=0, key_value_memory_dict={})
-    ys = []
-    for start, stop in ((0, 5), (5, 6), (6, 9)):
-        memory.seqlen_offset = start
-        ys.append(m(x[:, start:stop], inference_params=memory))
-    torch.testing.assert_close(torch.cat(ys, dim=1), m(x))
-    assert list(memory.key_value_memory_dict) == [4]
     with pytest.raises(ValueError, match=r"^Mamba2: inference_params needs a layer_idx, got a layer without one$"):
-        layer()(x, inference_params=memory)
+        layer()(sequence(), inference_params=memory)
 
 
 # --- derivatives -----------------------------------------------------------------------------------------------------
@@ -250,39 +218,11 @@ def test_mamba2_second_derivatives_pass_gradgradcheck(options):
 
 
 def test_mamba2_maml_outer_gradient_equals_that_of_the_quadratic_form():
-    m, x, target = layer(ngroups=3, dt_limit=(0.3, 1.2)), sequence(), sequence()
-    params = {k: p.detach() for k, p in m.named_parameters()}
-
-    def outer(forward):
-        def inner(p):
-            return (forward(p) - target).square().mean()
-
-        return grad(lambda p: inner({k: p[k] - 0.1 * g for k, g in grad(inner)(p).items()}))(params)
-
-    class Quadratic(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.m = m
-
-        def forward(self, x):
-            return quadratic(self.m, x)
-
-    ours = outer(lambda p: functional_call(m, p, (x,)))
-    by_quadratic = outer(lambda p: functional_call(Quadratic(), {f"m.{k}": v for k, v in p.items()}, (x,)))
-    torch.testing.assert_close(ours, by_quadratic)
+    check_maml_outer_gradient(layer(ngroups=3, dt_limit=(0.3, 1.2)), quadratic)
 
 
 def test_mamba2_per_task_weights_under_vmap_equal_a_loop():
-    m, x = layer(ngroups=3), torch.randn(3, 2, 6, 6, dtype=torch.float64)
-    params = {k: p.detach() + 0.1 * torch.randn(3, *p.shape, dtype=p.dtype) for k, p in m.named_parameters()}
-
-    def loss(p, x):
-        return functional_call(m, p, (x,)).square().sum()
-
-    together = vmap(grad(loss))(params, x)
-    for i in range(3):
-        alone = grad(loss)({k: p[i] for k, p in params.items()}, x[i])
-        torch.testing.assert_close({k: g[i] for k, g in together.items()}, alone)
+    check_per_task_weights(layer(ngroups=3))
 
 
 # --- dtypes, submodules, errors --------------------------------------------------------------------------------------
@@ -290,18 +230,7 @@ def test_mamba2_per_task_weights_under_vmap_equal_a_loop():
 
 @pytest.mark.parametrize("options", [{}, {"ngroups": 2, "norm_before_gate": True}], ids=str)
 def test_mamba2_in_bfloat16_and_under_autocast_is_close_to_float32(options):
-    m = Mamba2(16, d_state=8, headdim=8, **options)
-    x = torch.randn(2, 9, 16)
-    want = m(x)
-    with torch.autocast("cpu", torch.bfloat16):
-        torch.testing.assert_close(m(x).float(), want, rtol=0.05, atol=0.05)
-    half = Mamba2(16, d_state=8, headdim=8, dtype=torch.bfloat16, **options)
-    half.load_state_dict(m.state_dict())
-    y, state = half.scan(x.bfloat16())
-    assert y.dtype == state[0].dtype == torch.bfloat16 and state[1].dtype == torch.float32
-    torch.testing.assert_close(y.float(), want, rtol=0.05, atol=0.05)
-    y, *_ = half.step(x[:, :1].bfloat16(), *half.allocate_inference_cache(2))
-    torch.testing.assert_close(y.float(), want[:, :1], rtol=0.05, atol=0.05)
+    check_bfloat16(lambda **more: Mamba2(16, d_state=8, headdim=8, **options, **more))
 
 
 @pytest.mark.parametrize("name", ["in_proj", "conv1d", "norm", "out_proj"])
