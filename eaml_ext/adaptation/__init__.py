@@ -3,6 +3,13 @@
 from eaml_ext.adaptation.adapter import Adapter
 from eaml_ext.adaptation.config import AdaptationConfig
 from eaml_ext.adaptation.guards import UserHistory
-from eaml_ext.adaptation.selection import norm_parameters, output_parameters
+from eaml_ext.meta.selection import last_block_parameters, norm_parameters, output_parameters
 
-__all__ = ["AdaptationConfig", "Adapter", "UserHistory", "norm_parameters", "output_parameters"]
+__all__ = [
+    "AdaptationConfig",
+    "Adapter",
+    "UserHistory",
+    "last_block_parameters",
+    "norm_parameters",
+    "output_parameters",
+]

@@ -7,9 +7,9 @@ from torch import Tensor, nn
 
 from eaml_ext import _check
 from eaml_ext._torch_compat import foreach_copy_, own_buffers
-from eaml_ext.adaptation.selection import ParameterFilter, select
 from eaml_ext.meta._types import Params
 from eaml_ext.meta.functional import SUBSTITUTION_LOCK
+from eaml_ext.meta.selection import ParameterFilter, select
 
 
 class FlatParams:
@@ -22,13 +22,20 @@ class FlatParams:
     Args:
         model: the model.
         choice: which of its parameters; the constructor of Adapter describes it.
+        step_sizes: without a choice, the parameters that it names; None: all.
 
     Attributes:
         names, params: the selected parameters, in the order of the vector.
     """
 
-    def __init__(self, model: nn.Module, choice: ParameterFilter | None):
-        selected = select(model, choice)
+    def __init__(
+        self, model: nn.Module, choice: ParameterFilter | None, step_sizes: Mapping[str, float | Tensor] | None = None
+    ):
+        if step_sizes is not None:
+            if not isinstance(step_sizes, Mapping):
+                raise TypeError(f"Adapter: step_sizes must be a dict by name, got {type(step_sizes).__name__}")
+            choice = [*step_sizes] if choice is None else choice
+        selected = select("Adapter", model, choice)
         self._model, self._choice = model, choice
         self._known = [p for p in model.parameters() if p.requires_grad]
         self.names = list(selected)
@@ -54,6 +61,37 @@ class FlatParams:
         parts = vectors.split(self._sizes, -1)
         return [part.view(*part.shape[:-1], *p.shape) for part, p in zip(parts, self.params, strict=True)]
 
+    def step_sizes(self, where: str, lr: float, step_sizes: Mapping[str, float | Tensor]) -> Tensor:
+        """Return the step size of every entry of the vector, ``(parameters,)``; ``lr`` where ``step_sizes`` has none.
+
+        Args:
+            where: the beginning of messages.
+            lr: step size of the parameters that ``step_sizes`` does not name.
+            step_sizes: by name, numbers or tensors that broadcast to the parameter, >= 0.
+
+        Raises:
+            TypeError, ValueError: a name is not of an adapted parameter, or a step size does not fit.
+        """
+        unknown = [name for name in step_sizes if name not in self.names]
+        if unknown:
+            wanted = ", ".join(self.names)
+            raise ValueError(f"{where}: step_sizes has {unknown[0]}, the adapted parameters are {wanted}")
+        rates = []
+        for name, p in zip(self.names, self.params, strict=True):
+            value = step_sizes.get(name, lr)
+            if not isinstance(value, Tensor):
+                value = torch.tensor(_check.positive(where, f"step_sizes[{name!r}]", value, zero=True))
+            rate = value.detach().to(p)
+            if rate.dim() > p.dim() or any(
+                a not in (1, b) for a, b in zip(rate.shape[::-1], p.shape[::-1], strict=False)
+            ):
+                got = tuple(rate.shape)
+                raise ValueError(f"{where}: step_sizes[{name!r}] must broadcast to {tuple(p.shape)}, got shape {got}")
+            if not (torch.isfinite(rate) & (rate >= 0)).all():
+                raise ValueError(f"{where}: step_sizes[{name!r}] must be >= 0 and finite")
+            rates.append(rate.expand(p.shape))
+        return self.concatenate(rates)[0]
+
     def named(self, vectors: Tensor) -> Params:
         """Return the parameters in vectors, ``(..., parameters)``, by name, ``(..., *shape)``, in their own dtypes."""
         parts = zip(self.names, self.split(vectors), self.params, strict=True)
@@ -75,7 +113,9 @@ class FlatParams:
             present, known = set(map(id, self._model.parameters())), set(map(id, self._known))
             changed = [n for n, p in zip(self.names, self.params, strict=True) if id(p) not in present]
             if any(p.requires_grad and id(p) not in known for p in self._model.parameters()):
-                changed += [name for name, p in select(self._model, self._choice).items() if id(p) not in known]
+                changed += [
+                    name for name, p in select("Adapter", self._model, self._choice).items() if id(p) not in known
+                ]
         if changed:
             text = f"{changed[0]} was unfrozen or replaced after this Adapter was made: make a new Adapter"
             raise ValueError(f"{where}: {text}")

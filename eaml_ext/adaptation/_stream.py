@@ -1,49 +1,89 @@
 """A model along a stream: the hidden state between batches, and the prediction of each batch."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from eaml_ext import _check
 from eaml_ext._torch_compat import tree_leaves, tree_map
+from eaml_ext.meta._streams import is_recurrent
+from eaml_ext.meta.functional import recordable
 
 
 class StreamedModel:
     """Calls a model for each batch of a stream; a recurrent model, with ``scan`` and ``step``, continues its state.
 
     Args:
+        where: the beginning of messages.
         model: the model.
     """
 
-    def __init__(self, model: nn.Module):
-        self._model = model
-        self._recurrent = hasattr(model, "scan") and hasattr(model, "step")
+    def __init__(self, where: str, model: nn.Module):
+        self._where, self._model, self._recurrent = where, model, is_recurrent(model)
         self._hidden: Any = None
         self._rows = 0
         self._first: tuple[Tensor, Any] | None = None
 
-    def begin(self, given: Mapping[str, Any], batch: dict[str, Any]) -> None:
-        """Set the hidden state of a batch: its own one if ``given`` has an entry, zero where the row count changes."""
-        self._first = None
-        if self._recurrent:
-            if "hidden_state" in given or self._rows != len(batch["states"]):
-                self._hidden, self._rows = batch.get("hidden_state"), len(batch["states"])
-            batch["hidden_state"] = self._hidden
+    def begin(self, given: Mapping[str, Any]) -> Any:
+        """Return the state before a batch: its own one if it has an entry, None (zero) where the row count changes.
 
-    def __call__(self, x: Tensor, state: Any = None) -> Any:
-        if self._recurrent:
-            y, state = (self._model.scan if x.dim() == 3 else self._model.step)(x, state)  # type: ignore[operator]
-        else:
-            y = self._model(x) if state is None else self._model(x, state)
-        if self._first is None:
-            self._first = y, state
-        return y
+        Raises:
+            TypeError, ValueError: ``reset`` does not fit the batch or the model.
+        """
+        self._first = None
+        reset = given.get("reset")
+        if reset is not None:
+            shape = given["states"].shape[:2]
+            _check.tensor(self._where, "reset", reset)
+            _check.dtype(self._where, "reset", reset, (torch.bool,))
+            _check.shape(self._where, "reset", reset, shape, str(tuple(shape)))
+            if not self._recurrent or given["states"].dim() != 3:
+                kind = type(self._model).__name__
+                raise ValueError(f"{self._where}: reset needs sequences and a model with scan and step, got {kind}")
+        if not self._recurrent:
+            return None
+        if "hidden_state" in given or self._rows != len(given["states"]):
+            self._hidden = recordable(tree_map(_detached, given.get("hidden_state")))
+            self._rows = len(given["states"])
+        return self._hidden
+
+    def bind(self, batch: Mapping[str, Any], start: Any) -> Callable[..., Any]:
+        """Return the model as a function of one batch, whose states it runs from ``start``, and of experience."""
+        states, reset = batch["states"], recordable(batch.get("reset"))
+
+        def call(x: Tensor, state: Any = None) -> Any:
+            if not self._recurrent:
+                y = self._model(x) if state is None else self._model(x, state)
+            elif x.dim() != 3:
+                y, state = self._model.step(x, start if x is states else None)  # type: ignore[operator]
+            else:
+                options = {"reset": reset} if x is states and reset is not None else {}
+                y, state = self._model.scan(x, start if x is states else None, **options)  # type: ignore[operator]
+            if self._first is None:
+                self._first = y, state
+            return y
+
+        return call
+
+    def predict(self, given: Mapping[str, Any], start: Any) -> Tensor:
+        """Predict a batch and continue with the state after it."""
+        inputs = [given["states"]]
+        if not self._recurrent and given.get("hidden_state") is not None:
+            inputs.append(given["hidden_state"])
+        with torch.no_grad():
+            self.bind(given, start)(*recordable(inputs))
+        return self.end()
 
     def end(self) -> Tensor:
         """Return the first prediction for the batch; continue with the state after it, if that is finite."""
         assert self._first is not None
         (prediction, state), self._first = self._first, None
         if self._recurrent and all(bool(torch.isfinite(leaf).all()) for leaf in tree_leaves(state)):
-            self._hidden = tree_map(Tensor.detach, state)
+            self._hidden = tree_map(_detached, state)
         return prediction.detach()
+
+
+def _detached(leaf: Any) -> Any:
+    return leaf.detach() if isinstance(leaf, Tensor) else leaf

@@ -38,8 +38,10 @@ class Evaluation(NamedTuple):
     gradient: Callable[[], Tensor]
 
 
-def gradient_descent(lr: float) -> StepRule:
-    """Return the rule ``theta - lr·scale·gradient``."""
+def gradient_descent(lr: float | Tensor) -> StepRule:
+    """Return the rule ``theta - lr·scale·gradient``; ``lr`` is one step size, or ``(parameters,)``, one for each."""
+    if isinstance(lr, Tensor):
+        return lambda theta, gradient, scale: _add_scaled(theta, -scale, lr * gradient)
     return lambda theta, gradient, scale: _add_scaled(theta, -lr * scale, gradient)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any
@@ -21,8 +22,7 @@ from eaml_ext.adaptation._stream import StreamedModel
 from eaml_ext.adaptation._update import gradient_descent, guarded_update, optimizer_step
 from eaml_ext.adaptation._users import evaluate_users
 from eaml_ext.adaptation.config import AdaptationConfig
-from eaml_ext.adaptation.guards import UserHistory
-from eaml_ext.adaptation.selection import ParameterFilter
+from eaml_ext.adaptation.guards import UserHistory, check_history
 from eaml_ext.experience import ExperienceBuffer, retrieval
 from eaml_ext.meta._batching import Batching
 from eaml_ext.meta._cuda_graphs import GraphCache
@@ -30,6 +30,7 @@ from eaml_ext.meta._optimizer import load_state, make_optimizer
 from eaml_ext.meta._types import LossFn, Params
 from eaml_ext.meta._validation import check_buffers_constant, check_model
 from eaml_ext.meta.functional import detached_copy, outside_inference_mode
+from eaml_ext.meta.selection import ParameterFilter
 
 
 class Adapter:
@@ -80,6 +81,9 @@ class Adapter:
         compile: on a GPU, replay the loss and its gradient as a CUDA graph in :meth:`adapt` and :meth:`adapt_many`. It
             is captured in the second step with equal loss, shapes and settings. The requirements on model and loss are
             those of ``compile`` in :class:`eaml_ext.meta.MetaMAML`. On a CPU it has no effect.
+        step_sizes: the step size of each adapted parameter by name, in place of ``cfg.lr``: a number, or a tensor that
+            broadcasts to the parameter, as :attr:`eaml_ext.meta.StreamMAML.step_sizes`. Parameters that it does not
+            name have ``cfg.lr``. Without ``parameters``, those that it names adapt. Excludes ``optimizer``.
 
     Raises:
         TypeError, ValueError: an argument is of the wrong kind, the model was made inside ``torch.inference_mode``, a
@@ -112,6 +116,7 @@ class Adapter:
         parameters: ParameterFilter | None = None,
         optimizer: Callable[..., torch.optim.Optimizer] | None = None,
         compile: bool = False,
+        step_sizes: Mapping[str, float | Tensor] | None = None,
     ):
         where = "Adapter"
         check_model(where, model)
@@ -128,8 +133,11 @@ class Adapter:
             if value is not None and not callable(value):
                 raise TypeError(f"{where}: {name} must be callable, got {type(value).__name__}")
         self._graphs = GraphCache(where) if _check.flag(where, "compile", compile) else None
+        if step_sizes is not None and optimizer is not None:
+            raise ValueError(f"{where}: step_sizes must be None with an optimizer, which has a learning rate")
         with torch.no_grad():
-            flat = FlatParams(model, parameters)
+            flat = FlatParams(model, parameters, step_sizes)
+            self._lr = cfg.lr if step_sizes is None else flat.step_sizes(where, cfg.lr, step_sizes)
         for name, parameter in zip(flat.names, flat.params, strict=True):
             if not torch.isfinite(parameter).all():
                 raise ValueError(f"{where}: the parameter {name} is not finite")
@@ -188,7 +196,9 @@ class Adapter:
         batch = objective.check_batch(where, loss_fn, batch_dict, self._like, 1)
         return self._adapt(where, self.model, loss_fn, batch, self._retrieve(where, batch_dict), self._graphs)
 
-    def adapt_stream(self, loss_fn: LossFn, batches: Iterable[Mapping[str, Any]]) -> Iterator[tuple[Tensor, float]]:
+    def adapt_stream(
+        self, loss_fn: LossFn, batches: Iterable[Mapping[str, Any]], *, label_delay: int = 0
+    ) -> Iterator[tuple[Tensor, float]]:
         """Apply :meth:`adapt` along a stream; each batch is predicted before the model adapts to it.
 
         A recurrent model (one with ``scan`` and ``step``, as :class:`eaml_ext.nn.SSM`) keeps its hidden state from
@@ -197,13 +207,19 @@ class Adapter:
         (None: zero). A batch after which it would not be finite leaves it as it was. The prediction is that of the
         first step, so it costs no further evaluation.
 
+        With all guards off, these are the updates through which :class:`eaml_ext.meta.StreamMAML` trains.
+
         Args:
             loss_fn: as in :meth:`adapt`.
-            batches: an iterable of arguments of :meth:`adapt`; each is read when its result is requested.
+            batches: an iterable of arguments of :meth:`adapt`; each is read when its result is requested. ``reset``
+                ``(n, time)``, bool, zeroes the state of a recurrent model before step t.
+            label_delay: the number of batches until the targets of a batch are known. The steps after a batch are then
+                taken on the batch that came ``label_delay`` earlier, from the hidden state before it. The entry
+                ``targets`` of a batch is read no earlier, so it may be added to the dict until then.
 
         Yields:
             ``(predictions, total)``: the model's output for a batch before the steps on it, and the result of
-            :meth:`adapt`.
+            :meth:`adapt`; NaN for each of the first ``label_delay`` batches, after which no step is taken.
 
         Raises:
             TypeError, ValueError: as in :meth:`adapt`.
@@ -223,20 +239,30 @@ class Adapter:
         objective.check_loss(where, loss_fn)
         if isinstance(batches, Mapping) or not isinstance(batches, Iterable):
             raise TypeError(f"{where}: batches must be an iterable of dicts, got {type(batches).__name__}")
-        return self._stream(where, loss_fn, batches)
+        label_delay = _check.positive(where, "label_delay", label_delay, zero=True, integer=True)
+        return self._stream(where, loss_fn, batches, label_delay)
 
     def _stream(
-        self, where: str, loss_fn: LossFn, batches: Iterable[Mapping[str, Any]]
+        self, where: str, loss_fn: LossFn, batches: Iterable[Mapping[str, Any]], delay: int
     ) -> Iterator[tuple[Tensor, float]]:
-        model = StreamedModel(self.model)
+        model = StreamedModel(where, self.model)
+        waiting: deque[tuple[Mapping[str, Any], Any]] = (
+            deque()
+        )  # batches whose targets are not known, with their states
         for given in batches:
             with outside_inference_mode():
                 self._flat.check_trainable(where)
-                batch = objective.check_batch(where, loss_fn, given, self._like, 1)
-                experience = self._retrieve(where, given)
-                model.begin(given, batch)
-                value = self._adapt(where, model, loss_fn, batch, experience)
-                result = model.end(), value
+                objective.check_entry(where, given, "states", self._like, 1)
+                start = model.begin(given)
+                prediction = model.predict(given, start) if delay else None
+                waiting.append((given, start))
+                value = math.nan
+                if len(waiting) > delay:
+                    due, start = waiting.popleft()
+                    batch = objective.check_batch(where, loss_fn, due, self._like, 1)
+                    experience = self._retrieve(where, due)
+                    value = self._adapt(where, model.bind(batch, start), loss_fn, batch, experience)
+                result = model.end() if prediction is None else prediction, value
             yield result
 
     def _adapt(
@@ -252,7 +278,7 @@ class Adapter:
         flat, history, losses = self._flat, self._history, self._losses(where, loss_fn)
         buffers, rollbacks = self._buffers.copy(), history.rollbacks[0]
         history.last_steps[0] = 0
-        step = gradient_descent(self.cfg.lr)
+        step = gradient_descent(self._lr)
         if self._optimizer is not None:
             step = optimizer_step(where, self._optimizer, flat)
         evaluate = evaluate_model(where, self.model, call, flat, losses, batch, experience, graphs)
@@ -336,7 +362,7 @@ class Adapter:
         users, flat = len(batch["states"]), self._flat
         with torch.no_grad():
             anchor = flat.vector().repeat(users, 1) if params is None else flat.stack(where, params, users)
-        self._check_history(where, history, anchor)
+        check_history(where, history, anchor)
         experience = None
         if self._uses_experience:
             parts = _experience.split_by_user(where, batch_dict, users, per_user)
@@ -345,7 +371,7 @@ class Adapter:
         evaluate = evaluate_users(where, self.model, flat, losses, batch, experience, self._users, self._graphs)
         with torch.no_grad():
             theta, totals = guarded_update(
-                evaluate, anchor, gradient_descent(self.cfg.lr), self.cfg, history, flat.trainable()
+                evaluate, anchor, gradient_descent(self._lr), self.cfg, history, flat.trainable()
             )
         return flat.named(theta), totals
 
@@ -366,19 +392,6 @@ class Adapter:
         if history.average is None:
             raise ValueError("Adapter.ema_params: history has seen no call of adapt_many yet")
         return self._flat.named(history.average)
-
-    def _check_history(self, where: str, history: Any, theta: Tensor) -> None:
-        """Raise unless ``history`` is None or fits parameters of users, ``(users, parameters)``."""
-        if history is None:
-            return
-        if not isinstance(history, UserHistory):
-            raise TypeError(f"{where}: history must come from Adapter.history, got {type(history).__name__}")
-        users, count = theta.shape
-        if len(history.rollbacks) != users:
-            raise ValueError(f"{where}: history is of {len(history.rollbacks)} users, the batch of {users}")
-        if history.average is not None and history.average.shape != theta.shape:
-            got = history.average.shape[1]
-            raise ValueError(f"{where}: history is of {got} numbers per user, the adapted parameters are {count}")
 
     # -------------------------------------------------------------------------------------------- loss and experience
 

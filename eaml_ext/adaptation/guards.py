@@ -144,6 +144,20 @@ class UserHistory:
         self.ema_sq_dev[user] = self.decay * self.ema_sq_dev[user] + added
 
 
+def check_history(where: str, history: Any, theta: Tensor) -> None:
+    """Raise unless ``history`` is None or fits parameters of users, ``(users, parameters)``."""
+    if history is None:
+        return
+    if not isinstance(history, UserHistory):
+        raise TypeError(f"{where}: history must come from Adapter.history, got {type(history).__name__}")
+    users, count = theta.shape
+    if len(history.rollbacks) != users:
+        raise ValueError(f"{where}: history is of {len(history.rollbacks)} users, the batch of {users}")
+    if history.average is not None and history.average.shape != theta.shape:
+        got = history.average.shape[1]
+        raise ValueError(f"{where}: history is of {got} numbers per user, the adapted parameters are {count}")
+
+
 def select_users(mask: Mask, chosen: Tensor, others: Tensor) -> Tensor:
     """Return each user's row of ``chosen`` where the mask is True, of ``others`` elsewhere.
 

@@ -19,10 +19,28 @@ ENTRIES = ("states", "targets", "hidden_state", "rows", "mask_dims")
 """The entries of a checked batch on which :func:`losses` depends."""
 
 
+_LEADING = {1: "(n, ...)", 2: "(users, n, ...)"}
+
+
 def check_loss(where: str, loss_fn: LossFn) -> None:
     """Raise TypeError unless ``loss_fn`` can be called."""
     if not callable(loss_fn):
         raise TypeError(f"{where}: loss_fn must be callable, got {type(loss_fn).__name__}")
+
+
+def check_entry(where: str, batch: Any, name: str, like: Tensor, lead: int) -> None:
+    """Raise unless ``batch`` is a dict whose entry ``name`` is a tensor that the model can take; see check_batch."""
+    if not isinstance(batch, Mapping):
+        raise TypeError(f"{where}: batch_dict must be a dict, got {type(batch).__name__}")
+    if name not in batch:
+        raise ValueError(f"{where}: batch_dict has no {name}, only {', '.join(map(str, batch))}")
+    value = batch[name]
+    _check.tensor(where, name, value)
+    if value.dim() < lead:
+        raise ValueError(f"{where}: {name} must have shape {_LEADING[lead]}, got {tuple(value.shape)}")
+    if value.is_floating_point():
+        _check.dtype(where, name, value, (like.dtype,))
+    _check.device(where, name, value, like.device, "the model")
 
 
 def check_batch(where: str, loss_fn: LossFn, batch: Mapping[str, Any], like: Tensor, lead: int) -> dict[str, Any]:
@@ -42,22 +60,11 @@ def check_batch(where: str, loss_fn: LossFn, batch: Mapping[str, Any], like: Ten
         TypeError, ValueError: an entry is missing or does not fit.
     """
     check_loss(where, loss_fn)
-    if not isinstance(batch, Mapping):
-        raise TypeError(f"{where}: batch_dict must be a dict, got {type(batch).__name__}")
-    leading = "(n, ...)" if lead == 1 else "(users, n, ...)"
-    for name in ("states", "targets"):
-        if name not in batch:
-            raise ValueError(f"{where}: batch_dict has no {name}, only {', '.join(map(str, batch))}")
-        value = batch[name]
-        _check.tensor(where, name, value)
-        if value.dim() < lead:
-            raise ValueError(f"{where}: {name} must have shape {leading}, got {tuple(value.shape)}")
-        if value.is_floating_point():
-            _check.dtype(where, name, value, (like.dtype,))
-        _check.device(where, name, value, like.device, "the model")
+    check_entry(where, batch, "states", like, lead)
+    check_entry(where, batch, "targets", like, lead)
     states, targets = batch["states"], batch["targets"]
     if states.shape[:lead] != targets.shape[:lead]:
-        got, wanted = tuple(targets.shape), tuple(states.shape)
+        got, wanted, leading = tuple(targets.shape), tuple(states.shape), _LEADING[lead]
         raise ValueError(f"{where}: targets has shape {got}, states has shape {wanted}: {leading} must agree")
     if 0 in states.shape[:lead]:
         raise ValueError(f"{where}: the batch is empty, states has shape {tuple(states.shape)}")

@@ -4,6 +4,8 @@ from eaml_ext.meta.adapted_task_models import AdaptedTaskModels
 from eaml_ext.meta.learner import MetaLearner
 from eaml_ext.meta.maml import MetaMAML
 from eaml_ext.meta.masked_loss import MaskedLoss
+from eaml_ext.meta.stream import StreamMAML
+from eaml_ext.meta.stream_experience import StreamExperience
 from eaml_ext.meta.task_batch import MetaBatch, MetaTask, TaskBatch, TaskSource
 from eaml_ext.meta.trainer import MetaMAMLTrainer
 
@@ -15,6 +17,8 @@ __all__ = [
     "MetaMAML",
     "MetaMAMLTrainer",
     "MetaTask",
+    "StreamExperience",
+    "StreamMAML",
     "TaskBatch",
     "TaskSource",
 ]

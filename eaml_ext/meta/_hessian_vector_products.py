@@ -54,6 +54,16 @@ def check_memory(where: str, memory: Any, compile: bool) -> None:
         raise ValueError(f"{where}: compile records all inner steps, memory must be reverse_over_reverse, got {memory}")
 
 
+def check_repeated(where: str, first: Tensor, second: Tensor) -> None:
+    """Raise ValueError unless the support losses of both passes agree."""
+    # In units of the largest loss, because kernels with atomics round differently from call to call.
+    tolerance = torch.finfo(first.dtype).eps ** 0.5 * torch.nan_to_num(first, 0.0, 0.0, 0.0).abs().max()
+    equal = (first == second) | (first.isnan() & second.isnan()) | ((first - second).abs() <= tolerance)
+    if not bool(equal.all()):
+        text = "model or loss_fn keeps state or draws random numbers outside torch's default generators"
+        raise ValueError(f"{where}: memory must be 'reverse_over_reverse', because {text}")
+
+
 class HessianVectorProducts:
     """Meta-gradients by Hessian-vector products.
 
@@ -172,7 +182,7 @@ class HessianVectorProducts:
             for name, d in zip(grads, product.derivative, strict=True):
                 grads[name] = _add(grads[name], d)
         after()
-        self._check_repeated(torch.stack(first), torch.stack(second[::-1]))
+        check_repeated(self.where, torch.stack(first), torch.stack(second[::-1]))
         summed = [None if (g := grads[name]) is None else g.sum_to_size(p.shape) for name, p in params.items()]
         return values.detach(), [*summed, *rate_grads.values()]
 
@@ -195,15 +205,6 @@ class HessianVectorProducts:
         text = f"{self.where}: forward mode cannot run the model, so reverse mode recomputes inner steps: {reason}"
         warnings.warn(text, RuntimeWarning, stacklevel=caller_level())
         return product
-
-    def _check_repeated(self, first: Tensor, second: Tensor) -> None:
-        """Raise ValueError unless the support losses of both passes agree."""
-        # In units of the largest loss, because kernels with atomics round differently from call to call.
-        tolerance = torch.finfo(first.dtype).eps ** 0.5 * torch.nan_to_num(first, 0.0, 0.0, 0.0).abs().max()
-        equal = (first == second) | (first.isnan() & second.isnan()) | ((first - second).abs() <= tolerance)
-        if not bool(equal.all()):
-            text = "model or loss_fn keeps state or draws random numbers outside torch's default generators"
-            raise ValueError(f"{self.where}: memory must be 'reverse_over_reverse', because {text}")
 
 
 def reverse_product(losses: Losses, adapted: Params, others: Params, directions: Params) -> Product:

@@ -91,6 +91,11 @@ def descend(
     return params
 
 
+def combined_objective(loss: Tensor, experience_loss: Tensor, weight: Tensor | float) -> Tensor:
+    """``(loss + weight·experience_loss) / (1 + weight)``: the step size does not depend on the weight."""
+    return (loss + weight * experience_loss) / (1 + weight)
+
+
 def gradient(loss: Callable[[Params], Tensor], params: Params, first_order: bool = False) -> Params:
     """dL/dparams by name, zeros where L does not depend on a parameter.
 

@@ -1,4 +1,4 @@
-"""The choice of the parameters that adapt."""
+"""The choice of the parameters that adapt, of the model that meta-learning or an Adapter moves."""
 
 import re
 from collections.abc import Callable, Sequence
@@ -71,20 +71,49 @@ def _own_parameters(model: nn.Module, names: Sequence[str]) -> list[str]:
     return list(dict.fromkeys(known[id(p)] for p in own))
 
 
-def select(model: nn.Module, choice: ParameterFilter | None) -> dict[str, nn.Parameter]:
+def last_block_parameters(model: nn.Module) -> list[str]:
+    """Return the names of the parameters of the last residual block and of all that follows it, for ``parameters=``.
+
+    The longest ``torch.nn.ModuleList`` or ``Sequential``, or several of equal length, are lists of blocks. The last
+    block is their last entries. Modules that are defined after the last of these lists follow it.
+
+    Raises:
+        TypeError: ``model`` is no ``torch.nn.Module``.
+        ValueError: ``model`` has no such list.
+
+    >>> from eaml_ext import SSM
+    >>> names = last_block_parameters(SSM(4, num_layers=2))
+    >>> names[0], names[-3:], any(name.startswith("cores.0") for name in names)
+    ('norms.1.weight', ['norm.weight', 'head.weight', 'head.bias'], False)
+    """
+    modules = _modules("last_block_parameters", model)
+    lists = {n: m for n, m in modules if isinstance(m, (nn.ModuleList, nn.Sequential)) and len(m)}
+    if not lists:
+        raise ValueError(f"last_block_parameters: model has no ModuleList or Sequential, {type(model).__name__}")
+    depth = max(map(len, lists.values()))
+    lists = {name: m for name, m in lists.items() if len(m) == depth}
+    prefixes = [f"{name}." if name else "" for name in lists]
+    ends = [f"{prefix}{depth - 1}" for prefix in prefixes]
+    last = max(i for i, (name, _) in enumerate(modules) if name.startswith(tuple(prefixes)))
+    following = [name for name, _ in modules[last + 1 :]]
+    chosen = [n for n, _ in modules if n in following or any(f"{n}.".startswith(f"{end}.") for end in ends)]
+    return _own_parameters(model, chosen)
+
+
+def select(where: str, model: nn.Module, choice: ParameterFilter | None) -> dict[str, nn.Parameter]:
     """Return the parameters that adapt, by name; any name of a shared parameter selects it."""
-    matches = _matcher(choice)
+    matches = _matcher(where, choice)
     trainable = {name: p for name, p in model.named_parameters() if p.requires_grad}
     every_name = model.named_parameters(remove_duplicate=False)
     chosen = {id(p) for name, p in every_name if p.requires_grad and matches(name, p)}
     selected = {name: p for name, p in trainable.items() if id(p) in chosen}
     if not selected:
         names = ", ".join(trainable) or "none that require a gradient"
-        raise ValueError(f"Adapter: parameters selects nothing from the model, which has {names}")
+        raise ValueError(f"{where}: parameters selects nothing from the model, which has {names}")
     return selected
 
 
-def _matcher(choice: ParameterFilter | None) -> Callable[[str, nn.Parameter], object]:
+def _matcher(where: str, choice: ParameterFilter | None) -> Callable[[str, nn.Parameter], object]:
     """Return the function ``(name, parameter) -> whether the parameter is chosen``."""
     if choice is None:
         return lambda *_: True
@@ -94,5 +123,5 @@ def _matcher(choice: ParameterFilter | None) -> Callable[[str, nn.Parameter], ob
         return choice
     prefixes = [choice] if isinstance(choice, str) else list(choice)
     if not all(isinstance(prefix, str) for prefix in prefixes):
-        raise TypeError(f"Adapter: parameters must be prefixes, a pattern or a function, got {choice!r}")
+        raise TypeError(f"{where}: parameters must be prefixes, a pattern or a function, got {choice!r}")
     return lambda name, _: any(f"{name}.".startswith(f"{prefix.rstrip('.')}.") for prefix in prefixes)

@@ -1,0 +1,137 @@
+"""Batches of streams: their checks, and the chunks into which they are cut."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils.rnn import pad_sequence
+
+from eaml_ext import _check
+from eaml_ext._torch_compat import tree_map
+from eaml_ext.meta.functional import recordable
+
+
+class Streams(NamedTuple):
+    """A batch of streams, cut into chunks.
+
+    Attributes:
+        chunks: for each chunk ``x`` and ``y`` ``(streams, 1, time, ...)``, perhaps ``reset`` and ``mask``
+            ``(streams, 1, time)``, bool.
+        state: the state before the first chunk, ``{"state": (streams, 1, ...)}`` or empty.
+        items: with experience, ``x`` and ``y`` ``(streams, past + chunks, time, ...)`` of all chunks that the memory
+            ever holds, in the order in which they are written; else empty.
+        past: how many of them it holds from the start.
+    """
+
+    chunks: list[dict[str, Tensor]]
+    state: dict[str, Any]
+    items: dict[str, Tensor]
+    past: int
+
+
+def is_recurrent(model: nn.Module) -> bool:
+    """Return whether a model keeps a state along a stream: it has ``scan`` and ``step``, as ``nn.SSM``."""
+    return hasattr(model, "scan") and hasattr(model, "step")
+
+
+def check_streams(
+    where: str,
+    model: nn.Module,
+    chunk_size: int,
+    slots: int | None,
+    x: Tensor,
+    y: Tensor,
+    *,
+    reset: Tensor | None = None,
+    lengths: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+    hidden_state: Any = None,
+    past: tuple[Tensor, Tensor] | None = None,
+) -> tuple[Streams, Tensor]:
+    """Check the streams; return their chunks, and the weights of their losses ``(streams, chunks)``."""
+    for name, value in (("x", x), ("y", y)):
+        _check.tensor(where, name, value)
+        if value.dim() < 2 or value.shape[:2] != x.shape[:2] or not value.shape[0] * value.shape[1]:
+            text = "(streams, time, ...), not empty" if name == "x" else f"{tuple(x.shape[:2])} as x, and more"
+            raise ValueError(f"{where}: {name} must have shape {text}, got {tuple(value.shape)}")
+    _check.device(where, "y", y, x.device, "x")
+    if reset is not None:
+        _check.tensor(where, "reset", reset)
+        _check.dtype(where, "reset", reset, (torch.bool,))
+        _check.shape(where, "reset", reset, x.shape[:2], str(tuple(x.shape[:2])))
+        if not is_recurrent(model):
+            kind = type(model).__name__
+            raise ValueError(f"{where}: reset needs a model with scan and step, got {kind}")
+    x, y, reset = recordable((x, y, reset))
+    if cu_seqlens is not None:
+        if lengths is not None:
+            raise ValueError(f"{where}: lengths must be None with cu_seqlens")
+        x, y, reset, lengths = _unpacked(where, x, y, reset, cu_seqlens)
+    count, time = x.shape[:2]
+    mask = None
+    if lengths is not None:
+        _check.tensor(where, "lengths", lengths)
+        _check.dtype(where, "lengths", lengths, (torch.int64, torch.int32))
+        _check.shape(where, "lengths", lengths, (count,), f"({count},)")
+        if not ((lengths >= 1) & (lengths <= time)).all():
+            raise ValueError(f"{where}: lengths must be in [1, {time}], got {lengths.tolist()}")
+        mask = torch.arange(time, device=x.device) < lengths.to(x.device).unsqueeze(1)
+        # Padding must be finite, because one step of a chunk without data is evaluated and multiplied by 0.
+        x, y = (torch.where(mask.view(*mask.shape, *[1] * (t.dim() - 2)), t, 0) for t in (x, y))
+    parts = {"x": x, "y": y, "reset": reset, "mask": mask}
+    chunks = [
+        {name: t[:, None, start : start + chunk_size] for name, t in parts.items() if t is not None}
+        for start in range(0, time, chunk_size)
+    ]
+    steps = [c["mask"].sum((1, 2)) if mask is not None else x.new_full((count,), c["x"].shape[2]) for c in chunks]
+    weights = torch.stack(steps, 1).to(torch.float64 if x.dtype == torch.float64 else torch.float32)
+    state = {} if hidden_state is None else {"state": tree_map(lambda t: t.unsqueeze(1), recordable(hidden_state))}
+    items, before = _items(where, slots, chunks, past)
+    return Streams(chunks, state, items, before), weights / weights.sum()
+
+
+def _items(
+    where: str, slots: int | None, chunks: list[dict[str, Tensor]], past: tuple[Tensor, Tensor] | None
+) -> tuple[dict[str, Tensor], int]:
+    """Return all chunks that the memory ever holds, and how many of them it holds from the start."""
+    if slots is None:
+        if past is not None:
+            raise ValueError(f"{where}: past must be None without experience")
+        return {}, 0
+    full = chunks if len(chunks) == 1 or chunks[-1]["x"].shape == chunks[0]["x"].shape else chunks[:-1]
+    items = {name: torch.cat([c[name] for c in full], 1) for name in ("x", "y")}
+    if past is None:
+        return items, 0
+    if not isinstance(past, (tuple, list)) or len(past) != 2:
+        raise TypeError(f"{where}: past must be (x, y)")
+    for name, value in zip(("x", "y"), past, strict=True):
+        own = items[name].shape
+        _check.tensor(where, f"past {name}", value)
+        text = f"(streams, n, chunk_size, ...) = ({own[0]}, n, {', '.join(map(str, own[2:]))})"
+        _check.shape(where, f"past {name}", value, (own[0], None, *own[2:]), text)
+    count = past[0].shape[1]
+    if count > slots or past[1].shape[1] != count:
+        got = (count, past[1].shape[1])
+        raise ValueError(f"{where}: past must hold at most {slots} chunks in x and y, got {got}")
+    given = dict(zip(("x", "y"), recordable(tuple(past)), strict=True))
+    return {name: torch.cat([given[name], own], 1) for name, own in items.items()}, count
+
+
+def _unpacked(
+    where: str, x: Tensor, y: Tensor, reset: Tensor | None, cu_seqlens: Tensor
+) -> tuple[Tensor, Tensor, Tensor | None, Tensor]:
+    """Return packed streams as rows, padded with zeros, and their lengths."""
+    _check.tensor(where, "cu_seqlens", cu_seqlens)
+    _check.dtype(where, "cu_seqlens", cu_seqlens, (torch.int32, torch.int64))
+    lengths = cu_seqlens.diff()
+    ends = (int(cu_seqlens[0]), int(cu_seqlens[-1])) if cu_seqlens.dim() == 1 and len(cu_seqlens) > 1 else None
+    if len(x) != 1 or ends != (0, x.shape[1]) or not (lengths > 0).all():
+        got = f"{tuple(cu_seqlens.shape)} with x {tuple(x.shape)}"
+        raise ValueError(f"{where}: cu_seqlens must rise from 0 to the time of the one row of x, got {got}")
+
+    def rows(packed: Tensor) -> Tensor:
+        return pad_sequence(packed[0].split(lengths.tolist()), batch_first=True)
+
+    return rows(x), rows(y), None if reset is None else rows(reset), lengths.to(torch.int64)
