@@ -20,6 +20,8 @@ if TYPE_CHECKING:
     from eaml_ext.meta import MetaLearner as MetaLearner
     from eaml_ext.meta import MetaMAML as MetaMAML
     from eaml_ext.meta import MetaMAMLTrainer as MetaMAMLTrainer
+    from eaml_ext.meta import StreamExperience as StreamExperience
+    from eaml_ext.meta import StreamMAML as StreamMAML
     from eaml_ext.meta import TaskBatch as TaskBatch
     from eaml_ext.nn import SSM as SSM
     from eaml_ext.nn import Mamba as Mamba
@@ -49,6 +51,8 @@ _EXPORTS = {
     "MetaLearner": "meta",
     "MetaMAML": "meta",
     "MetaMAMLTrainer": "meta",
+    "StreamExperience": "meta",
+    "StreamMAML": "meta",
     "TaskBatch": "meta",
     "ExperienceBuffer": "experience",
     "Experiences": "experience",

@@ -56,8 +56,8 @@ class StreamMAML:
         first_order: treat the gradients of the updates as constants.
         chunk_size: steps of a chunk; the last chunk of a stream may be shorter.
         parameters: the fast weights: a prefix of names or several, a compiled pattern that is searched in the name, or
-            ``(name, parameter) -> bool``. None: norms and output layer (:func:`norm_parameters`,
-            :func:`output_parameters`), whose gradients are cheap.
+            ``(name, parameter) -> bool``. None: the last norm and the output layer. Gradients of parameters behind the
+            last scan, as also its output projection, need no backward pass through a scan and so are cheap.
         learn_inner_lr: learn one positive step size for each fast weight, through its logarithm.
         step_size_lr: learning rate of these logarithms; None: ten times ``outer_lr``.
         inner_steps: gradient steps after a chunk.
@@ -88,7 +88,7 @@ class StreamMAML:
     >>> waves = torch.randn(8, 129, 2).cumsum(1)  # (streams, time, features)
     >>> loss = maml.meta_update(waves[:, :-1], waves[:, 1:], mse_loss)
     >>> maml.last_losses.shape, list(maml.step_sizes)
-    (torch.Size([8, 8]), ['norms.0.weight', 'norm.weight', 'head.weight', 'head.bias'])
+    (torch.Size([8, 8]), ['norm.weight', 'head.weight', 'head.bias'])
     >>> maml.predict(waves[:, :-1], waves[:, 1:], mse_loss).shape
     torch.Size([8, 128, 2])
     """
@@ -332,9 +332,10 @@ class StreamMAML:
 
 
 def _default_parameters(model: nn.Module) -> list[str]:
-    """The names of the norms' parameters, if there are any, and of the output layer's."""
+    """The names of the parameters of the output layer and of the last norm, if there is one."""
+    output = output_parameters(model)
     try:
-        norms = norm_parameters(model)
+        norm = norm_parameters(model)[-1].rpartition(".")[0]
     except ValueError:
-        norms = []
-    return [*norms, *output_parameters(model)]
+        return output
+    return [*([norm] if norm else norm_parameters(model)), *output]

@@ -1,0 +1,96 @@
+"""W + scale·B A: low-rank factors beside the weights of linear layers, as the parameters that adapt."""
+
+import re
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils import parametrize
+
+from eaml_ext import _check
+from eaml_ext.ops._sizes import check_size
+
+LORA_FACTORS = re.compile(r"\.lora_[AB]$")
+"""The names of all factors: ``parameters`` of an Adapter or a StreamMAML that adapts them alone."""
+
+
+class LowRank(nn.Module):
+    """The parametrization ``W -> W + scale·lora_B lora_A`` of a weight ``(out, in)``; lora_B starts at zero."""
+
+    def __init__(self, weight: Tensor, rank: int, scale: float):
+        super().__init__()
+        self.scale = scale
+        self.lora_A = nn.Parameter(torch.empty_like(weight[:1].expand(rank, -1)).contiguous())
+        self.lora_B = nn.Parameter(weight.new_zeros(len(weight), rank))
+        nn.init.kaiming_uniform_(self.lora_A, a=5**0.5)
+
+    def forward(self, weight: Tensor) -> Tensor:
+        """Return the sum, ``(out, in)``."""
+        return torch.addmm(weight, self.lora_B, self.lora_A, alpha=self.scale)
+
+
+def add_lora(model: nn.Module, layers: str | Sequence[str], rank: int, scale: float = 1.0) -> list[str]:
+    """Add low-rank factors to linear layers of a model in place, without a change of its outputs.
+
+    The names of weights change: ``head.weight`` becomes ``head.parametrizations.weight.original``. Save the model after
+    :func:`merge_lora`, or load its ``state_dict`` into a model with the same factors.
+
+    Args:
+        model: the model.
+        layers: names of submodules, one or several; a ``torch.nn.Linear``, or a module all of whose linear layers are
+            meant.
+        rank: of the factors.
+        scale: their factor, alpha / rank in the paper.
+
+    Returns:
+        The names of the factors.
+
+    Raises:
+        TypeError, ValueError: a layer does not exist or holds no linear layer, one has factors already, or rank or
+            scale is out of its range.
+
+    Source: Hu et al., "LoRA: Low-Rank Adaptation of Large Language Models", 2021.
+
+    >>> from eaml_ext import SSM, StreamMAML
+    >>> model = SSM(2, 16, 2)
+    >>> add_lora(model, "head", rank=1)
+    ['head.parametrizations.weight.0.lora_A', 'head.parametrizations.weight.0.lora_B']
+    >>> maml = StreamMAML(model, 0.1, 1e-3, chunk_size=16, parameters=LORA_FACTORS)
+    >>> len(maml.step_sizes)
+    2
+    """
+    where = "add_lora"
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"{where}: model must be a torch.nn.Module, got {type(model).__name__}")
+    rank = check_size(where, "rank", rank)
+    scale = _check.number(where, "scale", scale)
+    modules = dict(model.named_modules())
+    linears: dict[str, nn.Linear] = {}
+    for layer in [layers] if isinstance(layers, str) else layers:
+        found = {n: m for n, m in modules.items() if f"{n}.".startswith(f"{layer}.") and isinstance(m, nn.Linear)}
+        if layer not in modules or not found:
+            kind = type(modules[layer]).__name__ if layer in modules else "none"
+            raise ValueError(f"{where}: layers must name linear layers of the model, got {layer!r}, which is {kind}")
+        linears |= found
+    for name, linear in linears.items():
+        if parametrize.is_parametrized(linear, "weight"):
+            raise ValueError(f"{where}: {name} has a parametrization already")
+    for linear in linears.values():
+        parametrize.register_parametrization(linear, "weight", LowRank(linear.weight, rank, scale))
+    return [f"{name}.parametrizations.weight.0.lora_{factor}" for name in linears for factor in "AB"]
+
+
+def merge_lora(model: nn.Module) -> None:
+    """Replace every weight that has low-rank factors by their sum, under its old name, in place.
+
+    >>> layer = nn.Sequential(nn.Linear(3, 2))
+    >>> _ = add_lora(layer, "0", rank=1)
+    >>> merge_lora(layer)
+    >>> list(layer.state_dict())
+    ['0.weight', '0.bias']
+    """
+    for module in list(model.modules()):
+        if parametrize.is_parametrized(module, "weight"):
+            own = module.parametrizations["weight"]  # type: ignore[index]
+            if any(isinstance(p, LowRank) for p in own):
+                parametrize.remove_parametrizations(module, "weight", leave_parametrized=True)
