@@ -86,8 +86,8 @@ def merge_lora(model: nn.Module) -> None:
     >>> layer = nn.Sequential(nn.Linear(3, 2))
     >>> _ = add_lora(layer, "0", rank=1)
     >>> merge_lora(layer)
-    >>> list(layer.state_dict())
-    ['0.weight', '0.bias']
+    >>> sorted(layer.state_dict())
+    ['0.bias', '0.weight']
     """
     for module in list(model.modules()):
         if parametrize.is_parametrized(module, "weight"):
