@@ -222,6 +222,22 @@ def inner_steps(found: Any) -> Section:
     return text, head, rows, ""
 
 
+def stream(found: Any) -> Section:
+    """Time of training through the updates along a stream."""
+    names = [name for name in found["rows"][0]["seconds"] if name != "plain"]
+    rows: list[Sequence[str]] = []
+    for row in found["rows"]:
+        hidden, layers, streams, time, chunk = row["shape"]
+        plain = row["seconds"]["plain"]
+        size = f"{hidden} x {layers}, {streams} x {time}, {chunk}"
+        rows.append([size, f"{1e3 * plain:.0f}", *(f"{row['seconds'][name] / plain:.2f}x" for name in names)])
+    text = """An outer step of `StreamMAML`, in units of a step of plain training, which runs each stream in one call.
+        "in chunks" is plain training with a call per chunk. The fast weights are those behind the scan (output layer,
+        last norm, output projection) or all parameters. `recompute` keeps one chunk's graph at a time, and "reference"
+        has the scan's formula in plain PyTorch. Small models and short chunks pay for the calls."""
+    return text, ["width x layers, streams x steps, chunk", "plain, ms", *names], rows, ""
+
+
 SECTIONS: dict[str, tuple[str, str, Callable[[Any], Section]]] = {  # title: module, file, what to say of it
     "The main job": ("benchmarks.main_job", "main_job", main_job),
     "MAML's sinusoids": ("benchmarks.experiments.sinusoid", "sinusoid", sinusoid),
@@ -233,6 +249,7 @@ SECTIONS: dict[str, tuple[str, str, Callable[[Any], Section]]] = {  # title: mod
     "The cost of adaptation": ("benchmarks.adaptation_step", "adaptation-step-1-thread", adaptation_step),
     "A million steps": ("benchmarks.soak", "soak", soak),
     "Speed of meta-updates": ("benchmarks.meta", "meta-1-thread", meta),
+    "Training through the updates of a stream": ("benchmarks.stream", "stream-1-thread", stream),
     "Long inner loops": ("benchmarks.inner_steps", "inner_steps-1-thread", inner_steps),
 }
 
