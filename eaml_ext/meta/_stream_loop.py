@@ -95,7 +95,7 @@ class StreamLoop:
         return carry
 
     def advance(self, batch: Map, streams: Streams, k: int, carry: Carry) -> tuple[Carry, Tensor, Tensor]:
-        """Predict chunk k, then update the fast weights.
+        """Predict chunk k, then update the fast weights for the next one.
 
         Args:
             batch: maps over streams.
@@ -115,7 +115,7 @@ class StreamLoop:
             first = self._evaluate(batch, fast, chunk, state, recorded)
         starts = [*carry["starts"], state]
         after: Carry = {"fast": fast, "state": first.state, "starts": starts[1:] if due >= 0 else starts}
-        if due >= 0:
+        if due >= 0 and k + 1 < len(streams.chunks):  # nothing follows the last chunk
             found, after_keys = self._read_and_write(streams, due, carry)
             after |= after_keys
             for index in range(self.steps):

@@ -283,7 +283,7 @@ def test_adapt_stream_with_a_buffer_finds_the_neighbours_of_the_inner_loop(soft,
         step_sizes=maml.step_sizes,
     )
     predictions = torch.cat([p for p, _ in adapter.adapt_stream(mse_loss, chunks)], 1)
-    for got, want in zip(found, in_loop, strict=True):
+    for got, want in zip(found[:-1], in_loop, strict=True):  # the loop takes no step after the last chunk
         assert (got is None) == (want is None)
         assert got is None or torch.equal(got, items[want[0][0]])
     assert (found[0] is None) != filled and len(buffer) == 5
