@@ -1,13 +1,17 @@
 """W + scale·B A: low-rank factors beside the weights of linear layers, as the parameters that adapt."""
 
+import math
 import re
+from collections import Counter
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from eaml_ext import _check
+from eaml_ext._torch_compat import own_parameters
 from eaml_ext.ops._sizes import check_size
 
 LORA_FACTORS = re.compile(r"\.lora_[AB]$")
@@ -64,10 +68,17 @@ def add_lora(model: nn.Module, layers: str | Sequence[str], rank: int, scale: fl
         raise TypeError(f"{where}: model must be a torch.nn.Module, got {type(model).__name__}")
     rank = check_size(where, "rank", rank)
     scale = _check.number(where, "scale", scale)
-    modules = dict(model.named_modules())
+    if not math.isfinite(scale):
+        raise ValueError(f"{where}: scale must be finite, got {scale!r}")
+    chosen = [layers] if isinstance(layers, str) else layers
+    if not isinstance(chosen, Sequence) or not all(isinstance(layer, str) for layer in chosen) or not chosen:
+        raise TypeError(f"{where}: layers must be a name of a layer or several, got {layers!r}")
+    modules = dict(model.named_modules(remove_duplicate=False))
+    names = {id(m): n for n, m in model.named_modules()}  # a layer with several names has its first one
     linears: dict[str, nn.Linear] = {}
-    for layer in [layers] if isinstance(layers, str) else layers:
-        found = {n: m for n, m in modules.items() if f"{n}.".startswith(f"{layer}.") and isinstance(m, nn.Linear)}
+    for layer in chosen:
+        parts = {n: m for n, m in modules.items() if not layer or f"{n}.".startswith(f"{layer}.")}
+        found = {names[id(m)]: m for m in parts.values() if isinstance(m, nn.Linear)}
         if layer not in modules or not found:
             kind = type(modules[layer]).__name__ if layer in modules else "none"
             raise ValueError(f"{where}: layers must name linear layers of the model, got {layer!r}, which is {kind}")
@@ -77,11 +88,14 @@ def add_lora(model: nn.Module, layers: str | Sequence[str], rank: int, scale: fl
             raise ValueError(f"{where}: {name} has a parametrization already")
     for linear in linears.values():
         parametrize.register_parametrization(linear, "weight", LowRank(linear.weight, rank, scale))
-    return [f"{name}.parametrizations.weight.0.lora_{factor}" for name in linears for factor in "AB"]
+    prefixes = [f"{name}." if name else "" for name in linears]
+    return [f"{prefix}parametrizations.weight.0.lora_{factor}" for prefix in prefixes for factor in "AB"]
 
 
 def merge_lora(model: nn.Module) -> None:
     """Replace every weight that has low-rank factors by their sum, under its old name, in place.
+
+    A weight that was tied to another one, such as an embedding, is not tied to it any more.
 
     >>> layer = nn.Sequential(nn.Linear(3, 2))
     >>> _ = add_lora(layer, "0", rank=1)
@@ -89,8 +103,11 @@ def merge_lora(model: nn.Module) -> None:
     >>> sorted(layer.state_dict())
     ['0.bias', '0.weight']
     """
+    users = Counter(id(p) for module in model.modules() for p in own_parameters(module).values())
     for module in list(model.modules()):
         if parametrize.is_parametrized(module, "weight"):
-            own = module.parametrizations["weight"]  # type: ignore[index]
+            own: Any = module.parametrizations["weight"]  # type: ignore[index]
             if any(isinstance(p, LowRank) for p in own):
+                if users[id(own.original)] > 1:  # the sum is written to the original
+                    own.original = nn.Parameter(own.original.detach().clone(), own.original.requires_grad)
                 parametrize.remove_parametrizations(module, "weight", leave_parametrized=True)

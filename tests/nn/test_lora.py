@@ -56,6 +56,40 @@ def test_stream_maml_factors_are_the_fast_weights():
     assert losses[0][1] < losses[0][0]
 
 
+def test_merge_lora_tied_weight_keeps_outputs():
+    """The sum must not reach the embedding, nor another layer of the same weight."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Embedding(5, 5), nn.Linear(5, 5, bias=False), nn.Linear(5, 5, bias=False))
+    model[1].weight = model[2].weight = model[0].weight
+    for name in add_lora(model, ["1", "2"], rank=1):
+        nn.init.normal_(model.get_parameter(name))
+    x = torch.arange(5)
+    wanted, embedding = model(x).detach(), model[0].weight.clone()
+    merge_lora(model)
+    torch.testing.assert_close(model(x).detach(), wanted)
+    assert torch.equal(model[0].weight, embedding)
+
+
+def test_add_lora_names_of_a_lone_layer_and_of_a_shared_one_exist():
+    shared = nn.Linear(3, 3)
+    for model, layer in ((nn.Linear(3, 3), ""), (nn.Sequential(shared, shared), "1")):
+        names = add_lora(model, layer, rank=1)
+        assert names == [n for n, _ in model.named_parameters() if n.endswith(("lora_A", "lora_B"))]
+
+
+@pytest.mark.parametrize(
+    ("layers", "scale", "error", "text"),
+    [
+        (3, 1.0, TypeError, "add_lora: layers must be a name of a layer or several, got 3"),
+        ([], 1.0, TypeError, "add_lora: layers must be a name of a layer or several, got []"),
+        ("head", float("nan"), ValueError, "add_lora: scale must be finite, got nan"),
+    ],
+)
+def test_add_lora_wrong_kinds_raise(layers, scale, error, text):
+    with pytest.raises(error, match="^" + re.escape(text)):
+        add_lora(SSM(3, 8, 2), layers, 1, scale)
+
+
 @pytest.mark.parametrize(
     ("layers", "rank", "text"),
     [
