@@ -146,6 +146,7 @@ class StreamLoop:
             if mask is not None:
                 options["lengths"] = mask.sum(1)
             prediction, state = self._call(fast, recorded, chunk["x"], carried.get("state"), **options)
+            _check_output(self.where, prediction, state)
             inner = self._loss(self.loss_fn, prediction, chunk["y"], mask)
             outer = inner
             if self.outer_loss_fn is not None:
@@ -193,12 +194,12 @@ class StreamLoop:
 
         def one(fast: Params, found: dict[str, Tensor]) -> Tensor:
             prediction, _ = self._call(fast, recorded, found["x"])
-            items = zip(prediction, found["y"], found["weights"], strict=True)
-            losses = [w * self._loss(self.loss_fn, p.unsqueeze(0), y.unsqueeze(0), None) for p, y, w in items]
-            return torch.stack(losses).sum()
+            items = zip(prediction, found["y"], strict=True)
+            losses = [self._loss(self.loss_fn, p.unsqueeze(0), y.unsqueeze(0), None) for p, y in items]
+            return (found["weights"].to(losses[0].dtype) * torch.stack(losses)).sum()
 
         weight = self.experience.weight if recorded else self.experience.weight.detach()
-        return combined_objective(inner, batch(one)(fast, found), weight)
+        return combined_objective(inner, batch(one)(fast, found), weight.to(inner.dtype))
 
     def _gradient(self, objective: Tensor, fast: Params, recorded: bool) -> Params:
         """The gradient of every stream's objective with respect to its own fast weights."""
@@ -247,7 +248,8 @@ class StreamLoop:
                 some.append(loss)
             stacked = torch.stack(some, 1)
             value = (stacked * weights[:, start : chunks.stop].to(stacked)).sum()
-            total = _add(total, torch.autograd.grad(value, leaves, allow_unused=True))
+            if value.requires_grad:
+                total = _add(total, torch.autograd.grad(value, leaves, allow_unused=True))
             losses.append(stacked.detach())
             carry = tree_map(_detached, carry)
         return torch.cat(losses, 1), total
@@ -257,6 +259,7 @@ class StreamLoop:
     ) -> tuple[Tensor, list[Tensor | None]]:
         """Return what :meth:`gradient` returns, from the graph of one chunk at a time; keep only the carries."""
         device = weights.device
+        restart = generator_states(device)
         with torch.no_grad():
             carry, saved, first = self.begin(streams), [], []
             for k in range(len(streams.chunks)):
@@ -272,7 +275,7 @@ class StreamLoop:
             carry, restore = saved.pop()
             restore()
             values, spec = tree_flatten(carry)
-            values = [v.detach().requires_grad_(v.is_floating_point()) for v in values]
+            values = [v.detach().requires_grad_(v.is_floating_point() or v.is_complex()) for v in values]
             following, loss, _ = self.advance(batch, streams, k, tree_unflatten(values, spec))
             second.append(loss.detach())
             outputs = [(v, g) for v, g in zip(tree_leaves(following), cotangents, strict=True) if g is not None]
@@ -284,14 +287,24 @@ class StreamLoop:
             own = iter(found)
             cotangents = [next(own) if v.requires_grad else None for v in values]
             total = _add(total, list(own))
+        restart()
+        starts = tree_leaves(self.begin(streams))
         after()
         check_repeated(self.where, torch.stack(first), torch.stack(second[::-1]))
-        starts = tree_leaves(self.begin(streams))
         pairs = [(v, g) for v, g in zip(starts, cotangents, strict=True) if g is not None and v.requires_grad]
         if pairs:
             outputs_, given = zip(*pairs, strict=True)
             total = _add(total, torch.autograd.grad(outputs_, leaves, given, allow_unused=True))
         return torch.stack(first, 1), total
+
+
+def _check_output(where: str, prediction: Any, state: Any) -> None:
+    """Raise TypeError unless a model returned a tensor, and a state that is None or a nest of tensors."""
+    if not isinstance(prediction, Tensor):
+        raise TypeError(f"{where}: the model must predict one tensor, got {type(prediction).__name__}")
+    for leaf in [] if state is None else tree_leaves(state):
+        if not isinstance(leaf, Tensor):
+            raise TypeError(f"{where}: the model's state must consist of tensors, got {type(leaf).__name__}")
 
 
 def _differentiable(fast: Params, recorded: bool) -> Params:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from typing import Any, NamedTuple
 
 import torch
@@ -9,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
 from eaml_ext import _check
-from eaml_ext._torch_compat import tree_map
+from eaml_ext._torch_compat import tree_leaves, tree_map
 from eaml_ext.meta.functional import recordable
 
 
@@ -61,10 +62,15 @@ def check_streams(
         _check.tensor(where, "reset", reset)
         _check.dtype(where, "reset", reset, (torch.bool,))
         _check.shape(where, "reset", reset, x.shape[:2], str(tuple(x.shape[:2])))
-        if not is_recurrent(model):
+        _check.device(where, "reset", reset, x.device, "x")
+    for name, given in (("reset", reset), ("hidden_state", hidden_state)):
+        if given is not None and not is_recurrent(model):
             kind = type(model).__name__
-            raise ValueError(f"{where}: reset needs a model with scan and step, got {kind}")
-    x, y, reset = recordable((x, y, reset))
+            raise ValueError(f"{where}: {name} needs a model with scan and step, got {kind}")
+    for name, used in (("reset", reset is not None), ("lengths", lengths is not None or cu_seqlens is not None)):
+        if used and not _takes(model, name):
+            raise TypeError(f"{where}: {name} needs a model that takes {name}, got {type(model).__name__}")
+    x, y, reset = _constant((x, y, reset))
     if cu_seqlens is not None:
         if lengths is not None:
             raise ValueError(f"{where}: lengths must be None with cu_seqlens")
@@ -79,21 +85,48 @@ def check_streams(
             raise ValueError(f"{where}: lengths must be in [1, {time}], got {lengths.tolist()}")
         mask = torch.arange(time, device=x.device) < lengths.to(x.device).unsqueeze(1)
         # Padding must be finite, because one step of a chunk without data is evaluated and multiplied by 0.
-        x, y = (torch.where(mask.view(*mask.shape, *[1] * (t.dim() - 2)), t, 0) for t in (x, y))
+        x, y = (t.masked_fill(~mask.view(*mask.shape, *[1] * (t.dim() - 2)), 0) for t in (x, y))
     parts = {"x": x, "y": y, "reset": reset, "mask": mask}
     chunks = [
         {name: t[:, None, start : start + chunk_size] for name, t in parts.items() if t is not None}
         for start in range(0, time, chunk_size)
     ]
-    steps = [c["mask"].sum((1, 2)) if mask is not None else x.new_full((count,), c["x"].shape[2]) for c in chunks]
-    weights = torch.stack(steps, 1).to(torch.float64 if x.dtype == torch.float64 else torch.float32)
-    state = {} if hidden_state is None else {"state": tree_map(lambda t: t.unsqueeze(1), recordable(hidden_state))}
-    items, before = _items(where, slots, chunks, past)
-    return Streams(chunks, state, items, before), weights / weights.sum()
+    if mask is None:
+        mask = torch.ones(count, time, dtype=torch.bool, device=x.device)
+    steps = torch.stack([part.sum(1) for part in mask.split(chunk_size, 1)], 1)  # exact: 257 is no bfloat16
+    state = {} if hidden_state is None else {"state": _state(where, hidden_state, count)}
+    items, before = _items(where, chunk_size, slots, chunks, past)
+    return Streams(chunks, state, items, before), steps.double() / steps.sum()
+
+
+def _takes(model: nn.Module, name: str) -> bool:
+    """Return whether the call of a model on a chunk has an argument with this name."""
+    call: Any = model.scan if is_recurrent(model) else model.forward
+    arguments = inspect.signature(call).parameters
+    return name in arguments or any(a.kind is a.VAR_KEYWORD for a in arguments.values())
+
+
+def _constant(nest: Any) -> Any:
+    """Return a nest with tensors that autograd can save and that have no history, which a gradient would free."""
+    return tree_map(lambda leaf: leaf.detach() if isinstance(leaf, Tensor) else leaf, recordable(nest))
+
+
+def _state(where: str, hidden_state: Any, count: int) -> Any:
+    """Return the state before the first step, ``(streams, 1, ...)``."""
+    for leaf in tree_leaves(hidden_state):
+        _check.tensor(where, "hidden_state", leaf)
+        if leaf.shape[:1] != (count,):
+            got = tuple(leaf.shape)
+            raise ValueError(f"{where}: hidden_state must have shape (streams, ...), streams = {count}, got {got}")
+    return tree_map(lambda t: t.unsqueeze(1), _constant(hidden_state))
 
 
 def _items(
-    where: str, slots: int | None, chunks: list[dict[str, Tensor]], past: tuple[Tensor, Tensor] | None
+    where: str,
+    chunk_size: int,
+    slots: int | None,
+    chunks: list[dict[str, Tensor]],
+    past: tuple[Tensor, Tensor] | None,
 ) -> tuple[dict[str, Tensor], int]:
     """Return all chunks that the memory ever holds, and how many of them it holds from the start."""
     if slots is None:
@@ -105,17 +138,23 @@ def _items(
     if past is None:
         return items, 0
     if not isinstance(past, (tuple, list)) or len(past) != 2:
-        raise TypeError(f"{where}: past must be (x, y)")
+        raise TypeError(f"{where}: past must be (x, y), got {type(past).__name__}")
     for name, value in zip(("x", "y"), past, strict=True):
-        own = items[name].shape
+        own = (items[name].shape[0], None, chunk_size, *items[name].shape[3:])
         _check.tensor(where, f"past {name}", value)
-        text = f"(streams, n, chunk_size, ...) = ({own[0]}, n, {', '.join(map(str, own[2:]))})"
-        _check.shape(where, f"past {name}", value, (own[0], None, *own[2:]), text)
+        text = f"(streams, n, chunk_size, ...) = ({', '.join('n' if s is None else str(s) for s in own)})"
+        _check.shape(where, f"past {name}", value, own, text)
+        _check.dtype(where, f"past {name}", value, (items[name].dtype,))
+        _check.device(where, f"past {name}", value, items[name].device, "x")
     count = past[0].shape[1]
     if count > slots or past[1].shape[1] != count:
         got = (count, past[1].shape[1])
         raise ValueError(f"{where}: past must hold at most {slots} chunks in x and y, got {got}")
-    given = dict(zip(("x", "y"), recordable(tuple(past)), strict=True))
+    if not count:
+        return items, 0
+    given = dict(zip(("x", "y"), _constant(tuple(past)), strict=True))
+    if items["x"].shape[2] < chunk_size:  # a stream of less than a chunk, which the memory does not hold
+        return given, count
     return {name: torch.cat([given[name], own], 1) for name, own in items.items()}, count
 
 
@@ -125,7 +164,7 @@ def _unpacked(
     """Return packed streams as rows, padded with zeros, and their lengths."""
     _check.tensor(where, "cu_seqlens", cu_seqlens)
     _check.dtype(where, "cu_seqlens", cu_seqlens, (torch.int32, torch.int64))
-    lengths = cu_seqlens.diff()
+    lengths = cu_seqlens.flatten().diff()
     ends = (int(cu_seqlens[0]), int(cu_seqlens[-1])) if cu_seqlens.dim() == 1 and len(cu_seqlens) > 1 else None
     if len(x) != 1 or ends != (0, x.shape[1]) or not (lengths > 0).all():
         got = f"{tuple(cu_seqlens.shape)} with x {tuple(x.shape)}"

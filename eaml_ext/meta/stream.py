@@ -136,16 +136,16 @@ class StreamMAML:
         if experience is not None and not isinstance(experience, StreamExperience):
             raise TypeError(f"{where}: experience must be a StreamExperience, got {type(experience).__name__}")
         self.experience = experience
-        self._known = trainable_parameters(model)
+        trainable = trainable_parameters(model)
         chosen = _default_parameters(model) if parameters is None else parameters
         self._names = tuple(select(where, model, chosen))
         learned = _check.flag(where, "learn_inner_lr", learn_inner_lr)
         self._log_step_sizes = {
             name: torch.full((), self.inner_lr, dtype=p.dtype, device=p.device).log().requires_grad_(learned)
-            for name, p in self._known.items()
+            for name, p in trainable.items()
             if name in self._names
         }
-        leaves = [*self._known.values(), *self._experience_parameters()]
+        leaves = [*trainable.values(), *self._experience_parameters()]
         self.optimizer = make_optimizer(where, optimizer, leaves, self.outer_lr)
         if learned:
             rate = 10 * self.outer_lr if step_size_lr is None else check_rate(where, "step_size_lr", step_size_lr)
@@ -209,9 +209,12 @@ class StreamMAML:
         options = {"reset": reset, "lengths": lengths, "cu_seqlens": cu_seqlens}
         streams, weights = self._streams(where, x, y, **options, hidden_state=hidden_state, past=past)
         loop = self._loop(where, loss_fn, outer_loss_fn, lengths is not None or cu_seqlens is not None)
-        check_parameters(where, "StreamMAML", trainable_parameters(self.model), self._known.values())
+        held = [p for group in self.optimizer.param_groups for p in group["params"]]
+        check_parameters(where, "StreamMAML", loop.params, held)
+        if self.experience is not None:
+            check_parameters(where, "StreamMAML", trainable_parameters(self.experience), held)
         # Step sizes are leaves, not functions of their logarithms, because the gradient is taken window by window.
-        learned = {n: loop.rates[n].requires_grad_() for n, log in self._log_step_sizes.items() if log.requires_grad}
+        learned = {n: rate.requires_grad_() for n, rate in loop.rates.items() if self._log_step_sizes[n].requires_grad}
         params = [*loop.params.values(), *self._experience_parameters()]
         leaves = [*params, *learned.values()]
         window = self.truncation or len(streams.chunks)
@@ -220,6 +223,8 @@ class StreamMAML:
             losses, grads = self._batching.run(
                 lambda batch: method(batch, streams, weights, leaves, window), weights.device
             )
+        if all(g is None for g in grads):
+            raise ValueError(f"{where}: the outer loss does not depend on the learned parameters")
         self.last_losses = losses
         loss = (losses * weights.to(losses)).sum()
         for i, rate in enumerate(learned.values(), len(params)):
@@ -228,7 +233,7 @@ class StreamMAML:
         if self.grad_clip_norm is not None:
             norm = get_total_norm([g for g in grads if g is not None])
             scale = (self.grad_clip_norm / norm).clamp(max=1)
-            grads = [None if g is None else g * scale for g in grads]
+            grads = [None if g is None else g * scale.to(g.dtype) for g in grads]
         targets = [*params, *(self._log_step_sizes[n] for n in learned)]
         if not step_if_finite(where, self.optimizer, targets, grads, loss):
             self.skipped_updates += 1
@@ -304,7 +309,9 @@ class StreamMAML:
 
     def _loop(self, where: str, loss_fn: LossFn, outer_loss_fn: LossFn | None, masked: bool) -> StreamLoop:
         """The updates under the present parameters."""
-        check_buffers_constant(where, self.model)
+        for module in (self.model, self.experience):
+            if module is not None:
+                check_buffers_constant(where, module)
         for name, fn in (("loss_fn", loss_fn), ("outer_loss_fn", outer_loss_fn)):
             if name == "loss_fn" or fn is not None:
                 check_loss_fn(where, fn)

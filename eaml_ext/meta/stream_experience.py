@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from eaml_ext import _check
 from eaml_ext.experience import ExperienceBuffer
 from eaml_ext.experience.experiences import check_temperature
+from eaml_ext.meta._optimizer import finite
 from eaml_ext.nn.submodule import reference_weight
 from eaml_ext.ops import knn
 
@@ -28,7 +29,7 @@ class StreamExperience(nn.Module):
     Then the chunk replaces the oldest one in the memory. The encoder and ``weight`` are learned through the outer loss.
     At test time the object is the ``retriever`` of an :class:`eaml_ext.adaptation.Adapter`, and reads and writes an
     ExperienceBuffer with ``capacity=slots`` in the same way. A chunk shorter than the first one in the memory is not
-    written.
+    written, nor one that is not finite.
 
     Args:
         encoder: maps chunks ``(n, time, ...)`` to embeddings ``(n, dim)``, or ``(n, time, dim)``, of which the mean
@@ -156,22 +157,29 @@ class StreamExperience(nn.Module):
             batch: ``states`` and ``targets`` ``(1, time, ...)``.
 
         Returns:
-            ``states`` and ``targets`` ``(n, time, ...)`` and ``weights`` ``(n,)``; None while the buffer is empty.
+            ``states`` and ``targets`` ``(n, time, ...)`` and ``weights`` ``(n,)``; None while the buffer is empty, and
+            for a batch that is not finite, which is not written.
 
         Raises:
+            TypeError: there is no buffer.
             ValueError: the batch has not one row.
         """
+        if not isinstance(buffer, ExperienceBuffer):
+            raise TypeError(f"StreamExperience: buffer must be an ExperienceBuffer, got {type(buffer).__name__}")
         states, targets = batch["states"].detach(), batch["targets"].detach()
         if len(states) != 1:
             raise ValueError(f"StreamExperience: states must have shape (1, time, ...), got {tuple(states.shape)}")
         query = self.embedding(states)[0]
+        if not finite(states, targets, query):
+            return None
         result: dict[str, Tensor] | None = None
         with buffer.storage.lock:
             found = buffer.retrieve(query, self.k) if len(buffer) else None
             if found:
                 count = len(found)
                 weights = found.attention(self.temperature) if self.soft else query.new_full((count,), 1 / count)
-                result = {**found.batch(), "weights": weights}
+                like = states if states.is_floating_point() else query  # tokens do not have the model's dtype
+                result = {**found.batch(), "weights": weights.to(like)}
             if result is None or result["states"].shape[1:] == states.shape[1:]:
                 buffer.add(states[0], targets[0], context_embedding=query)
         return result
