@@ -36,6 +36,9 @@ class FlatParams:
                 raise TypeError(f"Adapter: step_sizes must be a dict by name, got {type(step_sizes).__name__}")
             choice = [*step_sizes] if choice is None else choice
         selected = select("Adapter", model, choice)
+        for name, parameter in selected.items():
+            if not torch.isfinite(parameter).all():
+                raise ValueError(f"Adapter: the parameter {name} is not finite")
         self._model, self._choice = model, choice
         self._known = [p for p in model.parameters() if p.requires_grad]
         self.names = list(selected)
@@ -80,7 +83,8 @@ class FlatParams:
         for name, p in zip(self.names, self.params, strict=True):
             value = step_sizes.get(name, lr)
             if not isinstance(value, Tensor):
-                value = torch.tensor(_check.positive(where, f"step_sizes[{name!r}]", value, zero=True))
+                number = _check.positive(where, f"step_sizes[{name!r}]", value, zero=True)
+                value = torch.tensor(number, dtype=torch.float64)
             rate = value.detach().to(p)
             if rate.dim() > p.dim() or any(
                 a not in (1, b) for a, b in zip(rate.shape[::-1], p.shape[::-1], strict=False)

@@ -37,11 +37,12 @@ class StreamedModel:
         if reset is not None:
             shape = given["states"].shape[:2]
             _check.tensor(self._where, "reset", reset)
+            if not self._recurrent or not _is_sequence(given["states"]):
+                got = f"{type(self._model).__name__} and states {tuple(given['states'].shape)}"
+                raise ValueError(f"{self._where}: reset needs a model with scan and step and sequences, got {got}")
             _check.dtype(self._where, "reset", reset, (torch.bool,))
             _check.shape(self._where, "reset", reset, shape, str(tuple(shape)))
-            if not self._recurrent or given["states"].dim() != 3:
-                kind = type(self._model).__name__
-                raise ValueError(f"{self._where}: reset needs sequences and a model with scan and step, got {kind}")
+            _check.device(self._where, "reset", reset, given["states"].device, "states")
         if not self._recurrent:
             return None
         if "hidden_state" in given or self._rows != len(given["states"]):
@@ -51,12 +52,12 @@ class StreamedModel:
 
     def bind(self, batch: Mapping[str, Any], start: Any) -> Callable[..., Any]:
         """Return the model as a function of one batch, whose states it runs from ``start``, and of experience."""
-        states, reset = batch["states"], recordable(batch.get("reset"))
+        states, reset = batch["states"], batch.get("reset")
 
         def call(x: Tensor, state: Any = None) -> Any:
             if not self._recurrent:
                 y = self._model(x) if state is None else self._model(x, state)
-            elif x.dim() != 3:
+            elif not _is_sequence(x):
                 y, state = self._model.step(x, start if x is states else None)  # type: ignore[operator]
             else:
                 options = {"reset": reset} if x is states and reset is not None else {}
@@ -69,20 +70,25 @@ class StreamedModel:
 
     def predict(self, given: Mapping[str, Any], start: Any) -> Tensor:
         """Predict a batch and continue with the state after it."""
-        inputs = [given["states"]]
-        if not self._recurrent and given.get("hidden_state") is not None:
-            inputs.append(given["hidden_state"])
+        batch = recordable({name: given.get(name) for name in ("states", "hidden_state", "reset")})
         with torch.no_grad():
-            self.bind(given, start)(*recordable(inputs))
+            self.bind(batch, start)(batch["states"], None if self._recurrent else batch["hidden_state"])
         return self.end()
 
     def end(self) -> Tensor:
         """Return the first prediction for the batch; continue with the state after it, if that is finite."""
         assert self._first is not None
         (prediction, state), self._first = self._first, None
-        if self._recurrent and all(bool(torch.isfinite(leaf).all()) for leaf in tree_leaves(state)):
+        leaves = [leaf for leaf in tree_leaves(state) if isinstance(leaf, Tensor)]
+        if self._recurrent and all(bool(torch.isfinite(leaf).all()) for leaf in leaves):
             self._hidden = tree_map(_detached, state)
         return prediction.detach()
+
+
+def _is_sequence(states: Tensor) -> bool:
+    """Return whether states are sequences: ``(n, time, features)``, or integers ``(n, time)``, which are tokens."""
+    integers = not (states.is_floating_point() or states.is_complex() or states.dtype == torch.bool)
+    return states.dim() == 3 or (states.dim() == 2 and integers)
 
 
 def _detached(leaf: Any) -> Any:

@@ -38,10 +38,10 @@ class Evaluation(NamedTuple):
     gradient: Callable[[], Tensor]
 
 
-def gradient_descent(lr: float | Tensor) -> StepRule:
-    """Return the rule ``theta - lr·scale·gradient``; ``lr`` is one step size, or ``(parameters,)``, one for each."""
-    if isinstance(lr, Tensor):
-        return lambda theta, gradient, scale: _add_scaled(theta, -scale, lr * gradient)
+def gradient_descent(lr: float, step_sizes: Tensor | None = None) -> StepRule:
+    """Return the rule ``theta - lr·scale·gradient``; in place of ``lr`` there may be step sizes, ``(parameters,)``."""
+    if step_sizes is not None:
+        return lambda theta, gradient, scale: _add_scaled(theta, -scale, step_sizes * gradient)
     return lambda theta, gradient, scale: _add_scaled(theta, -lr * scale, gradient)
 
 

@@ -102,7 +102,8 @@ class Adapter:
     (True, 5)
     """
 
-    _graphs: GraphCache | None = None  # of objects that were pickled before graphs existed
+    _graphs: GraphCache | None = None  # of objects that were pickled before graphs and step sizes existed
+    _step_sizes: Tensor | None = None
 
     @outside_inference_mode()
     def __init__(
@@ -137,10 +138,8 @@ class Adapter:
             raise ValueError(f"{where}: step_sizes must be None with an optimizer, which has a learning rate")
         with torch.no_grad():
             flat = FlatParams(model, parameters, step_sizes)
-            self._lr = cfg.lr if step_sizes is None else flat.step_sizes(where, cfg.lr, step_sizes)
-        for name, parameter in zip(flat.names, flat.params, strict=True):
-            if not torch.isfinite(parameter).all():
-                raise ValueError(f"{where}: the parameter {name} is not finite")
+            if step_sizes is not None:
+                self._step_sizes = flat.step_sizes(where, cfg.lr, step_sizes)
 
         self.model = model
         self.cfg = cfg
@@ -202,10 +201,10 @@ class Adapter:
         """Apply :meth:`adapt` along a stream; each batch is predicted before the model adapts to it.
 
         A recurrent model (one with ``scan`` and ``step``, as :class:`eaml_ext.nn.SSM`) keeps its hidden state from
-        batch to batch, without gradient, through ``scan`` for states ``(n, time, ...)`` and ``step`` for ``(n, ...)``.
-        The hidden state starts at zero, and again at zero where n changes. A batch with a ``hidden_state`` replaces it
-        (None: zero). A batch after which it would not be finite leaves it as it was. The prediction is that of the
-        first step, so it costs no further evaluation.
+        batch to batch, without gradient. It runs ``scan`` on states ``(n, time, features)`` and on tokens, integers
+        ``(n, time)``, and ``step`` on others. The hidden state starts at zero, and again at zero where n changes. A
+        batch with a ``hidden_state`` replaces it (None: zero). A batch after which it would not be finite leaves it as
+        it was. The prediction is that of the first step, so it costs no further evaluation.
 
         With all guards off, these are the updates through which :class:`eaml_ext.meta.StreamMAML` trains.
 
@@ -246,19 +245,19 @@ class Adapter:
         self, where: str, loss_fn: LossFn, batches: Iterable[Mapping[str, Any]], delay: int
     ) -> Iterator[tuple[Tensor, float]]:
         model = StreamedModel(where, self.model)
-        waiting: deque[tuple[Mapping[str, Any], Any]] = (
-            deque()
-        )  # batches whose targets are not known, with their states
+        waiting: deque[tuple[Mapping[str, Any], Tensor, Any]] = deque()  # batches, their states, hidden states
         for given in batches:
             with outside_inference_mode():
                 self._flat.check_trainable(where)
                 objective.check_entry(where, given, "states", self._like, 1)
                 start = model.begin(given)
                 prediction = model.predict(given, start) if delay else None
-                waiting.append((given, start))
+                waiting.append((given, given["states"], start))
                 value = math.nan
                 if len(waiting) > delay:
-                    due, start = waiting.popleft()
+                    due, states, start = waiting.popleft()
+                    if due.get("states") is not states:
+                        raise ValueError(f"{where}: the states of a batch must stay in its dict until it has targets")
                     batch = objective.check_batch(where, loss_fn, due, self._like, 1)
                     experience = self._retrieve(where, due)
                     value = self._adapt(where, model.bind(batch, start), loss_fn, batch, experience)
@@ -278,7 +277,7 @@ class Adapter:
         flat, history, losses = self._flat, self._history, self._losses(where, loss_fn)
         buffers, rollbacks = self._buffers.copy(), history.rollbacks[0]
         history.last_steps[0] = 0
-        step = gradient_descent(self._lr)
+        step = gradient_descent(self.cfg.lr, self._step_sizes)
         if self._optimizer is not None:
             step = optimizer_step(where, self._optimizer, flat)
         evaluate = evaluate_model(where, self.model, call, flat, losses, batch, experience, graphs)
@@ -371,7 +370,7 @@ class Adapter:
         evaluate = evaluate_users(where, self.model, flat, losses, batch, experience, self._users, self._graphs)
         with torch.no_grad():
             theta, totals = guarded_update(
-                evaluate, anchor, gradient_descent(self._lr), self.cfg, history, flat.trainable()
+                evaluate, anchor, gradient_descent(self.cfg.lr, self._step_sizes), self.cfg, history, flat.trainable()
             )
         return flat.named(theta), totals
 

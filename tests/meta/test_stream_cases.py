@@ -6,7 +6,7 @@ import re
 import pytest
 import torch
 from torch import nn
-from torch.nn.functional import mse_loss
+from torch.nn.functional import cross_entropy, mse_loss
 
 from eaml_ext import SSM, SSMLayer
 from eaml_ext.adaptation import AdaptationConfig, Adapter
@@ -262,3 +262,96 @@ def test_adapt_stream_retriever_without_a_buffer_raises():
     adapter = Adapter(make().model, retriever=experience())
     with pytest.raises(TypeError, match=r"^StreamExperience: buffer must be an ExperienceBuffer, got NoneType"):
         next(adapter.adapt_stream(mse_loss, batches(*(t[:1] for t in streams()))))
+
+
+# -------------------------------------------------------------------------------------------------------- at test time
+
+
+class Tokens(nn.Module):
+    """A language model: integers ``(n, time)``, or ``(n,)`` in a step."""
+
+    def __init__(self):
+        super().__init__()
+        self.embed, self.ssm = nn.Embedding(7, 3), SSM(3, 8, 7, state_size=4)
+
+    def scan(self, x, state=None, reset=None):
+        return self.ssm.scan(self.embed(x), state, reset)
+
+    def step(self, x, state=None):
+        return self.ssm.step(self.embed(x), state)
+
+
+class Mean(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.embed = nn.Embedding(7, 5)
+
+    def forward(self, x):
+        return self.embed(x)
+
+
+def token_loss(logits, targets):
+    return cross_entropy(logits.flatten(0, -2), targets.flatten())
+
+
+@pytest.mark.parametrize("with_experience", [False, True])
+def test_adapt_stream_tokens_equal_the_inner_loop(with_experience):
+    torch.manual_seed(0)
+    tokens = torch.randint(7, (1, 25))
+    x, y, reset = tokens[:, :-1], tokens[:, 1:], torch.rand(1, 24) < 0.1
+    memory = StreamExperience(Mean(), slots=3, k=2) if with_experience else None
+    maml = make(Tokens(), parameters="ssm.head", experience=memory)
+    expected = maml.predict(x, y, token_loss, reset=reset)
+    chunks = [{**b, "reset": reset[:, 4 * i : 4 * i + 4]} for i, b in enumerate(batches(x, y))]
+    options = {} if memory is None else {"experience_buffer": ExperienceBuffer(3), "retriever": memory}
+    adapter = Adapter(
+        maml.model, AdaptationConfig(**OPEN), experience_weight=1.0, step_sizes=maml.step_sizes, **options
+    )
+    found = torch.cat([p for p, _ in adapter.adapt_stream(token_loss, chunks)], 1)
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)
+    steps = [{"states": x[:, t], "targets": y[:, t]} for t in range(3)]
+    assert all(p.shape == (1, 7) for p, _ in Adapter(Tokens()).adapt_stream(token_loss, steps))
+
+
+def test_adapt_stream_inference_tensors_with_label_delay_keep_state_and_reset():
+    x, y = streams()
+    with torch.inference_mode():
+        chunks = [{**b, "reset": torch.rand(2, b["states"].shape[1]) < 0.2} for b in batches(x.clone(), y.clone())]
+    found = []
+    for given in (chunks, [{name: v.clone() for name, v in b.items()} for b in chunks]):
+        adapter = Adapter(make().model, AdaptationConfig(**OPEN))
+        found.append(torch.cat([p for p, _ in adapter.adapt_stream(mse_loss, given, label_delay=1)], 1))
+    assert torch.equal(*found)
+
+
+def test_adapt_stream_reused_dict_with_label_delay_raises():
+    def reused(batch):
+        for each in batches(*streams()):
+            batch.update(each)
+            yield batch
+
+    adapter = Adapter(make().model)
+    with pytest.raises(ValueError, match=r"^Adapter.adapt_stream: the states of a batch must stay in its dict"):
+        list(adapter.adapt_stream(mse_loss, reused({}), label_delay=1))
+    assert len(list(adapter.adapt_stream(mse_loss, reused({})))) == 4
+
+
+def test_adapter_step_sizes_of_float64_parameters_are_not_rounded_to_float32():
+    x, y = (t.double() for t in streams())
+    models = [make().model.double() for _ in range(2)]
+    names = [name for name, _ in models[1].named_parameters()]
+    options = [{}, {"step_sizes": dict.fromkeys(names[:2], 0.1), "parameters": names}]
+    for model, given in zip(models, options, strict=True):
+        Adapter(model, AdaptationConfig(**OPEN, lr=0.1), **given).adapt(mse_loss, {"states": x, "targets": y})
+    for a, b in zip(*(m.parameters() for m in models), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-14, atol=1e-15)
+
+
+def test_adapter_replaced_config_changes_the_step_size():
+    x, y = streams()
+    models = [make().model for _ in range(2)]
+    for model, first in zip(models, (0.1, 1e-9), strict=True):
+        adapter = Adapter(model, AdaptationConfig(**OPEN, lr=first))
+        adapter.cfg = AdaptationConfig(**OPEN, lr=0.1)
+        adapter.adapt(mse_loss, {"states": x, "targets": y})
+    assert torch.equal(models[0].head.weight, models[1].head.weight)
