@@ -85,15 +85,15 @@ class FlatParams:
             if not isinstance(value, Tensor):
                 number = _check.positive(where, f"step_sizes[{name!r}]", value, zero=True)
                 value = torch.tensor(number, dtype=torch.float64)
-            rate = value.detach().to(p)
+            rate = value.detach()
             if rate.dim() > p.dim() or any(
                 a not in (1, b) for a, b in zip(rate.shape[::-1], p.shape[::-1], strict=False)
             ):
                 got = tuple(rate.shape)
                 raise ValueError(f"{where}: step_sizes[{name!r}] must broadcast to {tuple(p.shape)}, got shape {got}")
-            if not (torch.isfinite(rate) & (rate >= 0)).all():
+            if rate.is_complex() or not (torch.isfinite(rate) & (rate >= 0)).all():
                 raise ValueError(f"{where}: step_sizes[{name!r}] must be >= 0 and finite")
-            rates.append(rate.expand(p.shape))
+            rates.append(rate.to(p).expand(p.shape))
         return self.concatenate(rates)[0]
 
     def named(self, vectors: Tensor) -> Params:

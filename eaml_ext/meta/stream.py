@@ -141,7 +141,7 @@ class StreamMAML:
         self._names = tuple(select(where, model, chosen))
         learned = _check.flag(where, "learn_inner_lr", learn_inner_lr)
         self._log_step_sizes = {
-            name: torch.full((), self.inner_lr, dtype=p.dtype, device=p.device).log().requires_grad_(learned)
+            name: torch.full((), self.inner_lr, dtype=p.dtype.to_real(), device=p.device).log().requires_grad_(learned)
             for name, p in trainable.items()
             if name in self._names
         }

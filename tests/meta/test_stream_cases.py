@@ -347,6 +347,25 @@ def test_adapter_step_sizes_of_float64_parameters_are_not_rounded_to_float32():
         torch.testing.assert_close(a, b, rtol=1e-14, atol=1e-15)
 
 
+def test_step_sizes_of_complex_parameters_are_real():
+    class Complex(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.weight = nn.Parameter(torch.randn(3, 3, dtype=torch.complex64))
+
+        def forward(self, x):
+            return (x.to(torch.complex64) @ self.weight).real
+
+    (x, y), maml = streams(count=1), make(Complex())
+    maml.meta_update(x, y, mse_loss)
+    assert maml.step_sizes["weight"].is_floating_point() and maml.step_sizes["weight"] != pytest.approx(0.1)
+    expected = maml.predict(x, y, mse_loss)
+    gradient = torch.autograd.grad(mse_loss(maml.model(x[:, :4]), y[:, :4]), maml.model.weight)[0]
+    with torch.no_grad():
+        maml.model.weight -= maml.step_sizes["weight"] * gradient
+    torch.testing.assert_close(expected[:, 4:8], maml.model(x[:, 4:8]).detach())
+
+
 def test_adapter_replaced_config_changes_the_step_size():
     x, y = streams()
     models = [make().model for _ in range(2)]
