@@ -33,7 +33,7 @@ import argparse
 import copy
 import functools
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -298,29 +298,36 @@ def measure(store: runs.Runs, directory: Path, dataset: str, variant: str, seeds
         store.run(function, **settings, seed=seed, trial=trial)
 
 
-def report(store: runs.Runs) -> None:
-    """Print a table for each data set; the variant chosen on validation is marked."""
+def tables(store: runs.Runs) -> list[runs.Table]:
+    """Return a table for each data set; the variant chosen on validation is marked."""
+    result: list[runs.Table] = []
     for dataset in DATASETS:
         lines = {variant: store.find(dataset=dataset, variant=variant) for variant in VARIANTS[dataset]}
-        rows: dict[str, list[runs.Line]] = {}
-        for variant, found in lines.items():
-            if found:
-                trial = 0 if variant == "bound" else chosen_trial(found)
-                rows[variant] = [one for one in found if one["settings"]["trial"] == trial]
-        if not rows:
+        found: dict[str, list[runs.Line]] = {}
+        for variant, some in lines.items():
+            if some:
+                trial = 0 if variant == "bound" else chosen_trial(some)
+                found[variant] = [one for one in some if one["settings"]["trial"] == trial]
+        if not found:
             continue
-        valid = {v: sum(one["valid"]["mse"] for one in f) / len(f) for v, f in rows.items() if v != "bound"}
-        best = min(valid, key=valid.__getitem__)
-        print(f"\n{dataset}\n\n| variant | validation MSE | test MSE | test MAE |\n|---|---|---|---|")
-        for variant, found in rows.items():
-            mse, mae = (
-                runs.interval(one["test"][m] for one in found) if len(found) > 1 else f"{found[0]['test'][m]:.4f}"
+        valid = {v: sum(one["valid"]["mse"] for one in f) / len(f) for v, f in found.items() if v != "bound"}
+        best, second = min(valid, key=valid.__getitem__), found.get("second order", [])
+        rows: list[Sequence[str]] = []
+        for variant, some in found.items():
+            cells = [
+                runs.interval(one["test"][m] for one in some) if len(some) > 1 else f"{some[0]['test'][m]:.4f}"
                 for m in ("mse", "mae")
-            )
+            ]
+            if len(some) == len(second) > 1 and variant != "second order":
+                difference = runs.paired([one["test"]["mse"] for one in second], [one["test"]["mse"] for one in some])
+                cells.append(f"{difference['mean']:.4f} ± {difference['half']:.4f}")
             mark = " (chosen)" if variant == best else ""
-            print(f"| {variant}{mark} | {f'{valid[variant]:.4f}' if variant in valid else ''} | {mse} | {mae} |")
+            rows.append([variant + mark, f"{valid[variant]:.4f}" if variant in valid else "", *cells])
         for name, (value, absolute, source) in PUBLISHED[dataset].items():
-            print(f"| {name} ({source}) | | {value:g} | {'' if absolute is None else f'{absolute:g}'} |")
+            rows.append([f"{name} (arXiv {source})", "", f"{value:g}", "" if absolute is None else f"{absolute:g}"])
+        head = ["variant", "validation MSE", "test MSE", "test MAE", "second order, minus this one"]
+        result.append((dataset, head, [[*row, *[""] * (5 - len(row))] for row in rows]))
+    return result
 
 
 def main() -> None:
@@ -334,7 +341,7 @@ def main() -> None:
             for variant in args.variants or VARIANTS[dataset]:
                 seeds, seconds = (1, 1.0) if args.quick else (args.seeds, SECONDS)
                 measure(store, args.data, dataset, variant, seeds, seconds)
-    report(store)
+    print(runs.show(tables(store)))
 
 
 if __name__ == "__main__":

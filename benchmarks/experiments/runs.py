@@ -15,6 +15,7 @@ from benchmarks.common import RESULTS, cpu_name
 from eaml_ext._statistics import confidence_interval
 
 Line = dict[str, Any]
+Table = tuple[str, Sequence[str], list[Sequence[str]]]  # title, head and rows; an experiment's ``tables`` returns them
 
 
 def parser(text: str | None, data: bool = True) -> argparse.ArgumentParser:
@@ -97,3 +98,12 @@ def interval(values: Iterable[float], digits: int = 4) -> str:
 def paired(first: Sequence[float], second: Sequence[float]) -> dict[str, float]:
     """Return ``mean`` and ``half`` the width of the 95 % interval of ``first - second``, paired by seed."""
     return confidence_interval([a - b for a, b in zip(first, second, strict=True)])
+
+
+def show(tables: Iterable[Table]) -> str:
+    """Return tables in Markdown."""
+    parts = []
+    for title, head, rows in tables:
+        lines = ["| " + " | ".join(cells) + " |" for cells in (head, ["---"] * len(head), *rows)]
+        parts.append("\n".join([*([f"**{title}**\n"] if title else []), *lines]) + "\n")
+    return "\n".join(parts)
