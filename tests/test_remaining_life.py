@@ -73,7 +73,31 @@ def test_scores_match_their_formulas():
     assert found["score"] == pytest.approx(math.expm1(2) + math.expm1(125 / 13), rel=1e-5)
 
 
-def test_predictions_do_not_depend_on_labels_or_later_rows(files, tmp_path):
+@pytest.fixture
+def short_chunks(monkeypatch):
+    monkeypatch.setattr(remaining_life, "CHUNK", 16)
+
+
+def test_chunks_show_labels_and_end_with_the_failure(files):
+    train, _ = turbofan.read(files)
+    fitted = turbofan.batch(train, turbofan.scale(train), labels=True)
+    x, y, owners = turbofan.chunks(fitted, 16)
+    last = int(fitted.lengths[5])
+    assert owners.bincount().tolist() == (fitted.lengths // 16).tolist()
+    assert torch.equal(x[owners == 5][-1], fitted.x[5, last - 16 : last])
+    assert y[..., turbofan.SHOWN].all() and not fitted.y[..., turbofan.SHOWN].any()
+    assert y[owners == 5][-1, -1, turbofan.LABEL] == -0.5
+
+
+def test_labelled_experience_never_finds_own_chunks():
+    experience = remaining_life.LabelledExperience(torch.nn.Linear(15, 8), slots=4, k=2)
+    past = torch.randn(1, 2, 16, 15)
+    keys, query = experience.begin(past, 2), experience.embedding(torch.randn(1, 16, 15))
+    found = experience.read(query, experience.write(query, keys, 2), 3)
+    assert found is not None and sorted(found[0][0].tolist()) == [0, 1]
+
+
+def test_predictions_do_not_depend_on_labels_or_later_rows(files, tmp_path, short_chunks):
     other = remaining_life.Experiment(write_files(tmp_path, [90, 1, 44]))
     experiment = remaining_life.Experiment(files)
     model, fitted, scored = untrained(experiment)
@@ -86,7 +110,7 @@ def test_predictions_do_not_depend_on_labels_or_later_rows(files, tmp_path):
         assert torch.equal(predict(cut)[:, :37], found[:, :37])
 
 
-def test_adapted_changes_predictions_after_the_first_chunk_only(files):
+def test_adapted_changes_predictions_after_the_first_chunk_only(files, short_chunks):
     model, _, scored = untrained(remaining_life.Experiment(files))
     plain, adapted = remaining_life.frozen(model, scored), remaining_life.adapted(model, scored, 0.1)
     chunk = remaining_life.CHUNK
@@ -105,4 +129,10 @@ def predictors(model, fitted):
         lambda scored: remaining_life.frozen(model, scored),
         lambda scored: remaining_life.adapted(model, scored, 0.1),
         lambda scored: remaining_life.looked_up(model, scored, fitted),
+        *(stream_predictor(model, fitted, training) for training in ("second order", "experience")),
     ]
+
+
+def stream_predictor(model, fitted, training):
+    maml = remaining_life.make_stream(model, training)
+    return lambda scored: remaining_life.streamed(maml, scored, fitted)
