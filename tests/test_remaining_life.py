@@ -118,6 +118,14 @@ def test_adapted_changes_predictions_after_the_first_chunk_only(files, short_chu
     assert (adapted[:, chunk:] - plain[:, chunk:]).abs().max() > 0.05
 
 
+@pytest.mark.parametrize("training", remaining_life.TRAININGS)
+def test_run_trains_and_scores_all_variants_of_a_training(files, short_chunks, training):
+    line = remaining_life.Experiment(files, (0.1, 0.1)).run(training, "test", SEED)
+    assert tuple(line["variants"]) == remaining_life.TRAININGS[training]
+    assert all(math.isfinite(score["rmse"]) for score in line["variants"].values())
+    assert (line["updates"][1] > 0) == (training != "start")
+
+
 def untrained(experiment):
     torch.manual_seed(0)
     fitted, scored, _ = experiment.engines("test", SEED)

@@ -11,6 +11,7 @@ All variants continue from the same plainly trained model, whose weights are ave
 
 | variant | training | at test time |
 |---|---|---|
+| start | none | no update |
 | frozen | plain: remaining life, and next sensors with a small weight | no update |
 | plain + Adapter | the same model | a gradient step on each chunk's next-sensor loss |
 | lookup only | the same model | mean label of the training steps with the nearest features |
@@ -292,8 +293,10 @@ class Experiment:
         """Train once, and score the variants that share the trained model."""
         fitted, scored, engines = self.engines(split, seed)
         model, warm_updates = self.start(split, seed)
-        model, details = copy.deepcopy(model), {}
-        if training == "plain":
+        model, updates, details = copy.deepcopy(model), 0, {}
+        if training == "start":
+            predictions = {"start": frozen(model, scored)}
+        elif training == "plain":
             updates = fit_plainly(model, fitted, LR, self.seconds[1], seed + 1, falling, average=False)
             predictions = {
                 "frozen": frozen(model, scored),
@@ -334,7 +337,8 @@ class Experiment:
         return found
 
 
-TRAININGS = {
+TRAININGS: dict[str, tuple[str, ...]] = {
+    "start": ("start",),
     "plain": ("frozen", "plain + Adapter", "lookup only"),
     "first order": ("first order", "first order, no update"),
     "second order": ("second order", "second order, no update"),
