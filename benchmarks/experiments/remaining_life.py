@@ -11,7 +11,7 @@ All variants continue from the same plainly trained model, whose weights are ave
 
 | variant | training | at test time |
 |---|---|---|
-| start | none | no update |
+| start | none: this model, with less CPU time | no update |
 | frozen | plain: remaining life, and next sensors with a small weight | no update |
 | plain + Adapter | the same model | a gradient step on each chunk's next-sensor loss |
 | lookup only | the same model | mean label of the training steps with the nearest features |
@@ -354,7 +354,7 @@ def report(runs: Runs, split: str = "test") -> None:
     for variant, training in TRAINED.items():
         lines = sorted(runs.find(split=split, training=training), key=lambda one: one["settings"]["seed"])
         found[variant] = [one["variants"][variant] for one in lines]
-    print(f"{'FD001, ' + split:<26}" + "".join(f"{head:>18}" for head in (*heads, "less frozen", "less no update")))
+    print(f"{'FD001, ' + split:<26}" + "".join(f"{head:>18}" for head in (*heads, "minus frozen", "minus no update")))
     for variant, rows in found.items():
         cells = [interval((row[head] for row in rows), 2) for head in heads]
         for other in ("frozen", variant + ", no update"):
