@@ -256,9 +256,9 @@ SECTIONS: dict[str, tuple[str, str, Callable[[Any], Section]]] = {  # title: mod
 }
 
 
-EXPERIMENTS: dict[str, tuple[str, str]] = {  # of files with a line a run; title: module, text
+EXPERIMENTS: dict[str, tuple[str, str]] = {  # of files with a line a run; title: module with flags, text
     "Forecasting ETTh1, ETTh2 and Exchange": (
-        "forecasting",
+        "forecasting --data DIR",
         """96 values to 96 values, every test window, standardised by the training part. The model is one linear map
         around a learned daily cycle. It is updated every 96 steps on targets that are known by then. `frozen` sees 96
         values alone; the others see the past through their updates, or 336 values where they say so. "chosen" is the
@@ -266,11 +266,21 @@ EXPERIMENTS: dict[str, tuple[str, str]] = {  # of files with a line a run; title
         rows are those at look-back 96. TAFAS and PETSA split ETT as 60/20/20 %; their rows were read from an index of
         results, not from the papers. Exchange stays above the last value and the best published row.""",
     ),
+    "Remaining life of turbofan engines": (
+        "remaining_life --data DIR",
+        """C-MAPSS FD001: the remaining cycles of 100 test engines, labels cut at 125 and uncut, RMSE and NASA's score.
+        The model is a Mamba SSM that reads an engine once. `start` is the common plain training of 40 seconds; every
+        variant trains for 15 more. Updates are on the next sensors of the engine itself. "+ experience" also steps on
+        labelled chunks of similar training engines. The updates move the error by less than 0.01: what the last three
+        variants gain on `frozen`, whose last 15 seconds overfit, they gain in training. In the published rows FC-STGNN
+        and the earlier code base cut test labels at 125; those of the others are not known.""",
+    ),
 }
 
 
-def lines_section(name: str, text: str) -> str:
+def lines_section(command: str, text: str) -> str:
     """The section of an experiment whose file has a line a run."""
+    name = command.partition(" ")[0]
     store, module = Runs(name), import_module(f"benchmarks.experiments.{name}")
     if not store.lines:
         return "Not run yet.\n"
@@ -280,8 +290,8 @@ def lines_section(name: str, text: str) -> str:
 def page() -> str:
     """The whole text."""
     parts = [HEAD]
-    for title, (name, text) in EXPERIMENTS.items():
-        parts += [f"## {title}\n\n`python -m benchmarks.experiments.{name}`\n", lines_section(name, text)]
+    for title, (command, text) in EXPERIMENTS.items():
+        parts += [f"## {title}\n\n`python -m benchmarks.experiments.{command}`\n", lines_section(command, text)]
     for title, (module, name, section) in SECTIONS.items():
         parts.append(f"## {title}\n\n`python -m {module}`\n")
         found = result(name)

@@ -40,7 +40,7 @@ import copy
 import functools
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -49,7 +49,7 @@ from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
 
 from benchmarks.experiments import turbofan
-from benchmarks.experiments.runs import Line, Runs, interval, paired, parser
+from benchmarks.experiments.runs import Line, Runs, Table, interval, paired, parser, show
 from benchmarks.experiments.turbofan import CAP, HAS_NEXT, LABEL, NEXT, SENSORS, SHOWN, Batch, Engines
 from eaml_ext import SSM, AdaptationConfig, Adapter, MetaMAML
 from eaml_ext.meta import MaskedLoss, StreamExperience, StreamMAML
@@ -347,25 +347,32 @@ TRAININGS: dict[str, tuple[str, ...]] = {
 TRAINED = {variant: training for training, variants in TRAININGS.items() for variant in variants}
 
 
-def report(runs: Runs, split: str = "test") -> None:
-    """Print means with 95 % intervals over seeds, differences in RMSE paired by seed, and published rows."""
+def tables(runs: Runs, split: str = "test") -> list[Table]:
+    """Return means with 95 % intervals over seeds, differences in RMSE paired by seed, and published rows."""
     heads = ("rmse", "score", "rmse uncapped", "score uncapped")
     found: dict[str, list[dict[str, float]]] = {}
     for variant, training in TRAINED.items():
         lines = sorted(runs.find(split=split, training=training), key=lambda one: one["settings"]["seed"])
         found[variant] = [one["variants"][variant] for one in lines]
-    print(f"{'FD001, ' + split:<26}" + "".join(f"{head:>18}" for head in (*heads, "minus frozen", "minus no update")))
-    for variant, rows in found.items():
-        cells = [interval((row[head] for row in rows), 2) for head in heads]
+    rows: list[Sequence[str]] = []
+    for variant, some in found.items():
+        cells = [interval((row[head] for row in some), 2) for head in heads]
         for other in ("frozen", variant + ", no update"):
-            pair = [[row["rmse"] for row in some] for some in (rows, found.get(other, []))]
-            difference = paired(*pair) if len(pair[0]) == len(pair[1]) else {}
+            pair = [[row["rmse"] for row in one] for one in (some, found.get(other, []))]
+            difference = paired(*pair) if variant != other and len(pair[0]) == len(pair[1]) else {}
             cells.append(f"{difference['mean']:.3f} ± {difference['half']:.3f}" if difference else "")
-        print(f"{variant:<26}" + "".join(f"{cell:>18}" for cell in cells))
+        rows.append([variant, *cells])
     for name, error, score in PUBLISHED:
-        print(f"{name:<26}{error:>11.2f}{'-' if math.isnan(score) else f'{score:.1f}':>18}")
+        rows.append([name, f"{error:.2f}", "" if math.isnan(score) else f"{score:.0f}", "", "", "", ""])
+    result: list[Table] = [("", ["variant", *heads, "rmse, minus frozen", "minus no update"], rows)]
     for one in runs.find(measure="epoch"):
-        print({name: value for name, value in one.items() if name.startswith("meta-batch")})
+        timed = {name: value for name, value in one.items() if name.startswith("meta-batch")}
+        cells = [
+            [n, f"{v['one launch']:.2f}", f"{v['launch per length']:.2f}", f"{v['ratio']:.2f}x"]
+            for n, v in timed.items()
+        ]
+        result.append(("An epoch of MetaMAML", ["CPU seconds", "one launch", "a launch per length", "ratio"], cells))
+    return result
 
 
 def main() -> None:
@@ -382,7 +389,7 @@ def main() -> None:
             for training in TRAININGS:
                 if training in chosen:
                     runs.run(experiment.run, training=training, split=split, seed=seed)
-    report(runs, split)
+    print(show(tables(runs, split)))
 
 
 if __name__ == "__main__":
