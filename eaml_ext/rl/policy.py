@@ -1,6 +1,7 @@
 """h_t = SSM(o_1..t);  pi(a) = Categorical(W h_t) or Normal(W h_t, exp(s));  V = w . h_t: policies with memory."""
 
 from collections.abc import Callable
+from functools import partial
 from os import PathLike
 from typing import Any
 
@@ -15,6 +16,7 @@ from eaml_ext.nn import SSM
 from eaml_ext.nn._row_invariant import linear, row_invariant
 from eaml_ext.nn.cores import CORES_WITH_STEP_SIZE
 from eaml_ext.nn.padding import given
+from eaml_ext.rl._feedforward import FeedForward
 
 # Ten times Mamba's step sizes, because the effect of an action must show within a few steps.
 DT_MIN, DT_MAX = 0.01, 1.0
@@ -45,6 +47,10 @@ class SSMMetaPolicy(nn.Module):
         state_size, num_layers, core: as in :class:`eaml_ext.nn.SSM`.
         dt_min, dt_max: as in :class:`eaml_ext.nn.SSM`. Default: 0.01 and 1, because with the step sizes of a language
             model the effect of an action shows only after hundreds of steps.
+        feedforward: True: perceptrons ``f`` and ``g`` with ``2 hidden_dim`` hidden units enclose each core:
+            ``u = norm(x + f(x))``, ``y = core(u)``, ``y + g(norm(u + y))``. The core's input is then a nonlinear
+            function of action and observation. This adds about ``8 hidden_dim**2`` parameters a layer. Lu et al. 2023
+            (arXiv 2303.03982) also place S5 between perceptrons.
         compile: on a GPU, capture :meth:`step` without gradient in a CUDA graph, in the second call with equal shapes
             and settings, and replay it from then on. The graph reads parameters and buffers in place. A replay runs no
             Python, so no hooks of submodules. On a CPU it has no effect. Files do not store it.
@@ -80,6 +86,7 @@ class SSMMetaPolicy(nn.Module):
         core: str | Callable[[int, int], nn.Module] = "s6",
         dt_min: float | None = None,
         dt_max: float | None = None,
+        feedforward: bool = False,
         compile: bool = False,
     ):
         super().__init__()
@@ -106,7 +113,11 @@ class SSMMetaPolicy(nn.Module):
             "hidden_dim": hidden_dim,
             "continuous": bool(continuous),
             **ssm,
+            "feedforward": bool(_check.flag(where, "feedforward", feedforward)),
         }
+        if feedforward:
+            wrapped = {name: ssm.pop(name) for name in ("core", "dt_min", "dt_max")}
+            ssm["core"] = partial(FeedForward, **wrapped)
         self.state_dim, self.action_dim, self.continuous = state_dim, action_dim, bool(continuous)
         self.ssm = SSM(state_dim, hidden_dim, hidden_dim, device, **ssm)
         self.actor = nn.Linear(hidden_dim, action_dim)

@@ -47,10 +47,10 @@ def make_trials(dist, policy, count):
 
 
 @pytest.mark.parametrize("continuous", [False, True])
-@pytest.mark.parametrize("core", EQUAL_CORES)
-def test_scan_gives_log_probs_and_values_of_the_rollout(core, continuous, set_threads):
+@pytest.mark.parametrize(("core", "feedforward"), [*((core, False) for core in EQUAL_CORES), ("s6", True)])
+def test_scan_gives_log_probs_and_values_of_the_rollout(core, feedforward, continuous, set_threads):
     dist = Bandit(continuous=True) if continuous else HIDDEN
-    policy = trained_policy(dist, core, continuous=continuous)
+    policy = trained_policy(dist, core, continuous=continuous, feedforward=feedforward)
     for count in ENVIRONMENTS:
         for threads in ((1, 2), (2, 1)):
             set_threads(threads[0])

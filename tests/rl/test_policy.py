@@ -1,3 +1,5 @@
+import pickle
+
 import numpy as np
 import pytest
 import torch
@@ -33,9 +35,9 @@ def test_forward_returns_one_tensor_of_logits_or_means(continuous):
 
 
 @pytest.mark.parametrize("continuous", [False, True])
-@pytest.mark.parametrize("num_layers", [1, 2])
-def test_scan_with_resets_equals_steps_with_resets(continuous, num_layers):
-    net, (x, reset) = policy(continuous=continuous, num_layers=num_layers), data()
+@pytest.mark.parametrize("options", [{}, {"num_layers": 2}, {"num_layers": 2, "feedforward": True}])
+def test_scan_with_resets_equals_steps_with_resets(continuous, options):
+    net, (x, reset) = policy(continuous=continuous, **options), data()
     whole, values, last = net.scan_tensors(x, None, reset)
     state = torch.full_like(net.init_hidden(4), torch.inf)  # the reset at step 0 must remove it
     steps = []
@@ -47,8 +49,9 @@ def test_scan_with_resets_equals_steps_with_resets(continuous, num_layers):
     assert torch.allclose(parameters, whole) and torch.allclose(v, values) and torch.allclose(state, last)
 
 
-def test_scan_packed_trials_equal_each_alone():
-    net, (x, _) = policy(), data(batch=1)
+@pytest.mark.parametrize("feedforward", [False, True])
+def test_scan_packed_trials_equal_each_alone(feedforward):
+    net, (x, _) = policy(feedforward=feedforward), data(batch=1)
     reset = torch.zeros(1, 9, dtype=torch.bool)
     reset[0, 6] = True  # an episode starts inside the second trial
     parameters, values, last = net.scan_tensors(x, None, reset, torch.tensor([0, 4, 9], dtype=torch.int32))
@@ -148,6 +151,38 @@ def test_load_returns_the_saved_policy(tmp_path):
     custom = SSMMetaPolicy(5, 3, 8, core=lambda dim, size: type(net.ssm.cores[0])(dim, size))
     with pytest.raises(ValueError, match=r"^SSMMetaPolicy.save: core is a custom callable"):
         custom.save(tmp_path / "custom")
+
+
+def test_load_returns_the_saved_policy_with_feedforward(tmp_path):
+    net, (x, _) = SSMMetaPolicy(5, 3, 8, core="s5", dt_min=0.2, dt_max=0.3, feedforward=True), data()
+    net.save(tmp_path / "policy")
+    again = SSMMetaPolicy.load(tmp_path / "policy")
+    assert torch.equal(net(x.float()), again(x.float())) and again.options == net.options
+    step = again.ssm.cores[0].core.log_dt.exp()
+    assert again.options["core"] == "s5" and 0.199 < step.min() <= step.max() < 0.301
+    assert torch.equal(pickle.loads(pickle.dumps(net))(x.float()), net(x.float()))
+
+
+def test_feedforward_layers_enclose_the_core():
+    class Tenfold(nn.Module):
+        state_shape = (1,)
+
+        def scan(self, x, state=None, reset=None):
+            return 10 * x, x.new_zeros(len(x), 1)
+
+        def step(self, x, state):
+            return 10 * x, state
+
+    net = SSMMetaPolicy(5, 3, 8, core=lambda dim, size: Tenfold(), feedforward=True).double()
+    layer, x = net.ssm.cores[0], torch.randn(4, 9, 8, dtype=torch.float64)
+
+    def perceptron(layer, x):
+        return layer.down(nn.functional.silu(layer.up(x)))
+
+    u = layer.norm_before(x + perceptron(layer.before, x))
+    want = 10 * u + perceptron(layer.after, layer.norm_after(11 * u))
+    y, state = layer.scan(x)
+    torch.testing.assert_close((y, layer.step(x[:, 0], state)[0]), (want, want[:, 0]))
 
 
 def test_init_step_sizes_are_ten_times_those_of_mamba():
