@@ -7,6 +7,7 @@ All variants have the same policy, training (RL^2 by PPO) and budget. They diffe
 - "gru": a GRU;
 - "s6": the selective scan alone;
 - "ssm": the whole block of Mamba, whose convolution computes differences between steps;
+- "s6 + feedforward": "s6" between perceptrons, with initial step sizes of at least 0.1;
 - "ssm + adapter": the policy of "ssm", which also takes gradient steps between the episodes of a trial.
 
 The learning rate of each is selected on tasks of the split "valid", with a seed that is not reported. Returns are those
@@ -36,7 +37,14 @@ from eaml_ext._statistics import confidence_interval
 from eaml_ext.rl import RL2, SSMMetaPolicy, feature_dim
 from eaml_ext.tasks import CartPoleTasks
 
-CORES: dict[str, Any] = {"mlp": Memoryless, "frames": Frames, "gru": GRU, "s6": "s6", "ssm": "mamba"}
+VARIANTS: dict[str, dict[str, Any]] = {
+    "mlp": {"core": Memoryless},
+    "frames": {"core": Frames},
+    "gru": {"core": GRU},
+    "s6": {"core": "s6"},
+    "ssm": {"core": "mamba"},
+    "s6 + feedforward": {"core": "s6", "feedforward": True, "dt_min": 0.1},
+}
 ADAPTED = "ssm + adapter"
 RATES = (1e-3, 3e-3)
 ADAPTER_RATES = (1e-3, 1e-2, 1e-1)
@@ -59,7 +67,7 @@ def run(
     torch.set_num_threads(1)
     torch.manual_seed(seed)
     dist = CartPoleTasks(hide_velocity=True, **tasks)
-    policy = SSMMetaPolicy(feature_dim(dist), dist.action_dim, HIDDEN, state_size=STATE, core=CORES[variant])
+    policy = SSMMetaPolicy(feature_dim(dist), dist.action_dim, HIDDEN, state_size=STATE, **VARIANTS[variant])
     trainer = RL2(policy, dist, **length, lr=rate, seed=seed)
     start, unseen = time.process_time(), dist.sample(64, split, seed)
     curve = []
@@ -145,24 +153,24 @@ def main() -> None:
                 save(path, results)
 
         candidates = [
-            submit(a, r, TUNING_SEED, "valid", ADAPTER_RATES if a == "ssm" else ()) for a in CORES for r in RATES
+            submit(a, r, TUNING_SEED, "valid", ADAPTER_RATES if a == "ssm" else ()) for a in VARIANTS for r in RATES
         ]
         columns = ("variant", "seed", "learning_rate", "returns", "adapted", "cpu_seconds")
         tuning = [keep(job.result(), *columns) for job in candidates]
-        best = {a: max((t for t in tuning if t["variant"] == a), key=lambda t: t["returns"][-1]) for a in CORES}
+        best = {a: max((t for t in tuning if t["variant"] == a), key=lambda t: t["returns"][-1]) for a in VARIANTS}
         rates = {a: t["learning_rate"] for a, t in best.items()}
         adapter_rate = float(max(best["ssm"]["adapted"].items(), key=lambda item: item[1][-1])[0])
         print("learning rates:", rates, "of the adapter:", adapter_rate, flush=True)
         jobs = [
             submit(a, rates[a], seed, "test", (adapter_rate,) if a == "ssm" else ())
-            for a in ("ssm", *(a for a in CORES if a != "ssm"))  # the slowest variant first
+            for a in ("ssm", *(a for a in VARIANTS if a != "ssm"))  # the slowest variant first
             for seed in range(flags.seeds)
         ]
         found = [job.result() for job in jobs] if flags.report else [keep(job.result(), *columns) for job in jobs]
         runs = [r for r in found if r is not None]
 
     table = {}
-    for variant in (*CORES, ADAPTED):
+    for variant in (*VARIANTS, ADAPTED):
         of_variant = [r for r in runs if r["variant"] == ("ssm" if variant == ADAPTED else variant)]
         returns = [r["adapted"][str(adapter_rate)] if variant == ADAPTED else r["returns"] for r in of_variant]
         if not of_variant:
@@ -195,11 +203,11 @@ def plot(path: Path, table: dict[str, Any], runs: list[dict[str, Any]], title: s
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(10, 4), layout="constrained")
+    figure = Figure(figsize=(11, 4), layout="constrained")
     FigureCanvasAgg(figure)
     left, right = figure.subplots(1, 2, sharey=True)
     for i, (variant, row) in enumerate(table.items()):
-        x = [e + 0.04 * (i - 2.5) for e in range(1, EPISODES + 1)]
+        x = [e + 0.04 * (i - (len(table) - 1) / 2) for e in range(1, EPISODES + 1)]
         left.errorbar(x, row["mean"], row["half"], marker="o", capsize=3, label=variant)
         curves = [r["curve"] for r in runs if r["variant"] == variant]
         if not curves:  # "ssm + adapter" has no training of its own
@@ -209,7 +217,7 @@ def plot(path: Path, table: dict[str, Any], runs: list[dict[str, Any]], title: s
     left.set(xlabel="episode of the trial", ylabel="return (500 at most)", xticks=range(1, EPISODES + 1), ylim=(0, 515))
     left.set_title("unseen tasks")
     right.set(xlabel="environment steps of training", title="last episode, during training")
-    left.legend(frameon=False)
+    figure.legend(loc="outside right center", frameon=False)
     figure.suptitle(title)
     figure.savefig(path, dpi=120)
 
