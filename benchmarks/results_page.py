@@ -134,9 +134,9 @@ def cartpole_rl(found: Any) -> Section:
     text = """CartPole with the action's sign flipped in half of the tasks and velocities hidden. The table has the
         return of each episode of a trial on unseen tasks, at most 500. The budget is equal for all, and each has the
         better of two learning rates. `frames` gets the last four inputs, and `ssm` is Mamba's block. `+ feedforward`
-        encloses the core in perceptrons; its step sizes start at 0.1 or above. These two options were chosen in 17
-        more runs on other seeds, a search that no other variant had. The adapter takes guarded steps of policy
-        gradient between the episodes of a trial."""
+        encloses the core in perceptrons, and the step sizes of that `s6` start at 0.1 or above. These two options
+        were chosen for `s6` in 17 more runs on other seeds, a search that no other variant had. The adapter takes
+        guarded steps of policy gradient between the episodes of a trial."""
     head = ["policy", "parameters", "seeds", *(f"episode {i + 1}" for i in range(episodes)), "CPU seconds"]
     return text, head, rows, "return over environment steps"
 

@@ -8,6 +8,7 @@ All variants have the same policy, training (RL^2 by PPO) and budget. They diffe
 - "s6": the selective scan alone;
 - "ssm": the whole block of Mamba, whose convolution computes differences between steps;
 - "s6 + feedforward": "s6" between perceptrons, with initial step sizes of at least 0.1;
+- "gru + feedforward": a GRU between perceptrons;
 - "ssm + adapter": the policy of "ssm", which also takes gradient steps between the episodes of a trial.
 
 The learning rate of each is selected on tasks of the split "valid", with a seed that is not reported. Returns are those
@@ -44,6 +45,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "s6": {"core": "s6"},
     "ssm": {"core": "mamba"},
     "s6 + feedforward": {"core": "s6", "feedforward": True, "dt_min": 0.1},
+    "gru + feedforward": {"core": GRU, "feedforward": True},
 }
 ADAPTED = "ssm + adapter"
 RATES = (1e-3, 3e-3)
