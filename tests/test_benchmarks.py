@@ -2,6 +2,7 @@
 
 import importlib
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -13,6 +14,7 @@ import torch
 sys.path.append(str(Path(__file__).parents[1]))  # last, so as not to hide an installed eaml_ext
 
 from benchmarks import common, results_page
+from benchmarks.experiments import main_job_streams, runs, switching_streams
 from benchmarks.ops import gpu_plots, gpu_small, gpu_tables, knn, scan_plot, scan_vs_mamba
 
 QUICK = (8, 128, 64, 16)
@@ -68,6 +70,17 @@ def test_labels_are_spread_in_their_order():
 def test_benchmark_module_imports(path):
     relative = path.relative_to(Path(common.__file__).parents[1]).with_suffix("")
     importlib.import_module(".".join(relative.parts).removesuffix(".__init__"))
+
+
+@pytest.mark.parametrize("module", [switching_streams, main_job_streams], ids=lambda module: module.__name__)
+def test_quick_run_of_streams_prints_every_variant_and_writes_no_file(module, monkeypatch, capsys, tmp_path):
+    monkeypatch.setattr(sys, "argv", ["", "--quick"])
+    monkeypatch.setattr(runs, "RESULTS", tmp_path)
+    module.main()  # compares Adapter.adapt_stream with StreamMAML.predict in every training
+    printed = capsys.readouterr().out
+    variants = [variant for some in module.TRAINED.values() for variant in some]
+    assert all(re.search(rf"\n\| {re.escape(variant)} \| \d\.\d{{4}} ±", printed) for variant in variants)
+    assert not any(tmp_path.iterdir())
 
 
 def test_save_load_restores_a_nest_with_rounded_numbers(tmp_path):
