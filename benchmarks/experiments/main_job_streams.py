@@ -17,7 +17,7 @@ are steps of the observation in the job's units, so copying the input has an err
 | job: ... | MetaMAML | as in benchmarks/results/main_job.json |
 
 "After 10 transitions" is the error that the job reports. Trainings of this experiment have equal CPU time, less than
-the job's, and begin with plain updates. The learning rate is the best of three on validation tasks, each after a
+the job's, and begin with plain updates. The learning rate is the best of four on validation tasks, each after a
 shorter training with another seed. Results depend on the speed of the machine, because trainings end by time.
 """
 
@@ -45,7 +45,7 @@ STREAMS = 32  # of an update
 FAST = ("ssm.head", "ssm.norm", "ssm.cores.0.out_proj")
 INNER_LR = 0.03
 PLAIN_SHARE = 0.1
-LRS = (5e-3, 1e-2, 2e-2)
+LRS = (5e-3, 1e-2, 2e-2, 4e-2)
 TRAINED = {
     "plain": ("frozen", "plain + Adapter"),
     "first order": ("first order",),

@@ -19,7 +19,7 @@ chunks of 16 steps. Errors are squared, in variances of an observation, on the s
 
 Every training has the same CPU time, by time.process_time, and by seed the same initial weights. The trainings with
 meta-updates begin with plain updates, which are cheaper. The learning rate decays to zero with the CPU time used. It is
-the best of three on validation systems, each after a shorter training with another seed. Results depend on the
+the best of four on validation systems, each after a shorter training with another seed. Results depend on the
 speed of the machine, because trainings end by time.
 
 "After a return" is the error in the two chunks after a switch to a system that the stream has had before.
@@ -49,7 +49,7 @@ FAST = ("head", "norm", "cores.0.out_proj")
 INNER_LR = 0.03  # step size at the start, for all fast weights
 SLOTS, NEIGHBOURS = CHUNKS, 2  # of the experience
 PLAIN_SHARE, WITHOUT_EXPERIENCE = 0.25, 0.6
-LRS = (5e-3, 1e-2, 2e-2)
+LRS = (5e-3, 1e-2, 2e-2, 4e-2)
 LOOKUPS = ((4, 0.5), (4, 1.0), (16, 0.5), (16, 1.0), (64, 1.0))  # neighbours, factor of their mean error
 TRAINED = {
     "plain": ("frozen", "plain + Adapter", "lookup only"),
