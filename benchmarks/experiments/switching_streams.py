@@ -18,9 +18,10 @@ chunks of 16 steps. Errors are squared, in variances of an observation, on the s
 | Kalman | none; true matrices, and the true mode of each step | bound |
 
 Every training has the same CPU time, by time.process_time, and by seed the same initial weights. The trainings with
-meta-updates begin with plain updates, which are cheaper. The learning rate decays to zero with the CPU time used. It is
-the best of four on validation systems, each after a shorter training with another seed. Results depend on the
-speed of the machine, because trainings end by time.
+meta-updates begin with plain updates, which are cheaper, until a quarter of the time. "+ experience" then trains as
+"second order" until 0.6 of it. The learning rate decays to zero with the CPU time used. It is the best of four on
+validation systems, each after a shorter training with another seed. Results depend on the speed of the machine, because
+trainings end by time.
 
 "After a return" is the error in the two chunks after a switch to a system that the stream has had before.
 """
