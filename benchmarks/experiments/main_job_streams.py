@@ -126,6 +126,12 @@ def job_errors(seeds: int) -> dict[str, list[dict[str, Any]]]:
     return {f"job: {name}": [{"mean": row["mean"]} for row in rows[:seeds]] for name, rows in table.items()}
 
 
+def tables(results: runs.Runs, seeds: int = 5) -> list[runs.Table]:
+    """Return the errors of all variants, those of the job among them, and the differences of some."""
+    errors = stream_training.errors_by_variant(results, TRAINED, seeds) | job_errors(seeds)
+    return [stream_training.error_table(errors, PARTS), stream_training.difference_table(errors, PARTS, DIFFERENCES)]
+
+
 def main() -> None:
     parser = runs.parser(__doc__, data=False)
     parser.add_argument("--seconds", type=float, default=40.0, help="CPU time of a training")
@@ -133,9 +139,7 @@ def main() -> None:
     results = runs.Runs("main_job_streams", flags.quick)
     if not flags.report:
         stream_training.run_all(results, run, TRAINED, flags, LRS)
-    errors = stream_training.errors_by_variant(results, TRAINED, flags.seeds) | job_errors(flags.seeds)
-    stream_training.print_errors(errors, PARTS)
-    stream_training.print_differences(errors, PARTS, DIFFERENCES)
+    print(runs.show(tables(results, flags.seeds)))
 
 
 if __name__ == "__main__":

@@ -90,8 +90,10 @@ class Runs:
 
 
 def interval(values: Iterable[float], digits: int = 4) -> str:
-    """Format mean and half the width of the 95 % interval of Student's t."""
+    """Format mean and half the width of the 95 % interval of Student's t; one value alone."""
     found = confidence_interval([*values])
+    if found["n"] == 1:
+        return f"{found['mean']:.{digits}f}"
     return f"{found['mean']:.{digits}f} ± {found['half']:.{digits}f}"
 
 

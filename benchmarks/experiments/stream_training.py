@@ -166,28 +166,31 @@ def run_all(
             results.run(function, training=training, lr=lr, **settings)
 
 
-def print_errors(errors: Mapping[str, Sequence[dict[str, Any]]], parts: Mapping[str, str]) -> None:
-    """Print means with intervals over seeds, and the seeds' errors of the first part.
+def error_table(errors: Mapping[str, Sequence[dict[str, Any]]], parts: Mapping[str, str]) -> runs.Table:
+    """Return means with intervals over seeds, and the seeds' errors of the first part.
 
     Args:
         errors: by variant and seed, then by part.
         parts: their headings.
     """
-    first = next(iter(parts))
-    print("| variant | " + " | ".join(parts.values()) + f" | {parts[first]}, by seed |")
-    print("|---" * (len(parts) + 2) + "|")
-    for variant, rows in errors.items():
-        cells = [runs.interval(row[part] for row in rows) if part in rows[0] else "" for part in parts]
-        print(f"| {variant} | " + " | ".join(cells) + " | " + ", ".join(f"{row[first]:.4f}" for row in rows) + " |")
+    first, rows = next(iter(parts)), []
+    for variant, found in errors.items():
+        if not found:  # of an experiment that has not ended
+            continue
+        cells = [runs.interval(row[part] for row in found) if part in found[0] else "" for part in parts]
+        rows.append([variant, *cells, ", ".join(f"{row[first]:.4f}" for row in found)])
+    return "", ["variant", *parts.values(), f"{parts[first]}, by seed"], rows
 
 
-def print_differences(
+def difference_table(
     errors: Mapping[str, Sequence[dict[str, Any]]], parts: Mapping[str, str], pairs: Sequence[tuple[str, str]]
-) -> None:
-    """Print differences of variants, paired by seed, with 95 % intervals."""
-    print("\n| paired by seed | " + " | ".join(parts.values()) + " |\n" + "|---" * (len(parts) + 1) + "|")
+) -> runs.Table:
+    """Return differences of variants, paired by seed, with 95 % intervals."""
+    rows = []
     for first, second in pairs:
         a, b = errors.get(first, []), errors.get(second, [])
         if len(a) == len(b) > 1:
             gaps = [runs.paired([r[part] for r in a], [r[part] for r in b]) for part in parts if part in b[0]]
-            print(f"| {first} - {second} | " + " | ".join(f"{g['mean']:+.4f} ± {g['half']:.4f}" for g in gaps) + " |")
+            cells = [f"{g['mean']:+.4f} ± {g['half']:.4f}" for g in gaps]
+            rows.append([f"{first} - {second}", *cells, *[""] * (len(parts) - len(cells))])
+    return "", ["paired by seed", *parts.values()], rows

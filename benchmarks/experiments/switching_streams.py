@@ -190,10 +190,21 @@ def run(training: str, lr: float, seed: int, seconds: float, split: str, brief: 
     return {**found, "errors": {name: figures(data, y) for name, y in predictions.items()}}
 
 
-def kalman(data: Streams) -> dict[str, Any]:
+def kalman(training: str, brief: bool) -> runs.Line:
     """The figures of the Kalman filter, which has the matrices and the mode of each step."""
+    data = drawn(BRIEF if brief else TEST, "test")
     y = TASKS.kalman(data.tasks, data.observations.unsqueeze(1), data.modes.unsqueeze(1))[0]
-    return figures(data, y[:, 0, FRAMES - 1 :].to(data.y))
+    return {"errors": {training: figures(data, y[:, 0, FRAMES - 1 :].to(data.y))}}
+
+
+def tables(results: runs.Runs, seeds: int = 5) -> list[runs.Table]:
+    """Return the errors of all variants, and the differences of some."""
+    errors = stream_training.errors_by_variant(results, TRAINED, seeds)
+    bound = {line["settings"]["training"]: [line["errors"]["Kalman"]] for line in results.find(training="Kalman")}
+    return [
+        stream_training.error_table({**errors, **bound}, PARTS),
+        stream_training.difference_table(errors, PARTS, DIFFERENCES),
+    ]
 
 
 def main() -> None:
@@ -203,10 +214,8 @@ def main() -> None:
     results = runs.Runs("switching_streams", flags.quick)
     if not flags.report:
         stream_training.run_all(results, run, TRAINED, flags, LRS)
-    errors = stream_training.errors_by_variant(results, TRAINED, flags.seeds)
-    bound = kalman(drawn(BRIEF if flags.quick else TEST, "test"))
-    stream_training.print_errors({**errors, "Kalman": [bound] * flags.seeds}, PARTS)
-    stream_training.print_differences(errors, PARTS, DIFFERENCES)
+        results.run(kalman, training="Kalman", brief=flags.quick)
+    print(runs.show(tables(results, flags.seeds)))
 
 
 if __name__ == "__main__":
