@@ -89,14 +89,6 @@ def test_chunks_show_labels_and_end_with_the_failure(files):
     assert y[owners == 5][-1, -1, turbofan.LABEL] == -0.5
 
 
-def test_labelled_experience_never_finds_own_chunks():
-    experience = remaining_life.LabelledExperience(torch.nn.Linear(15, 8), slots=4, k=2)
-    past = torch.randn(1, 2, 16, 15)
-    keys, query = experience.begin(past, 2), experience.embedding(torch.randn(1, 16, 15))
-    found = experience.read(query, experience.write(query, keys, 2), 3)
-    assert found is not None and sorted(found[0][0].tolist()) == [0, 1]
-
-
 def test_predictions_do_not_depend_on_labels_or_later_rows(files, tmp_path, short_chunks):
     other = remaining_life.Experiment(write_files(tmp_path, [90, 1, 44]))
     experiment = remaining_life.Experiment(files)

@@ -66,7 +66,6 @@ STREAM_LR, STEP_SIZE_LR = 5e-4, 0.1
 FAST = ["norms", "norm"]
 INNER_LR = {"plain": 1.0, "first order": 0.3, "second order": 0.3, "experience": 0.1}
 SLOTS, PAST, FOUND, TEMPERATURE = 400, 64, 4, 0.1  # of the memory; 64 chunks are in it in training, all at test time
-FAR = 1e3  # added to the keys of own chunks
 NEIGHBOURS, STRIDE = 32, 4  # of the lookup; every fourth step of a training engine is in its memory
 PUBLISHED = [  # method, RMSE, score
     ("an earlier code base", 21.80, 906.0),
@@ -163,19 +162,13 @@ def fit_plainly(model: SSM, fitted: Batch, lr: float, seconds: float, seed: int,
     return updates
 
 
-class LabelledExperience(StreamExperience):
-    """A memory of training engines alone: the stream's own chunks have no labels, so none is ever found."""
-
-    def write(self, query: Tensor, keys: Tensor, written: int) -> Tensor:
-        return super().write(query.detach() + FAR, keys, written)
-
-
 def make_stream(model: SSM, training: str) -> StreamMAML:
     """Return the training of a variant through its updates."""
     experience = None
     if training == "experience":
         encoder = nn.Linear(len(SENSORS) + 1, 8)
-        experience = LabelledExperience(encoder, SLOTS, FOUND, temperature=TEMPERATURE)
+        # The stream's own chunks have no labels.
+        experience = StreamExperience(encoder, SLOTS, FOUND, temperature=TEMPERATURE, own_chunks=False)
     return StreamMAML(
         model,
         INNER_LR[training],

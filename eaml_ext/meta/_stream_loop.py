@@ -175,10 +175,11 @@ class StreamLoop:
         """Search the memory for chunk ``due``; return the chunks found, and the keys with its own embedding."""
         if self.experience is None:
             return None, {}
-        written = streams.past + due
+        own = self.experience.own_chunks
+        written = streams.past + (due if own else 0)
         query = self.experience.embedding(streams.chunks[due]["x"][:, 0])
         found = self.experience.read(query, carry["keys"], written)
-        keys = {"keys": self.experience.write(query, carry["keys"], written)}
+        keys = {"keys": self.experience.write(query, carry["keys"], written) if own else carry["keys"]}
         if found is None:
             return None, keys
         numbers, weights = found

@@ -39,6 +39,8 @@ class StreamExperience(nn.Module):
         weight: the initial weight of their loss.
         temperature: of the softmax, in units of the squared distance.
         soft: False: the chunks found have equal weights, so the encoder gets no gradient.
+        own_chunks: False: a stream's own chunks are not written, so that the memory keeps those given at the start
+            (``past``, :meth:`fill`): they may have labels that the stream does not have.
 
     Attributes:
         log_weight: the logarithm of the weight, scalar, learned.
@@ -60,6 +62,7 @@ class StreamExperience(nn.Module):
         weight: float = 1.0,
         temperature: float = 1.0,
         soft: bool = True,
+        own_chunks: bool = True,
     ):
         super().__init__()
         where = "StreamExperience"
@@ -74,6 +77,7 @@ class StreamExperience(nn.Module):
             raise ValueError(f"{where}: weight must be finite, got {weight!r}")
         self.temperature = check_temperature(where, temperature)
         self.soft = _check.flag(where, "soft", soft)
+        self.own_chunks = _check.flag(where, "own_chunks", own_chunks)
         self.encoder = encoder
         like = reference_weight(encoder)
         self.log_weight = nn.Parameter(torch.tensor(math.log(weight), dtype=like.dtype, device=like.device))
@@ -180,6 +184,6 @@ class StreamExperience(nn.Module):
                 weights = found.attention(self.temperature) if self.soft else query.new_full((count,), 1 / count)
                 like = states if states.is_floating_point() else query  # tokens do not have the model's dtype
                 result = {**found.batch(), "weights": weights.to(like)}
-            if result is None or result["states"].shape[1:] == states.shape[1:]:
+            if self.own_chunks and (result is None or result["states"].shape[1:] == states.shape[1:]):
                 buffer.add(states[0], targets[0], context_embedding=query)
         return result

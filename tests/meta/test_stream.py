@@ -250,10 +250,11 @@ def test_adapt_stream_open_guards_equals_the_inner_loop(core, delay):
 
 
 @pytest.mark.parametrize("soft", [True, False])
-@pytest.mark.parametrize("filled", [False, True])
-def test_adapt_stream_with_a_buffer_finds_the_neighbours_of_the_inner_loop(soft, filled):
+@pytest.mark.parametrize("filled, own", [(False, True), (True, True), (True, False)])
+def test_adapt_stream_with_a_buffer_finds_the_neighbours_of_the_inner_loop(soft, filled, own):
     torch.manual_seed(0)
     experience = StreamExperience(SSMLayer(3, 5, state_size=4), slots=5, k=3, weight=2.0, temperature=0.01, soft=soft)
+    experience.own_chunks = own
     model = SSM(3, 8, 3, state_size=4)
     maml = StreamMAML(model, 0.3, 1e-2, chunk_size=CHUNK, experience=experience, inner_steps=2)
     x, y = (t.float() for t in streams(count=1, time=62))
@@ -286,7 +287,7 @@ def test_adapt_stream_with_a_buffer_finds_the_neighbours_of_the_inner_loop(soft,
     for got, want in zip(found[:-1], in_loop, strict=True):  # the loop takes no step after the last chunk
         assert (got is None) == (want is None)
         assert got is None or torch.equal(got, items[want[0][0]])
-    assert (found[0] is None) != filled and len(buffer) == 5
+    assert (found[0] is None) != filled and len(buffer) == (5 if own else 3)
     torch.testing.assert_close(predictions, expected, rtol=1e-6, atol=1e-6)
 
 
