@@ -14,7 +14,7 @@ from torch.func import functional_call, jacfwd, vmap
 from eaml_ext import MetaMAML
 
 Params = dict[str, Tensor]
-SEGMENT = 5  # steps that training predicts after its first part of one step
+SEGMENT = 5  # steps that the second part of training predicts
 
 
 @dataclass(frozen=True)
@@ -26,21 +26,19 @@ class Config:
         hidden: width of the two hidden layers.
         context: numbers in the context vector.
         substeps: solver steps between two states.
-        lr: peak learning rate of one-step training; ``long_lr``: of training on segments.
-        last_lr: of the second part; the meta-learners have ``meta_lr``.
+        lr: peak learning rate of the first part; ``segment_lr``: of the second; ``meta_lr``: that of meta-learners.
         inner_lr: step size at which the learned ones start; ``inner_steps``: their number.
         support: trajectories of a task's support set in training; the query set has ``query``.
     """
 
-    first_seconds: float = 32.0
-    second_seconds: float = 20.0
-    hidden: int = 24
+    first_seconds: float = 40.0
+    second_seconds: float = 14.0
+    hidden: int = 64
     context: int = 2
     substeps: int = 1
     lr: float = 1e-2
-    long_lr: float = 3e-3
-    last_lr: float = 1e-3
-    meta_lr: float = 5e-5
+    segment_lr: float = 3e-4
+    meta_lr: float = 1e-4
     inner_lr: float = 0.5
     inner_steps: int = 6
     support: int = 4
@@ -132,7 +130,7 @@ class ClippedAdam(torch.optim.Adam):
     """Adam that clips the gradient to the norm 1."""
 
     def __init__(self, params: Any, lr: float = 1e-3):
-        super().__init__(params, lr, betas=(0.9, 0.99))
+        super().__init__(params, lr)
 
     def step(self, closure: None = None) -> None:  # type: ignore[override]
         nn.utils.clip_grad_norm_([p for group in self.param_groups for p in group["params"]], 1.0)
@@ -165,13 +163,6 @@ def train_joint(
         ((stacked(chosen) - chosen) / model.std).square().mean().backward()
         optimizer.step()
     contexts.copy_(stacked.own["context"].detach())
-
-
-def train_first(model: VectorField, contexts: Tensor, data: Tensor, config: Config, learn: bool) -> None:
-    """Train the first part: a third of its time on one step, the rest on segments."""
-    third = config.first_seconds / 3
-    train_joint(model, contexts, data, 1, config.lr, third, learn)
-    train_joint(model, contexts, data, SEGMENT, config.long_lr, 2 * third, learn)
 
 
 def curvatures(model: VectorField, data: Tensor) -> Tensor:

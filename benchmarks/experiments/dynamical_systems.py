@@ -19,8 +19,8 @@ the published time step solves it. All variants have this network and equal CPU 
 | first order | joint for the first part, then MetaMAML on the context, first order | inner steps, then the Adapter |
 | second order | joint for the first part, then MetaMAML, exact second order | inner steps, then the Adapter |
 
-The first part predicts one step from each state, then ``SEGMENT`` steps. The inner loop takes steps of learned size on
-the one-step loss of the support set, divided by its curvature in the context (:func:`support_set`).
+The first part of training predicts one step from each state, the second ``SEGMENT`` steps. The inner loop takes steps
+of learned size on the one-step loss of the support set, divided by its curvature in the context (:func:`support_set`).
 
 Step size and number of steps of the Adapter are chosen for each run on four validation environments, which are neither
 training nor test environments. A variant with a context has three candidates, plain + Adapter six. Both papers select
@@ -51,7 +51,6 @@ from benchmarks.experiments.dynamical_model import (
     mse,
     precondition,
     support_set,
-    train_first,
     train_joint,
     train_meta,
 )
@@ -64,7 +63,7 @@ CHECKPOINTS = (0, 40, 100)  # steps of the Adapter
 
 CONFIGS = {
     "lotka_volterra": Config(),
-    "glycolytic_oscillator": Config(hidden=64, context=4, substeps=2, meta_lr=1e-4, inner_steps=5),
+    "glycolytic_oscillator": Config(context=4, substeps=2),
 }
 
 
@@ -144,8 +143,8 @@ def evaluate(
 def run_plain(model: VectorField, data: Data, config: Config) -> Line:
     """Train one field for all environments and measure it without and with an Adapter."""
     zeros = torch.zeros(len(data.train), config.context)
-    train_first(model, zeros, data.train, config, learn=False)
-    train_joint(model, zeros, data.train, SEGMENT, config.last_lr, config.second_seconds, learn=False)
+    train_joint(model, zeros, data.train, 1, config.lr, config.first_seconds, learn=False)
+    train_joint(model, zeros, data.train, SEGMENT, config.segment_lr, config.second_seconds, learn=False)
     own = {name: p.detach() for name, p in model.named_parameters() if name != "context"}
 
     def start(support: Tensor, layers: str) -> Params:
@@ -160,11 +159,11 @@ def run_plain(model: VectorField, data: Data, config: Config) -> Line:
 def run_context(model: VectorField, data: Data, config: Config) -> Line:
     """Train the variants with a context; the first part of training, which they share, counts for each of them."""
     contexts = torch.randn(len(data.train), config.context) / 2
-    train_first(model, contexts, data.train, config, learn=True)
+    train_joint(model, contexts, data.train, 1, config.lr, config.first_seconds)
     precondition(model, contexts, data.train)
     candidates = [("context", 1e-2)]
     results, joint = {}, copy.deepcopy(model)
-    train_joint(joint, contexts, data.train, SEGMENT, config.last_lr, config.second_seconds)
+    train_joint(joint, contexts, data.train, SEGMENT, config.segment_lr, config.second_seconds)
     mean = contexts.mean(0)
     results["joint + Adapter"] = evaluate(
         joint, lambda support, _: {"context": mean.expand(len(support), -1)}, candidates, data
@@ -207,8 +206,8 @@ def main() -> None:
         config = CONFIGS[system]
         if chosen.quick:
             config = replace(config, first_seconds=3.0, second_seconds=2.0)
-        for seed in range(1 if chosen.quick else chosen.seeds):
-            for group in ("context", "plain"):
+        for group in ("context", "plain"):
+            for seed in range(1 if chosen.quick else chosen.seeds):
                 runs.run(run, system=system, group=group, seed=seed, config=vars(config))
     for system in chosen.systems:
         report(runs, system)
