@@ -31,14 +31,14 @@ class Config:
         support: trajectories of a task's support set in training; the query set has ``query``.
     """
 
-    first_seconds: float = 40.0
+    first_seconds: float = 25.0
     second_seconds: float = 14.0
     hidden: int = 64
     context: int = 2
     substeps: int = 1
     lr: float = 1e-2
     segment_lr: float = 3e-4
-    meta_lr: float = 1e-4
+    meta_lr: float = 2e-4
     inner_lr: float = 0.5
     inner_steps: int = 6
     support: int = 4

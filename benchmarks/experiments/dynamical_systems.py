@@ -161,16 +161,15 @@ def run_context(model: VectorField, data: Data, config: Config) -> Line:
     contexts = torch.randn(len(data.train), config.context) / 2
     train_joint(model, contexts, data.train, 1, config.lr, config.first_seconds)
     precondition(model, contexts, data.train)
-    candidates = [("context", 1e-2)]
     results, joint = {}, copy.deepcopy(model)
     train_joint(joint, contexts, data.train, SEGMENT, config.segment_lr, config.second_seconds)
     mean = contexts.mean(0)
     results["joint + Adapter"] = evaluate(
-        joint, lambda support, _: {"context": mean.expand(len(support), -1)}, candidates, data
+        joint, lambda support, _: {"context": mean.expand(len(support), -1)}, [("context", 3e-2)], data
     )
     for variant in ("first order", "second order"):
         maml = train_meta(copy.deepcopy(model), data.train, config, variant == "first order")
-        results[variant] = evaluate(maml.model, partial(inner_steps, maml), candidates, data)
+        results[variant] = evaluate(maml.model, partial(inner_steps, maml), [("context", 1e-2)], data)
         results[variant] |= {"skipped": maml.skipped_updates, "rates": maml.inner_lrs["context"].tolist()}
     return results
 
