@@ -20,6 +20,8 @@ from benchmarks.experiments.dynamical_model import (
     segments,
     support_set,
 )
+from benchmarks.experiments.dynamical_systems import CONFIGS, tables
+from benchmarks.experiments.runs import Runs
 
 # scipy.integrate.solve_ivp with its defaults: the last state of trajectory 0 in a test environment
 SCIPY = {
@@ -90,3 +92,23 @@ def test_support_set_weight_makes_the_mean_curvature_one(trained):
     assert float(gauss_newton.diagonal().mean()) == pytest.approx(1)
     error = ((model(x) - x) / model.std).square().mean()
     assert loss_fn(model)(model(x), target).item() == pytest.approx((error * target[0, -1, 0]).item())
+
+
+def test_tables_lines_of_other_settings_are_left_out():
+    system, config = "lotka_volterra", vars(CONFIGS["lotka_volterra"])
+    store = Runs("dynamical_systems", quick=True)
+
+    def add(seed, config, errors):
+        settings = {"system": system, "group": "context", "seed": seed, "config": config}
+        variants = {name: {"in_domain": error, "out": error} for name, error in errors.items()}
+        store.lines.append({"settings": settings, "variants": variants})
+
+    add(0, {**config, "hidden": 5}, {"first order": 1.0, "second order": 1.0})
+    assert tables(store) == []
+    add(0, config, {"first order": 3e-5, "second order": 1e-5})
+    add(1, config, {"first order": 5e-5, "second order": 3e-5})
+    [(_, _, rows)] = tables(store)
+    assert [row[0] for row in rows[:2]] == ["first order", "second order"]
+    assert [row[2].split()[0] for row in rows[:2]] == ["4.00", "2.00"]
+    assert rows[0][3] == "-2.00 ± 0.00"
+    assert len({len(row) for row in rows}) == 1

@@ -9,7 +9,7 @@ An environment is one setting of the parameters. Initial conditions depend on th
 NumPy's legacy generator with seed j in training, and with 2^31 - 1 - j in tests.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import product
 
@@ -19,6 +19,7 @@ from torch import Tensor
 
 Array = np.ndarray
 Environments = list[tuple[float, float]]
+TESTED = [2**31 - 1 - j for j in range(32)]  # seeds of the initial conditions in tests
 
 NODES = np.array([0, 1 / 5, 3 / 10, 4 / 5, 8 / 9, 1, 1])
 STAGES = [
@@ -133,11 +134,14 @@ class System:
     def step(self) -> float:
         return self.horizon / 20
 
-    def simulate(self, environments: Environments, seeds: list[int]) -> Tensor:
-        """Return trajectories ``(environments, len(seeds), 20, dim)`` in float64."""
+    def simulate(self, environments: Environments, seeds: Sequence[int], rtol: float = 1e-3) -> Tensor:
+        """Return trajectories ``(environments, len(seeds), 20, dim)`` in float64; the published ``rtol`` is 1e-3."""
         low, high = np.array(self.low), np.array(self.high)
         starts = [low + np.random.RandomState(seed).random_sample(len(low)) * (high - low) for seed in seeds]
-        runs = [[solve(lambda x, e=e: self.field(x, *e), x, self.times) for x in starts] for e in environments]
+        runs = [
+            [solve(lambda x, e=e: self.field(x, *e), x, self.times, rtol, rtol / 1e3) for x in starts]
+            for e in environments
+        ]
         return torch.from_numpy(np.array(runs))
 
 
@@ -186,14 +190,13 @@ class Data:
 
     @classmethod
     def of(cls, system: System) -> "Data":
-        tested = [2**31 - 1 - j for j in range(32)]
         validated = [10**6 + j for j in range(33)]
         return cls(
             system.simulate(system.train, [*range(system.trajectories)]),
             system.simulate(system.train, validated[1:]),
-            system.simulate(system.train, tested),
+            system.simulate(system.train, TESTED),
             system.simulate(system.valid, validated[:1]),
             system.simulate(system.valid, validated[1:]),
             system.simulate(system.test, [0]),
-            system.simulate(system.test, tested),
+            system.simulate(system.test, TESTED),
         )

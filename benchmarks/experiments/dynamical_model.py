@@ -29,20 +29,22 @@ class Config:
         lr: peak learning rate of the first part; ``segment_lr``: of the second; ``meta_lr``: that of meta-learners.
         inner_lr: step size at which the learned ones start; ``inner_steps``: their number.
         support: trajectories of a task's support set in training; the query set has ``query``.
+        batch: segments of an environment in an update without an inner loop, at most.
     """
 
-    first_seconds: float = 25.0
-    second_seconds: float = 14.0
-    hidden: int = 64
+    first_seconds: float = 30.0
+    second_seconds: float = 30.0
+    hidden: int = 32
     context: int = 2
     substeps: int = 1
     lr: float = 1e-2
-    segment_lr: float = 3e-4
-    meta_lr: float = 2e-4
+    segment_lr: float = 1e-3
+    meta_lr: float = 1e-3
     inner_lr: float = 0.5
     inner_steps: int = 6
     support: int = 4
     query: int = 4
+    batch: int = 128
 
 
 class VectorField(nn.Module):
@@ -52,7 +54,8 @@ class VectorField(nn.Module):
         states: any ``(..., dim)``; the field works in units of their standard deviation.
         config: sizes.
 
-    ``forward`` takes ``(n, states, dim)``, reads the first state of each row and returns all states.
+    ``forward`` takes ``(..., n, states, dim)`` with a context ``(..., context)``, reads the first state of each row and
+    returns all states.
     """
 
     mean: Tensor
@@ -69,23 +72,25 @@ class VectorField(nn.Module):
         self.output = nn.Linear(hidden, (1 + config.context) * dim)
 
     def forward(self, x: Tensor) -> Tensor:
-        mixture = torch.cat([torch.ones_like(self.context[:1]), self.context])
-        weight = torch.einsum("k,kdh->dh", mixture, self.output.weight.unflatten(0, (len(mixture), -1)))
-        bias = mixture @ self.output.bias.unflatten(0, (len(mixture), -1))
+        mixture = torch.cat([torch.ones_like(self.context[..., :1]), self.context], -1)
+        parts = mixture.shape[-1]
+        weight = torch.einsum("...k,kdh->...hd", mixture, self.output.weight.unflatten(0, (parts, -1)))
+        bias = (mixture @ self.output.bias.unflatten(0, (parts, -1))).unsqueeze(-2)
 
         def slope(z: Tensor) -> Tensor:
-            return F.linear(F.silu(self.second(F.silu(self.first(z)))), weight, bias)
+            return F.silu(self.second(F.silu(self.first(z)))) @ weight + bias
 
-        z, step, states = (x[:, 0] - self.mean) / self.std, 1 / self.substeps, []
+        z, step, states = (x[..., 0, :] - self.mean) / self.std, 1 / self.substeps, []
         states.append(z)
-        for _ in range(x.shape[1] - 1):
+        for _ in range(x.shape[-2] - 1):
             for _ in range(self.substeps):
                 a = slope(z)
-                b = slope(z + step / 2 * a)
-                c = slope(z + step / 2 * b)
-                z = z + step / 6 * (a + 2 * (b + c) + slope(z + step * c))
+                b = slope(torch.add(z, a, alpha=step / 2))
+                c = slope(torch.add(z, b, alpha=step / 2))
+                d = slope(torch.add(z, c, alpha=step))
+                z = torch.add(z, a + 2 * (b + c) + d, alpha=step / 6)
             states.append(z)
-        return torch.stack(states, 1) * self.std + self.mean
+        return torch.stack(states, -2) * self.std + self.mean
 
 
 class Stacked(nn.Module):
@@ -102,6 +107,9 @@ class Stacked(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         own = {name.replace("/", "."): p for name, p in self.own.items()}
+        if [*own] == ["context"]:  # the field has this case itself, twice as fast
+            result: Tensor = functional_call(self.shared[0], own, (x,))
+            return result
         return vmap(lambda params, x: functional_call(self.shared[0], params, (x,)))(own, x)
 
 
@@ -150,15 +158,27 @@ def paced(optimizer: torch.optim.Optimizer, lr: float, seconds: float) -> Iterat
 
 
 def train_joint(
-    model: VectorField, contexts: Tensor, data: Tensor, steps: int, lr: float, seconds: float, learn: bool = True
+    model: VectorField, contexts: Tensor, data: Tensor, config: Config, second: bool = False, learn: bool = True
 ) -> None:
-    """Train the field and a context of each environment, ``(environments, context)``, by gradient descent on both."""
+    """Train the field and a context of each environment, ``(environments, context)``, by gradient descent on both.
+
+    Args:
+        model: the field.
+        contexts: changed in place.
+        data: trajectories of each environment.
+        config: settings.
+        second: the second part of training, in place of the first.
+        learn: train the contexts, too.
+    """
+    steps, lr, seconds = (
+        (SEGMENT, config.segment_lr, config.second_seconds) if second else (1, config.lr, config.first_seconds)
+    )
     x = segments(data, steps)
     stacked = Stacked(model, {"context": contexts})
     params = [p for name, p in model.named_parameters() if name != "context"]
     optimizer = ClippedAdam([*params, *stacked.own.values()] if learn else params)
     for _ in paced(optimizer, lr, seconds):
-        chosen = x[:, torch.randint(x.shape[1], (min(x.shape[1], 256),))]
+        chosen = x[:, torch.randint(x.shape[1], (min(x.shape[1], config.batch),))]
         optimizer.zero_grad()
         ((stacked(chosen) - chosen) / model.std).square().mean().backward()
         optimizer.step()
