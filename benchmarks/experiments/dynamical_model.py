@@ -4,6 +4,7 @@ import math
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -30,6 +31,7 @@ class Config:
         inner_lr: step size at which the learned ones start; ``inner_steps``: their number.
         support: trajectories of a task's support set in training; the query set has ``query``.
         batch: segments of an environment in an update without an inner loop, at most.
+        weight_decay: AdamW's; contexts that are trained jointly have none.
     """
 
     first_seconds: float = 30.0
@@ -45,6 +47,7 @@ class Config:
     support: int = 4
     query: int = 4
     batch: int = 128
+    weight_decay: float = 0.0
 
 
 class VectorField(nn.Module):
@@ -135,10 +138,10 @@ def mse(predictions: Tensor, trajectories: Tensor) -> float:
 
 
 class ClippedAdam(torch.optim.Adam):
-    """Adam that clips the gradient to the norm 1."""
+    """AdamW that clips the gradient to the norm 1."""
 
     def __init__(self, params: Any, lr: float = 1e-3):
-        super().__init__(params, lr)
+        super().__init__(params, lr, decoupled_weight_decay=True)
 
     def step(self, closure: None = None) -> None:  # type: ignore[override]
         nn.utils.clip_grad_norm_([p for group in self.param_groups for p in group["params"]], 1.0)
@@ -176,7 +179,8 @@ def train_joint(
     x = segments(data, steps)
     stacked = Stacked(model, {"context": contexts})
     params = [p for name, p in model.named_parameters() if name != "context"]
-    optimizer = ClippedAdam([*params, *stacked.own.values()] if learn else params)
+    groups = [{"params": params, "weight_decay": config.weight_decay}, {"params": [*stacked.own.values()]}]
+    optimizer = ClippedAdam(groups if learn else groups[:1])
     for _ in paced(optimizer, lr, seconds):
         chosen = x[:, torch.randint(x.shape[1], (min(x.shape[1], config.batch),))]
         optimizer.zero_grad()
@@ -216,9 +220,10 @@ def support_set(trajectories: Tensor, curvature: Tensor) -> tuple[Tensor, Tensor
     return x, weighted(x, 1 / curvature.mean(0).diagonal().mean())
 
 
-def meta_optimizer(leaves: list[Tensor], lr: float) -> ClippedAdam:
-    """Return Adam for the parameters and, with thirty times their rate, for the inner step sizes, the last leaf."""
-    return ClippedAdam([{"params": leaves[:-1]}, {"params": leaves[-1:], "factor": 30}], lr)
+def meta_optimizer(weight_decay: float, leaves: list[Tensor], lr: float) -> ClippedAdam:
+    """Return AdamW for the parameters and, with thirty times their rate, for the inner step sizes, the last leaf."""
+    groups = [{"params": leaves[:-1], "weight_decay": weight_decay}, {"params": leaves[-1:], "factor": 30}]
+    return ClippedAdam(groups, lr)
 
 
 def train_meta(model: VectorField, data: Tensor, config: Config, first_order: bool) -> MetaMAML:
@@ -229,7 +234,7 @@ def train_meta(model: VectorField, data: Tensor, config: Config, first_order: bo
         config.meta_lr,
         first_order,
         inner_steps=config.inner_steps,
-        optimizer=meta_optimizer,
+        optimizer=partial(meta_optimizer, config.weight_decay),
         learn_inner_lr=True,
         inner_parameters="context",
     )
