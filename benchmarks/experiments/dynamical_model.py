@@ -31,11 +31,11 @@ class Config:
         inner_lr: step size at which the learned ones start; ``inner_steps``: their number.
         support: trajectories of a task's support set in training; the query set has ``query``.
         batch: segments of an environment in an update without an inner loop, at most.
-        weight_decay: AdamW's; contexts that are trained jointly have none.
+        weight_decay: AdamW's, of the field and of the contexts.
     """
 
-    first_seconds: float = 30.0
-    second_seconds: float = 30.0
+    first_seconds: float = 40.0
+    second_seconds: float = 60.0
     hidden: int = 32
     context: int = 2
     substeps: int = 1
@@ -140,8 +140,8 @@ def mse(predictions: Tensor, trajectories: Tensor) -> float:
 class ClippedAdam(torch.optim.Adam):
     """AdamW that clips the gradient to the norm 1."""
 
-    def __init__(self, params: Any, lr: float = 1e-3):
-        super().__init__(params, lr, decoupled_weight_decay=True)
+    def __init__(self, params: Any, lr: float = 1e-3, weight_decay: float = 0.0):
+        super().__init__(params, lr, weight_decay=weight_decay, decoupled_weight_decay=True)
 
     def step(self, closure: None = None) -> None:  # type: ignore[override]
         nn.utils.clip_grad_norm_([p for group in self.param_groups for p in group["params"]], 1.0)
@@ -179,8 +179,7 @@ def train_joint(
     x = segments(data, steps)
     stacked = Stacked(model, {"context": contexts})
     params = [p for name, p in model.named_parameters() if name != "context"]
-    groups = [{"params": params, "weight_decay": config.weight_decay}, {"params": [*stacked.own.values()]}]
-    optimizer = ClippedAdam(groups if learn else groups[:1])
+    optimizer = ClippedAdam([*params, *stacked.own.values()] if learn else params, weight_decay=config.weight_decay)
     for _ in paced(optimizer, lr, seconds):
         chosen = x[:, torch.randint(x.shape[1], (min(x.shape[1], config.batch),))]
         optimizer.zero_grad()
@@ -222,8 +221,8 @@ def support_set(trajectories: Tensor, curvature: Tensor) -> tuple[Tensor, Tensor
 
 def meta_optimizer(weight_decay: float, leaves: list[Tensor], lr: float) -> ClippedAdam:
     """Return AdamW for the parameters and, with thirty times their rate, for the inner step sizes, the last leaf."""
-    groups = [{"params": leaves[:-1], "weight_decay": weight_decay}, {"params": leaves[-1:], "factor": 30}]
-    return ClippedAdam(groups, lr)
+    groups = [{"params": leaves[:-1]}, {"params": leaves[-1:], "factor": 30, "weight_decay": 0.0}]
+    return ClippedAdam(groups, lr, weight_decay)
 
 
 def train_meta(model: VectorField, data: Tensor, config: Config, first_order: bool) -> MetaMAML:
