@@ -147,7 +147,8 @@ bench: $(VENV)/demo  ## the kernel benchmarks in brief
 	$(BIN)/python -m benchmarks.run --quick
 
 # Files and plots in benchmarks/results, and docs/results.md made from them.
-EXPERIMENTS := sinusoid noisy_sinusoid hidden_rotation switching_lds cartpole_rl switching_streams main_job_streams
+EXPERIMENTS := sinusoid noisy_sinusoid hidden_rotation switching_lds cartpole_rl switching_streams main_job_streams \
+	dynamical_systems
 experiments: $(VENV)/demo  ## every experiment on a small budget, one seed; minutes, writes no file
 	OMP_NUM_THREADS=1 $(MAKE) -j2 $(EXPERIMENTS:%=brief-%)
 brief-%: $(VENV)/demo

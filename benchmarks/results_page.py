@@ -287,6 +287,14 @@ EXPERIMENTS: dict[str, tuple[str, str]] = {  # of files with a line a run; title
         help. An update with experience costs more, so its training has fewer. The Kalman filter has the true matrices
         and modes.""",
     ),
+    "New dynamical systems": (
+        "dynamical_systems",
+        """A neural vector field adapts to new parameters of a system from one trajectory, by a context of a few
+        numbers. Errors are those of whole trajectories from new initial states, in the training environments (in
+        domain) and in new ones. Every variant has 100 CPU seconds of training. `joint` trains the contexts with the
+        field, as CoDA does; first and second order are MetaMAML on the context. Rows marked "unconfirmed" were not read
+        in the papers' tables. The true field has an error because the published solver has a tolerance of 1e-3.""",
+    ),
     "The main job as streams": (
         "main_job_streams",
         """The main job's model reads the transitions of a task as one stream. It takes one gradient step on its last
