@@ -37,6 +37,7 @@ of that solver.
 
 import copy
 import math
+import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
@@ -215,9 +216,11 @@ def tables(store: runs.Runs) -> list[runs.Table]:
             cells = []
             for part in ("in_domain", "out"):
                 values = [errors[part] / unit for errors in found[variant].values()]
-                cells.append(runs.interval(values, 2) if len(values) > 1 else f"{values[0]:.2f}")
+                diverged = sum(not value * unit < 1 for value in values)  # the states are of order 1
+                text = f"{statistics.median(values):.2f} (median, {diverged} of {len(values)} diverged)"
+                cells.append(text if diverged else runs.interval(values, 2))
             seeds = sorted(found[variant].keys() & found.get(METHOD, {}).keys())
-            if variant not in (METHOD, TRUE_FIELD) and len(seeds) > 1:
+            if variant not in (METHOD, TRUE_FIELD) and len(seeds) > 1 and "diverged" not in cells[1]:
                 pairs = [[found[name][seed]["out"] / unit for seed in seeds] for name in (METHOD, variant)]
                 difference = runs.paired(*pairs)
                 cells.append(f"{difference['mean']:.2f} ± {difference['half']:.2f}")
