@@ -114,14 +114,9 @@ def forecast(forecaster: Forecaster, series: Series, split: str, look_back: int)
             "retriever": experience,
         }
     adapter = Adapter(model, SGD, step_sizes=forecaster.step_sizes, **options)
-    parts = []
-    for k in range(0, len(x), CHUNK):
-        with torch.no_grad():
-            parts.append(model(x[k : k + CHUNK]))
-        due = slice(k - DELAY * CHUNK, k - DELAY * CHUNK + CHUNK)
-        if due.start >= 0:
-            adapter.adapt(mse_loss, {"states": x[None, due], "targets": y[None, due]})
-    return torch.cat(parts)[warmup:]
+    chunks = zip(x[None].split(CHUNK, 1), y[None].split(CHUNK, 1), strict=True)
+    stream = adapter.adapt_stream(mse_loss, ({"states": a, "targets": b} for a, b in chunks), label_delay=DELAY)
+    return torch.cat([prediction[0] for prediction, _ in stream])[warmup:]
 
 
 def past_chunks(series: Series, origin: int, look_back: int, stride: int) -> tuple[Tensor, Tensor]:

@@ -83,7 +83,7 @@ class StreamLoop:
     experience: StreamExperience | None
 
     def begin(self, streams: Streams) -> Carry:
-        """Return what the first chunk starts from, connected to the learned parameters."""
+        """Return the carry before the first chunk, connected to the learned parameters."""
         count = len(streams.chunks[0]["x"])
         carry: Carry = {
             "fast": {name: self.params[name].expand(count, *self.params[name].shape) for name in self.names},
@@ -101,10 +101,10 @@ class StreamLoop:
             batch: maps over streams.
             streams: all chunks.
             k: index of the chunk.
-            carry: what the chunk before returned.
+            carry: the carry before chunk k.
 
         Returns:
-            What the next chunk starts from, the outer loss ``(streams,)`` and the prediction
+            The carry before the next chunk, the outer loss ``(streams,)`` and the prediction
             ``(streams, 1, time, ...)``. They are connected to ``carry`` and the learned parameters where gradients are
             recorded.
         """
@@ -258,7 +258,7 @@ class StreamLoop:
     def recomputed_gradient(
         self, batch: Map, streams: Streams, weights: Tensor, leaves: Sequence[Tensor], window: int
     ) -> tuple[Tensor, list[Tensor | None]]:
-        """Return what :meth:`gradient` returns, from the graph of one chunk at a time; keep only the carries."""
+        """Return the result of :meth:`gradient`, from the graph of one chunk at a time; keep only the carries."""
         device = weights.device
         restart = generator_states(device)
         with torch.no_grad():

@@ -192,6 +192,12 @@ def check_inner_parameters(where: str, params: Params, names: Sequence[str], inn
             raise ValueError(f"{where}: {text}: make a new MetaMAML")
 
 
+def check_entries(where: str, state: Any, own: Mapping[str, Any]) -> None:
+    """Raise ValueError unless ``state`` is a dict with the entries of ``own``, the state of the object itself."""
+    if not isinstance(state, dict) or set(state) != set(own):
+        raise ValueError(f"{where}: state must be a dict with the entries {', '.join(own)}")
+
+
 def check_tensors(where: str, part: str, given: Any, own: Mapping[str, Tensor]) -> None:
     """Raise unless ``given``, the part of a state with this name, has the names and shapes of ``own``."""
     if not isinstance(given, Mapping):

@@ -23,6 +23,7 @@ from eaml_ext.meta._padding import pad_set
 from eaml_ext.meta._types import DataSet, LossFn, Params, Task
 from eaml_ext.meta._validation import (
     check_buffers_constant,
+    check_entries,
     check_inner_parameters,
     check_loss_fn,
     check_loss_fns,
@@ -388,9 +389,7 @@ class MetaMAML:
             TypeError, ValueError: the state is of another model; nothing modified.
         """
         where = "MetaMAML.load_state_dict"
-        if not isinstance(state, dict) or set(state) != set(self.state_dict()):
-            wanted_keys = ", ".join(self.state_dict())
-            raise ValueError(f"{where}: state must be a dict with the entries {wanted_keys}")
+        check_entries(where, state, self.state_dict())
         own, model, rates = self.model.state_dict(), state["model"], state["inner_lrs"]
         if isinstance(model, dict) and isinstance(rates, dict) and set(model) != set(own):
             model, rates = rename_keys(model), rename_keys(rates, model.keys())  # of 0.1

@@ -18,6 +18,7 @@ from eaml_ext.meta._streams import Streams, check_streams
 from eaml_ext.meta._types import LossFn, Params
 from eaml_ext.meta._validation import (
     check_buffers_constant,
+    check_entries,
     check_loss_fn,
     check_model,
     check_parameters,
@@ -283,8 +284,7 @@ class StreamMAML:
             TypeError, ValueError: the state is of another model; nothing modified.
         """
         where, own = "StreamMAML.load_state_dict", self.state_dict()
-        if not isinstance(state, dict) or set(state) != set(own):
-            raise ValueError(f"{where}: state must be a dict with the entries {', '.join(own)}")
+        check_entries(where, state, own)
         for part in ("model", "log_step_sizes", "experience"):
             check_tensors(where, part, state[part], own[part])
         check_state(where, state["optimizer"], self.optimizer)

@@ -16,7 +16,7 @@ from eaml_ext import _check
 from eaml_ext._random import Purpose, check_seed, derive_seed
 from eaml_ext._terminal import progress_bar
 from eaml_ext.meta._optimizer import check_state, finite, load_state
-from eaml_ext.meta._validation import check_parameters, check_tensors
+from eaml_ext.meta._validation import check_entries, check_parameters, check_tensors
 from eaml_ext.meta.functional import outside_inference_mode
 from eaml_ext.rl._rollout_loop import NonFiniteError
 from eaml_ext.rl.losses import check_fraction
@@ -135,8 +135,7 @@ class Learner(ABC):
         """
         where = f"{self._name}.load_state_dict"
         own = self.state_dict()
-        if not isinstance(state, dict) or set(state) != set(own):
-            raise ValueError(f"{where}: state must be a dict with the entries {', '.join(own)}")
+        check_entries(where, state, own)
         counts = {n: _check.positive(where, n, state[n], zero=True, integer=True) for n in self._counts}
         check_tensors(where, "policy", state["policy"], own["policy"])
         _check_finite(where, state["policy"])

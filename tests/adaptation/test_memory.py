@@ -1,4 +1,4 @@
-"""Resident memory stays constant over 3,000 gradient steps with experience, a full ring and rollbacks.
+"""Resident memory stays constant over thousands of gradient steps with experience, a full ring and rollbacks.
 
 ``python -m benchmarks.soak`` takes a million steps.
 """
@@ -13,7 +13,7 @@ import torch
 from torch import nn
 from torch.nn.functional import mse_loss
 
-from eaml_ext import AdaptationConfig, Adapter, ExperienceBuffer
+from eaml_ext import AdaptationConfig, Adapter, ExperienceBuffer, StreamExperience
 
 
 def resident() -> int:
@@ -38,3 +38,36 @@ def test_adapt_3000_steps_resident_memory_stays():
         steps += adapter.last_steps
     assert steps > 2900 and adapter.rollbacks > 5
     assert resident() - before < 2**20  # 350 bytes a step would be too much
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc, which Linux alone has")
+def test_adapt_stream_10000_chunks_do_not_grow():
+    """Resident memory after 2,000 chunks and after 10,000 more, with a state, a memory and a label delay."""
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
+
+    class Average(nn.Module):  # an SSM would take a minute
+        def __init__(self):
+            super().__init__()
+            self.head = nn.Linear(2, 2)
+
+        def scan(self, x, state=None, reset=None):
+            total = x.cumsum(1) + (0 if state is None else state.unsqueeze(1))
+            return self.head(total), 0.5 * total[:, -1]
+
+        step = scan
+
+    cfg, experience = AdaptationConfig(max_steps_per_call=1), StreamExperience(nn.Linear(2, 4), slots=16, k=2)
+    adapter = Adapter(Average(), cfg, ExperienceBuffer(16), 0.5, retriever=experience, step_sizes={"head.weight": 0.01})
+    x = torch.randn(1, 5, 2)
+
+    def batches():
+        for _ in range(12_000):
+            yield {"states": x[:, :-1].clone(), "targets": x[:, 1:].clone()}
+
+    sizes = []
+    for i, (_, loss) in enumerate(adapter.adapt_stream(mse_loss, batches(), label_delay=2), 1):
+        assert i <= 2 or math.isfinite(loss)
+        if i in (2000, 12_000):
+            sizes.append(resident())
+    assert sizes[1] - sizes[0] < 4 * 2**20, "a kept graph of 10 kB a chunk would be 100 MB"
