@@ -262,8 +262,8 @@ EXPERIMENTS: dict[str, tuple[str, str]] = {  # of files with a line a run; title
     "Forecasting ETTh1, ETTh2 and Exchange": (
         "forecasting --data DIR",
         """96 values to 96 values, every test window, standardised by the training part. The model is one linear map
-        around a learned daily cycle. It is updated every 96 steps on targets that are known by then. `frozen` sees 96
-        values alone; the others see the past through their updates, or 336 values where they say so. "chosen" is the
+        around a learned daily cycle. It is updated every 96 steps on targets that are known by then. The input of `frozen` is 96
+        values; the others also use the past through their updates, or 336 values where their names have them. "chosen" is the
         variant of least validation error. The bound is the best fixed linear map for the test part itself. Published
         rows are those at look-back 96. TAFAS and PETSA split ETT as 60/20/20 %; their rows were read from an index of
         results, not from the papers. Exchange stays above the last value and the best published row.""",
@@ -273,8 +273,8 @@ EXPERIMENTS: dict[str, tuple[str, str]] = {  # of files with a line a run; title
         """C-MAPSS FD001: the remaining cycles of 100 test engines, labels cut at 125 and uncut, RMSE and NASA's score.
         The model is a Mamba SSM that reads an engine once. `start` is the common plain training of 40 seconds; every
         variant trains for 15 more. Updates are on the next sensors of the engine itself. "+ experience" also steps on
-        labelled chunks of similar training engines. The updates move the error by less than 0.01: what the last three
-        variants gain on `frozen`, whose last 15 seconds overfit, they gain in training. In the published rows FC-STGNN
+        labelled chunks of similar training engines. The updates move the error by less than 0.01. The last three
+        variants gain on `frozen`, whose last 15 seconds overfit, in training. In the published rows FC-STGNN
         and the earlier code base cut test labels at 125; those of the others are not known.""",
     ),
     "Streams whose system switches": (

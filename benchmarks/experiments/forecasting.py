@@ -5,7 +5,7 @@
 All models are CycleLinear, one linear map for all channels around a learned cycle; W starts at ridge regression. Every
 window of the test part counts, at stride 1, in values standardised by the training part: MSE and MAE.
 
-| variant | sees | training and test time |
+| variant | input | training and test time |
 |---|---|---|
 | frozen | 96 values | plain training, no update |
 | frozen, 336 values | 336 values | plain training, no update |

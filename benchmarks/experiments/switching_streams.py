@@ -42,7 +42,7 @@ from eaml_ext.ops import knn
 from eaml_ext.tasks import LDSTasks
 
 TASKS = LDSTasks(modes=2, stay=1 - 1 / 128, decay=0.998, noise=0.05)
-FRAMES = 4  # observations that the model sees at a step, besides its state
+FRAMES = 4  # observations in the input of a step
 CHUNK, CHUNKS = 16, 24
 TRAIN, VALID, TEST, BRIEF = 4096, 128, 256, 16  # streams
 STREAMS = 32  # of an update
