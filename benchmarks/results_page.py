@@ -262,11 +262,12 @@ EXPERIMENTS: dict[str, tuple[str, str]] = {  # of files with a line a run; title
     "Forecasting ETTh1, ETTh2 and Exchange": (
         "forecasting --data DIR",
         """96 values to 96 values, every test window, standardised by the training part. The model is one linear map
-        around a learned daily cycle. It is updated every 96 steps on targets that are known by then. The input of `frozen` is 96
-        values; the others also use the past through their updates, or 336 values where their names have them. "chosen" is the
-        variant of least validation error. The bound is the best fixed linear map for the test part itself. Published
-        rows are those at look-back 96. TAFAS and PETSA split ETT as 60/20/20 %; their rows were read from an index of
-        results, not from the papers. Exchange stays above the last value and the best published row.""",
+        around a learned daily cycle. It is updated every 96 steps on targets that are known by then. The input of
+        `frozen` is 96 values; the others also use the past through their updates, or 336 values where their names
+        have them. "chosen" is the variant of least validation error. The bound is the best fixed linear map for the
+        test part itself. Published rows are those at look-back 96. TAFAS and PETSA split ETT as 60/20/20 %; their
+        rows were read from an index of results, not from the papers. Exchange stays above the last value and the best
+        published row.""",
     ),
     "Remaining life of turbofan engines": (
         "remaining_life --data DIR",
@@ -274,26 +275,26 @@ EXPERIMENTS: dict[str, tuple[str, str]] = {  # of files with a line a run; title
         The model is a Mamba SSM that reads an engine once. `start` is the common plain training of 40 seconds; every
         variant trains for 15 more. Updates are on the next sensors of the engine itself. "+ experience" also steps on
         labelled chunks of similar training engines. The updates move the error by less than 0.01. The last three
-        variants gain on `frozen`, whose last 15 seconds overfit, in training. In the published rows FC-STGNN
-        and the earlier code base cut test labels at 125; those of the others are not known.""",
+        variants gain on `frozen`, whose last 15 seconds overfit, in training. In the published rows FC-STGNN and the
+        earlier code base cut test labels at 125; those of the others are not known.""",
     ),
     "Streams whose system switches": (
         "switching_streams",
         """A linear system alternates between two hidden rotations of its own, every 128 steps on average, so systems
         return. An SSM predicts the next observation; its output layer, last norm and output projection are updated
         every 16 steps. Errors are in variances of an observation, on the same 256 unseen systems for all seeds. All
-        trainings have 75 CPU seconds; learning rates and step sizes are chosen on validation. The settings of the task
-        were chosen on validation too, after a look at second order; with faster switches and more noise it did not
-        help. An update with experience costs more, so its training has fewer. The Kalman filter has the true matrices
-        and modes.""",
+        trainings have 75 CPU seconds; learning rates and step sizes are chosen on validation. The settings of the
+        task were chosen on validation too, after a look at second order; with faster switches and more noise it did
+        not help. An update with experience costs more, so its training has fewer. The Kalman filter has the true
+        matrices and modes.""",
     ),
     "New dynamical systems": (
         "dynamical_systems",
-        """A neural vector field adapts to new parameters of a system from one trajectory, by a context of a few
-        numbers. Errors are those of whole trajectories from new initial states, in the training environments (in
-        domain) and in new ones. Every variant has 100 CPU seconds of training. `joint` trains the contexts with the
-        field, as CoDA does; first and second order are MetaMAML on the context. Rows marked "unconfirmed" were not read
-        in the papers' tables. The true field has an error because the published solver has a tolerance of 1e-3.""",
+        """A neural vector field adapts to new parameters of a system from one trajectory, by a context of few numbers.
+        Errors are those of whole trajectories from new initial states, in the training environments (in domain) and
+        in new ones. Every variant has 100 CPU seconds of training. `joint` trains the contexts with the field, as
+        CoDA does; first and second order are MetaMAML on the context. Rows marked "unconfirmed" were not read in the
+        papers' tables. The true field has an error because the published solver has a tolerance of 1e-3.""",
     ),
     "The main job as streams": (
         "main_job_streams",
