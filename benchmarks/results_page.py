@@ -298,9 +298,9 @@ EXPERIMENTS: dict[str, tuple[str, str]] = {  # of files with a line a run; title
     ),
     "The main job as streams": (
         "main_job_streams",
-        """The main job's model reads the transitions of a task as one stream. It takes one gradient step on its last
-        layers after every five transitions; the job takes 105 steps on the first ten. Trainings have 40 CPU seconds.
-        The rows "job" are those of the main job, which trains longer.""",
+        """The model of the [main job](command-line.md) reads the transitions of a task as one stream. It takes one
+        gradient step on its last layers after every five transitions; the job takes 105 steps on the first ten.
+        Trainings have 40 CPU seconds. The rows "job" are those of the main job, which trains longer.""",
     ),
 }
 

@@ -127,6 +127,26 @@ def test_checker_last_digits_of_float32_are_accepted(printed, same):
     assert not Checker().check_output("(2.0, 3)\n", f"({printed}, 4)\n", 0)
 
 
+def headings(page: Path) -> set[str]:
+    """Return the anchors that GitHub gives the headings of a page."""
+    text = re.sub(r"^```.*?^```", "", page.read_text(), flags=re.M | re.S)
+    titles = re.findall(r"^#+ (.*)", text, flags=re.M)
+    return {re.sub(r"[^\w\- ]", "", re.sub(r"\]\(.*?\)", "]", title).lower()).replace(" ", "-") for title in titles}
+
+
+@pytest.mark.parametrize(
+    "page", [*sorted(ROOT.glob("*.md")), *sorted((ROOT / "docs").rglob("*.md"))], ids=lambda p: str(p.relative_to(ROOT))
+)
+def test_links_lead_to_files_and_headings_of_the_repository(page):
+    dead = []
+    for link in re.findall(r"\]\((?!https?:)([^)\s]+)\)", page.read_text()):
+        name, _, heading = link.partition("#")
+        target = page.parent / name if name else page
+        if not target.exists() or (heading and heading not in headings(target)):
+            dead.append(link)
+    assert not dead
+
+
 def test_docs_have_fifteen_examples_or_more():
     assert sum(len(blocks(page)) for page in PAGES) >= 15
 

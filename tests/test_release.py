@@ -210,6 +210,7 @@ def test_turned_repository_links_become_site_links(pages):
     turned = pages["turned"]
     assert turned("[a](docs/ops.md) [b](CONTRIBUTING.md#x)", "index.md") == "[a](ops.md) [b](contributing.md#x)"
     assert turned("![p](benchmarks/results/a-1.png)", "index.md") == "![p](figures/a-1.png)"
+    assert turned("[`meta`](../../eaml_ext/meta)", "tutorials/a.md") == "[`meta`](../api/meta.md)"
     assert turned("![p](../benchmarks/results/a.png)", "figures.md") == "![p](figures/a.png)"
     assert turned("[c](../../CONTRIBUTING.md)", "tutorials/x.md") == "[c](../contributing.md)"
     assert turned("[nn](../eaml_ext/nn/ssm.py)", "cores.md") == "`nn`"

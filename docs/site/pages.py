@@ -53,7 +53,8 @@ def turned(text: str, page: str) -> str:
     text = re.sub(r"\]\((?:\.\./)*benchmarks/results/([\w.-]+\.png)\)", rf"]({up}figures/\1)", text)
     if page in TEXTS.values():
         text = re.sub(r"\]\(docs/([\w./#-]+)\)", r"](\1)", text)
-    # Folders and source files have no page.
+    text = re.sub(rf"\]\((?:\.\./)*eaml_ext/({'|'.join(SUBPACKAGES)})/?\)", rf"]({up}api/\1.md)", text)
+    # Other folders and source files have no page.
     return re.sub(r"\[([^\]]+)\]\((?:\.\./)*(?:eaml_ext|benchmarks|csrc|tests)(?:/[\w./-]*)?\)", r"`\1`", text)
 
 
