@@ -8,8 +8,11 @@ from torch import Tensor, nn
 
 from eaml_ext import _check
 from eaml_ext._torch_compat import tree_leaves, tree_map
-from eaml_ext.meta._streams import is_recurrent
+from eaml_ext.adaptation._flat_params import ModelBuffers
+from eaml_ext.meta._streams import check_pair, is_recurrent, takes
 from eaml_ext.meta.functional import recordable
+from eaml_ext.nn._mamba_layer import MambaLayer
+from eaml_ext.nn.cores import Core
 
 
 class StreamedModel:
@@ -22,6 +25,7 @@ class StreamedModel:
 
     def __init__(self, where: str, model: nn.Module):
         self._where, self._model, self._recurrent = where, model, is_recurrent(model)
+        self._buffers = ModelBuffers(model)
         self._hidden: Any = None
         self._rows = 0
         self._first: tuple[Tensor, Any] | None = None
@@ -40,6 +44,9 @@ class StreamedModel:
             if not self._recurrent or not _is_sequence(given["states"]):
                 got = f"{type(self._model).__name__} and states {tuple(given['states'].shape)}"
                 raise ValueError(f"{self._where}: reset needs a model with scan and step and sequences, got {got}")
+            if not takes(self._model, "reset"):
+                kind = type(self._model).__name__
+                raise TypeError(f"{self._where}: reset needs a model that takes reset, got {kind}")
             _check.dtype(self._where, "reset", reset, (torch.bool,))
             _check.shape(self._where, "reset", reset, shape, str(tuple(shape)))
             _check.device(self._where, "reset", reset, given["states"].device, "states")
@@ -57,22 +64,34 @@ class StreamedModel:
         def call(x: Tensor, state: Any = None) -> Any:
             if not self._recurrent:
                 y = self._model(x) if state is None else self._model(x, state)
-            elif not _is_sequence(x):
-                y, state = self._model.step(x, start if x is states else None)  # type: ignore[operator]
             else:
                 options = {"reset": reset} if x is states and reset is not None else {}
-                y, state = self._model.scan(x, start if x is states else None, **options)  # type: ignore[operator]
+                y, state = self._continue(x, start if x is states else None, **options)
             if self._first is None:
                 self._first = y, state
             return y
 
         return call
 
+    def _continue(self, x: Tensor, state: Any, **options: Tensor) -> tuple[Any, Any]:
+        """Run a recurrent model on sequences or on one step, from a state or from zero."""
+        scan: Callable[..., Any] = self._model.scan  # type: ignore[assignment]
+        if _is_sequence(x):
+            return check_pair(self._where, self._model, scan(x, state, **options))
+        if isinstance(self._model, (Core, MambaLayer)):  # their step does not begin from None
+            y, state = scan(x.unsqueeze(1), state)
+            return y.squeeze(1), state
+        return check_pair(self._where, self._model, self._model.step(x, state))  # type: ignore[operator]
+
     def predict(self, given: Mapping[str, Any], start: Any) -> Tensor:
-        """Predict a batch and continue with the state after it."""
+        """Predict a batch and continue with the state after it; the steps on the batch will update buffers."""
         batch = recordable({name: given.get(name) for name in ("states", "hidden_state", "reset")})
         with torch.no_grad():
-            self.bind(batch, start)(batch["states"], None if self._recurrent else batch["hidden_state"])
+            buffers = self._buffers.copy()
+            try:
+                self.bind(batch, start)(batch["states"], None if self._recurrent else batch["hidden_state"])
+            finally:
+                self._buffers.write(buffers)
         return self.end()
 
     def end(self) -> Tensor:

@@ -13,7 +13,7 @@ from eaml_ext._torch_compat import tree_flatten, tree_leaves, tree_map, tree_unf
 from eaml_ext.meta._batching import Map, generator_states
 from eaml_ext.meta._hessian_vector_products import check_repeated
 from eaml_ext.meta._inner_loop import combined_objective
-from eaml_ext.meta._streams import Streams, is_recurrent
+from eaml_ext.meta._streams import Streams, check_pair, is_recurrent
 from eaml_ext.meta._types import LossFn, Params
 from eaml_ext.meta._validation import check_scalar
 from eaml_ext.meta.functional import functional_call
@@ -42,13 +42,13 @@ class Evaluation(NamedTuple):
 class StreamedCall(nn.Module):
     """A model's ``scan``, or its ``forward`` where it has no state, as a module for ``functional_call``."""
 
-    def __init__(self, model: nn.Module):
+    def __init__(self, where: str, model: nn.Module):
         super().__init__()
-        self.model = model
+        self.where, self.model = where, model
 
     def forward(self, x: Tensor, state: Any = None, **options: Tensor) -> tuple[Tensor, Any]:
         if is_recurrent(self.model):
-            return self.model.scan(x, state, **options)  # type: ignore[no-any-return, operator]
+            return check_pair(self.where, self.model, self.model.scan(x, state, **options))  # type: ignore[operator]
         return self.model(x, **options), None
 
 
@@ -158,7 +158,7 @@ class StreamLoop:
     def _call(self, fast: Params, recorded: bool, x: Tensor, state: Any = None, **options: Tensor) -> tuple[Any, Any]:
         params = {f"model.{n}": p if recorded else p.detach() for n, p in self.params.items() if n not in fast}
         params |= {f"model.{name}": p for name, p in fast.items()}
-        result: tuple[Any, Any] = functional_call(StreamedCall(self.model), params, (x, state), options)
+        result: tuple[Any, Any] = functional_call(StreamedCall(self.where, self.model), params, (x, state), options)
         return result
 
     def _loss(self, loss_fn: LossFn, prediction: Tensor, y: Tensor, mask: Tensor | None) -> Tensor:
@@ -222,6 +222,10 @@ class StreamLoop:
         carry, losses, predictions = self.begin(streams), [], []
         for k in range(len(streams.chunks)):
             carry, loss, prediction = self.advance(batch, streams, k, carry)
+            wanted = streams.chunks[k]["x"].shape[:3]
+            if prediction.shape[:3] != wanted:
+                got, text = tuple(prediction.shape[1:]), ", ".join(map(str, wanted[1:]))
+                raise ValueError(f"{self.where}: the model must predict a tensor ({text}, ...), got {got}")
             losses.append(loss)
             predictions.append(prediction)
         return torch.stack(losses, 1), torch.cat(predictions, 2)

@@ -37,6 +37,21 @@ def is_recurrent(model: nn.Module) -> bool:
     return hasattr(model, "scan") and hasattr(model, "step")
 
 
+def takes(model: nn.Module, name: str) -> bool:
+    """Return whether the call of a model on a chunk has an argument with this name."""
+    call: Any = model.scan if is_recurrent(model) else model.forward
+    arguments = inspect.signature(call).parameters
+    return name in arguments or any(a.kind is a.VAR_KEYWORD for a in arguments.values())
+
+
+def check_pair(where: str, model: nn.Module, result: Any) -> tuple[Any, Any]:
+    """Return the result of ``scan`` or ``step``; raise TypeError unless it is ``(prediction, state)``."""
+    if not isinstance(result, (tuple, list)) or len(result) != 2:
+        got = f"{len(result)} values" if isinstance(result, (tuple, list)) else type(result).__name__
+        raise TypeError(f"{where}: scan and step of {type(model).__name__} must return (prediction, state), got {got}")
+    return result[0], result[1]
+
+
 def check_streams(
     where: str,
     model: nn.Module,
@@ -68,7 +83,7 @@ def check_streams(
             kind = type(model).__name__
             raise ValueError(f"{where}: {name} needs a model with scan and step, got {kind}")
     for name, used in (("reset", reset is not None), ("lengths", lengths is not None or cu_seqlens is not None)):
-        if used and not _takes(model, name):
+        if used and not takes(model, name):
             raise TypeError(f"{where}: {name} needs a model that takes {name}, got {type(model).__name__}")
     x, y, reset = _constant((x, y, reset))
     if cu_seqlens is not None:
@@ -97,13 +112,6 @@ def check_streams(
     state = {} if hidden_state is None else {"state": _state(where, hidden_state, count)}
     items, before = _items(where, chunk_size, slots, chunks, past)
     return Streams(chunks, state, items, before), steps.double() / steps.sum()
-
-
-def _takes(model: nn.Module, name: str) -> bool:
-    """Return whether the call of a model on a chunk has an argument with this name."""
-    call: Any = model.scan if is_recurrent(model) else model.forward
-    arguments = inspect.signature(call).parameters
-    return name in arguments or any(a.kind is a.VAR_KEYWORD for a in arguments.values())
 
 
 def _constant(nest: Any) -> Any:

@@ -13,6 +13,8 @@ from torch.nn import functional as F
 
 from eaml_ext import SSM
 from eaml_ext.adaptation import AdaptationConfig, Adapter
+from eaml_ext.nn import Mamba, Mamba2
+from eaml_ext.rl import SSMMetaPolicy
 from eaml_ext.tasks import LDSTasks
 
 
@@ -45,6 +47,56 @@ def test_adapt_stream_recurrent_model_continues_its_state(single):
     stream = [y for y, _ in adapter.adapt_stream(F.mse_loss, data)]
     torch.testing.assert_close(torch.stack(stream, 1) if single else torch.cat(stream, 1), whole, rtol=1e-8, atol=1e-9)
     assert adapter.last_steps == 5 and adapter.rollbacks == 0
+
+
+LAYERS = {"Mamba": lambda: Mamba(3), "Mamba2": lambda: Mamba2(3, headdim=2), "S6": lambda: SSM(3, 3).cores[0]}
+
+
+@pytest.mark.parametrize("name", LAYERS)
+def test_adapt_stream_bare_layer_step_by_step_equals_its_scan(name):
+    layer, data = LAYERS[name]().double(), segments(3)
+    x = torch.cat([batch["states"] for batch in data], 1).double()
+    steps = [{"states": x[:, t], "targets": x[:, t]} for t in range(x.shape[1])]
+    found = [y for y, _ in Adapter(layer, AdaptationConfig(lr=1e-12)).adapt_stream(F.mse_loss, steps)]
+    torch.testing.assert_close(torch.stack(found, 1), layer.scan(x)[0].detach(), rtol=1e-8, atol=1e-9)
+
+
+@pytest.mark.parametrize("delay", [0, 1, 2])
+def test_adapt_stream_batch_norm_statistics_move_once_a_batch(delay):
+    torch.manual_seed(0)
+    norm, data = nn.BatchNorm1d(3), segments(4)
+    data = [{name: v.flatten(0, 1) for name, v in batch.items()} for batch in data]
+    wanted = copy.deepcopy(norm)
+    for batch in data[: 4 - delay]:
+        wanted(batch["states"])
+    list(Adapter(norm, AdaptationConfig(max_steps_per_call=1)).adapt_stream(F.mse_loss, data, label_delay=delay))
+    assert norm.num_batches_tracked == 4 - delay
+    torch.testing.assert_close(norm.running_mean, wanted.running_mean, rtol=0, atol=0)
+    torch.testing.assert_close(norm.running_var, wanted.running_var, rtol=0, atol=0)
+
+
+class WithoutReset(nn.Module):
+    """A recurrent model whose ``scan`` takes no ``reset``."""
+
+    def __init__(self):
+        super().__init__()
+        self.ssm = SSM(3, 8, 3)
+
+    def scan(self, x, state=None):
+        return self.ssm.scan(x, state)
+
+    def step(self, x, state=None):
+        return self.ssm.step(x, state)
+
+
+def test_adapt_stream_models_with_another_interface_raise():
+    data = segments(1)[0]
+    text = "Adapter.adapt_stream: scan and step of SSMMetaPolicy must return (prediction, state), got 3 values"
+    with pytest.raises(TypeError, match="^" + re.escape(text)):
+        next(Adapter(SSMMetaPolicy(3, 3)).adapt_stream(F.mse_loss, [data]))
+    reset = torch.zeros(2, 5, dtype=torch.bool)
+    with pytest.raises(TypeError, match=r"^Adapter.adapt_stream: reset needs a model that takes reset, got WithoutR"):
+        next(Adapter(WithoutReset()).adapt_stream(F.mse_loss, [{**data, "reset": reset}]))
 
 
 def test_adapt_stream_given_state_or_other_batch_size_restarts():
