@@ -4,6 +4,7 @@ import re
 from collections.abc import Callable, Sequence
 
 from torch import nn
+from torch.nn.utils.parametrize import ParametrizationList
 
 from eaml_ext._torch_compat import RUNNING_STATISTICS_NORMS, own_parameters
 
@@ -37,7 +38,8 @@ def norm_parameters(model: nn.Module) -> list[str]:
 def output_parameters(model: nn.Module) -> list[str]:
     """Return the names of the parameters of the output layer, for ``parameters=``.
 
-    The output layer is the last module, in the order in which they are defined, that has parameters of its own.
+    The output layer is the last module, in the order in which they are defined, that has parameters of its own. The
+    parameters of a parametrization, as :func:`eaml_ext.nn.add_lora` adds, belong to the layer.
 
     Raises:
         TypeError: ``model`` is no ``torch.nn.Module``.
@@ -54,7 +56,12 @@ def output_parameters(model: nn.Module) -> list[str]:
     ]
     if not names:
         raise ValueError(f"output_parameters: model has no parameters, {type(model).__name__}")
-    return _own_parameters(model, names[-1:])
+    return _own_parameters(model, [name for name in names if _layer(name) == _layer(names[-1])])
+
+
+def _layer(name: str) -> str:
+    """Return the name of the layer of a module that may be part of a parametrization."""
+    return re.split(r"(?:^|\.)parametrizations\.", name)[0]
 
 
 def _modules(where: str, model: nn.Module) -> list[tuple[str, nn.Module]]:
@@ -87,7 +94,8 @@ def last_block_parameters(model: nn.Module) -> list[str]:
     ('norms.1.weight', ['norm.weight', 'head.weight', 'head.bias'], False)
     """
     modules = _modules("last_block_parameters", model)
-    lists = {n: m for n, m in modules if isinstance(m, (nn.ModuleList, nn.Sequential)) and len(m)}
+    kinds = nn.ModuleList, nn.Sequential
+    lists = {n: m for n, m in modules if isinstance(m, kinds) and len(m) and not isinstance(m, ParametrizationList)}
     if not lists:
         raise ValueError(f"last_block_parameters: model has no ModuleList or Sequential, {type(model).__name__}")
     depth = max(map(len, lists.values()))

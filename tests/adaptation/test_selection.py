@@ -6,8 +6,15 @@ from adapter_data import batch, mlp
 from torch import nn
 from torch.nn import functional as F
 
-from eaml_ext import SSM
-from eaml_ext.adaptation import AdaptationConfig, Adapter, norm_parameters, output_parameters
+from eaml_ext import SSM, StreamMAML
+from eaml_ext.adaptation import (
+    AdaptationConfig,
+    Adapter,
+    last_block_parameters,
+    norm_parameters,
+    output_parameters,
+)
+from eaml_ext.nn import add_lora
 
 
 def test_norm_parameters_all_kinds_of_norms_are_found_alone():
@@ -77,3 +84,16 @@ def test_parameters_prefix_pattern_or_function_adapts_those_alone(choice, wanted
 def test_parameters_prefix_inside_a_name_selects_nothing():
     with pytest.raises(ValueError, match=r"^Adapter: parameters selects nothing from the model, which has head.weight"):
         Adapter(nn.ModuleDict({"head": nn.Linear(1, 1)}), parameters="hea")
+
+
+def test_choices_after_add_lora_have_the_other_parameters_of_the_layers():
+    model = SSM(3, 8, 2)
+    before = last_block_parameters(model)
+    factors = add_lora(model, "head", rank=1)
+    head = ["head.bias", "head.parametrizations.weight.original", *factors]
+    assert output_parameters(model) == head
+    assert last_block_parameters(model) == [name for name in before if name != "head.weight"][:-1] + head
+    assert StreamMAML(model, 0.1, 1e-3, chunk_size=4).fast_names == ["norm.weight", *head]
+    lone = nn.Linear(3, 2)
+    factors = add_lora(lone, "", rank=1)
+    assert output_parameters(lone) == ["bias", "parametrizations.weight.original", *factors]
