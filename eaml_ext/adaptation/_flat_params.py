@@ -32,8 +32,9 @@ class FlatParams:
         self, model: nn.Module, choice: ParameterFilter | None, step_sizes: Mapping[str, float | Tensor] | None = None
     ):
         if step_sizes is not None:
-            if not isinstance(step_sizes, Mapping):
-                raise TypeError(f"Adapter: step_sizes must be a dict by name, got {type(step_sizes).__name__}")
+            if not isinstance(step_sizes, Mapping) or not all(isinstance(name, str) for name in step_sizes):
+                got = [*step_sizes] if isinstance(step_sizes, Mapping) else type(step_sizes).__name__
+                raise TypeError(f"Adapter: step_sizes must be a dict by name, got {got}")
             choice = [*step_sizes] if choice is None else choice
         selected = select("Adapter", model, choice)
         for name, parameter in selected.items():
@@ -86,13 +87,15 @@ class FlatParams:
                 number = _check.positive(where, f"step_sizes[{name!r}]", value, zero=True)
                 value = torch.tensor(number, dtype=torch.float64)
             rate = value.detach()
+            if not rate.is_complex():
+                rate = rate.to(p.device, p.dtype.to_real())  # a large one is infinite in reduced precision
             if rate.dim() > p.dim() or any(
                 a not in (1, b) for a, b in zip(rate.shape[::-1], p.shape[::-1], strict=False)
             ):
                 got = tuple(rate.shape)
                 raise ValueError(f"{where}: step_sizes[{name!r}] must broadcast to {tuple(p.shape)}, got shape {got}")
             if rate.is_complex() or not (torch.isfinite(rate) & (rate >= 0)).all():
-                raise ValueError(f"{where}: step_sizes[{name!r}] must be >= 0 and finite")
+                raise ValueError(f"{where}: step_sizes[{name!r}] must be >= 0 and finite in the parameter's dtype")
             rates.append(rate.to(p).expand(p.shape))
         return self.concatenate(rates)[0]
 

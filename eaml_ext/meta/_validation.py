@@ -198,12 +198,14 @@ def check_entries(where: str, state: Any, own: Mapping[str, Any]) -> None:
         raise ValueError(f"{where}: state must be a dict with the entries {', '.join(own)}")
 
 
-def check_tensors(where: str, part: str, given: Any, own: Mapping[str, Tensor]) -> None:
+def check_tensors(where: str, part: str, given: Any, own: Mapping[str, Any]) -> None:
     """Raise unless ``given``, the part of a state with this name, has the names and shapes of ``own``."""
     if not isinstance(given, Mapping):
         raise TypeError(f"{where}: {part} must be a dict of tensors, got {type(given).__name__}")
-    wanted = {name: tuple(t.shape) for name, t in own.items()}
-    got = {name: tuple(t.shape) if isinstance(t, Tensor) else type(t).__name__ for name, t in given.items()}
+    wanted, got = (
+        {name: tuple(t.shape) if isinstance(t, Tensor) else type(t).__name__ for name, t in each.items()}
+        for each in (own, given)  # an extra state is no tensor
+    )
     for name in [*wanted, *got]:
         if got.get(name) != wanted.get(name):
             text = f"{name} of shape {got.get(name, 'none')}, wanted {wanted.get(name, 'none')}"

@@ -396,12 +396,13 @@ class MetaMAML:
         check_tensors(where, "model", model, own)
         check_tensors(where, "inner_lrs", rates, self.inner_lrs)
         check_state(where, state["optimizer"], self.optimizer)
+        skipped = _check.positive(where, "skipped_updates", state["skipped_updates"], zero=True, integer=True)
         self.model.load_state_dict(model)
         with torch.no_grad():
             for name, rate in self.inner_lrs.items():
                 rate.copy_(rates[name])
         load_state(self.optimizer, state["optimizer"])
-        self.skipped_updates = state["skipped_updates"]
+        self.skipped_updates = skipped
 
     def _inner_loop(self, where: str, params: Params, steps: int) -> InnerLoop:
         """The inner loop from ``params``; raises ValueError where it cannot adapt them."""

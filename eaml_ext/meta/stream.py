@@ -54,7 +54,7 @@ class StreamMAML:
         model: its parameters that require grad are learned in place.
         inner_lr: initial step size of the updates.
         outer_lr: learning rate of the outer optimizer.
-        first_order: treat the gradients of the updates as constants.
+        first_order: treat the gradients of the updates as constants; nothing in ``experience`` is learned then.
         chunk_size: steps of a chunk; the last chunk of a stream may be shorter.
         parameters: the fast weights: a prefix of names or several, a compiled pattern that is searched in the name, or
             ``(name, parameter) -> bool``. None: the last norm and the output layer. Gradients of parameters behind the
@@ -78,7 +78,8 @@ class StreamMAML:
         last_losses: ``(streams, chunks)``, the outer losses of the last meta-update, detached; None before the first.
 
     Raises:
-        TypeError, ValueError: an argument of the wrong kind or size, or ``parameters`` selects nothing.
+        TypeError, ValueError: an argument of the wrong kind or size, ``parameters`` selects nothing, or ``experience``
+            shares a fast weight.
 
     Source: MAML (Finn, Abbeel & Levine 2017) along a sequence, as in TTT-E2E (Tandon et al. 2025, arXiv 2512.23675);
     learned step sizes after Meta-SGD (Li, Zhou, Chen & Li 2017).
@@ -139,7 +140,12 @@ class StreamMAML:
         self.experience = experience
         trainable = trainable_parameters(model)
         chosen = _default_parameters(model) if parameters is None else parameters
-        self._names = tuple(select(where, model, chosen))
+        fast = select(where, model, chosen)
+        self._names = tuple(fast)
+        shared = {id(p) for p in ([] if experience is None else experience.parameters())}
+        for name, p in fast.items():
+            if id(p) in shared:  # an Adapter's updates would change the encoder, those of the outer loss do not
+                raise ValueError(f"{where}: experience must not share a fast weight of the model, got {name}")
         learned = _check.flag(where, "learn_inner_lr", learn_inner_lr)
         self._log_step_sizes = {
             name: torch.full((), self.inner_lr, dtype=p.dtype.to_real(), device=p.device).log().requires_grad_(learned)
@@ -288,6 +294,7 @@ class StreamMAML:
         for part in ("model", "log_step_sizes", "experience"):
             check_tensors(where, part, state[part], own[part])
         check_state(where, state["optimizer"], self.optimizer)
+        skipped = _check.positive(where, "skipped_updates", state["skipped_updates"], zero=True, integer=True)
         self.model.load_state_dict(state["model"])
         if self.experience is not None:
             self.experience.load_state_dict(state["experience"])
@@ -295,7 +302,7 @@ class StreamMAML:
             for name, log in self._log_step_sizes.items():
                 log.copy_(state["log_step_sizes"][name])
         load_state(self.optimizer, state["optimizer"])
-        self.skipped_updates = state["skipped_updates"]
+        self.skipped_updates = skipped
 
     def _streams(self, where: str, x: Tensor, y: Tensor, **options: Any) -> tuple[Streams, Tensor]:
         slots = None if self.experience is None else self.experience.slots

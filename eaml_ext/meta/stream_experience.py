@@ -29,7 +29,7 @@ class StreamExperience(nn.Module):
     Then the chunk replaces the oldest one in the memory. The encoder and ``weight`` are learned through the outer loss.
     At test time the object is the ``retriever`` of an :class:`eaml_ext.adaptation.Adapter`, and reads and writes an
     ExperienceBuffer with ``capacity=slots`` in the same way. A chunk shorter than the first one in the memory is not
-    written, nor one that is not finite.
+    written, nor one that is not finite or whose mask leaves out a step.
 
     Args:
         encoder: maps chunks ``(n, time, ...)`` to embeddings ``(n, dim)``, or ``(n, time, dim)``, of which the mean
@@ -149,7 +149,11 @@ class StreamExperience(nn.Module):
             buffer: the memory.
             x: ``(n, time, ...)``.
             y: ``(n, time, ...)``.
+
+        Raises:
+            TypeError: there is no buffer.
         """
+        _check_buffer(buffer)
         buffer.add(x, y, context_embedding=self.embedding(x))
 
     @torch.no_grad()
@@ -158,7 +162,7 @@ class StreamExperience(nn.Module):
 
         Args:
             buffer: the memory, whose items are chunks.
-            batch: ``states`` and ``targets`` ``(1, time, ...)``.
+            batch: ``states`` and ``targets`` ``(1, time, ...)``, perhaps ``mask`` ``(1,)`` or ``(1, time)``.
 
         Returns:
             ``states`` and ``targets`` ``(n, time, ...)`` and ``weights`` ``(n,)``; None while the buffer is empty, and
@@ -168,8 +172,7 @@ class StreamExperience(nn.Module):
             TypeError: there is no buffer.
             ValueError: the batch has not one row.
         """
-        if not isinstance(buffer, ExperienceBuffer):
-            raise TypeError(f"StreamExperience: buffer must be an ExperienceBuffer, got {type(buffer).__name__}")
+        _check_buffer(buffer)
         states, targets = batch["states"].detach(), batch["targets"].detach()
         if len(states) != 1:
             raise ValueError(f"StreamExperience: states must have shape (1, time, ...), got {tuple(states.shape)}")
@@ -184,6 +187,13 @@ class StreamExperience(nn.Module):
                 weights = found.attention(self.temperature) if self.soft else query.new_full((count,), 1 / count)
                 like = states if states.is_floating_point() else query  # tokens do not have the model's dtype
                 result = {**found.batch(), "weights": weights.to(like)}
-            if self.own_chunks and (result is None or result["states"].shape[1:] == states.shape[1:]):
+            mask = batch.get("mask")
+            complete = mask is None or bool(mask.all())
+            if self.own_chunks and complete and (result is None or result["states"].shape[1:] == states.shape[1:]):
                 buffer.add(states[0], targets[0], context_embedding=query)
         return result
+
+
+def _check_buffer(buffer: Any) -> None:
+    if not isinstance(buffer, ExperienceBuffer):
+        raise TypeError(f"StreamExperience: buffer must be an ExperienceBuffer, got {type(buffer).__name__}")

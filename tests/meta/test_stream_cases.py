@@ -1,5 +1,6 @@
 """StreamMAML, its memory and adapt_stream on what users pass besides float sequences: each case was wrong once."""
 
+import copy
 import math
 import re
 
@@ -11,7 +12,8 @@ from torch.nn.functional import cross_entropy, mse_loss
 from eaml_ext import SSM, SSMLayer
 from eaml_ext.adaptation import AdaptationConfig, Adapter
 from eaml_ext.experience import ExperienceBuffer
-from eaml_ext.meta import MaskedLoss, StreamExperience, StreamMAML
+from eaml_ext.meta import MaskedLoss, MetaMAML, StreamExperience, StreamMAML
+from eaml_ext.rl import SSMMetaPolicy
 
 OPEN = {"grad_clip_norm": None, "trust_region_eps": None, "ema_decay": None, "max_steps_per_call": 1}
 MEMORIES = ("reverse_over_reverse", "recompute")
@@ -195,6 +197,32 @@ class Counting(nn.Module):
     step = scan
 
 
+class Pooled(nn.Module):
+    """One prediction for a chunk."""
+
+    def __init__(self):
+        super().__init__()
+        self.linear = nn.Linear(3, 3)
+
+    def forward(self, x):
+        return self.linear(x).mean(1)
+
+
+def test_predict_one_prediction_per_chunk_raises():
+    x, y = streams()
+    maml = make(Pooled())
+    loss = maml.meta_update(x, y, lambda prediction, target: mse_loss(prediction, target.mean(1)))
+    assert math.isfinite(loss)
+    with pytest.raises(ValueError, match=r"^StreamMAML.predict: the model must predict a tensor \(1, 4, ...\), got"):
+        maml.predict(x, y, lambda prediction, target: mse_loss(prediction, target.mean(1)))
+
+
+def test_meta_update_policy_raises():
+    text = "StreamMAML.meta_update: scan and step of SSMMetaPolicy must return (prediction, state), got 3 values"
+    with pytest.raises(TypeError, match="^" + re.escape(text)):
+        make(SSMMetaPolicy(3, 3)).meta_update(*streams(), mse_loss)
+
+
 @pytest.mark.parametrize("memory", MEMORIES)
 def test_model_without_a_state_runs_and_one_with_a_number_raises(memory):
     x, y = streams()
@@ -258,10 +286,40 @@ def test_adapt_stream_chunk_that_is_not_finite_does_not_enter_the_memory(name):
     assert [math.isfinite(v) for v in losses] == [True, True, False, True, True, True] and adapter.rollbacks == 1
 
 
+def test_adapt_stream_chunk_with_a_masked_step_does_not_enter_the_memory():
+    chunks = batches(*(t[:1] for t in streams(time=16)))
+    for i, row in ((0, [True, True, False, True]), (1, [True] * 4)):
+        chunks[i]["mask"] = torch.tensor([row])
+    buffer = ExperienceBuffer(3)
+    adapter = Adapter(make().model, AdaptationConfig(), buffer, 1.0, retriever=experience())
+    lengths = [len(buffer) for _ in adapter.adapt_stream(mse_loss, chunks)]
+    assert lengths == [0, 1, 2, 3]
+
+
+def test_init_encoder_with_a_fast_weight_raises():
+    class Encoder(nn.Module):
+        def __init__(self, head):
+            super().__init__()
+            self.features = nn.Sequential(nn.Linear(3, 8), head)
+
+        def forward(self, x):
+            return self.features(x)
+
+    model = SSM(3, 8, 3, state_size=4)
+    memory = StreamExperience(Encoder(model.head), slots=3, k=2)
+    with pytest.raises(
+        ValueError, match=r"^StreamMAML: experience must not share a fast weight of the model, got head"
+    ):
+        make(model, experience=memory)
+    assert math.isfinite(make(model, parameters="norm", experience=memory).meta_update(*streams(), mse_loss))
+
+
 def test_adapt_stream_retriever_without_a_buffer_raises():
     adapter = Adapter(make().model, retriever=experience())
     with pytest.raises(TypeError, match=r"^StreamExperience: buffer must be an ExperienceBuffer, got NoneType"):
         next(adapter.adapt_stream(mse_loss, batches(*(t[:1] for t in streams()))))
+    with pytest.raises(TypeError, match=r"^StreamExperience: buffer must be an ExperienceBuffer, got list"):
+        experience().fill([], *streams())
 
 
 # -------------------------------------------------------------------------------------------------------- at test time
@@ -345,6 +403,42 @@ def test_adapter_step_sizes_of_float64_parameters_are_not_rounded_to_float32():
         Adapter(model, AdaptationConfig(**OPEN, lr=0.1), **given).adapt(mse_loss, {"states": x, "targets": y})
     for a, b in zip(*(m.parameters() for m in models), strict=True):
         torch.testing.assert_close(a, b, rtol=1e-14, atol=1e-15)
+
+
+@pytest.mark.parametrize(
+    ("step_sizes", "error", "text"),
+    [
+        ({"weight": 1e6}, ValueError, "Adapter: step_sizes['weight'] must be >= 0 and finite in the parameter's dtype"),
+        ({3: 0.1}, TypeError, "Adapter: step_sizes must be a dict by name, got [3]"),
+    ],
+)
+def test_adapter_step_sizes_that_half_precision_or_names_exclude_raise(step_sizes, error, text):
+    with pytest.raises(error, match="^" + re.escape(text)):
+        Adapter(nn.Linear(3, 2).half(), step_sizes=step_sizes)
+
+
+class Noted(nn.Linear):
+    """A layer with an extra state."""
+
+    def get_extra_state(self):
+        return {"note": 1}
+
+    def set_extra_state(self, state):
+        self.note = state["note"]
+
+
+@pytest.mark.parametrize("kind", [StreamMAML, MetaMAML])
+def test_load_state_dict_takes_an_extra_state_and_checks_the_count(kind):
+    options = {"chunk_size": 4} if kind is StreamMAML else {}
+    maml = kind(Noted(3, 3), 0.1, 1e-2, **options)
+    state = copy.deepcopy(maml.state_dict())
+    with torch.no_grad():
+        maml.model.weight.zero_()
+    with pytest.raises(TypeError, match=rf"^{kind.__name__}.load_state_dict: skipped_updates must be an integer"):
+        maml.load_state_dict({**state, "skipped_updates": "none"})
+    assert not maml.model.weight.any()
+    maml.load_state_dict(state)
+    assert maml.model.note == 1 and torch.equal(maml.model.weight, state["model"]["weight"])
 
 
 def test_step_sizes_of_complex_parameters_are_real():
