@@ -1,4 +1,4 @@
-"""Checkpoints: one safetensors file each, written atomically, read without running code; and deferred Ctrl-C.
+"""Checkpoints: one safetensors file each, written atomically, read without running code; and deferred signals.
 
 The header holds the format, the kind, the metadata as JSON, and a CRC-32 of all of it and of the tensors. A reader sees
 the whole old file or the whole new one (:func:`eaml_ext._files.atomic_write`).
@@ -266,10 +266,10 @@ def load_module(
 
 @contextlib.contextmanager
 def deferred_interrupt() -> Iterator[list[int]]:
-    """Yield a list that the first Ctrl-C makes non-empty, so that a loop can end where its state is whole.
+    """Yield a list that the first SIGINT (Ctrl-C) or SIGTERM makes non-empty: a loop can end where its state is whole.
 
-    The second Ctrl-C has its former effect. Only the main thread may set handlers and receives Ctrl-C, so the list
-    stays empty in others.
+    The second signal has its former effect, and so has a signal that is ignored. Only the main thread may set handlers
+    and receives signals, so the list stays empty in others.
 
     >>> with deferred_interrupt() as interrupted:
     ...     signal.raise_signal(signal.SIGINT)
@@ -277,21 +277,26 @@ def deferred_interrupt() -> Iterator[list[int]]:
     the loop ends here
     """
     seen: list[int] = []
-    before = signal.getsignal(signal.SIGINT)
-    # None: a handler that Python did not set. SIG_IGN: a job in the background, which stays as it is.
-    if threading.current_thread() is not threading.main_thread() or before in (None, signal.SIG_IGN):
-        yield seen
-        return
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    # None: a handler that Python did not set. SIG_IGN: a job in the background, which ignores Ctrl-C.
+    before = {number: handler for number, handler in before.items() if handler not in (None, signal.SIG_IGN)}
+    if threading.current_thread() is not threading.main_thread():
+        before = {}
 
-    def handler(number: int, frame: Any) -> None:
+    def restore() -> None:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+    def defer(number: int, frame: Any) -> None:
         seen.append(number)
-        signal.signal(signal.SIGINT, before)
+        restore()
 
-    signal.signal(signal.SIGINT, handler)
+    for number in before:
+        signal.signal(number, defer)
     try:
         yield seen
     finally:
-        signal.signal(signal.SIGINT, before)
+        restore()
 
 
 def _pack(tree: Any, name: str, tensors: dict[str, Tensor]) -> Any:

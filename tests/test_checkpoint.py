@@ -1,4 +1,4 @@
-"""Checkpoints: saved and loaded values, damaged files, and deferred Ctrl-C."""
+"""Checkpoints: saved and loaded values, damaged files, and deferred signals."""
 
 import os
 import pickle
@@ -178,12 +178,24 @@ def test_deferred_interrupt_ignored_signal_stays_ignored():
         signal.signal(signal.SIGINT, before)
 
 
-def test_deferred_interrupt_first_signal_is_recorded_second_raises():
+@pytest.mark.parametrize("first", [signal.SIGINT, signal.SIGTERM])
+def test_deferred_interrupt_first_signal_is_recorded_second_raises(first):
     with pytest.raises(KeyboardInterrupt), checkpoint.deferred_interrupt() as interrupted:
+        signal.raise_signal(first)
+        assert interrupted == [first]
         signal.raise_signal(signal.SIGINT)
-        assert interrupted == [signal.SIGINT]
-        signal.raise_signal(signal.SIGINT)
-    assert interrupted == [signal.SIGINT] and signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    assert interrupted == [first] and signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
+
+
+def test_deferred_interrupt_sigterm_is_recorded_where_ctrl_c_is_ignored():
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        with checkpoint.deferred_interrupt() as interrupted:
+            signal.raise_signal(signal.SIGTERM)
+        assert interrupted == [signal.SIGTERM] and signal.getsignal(signal.SIGINT) is signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def test_conftest_suite_started_with_sigint_ignored_receives_signals():
@@ -191,7 +203,7 @@ def test_conftest_suite_started_with_sigint_ignored_receives_signals():
     test = test_deferred_interrupt_first_signal_is_recorded_second_raises.__name__
     command = [sys.executable, "-c", code, "-p", "no:cacheprovider", f"{__file__}::{test}"]
     child = subprocess.run(command, capture_output=True, text=True)
-    assert child.returncode == 0 and "1 passed" in child.stdout, child.stdout
+    assert child.returncode == 0 and "2 passed" in child.stdout, child.stdout
 
 
 @pytest.mark.parametrize("integer", [np.int64, np.int8, np.uint32])

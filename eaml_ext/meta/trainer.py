@@ -155,8 +155,9 @@ class MetaMAMLTrainer:
         state, makes the meta-updates that are missing, and returns the losses of all. The same script, started again
         after an end of any kind, thus ends with the bits of an uninterrupted run.
 
-        **Ctrl-C** ends the call after the current meta-update; a second one ends it at once. The checkpoint is written
-        and KeyboardInterrupt raised, on all ranks if one received it. Without a checkpoint the next call continues.
+        **Ctrl-C** or SIGTERM ends the call after the current meta-update; a second one ends it at once. The checkpoint
+        is written and KeyboardInterrupt raised, on all ranks if one received it. Without a checkpoint the next call
+        continues.
 
         A meta-update that is not finite is skipped. Its loss is in the list, and a RuntimeWarning at the end counts the
         skipped ones.
@@ -179,7 +180,7 @@ class MetaMAMLTrainer:
         Raises:
             TypeError, ValueError: an argument of the wrong kind or size, or a checkpoint of other settings.
             FileNotFoundError: the checkpoint's directory does not exist.
-            KeyboardInterrupt: Ctrl-C, after the checkpoint was written.
+            KeyboardInterrupt: Ctrl-C or SIGTERM, after the checkpoint was written.
             RankError: another rank has died or failed.
 
         Print the mean loss of every two meta-updates:
