@@ -15,6 +15,15 @@ def flag(default: Any, text: str, **options: Any) -> Any:
     return field(default=default, metadata={"help": text, **options})
 
 
+def auto_or_number(text: str) -> str | float:
+    """Return "auto", or the text as a number: the argparse type of such a flag.
+
+    >>> auto_or_number("auto"), auto_or_number("0.1")
+    ('auto', 0.1)
+    """
+    return text if text == "auto" else float(text)
+
+
 def check_fields(settings: Any, zero: Collection[str]) -> None:
     """Check the fields of frozen settings against their defaults and choices.
 
@@ -27,10 +36,13 @@ def check_fields(settings: Any, zero: Collection[str]) -> None:
     where = type(settings).__name__
     for f in fields(settings):
         value, choices = getattr(settings, f.name), f.metadata.get("choices")
+        auto = f.metadata.get("type") is auto_or_number
         if isinstance(f.default, bool):
             _check.flag(where, f.name, value)
             value = bool(value)
-        elif isinstance(f.default, str):
+        elif isinstance(f.default, str) and (isinstance(value, str) or not auto):
+            if auto and value != "auto":
+                raise ValueError(f"{where}: {f.name} must be 'auto' or a number > 0, got {value!r}")
             if not isinstance(value, str):
                 raise TypeError(f"{where}: {f.name} must be a string, got {value!r}")
             if choices and value not in choices:
@@ -57,7 +69,7 @@ class DynamicsConfig:
     """
 
     env_name: str = flag("CartPole-v1", "Gymnasium id; any with Box observations")
-    num_epochs: int = flag(50, "epochs of meta-training")
+    num_epochs: int = flag(50, "epochs of meta-training; more than before extend a run with --resume")
     seed: int = flag(0, "seed of all random numbers")
     device: str = flag("cpu", "device of the model: cpu, cuda, cuda:1, ...")
     experience_weight: float = flag(0.3, "weight of the experience in the hybrid loss")
@@ -95,8 +107,9 @@ class DynamicsConfig:
 
     @property
     def decisive(self) -> dict[str, Any]:
-        """The settings that meta-training depends on; they must be equal for a run to be resumed."""
-        kept = ("checkpoint_every", "resume", "out", "plan_tasks", "plan_steps", "plan_horizon", "plan_candidates")
+        """The settings of a meta-update; they must be equal for a run to be resumed."""
+        planning = ("plan_tasks", "plan_steps", "plan_horizon", "plan_candidates")
+        kept = ("num_epochs", "checkpoint_every", "resume", "out", *planning)
         return {name: value for name, value in vars(self).items() if name not in kept}
 
     @property

@@ -8,6 +8,7 @@ on the transitions that follow, beside the predictor that copies its input.
 Under ``torchrun`` the ranks share the tasks of every meta-batch; rank 0 alone prints, keeps the experience and adapts.
 """
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +17,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.optim.lr_scheduler import CosineAnnealingLR
 
 from eaml_ext import checkpoint
 from eaml_ext._terminal import write_line
@@ -37,7 +39,8 @@ def run(settings: DynamicsConfig) -> dict[str, Any]:
     The folder gets ``settings.toml``, ``report.json``, ``report.png`` (with the extra ``plot``), ``model.safetensors``,
     ``buffer.safetensors`` and, during meta-training, ``checkpoint.safetensors``. With ``settings.resume`` the run goes
     on from that checkpoint: a run that was killed at any moment ends with the bits of an uninterrupted one. A run of
-    version 0.1 goes on in its own units. Ctrl-C during meta-training ends it after the checkpoint is written.
+    version 0.1 goes on in its own units. Another ``num_epochs`` goes on, too, on the schedule of the new total. Ctrl-C
+    or SIGTERM during meta-training ends it after the checkpoint is written.
 
     Under ``torchrun`` all ranks make the same call. Each draws every task, which is cheap, and adapts its part; after
     meta-training only rank 0 goes on. The result is that of one process to rounding, and a run may be resumed by
@@ -51,7 +54,7 @@ def run(settings: DynamicsConfig) -> dict[str, Any]:
             observation that is not finite.
         OSError: the folder cannot be written.
         RankError: another rank has died; an OSError.
-        KeyboardInterrupt: Ctrl-C.
+        KeyboardInterrupt: Ctrl-C or SIGTERM.
     """
     with torchrun_group() as group:
         return _run(settings, group)
@@ -78,7 +81,7 @@ def _run(settings: DynamicsConfig, group: Group | None) -> dict[str, Any]:
         settings.inner_lr,
         loss_fn=F.mse_loss,
         inner_steps=settings.inner_steps,
-        lr_scheduler=lambda optimizer: torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, total),
+        lr_scheduler=lambda optimizer: CosineSchedule(optimizer, total),
         group=group,
     )
 
@@ -135,7 +138,7 @@ def meta_train(
         if not settings.resume:
             path.unlink(missing_ok=True)  # an earlier run's
         if path.exists():
-            format_1.upgrade(path, trainer, source)
+            format_1.upgrade(path, trainer, source, settings)
         else:
             start()
 
@@ -161,8 +164,22 @@ def meta_train(
         where = "MetaMAMLTrainer.meta_train: "
         if not str(error).startswith(where):
             raise
-        raise ValueError(f"DynamicsConfig: resume: {str(error).removeprefix(where)}") from None
+        text = str(error).removeprefix(where)
+        text = text.replace(f"num_meta_iterations is {total}", f"num_epochs={settings.num_epochs} makes {total}")
+        raise ValueError(f"DynamicsConfig: resume: {text}") from None
     return [sum(losses[i : i + updates]) / updates for i in range(0, total, updates)]
+
+
+class CosineSchedule(CosineAnnealingLR):
+    """``lr (1 + cos(pi i / T_max)) / 2`` before update i. The state of another ``T_max`` goes on with this one's."""
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Load the update that was reached, whose learning rate becomes that of this schedule."""
+        super().load_state_dict({**state, "T_max": self.T_max})
+        if state["T_max"] != self.T_max:
+            factor = (1 + math.cos(math.pi * self.last_epoch / self.T_max)) / 2
+            for group, lr in zip(self.optimizer.param_groups, self.base_lrs, strict=True):
+                group["lr"] = lr * factor
 
 
 class Transitions:

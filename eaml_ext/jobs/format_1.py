@@ -12,22 +12,24 @@ import torch
 from torch import Tensor
 
 from eaml_ext import checkpoint
+from eaml_ext.jobs.config import DynamicsConfig
 from eaml_ext.jobs.world_model import DynamicsModel, features, task_embedding
 from eaml_ext.meta import MetaMAMLTrainer, TaskSource
 
 KIND = "dynamics-run"
 
 
-def upgrade(path: Path, trainer: MetaMAMLTrainer, source: TaskSource) -> None:
+def upgrade(path: Path, trainer: MetaMAMLTrainer, source: TaskSource, settings: DynamicsConfig) -> None:
     """Rewrite the checkpoint ``path`` where version 0.1 wrote it; leave any other file as it is.
 
     Args:
         path: the checkpoint.
         trainer: the trainer that continues the run.
         source: its meta-batches.
+        settings: of the run that continues it.
 
     Raises:
-        ValueError: the run has other settings, or the file does not hold a run.
+        ValueError: the run has other settings or more meta-updates, or the file does not hold a run.
         OSError: the file cannot be written.
     """
     try:
@@ -39,6 +41,10 @@ def upgrade(path: Path, trainer: MetaMAMLTrainer, source: TaskSource) -> None:
             if (came := state["settings"].get(name)) != mine:
                 text = f"{path} is of a run with {name}={came!r}, this one has {mine!r}"
                 raise ValueError(f"DynamicsConfig: resume: {text}")
+        done, total = len(state["losses"]), settings.num_epochs * settings.updates_per_epoch
+        if done > total:
+            text = f"holds {done} meta-updates, num_epochs={settings.num_epochs} makes {total}"
+            raise ValueError(f"DynamicsConfig: resume: checkpoint {path} {text}")
         model: Any = copy.deepcopy(trainer.maml.model).cpu()
         model.load_state_dict(state["maml"]["model"])
         fields = state["buffer"]["fields"]

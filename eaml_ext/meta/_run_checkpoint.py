@@ -53,6 +53,14 @@ def read_run(
     return run_on_rank_zero(group, read), extra
 
 
+def check_settings(where: str, path: Path, stored: dict[str, Any], settings: dict[str, Any]) -> None:
+    """Raise ValueError, which names the first one that differs, unless the stored settings are ``settings``."""
+    for name, value in settings.items():
+        if stored.get(name) != value:
+            text = f"{name}={stored.get(name)!r}, this one has {value!r}"
+            raise ValueError(f"{where}: checkpoint {os.fspath(path)} is of a run with {text}")
+
+
 def check_run(
     where: str, path: Path, state: dict[str, Any], settings: dict[str, Any], wanted: int
 ) -> tuple[list[float], int]:
@@ -66,12 +74,8 @@ def check_run(
     done = len(losses) - began
     if not 0 <= began <= len(losses):
         raise LookupError(f"a run began at {began} of {len(losses)} losses")
-    stored = state["settings"]
-    for name in dict.fromkeys([*settings, "lr_scheduler"]):  # which a run without a scheduler does not store
-        value = settings.get(name)
-        if stored.get(name) != value:
-            text = f"{name}={stored.get(name)!r}, this one has {value!r}"
-            raise ValueError(f"{where}: checkpoint {os.fspath(path)} is of a run with {text}")
+    # A run without a scheduler does not store lr_scheduler.
+    check_settings(where, path, state["settings"], {**settings, "lr_scheduler": settings.get("lr_scheduler")})
     if done > wanted:
         text = f"checkpoint {os.fspath(path)} holds {done} meta-updates, num_meta_iterations is {wanted}"
         raise ValueError(f"{where}: {text}")

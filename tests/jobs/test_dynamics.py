@@ -1,8 +1,10 @@
 """The main job in small: printed lines, files, resumed runs, and the errors of adapted models."""
 
 import json
+import math
 import random
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -141,13 +143,13 @@ def assert_same_run(folder, results, uninterrupted):
         assert got.keys() == kept.keys() and all(torch.equal(value, kept[key]) for key, value in got.items()), name
 
 
-def interrupt_at(monkeypatch, number):
-    """Press Ctrl-C while the main job makes meta-update ``number``."""
+def interrupt_at(monkeypatch, update, number=signal.SIGINT):
+    """Send a signal while the main job makes meta-update ``update``."""
     batch = dynamics.Transitions.batch
 
     def interrupted(self, iteration):
-        if iteration == number:
-            signal.raise_signal(signal.SIGINT)
+        if iteration == update:
+            signal.raise_signal(number)
         return batch(self, iteration)
 
     monkeypatch.setattr(dynamics.Transitions, "batch", interrupted)
@@ -168,9 +170,10 @@ def test_resume_after_kill_ends_with_equal_bits(uninterrupted, tmp_path):
     assert_same_run(tmp_path, results, uninterrupted)
 
 
-def test_resume_after_ctrl_c_ends_with_equal_bits(uninterrupted, tmp_path, monkeypatch, capsys):
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_resume_after_ctrl_c_or_sigterm_ends_with_equal_bits(number, uninterrupted, tmp_path, monkeypatch, capsys):
     flags = [f"--{name}={value}" for name, value in {**RESUMED, "buffer_size": 8000}.items()]
-    interrupt_at(monkeypatch, 4)
+    interrupt_at(monkeypatch, 4, number)
     assert cli.main([*flags, f"--out={tmp_path}"]) == 130
     assert "the same command with --resume goes on" in capsys.readouterr().err
     monkeypatch.undo()
@@ -184,8 +187,7 @@ def test_resume_of_finished_run_repeats_report_and_refuses_other_settings(uninte
     folder, _ = uninterrupted
     for changed, text in (
         ({"outer_lr": 0.1}, "is of a run with outer_lr=0.003, this one has 0.1"),
-        ({"num_epochs": 7}, "is of a run with num_epochs=6, this one has 7"),
-        ({"num_epochs": 5}, "is of a run with num_epochs=6, this one has 5"),
+        ({"num_epochs": 5}, "holds 12 meta-updates, num_epochs=5 makes 10"),
     ):
         flags = [f"--{n}={v}" for n, v in {**RESUMED, "buffer_size": 8000, "out": folder, **changed}.items()]
         assert cli.main([*flags, "--resume"]) == 2
@@ -194,6 +196,32 @@ def test_resume_of_finished_run_repeats_report_and_refuses_other_settings(uninte
     results = run(DynamicsConfig(out=str(folder), buffer_size=8000, resume=True, **RESUMED))
     assert capsys.readouterr().out.startswith("Resumed after 12 of 12 meta-updates.")
     assert_same_run(folder, results, uninterrupted)
+
+
+def test_resume_with_more_epochs_goes_on_by_the_schedule_of_the_new_total(uninterrupted, tmp_path, monkeypatch, capsys):
+    rates, update = [], dynamics.MetaMAMLTrainer._update
+
+    def recorded(self, *args):
+        rates.append(self.maml.optimizer.param_groups[0]["lr"])
+        return update(self, *args)
+
+    monkeypatch.setattr(dynamics.MetaMAMLTrainer, "_update", recorded)
+    results = {}
+    for folder in ("a", "b"):  # b is interrupted within the epochs that are added
+        shutil.copytree(uninterrupted[0], tmp_path / folder)
+        flags = [f"--{n}={v}" for n, v in {**RESUMED, "buffer_size": 8000, "num_epochs": 8}.items()]
+        flags += [f"--out={tmp_path / folder}", "--resume"]
+        if folder == "b":
+            with monkeypatch.context() as patch:
+                interrupt_at(patch, 13)
+                assert cli.main(flags) == 130
+        assert cli.main(flags) == 0
+        results[folder] = json.loads((tmp_path / folder / "report.json").read_text())
+    want = [DynamicsConfig().outer_lr * (1 + math.cos(math.pi * i / 16)) / 2 for i in (*range(12, 16), *range(12, 16))]
+    assert rates == pytest.approx(want, rel=1e-9)
+    assert "Resumed after 12 of 16 meta-updates." in capsys.readouterr().out
+    assert results["a"]["meta_loss"][:6] == uninterrupted[1]["meta_loss"] and len(results["a"]["meta_loss"]) == 8
+    assert_same_run(tmp_path / "b", results["b"], (tmp_path / "a", results["a"]))
 
 
 def test_resume_damaged_checkpoint_is_refused(tmp_path, capsys):
