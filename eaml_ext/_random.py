@@ -42,6 +42,8 @@ class Purpose(IntEnum):
     MAML_RL_TRAINING = 45  # update, inner step
     MAML_RL_ADAPTATION = 46  # inner step
     MAML_RL_EVALUATION = 47
+    RANDOM_ACTIONS = 48
+    REWARD_SCALE = 49
 
 
 def check_seed(where: str, name: str, value: Any) -> int:

@@ -13,6 +13,7 @@ from eaml_ext import __version__
 from eaml_ext.jobs import config_file
 from eaml_ext.jobs.config import DynamicsConfig
 from eaml_ext.jobs.rl_config import MAMLConfig, RL2Config
+from eaml_ext.jobs.signals import sigterm_as_interrupt
 
 SETTINGS: dict[str, Any] = {"dynamics": DynamicsConfig, "rl2": RL2Config, "maml": MAMLConfig}
 ABOUT = {
@@ -42,7 +43,7 @@ def parser(algo: str = "dynamics") -> argparse.ArgumentParser:
         if isinstance(f.default, bool):
             p.add_argument(f"--{f.name}", action=argparse.BooleanOptionalAction, default=f.default, **options)
         else:
-            p.add_argument(f"--{f.name}", type=type(f.default), default=f.default, **options)
+            p.add_argument(f"--{f.name}", default=f.default, **{"type": type(f.default), **options})
     return p
 
 
@@ -98,7 +99,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         argv: the flags; those of the process if absent.
 
     Returns:
-        The exit code: 0, 2 for bad settings or a lost rank of torchrun, 130 for Ctrl-C.
+        The exit code: 0, 2 for bad settings or a lost rank of torchrun, 130 for Ctrl-C and SIGTERM.
     """
     argv = sys.argv[1:] if argv is None else list(argv)
     if argv[:1] == ["info"]:
@@ -112,12 +113,12 @@ def main(argv: Sequence[str] | None = None) -> int:
             settings = kind(**arguments)
         except (TypeError, ValueError) as error:
             p.error(str(error).removeprefix(prefix))
-        import_module(f"eaml_ext.jobs.{'dynamics' if algo == 'dynamics' else 'rl'}").run(settings)
+        with sigterm_as_interrupt():
+            import_module(f"eaml_ext.jobs.{'dynamics' if algo == 'dynamics' else 'rl'}").run(settings)
     except (ValueError, OSError) as error:
         print(f"eaml-ext: {str(error).removeprefix(prefix)}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        how = "; the same command with --resume goes on from the checkpoint" if algo == "dynamics" else ""
-        print(f"eaml-ext: interrupted{how}", file=sys.stderr)
+        print("eaml-ext: interrupted; the same command with --resume goes on from the checkpoint", file=sys.stderr)
         return 130
     return 0

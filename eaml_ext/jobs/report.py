@@ -1,6 +1,7 @@
 """Reports of a run: numbers as JSON, curves as PNG, tables as text."""
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -62,9 +63,18 @@ def write_json(path: str | Path, results: dict[str, Any]) -> None:
 
 
 def plot(path: str | Path, results: dict[str, Any]) -> None:
-    """Plot the meta-loss over epochs and the error of each variant over adaptation steps.
+    """Plot the meta-loss over epochs and the error of each variant over adaptation steps: see :func:`save_figure`."""
+    save_figure(path, lambda left, right: _draw(left, right, results))
+
+
+def save_figure(path: str | Path, draw: Callable[[Any, Any], None]) -> None:
+    """Write a figure of two axes, whole or not at all.
 
     Without matplotlib a printed line names the extra, and an earlier plot at ``path`` is removed.
+
+    Args:
+        path: of the PNG file.
+        draw: called with the left and the right axes of matplotlib.
     """
     try:
         from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -76,7 +86,12 @@ def plot(path: str | Path, results: dict[str, Any]) -> None:
 
     figure = Figure(figsize=(11, 4), layout="constrained")
     FigureCanvasAgg(figure)
-    left, right = figure.subplots(1, 2)
+    draw(*figure.subplots(1, 2))
+    with atomic_write(path) as temporary:
+        figure.savefig(temporary, format="png", dpi=120)
+
+
+def _draw(left: Any, right: Any, results: dict[str, Any]) -> None:
     left.plot(range(len(results["meta_loss"])), results["meta_loss"])
     left.set(xlabel="epoch", ylabel="query loss after adaptation", yscale="log", title="meta-training")
     for name, curve in results["curves"].items():
@@ -92,5 +107,3 @@ def plot(path: str | Path, results: dict[str, Any]) -> None:
         title=f"held-out tasks of {results['settings']['env_name']}, seed {results['settings']['seed']}",
     )
     right.legend(loc="upper left", bbox_to_anchor=(1.0, 1.0), frameon=False)
-    with atomic_write(path) as temporary:
-        figure.savefig(temporary, format="png", dpi=120)

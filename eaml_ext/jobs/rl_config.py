@@ -1,9 +1,11 @@
 """Settings of the meta-RL jobs. Needs no torch: the command line reads its flags from these fields."""
 
 from dataclasses import dataclass
+from typing import Any
 
-from eaml_ext.jobs.config import check_fields, flag
+from eaml_ext.jobs.config import auto_or_number, check_fields, flag
 
+UPDATES = 10  # per epoch
 CORES = ("s6", "mamba", "s4d", "s5", "lru", "ssd", "retention", "rwkv")
 
 
@@ -16,17 +18,21 @@ class RLConfig:
     """
 
     env_name: str = flag("CartPole-v1", "Gymnasium id, or a name registered in eaml_ext.tasks")
-    num_epochs: int = flag(12, "epochs of meta-training, 10 updates each")
+    num_epochs: int = flag(12, "epochs of meta-training, 10 updates each; more than before extend a run with --resume")
     seed: int = flag(0, "seed of all random numbers")
     device: str = flag("cpu", "device of the policy: cpu, cuda, cuda:1, ...")
     hidden_dim: int = flag(64, "width of the policy's SSM")
     state_size: int = flag(8, "states per channel of the SSM")
     num_layers: int = flag(1, "layers of the SSM")
     core: str = flag("s6", "recurrence of the SSM", choices=CORES)
-    reward_scale: float = flag(0.1, "rewards are multiplied by it for learning; values should be of the order of 1")
+    reward_scale: str | float = flag(
+        "auto", "factor of the rewards for learning; auto: returns of random actions get size 1", type=auto_or_number
+    )
     gamma: float = flag(0.99, "discount of a step, at most 1")
     test_tasks: int = flag(64, "held-out tasks")
     threads: int = flag(1, "threads torch may use; the policy is too small to gain from more")
+    checkpoint_every: int = flag(1, "epochs between two checkpoints of meta-training")
+    resume: bool = flag(False, "continue from the checkpoint in the folder, or start where there is none")
     out: str = flag("", "folder of the results; runs/<algo>-<env_name>-seed<seed> if empty")
 
     def __post_init__(self) -> None:
@@ -35,10 +41,20 @@ class RLConfig:
             raise ValueError(f"{type(self).__name__}: gamma must be <= 1, got {self.gamma!r}")
 
     @property
+    def algo(self) -> str:
+        """The value of ``--algo``."""
+        return type(self).__name__.removesuffix("Config").lower()
+
+    @property
+    def decisive(self) -> dict[str, Any]:
+        """The settings of an update; they must be equal for a run to be resumed."""
+        kept = ("num_epochs", "checkpoint_every", "resume", "out", "test_tasks", "episodes")
+        return {name: value for name, value in vars(self).items() if name not in kept}
+
+    @property
     def folder(self) -> str:
         """Folder of the results."""
-        algo = type(self).__name__.removesuffix("Config").lower()
-        return self.out or f"runs/{algo}-{self.env_name.replace('/', '-')}-seed{self.seed}"
+        return self.out or f"runs/{self.algo}-{self.env_name.replace('/', '-')}-seed{self.seed}"
 
 
 @dataclass(frozen=True)

@@ -184,6 +184,11 @@ class Learner(ABC):
         _check_finite(where, {**trainable, "mean": self.policy.mean, "std": self.policy.std})
 
 
+def return_per_episode(trials: Trials) -> float:
+    """Return the sum of all rewards divided by the number of episodes; the recording may cut the last of each trial."""
+    return float(trials.rewards[trials.mask].double().sum() / trials.episode_starts.sum())
+
+
 def _check_finite(where: str, tensors: Mapping[str, Tensor]) -> None:
     """Raise ValueError unless all tensors are finite and ``std`` is positive."""
     for name, value in tensors.items():

@@ -5,7 +5,7 @@ D_i are rollouts with theta, D_i' with theta_i; L is the loss of the policy grad
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -18,7 +18,7 @@ from eaml_ext._random import Purpose, check_seed, derive_seed
 from eaml_ext.meta import MetaMAML
 from eaml_ext.meta._types import Params
 from eaml_ext.meta.functional import detached_copy, functional_call, outside_inference_mode
-from eaml_ext.rl._learner import Learner
+from eaml_ext.rl._learner import Learner, return_per_episode
 from eaml_ext.rl.losses import a2c_loss, normalised
 from eaml_ext.rl.policy import SSMMetaPolicy
 from eaml_ext.rl.trials import MAX_EPISODE_STEPS, Trials, rollout
@@ -100,21 +100,28 @@ class MAMLRL(Learner):
         _check.flag(where, "first_order", first_order)
         self.maml = MetaMAML(_Sequences(policy), inner_lr, outer_lr, first_order, inner_steps=inner_steps)
 
-    def train(self, updates: int) -> list[float]:
+    def train(self, updates: int, report: Callable[[int, float], Any] | None = None) -> list[float]:
         """Make ``updates`` meta-updates.
 
         Args:
             updates: how many, > 0.
+            report: as in :meth:`eaml_ext.rl.RL2.train`.
 
         Returns:
-            The mean reward of a step after adaptation, for each update; NaN if a reward or an observation was not
-            finite. A RuntimeWarning at the end counts the skipped updates.
+            The return per episode after adaptation, for each update: the sum of all rewards divided by the number of
+            episodes. The end of a rollout may cut its last episode. NaN if a reward or an observation was not finite. A
+            RuntimeWarning at the end counts the skipped updates.
 
         Raises:
             TypeError, ValueError: ``updates`` is no positive integer, or as :meth:`update`.
         """
         updates = _check.positive("MAMLRL.train", "updates", updates, integer=True)
-        return [self.update() for _ in self._progress("MAMLRL.train", updates)]
+        returns = []
+        for i in self._progress("MAMLRL.train", updates):
+            returns.append(self.update())
+            if report is not None:
+                report(i, returns[-1])
+        return returns
 
     def _rollout(self, tasks: Sequence[Task], seed: int) -> Trials:
         return self._rollout_with(tasks, self._expand_params(len(tasks)), seed, steps=self.steps)
@@ -124,7 +131,7 @@ class MAMLRL(Learner):
         query = self._rollout_for_step(tasks, adapted, self.maml.inner_steps)
         if not self._step(self.task_losses([*inner_batches, self._batch(query, len(tasks))]).mean()):
             self._skip("MAMLRL.update: loss and gradients must be finite")
-        return float(query.rewards.mean())
+        return return_per_episode(query)
 
     def task_losses(self, batches: Sequence[tuple[Tensor, Tensor]]) -> Tensor:
         """Return the loss of each task on the last batch, after one inner step on each batch before it.

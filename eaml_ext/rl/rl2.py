@@ -13,7 +13,7 @@ from eaml_ext import _check
 from eaml_ext._random import Purpose, check_seed, derive_seed
 from eaml_ext.meta._optimizer import finite
 from eaml_ext.meta.functional import outside_inference_mode, recordable
-from eaml_ext.rl._learner import Learner
+from eaml_ext.rl._learner import Learner, return_per_episode
 from eaml_ext.rl.losses import a2c_loss, normalised, ppo_loss
 from eaml_ext.rl.policy import SSMMetaPolicy
 from eaml_ext.rl.trials import MAX_EPISODE_STEPS, Trials, check_length, rollout
@@ -126,13 +126,15 @@ class RL2(Learner):
 
         Args:
             updates: how many, > 0.
-            report: called as ``report(update, mean return)`` after each update; ``update`` counts from 0.
+            report: called as ``report(update, value)`` after each update, with the number of the update in this call
+                from 0 and its value in the returned list. The state is whole then: it may be saved.
             total: number of updates since the first one of this trainer after which the annealed learning rate is 0.
                 Default: ``updates``, counted from this call. With ``total``, training in several calls, or after
                 :meth:`load_state_dict`, equals training in one call.
 
         Returns:
-            The mean return of the finished episodes of each update; NaN if none finished or the update was skipped. A
+            The return per episode of each update: the sum of all rewards divided by the number of episodes. With
+            ``steps`` the end of a trial may cut its last episode. NaN if a reward or an observation was not finite. A
             RuntimeWarning at the end counts the skipped updates.
 
         Raises:
@@ -158,7 +160,7 @@ class RL2(Learner):
         trials = self._rollout(tasks, derive_seed(self.seed, Purpose.RL2_TRIALS, self.updates, bits=32))
         self.steps += int(trials.mask.sum())
         self.learn(trials)
-        return float(trials.finished_returns().mean())
+        return return_per_episode(trials)
 
     @outside_inference_mode()
     @torch.enable_grad()
@@ -199,6 +201,7 @@ class RL2(Learner):
         seed: int = 0,
         greedy: bool = True,
         *,
+        keep_state: bool = True,
         max_episode_steps: int = MAX_EPISODE_STEPS,
     ) -> Tensor:
         """Return the returns of all episodes of one trial per task.
@@ -207,6 +210,7 @@ class RL2(Learner):
             tasks: the tasks to evaluate on.
             episodes: episodes of each trial.
             seed, greedy, max_episode_steps: as in :func:`eaml_ext.rl.rollout`.
+            keep_state: False: zero the policy's state at every start of an episode, so that it cannot adapt.
 
         Returns:
             ``(len(tasks), episodes)``, float32.
@@ -215,6 +219,6 @@ class RL2(Learner):
             TypeError, ValueError: as :func:`eaml_ext.rl.rollout`.
         """
         seed = derive_seed(check_seed("RL2.evaluate", "seed", seed), Purpose.RL2_EVALUATION, bits=32)
-        length: dict[str, Any] = {"episodes": episodes, "max_episode_steps": max_episode_steps}
-        trials = rollout(self.dist, tasks, self.policy, seed, **length, greedy=greedy)
+        options: dict[str, Any] = {"episodes": episodes, "max_episode_steps": max_episode_steps}
+        trials = rollout(self.dist, tasks, self.policy, seed, **options, keep_state=keep_state, greedy=greedy)
         return trials.episode_returns(episodes)

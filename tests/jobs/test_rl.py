@@ -2,15 +2,17 @@
 
 import json
 import re
+import sys
 
 import numpy as np
 import pytest
 import torch
 
 from eaml_ext import checkpoint, cli
-from eaml_ext.jobs import rl, rl_config
+from eaml_ext.jobs import report, rl_config, rl_report
 from eaml_ext.jobs.rl import make_policy, run
 from eaml_ext.jobs.rl_config import MAMLConfig, RL2Config
+from eaml_ext.jobs.rl_report import epoch_line, length_warning
 from eaml_ext.nn.cores import CORES
 from eaml_ext.tasks import make_tasks
 
@@ -20,8 +22,8 @@ SMALL = {"num_epochs": 1, "hidden_dim": 8, "state_size": 4, "test_tasks": 6, "ta
 @pytest.mark.parametrize(
     ("algo", "columns", "line"),
     [
-        ("rl2", ["episode 1", "episode 2", "episode 3"], "Epoch 0, Return of finished episodes: "),
-        ("maml", ["after 0 steps", "after 1 steps"], "Epoch 0, Reward of a step after adaptation: 1.0"),
+        ("rl2", ["episode 1", "episode 2", "episode 3"], "Epoch 0, Return per episode in trials of 20 steps: "),
+        ("maml", ["after 1 step"], "Epoch 0, Return per episode after adaptation in rollouts of 20 steps: "),
     ],
 )
 def test_main_rl_job_leaves_report_and_policy(algo, columns, line, tmp_path, capsys):
@@ -29,11 +31,19 @@ def test_main_rl_job_leaves_report_and_policy(algo, columns, line, tmp_path, cap
     env = "CartPole-hidden-velocity-v1"
     assert cli.main(["--algo", algo, "--env_name", env, "--out", str(tmp_path), *flags]) == 0
     out = capsys.readouterr().out.splitlines()
-    assert out[0].startswith(line) and out[1] == "Return on 6 held-out tasks:"
-    assert [text[:24].strip() for text in out[3:-1]] == columns
-    report = json.loads((tmp_path / "report.json").read_text())
-    assert list(report["returns"]) == columns and len(report["training"]) == 10
-    assert 8 < report["returns"][columns[-1]]["mean"] < 500
+    written = json.loads((tmp_path / "report.json").read_text())
+    scale = written["reward_scale"]
+    assert out[0].startswith(f"Reward scale: {scale} (auto: ") and 0.05 < scale < 0.15
+    length = "trial up to 3 x 500 = 1500" if algo == "rl2" else "episode up to 500"
+    assert out[1].startswith("Warning: a training ") and f" has 20 steps, an evaluated {length}; --steps " in out[1]
+    assert out[2].startswith(line) and out[3] == "Return on 6 held-out tasks:"
+    assert [text[:24].strip() for text in out[5:-1]] == ["random actions", "unadapted policy", *columns]
+    assert list(written["returns"]) == columns and len(written["curve"]) == 10 and written["skipped_updates"] == 0
+    assert list(written["baselines"]) == ["random actions", "unadapted policy"]
+    assert written["settings"]["reward_scale"] == "auto" and (tmp_path / "report.png").stat().st_size > 10_000
+    assert float(out[2].removeprefix(line)) == pytest.approx(sum(written["curve"]) / 10, rel=1e-3)
+    assert all(8 < row["mean"] < 500 for row in (*written["baselines"].values(), *written["returns"].values()))
+    assert all(5 < value <= 20 for value in written["curve"])  # the rewards of a step are 1, those of an episode more
     tensors, metadata = checkpoint.load(tmp_path / "policy.safetensors", kind="policy")
     settings = (RL2Config if algo == "rl2" else MAMLConfig)(**metadata["settings"])
     make_policy(settings, make_tasks(env), torch.device("cpu")).load_state_dict(tensors)
@@ -45,7 +55,7 @@ def test_run_written_settings_repeat_its_numbers(kind, tmp_path):
     a = run(kind(out=str(tmp_path / "a"), **small))
     assert cli.main(["--config", str(tmp_path / "a" / "settings.toml"), "--out", str(tmp_path / "b")]) == 0
     b = json.loads((tmp_path / "b" / "report.json").read_text())
-    assert a["returns"] == b["returns"] and a["training"] == b["training"]
+    assert all(a[part] == b[part] for part in ("returns", "baselines", "curve", "reward_scale"))
 
 
 def test_run_settings_file_of_version_0_1_sets_rollouts_per_task(tmp_path):
@@ -58,7 +68,9 @@ def test_run_settings_file_of_version_0_1_sets_rollouts_per_task(tmp_path):
 
 def test_run_continuous_actions_give_finite_returns(tmp_path):
     settings = RL2Config(env_name="Pendulum-v1", out=str(tmp_path), **{**SMALL, "test_tasks": 2})
-    assert run(settings)["returns"]["episode 3"]["mean"] < 0
+    results = run(settings)
+    assert results["returns"]["episode 3"]["mean"] < 0 and results["baselines"]["random actions"]["mean"] < -500
+    assert all(value is not None for value in results["curve"])  # no episode ends within 20 steps
 
 
 @pytest.mark.parametrize(
@@ -72,6 +84,9 @@ def test_run_continuous_actions_give_finite_returns(tmp_path):
         (["--algo", "maml", "--rollouts_per_task", "0"], "rollouts_per_task must be > 0"),
         (["--algo", "maml", "--gamma", "1.5"], "gamma must be <= 1"),
         (["--algo", "rl2", "--reward_scale", "inf"], "reward_scale must be finite"),
+        (["--algo", "rl2", "--reward_scale", "0"], "reward_scale must be > 0"),
+        (["--algo", "maml", "--reward_scale", "many"], "invalid auto_or_number value: 'many'"),
+        (["--algo", "maml", "--checkpoint_every", "0"], "checkpoint_every must be > 0"),
         (["--episodes", "2"], "unrecognized arguments: --episodes"),
     ],
 )
@@ -98,24 +113,28 @@ def test_rl_config_wrong_types_raise():
         MAMLConfig(env_name=3)
     with pytest.raises(ValueError, match=r"^RL2Config: core must be one of .*, got 'gru'$"):
         RL2Config(core="gru")
+    with pytest.raises(ValueError, match=r"^RL2Config: reward_scale must be 'auto' or a number > 0, got '0.1'$"):
+        RL2Config(reward_scale="0.1")
+    with pytest.raises(TypeError, match=r"^MAMLConfig: reward_scale must be a number, got None$"):
+        MAMLConfig(reward_scale=None)
 
 
 def test_rl_config_numpy_scalars_become_pythons():
     given = MAMLConfig(steps=np.int64(20), gamma=np.float64(1), inner_lr=np.float32(0.5), seed=np.uint8(3))
     assert given == MAMLConfig(steps=20, gamma=1.0, inner_lr=0.5, seed=3)
-    assert {type(value) for value in vars(given).values()} == {int, float, str}
+    assert {type(value) for value in vars(given).values()} == {int, float, str, bool}
+    assert type(RL2Config(reward_scale=np.float32(0.5)).reward_scale) is float
     assert json.loads(json.dumps(vars(given))) == vars(given)
     with pytest.raises(ValueError, match=r"^RL2Config: gamma must be <= 1, got 1.5$"):
         RL2Config(gamma=np.float32(1.5))
 
 
-def test_run_returns_of_any_size_stay_in_their_columns(tmp_path, monkeypatch, capsys):
-    returns = torch.tensor([[-612345678.0, 1.0, float("nan")], [-1e38, 2.0, 3.0]])
-    monkeypatch.setattr(rl, "rl2", lambda *_: (([0.0], 2), returns, ["episode 1", "a column with a long name", "nan"]))
-    run(RL2Config(out=str(tmp_path), **SMALL))
-    head, *rows, skipped = capsys.readouterr().out.splitlines()[1:-1]
+def test_table_returns_of_any_size_stay_in_their_columns():
+    columns = {"episode 1": [-612345678.0, -1e38], "a column with a long name": [1.0, 2.0], "nan": [float("nan"), 3.0]}
+    returns = {name: report.summary(torch.tensor(column)) for name, column in columns.items()}
+    results = {"settings": {"test_tasks": 2}, "baselines": {}, "returns": returns, "skipped_updates": 2}
+    head, *rows, skipped = rl_report.table(results).splitlines()[1:]
     assert skipped.startswith("2 updates were skipped")
-    assert json.loads((tmp_path / "report.json").read_text())["skipped_updates"] == 2
     assert head.replace("95 % +-", "interval").split() == ["mean", "interval", "median"]
     assert [re.split("  +", row)[0] for row in rows] == ["episode 1", "a column with a long name", "nan"]
     assert [len(re.split("  +", row)) for row in rows] == [4] * 3 and len({len(line) for line in [head, *rows]}) == 1
@@ -141,3 +160,24 @@ def test_main_rl_job_under_torchrun_is_refused(tmp_path, monkeypatch, capsys):
     assert cli.main(["--algo", "rl2", "--out", str(tmp_path / "r")]) == 2
     assert "this job is one process, torchrun has started 2" in capsys.readouterr().err
     assert not (tmp_path / "r").exists()
+
+
+@pytest.mark.parametrize("kind", [RL2Config, MAMLConfig])
+def test_length_warning_follows_steps_and_time_limit(kind):
+    episodes = 3 if kind is RL2Config else 1
+    assert length_warning(kind(steps=500 * episodes), 500) == ""
+    text = length_warning(kind(steps=499 * episodes), 500)
+    assert text.startswith("Warning: ") and f"has {499 * episodes} steps" in text and str(500 * episodes) in text
+    assert bool(length_warning(kind(steps=501 * episodes), 500)) == (kind is RL2Config)
+
+
+def test_epoch_line_without_a_value_says_so_in_words():
+    assert epoch_line(RL2Config(), 3, [float("nan")]).endswith(": all updates were skipped")
+    assert epoch_line(MAMLConfig(), 3, [float("nan"), 2.0, 4.0]).endswith(" in rollouts of 100 steps: 3")
+
+
+def test_plot_without_matplotlib_prints_the_extra(tmp_path, monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "matplotlib.backends.backend_agg", None)
+    run(RL2Config(out=str(tmp_path), **{**SMALL, "steps": 4, "test_tasks": 1}))  # one task has no interval
+    assert "pip install 'eaml_ext[plot]'" in capsys.readouterr().out and not (tmp_path / "report.png").exists()
+    assert json.loads((tmp_path / "report.json").read_text())["returns"]["episode 1"]["interval"] is None

@@ -1,4 +1,4 @@
-"""Bandits, which are identified only by acting: episodes have one step; one arm has reward 1, the others 0."""
+"""Bandits, which are identified only by acting: episodes have one step; one arm has reward ``scale``, the others 0."""
 
 from dataclasses import dataclass
 
@@ -16,11 +16,12 @@ class Arm(Task):
 
 
 class BanditEnv(VectorEnv):
-    """Continuous arms are numbers in [-1, 1]; the reward is 1 minus the squared distance of the action."""
+    """Continuous arms are in [-1, 1]; the reward is ``scale`` times 1 minus the squared distance of the action."""
 
     metadata = {"autoreset_mode": AutoresetMode.NEXT_STEP}  # noqa: RUF012
 
-    def __init__(self, tasks, space):
+    def __init__(self, tasks, space, scale):
+        self.scale = scale
         self.num_envs, self.arms = len(tasks), np.array([task.arm for task in tasks])
         self.single_observation_space = spaces.Box(0, 1, (1,), np.float32)
         self.observation_space = batch_space(self.single_observation_space, len(tasks))
@@ -35,7 +36,7 @@ class BanditEnv(VectorEnv):
         action = action.reshape(self.num_envs)
         continuous = isinstance(self.single_action_space, spaces.Box)
         reward = 1 - (action - self.arms) ** 2 if continuous else (action == self.arms).astype(float)
-        reward, done = np.where(self.done, 0.0, reward), ~self.done
+        reward, done = np.where(self.done, 0.0, self.scale * reward), ~self.done
         self.done = done
         return done[:, None].astype(np.float32), reward, done, np.zeros_like(done), {}
 
@@ -43,7 +44,8 @@ class BanditEnv(VectorEnv):
 class Bandit:
     obs_dim = 1
 
-    def __init__(self, arms=4, continuous=False):
+    def __init__(self, arms=4, continuous=False, scale=1.0):
+        self.scale = scale
         self.arms, self.continuous, self.name = arms, continuous, "bandit-v1"
         self.action_dim = 1 if continuous else arms
         # The first arm is not action 0, because a Discrete space may start anywhere.
@@ -55,7 +57,7 @@ class Bandit:
         return [Arm(f"bandit/{split}/{seed}/{epoch}/{i}", split, float(arm)) for i, arm in enumerate(arms)]
 
     def make_env(self, tasks):
-        return BanditEnv(tasks, self.action_space)
+        return BanditEnv(tasks, self.action_space, self.scale)
 
     def reset_seeds(self, tasks, seed):
         return seed

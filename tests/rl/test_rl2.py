@@ -198,3 +198,12 @@ def test_rl2_update_episode_without_an_end_raises_at_the_limit():
 def test_rl2_evaluate_bad_seed_raises():
     with pytest.raises(ValueError, match=r"^RL2.evaluate: seed must be in \[0, 2\*\*32\), got -1$"):
         make_learner(RL2, make_policy(CARTPOLE), CARTPOLE).evaluate(CARTPOLE.sample(1), 1, -1)
+
+
+def test_rl2_evaluate_without_state_repeats_the_first_episode():
+    dist = Bandit(arms=3)
+    trainer = RL2(make_policy(dist), dist, episodes=4, lr=1e-2)
+    trainer.update()
+    tasks = dist.sample(20, "test")
+    kept, zeroed = trainer.evaluate(tasks, 4), trainer.evaluate(tasks, 4, keep_state=False)
+    assert torch.equal(zeroed, kept[:, :1].expand(-1, 4))  # starts are equal and the actions greedy

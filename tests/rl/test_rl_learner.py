@@ -316,3 +316,31 @@ def test_learner_numpy_scalars_are_accepted_and_do_not_reach_the_state(make, tmp
     values = [v for v in vars(trainer).values() if not isinstance(v, (torch.nn.Module, torch.optim.Optimizer))]
     values += [x for v in values if isinstance(v, dict) for x in v.values()]
     assert not any(isinstance(value, np.generic) for value in values)
+
+
+@LEARNERS
+def test_train_values_are_the_return_per_episode_and_report_finds_a_whole_state(make):
+    dist = Script((1.0, 3.0), length=3)  # 12 steps hold four episodes
+    trainer, seen = make_learner(make, make_policy(dist), dist), []
+    values = trainer.train(2, lambda i, value: seen.append((i, value, trainer.updates)))
+    assert values == [2.0, 2.0] and seen == [(0, 2.0, 1), (1, 2.0, 2)]
+    trainer = make_learner(make, make_policy(dist), dist, steps=8)  # the third episode is cut before its reward
+    assert trainer.train(1) == pytest.approx([4 / 3])
+
+
+@LEARNERS
+def test_train_error_of_report_leaves_a_state_from_which_training_continues(make):
+    def stop(i, _):
+        if i == 1:
+            raise KeyboardInterrupt
+
+    total = {"total": 3} if make is RL2 else {}
+    whole = make_learner(make, make_policy(CARTPOLE), CARTPOLE)
+    first = make_learner(make, copy.deepcopy(whole.policy), CARTPOLE)
+    again = make_learner(make, make_policy(CARTPOLE), CARTPOLE)
+    whole.train(3, **total)
+    with pytest.raises(KeyboardInterrupt):
+        first.train(3, stop, **total)
+    again.load_state_dict(first.state_dict())
+    again.train(1, **total)
+    assert equal_states(copied_state(again.policy), copied_state(whole.policy))
