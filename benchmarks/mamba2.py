@@ -19,7 +19,7 @@ from torch import Tensor
 from benchmarks.common import flags, write
 from benchmarks.mamba import measure
 from eaml_ext.nn import Mamba2
-from eaml_ext.nn import mamba2 as module
+from eaml_ext.nn import _mamba2_mixer as module
 
 SHAPES = [(2, 512, 256, 64), (1, 2048, 512, 128), (8, 128, 256, 64), (1, 4096, 256, 16)]
 QUICK = [(2, 128, 128, 16)]

@@ -9,12 +9,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from eaml_ext import _check
-from eaml_ext.nn._causal_conv import conv1d_scan, conv1d_step
+from eaml_ext.nn._mamba2_mixer import mamba2_scan, mamba2_step
 from eaml_ext.nn._mamba_layer import MambaLayer, check_d_inner
 from eaml_ext.nn._step_size import check_dt_range, draw_step_sizes, inverse_softplus
-from eaml_ext.nn.padding import count_sequences, padding_mask
+from eaml_ext.nn.padding import count_sequences
 from eaml_ext.nn.precision import to_opmath
-from eaml_ext.ops import selective_scan, selective_scan_step
 from eaml_ext.ops._sizes import check_size
 
 
@@ -199,61 +198,21 @@ class Mamba2(MambaLayer):
                 raise ValueError("Mamba2.scan: reset and seq_idx must be None with learnable_init_states, got a tensor")
             ssm_state = self._initial_state(count_sequences(x, cu_seqlens)) if ssm_state is None else ssm_state
         mlp_gate, mlp, z, x, dt = self.in_proj(x).split(self._in_proj_sizes, dim=-1)
-        x, conv_state = conv1d_scan(self.conv1d, self.act, self.d_conv, x, conv_state, reset, lengths, cu_seqlens)
-        x, B, C = self._split_groups(x)
-        delta = self._step_sizes(dt).to(x.dtype)
-        if lengths is not None:
-            delta = delta.masked_fill(padding_mask(lengths, delta.shape[1]).unsqueeze(-1), 0)
-        A, D = self._decay_and_skip()
-        y, ssm_state = selective_scan(
-            x.mT,
-            self._per_channel(delta).mT,
-            A,
-            B.movedim(1, -1),
-            C.movedim(1, -1),
-            D,
-            z.mT if self._scan_gates() else None,
-            return_last_state=True,
-            initial_state=None if ssm_state is None else ssm_state.flatten(1, 2),
-            reset=reset,
-            cu_seqlens=cu_seqlens,
+        gate = z if self._scan_gates() else None
+        y, conv_state, ssm_state = mamba2_scan(
+            self, x, dt, gate, conv_state, ssm_state, reset, None, lengths, cu_seqlens, self.dt_limit
         )
-        return self._outputs(y.mT, z, mlp_gate, mlp), conv_state, ssm_state.unflatten(1, (self.nheads, self.headdim))
+        return self._outputs(y, z, mlp_gate, mlp), conv_state, ssm_state
 
     def _run_step(self, x: Tensor, conv_state: Tensor, ssm_state: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         mlp_gate, mlp, z, x, dt = self.in_proj(x).split(self._in_proj_sizes, dim=-1)
-        conv_state = torch.cat([conv_state[..., 1:].to(x.dtype), x.unsqueeze(-1)], dim=-1)
-        x, B, C = self._split_groups(conv1d_step(self.conv1d, self.act, self.d_conv, conv_state))
-        delta = self._per_channel(self._step_sizes(dt).to(x.dtype))
         gate = z if self._scan_gates() else None
-        A, D = self._decay_and_skip()
-        y, ssm_state = selective_scan_step(ssm_state.flatten(1, 2), x, delta, A, B, C, D, gate)
-        return self._outputs(y, z, mlp_gate, mlp), conv_state, ssm_state.unflatten(1, (self.nheads, self.headdim))
+        y, conv_state, ssm_state = mamba2_step(self, x, dt, gate, conv_state, ssm_state, self.dt_limit)
+        return self._outputs(y, z, mlp_gate, mlp), conv_state, ssm_state
 
     def _initial_state(self, batch: int) -> Tensor:
         assert self.init_states is not None
         return to_opmath(self.init_states).expand(batch, *self.ssm_state_shape)
-
-    def _split_groups(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """``(*, conv_dim)`` -> x ``(*, d_ssm)``, and B and C ``(*, ngroups, d_state)``."""
-        size = self.ngroups * self.d_state
-        x, B, C = x.split((self.d_ssm, size, size), dim=-1)
-        shape = (self.ngroups, self.d_state)
-        return x, B.unflatten(-1, shape), C.unflatten(-1, shape)
-
-    def _step_sizes(self, dt: Tensor) -> Tensor:
-        """``(*, nheads)`` -> ``(*, nheads)``, in full precision. The op's softplus would run for every channel."""
-        delta = F.softplus(to_opmath(dt) + to_opmath(self.dt_bias))
-        return delta if self.dt_limit == (0, math.inf) else delta.clamp(*self.dt_limit)
-
-    def _decay_and_skip(self) -> tuple[Tensor, Tensor]:
-        """A ``(d_ssm, d_state)``, with stride 0 over the states so that kernels share the decay, and D ``(d_ssm,)``."""
-        A, D = self._per_channel(-to_opmath(self.A_log).exp()), to_opmath(self.D)
-        return A.unsqueeze(-1).expand(self.d_ssm, self.d_state), D if self.D_has_hdim else self._per_channel(D)
-
-    def _per_channel(self, x: Tensor) -> Tensor:
-        """``(*, nheads)`` -> ``(*, d_ssm)``: repeat each head's number for its channels."""
-        return x.unsqueeze(-1).expand(*x.shape, self.headdim).flatten(-2)
 
     def _scan_gates(self) -> bool:
         """Return whether the op multiplies its output by silu(z)."""

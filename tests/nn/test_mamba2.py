@@ -96,7 +96,7 @@ def test_mamba2_scan_receives_a_decay_with_stride_zero_over_the_states(monkeypat
         strides.append(A.stride())
         return selective_scan(u, delta, A, *args, **options)
 
-    monkeypatch.setattr("eaml_ext.nn.mamba2.selective_scan", scan)
+    monkeypatch.setattr("eaml_ext.nn._mamba2_mixer.selective_scan", scan)
     m(sequence()).sum().backward()
     assert strides == [(1, 0)]
 
