@@ -268,7 +268,7 @@ def speed(family: str, size: Size) -> dict[str, dict[str, float]]:
 def table(rows: list[dict[str, Any]]) -> str:
     """The Markdown table of :func:`compare` and the ratios of :func:`speed`."""
     lines = [
-        "| family | logits | gradients | padding | cache | generation | forward | and backward | generation |",
+        "| family | logits | gradients | padding | cache | tokens | forward | training | generation |",
         "|---|---|---|---|---|---|---|---|---|",
     ]
     for row in rows:

@@ -13,7 +13,7 @@ import torch
 
 sys.path.append(str(Path(__file__).parents[1]))  # last, so as not to hide an installed eaml_ext
 
-from benchmarks import common, results_page
+from benchmarks import common, results_page, transformers_families
 from benchmarks.experiments import main_job_streams, runs, switching_streams
 from benchmarks.ops import gpu_plots, gpu_small, gpu_tables, knn, scan_plot, scan_vs_mamba
 
@@ -59,6 +59,14 @@ def test_gpu_tables_of_the_figures_are_those_of_the_results():
     page = (results_page.PAGE.parent / "figures.md").read_text(encoding="utf-8")
     tables = gpu_tables.tables(common.RESULTS)
     assert len(tables) == 2 and all(table in page for table in tables)
+
+
+def test_table_of_transformers_families_in_the_figures_is_that_of_the_results():
+    page = (results_page.PAGE.parent / "figures.md").read_text(encoding="utf-8")
+    path = next(common.RESULTS.glob("transformers_families-1-thread-*.json"))
+    rows = common.load(path)["results"]["rows"]
+    assert [row["family"] for row in rows] == list(transformers_families.FAMILIES)
+    assert transformers_families.table(rows) in page
 
 
 def test_labels_are_spread_in_their_order():
