@@ -150,11 +150,19 @@ def _next_state(
     batch, length, dim = x.shape
     rows = count_sequences(x, cu_seqlens)
     before = x.new_zeros(rows, dim, d_conv) if conv_state is None else conv_state.to(x.dtype)
+    is_exported = torch.compiler.is_exporting() and cu_seqlens is None
     is_whole = lengths is None and cu_seqlens is None  # each row is one sequence without padding
-    if is_whole:
+    if is_exported:  # torch.export can prove that these sizes and indices are valid at every length
+        last = torch.cat([before, x.mT], dim=2)
+        if lengths is None:
+            last = last[..., length:].contiguous()
+        else:
+            newest = lengths.unsqueeze(1) + torch.arange(d_conv, device=x.device)
+            last = last.gather(2, newest.unsqueeze(1).expand(rows, dim, d_conv))
+    elif is_whole:
         last = torch.cat([before, x[:, max(length - d_conv, 0) :].mT], dim=2)[..., -d_conv:].contiguous()
-        if reset is None:
-            return last
+    if (is_exported or is_whole) and reset is None:
+        return last
     # Each sequence is a part of the steps of all rows: its boundaries (rows, 1), its last positions (rows, d_conv).
     if cu_seqlens is None:
         begin = length * torch.arange(rows, device=x.device).unsqueeze(1)
@@ -162,7 +170,7 @@ def _next_state(
     else:
         begin, end = cu_seqlens[:-1, None].long(), cu_seqlens[1:, None].long()
     positions, steps = end + torch.arange(-d_conv, 0, device=x.device), batch * length
-    if not is_whole:
+    if not (is_exported or is_whole):
         from_state = (positions - begin + d_conv).clamp(0, d_conv - 1)
         last = before.take_along_dim(from_state.unsqueeze(1), dim=2)
         if steps:

@@ -111,7 +111,7 @@ class RWKV(Core):
         if row is not None:
             newest = inputs[0, row.cu_seqlens[1:].long() - 1]
         elif lengths is not None:
-            newest = inputs.take_along_dim(lengths.long().view(-1, 1, 1), dim=1)[:, 0]
+            newest = inputs.gather(1, lengths.long().view(-1, 1, 1).expand(-1, 1, self.dim))[:, 0]
         else:
             newest = inputs[:, length]
         return linear(self.out_proj, silu(gate) * y), torch.cat([last, to_opmath(newest).unsqueeze(-1)], dim=-1)

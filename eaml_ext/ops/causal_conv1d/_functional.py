@@ -44,7 +44,9 @@ def _final_states(x: ConvInputs, options: ConvOptions) -> Tensor:
     if states is None:
         states = inputs.new_zeros(batch, sequences, dim, size)
     if options.cu_seqlens is None:
-        last = torch.cat([states.squeeze(1), inputs[..., max(length - size, 0) :]], dim=-1)
+        if not torch.compiler.is_exporting():  # torch.export cannot prove the sizes of this slice at every length
+            inputs = inputs[..., max(length - size, 0) :]
+        last = torch.cat([states.squeeze(1), inputs], dim=-1)
         last = last[..., last.shape[-1] - size :].contiguous()
         if options.reset is not None:
             reset = F.pad(options.reset, (size, 0))[:, length:].int()
