@@ -4,7 +4,7 @@ The other modules import these names from here, so that a new release of torch n
 """
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -163,6 +163,17 @@ def dispatch_mode_active() -> bool:
     return torch._C._len_torch_dispatch_stack() > 0
 
 
+def record_onnx_nodes(nodes: Sequence[Any]) -> None:
+    """Add nodes to those of the op that torch.onnx.export is translating.
+
+    ONNX Script's own functions add a node of an op without a fixed number of outputs, such as Scan, with one output.
+    Tried with 2.13.0.
+    """
+    from onnxscript import evaluator
+
+    evaluator.default().nodes.extend(nodes)  # torch.onnx._internal.exporter._building.OpRecorder
+
+
 def is_compiler_error(error: BaseException) -> bool:
     """Return whether torch.compile raised ``error`` because it cannot compile a function.
 
@@ -187,6 +198,7 @@ __all__ = [
     "own_parameters",
     "own_submodules",
     "plain_attributes",
+    "record_onnx_nodes",
     "transforms_active",
     "tree_flatten",
     "tree_leaves",

@@ -70,8 +70,11 @@ class Checker(doctest.OutputChecker):
 
 @pytest.mark.parametrize("name", ["eaml_ext", *MODULES])
 def test_docstring_examples_run(name):
-    if name == "eaml_ext.integrations.transformers":
-        pytest.importorskip("transformers", reason="transformers is not installed")
+    package = {"eaml_ext.integrations.transformers": "transformers", "eaml_ext.integrations.onnx": "onnxruntime"}.get(
+        name
+    )
+    if package is not None:
+        pytest.importorskip(package, reason=f"{package} is not installed")
     torch.manual_seed(0)
     runner = doctest.DocTestRunner(Checker())
     for example in doctest.DocTestFinder().find(importlib.import_module(name)):

@@ -37,14 +37,16 @@ def third_party(path: Path) -> dict[bool, set[str]]:
 def test_third_party_imports_are_dependencies_or_lazy_extras():
     pyproject = runpy.run_path(str(ROOT.parent / "tests" / "release_check.py"), run_name="release_check")["pyproject"]
     project = pyproject()["project"]
-    always, extras = (
-        {re.split(r"\W", requirement)[0] for requirement in requirements}
-        for requirements in (project["dependencies"], itertools.chain(*project["optional-dependencies"].values()))
-    )
+    by_extra = {
+        extra: {re.split(r"\W", requirement)[0] for requirement in requirements}
+        for extra, requirements in {"": project["dependencies"], **project["optional-dependencies"]}.items()
+    }
+    always = by_extra.pop("")
+    extras = set(itertools.chain(*by_extra.values()))
     used: set[str] = set()
     for path in ROOT.rglob("*.py"):
         names = third_party(path)
-        allowed = always | {path.stem} if path.parent.name == "integrations" else always
+        allowed = always | by_extra.get(path.stem, set()) if path.parent.name == "integrations" else always
         assert names[True] <= allowed, f"{path.name} imports {names[True] - allowed}"
         assert names[False] <= always | extras, f"{path.name} imports {names[False] - always - extras}"
         used |= names[True] | names[False]

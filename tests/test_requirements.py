@@ -93,7 +93,9 @@ def test_lock_versions_satisfy_the_installed_torch(use):
 
 
 def test_pyproject_extras_that_repeat_others_agree_with_them():
-    optional = [r for extra in ("plot", "progress", "tensorboard", "transformers", "mujoco") for r in EXTRAS[extra]]
+    optional = [
+        r for extra in ("plot", "progress", "tensorboard", "transformers", "onnx", "mujoco") for r in EXTRAS[extra]
+    ]
     assert EXTRAS["all"] == optional and set(optional) < set(EXTRAS["dev"])
     assert set(BUILD) < set(EXTRAS["dev"]) and PROJECT["dependency-groups"]["build"] == BUILD
 

@@ -22,7 +22,7 @@ TEXTS = {
 }
 # Pages of several modules: each lists the public names of these.
 MODULES = {
-    "integrations": ["integrations.transformers"],
+    "integrations": ["integrations.transformers", "integrations.onnx"],
     "package": ["checkpoint", "distributed", "testing", "info", "jobs.config", "jobs.rl_config", "jobs.config_file"],
 }
 # Classes with methods of a base that has no entry of its own.

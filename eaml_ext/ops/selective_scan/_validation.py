@@ -58,6 +58,8 @@ def check_arguments(
     softplus = _check.flag(where, "delta_softplus", delta_softplus)
     u, delta, A, B, C, D, z, delta_bias, initial_state = x
     complex_A = A.is_complex()
+    if complex_A and torch.onnx.is_in_onnx_export():
+        raise ValueError(f"{where}: A must be real in an export to ONNX, got {A.dtype}".replace("torch.", ""))
     if u.dim() != 3:
         raise ValueError(f"{where}: u must have shape (batch, dim, length), got {tuple(u.shape)}")
     if A.dim() not in (2, 3):
