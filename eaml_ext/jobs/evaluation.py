@@ -24,6 +24,7 @@ from eaml_ext.tasks import Task, TaskDistribution
 
 SIMILAR_TASKS = 5  # past tasks whose experience is retrieved
 MEMORY_STEPS = 20  # gradient steps by which the models of past tasks are adapted, for best_fit
+MEMORY_ENTRIES = 2**25  # of data and parameters of the past tasks that are adapted at once; at most 64 tasks are
 
 
 def adapt(
@@ -91,7 +92,18 @@ def _retrievers(maml: MetaMAML, buffer: ExperienceBuffer, length: int) -> dict[s
     def targets(e: Experiences) -> Tensor:
         return model.targets(e.state, e.next_state)
 
-    models = AdaptedTaskModels(maml, buffer, F.mse_loss, MEMORY_STEPS, length=length, states=inputs, targets=targets)
+    obs_dim, action_dim, start = model.sizes
+    entries = length * (2 * obs_dim + action_dim + start) + sum(p.numel() for p in model.parameters())
+    models = AdaptedTaskModels(
+        maml,
+        buffer,
+        F.mse_loss,
+        MEMORY_STEPS,
+        length=length,
+        states=inputs,
+        targets=targets,
+        chunk_size=max(1, min(64, MEMORY_ENTRIES // entries)),
+    )
     count = min(SIMILAR_TASKS * length, len(buffer))
     return {
         "uniform": retrieval.uniform(count, states=inputs, targets=targets),

@@ -89,9 +89,12 @@ class AdaptedTaskModels:
     @outside_inference_mode()
     def update(self) -> None:
         """Recompute the models of all tasks in the buffer."""
-        with self._buffer.storage.lock:  # a task that is listed must still be there when its items are read
-            parts = self._parts(self._buffer.tasks().tolist() if len(self._buffer) else [])
-        self._models: tuple[dict[int, int], Params] = self._extended(({}, {}), parts)  # replaced whole, never modified
+        tasks = self._buffer.tasks().tolist() if len(self._buffer) else []
+        models: tuple[dict[int, int], Params] = ({}, {})
+        size = self._chunk_size or max(1, len(tasks))
+        for i in range(0, len(tasks), size):  # the items of one chunk are copied at a time
+            models = self._extended(models, self._parts(tasks[i : i + size]))
+        self._models = models  # replaced whole, never modified
 
     @outside_inference_mode()
     def score(self, buffer: ExperienceBuffer, tasks: Tensor, batch: Mapping[str, Any]) -> Tensor:
