@@ -43,7 +43,8 @@ class RolloutLoop:
     Attributes:
         env: the Gymnasium vector environment.
         action_seed: seed of the actions, a function of ``seed`` and the tasks' ids.
-        observation: ``(tasks, *observation shape)``, float32; the current observations.
+        observation: ``(tasks, *observation shape)``, float32; the current observations; ``(tasks, obs_dim)`` of
+            another space than Box, as ``gymnasium.spaces.flatten`` flattens them.
         reward: ``(tasks,)``, float32; the rewards of the last call, 0 where it was no transition.
         episode_starts: ``(tasks,)``, bool; an episode starts at the current observation.
         num_steps: ``(tasks,)``, int64; transitions that each task has made.
@@ -59,7 +60,7 @@ class RolloutLoop:
 
     Raises:
         TypeError, ValueError: an argument has another type or is out of its range, or the environments are not in
-            autoreset mode NEXT_STEP.
+            autoreset mode NEXT_STEP, or their observations have another size than ``dist.obs_dim``.
         NonFiniteError: an initial observation is not finite.
     """
 
@@ -87,8 +88,10 @@ class RolloutLoop:
                 raise ValueError(f"{where}: dist must make environments in autoreset mode NEXT_STEP, got {mode}")
             # Gymnasium annotates one seed; its SyncVectorEnv takes a list of seeds, too.
             seeds: Any = dist.reset_seeds(tasks, env_seed)
-            # Vector environments may reuse the arrays that they return, hence the copies.
-            self.observation = np.array(self.env.reset(seed=seeds)[0], np.float32)
+            self.observation = self._as_array(self.env.reset(seed=seeds)[0])
+            if self.observation.size != n * dist.obs_dim:
+                text = f"obs_dim must be the size of an observation, {self.observation.size // n}, got {dist.obs_dim}"
+                raise ValueError(f"{where}: {text} in {dist.name}")
             check_finite(where, dist, tasks, np.zeros(n, int), observation=self.observation)
         except BaseException:
             self.env.close()
@@ -128,7 +131,7 @@ class RolloutLoop:
         self._done = np.logical_or(terminated, truncated)
         self.num_steps = self.num_steps + moved
         self._num_episodes = self._num_episodes + (self._done & moved)
-        self.observation = np.array(observation, np.float32)
+        self.observation = self._as_array(observation)
         self.reward = np.where(moved, np.array(reward, np.float32), 0.0)
         steps = np.where(active, self.num_steps, -1)
         values = {"reward": self.reward, "observation": self.observation}
@@ -138,6 +141,17 @@ class RolloutLoop:
             column.append(value)
         self.episode_starts = resetting
         self._check_episode_steps(moved)
+
+    def _as_array(self, observations: Any) -> np.ndarray:
+        """Return observations as a new float32 array, because vector environments may reuse what they return."""
+        from gymnasium.spaces import Box, flatten
+        from gymnasium.vector.utils import iterate
+
+        single = self.env.single_observation_space
+        if isinstance(single, Box):
+            return np.array(observations, np.float32)
+        rows = iterate(self.env.observation_space, observations)
+        return np.stack([np.asarray(flatten(single, row), np.float32) for row in rows])
 
     def transitions(self) -> Transitions:
         """Return the transitions recorded so far."""

@@ -54,7 +54,7 @@ class Policy(Protocol):
         """Return one action per task.
 
         Args:
-            observations: ``(tasks, *observation shape)``, float32.
+            observations: ``(tasks, *observation shape)``, float32; ``(tasks, obs_dim)`` of another space than Box.
             resets: ``(tasks,)``, bool; an episode starts here, so that a policy with a state zeroes it.
             generator: the source of all randomness.
 

@@ -51,7 +51,7 @@ def make_tasks(env_name: str) -> TaskDistribution[Any]:
 
     Raises:
         TypeError: ``env_name`` is no string.
-        ValueError: Gymnasium cannot make the environment, its observations are no Box, its actions are neither Discrete
+        ValueError: Gymnasium cannot make the environment or flatten its observations, its actions are neither Discrete
             nor Box, or an extra is missing.
 
     >>> make_tasks("CartPole-v1").name

@@ -47,9 +47,9 @@ def test_register_bad_argument_raises(clean_registry, args, text):
     [
         ("CartPol-v1", "env_name 'CartPol-v1' cannot be made by Gymnasium: .* Did you mean: `CartPole`?"),
         ("CartPole-v9", "env_name 'CartPole-v9' cannot be made by Gymnasium: .*`v0`, `v1`"),
-        ("nowhere:Foo-v1", "env_name 'nowhere:Foo-v1' cannot be made by Gymnasium: No module named 'nowhere'"),
+        ("nowhere:Foo-v1", "env_name must name a module that Python finds, got 'nowhere'$"),
+        (":Foo-v1", "env_name must name a module that Python finds, got ''$"),
         ("", "env_name '' cannot be made by Gymnasium: Malformed environment ID"),
-        ("FrozenLake-v1", r"env_name 'FrozenLake-v1' must have Box observations, got Discrete\(16\)$"),
     ],
 )
 def test_make_tasks_unusable_environment_raises(env_name, text):

@@ -4,6 +4,7 @@ import pytest
 from gymnasium import spaces
 
 from eaml_ext.tasks import SPLITS, CartPoleTasks, SeedTasks
+from eaml_ext.tasks.seeds import EPISODE_STEPS
 
 
 class Buttons(gymnasium.Env):
@@ -17,7 +18,8 @@ def pendulum():
 
 
 @pytest.mark.parametrize(
-    ("name", "obs_dim", "action_dim"), [("Pendulum-v1", 3, 1), ("MountainCar-v0", 2, 3), ("Acrobot-v1", 6, 3)]
+    ("name", "obs_dim", "action_dim"),
+    [("Pendulum-v1", 3, 1), ("MountainCar-v0", 2, 3), ("Acrobot-v1", 6, 3), ("FrozenLake-v1", 16, 4)],
 )
 def test_init_dimensions_are_those_of_the_spaces(name, obs_dim, action_dim):
     distribution = SeedTasks(name)
@@ -70,3 +72,47 @@ def test_init_numpy_sizes_of_spaces_become_ints():
     gymnasium.register("EamlWide-v0", Wide)
     dist = SeedTasks("EamlWide-v0")
     assert (dist.obs_dim, dist.action_dim) == (6, 3) and type(dist.obs_dim) is type(dist.action_dim) is int
+
+
+class Drawn(gymnasium.Env):
+    """Attributes of each kind: drawn in reset, a state, a clock of the machine, a constant, no number."""
+
+    observation_space = spaces.Box(-1.0, 1.0, (1,))
+    action_space = spaces.Discrete(2)
+    time = 0
+
+    def reset(self, *, seed=None, options=None):
+        super().reset(seed=seed)
+        Drawn.time += 1
+        self.mass, self.goal = self.np_random.random(), self.np_random.random(2)
+        self.state, self.resets, self.constant = self.np_random.random(), Drawn.time, 3.0
+        self.name, self.pair = str(seed), (self.mass, self.mass)
+        return np.zeros(1, np.float32), {}
+
+    def step(self, action):
+        self.state += 0.1
+        return np.zeros(1, np.float32), 0.0, False, False, {}
+
+
+def test_drawn_in_reset_names_numbers_that_depend_on_the_seed_and_rest_in_steps():
+    gymnasium.register("EamlDrawn-v0", Drawn)
+    assert SeedTasks("EamlDrawn-v0").drawn_in_reset() == ["goal", "mass"]
+
+
+@pytest.mark.parametrize("name", ["Acrobot-v1", "Pendulum-v1", "MountainCar-v0", "FrozenLake-v1", "Blackjack-v1"])
+def test_drawn_in_reset_environments_with_constant_physics_have_none(name):
+    assert SeedTasks(name).drawn_in_reset() == []
+
+
+def test_make_env_environment_without_time_limit_is_truncated():
+    gymnasium.register("EamlEndless-v0", Drawn)
+    gymnasium.register("EamlLimited-v0", Drawn, max_episode_steps=5)
+    assert SeedTasks("EamlEndless-v0").truncates and not SeedTasks("EamlLimited-v0").truncates
+    for name, limit in (("EamlEndless-v0", EPISODE_STEPS), ("EamlLimited-v0", 5)):
+        distribution = SeedTasks(name)
+        env = distribution.make_env(distribution.sample(1))
+        env.reset(seed=0)
+        truncations = [bool(env.step(np.array([0]))[3][0]) for _ in range(limit)]
+        env.close()
+        assert truncations == [False] * (limit - 1) + [True]
+    assert gymnasium.spec("EamlEndless-v0").max_episode_steps is None  # the registry keeps its own
