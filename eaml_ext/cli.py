@@ -11,7 +11,7 @@ from typing import Any
 
 from eaml_ext import __version__
 from eaml_ext.jobs import config_file
-from eaml_ext.jobs.config import DynamicsConfig
+from eaml_ext.jobs.config import DynamicsConfig, flag_name
 from eaml_ext.jobs.rl_config import MAMLConfig, RL2Config
 from eaml_ext.jobs.signals import sigterm_as_interrupt
 
@@ -39,11 +39,11 @@ def parser(algo: str = "dynamics") -> argparse.ArgumentParser:
     text = "TOML file of settings, such as the settings.toml that a run leaves; flags win over it"
     p.add_argument("--config", metavar="FILE", default=argparse.SUPPRESS, help=text)
     for f in fields(SETTINGS[algo]):
-        options = dict(f.metadata)
+        options, name = {"dest": f.name, **f.metadata}, f"--{flag_name(f)}"
         if isinstance(f.default, bool):
-            p.add_argument(f"--{f.name}", action=argparse.BooleanOptionalAction, default=f.default, **options)
+            p.add_argument(name, action=argparse.BooleanOptionalAction, default=f.default, **options)
         else:
-            p.add_argument(f"--{f.name}", default=f.default, **{"type": type(f.default), **options})
+            p.add_argument(name, default=f.default, **{"type": type(f.default), **options})
     return p
 
 
@@ -63,6 +63,7 @@ def parse(argv: Sequence[str]) -> tuple[str, argparse.ArgumentParser, dict[str, 
     first = argparse.ArgumentParser(prog="eaml-ext", add_help=False, allow_abbrev=False)
     first.add_argument("--algo")
     first.add_argument("--config")
+    first.add_argument("--import", dest="import_", action="append")
     given = first.parse_known_args(argv)[0]
     helps = not {"-h", "--help", "--version"}.isdisjoint(argv)
     config = {} if given.config is None or helps else config_file.read(given.config)
@@ -72,12 +73,16 @@ def parse(argv: Sequence[str]) -> tuple[str, argparse.ArgumentParser, dict[str, 
     algo = given.algo or algo
     p = parser(algo if algo in SETTINGS else "dynamics")
     if algo in SETTINGS and config:
-        config_file.check_keys(given.config, config, [f.name for f in fields(SETTINGS[algo])], algo)
+        names = {flag_name(f): f.name for f in fields(SETTINGS[algo])}
+        config_file.check_keys(given.config, config, names, algo)
+        config = {names[key]: value for key, value in config.items()}
     p.set_defaults(algo=algo, **config)
     arguments, unknown = p.parse_known_args(argv)
     if unknown:
         flags = [option for action in p._actions for option in action.option_strings]
         p.error(f"unrecognized arguments: {' '.join(unknown)}{config_file.closest(unknown[0].split('=')[0], flags)}")
+    if given.import_:
+        arguments.import_ = ",".join(given.import_)  # a repeated flag
     return algo, p, {name: value for name, value in vars(arguments).items() if name not in ("algo", "config")}
 
 
@@ -113,6 +118,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             settings = kind(**arguments)
         except (TypeError, ValueError) as error:
             p.error(str(error).removeprefix(prefix))
+        if settings.import_ or ":" in settings.env_name:
+            sys.path.insert(0, os.getcwd())  # modules of the current directory, as for `python -m`
         with sigterm_as_interrupt():
             import_module(f"eaml_ext.jobs.{'dynamics' if algo == 'dynamics' else 'rl'}").run(settings)
     except (ValueError, OSError) as error:

@@ -9,7 +9,7 @@ import pytest
 
 from eaml_ext import cli
 from eaml_ext.jobs import config_file
-from eaml_ext.jobs.config import DynamicsConfig
+from eaml_ext.jobs.config import DynamicsConfig, flag_name
 
 HELP = [["--help"], ["info", "--help"], *(["--algo", algo, "--help"] for algo in cli.SETTINGS)]
 
@@ -48,7 +48,7 @@ def test_main_help_takes_less_than_three_tenths_of_a_second():
 def test_parser_help_lists_every_setting_with_its_default(algo):
     text = " ".join(cli.parser(algo).format_help().split())
     for f in fields(cli.SETTINGS[algo]):
-        assert f"--{f.name}" in text and f.metadata["help"] in text, f.name
+        assert f"--{flag_name(f)} " in text and f.metadata["help"] in text, f.name
         assert f"(default: {f.default})" in text, f.name
     assert "--algo" in text and "--config" in text and "eaml-ext info" in text
 
@@ -138,7 +138,7 @@ def test_main_unknown_flag_error_names_the_closest(argv, message, capsys):
 @pytest.mark.parametrize("kind", cli.SETTINGS.values(), ids=cli.SETTINGS)
 def test_config_file_write_then_read_gives_equal_settings(kind, tmp_path):
     odd = 'a\\b"c\n\té\x7f\x01'
-    given = kind(env_name=odd, seed=12345678901234567890, out=str(tmp_path), num_epochs=3)
+    given = kind(env_name=odd, import_="a,b.c", seed=12345678901234567890, out=str(tmp_path), num_epochs=3)
     path = config_file.write(tmp_path, given)
     assert path == tmp_path / "settings.toml" and [p.name for p in tmp_path.iterdir()] == ["settings.toml"]
     assert settings("--config", str(path)) == given

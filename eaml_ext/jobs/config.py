@@ -8,6 +8,17 @@ from typing import Any
 from eaml_ext import _check
 
 RETRIEVALS = ("best_fit", "nearest", "uniform")
+ENV_NAME = "Gymnasium id, module:id of a module that registers it, or a name of eaml_ext.tasks.register"
+IMPORT = "modules to import first, separated by commas: they call gymnasium.register or eaml_ext.tasks.register"
+
+
+def flag_name(field: Any) -> str:
+    """Return the name of a field on the command line and in settings files; ``import_`` is a keyword of Python there.
+
+    >>> flag_name(fields(DynamicsConfig)[1])
+    'import'
+    """
+    return str(field.name).removesuffix("_")
 
 
 def flag(default: Any, text: str, **options: Any) -> Any:
@@ -68,7 +79,8 @@ class DynamicsConfig:
     'CartPole-v1'
     """
 
-    env_name: str = flag("CartPole-v1", "Gymnasium id; any with Box observations")
+    env_name: str = flag("CartPole-v1", ENV_NAME)
+    import_: str = flag("", IMPORT)
     num_epochs: int = flag(50, "epochs of meta-training; more than before extend a run with --resume")
     seed: int = flag(0, "seed of all random numbers")
     device: str = flag("cpu", "device of the model: cpu, cuda, cuda:1, ...")
@@ -109,7 +121,7 @@ class DynamicsConfig:
     def decisive(self) -> dict[str, Any]:
         """The settings of a meta-update; they must be equal for a run to be resumed."""
         planning = ("plan_tasks", "plan_steps", "plan_horizon", "plan_candidates")
-        kept = ("num_epochs", "checkpoint_every", "resume", "out", *planning)
+        kept = ("import_", "num_epochs", "checkpoint_every", "resume", "out", *planning)
         return {name: value for name, value in vars(self).items() if name not in kept}
 
     @property

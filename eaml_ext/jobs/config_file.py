@@ -12,6 +12,7 @@ from typing import Any
 from eaml_ext import __version__
 from eaml_ext._files import atomic_write
 from eaml_ext._renamed import FLAGS
+from eaml_ext.jobs.config import flag_name
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -79,7 +80,7 @@ def write(folder: str | os.PathLike[str], settings: Any) -> Path:
     lines.append(f"algo = {_toml(algo)}\n")
     for f in fields(settings):
         if f.name != "resume":
-            lines.append(f"{f.name} = {_toml(getattr(settings, f.name))}\n")
+            lines.append(f"{flag_name(f)} = {_toml(getattr(settings, f.name))}\n")
     path = Path(folder) / NAME
     with atomic_write(path) as temporary:
         Path(temporary).write_text("".join(lines), encoding="utf-8")

@@ -27,10 +27,13 @@ from eaml_ext.jobs import config_file, format_1, report
 from eaml_ext.jobs.config import DynamicsConfig
 from eaml_ext.jobs.device import torch_device
 from eaml_ext.jobs.evaluation import act, adapt
+from eaml_ext.jobs.tasks import prepare
 from eaml_ext.jobs.world_model import DynamicsModel, model_data, task_embedding
 from eaml_ext.meta import MetaBatch, MetaMAMLTrainer
 from eaml_ext.rl import Trajectories, collect
-from eaml_ext.tasks import Task, TaskDistribution, make_tasks
+from eaml_ext.tasks import Task, TaskDistribution
+
+NORMALISATION_ENTRIES = 2**25  # of the observations of 64 tasks; fewer tasks give the units of larger observations
 
 
 def run(settings: DynamicsConfig) -> dict[str, Any]:
@@ -50,8 +53,8 @@ def run(settings: DynamicsConfig) -> dict[str, Any]:
         The report; empty on other ranks than 0.
 
     Raises:
-        ValueError: a bad device or environment, a checkpoint that is damaged or of other settings, a reward or an
-            observation that is not finite.
+        ValueError: a bad device or environment, a damaged checkpoint or one of other settings, a run that exceeds the
+            memory, a reward or an observation that is not finite.
         OSError: the folder cannot be written.
         RankError: another rank has died; an OSError.
         KeyboardInterrupt: Ctrl-C or SIGTERM.
@@ -62,7 +65,7 @@ def run(settings: DynamicsConfig) -> dict[str, Any]:
 
 def _run(settings: DynamicsConfig, group: Group | None) -> dict[str, Any]:
     device = torch_device("DynamicsConfig", settings.device)
-    distribution = make_tasks(settings.env_name)
+    distribution = prepare(settings, group)
     folder = Path(settings.folder)
     # First: a bad path must not cost a run.
     run_on_rank_zero(group, lambda: folder.mkdir(parents=True, exist_ok=True))
@@ -71,7 +74,8 @@ def _run(settings: DynamicsConfig, group: Group | None) -> dict[str, Any]:
     model = DynamicsModel(
         distribution.obs_dim, distribution.action_dim, settings.hidden_dim, settings.state_size, settings.num_layers
     )
-    model.normalise(collect(distribution, distribution.sample(64, "valid", settings.seed), 64, settings.seed))
+    count = max(1, min(64, NORMALISATION_ENTRIES // (64 * distribution.obs_dim)))
+    model.normalise(collect(distribution, distribution.sample(count, "valid", settings.seed), 64, settings.seed))
     model.to(device)
     buffer = ExperienceBuffer(settings.buffer_size, distribution.obs_dim, distribution.action_dim, device=device)
     total = settings.num_epochs * settings.updates_per_epoch

@@ -12,8 +12,9 @@ from eaml_ext.jobs.device import torch_device
 from eaml_ext.jobs.rl_config import MAMLConfig, RL2Config, RLConfig
 from eaml_ext.jobs.rl_evaluation import evaluate, measured_reward_scale, time_limit
 from eaml_ext.jobs.rl_training import load_run, restore, train
+from eaml_ext.jobs.tasks import prepare
 from eaml_ext.rl import MAMLRL, RL2, SSMMetaPolicy, feature_dim
-from eaml_ext.tasks import TaskDistribution, make_tasks
+from eaml_ext.tasks import TaskDistribution
 
 
 def run(settings: RLConfig) -> dict[str, Any]:
@@ -29,8 +30,9 @@ def run(settings: RLConfig) -> dict[str, Any]:
         The report.
 
     Raises:
-        ValueError: a bad device or environment, a checkpoint that is damaged or of other settings, a reward or an
-            observation that is not finite, or several processes of ``torchrun``: this job is one process.
+        ValueError: a bad device or environment, a run that does not fit into memory, a checkpoint that is damaged or of
+            other settings, a reward or an observation that is not finite, or several processes of ``torchrun``: this
+            job is one process.
         OSError: the folder cannot be written.
         KeyboardInterrupt: Ctrl-C or SIGTERM.
     """
@@ -38,7 +40,7 @@ def run(settings: RLConfig) -> dict[str, Any]:
     if world_size() > 1:
         raise ValueError(f"{where}: this job is one process, torchrun has started {world_size()}")
     device = torch_device(where, settings.device)
-    distribution = make_tasks(settings.env_name)
+    distribution = prepare(settings)
     folder = Path(settings.folder)
     folder.mkdir(parents=True, exist_ok=True)  # first: a bad path must not cost a run
     torch.set_num_threads(settings.threads)

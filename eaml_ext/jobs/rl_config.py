@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import Any
 
-from eaml_ext.jobs.config import auto_or_number, check_fields, flag
+from eaml_ext.jobs.config import ENV_NAME, IMPORT, auto_or_number, check_fields, flag
 
 UPDATES = 10  # per epoch
 CORES = ("s6", "mamba", "s4d", "s5", "lru", "ssd", "retention", "rwkv")
@@ -17,7 +17,8 @@ class RLConfig:
         TypeError, ValueError: a value has another type than its default, or is out of range.
     """
 
-    env_name: str = flag("CartPole-v1", "Gymnasium id, or a name registered in eaml_ext.tasks")
+    env_name: str = flag("CartPole-v1", ENV_NAME)
+    import_: str = flag("", IMPORT)
     num_epochs: int = flag(12, "epochs of meta-training, 10 updates each; more than before extend a run with --resume")
     seed: int = flag(0, "seed of all random numbers")
     device: str = flag("cpu", "device of the policy: cpu, cuda, cuda:1, ...")
@@ -48,7 +49,7 @@ class RLConfig:
     @property
     def decisive(self) -> dict[str, Any]:
         """The settings of an update; they must be equal for a run to be resumed."""
-        kept = ("num_epochs", "checkpoint_every", "resume", "out", "test_tasks", "episodes")
+        kept = ("import_", "num_epochs", "checkpoint_every", "resume", "out", "test_tasks", "episodes")
         return {name: value for name, value in vars(self).items() if name not in kept}
 
     @property

@@ -1,6 +1,7 @@
 """``o_{t+1} = o_t + scale * SSM((o_t - mean) / std, a_t)``: the dynamics model of the main job."""
 
 from collections.abc import Callable
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -13,6 +14,8 @@ from eaml_ext.nn import SSM
 from eaml_ext.rl import Trajectories
 
 RIDGE = 0.1  # penalty of task embeddings, chosen on the split "valid" of CartPole-v1
+EMBEDDED_SIZE = 64  # observations and actions with more entries are projected to this size for task embeddings
+COLUMNS = 8192  # entries of an observation whose units are computed at once, in float64
 
 
 class DynamicsModel(nn.Module):
@@ -60,17 +63,12 @@ class DynamicsModel(nn.Module):
         Args:
             data: any number of tasks and steps.
         """
-        observations, following = (t.flatten(0, -2).double() for t in (data.observations, data.next_observations))
-        size, steps = observations.abs().amax(0), following - observations
-        # Absolute part: rounding errors of a simulator that computes zeros from numbers of order one in float64.
-        ulp = (torch.finfo(data.observations.dtype).eps * size).clamp(min=2 * torch.finfo(torch.float64).eps)
-        std, step = observations.std(0), steps.square().mean(0).sqrt()
-        std = torch.where(std > 2 * ulp, std, size.clamp(min=1))
-        self.mean.copy_(observations.mean(0))
-        self.std.copy_(std)
-        # A clock may step by one ulp, more than eps * size / 2. Rounding errors of that size have a mean near 0.
-        moves = (step > 2 * ulp) | (steps.mean(0).abs() > ulp / 2)
-        self.scale.copy_(torch.where(moves, step, std))
+        observations, following = (t.flatten(0, -2) for t in (data.observations, data.next_observations))
+        for start in range(0, self.sizes[0], COLUMNS):
+            columns = slice(start, start + COLUMNS)
+            units = _units(observations[:, columns], following[:, columns])
+            for buffer, unit in zip((self.mean, self.std, self.scale), units, strict=True):
+                buffer[columns] = unit
 
     def forward(self, x: Tensor) -> Tensor:
         """Predict the steps of whole episodes from a zero state.
@@ -168,23 +166,68 @@ def model_data(data: Trajectories, model: DynamicsModel) -> tuple[Tensor, Tensor
     return x, model.targets(data.observations, data.next_observations)
 
 
+def _units(observations: Tensor, following: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Return mean and unit of observations ``(transitions, entries)``, and the unit of their steps, in float64."""
+    dtype = observations.dtype
+    observations, following = observations.double(), following.double()
+    size, steps = observations.abs().amax(0), following - observations
+    # Absolute part: rounding errors of a simulator that computes zeros from numbers of order one in float64.
+    ulp = (torch.finfo(dtype).eps * size).clamp(min=2 * torch.finfo(torch.float64).eps)
+    std, step = observations.std(0), steps.square().mean(0).sqrt()
+    std = torch.where(std > 2 * ulp, std, size.clamp(min=1))
+    # A clock may step by one ulp, more than eps * size / 2. Rounding errors of that size have a mean near 0.
+    moves = (step > 2 * ulp) | (steps.mean(0).abs() > ulp / 2)
+    return observations.mean(0), std, torch.where(moves, step, std)
+
+
 def task_embedding(x: Tensor, y: Tensor) -> Tensor:
     """A task's context embedding: ridge-regression weights of steps on features.
 
     It depends on no learned parameter, so it never goes stale. In float64, because clocks and constants are nearly
-    collinear.
+    collinear. A fixed random matrix projects observations and actions with more than 64 entries to 64. The weights
+    have one entry for each pair of a feature and a step.
 
     Args:
         x: ``(tasks, time, obs_dim + action_dim + 1)``, as of :meth:`DynamicsModel.in_units`.
         y: ``(tasks, time, obs_dim)``, steps in units of ``scale``.
 
     Returns:
-        ``(tasks, (obs_dim + action_dim + 1) * obs_dim)``.
+        ``(tasks, (obs_dim + action_dim + 1) * obs_dim)``, with at most 64 for ``obs_dim`` and ``action_dim``.
 
     >>> task_embedding(torch.zeros(3, 20, 7), torch.zeros(3, 20, 4)).shape
     torch.Size([3, 28])
+    >>> task_embedding(torch.zeros(3, 20, 1003), torch.zeros(3, 20, 1000)).shape
+    torch.Size([3, 4288])
     """
-    inputs = torch.cat([x[..., :-1], torch.ones_like(x[..., :1])], dim=-1).double()
+    size = y.shape[-1]
+    observation, action = _projected(x[..., :size]), _projected(x[..., size:-1])
+    inputs = torch.cat([observation, action, torch.ones_like(x[..., :1])], dim=-1).double()
     gram = inputs.mT @ inputs + RIDGE * torch.eye(inputs.shape[-1], dtype=inputs.dtype, device=x.device)
-    weights: Tensor = torch.linalg.solve(gram, inputs.mT @ y.double()).flatten(1).to(y.dtype)
+    weights: Tensor = torch.linalg.solve(gram, inputs.mT @ _projected(y).double()).flatten(1).to(y.dtype)
     return weights
+
+
+def embedding_dim(obs_dim: int, action_dim: int) -> int:
+    """Return the size of :func:`task_embedding`.
+
+    >>> embedding_dim(4, 2), embedding_dim(1000, 2)
+    (28, 4288)
+    """
+    obs, action = min(obs_dim, EMBEDDED_SIZE), min(action_dim, EMBEDDED_SIZE)
+    return (obs + action + 1) * obs
+
+
+def _projected(x: Tensor) -> Tensor:
+    """Project ``(..., size)`` to ``EMBEDDED_SIZE`` entries; return a smaller ``x`` as it is."""
+    return x if x.shape[-1] <= EMBEDDED_SIZE else x @ _projection(x.shape[-1]).to(x)
+
+
+@lru_cache(maxsize=4)
+def _projection(size: int) -> Tensor:
+    """Return a matrix ``(size, EMBEDDED_SIZE)`` of random signs, scaled so that it keeps squared norms on average.
+
+    Source: Achlioptas 2003, "Database-friendly random projections".
+    """
+    signs = torch.randint(2, (size, EMBEDDED_SIZE), generator=torch.Generator().manual_seed(size))
+    matrix: Tensor = (2.0 * signs - 1.0) / EMBEDDED_SIZE**0.5
+    return matrix

@@ -5,7 +5,15 @@ import pytest
 import torch
 from clock_cartpole import EXTRA_OBSERVATIONS, transitions
 
-from eaml_ext.jobs.world_model import BatchedWorldModel, DynamicsModel, features, task_embedding
+from eaml_ext.jobs.world_model import (
+    COLUMNS,
+    BatchedWorldModel,
+    DynamicsModel,
+    embedding_dim,
+    features,
+    task_embedding,
+)
+from eaml_ext.rl import Trajectories
 
 
 def test_batched_world_model_steps_equal_forward_with_each_tasks_parameters():
@@ -95,3 +103,31 @@ def test_dynamics_model_numpy_sizes_become_ints():
     assert model.sizes == (4, 2, 1) and {type(size) for size in model.sizes} == {int}
     with pytest.raises(ValueError, match=r"^DynamicsModel: action_dim must be > 0, got 0$"):
         DynamicsModel(4, 0)
+
+
+def test_task_embedding_large_observations_have_a_fixed_size_and_tell_tasks_apart():
+    torch.manual_seed(0)
+    latent, screen = torch.randn(3, 40, 4), torch.randn(4, 3000)
+    action = torch.randn(3, 40, 2)
+    gains = torch.tensor([1.0, 1.0, -1.0]).view(3, 1, 1)
+    steps = gains * torch.nn.functional.pad(action, (0, 2))
+    x = torch.cat([latent @ screen, action, torch.zeros(3, 40, 1)], dim=-1)
+    embeddings = task_embedding(x, steps @ screen)
+    assert embeddings.shape == (3, embedding_dim(3000, 2)) == (3, (64 + 2 + 1) * 64)
+    torch.testing.assert_close(embeddings, task_embedding(x, steps @ screen), rtol=0, atol=0)
+    same, other = (embeddings[0] - embeddings[1:]).norm(dim=1) / embeddings[0].norm()
+    assert same < 0.2 < 1.5 < other  # the sign of the effect of actions differs
+
+
+def test_normalise_columns_of_large_observations_have_the_units_that_they_have_alone():
+    observations = torch.randn(1, 30, 2 * COLUMNS + 3)
+    flags = torch.zeros(1, 29, dtype=torch.bool)
+    data = Trajectories(observations[:, :-1], torch.zeros(1, 29, 1), observations[:, 1:], flags.float(), flags, flags)
+    model = DynamicsModel(2 * COLUMNS + 3, 1, hidden_dim=2)
+    model.normalise(data)
+    for entry in (0, COLUMNS - 1, COLUMNS, 2 * COLUMNS + 2):
+        alone = DynamicsModel(1, 1, hidden_dim=2)
+        alone.normalise(transitions(observations[0, :, entry]))
+        for name in ("mean", "std", "scale"):
+            got, want = getattr(model, name)[entry], getattr(alone, name)[0]
+            torch.testing.assert_close(got, want, rtol=1e-6, atol=1e-6)
