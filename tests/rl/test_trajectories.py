@@ -293,3 +293,46 @@ def test_collect_numpy_scalars_equal_python_numbers():
     first, again = collect(CARTPOLE, tasks, np.int64(9), np.uint32(1)), collect(CARTPOLE, tasks, 9, 1)
     assert all(torch.equal(value, getattr(again, name)) for name, value in names(first).items())
     assert type(RandomPolicy(spaces.Discrete(2), np.float32(0.5))._hold) is float
+
+
+class Nested(Counter):
+    """Observe a dict of (episode, time), one-hot time and a flag, in a space that is no Box."""
+
+    observation_space = spaces.Dict(
+        {"a": spaces.Box(-np.inf, np.inf, (2,)), "b": spaces.Discrete(5, start=1), "c": spaces.MultiBinary(1)}
+    )
+
+    def nested(self, observation):
+        return {"a": observation, "b": np.int64(1 + observation[1]), "c": np.ones(1, np.int8)}
+
+    def reset(self, *, seed=None, options=None):
+        observation, info = super().reset(seed=seed, options=options)
+        return self.nested(observation), info
+
+    def step(self, action):
+        observation, *rest = super().step(action)
+        return (self.nested(observation), *rest)
+
+
+gymnasium.register("EamlNested-v0", Nested, max_episode_steps=4)
+
+
+def test_collect_dict_observations_are_flattened_as_gymnasium_does():
+    plain, nested = (SeedTasks(f"Eaml{name}-v0") for name in ("Counter", "Nested"))
+    want = collect(plain, plain.sample(2), 9, seed=0)
+    got = collect(nested, nested.sample(2), 9, seed=0)
+    assert nested.obs_dim == 2 + 5 + 1
+    for field in ("observations", "next_observations"):
+        values, numbers = getattr(got, field), getattr(want, field)
+        assert torch.equal(values[..., :2], numbers)
+        assert torch.equal(values[..., 2:7], torch.nn.functional.one_hot(numbers[..., 1].long(), 5).float())
+        assert torch.equal(values[..., 7], torch.ones(2, 9))
+
+
+@pytest.mark.parametrize("name", ["Counter", "Nested"])
+def test_collect_observations_of_another_size_than_obs_dim_raise(name):
+    dist = SeedTasks(f"Eaml{name}-v0")
+    size, dist.obs_dim = dist.obs_dim, 3
+    text = f"collect: obs_dim must be the size of an observation, {size}, got 3 in Eaml{name}-v0-seeds-v1"
+    with pytest.raises(ValueError, match=f"^{text}$"):
+        collect(dist, dist.sample(2), 9, seed=0)
