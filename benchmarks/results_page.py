@@ -295,7 +295,9 @@ EXPERIMENTS: dict[str, tuple[str, str]] = {  # of files with a line a run; title
         Errors are those of whole trajectories from new initial states, in the training environments (in domain) and
         in new ones. Every variant has 100 CPU seconds of training. `joint` trains the contexts with the field, as
         CoDA does; first and second order are MetaMAML on the context. Rows marked "unconfirmed" were not read in the
-        papers' tables. The true field has an error because the published solver has a tolerance of 1e-3.""",
+        papers' tables. The true field has an error because the published solver has a tolerance of 1e-3. On the
+        oscillator no variant reaches CoDA or NCF-t2, and second order is not better than joint contexts. It ran on a
+        slower CPU than Lotka-Volterra, so its trainings made fewer updates.""",
     ),
     "The main job as streams": (
         "main_job_streams",
