@@ -25,6 +25,10 @@ T* mutable_data(const Tensor& t) {
   return static_cast<T*>(t.mutable_data_ptr());
 }
 
+inline Tensor to_contiguous(const Tensor& t) {
+  return t.is_contiguous() ? t : torch::stable::contiguous(t);
+}
+
 inline Half half_of(ScalarType dtype) {
   return dtype == ScalarType::BFloat16 ? Half::kBfloat16 : dtype == ScalarType::Half ? Half::kFloat16 : Half::kNone;
 }

@@ -8,6 +8,7 @@ import torch.nn.functional as F
 
 from eaml_ext.ops.row_invariant_linear import row_invariant_linear
 
+DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
 SIZES = [(1, 1, 1), (7, 5, 3), (100, 64, 64), (131, 17, 33), (49, 64, 37), (300, 3, 20), (60, 200, 150)]
 
 
@@ -25,7 +26,7 @@ def set_threads():
 
 @pytest.mark.kernels
 @pytest.mark.parametrize("bias", [True, False])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("dtype", DTYPES)
 def test_row_invariant_linear_rows_have_the_bits_of_the_batch(dtype, bias, set_threads):
     rng = random.Random(0)
     for sizes in SIZES:
@@ -34,13 +35,13 @@ def test_row_invariant_linear_rows_have_the_bits_of_the_batch(dtype, bias, set_t
         whole = row_invariant_linear(x, weight, b)
         for threads in (1, 2):
             set_threads(threads)
-            for count in {min(n, len(x)) for n in (1, 2, 3, 4, 5, 6, 7, 48, 49, len(x))}:
+            for count in {min(n, len(x)) for n in (1, 2, 3, 4, 5, 6, 7, 8, 9, 48, 49, len(x))}:
                 first = rng.randrange(len(x) - count + 1)
                 part = row_invariant_linear(x[first : first + count], weight, b)
                 assert torch.equal(part, whole[first : first + count]), (sizes, count, threads)
 
 
-@pytest.mark.parametrize("sizes", SIZES)
+@pytest.mark.parametrize("sizes", [*SIZES, (1, 100, 50), (8, 70, 33)])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_row_invariant_linear_is_close_to_float64(sizes, dtype):
     x, weight, bias = arguments(*sizes, dtype)
@@ -49,6 +50,17 @@ def test_row_invariant_linear_is_close_to_float64(sizes, dtype):
     magnitude = F.linear(x.double().abs(), weight.double().abs(), bias.double().abs())
     bound = (x.shape[1] + 2) * torch.finfo(dtype).eps * magnitude
     assert ((row_invariant_linear(x, weight, bias) - exact).abs() <= bound).all()
+
+
+@pytest.mark.kernels
+@pytest.mark.parametrize("rows", [1, 2, 3, 8, 20])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_row_invariant_linear_half_types_have_the_bits_of_float32_rounded_once(rows, dtype):
+    for inputs, outputs in ((64, 48), (33, 17), (3, 5), (130, 1)):
+        x, weight, bias = arguments(rows, inputs, outputs, dtype)
+        weight.view(-1)[:2] = torch.tensor([torch.finfo(dtype).smallest_normal / 4, torch.finfo(dtype).max])
+        want = row_invariant_linear(x.float(), weight.float(), bias.float()).to(dtype)
+        assert torch.equal(row_invariant_linear(x, weight, bias), want)
 
 
 @pytest.mark.kernels
@@ -94,4 +106,5 @@ def test_row_invariant_linear_wrong_weight_raises(shape):
 
 @pytest.mark.parametrize("bias", [True, False])
 def test_row_invariant_linear_passes_opcheck(bias):
-    torch.library.opcheck(torch.ops.eaml_ext.row_invariant_linear.default, arguments(6, 4, 3, torch.float32, bias))
+    for dtype in (torch.float32, torch.bfloat16):
+        torch.library.opcheck(torch.ops.eaml_ext.row_invariant_linear.default, arguments(6, 4, 3, dtype, bias))

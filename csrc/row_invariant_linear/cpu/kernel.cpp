@@ -1,9 +1,13 @@
-// The CPU kernel of row_invariant_linear: register tiles of rows and outputs, over all inputs.
+// The CPU kernels of row_invariant_linear: register tiles of rows and outputs, over all inputs.
 #include "row_invariant_linear/cpu/kernel.h"
 
 #include <algorithm>
+#include <cstring>
+#include <type_traits>
+#include <utility>
 
 #include "common/simd.h"
+#include "common/transpose_lanes.h"
 
 namespace eaml::row_invariant_linear {
 namespace {
@@ -75,6 +79,156 @@ EAML_INLINE void multiply_(const Params<T>& p, std::int64_t row, std::int64_t la
   if (v < vectors) column<V, 1>(p, row, last, v);
 }
 
+// ---- few rows ----
+// The time of few rows is that of reading the weight. It is read once and transposed in registers, so that each sum has
+// the order of the inputs.
+
+template <Half kHalf, class T>
+using StoredAs = std::conditional_t<kHalf == Half::kNone, T, std::uint16_t>;
+
+template <Half kHalf, class T>
+EAML_INLINE T weight_at(const StoredAs<kHalf, T>* from) {
+  if constexpr (kHalf == Half::kNone)
+    return *from;
+  else
+    return widen<kHalf, T>(std::uint32_t{*from});
+}
+
+// A vector of four adjacent words of each of W / 4 rows that are `step` bytes apart.
+template <class V, class T = element_t<V>>
+EAML_INLINE V load_quads(const char* from, std::int64_t step) {
+  using Quad __attribute__((vector_size(4 * sizeof(T)))) = T;
+  constexpr int W = Lanes<V>::count;
+  Quad x[W / 4];
+  EAML_UNROLL
+  for (int q = 0; q < W / 4; ++q) std::memcpy(&x[q], from + q * step, sizeof(Quad));
+  if constexpr (W == 4) {
+    return x[0];
+  } else if constexpr (W == 8) {
+    return __builtin_shufflevector(x[0], x[1], 0, 1, 2, 3, 4, 5, 6, 7);
+  } else {
+    static_assert(W == 16);
+    return __builtin_shufflevector(__builtin_shufflevector(x[0], x[1], 0, 1, 2, 3, 4, 5, 6, 7),
+                                   __builtin_shufflevector(x[2], x[3], 0, 1, 2, 3, 4, 5, 6, 7), 0, 1, 2, 3, 4, 5, 6, 7,
+                                   8, 9, 10, 11, 12, 13, 14, 15);
+  }
+}
+
+// to[word][lane] is word `word` < 4 of row `lane`. Rows are `step` bytes apart, one per lane.
+template <class V, int... i>
+EAML_INLINE void load_transposed(const char* from, std::int64_t step, V (&to)[4],
+                                 std::integer_sequence<int, i...> lanes) {
+  V rows[4];
+  EAML_UNROLL
+  for (int k = 0; k < 4; ++k) rows[k] = load_quads<V>(from + k * step, 4 * step);
+  transpose_quads(rows, to, lanes);
+}
+
+// The outputs of kHeight rows from `row` on and of kWidth vectors from number `first` on. Several vectors hide the
+// latency of sums in order. The last outputs are in a tile with some before them, which are not stored.
+template <class V, int kHeight, int kWidth, Half kHalf, class T>
+EAML_INLINE void in_place_tile(const Params<T>& p, std::int64_t row, std::int64_t first) {
+  using Stored = StoredAs<kHalf, T>;
+  constexpr int kLanes = Lanes<V>::count, kOutputs = kWidth * kLanes;
+  constexpr std::int64_t kStep = 4 * sizeof(T) / sizeof(Stored), kLine = 64 / sizeof(Stored), kAhead = 2 * kLine;
+  const std::int64_t inputs = p.inputs, step = inputs * sizeof(Stored), at = std::min(first, p.outputs - kOutputs);
+  const Stored* const weight = reinterpret_cast<const Stored*>(p.weight) + at * inputs;
+  const T* const x = p.x + row * inputs;
+  V sums[kHeight][kWidth];
+  EAML_UNROLL
+  for (int v = 0; v < kWidth; ++v) {
+    const V start = p.bias ? load<V>(p.bias + at + v * kLanes) : V{};
+    EAML_UNROLL
+    for (int r = 0; r < kHeight; ++r) sums[r][v] = start;
+  }
+  const auto add = [&](int v, std::int64_t i, V weights) EAML_LAMBDA {
+    EAML_UNROLL
+    for (int r = 0; r < kHeight; ++r) sums[r][v] += x[r * inputs + i] * weights;
+  };
+
+  std::int64_t i = 0;
+  if constexpr (kLanes % 4 == 0)
+    for (; i + kStep <= inputs; i += kStep) {
+      if (i % kLine == 0) {  // prefetches the row and, near its end, the same output of the next tile
+        const std::int64_t ahead = i + kAhead < inputs ? i + kAhead : i + kAhead + (kOutputs - 1) * inputs;
+        for (int k = 0; k < kOutputs; ++k) EAML_PREFETCH(weight + k * inputs + ahead);
+      }
+      EAML_UNROLL
+      for (int v = 0; v < kWidth; ++v) {
+        V weights[4];
+        load_transposed(reinterpret_cast<const char*>(weight + v * kLanes * inputs + i), step, weights,
+                        std::make_integer_sequence<int, kLanes>());
+        EAML_UNROLL
+        for (int k = 0; k < 4; ++k) {
+          if constexpr (kHalf == Half::kNone) {
+            add(v, i + k, weights[k]);
+          } else {  // a word holds the weights of two adjacent inputs
+            const auto bits = __builtin_bit_cast(unsigned_t<V>, weights[k]);
+            add(v, i + 2 * k, widen<kHalf, V>(bits & 0xffffu));
+            add(v, i + 2 * k + 1, widen<kHalf, V>(bits >> 16));
+          }
+        }
+      }
+    }
+  alignas(kAlignment) T lanes[kOutputs];
+  for (; i < inputs; ++i) {
+    for (int k = 0; k < kOutputs; ++k) lanes[k] = weight_at<kHalf, T>(weight + k * inputs + i);
+    EAML_UNROLL
+    for (int v = 0; v < kWidth; ++v) add(v, i, load<V>(lanes + v * kLanes));
+  }
+  EAML_UNROLL
+  for (int r = 0; r < kHeight; ++r) {
+    EAML_UNROLL
+    for (int v = 0; v < kWidth; ++v) store(lanes + v * kLanes, sums[r][v]);
+    std::copy(lanes + (first - at), lanes + kOutputs, p.y + (row + r) * p.outputs + first);
+  }
+}
+
+// As in_place_tile, of fewer outputs than a vector has lanes.
+template <class V, Half kHalf, class T>
+EAML_INLINE void narrow_tile(const Params<T>& p, std::int64_t row) {
+  const auto* const weight = reinterpret_cast<const StoredAs<kHalf, T>*>(p.weight);
+  alignas(kAlignment) T lanes[Lanes<V>::count] = {};
+  if (p.bias) std::copy_n(p.bias, p.outputs, lanes);
+  V sum = load<V>(lanes);
+  for (std::int64_t i = 0; i < p.inputs; ++i) {
+    for (std::int64_t k = 0; k < p.outputs; ++k) lanes[k] = weight_at<kHalf, T>(weight + k * p.inputs + i);
+    sum += p.x[row * p.inputs + i] * load<V>(lanes);
+  }
+  store(lanes, sum);
+  std::copy_n(lanes, p.outputs, p.y + row * p.outputs);
+}
+
+template <class V, int kWidth, Half kHalf, class T>
+EAML_INLINE void in_place_rows(const Params<T>& p, std::int64_t output) {
+  std::int64_t row = 0;
+  for (; row + 4 <= p.rows; row += 4) in_place_tile<V, 4, kWidth, kHalf>(p, row, output);
+  if (row + 2 <= p.rows) in_place_tile<V, 2, kWidth, kHalf>(p, row, output), row += 2;
+  if (row < p.rows) in_place_tile<V, 1, kWidth, kHalf>(p, row, output);
+}
+
+template <class V, Half kHalf, class T>
+EAML_INLINE void in_place_panels(const Params<T>& p, std::int64_t first, std::int64_t last) {
+  constexpr int kLanes = Lanes<V>::count, kWidth = 2;
+  const std::int64_t end = std::min(p.outputs, last * kPanel);
+  if (p.outputs < kLanes) {
+    for (std::int64_t row = 0; row < p.rows; ++row) narrow_tile<V, kHalf>(p, row);
+    return;
+  }
+  std::int64_t output = first * kPanel;
+  for (; output + kWidth * kLanes <= end; output += kWidth * kLanes) in_place_rows<V, kWidth, kHalf>(p, output);
+  for (; output < end; output += kLanes) in_place_rows<V, 1, kHalf>(p, output);
+}
+
+template <class V, class T>
+EAML_INLINE void multiply_in_place_(const Params<T>& p, std::int64_t first, std::int64_t last) {
+  if constexpr (sizeof(T) == 4) {
+    if (p.half == Half::kBfloat16) return in_place_panels<V, Half::kBfloat16>(p, first, last);
+    if (p.half == Half::kFloat16) return in_place_panels<V, Half::kFloat16>(p, first, last);
+  }
+  in_place_panels<V, Half::kNone>(p, first, last);
+}
+
 }  // namespace
 
 template <class T>
@@ -93,15 +247,19 @@ void pack(const Params<T>& p) {
 template void pack(const Params<float>&);
 template void pack(const Params<double>&);
 
-#define EAML_DEFINE(TARGET, BYTES)                                                                    \
-  TARGET void multiply_version(const Params<float>& params, std::int64_t first, std::int64_t last) {  \
-    multiply_<Vec<float, BYTES / 4>>(params, first, last);                                            \
-  }                                                                                                   \
-  TARGET void multiply_version(const Params<double>& params, std::int64_t first, std::int64_t last) { \
-    multiply_<Vec<double, BYTES / 8>>(params, first, last);                                           \
+#define EAML_DEFINE_FOR(TARGET, BYTES, T)                                                        \
+  TARGET void multiply_version(const Params<T>& params, std::int64_t first, std::int64_t last) { \
+    multiply_<Vec<T, BYTES / sizeof(T)>>(params, first, last);                                   \
+  }                                                                                              \
+  TARGET void in_place_version(const Params<T>& params, std::int64_t first, std::int64_t last) { \
+    multiply_in_place_<Vec<T, BYTES / sizeof(T)>>(params, first, last);                          \
   }
+#define EAML_DEFINE(TARGET, BYTES)      \
+  EAML_DEFINE_FOR(TARGET, BYTES, float) \
+  EAML_DEFINE_FOR(TARGET, BYTES, double)
 EAML_VERSIONS(EAML_DEFINE)
 #undef EAML_DEFINE
+#undef EAML_DEFINE_FOR
 
 // The loader selects a version for callers that see the definitions of all versions.
 template <class T>
@@ -110,5 +268,11 @@ void multiply(const Params<T>& params, std::int64_t first, std::int64_t last) {
 }
 template void multiply(const Params<float>&, std::int64_t, std::int64_t);
 template void multiply(const Params<double>&, std::int64_t, std::int64_t);
+template <class T>
+void multiply_in_place(const Params<T>& params, std::int64_t first, std::int64_t last) {
+  in_place_version(params, first, last);
+}
+template void multiply_in_place(const Params<float>&, std::int64_t, std::int64_t);
+template void multiply_in_place(const Params<double>&, std::int64_t, std::int64_t);
 
 }  // namespace eaml::row_invariant_linear

@@ -7,6 +7,7 @@
 
 #include "common/arena.h"
 #include "common/softplus.h"
+#include "common/transpose_lanes.h"
 #include "selective_scan/cpu/kernel.h"
 #include "selective_scan/recurrence.h"
 
