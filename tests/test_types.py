@@ -18,6 +18,7 @@ from eaml_ext import (
     selective_scan,
 )
 from eaml_ext import selective_scan_step as step
+from eaml_ext.nn import linear_step
 from eaml_ext.ops import selective_scan as scan
 
 
@@ -52,6 +53,7 @@ def test_types_of_models_and_buffer_are_exact() -> None:
     assert_type(model.scan(torch.rand(2, 5, 3)), tuple[Tensor, Tensor])
     assert_type(Mamba(8).scan(torch.rand(2, 5, 8)), tuple[Tensor, tuple[Tensor, Tensor]])
     assert_type(Mamba2(8, headdim=4).scan(torch.rand(2, 5, 8)), tuple[Tensor, tuple[Tensor, Tensor]])
+    assert_type(linear_step(torch.nn.Linear(3, 2), torch.rand(1, 3)), Tensor)
     x, y = torch.rand(2, 5, 3), torch.rand(2, 5, 2)
     maml = MetaMAML(model, inner_lr=0.1, outer_lr=0.1)
     assert_type(maml.meta_update([(x, y, x, y)], mse_loss), float)

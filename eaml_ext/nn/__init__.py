@@ -1,5 +1,6 @@
 """State-space layers and models, and layers that read from a learned memory."""
 
+from eaml_ext.nn._row_invariant import linear_step
 from eaml_ext.nn.episodic import EpisodicRead, KNNAttention
 from eaml_ext.nn.lora import LORA_FACTORS, add_lora, merge_lora
 from eaml_ext.nn.mamba import Mamba
@@ -16,5 +17,6 @@ __all__ = [
     "SSMLayer",
     "Stateful",
     "add_lora",
+    "linear_step",
     "merge_lora",
 ]

@@ -105,6 +105,13 @@ def conv1d_step(conv1d: nn.Module, act: Activation, d_conv: int, conv_state: Ten
     return y if silu else act(y)
 
 
+def plain_silu_taps(conv1d: nn.Module, act: Activation, d_conv: int) -> tuple[Tensor, Tensor | None] | None:
+    """The weight ``(dim, d_conv)`` and bias that define ``act(conv1d(x))``, None where their modules must be called."""
+    if not (_is_plain_depthwise(conv1d, d_conv) and _is_silu(act)):
+        return None
+    return conv1d.weight.squeeze(1), conv1d.bias
+
+
 def _convolve(
     x: Tensor,
     before: Tensor | None,

@@ -9,12 +9,13 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
-from eaml_ext.nn._causal_conv import conv1d_scan, conv1d_step
-from eaml_ext.nn._row_invariant import linear, project
+from eaml_ext.nn._causal_conv import conv1d_scan, conv1d_step, plain_silu_taps
+from eaml_ext.nn._row_invariant import linear, linear_step, project
 from eaml_ext.nn.padding import zero_delta_after_length
 from eaml_ext.nn.precision import to_opmath
 from eaml_ext.nn.submodule import is_plain
 from eaml_ext.ops import selective_scan, selective_scan_step
+from eaml_ext.ops.mamba_step import mamba_step
 
 
 class MambaMixerLayer(Protocol):
@@ -109,13 +110,21 @@ def mixer_step(
     layer: MambaMixerLayer, x: Tensor, conv_state: Tensor, ssm_state: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Run one step of :func:`mixer_scan`, ``x`` and y ``(batch, d_model)``."""
-    x, z = linear(layer.in_proj, x).chunk(2, dim=-1)
-    conv_state = torch.cat([conv_state[..., 1:].to(x.dtype), x.unsqueeze(-1)], dim=-1)
-    x = conv1d_step(layer.conv1d, layer.act, layer.d_conv, conv_state)
-    delta, B, C, delta_bias = _project_delta(layer, x)
+    xz = linear_step(layer.in_proj, x)
+    conv_state = conv_state.to(xz.dtype)
     A, D = -torch.exp(to_opmath(layer.A_log)), to_opmath(layer.D)
-    y, ssm_state = selective_scan_step(ssm_state, x, delta, A, B, C, D, z, delta_bias, True)
-    return linear(layer.out_proj, y), conv_state, ssm_state
+    x_proj, dt_proj, taps = layer.x_proj, layer.dt_proj, plain_silu_taps(layer.conv1d, layer.act, layer.d_conv)
+    if taps is not None and is_plain(x_proj, nn.Linear) and x_proj.bias is None and is_plain(dt_proj, nn.Linear):
+        dt_bias = None if dt_proj.bias is None else to_opmath(dt_proj.bias)
+        weights = *(None if v is None else to_opmath(v) for v in taps), x_proj.weight, dt_proj.weight, dt_bias
+        y, conv_state, ssm_state = mamba_step(xz, conv_state, ssm_state, *weights, A, D, linear=project)
+    else:
+        x, z = xz.chunk(2, dim=-1)
+        conv_state = torch.cat([conv_state[..., 1:], x.unsqueeze(-1)], dim=-1)
+        x = conv1d_step(layer.conv1d, layer.act, layer.d_conv, conv_state)
+        delta, B, C, dt_bias = _project_delta(layer, x)
+        y, ssm_state = selective_scan_step(ssm_state, x, delta, A, B, C, D, z, dt_bias, True)
+    return linear_step(layer.out_proj, y), conv_state, ssm_state
 
 
 def _project_delta(layer: MambaMixerLayer, x: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:

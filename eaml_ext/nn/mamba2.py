@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from eaml_ext import _check
 from eaml_ext.nn._mamba2_mixer import mamba2_scan, mamba2_step
 from eaml_ext.nn._mamba_layer import MambaLayer, check_d_inner
+from eaml_ext.nn._row_invariant import linear_step
 from eaml_ext.nn._step_size import check_dt_range, draw_step_sizes, inverse_softplus
 from eaml_ext.nn.padding import count_sequences
 from eaml_ext.nn.precision import to_opmath
@@ -205,7 +206,7 @@ class Mamba2(MambaLayer):
         return self._outputs(y, z, mlp_gate, mlp), conv_state, ssm_state
 
     def _run_step(self, x: Tensor, conv_state: Tensor, ssm_state: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        mlp_gate, mlp, z, x, dt = self.in_proj(x).split(self._in_proj_sizes, dim=-1)
+        mlp_gate, mlp, z, x, dt = linear_step(self.in_proj, x).split(self._in_proj_sizes, dim=-1)
         gate = z if self._scan_gates() else None
         y, conv_state, ssm_state = mamba2_step(self, x, dt, gate, conv_state, ssm_state, self.dt_limit)
         return self._outputs(y, z, mlp_gate, mlp), conv_state, ssm_state
@@ -223,8 +224,7 @@ class Mamba2(MambaLayer):
         y = self.norm(y) if self.rmsnorm else y
         y = y if self._scan_gates() else y * self.act(z)
         y = torch.cat([self.act(mlp_gate) * mlp, y], dim=-1) if mlp.shape[-1] else y
-        projected: Tensor = self.out_proj(y)
-        return projected
+        return linear_step(self.out_proj, y)
 
     def extra_repr(self) -> str:
         return (

@@ -1,0 +1,164 @@
+"""Steps without gradients: the kernels that they run on, their bits, reduced precision and quantised layers."""
+
+import copy
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from eaml_ext.nn import Mamba, Mamba2, linear_step
+from eaml_ext.nn._row_invariant import linear, project, row_invariant
+from eaml_ext.ops import mamba_step as module
+
+
+def steps(block, x):
+    states, ys = block.allocate_inference_cache(len(x)), []
+    for t in range(x.shape[1]):
+        y, *states = block.step(x[:, t], *states)
+        ys.append(y)
+    return torch.stack(ys, dim=1), tuple(states)
+
+
+@pytest.fixture
+def fused_calls(monkeypatch):
+    calls, accepts = [], module._raw_op_accepts
+
+    def record(args):
+        calls.append(accepts(args))
+        return calls[-1]
+
+    monkeypatch.setattr(module, "_raw_op_accepts", record)
+    return calls
+
+
+@pytest.mark.kernels
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("options", [{}, {"d_conv": 2, "bias": True, "conv_bias": False, "d_state": 5}], ids=str)
+@pytest.mark.parametrize("batch", [1, 5, 9])
+def test_steps_in_row_invariant_have_the_bits_of_the_scan(options, dtype, batch, fused_calls):
+    block, x = Mamba(24, **options, dtype=dtype), torch.randn(batch, 7, 24, dtype=dtype)
+    with torch.no_grad(), row_invariant():
+        y, states = steps(block, x)
+        want, last = block.scan(x)
+    assert fused_calls == [batch <= 8] * 7
+    assert torch.equal(y, want) and all(torch.equal(a, b) for a, b in zip(states, last, strict=True))
+
+
+@pytest.mark.kernels
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16])
+def test_steps_without_gradients_equal_those_with_gradients(dtype, fused_calls):
+    block, x = Mamba(24, dtype=dtype), torch.randn(3, 7, 24, dtype=dtype)
+    want, _ = steps(block, x)
+    assert want.requires_grad and fused_calls == [False] * 7
+    with torch.no_grad():
+        y, states = steps(block, x)
+    assert fused_calls[7:] == [True] * 7
+    assert y.dtype == states[0].dtype == dtype
+    torch.testing.assert_close(y, want.detach(), rtol=0, atol=8 * torch.finfo(dtype).eps * want.abs().max().item())
+
+
+@pytest.mark.parametrize("kind", ["hook", "autocast", "func", "adapter", "act", "compile"])
+def test_step_that_its_kernel_does_not_compute_runs_op_by_op(kind, fused_calls):
+    block, x = Mamba(8, d_state=4), torch.randn(2, 8)
+    states = block.allocate_inference_cache(2)
+    with torch.no_grad():
+        want = block.step(x, *states)[0]
+        fused_calls.clear()
+        if kind == "hook":
+            block.x_proj.register_forward_hook(lambda layer, args, y: 2 * y)
+            assert not torch.allclose(block.step(x, *states)[0], want)
+        elif kind == "autocast":
+            with torch.autocast("cpu", torch.bfloat16):
+                torch.testing.assert_close(block.step(x, *states)[0].float(), want, rtol=0.1, atol=0.05)
+        elif kind == "func":
+            y = torch.vmap(lambda x, c, s: block.step(x[None], c[None], s[None])[0][0])(x, *states)
+            torch.testing.assert_close(y, want)
+        elif kind == "adapter":
+            block.dt_proj = nn.Sequential(block.dt_proj)
+            torch.testing.assert_close(block.step(x, *states)[0], want)
+        elif kind == "act":
+            block.act = nn.Tanh()
+            assert not torch.allclose(block.step(x, *states)[0], want)
+        else:
+            compiled = torch.compile(lambda x, *states: block.step(x, *states)[0], backend="eager", fullgraph=True)
+            torch.testing.assert_close(compiled(x, *states), want)
+    assert not any(fused_calls)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("rows", [(1,), (8,), (9,), (2, 3), (0,)], ids=str)
+@pytest.mark.parametrize("bias", [True, False])
+def test_linear_step_is_close_to_the_layer(rows, dtype, bias):
+    layer, x = nn.Linear(30, 17, bias=bias, dtype=dtype), torch.randn(*rows, 30, dtype=dtype)
+    with torch.no_grad():
+        y = linear_step(layer, x)
+    assert y.dtype == dtype and y.shape == (*rows, 17) and not y.requires_grad
+    torch.testing.assert_close(
+        y.double(), layer.double()(x.double()).detach(), rtol=0, atol=30 * torch.finfo(dtype).eps
+    )
+    with torch.enable_grad():
+        assert linear_step(layer, x.double()).requires_grad
+
+
+def test_linear_step_layer_with_another_forward_is_called():
+    layer, x = nn.Linear(3, 2), torch.randn(1, 3)
+    with torch.no_grad():
+        want = layer(x)
+        assert torch.equal(linear_step(nn.Sequential(layer, nn.ReLU()), x), want.relu())
+        layer.register_forward_hook(lambda module, args, y: 2 * y)
+        assert torch.equal(linear_step(layer, x), 2 * want)
+
+
+class Doubling(torch.Tensor):
+    """A weight that stands for twice its numbers, as a quantised one stands for others than it stores."""
+
+    @classmethod
+    def __torch_function__(cls, function, types, args=(), kwargs=None):
+        plain = [a.as_subclass(torch.Tensor) if isinstance(a, torch.Tensor) else a for a in args]
+        if function is F.linear:
+            return F.linear(plain[0], 2 * plain[1], *plain[2:], **(kwargs or {}))
+        return super().__torch_function__(function, types, args, kwargs)
+
+
+@pytest.mark.parametrize("row_invariant_rows", [False, True])
+def test_weights_of_a_derived_tensor_class_are_left_to_torch(row_invariant_rows, monkeypatch):
+    """torchao's quantised weights are such tensors, in layers of the class nn.Linear."""
+    block, x = Mamba(8), torch.randn(2, 8)
+    doubled = copy.deepcopy(block)
+    for name in ("in_proj", "x_proj", "dt_proj", "out_proj"):
+        layer = getattr(doubled, name)
+        layer.weight = nn.Parameter(layer.weight.detach().as_subclass(Doubling), requires_grad=False)
+        getattr(block, name).weight.data *= 2
+    states = block.allocate_inference_cache(2)
+    with torch.no_grad():
+        want = block.step(x, *states)
+        if row_invariant_rows:
+            with row_invariant():
+                got, whole = doubled.step(x, *states), doubled(x.unsqueeze(1))[:, 0]
+                assert torch.equal(project(x, doubled.in_proj.weight), linear(doubled.in_proj, x))
+        else:
+            got, whole = doubled.step(x, *states), doubled(x.unsqueeze(1))[:, 0]
+    torch.testing.assert_close(tuple(got), want, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(whole, want[0], atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.filterwarnings("ignore:torch.ao.quantization is deprecated")
+@pytest.mark.filterwarnings("ignore::UserWarning")
+@pytest.mark.parametrize("make", [lambda: Mamba(32), lambda: Mamba2(32, headdim=16)], ids=["mamba", "mamba2"])
+@pytest.mark.parametrize("form", ["int8", "bfloat16"])
+def test_small_weights_steps_are_close_to_the_scan_and_to_float32(make, form):
+    from torch.ao.quantization import quantize_dynamic
+
+    block, x = make().eval(), torch.randn(2, 12, 32)
+    with torch.no_grad():
+        want = block(x)
+        small = copy.deepcopy(block).to(torch.bfloat16) if form == "bfloat16" else quantize_dynamic(block, {nn.Linear})
+        inputs = x.to(torch.bfloat16) if form == "bfloat16" else x
+        y, (conv_state, ssm_state) = steps(small, inputs)
+        whole = small(inputs)
+    error = 0.1 if form == "int8" else 0.03
+    largest = want.abs().max()
+    assert 0 < (y.float() - want).abs().max() < error * largest
+    assert (y.float() - whole.float()).abs().max() < error * largest
+    assert ssm_state.dtype == torch.float32 and conv_state.dtype == inputs.dtype
