@@ -157,14 +157,24 @@ def rates() -> ctypes.CDLL | None:
     """csrc/bench/rates.cpp, compiled into build/bench: rates of one thread. None without a C++ compiler.
 
     ``exp_rate()`` and ``fma_rate()``: float32 operations per second in registers. ``read_rate(size)``: bytes/s.
+    ``read_arrays``: see :func:`reader`.
     """
     root = Path(__file__).parents[1]
     source, library = root / "csrc" / "bench" / "rates.cpp", root / "build" / "bench" / "rates.so"
     library.parent.mkdir(parents=True, exist_ok=True)
-    flags = ["-O3", "-std=c++20", "-fno-math-errno", "-fno-trapping-math", "-fvisibility=hidden", "-Wno-psabi"]
+    flags = [
+        "-O3",
+        "-std=c++20",
+        "-fno-math-errno",
+        "-fno-trapping-math",
+        "-fvisibility=hidden",
+        "-Wno-psabi",
+        "-pthread",
+    ]
     command = [
         *os.environ.get("CXX", "c++").split(),
         *flags,
+        "-pthread",
         "-shared",
         "-fPIC",
         f"-I{root / 'csrc'}",
@@ -180,7 +190,20 @@ def rates() -> ctypes.CDLL | None:
     for name in ("exp_rate", "fma_rate", "read_rate"):
         getattr(found, name).restype = ctypes.c_double
     found.read_rate.argtypes = [ctypes.c_int64]
+    found.read_arrays.argtypes = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int64, ctypes.c_int]
+    found.read_arrays.restype = None
     return found
+
+
+def reader(tensors: Sequence[torch.Tensor], threads: int) -> Callable[[], Any]:
+    """A function that reads the memory of contiguous tensors once, on threads."""
+    own = rates()
+    if own is None:
+        raise SystemExit("the rate of the memory needs a C++ compiler")
+    pointers = torch.tensor([t.data_ptr() for t in tensors], dtype=torch.int64)
+    counts = torch.tensor([t.numel() * t.element_size() // 4 for t in tensors], dtype=torch.int64)
+    held = list(tensors)
+    return lambda: own.read_arrays(pointers.data_ptr(), counts.data_ptr(), len(held), threads)
 
 
 def exp_rates() -> dict[str, float]:

@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <chrono>
 #include <cstdint>
+#include <thread>
 #include <vector>
 
 #include "common/exp2.h"
@@ -99,6 +100,21 @@ double best_read_rate(std::int64_t bytes) {
   return size / fastest(5 + int(1e9 / size), [&] { return read(x.data(), std::int64_t(x.size())); });
 }
 
+// Reads every array once; each thread reads its share of each.
+void read_arrays(const float* const* arrays, const std::int64_t* counts, std::int64_t size, int threads) {
+  const auto read_share = [=](int thread) {
+    volatile float keep = 0;
+    for (std::int64_t i = 0; i < size; ++i) {
+      const std::int64_t begin = counts[i] * thread / threads, end = counts[i] * (thread + 1) / threads;
+      keep = keep + read(arrays[i] + begin, end - begin);
+    }
+  };
+  std::vector<std::thread> others;
+  for (int thread = 1; thread < threads; ++thread) others.emplace_back(read_share, thread);
+  read_share(0);
+  for (std::thread& other : others) other.join();
+}
+
 }  // namespace eaml::rates
 
 #define EAML_EXPORT extern "C" __attribute__((visibility("default")))
@@ -114,4 +130,8 @@ EAML_EXPORT double fma_rate() {
 // Bytes per second of reading an array of `bytes` repeatedly.
 EAML_EXPORT double read_rate(std::int64_t bytes) {
   return eaml::rates::best_read_rate(bytes);
+}
+// Reads `size` arrays of counts[i] float32 numbers once, on threads.
+EAML_EXPORT void read_arrays(const float* const* arrays, const std::int64_t* counts, std::int64_t size, int threads) {
+  eaml::rates::read_arrays(arrays, counts, size, threads);
 }
