@@ -4,9 +4,10 @@ import argparse
 import contextlib
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import fields
 from importlib import import_module
+from opcode import opmap
 from typing import Any
 
 from eaml_ext import __version__
@@ -105,6 +106,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     Returns:
         The exit code: 0, 2 for bad settings or a lost rank of torchrun, 130 for Ctrl-C and SIGTERM.
+
+    Raises:
+        Exception: any that this package did not raise on purpose, such as one of an environment.
     """
     argv = sys.argv[1:] if argv is None else list(argv)
     if argv[:1] == ["info"]:
@@ -123,9 +127,44 @@ def main(argv: Sequence[str] | None = None) -> int:
         with sigterm_as_interrupt():
             import_module(f"eaml_ext.jobs.{'dynamics' if algo == 'dynamics' else 'rl'}").run(settings)
     except (ValueError, OSError) as error:
+        if not is_refusal(error):
+            raise
         print(f"eaml-ext: {str(error).removeprefix(prefix)}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("eaml-ext: interrupted; the same command with --resume goes on from the checkpoint", file=sys.stderr)
         return 130
     return 0
+
+
+# Packages that this package calls with its own functions inside: torch.no_grad, for example, and vector environments.
+_LIBRARIES = sys.stdlib_module_names | {"torch", "gymnasium", "numpy", "safetensors", "tqdm", "matplotlib"}
+
+
+def is_refusal(error: BaseException) -> bool:
+    """Return whether this package raised the error on purpose, so that its text is enough.
+
+    Errors of other code keep their traceback, because their author needs it. Refusals have no class of their own, so
+    the traceback decides:
+
+    - The innermost frame is this package's and stands at a ``raise`` statement, unlike that of a failed ``int("x")``.
+      An OSError may also come from a call of the system.
+    - All frames are of this package and the libraries below it. A user's function that calls this package with a bad
+      argument is at fault itself, and the traceback contains its line.
+    """
+    frames = list(_frames(error))
+    if not {package for package, _ in frames} <= _LIBRARIES | {"eaml_ext"}:
+        return False
+    if isinstance(error, OSError):  # pathlib and others of the standard library call the system, too
+        frames = [frame for frame in frames if frame[0] not in sys.stdlib_module_names]
+        return bool(frames) and frames[-1][0] == "eaml_ext"
+    return bool(frames) and frames[-1] == ("eaml_ext", True)
+
+
+def _frames(error: BaseException) -> Iterator[tuple[str, bool]]:
+    """Yield the top-level package of each frame, outermost first, and whether it stands at a ``raise`` statement."""
+    trace = error.__traceback__
+    while trace is not None:
+        name = str(trace.tb_frame.f_globals.get("__name__", ""))
+        yield name.partition(".")[0], trace.tb_frame.f_code.co_code[trace.tb_lasti] == opmap["RAISE_VARARGS"]
+        trace = trace.tb_next
