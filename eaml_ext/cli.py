@@ -74,9 +74,7 @@ def parse(argv: Sequence[str]) -> tuple[str, argparse.ArgumentParser, dict[str, 
     algo = given.algo or algo
     p = parser(algo if algo in SETTINGS else "dynamics")
     if algo in SETTINGS and config:
-        names = {flag_name(f): f.name for f in fields(SETTINGS[algo])}
-        config_file.check_keys(given.config, config, names, algo)
-        config = {names[key]: value for key, value in config.items()}
+        config = config_file.check(given.config, config, SETTINGS[algo], algo)
     p.set_defaults(algo=algo, **config)
     arguments, unknown = p.parse_known_args(argv)
     if unknown:

@@ -12,7 +12,7 @@ from typing import Any
 from eaml_ext import __version__
 from eaml_ext._files import atomic_write
 from eaml_ext._renamed import FLAGS
-from eaml_ext.jobs.config import flag_name
+from eaml_ext.jobs.config import auto_or_number, flag_name
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -20,6 +20,13 @@ else:
     import tomli as tomllib
 
 NAME = "settings.toml"
+# By the type of a default: the types that TOML may give, of which bool is a subclass of int, and their name.
+_TYPES: dict[type, tuple[tuple[type, ...], str]] = {
+    bool: ((bool,), "true or false"),
+    int: ((int,), "an integer"),
+    float: ((int, float), "a number"),
+    str: ((str,), "a string"),
+}
 
 
 def closest(name: str, known: Collection[str]) -> str:
@@ -48,12 +55,33 @@ def read(path: str | os.PathLike[str]) -> dict[str, Any]:
     return {FLAGS.get(key, key): value for key, value in settings.items()}
 
 
-def check_keys(path: str | os.PathLike[str], keys: Collection[str], known: Collection[str], algo: str) -> None:
-    """Raise ValueError for the first key that is no setting of the algorithm."""
-    for key in keys:
+def check(path: str | os.PathLike[str], settings: dict[str, Any], kind: Any, algo: str) -> dict[str, Any]:
+    """Check keys and types of the settings in a file: argparse would convert a string, as if it were a flag.
+
+    Args:
+        path: of the file.
+        settings: what :func:`read` returned.
+        kind: the dataclass of the settings.
+        algo: its name in ``--algo``.
+
+    Returns:
+        The settings by the names of the fields.
+
+    Raises:
+        ValueError: a key is no setting of the algorithm, or its value has another type than the default.
+    """
+    known = {flag_name(f): f for f in fields(kind)}
+    for key, value in settings.items():
         if key not in known:
             text = f"{os.fspath(path)} has the key {key!r}, which is no setting of --algo {algo}"
             raise ValueError(f"config: {text}{closest(key, known)}")
+        default = known[key].default
+        types, wanted = _TYPES[type(default)]
+        if known[key].metadata.get("type") is auto_or_number and value != default:
+            types, wanted = (int, float), f"{default!r} or a number"
+        if type(value) not in types:
+            raise ValueError(f"config: {os.fspath(path)}: {key} must be {wanted}, got {value!r}")
+    return {known[key].name: value for key, value in settings.items()}
 
 
 def write(folder: str | os.PathLike[str], settings: Any) -> Path:
