@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
@@ -38,7 +39,7 @@ def progress_bar(
 
 
 def write_line(text: str) -> None:
-    """Print a line above the progress bars that are drawn.
+    """Print a line above the progress bars that are drawn, at once even if the output is a pipe.
 
     >>> write_line("Epoch 0")
     Epoch 0
@@ -49,6 +50,7 @@ def write_line(text: str) -> None:
         print(text)
     else:
         tqdm.write(text)
+    sys.stdout.flush()
 
 
 class PlainProgress:

@@ -8,6 +8,7 @@ from typing import Any
 from eaml_ext import _check
 
 RETRIEVALS = ("best_fit", "nearest", "uniform")
+STEPS_PER_CALL = 5  # gradient steps of a call of the Adapter
 ENV_NAME = "Gymnasium id, module:id of a module that registers it, or a name of eaml_ext.tasks.register"
 IMPORT = "modules to import first, separated by commas: they call gymnasium.register or eaml_ext.tasks.register"
 
@@ -98,7 +99,7 @@ class DynamicsConfig:
     state_size: int = flag(16, "states per channel of the SSM")
     num_layers: int = flag(1, "layers of the SSM")
     test_tasks: int = flag(64, "held-out tasks")
-    adaptation_calls: int = flag(21, "calls of the Adapter per held-out task, 5 gradient steps each")
+    adaptation_calls: int = flag(21, f"calls of the Adapter per held-out task, {STEPS_PER_CALL} gradient steps each")
     plan_tasks: int = flag(16, "held-out tasks in which a planner acts with the model of each variant; 0: in none")
     plan_steps: int = flag(100, "most steps of such an episode")
     plan_horizon: int = flag(15, "steps that the planner looks ahead")

@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from functools import partial
 from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -14,12 +15,12 @@ from eaml_ext._terminal import progress_bar, write_line
 from eaml_ext.adaptation import AdaptationConfig, Adapter
 from eaml_ext.experience import ExperienceBuffer, Experiences, retrieval
 from eaml_ext.experience.retrieval import Retriever
-from eaml_ext.jobs.config import DynamicsConfig
+from eaml_ext.jobs.config import STEPS_PER_CALL, DynamicsConfig
 from eaml_ext.jobs.world_model import BatchedWorldModel, DynamicsModel, features, model_data, task_embedding
 from eaml_ext.meta import AdaptedTaskModels, MetaMAML
 from eaml_ext.meta._types import Params
 from eaml_ext.meta.functional import functional_call
-from eaml_ext.rl import Planner, collect, planned_returns
+from eaml_ext.rl import Planner, Policy, collect, planned_returns
 from eaml_ext.tasks import Task, TaskDistribution
 
 SIMILAR_TASKS = 5  # past tasks whose experience is retrieved
@@ -31,6 +32,9 @@ def adapt(
     settings: DynamicsConfig, distribution: TaskDistribution[Task], maml: MetaMAML, buffer: ExperienceBuffer
 ) -> tuple[dict[str, Tensor], dict[str, Params]]:
     """Adapt to held-out tasks in every variant.
+
+    A call of the Adapter that begins at a multiple of 10 gradient steps prints a line. The line has this number, the
+    mean hybrid loss before the last step of the call, and the number of its steps.
 
     Returns:
         By variant: the error of each task after each call, ``(calls + 1, tasks)``, or ``(1, tasks)`` without
@@ -54,7 +58,7 @@ def adapt(
         errors: Tensor = (predict(params, x[:, k:]) - y[:, k:]).square().mean(dim=(1, 2))
         return errors
 
-    cfg = AdaptationConfig(lr=settings.inner_lr, max_steps_per_call=5)
+    cfg = AdaptationConfig(lr=settings.inner_lr, max_steps_per_call=STEPS_PER_CALL)
     retrievers = _retrievers(maml, buffer, settings.shots + settings.query)
     unadapted = {name: p.detach().expand(len(tasks), *p.shape) for name, p in maml.parameters().items()}
     variants = {"copy input": y[:, k:].square().mean(dim=(1, 2)).unsqueeze(0), "no adaptation": error(unadapted)[None]}
@@ -67,10 +71,9 @@ def adapt(
         for call in progress_bar(range(settings.adaptation_calls), desc=name, unit="call"):
             params, losses = adapter.adapt_many(F.mse_loss, support, params)
             errors.append(error(params))
-            if name == settings.retrieval and call % 10 == 0:
-                write_line(
-                    f"Adaptation step {call}, Hybrid Loss: {losses.mean():.4f}, Steps taken: {cfg.max_steps_per_call}"
-                )
+            began = call * STEPS_PER_CALL
+            if name == settings.retrieval and began % 10 == 0:
+                write_line(f"Adaptation step {began}, Hybrid Loss: {losses.mean():.4f}, Steps taken: {STEPS_PER_CALL}")
         variants[name] = torch.stack(errors)
         adapted[name] = unadapted if params is None else params
     print("Adaptation completed.")
@@ -125,6 +128,29 @@ def memoize(retriever: Retriever) -> Retriever:
     return retrieve
 
 
+def reporting(policy: Policy, steps: int, bar: Any) -> Policy:
+    """Return a policy that acts as ``policy`` does, moves a progress bar, and prints a line every 20 steps.
+
+    Args:
+        policy: called once per step, and once more for each reset.
+        steps: most steps of an episode.
+        bar: see :func:`eaml_ext._terminal.progress_bar`.
+    """
+    calls = 0
+
+    def act(observations: np.ndarray, resets: np.ndarray, generator: np.random.Generator) -> np.ndarray:
+        nonlocal calls
+        if calls < steps:
+            if calls % 20 == 0:
+                write_line(f"Planning step {calls} of {steps}")
+            bar.update()
+        calls += 1
+        actions: np.ndarray = policy(observations, resets, generator)
+        return actions
+
+    return act
+
+
 def act(
     settings: DynamicsConfig,
     distribution: TaskDistribution[Task],
@@ -160,6 +186,8 @@ def act(
         candidates=settings.plan_candidates,
     )
     seed = derive_seed(settings.seed, Purpose.PLANNING, bits=32)  # other starts than those of the support
-    returns = planned_returns(distribution, many, planner, settings.plan_steps, seed).split(count)
+    with progress_bar(desc="planning", unit="step", total=settings.plan_steps) as bar:
+        policy = reporting(planner, settings.plan_steps, bar)
+        returns = planned_returns(distribution, many, policy, settings.plan_steps, seed).split(count)
     chance = planned_returns(distribution, tasks, None, settings.plan_steps, seed)
     return {"random actions": chance, **dict(zip(adapted, returns, strict=True))}
