@@ -75,7 +75,9 @@ def test_save_on_full_disk_raises_and_keeps_saved_files(tmp_path):
 def write_plot(path, value):
     results = {
         "meta_loss": [1.0, value],
+        "meta_loss_intervals": [None, 0.5],
         "curves": {"plain": [1.0, value]},
+        "curve_intervals": {"plain": [None, 0.5]},
         "settings": {"env_name": "CartPole-v1", "seed": 0},
     }
     report.plot(path, results)

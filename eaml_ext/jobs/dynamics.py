@@ -99,12 +99,16 @@ def _run(settings: DynamicsConfig, group: Group | None) -> dict[str, Any]:
     variants, adapted = adapt(settings, distribution, trainer.maml, buffer)
     returns = act(settings, distribution, model, adapted)
 
+    updates = settings.updates_per_epoch
+    epochs = [losses[i : i + updates] for i in range(0, len(losses), updates)]
     results: dict[str, Any] = {
         "settings": vars(settings),
-        "meta_loss": losses,
+        "meta_loss": [sum(epoch) / updates for epoch in epochs],
+        "meta_loss_intervals": [report.summary(torch.tensor(epoch))["interval"] for epoch in epochs],
         "variants": {name: report.summary(errors[-1]) for name, errors in variants.items()},
         "returns": {name: report.summary(column) for name, column in returns.items()},
         "curves": {name: errors.mean(dim=1).tolist() for name, errors in variants.items()},
+        "curve_intervals": {name: [report.summary(e)["interval"] for e in rows] for name, rows in variants.items()},
     }
     report.write_json(folder / "report.json", results)
     report.plot(folder / "report.png", results)
@@ -126,7 +130,7 @@ def meta_train(
     Update number i is a function of the settings, i and the checkpoint's content.
 
     Returns:
-        The mean loss of each epoch.
+        The loss of each meta-update.
     """
     group, updates = trainer.group, settings.updates_per_epoch
     total = settings.num_epochs * updates
@@ -156,7 +160,7 @@ def meta_train(
 
     run_on_rank_zero(group, prepare)
     try:
-        losses = trainer.meta_train(
+        return trainer.meta_train(
             source,
             total,
             checkpoint=path,
@@ -171,7 +175,6 @@ def meta_train(
         text = str(error).removeprefix(where)
         text = text.replace(f"num_meta_iterations is {total}", f"num_epochs={settings.num_epochs} makes {total}")
         raise ValueError(f"DynamicsConfig: resume: {text}") from None
-    return [sum(losses[i : i + updates]) / updates for i in range(0, total, updates)]
 
 
 class CosineSchedule(CosineAnnealingLR):

@@ -1,7 +1,9 @@
 """Reports of a run: numbers as JSON, curves as PNG, tables as text."""
 
+import io
 import json
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +12,7 @@ from torch import Tensor
 from eaml_ext import _terminal, build_info
 from eaml_ext._files import atomic_write
 from eaml_ext._statistics import half_width
+from eaml_ext.jobs.config import STEPS_PER_CALL
 
 
 def summary(errors: Tensor) -> dict[str, float | None]:
@@ -57,9 +60,45 @@ def cells(row: dict[str, Any] | None, digits: int) -> list[str]:
 
 
 def write_json(path: str | Path, results: dict[str, Any]) -> None:
-    """Write the results and :func:`eaml_ext.build_info` to a JSON file, whole or not at all."""
+    """Write the results and :func:`eaml_ext.build_info` to a JSON file, whole or not at all.
+
+    Numbers that are not finite become null, because JSON has none.
+    """
+    text = json.dumps(_finite({**results, "build": build_info()}), indent=1, allow_nan=False)
     with atomic_write(path) as temporary:
-        Path(temporary).write_text(json.dumps({**results, "build": build_info()}, indent=1) + "\n")
+        Path(temporary).write_text(text + "\n", encoding="utf-8")
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {name: _finite(item) for name, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def draw_band(
+    axes: Any,
+    x: Sequence[float],
+    mean: Sequence[float],
+    half: Sequence[float | None],
+    label: str,
+    **line_options: Any,
+) -> None:
+    """Draw a curve and its 95 % interval, ``mean +- half``, on axes of matplotlib.
+
+    Args:
+        axes: the axes.
+        x, mean: of the curve.
+        half: half widths, as :func:`summary` returns them; None: no interval at this point.
+        label: of the curve in the legend.
+        line_options: of ``axes.plot``.
+    """
+    (line,) = axes.plot(x, mean, label=label, **line_options)
+    if any(h is not None for h in half):
+        bounds = [(m - h, m + h) if h is not None else (math.nan, math.nan) for m, h in zip(mean, half, strict=True)]
+        low, high = zip(*bounds, strict=True)
+        axes.fill_between(x, low, high, color=line.get_color(), alpha=0.2, linewidth=0)
 
 
 def plot(path: str | Path, results: dict[str, Any]) -> None:
@@ -87,22 +126,26 @@ def save_figure(path: str | Path, draw: Callable[[Any, Any], None]) -> None:
     figure = Figure(figsize=(11, 4), layout="constrained")
     FigureCanvasAgg(figure)
     draw(*figure.subplots(1, 2))
+    image = io.BytesIO()
+    figure.savefig(image, format="png", dpi=120)
     with atomic_write(path) as temporary:
-        figure.savefig(temporary, format="png", dpi=120)
+        Path(temporary).write_bytes(image.getvalue())
 
 
 def _draw(left: Any, right: Any, results: dict[str, Any]) -> None:
-    left.plot(range(len(results["meta_loss"])), results["meta_loss"])
-    left.set(xlabel="epoch", ylabel="query loss after adaptation", yscale="log", title="meta-training")
+    epochs = range(len(results["meta_loss"]))
+    draw_band(left, epochs, results["meta_loss"], results["meta_loss_intervals"], "mean of an epoch's updates")
+    left.set(xlabel="epoch", ylabel="query loss after adaptation (95 % bands)", yscale="log", title="meta-training")
     for name, curve in results["curves"].items():
         if len(curve) == 1:
             style = ":" if name == "copy input" else "--"
             right.axhline(curve[0], color="0.4", linestyle=style, label=name)
         else:
-            right.plot([5 * i for i in range(len(curve))], curve, label=name)
+            steps = [STEPS_PER_CALL * i for i in range(len(curve))]
+            draw_band(right, steps, curve, results["curve_intervals"][name], name)
     right.set(
         xlabel="gradient steps",
-        ylabel="prediction error (mean squares of a step)",
+        ylabel="prediction error (mean squares of a step, 95 % bands)",
         yscale="log",
         title=f"held-out tasks of {results['settings']['env_name']}, seed {results['settings']['seed']}",
     )

@@ -103,8 +103,7 @@ def _draw(left: Any, right: Any, settings: RLConfig, results: dict[str, Any]) ->
     if not isinstance(settings, RL2Config):  # the first point of the adaptation curve
         rows, ticks = [results["baselines"]["unadapted policy"], *rows], [0, *ticks]
     means = [row["mean"] for row in rows]
-    (line,) = right.plot(ticks, means, marker="o", label="adapted policy")
-    _band(right.fill_between, ticks, means, [row["interval"] for row in rows], color=line.get_color())
+    report.draw_band(right, ticks, means, [row["interval"] for row in rows], "adapted policy", marker="o")
     for style, (name, row) in zip(("--", ":"), results["baselines"].items(), strict=True):
         right.axhline(row["mean"], color="0.4", linestyle=style, label=name)
         if row["interval"] is not None:
@@ -116,10 +115,3 @@ def _draw(left: Any, right: Any, settings: RLConfig, results: dict[str, Any]) ->
         title=f"held-out tasks of {settings.env_name}, seed {settings.seed}",
     )
     right.legend(loc="upper left", bbox_to_anchor=(1.0, 1.0), frameon=False)
-
-
-def _band(fill: Any, x: list[int], means: list[float], halves: list[float | None], color: str) -> None:
-    """Fill the intervals around means; one task has no interval."""
-    if None not in halves:
-        pairs = [(mean, half or 0.0) for mean, half in zip(means, halves, strict=True)]
-        fill(x, [mean - half for mean, half in pairs], [mean + half for mean, half in pairs], color=color, alpha=0.2)
