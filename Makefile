@@ -22,7 +22,7 @@ $(VENV)/%: requirements/%.txt | $(VENV)/demo
 	touch $@
 
 demo: $(VENV)/demo  ## the main job: meta-train on CartPole dynamics, adapt to unseen physics
-	$(BIN)/eaml-ext --env_name CartPole-v1 --num_epochs 50
+	$(BIN)/eaml-ext --env_name CartPole-v1 --num_epochs 50 --overwrite
 
 test: $(VENV)/test  ## the suite, the ops once more on their references, the CUDA kernels on the emulator
 	$(BIN)/pytest -n 2

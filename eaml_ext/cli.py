@@ -129,8 +129,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise
         print(f"eaml-ext: {str(error).removeprefix(prefix)}", file=sys.stderr)
         return 2
-    except KeyboardInterrupt:
-        print("eaml-ext: interrupted; the same command with --resume goes on from the checkpoint", file=sys.stderr)
+    except KeyboardInterrupt as error:
+        print(f"eaml-ext: {str(error) or 'interrupted'}", file=sys.stderr)
         return 130
     return 0
 

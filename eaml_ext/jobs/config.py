@@ -36,6 +36,29 @@ def auto_or_number(text: str) -> str | float:
     return text if text == "auto" else float(text)
 
 
+HOW_TO_START = ("resume", "overwrite")
+"""Settings of one call; the files of a run hold the others."""
+
+
+def algo_of(settings: Any) -> str:
+    """Return the job of the settings, as ``--algo`` names it.
+
+    >>> algo_of(DynamicsConfig())
+    'dynamics'
+    """
+    return type(settings).__name__.removesuffix("Config").lower()
+
+
+def stored(settings: Any) -> dict[str, Any]:
+    """Return the settings that the files of a run hold, by name."""
+    return {name: value for name, value in vars(settings).items() if name not in HOW_TO_START}
+
+
+def default_folder(settings: Any) -> str:
+    """Return the folder of a run without ``out``: job, environment and seed."""
+    return f"runs/{algo_of(settings)}-{settings.env_name.replace('/', '-')}-seed{settings.seed}"
+
+
 def check_fields(settings: Any, zero: Collection[str]) -> None:
     """Check the fields of frozen settings against their defaults and choices.
 
@@ -60,6 +83,8 @@ def check_fields(settings: Any, zero: Collection[str]) -> None:
             if choices and value not in choices:
                 raise ValueError(f"{where}: {f.name} must be one of {choices}, got {value!r}")
             value = str(value)
+            if value.encode(errors="replace").decode() != value:
+                raise ValueError(f"{where}: {f.name} must be Unicode text, got {value!r}")
         else:
             value = _check.positive(where, f.name, value, zero=f.name in zero, integer=isinstance(f.default, int))
             if math.isinf(value):
@@ -67,6 +92,8 @@ def check_fields(settings: Any, zero: Collection[str]) -> None:
             if isinstance(f.default, int):
                 value = _check.integer(where, f.name, value, 0, 2**64)  # the range of torch's seeds
         object.__setattr__(settings, f.name, value)  # the dataclass is frozen
+    if settings.resume and settings.overwrite:
+        raise ValueError(f"{where}: resume and overwrite exclude each other, got both")
 
 
 @dataclass(frozen=True)
@@ -107,7 +134,8 @@ class DynamicsConfig:
     threads: int = flag(1, "threads torch may use; the model is too small to gain from more")
     checkpoint_every: int = flag(5, "epochs between two checkpoints of meta-training")
     resume: bool = flag(False, "continue from the checkpoint in the folder, or start where there is none")
-    out: str = flag("", "folder of the results; runs/<env_name>-seed<seed> if empty")
+    overwrite: bool = flag(False, "replace the files of an earlier run in the folder")
+    out: str = flag("", "folder of the results; runs/dynamics-<env_name>-seed<seed> if empty")
 
     def __post_init__(self) -> None:
         check_fields(self, ("seed", "plan_tasks", "experience_weight"))
@@ -122,10 +150,10 @@ class DynamicsConfig:
     def decisive(self) -> dict[str, Any]:
         """The settings of a meta-update; they must be equal for a run to be resumed."""
         planning = ("plan_tasks", "plan_steps", "plan_horizon", "plan_candidates")
-        kept = ("import_", "num_epochs", "checkpoint_every", "resume", "out", *planning)
-        return {name: value for name, value in vars(self).items() if name not in kept}
+        kept = ("import_", "num_epochs", "checkpoint_every", "out", *planning)
+        return {name: value for name, value in stored(self).items() if name not in kept}
 
     @property
     def folder(self) -> str:
         """Folder of the results."""
-        return self.out or f"runs/{self.env_name.replace('/', '-')}-seed{self.seed}"
+        return self.out or default_folder(self)

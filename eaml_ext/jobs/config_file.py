@@ -12,7 +12,7 @@ from typing import Any
 from eaml_ext import __version__
 from eaml_ext._files import atomic_write
 from eaml_ext._renamed import FLAGS
-from eaml_ext.jobs.config import auto_or_number, flag_name
+from eaml_ext.jobs.config import HOW_TO_START, algo_of, auto_or_number, flag_name
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -84,13 +84,27 @@ def check(path: str | os.PathLike[str], settings: dict[str, Any], kind: Any, alg
     return {known[key].name: value for key, value in settings.items()}
 
 
+def text(settings: Any) -> str:
+    """Return the settings of a run as the text of a TOML file.
+
+    Args:
+        settings: a dataclass of strings, numbers and booleans, named ``<Algo>Config``. ``resume`` and ``overwrite`` are
+            left out: the file repeats a run, and says nothing on earlier files.
+    """
+    lines = [f"# eaml_ext {__version__}: `eaml-ext --config {NAME}` repeats this run; flags given beside it win.\n"]
+    lines.append(f"algo = {_toml(algo_of(settings))}\n")
+    for f in fields(settings):
+        if f.name not in HOW_TO_START:
+            lines.append(f"{flag_name(f)} = {_toml(getattr(settings, f.name))}\n")
+    return "".join(lines)
+
+
 def write(folder: str | os.PathLike[str], settings: Any) -> Path:
     """Write the settings of a run to ``settings.toml`` in its folder, whole or not at all.
 
     Args:
         folder: of the run.
-        settings: a dataclass of strings, numbers and booleans, named ``<Algo>Config``. ``resume`` is left out: the
-            file repeats a run and does not continue it.
+        settings: as of :func:`text`.
 
     Returns:
         The path.
@@ -103,15 +117,9 @@ def write(folder: str | os.PathLike[str], settings: Any) -> Path:
     >>> read(write(tempfile.mkdtemp(), DynamicsConfig(seed=3)))["seed"]
     3
     """
-    algo = type(settings).__name__.removesuffix("Config").lower()
-    lines = [f"# eaml_ext {__version__}: `eaml-ext --config {NAME}` repeats this run; flags given beside it win.\n"]
-    lines.append(f"algo = {_toml(algo)}\n")
-    for f in fields(settings):
-        if f.name != "resume":
-            lines.append(f"{flag_name(f)} = {_toml(getattr(settings, f.name))}\n")
     path = Path(folder) / NAME
     with atomic_write(path) as temporary:
-        Path(temporary).write_text("".join(lines), encoding="utf-8")
+        Path(temporary).write_text(text(settings), encoding="utf-8")
     return path
 
 

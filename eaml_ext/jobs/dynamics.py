@@ -9,9 +9,10 @@ Under ``torchrun`` the ranks share the tasks of every meta-batch; rank 0 alone p
 """
 
 import math
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
+from functools import partial
 from typing import Any
 
 import torch
@@ -23,10 +24,11 @@ from eaml_ext import checkpoint
 from eaml_ext._terminal import write_line
 from eaml_ext.distributed import Group, run_on_rank_zero, torchrun_group
 from eaml_ext.experience import ExperienceBuffer
-from eaml_ext.jobs import config_file, format_1, report
-from eaml_ext.jobs.config import DynamicsConfig
+from eaml_ext.jobs import format_1, report
+from eaml_ext.jobs.config import DynamicsConfig, stored
 from eaml_ext.jobs.device import torch_device
 from eaml_ext.jobs.evaluation import act, adapt
+from eaml_ext.jobs.run_folder import RunFolder
 from eaml_ext.jobs.tasks import prepare
 from eaml_ext.jobs.world_model import DynamicsModel, model_data, task_embedding
 from eaml_ext.meta import MetaBatch, MetaMAMLTrainer
@@ -40,8 +42,9 @@ def run(settings: DynamicsConfig) -> dict[str, Any]:
     """Run the job, print its progress and write ``settings.folder``.
 
     The folder gets ``settings.toml``, ``report.json``, ``report.png`` (with the extra ``plot``), ``model.safetensors``,
-    ``buffer.safetensors`` and, during meta-training, ``checkpoint.safetensors``. With ``settings.resume`` the run goes
-    on from that checkpoint: a run that was killed at any moment ends with the bits of an uninterrupted one. A run of
+    ``buffer.safetensors`` and, during meta-training, ``checkpoint.safetensors``. One process at a time runs in a
+    folder. Files of an earlier run are refused, unless ``settings.overwrite`` replaces or ``settings.resume`` continues
+    them. A run that was killed at any moment and is resumed ends with the bits of an uninterrupted one. A run of
     version 0.1 goes on in its own units. Another ``num_epochs`` goes on, too, on the schedule of the new total. Ctrl-C
     or SIGTERM during meta-training ends it after the checkpoint is written.
 
@@ -54,21 +57,28 @@ def run(settings: DynamicsConfig) -> dict[str, Any]:
 
     Raises:
         ValueError: a bad device or environment, a damaged checkpoint or one of other settings, a run that exceeds the
-            memory, a reward or an observation that is not finite.
-        OSError: the folder cannot be written.
+            memory, a reward or an observation that is not finite. The folder cannot be written, is in use, or holds an
+            earlier run.
+        OSError: a file cannot be written, for example because the disk is full.
         RankError: another rank has died; an OSError.
-        KeyboardInterrupt: Ctrl-C or SIGTERM.
+        KeyboardInterrupt: Ctrl-C or SIGTERM, with a text that states how the run goes on.
     """
+    started = time.monotonic()
     with torchrun_group() as group:
-        return _run(settings, group)
+        device = torch_device("DynamicsConfig", settings.device)
+        distribution = prepare(settings, group)
+        with RunFolder(settings, partial(run_on_rank_zero, group)) as folder:
+            return _run(settings, group, device, distribution, folder, started)
 
 
-def _run(settings: DynamicsConfig, group: Group | None) -> dict[str, Any]:
-    device = torch_device("DynamicsConfig", settings.device)
-    distribution = prepare(settings, group)
-    folder = Path(settings.folder)
-    # First: a bad path must not cost a run.
-    run_on_rank_zero(group, lambda: folder.mkdir(parents=True, exist_ok=True))
+def _run(
+    settings: DynamicsConfig,
+    group: Group | None,
+    device: torch.device,
+    distribution: TaskDistribution[Task],
+    folder: RunFolder,
+    started: float,
+) -> dict[str, Any]:
     torch.set_num_threads(settings.threads)
     torch.manual_seed(settings.seed)
     model = DynamicsModel(
@@ -89,20 +99,22 @@ def _run(settings: DynamicsConfig, group: Group | None) -> dict[str, Any]:
         group=group,
     )
 
-    losses = meta_train(settings, distribution, model, trainer, buffer)
+    losses = meta_train(settings, distribution, model, trainer, buffer, folder)
+    folder.trained = True
     if not _is_first(group):
         return {}
     print("MetaMAML training completed.")
     print(f"Experience Buffer populated with {len(buffer)} experiences.")
-    checkpoint.save(folder / "model.safetensors", model.state_dict(), {"settings": vars(settings)}, kind="dynamics")
-    buffer.save(folder / "buffer.safetensors")
+    path = folder.path
+    checkpoint.save(path / "model.safetensors", model.state_dict(), {"settings": stored(settings)}, kind="dynamics")
+    buffer.save(path / "buffer.safetensors")
     variants, adapted = adapt(settings, distribution, trainer.maml, buffer)
     returns = act(settings, distribution, model, adapted)
 
     updates = settings.updates_per_epoch
     epochs = [losses[i : i + updates] for i in range(0, len(losses), updates)]
     results: dict[str, Any] = {
-        "settings": vars(settings),
+        **report.header(settings, started),
         "meta_loss": [sum(epoch) / updates for epoch in epochs],
         "meta_loss_intervals": [report.summary(torch.tensor(epoch))["interval"] for epoch in epochs],
         "variants": {name: report.summary(errors[-1]) for name, errors in variants.items()},
@@ -110,11 +122,11 @@ def _run(settings: DynamicsConfig, group: Group | None) -> dict[str, Any]:
         "curves": {name: errors.mean(dim=1).tolist() for name, errors in variants.items()},
         "curve_intervals": {name: [report.summary(e)["interval"] for e in rows] for name, rows in variants.items()},
     }
-    report.write_json(folder / "report.json", results)
-    report.plot(folder / "report.png", results)
+    report.write_json(path / "report.json", results)
+    report.plot(path / "report.png", results)
     print("=== Hybrid Execution completed successfully ===")
     print(report.table(results["variants"], results["returns"], settings.plan_steps))
-    print(f"Results: {folder}")
+    print(f"Results: {path}")
     return results
 
 
@@ -124,6 +136,7 @@ def meta_train(
     model: DynamicsModel,
     trainer: MetaMAMLTrainer,
     buffer: ExperienceBuffer,
+    folder: RunFolder,
 ) -> list[float]:
     """Train on freshly drawn tasks, whose transitions go into the buffer of rank 0.
 
@@ -134,18 +147,16 @@ def meta_train(
     """
     group, updates = trainer.group, settings.updates_per_epoch
     total = settings.num_epochs * updates
-    path = Path(settings.folder) / "checkpoint.safetensors"
+    path = folder.checkpoint
     source = Transitions(settings, distribution, model)
 
     def start() -> None:
         if settings.resume:
             print(f"Resumed after {trainer.iteration} of {total} meta-updates.")
-        config_file.write(path.parent, settings)  # only now: not the settings of a run that is refused
+        folder.begin()  # only now, because a run that is refused changes no file
 
     def prepare() -> None:
-        if not settings.resume:
-            path.unlink(missing_ok=True)  # an earlier run's
-        if path.exists():
+        if settings.resume and path.exists():
             format_1.upgrade(path, trainer, source, settings)
         else:
             start()

@@ -3,16 +3,37 @@
 import io
 import json
 import math
+import time
 from collections.abc import Callable, Sequence
+from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
-from eaml_ext import _terminal, build_info
+from eaml_ext import __version__, _terminal, build_info
 from eaml_ext._files import atomic_write
 from eaml_ext._statistics import half_width
-from eaml_ext.jobs.config import STEPS_PER_CALL
+from eaml_ext.jobs.config import STEPS_PER_CALL, algo_of, stored
+
+
+def header(settings: Any, started: float) -> dict[str, Any]:
+    """Return the entries with which the report of every job begins.
+
+    Args:
+        settings: ``DynamicsConfig`` or ``RLConfig``.
+        started: ``time.monotonic()`` at the start of the run.
+
+    Returns:
+        ``version`` of the package, ``algo``, ``date`` (UTC, ISO 8601), ``duration`` in seconds, and ``settings``.
+    """
+    return {
+        "version": __version__,
+        "algo": algo_of(settings),
+        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "duration": round(time.monotonic() - started, 3),
+        "settings": stored(settings),
+    }
 
 
 def summary(errors: Tensor) -> dict[str, float | None]:

@@ -1,17 +1,19 @@
 """The meta-RL jobs: a policy on an SSM adapts to held-out tasks in context (rl2) or by gradient (maml)."""
 
-from pathlib import Path
+import time
 from typing import Any
 
 import torch
 
 from eaml_ext import checkpoint
 from eaml_ext.distributed import world_size
-from eaml_ext.jobs import config_file, report, rl_report
+from eaml_ext.jobs import report, rl_report
+from eaml_ext.jobs.config import stored
 from eaml_ext.jobs.device import torch_device
 from eaml_ext.jobs.rl_config import MAMLConfig, RL2Config, RLConfig
 from eaml_ext.jobs.rl_evaluation import evaluate, measured_reward_scale, time_limit
 from eaml_ext.jobs.rl_training import load_run, restore, train
+from eaml_ext.jobs.run_folder import RunFolder
 from eaml_ext.jobs.tasks import prepare
 from eaml_ext.rl import MAMLRL, RL2, SSMMetaPolicy, feature_dim
 from eaml_ext.tasks import TaskDistribution
@@ -21,9 +23,10 @@ def run(settings: RLConfig) -> dict[str, Any]:
     """Run the job, print its progress and write ``settings.folder``.
 
     The folder gets ``settings.toml``, ``report.json``, ``report.png`` (with the extra ``plot``), ``policy.safetensors``
-    and, during training, ``checkpoint.safetensors``. With ``settings.resume`` the run goes on from that checkpoint: a
-    run that was killed at any moment ends with the bits of an uninterrupted one. Another ``num_epochs`` goes on, too;
-    the learning rate of rl2 then falls to 0 over the new total. Ctrl-C or SIGTERM during training ends it after the
+    and, during training, ``checkpoint.safetensors``. One process at a time runs in a folder. Files of an earlier run
+    are refused, unless ``settings.overwrite`` replaces or ``settings.resume`` continues them. A run that was killed at
+    any moment and is resumed ends with the bits of an uninterrupted one. Another ``num_epochs`` goes on, too; the
+    learning rate of rl2 then falls to 0 over the new total. Ctrl-C or SIGTERM during training ends it after the
     checkpoint is written.
 
     Returns:
@@ -32,17 +35,23 @@ def run(settings: RLConfig) -> dict[str, Any]:
     Raises:
         ValueError: a bad device or environment, a run that does not fit into memory, a checkpoint that is damaged or of
             other settings, a reward or an observation that is not finite, or several processes of ``torchrun``: this
-            job is one process.
-        OSError: the folder cannot be written.
-        KeyboardInterrupt: Ctrl-C or SIGTERM.
+            job is one process. The folder cannot be written, is in use, or holds an earlier run.
+        OSError: a file cannot be written, for example because the disk is full.
+        KeyboardInterrupt: Ctrl-C or SIGTERM, with a text that states how the run goes on.
     """
+    started = time.monotonic()
     where = type(settings).__name__
     if world_size() > 1:
         raise ValueError(f"{where}: this job is one process, torchrun has started {world_size()}")
     device = torch_device(where, settings.device)
     distribution = prepare(settings)
-    folder = Path(settings.folder)
-    folder.mkdir(parents=True, exist_ok=True)  # first: a bad path must not cost a run
+    with RunFolder(settings) as folder:
+        return _run(settings, device, distribution, folder, started)
+
+
+def _run(
+    settings: RLConfig, device: torch.device, distribution: TaskDistribution[Any], folder: RunFolder, started: float
+) -> dict[str, Any]:
     torch.set_num_threads(settings.threads)
     torch.manual_seed(settings.seed)
     state = load_run(settings, folder)
@@ -51,27 +60,27 @@ def run(settings: RLConfig) -> dict[str, Any]:
         scale = measured_reward_scale(settings, distribution) if state is None else state["reward_scale"]
     learner = make_learner(settings, distribution, make_policy(settings, distribution, device), scale)
     curve = [] if state is None else restore(settings, folder, state, learner)
-    config_file.write(folder, settings)  # only now: not the settings of a run that is refused
+    folder.begin()  # only now, because a run that is refused changes no file
 
     rl_report.print_start(settings, scale, time_limit(distribution), resumed=None if state is None else len(curve))
     train(settings, folder, learner, curve, scale)
+    folder.trained = True
     baselines, returns = evaluate(settings, learner)
 
     results = {
-        "settings": vars(settings),
+        **report.header(settings, started),
         "reward_scale": scale,
         "curve": rl_report.numbers(curve),
         "skipped_updates": learner.skipped_updates,
         "baselines": {name: report.summary(column) for name, column in baselines.items()},
         "returns": {name: report.summary(column) for name, column in returns.items()},
     }
-    checkpoint.save(
-        folder / "policy.safetensors", learner.policy.state_dict(), {"settings": vars(settings)}, kind="policy"
-    )
-    report.write_json(folder / "report.json", results)
-    rl_report.plot(folder / "report.png", settings, results)
+    path, tensors = folder.path, learner.policy.state_dict()
+    checkpoint.save(path / "policy.safetensors", tensors, {"settings": stored(settings)}, kind="policy")
+    report.write_json(path / "report.json", results)
+    rl_report.plot(path / "report.png", settings, results)
     print(rl_report.table(results))
-    print(f"Results: {folder}")
+    print(f"Results: {path}")
     return results
 
 

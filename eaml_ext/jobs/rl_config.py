@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import Any
 
-from eaml_ext.jobs.config import ENV_NAME, IMPORT, auto_or_number, check_fields, flag
+from eaml_ext.jobs.config import ENV_NAME, IMPORT, auto_or_number, check_fields, default_folder, flag, stored
 
 UPDATES = 10  # per epoch
 CORES = ("s6", "mamba", "s4d", "s5", "lru", "ssd", "retention", "rwkv")
@@ -34,6 +34,7 @@ class RLConfig:
     threads: int = flag(1, "threads torch may use; the policy is too small to gain from more")
     checkpoint_every: int = flag(1, "epochs between two checkpoints of meta-training")
     resume: bool = flag(False, "continue from the checkpoint in the folder, or start where there is none")
+    overwrite: bool = flag(False, "replace the files of an earlier run in the folder")
     out: str = flag("", "folder of the results; runs/<algo>-<env_name>-seed<seed> if empty")
 
     def __post_init__(self) -> None:
@@ -42,20 +43,15 @@ class RLConfig:
             raise ValueError(f"{type(self).__name__}: gamma must be <= 1, got {self.gamma!r}")
 
     @property
-    def algo(self) -> str:
-        """The value of ``--algo``."""
-        return type(self).__name__.removesuffix("Config").lower()
-
-    @property
     def decisive(self) -> dict[str, Any]:
         """The settings of an update; they must be equal for a run to be resumed."""
-        kept = ("import_", "num_epochs", "checkpoint_every", "resume", "out", "test_tasks", "episodes")
-        return {name: value for name, value in vars(self).items() if name not in kept}
+        kept = ("import_", "num_epochs", "checkpoint_every", "out", "test_tasks", "episodes")
+        return {name: value for name, value in stored(self).items() if name not in kept}
 
     @property
     def folder(self) -> str:
         """Folder of the results."""
-        return self.out or f"runs/{self.algo}-{self.env_name.replace('/', '-')}-seed{self.seed}"
+        return self.out or default_folder(self)
 
 
 @dataclass(frozen=True)

@@ -1,34 +1,30 @@
 """Training of the meta-RL jobs with a checkpoint, from which a run goes on with the same bits."""
 
-import sys
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
 
 from eaml_ext import checkpoint
 from eaml_ext._terminal import write_line
+from eaml_ext.jobs.config import algo_of
 from eaml_ext.jobs.rl_config import UPDATES, RLConfig
 from eaml_ext.jobs.rl_report import epoch_line
+from eaml_ext.jobs.run_folder import RunFolder
 from eaml_ext.meta._run_checkpoint import check_settings
 from eaml_ext.rl import MAMLRL, RL2
 
-FILE = "checkpoint.safetensors"
 
-
-def load_run(settings: RLConfig, folder: Path) -> dict[str, Any] | None:
+def load_run(settings: RLConfig, folder: RunFolder) -> dict[str, Any] | None:
     """Return the checkpoint of the run that goes on, or None where a run begins.
 
     Raises:
         ValueError: the file is damaged, or of a run with other settings or with more updates than this one.
     """
-    path, where = folder / FILE, f"{type(settings).__name__}: resume"
-    if not settings.resume:
-        path.unlink(missing_ok=True)  # an earlier run's
-    if not path.exists():
+    path, where = folder.checkpoint, f"{type(settings).__name__}: resume"
+    if not settings.resume or not path.exists():
         return None
-    state: dict[str, Any] = checkpoint.load_state(path, kind=f"{settings.algo}-run")
+    state: dict[str, Any] = checkpoint.load_state(path, kind=f"{algo_of(settings)}-run")
     with checkpoint.content_errors(where, path):
         check_settings(where, path, state["settings"], settings.decisive)
         done, total = len(state["curve"]), settings.num_epochs * UPDATES
@@ -40,15 +36,17 @@ def load_run(settings: RLConfig, folder: Path) -> dict[str, Any] | None:
     return state
 
 
-def restore(settings: RLConfig, folder: Path, state: dict[str, Any], learner: RL2 | MAMLRL) -> list[float]:
+def restore(settings: RLConfig, folder: RunFolder, state: dict[str, Any], learner: RL2 | MAMLRL) -> list[float]:
     """Load the learner's state from a checkpoint and return the values of the updates made so far."""
-    with checkpoint.content_errors(f"{type(settings).__name__}: resume", folder / FILE):
+    with checkpoint.content_errors(f"{type(settings).__name__}: resume", folder.checkpoint):
         learner.load_state_dict(state["learner"])
         curve: list[float] = state["curve"].tolist()
         return curve
 
 
-def train(settings: RLConfig, folder: Path, learner: RL2 | MAMLRL, curve: list[float], reward_scale: float) -> None:
+def train(
+    settings: RLConfig, folder: RunFolder, learner: RL2 | MAMLRL, curve: list[float], reward_scale: float
+) -> None:
     """Make the updates that are missing; write the checkpoint every ``checkpoint_every`` epochs and at the end.
 
     Args:
@@ -68,7 +66,6 @@ def train(settings: RLConfig, folder: Path, learner: RL2 | MAMLRL, curve: list[f
         done = len(curve)
         if done % UPDATES == 0:
             write_line(epoch_line(settings, done // UPDATES - 1, curve[-UPDATES:]))
-            sys.stdout.flush()
         if interrupted or done % every == 0 or done == total:
             state = {
                 "settings": settings.decisive,
@@ -76,7 +73,7 @@ def train(settings: RLConfig, folder: Path, learner: RL2 | MAMLRL, curve: list[f
                 "curve": torch.tensor(curve, dtype=torch.float64),
                 "learner": learner.state_dict(),
             }
-            checkpoint.save_state(folder / FILE, state, kind=f"{settings.algo}-run")
+            checkpoint.save_state(folder.checkpoint, state, kind=f"{algo_of(settings)}-run")
         if interrupted:
             raise KeyboardInterrupt
 

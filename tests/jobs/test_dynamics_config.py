@@ -39,6 +39,8 @@ def test_dynamics_config_wrong_types_raise_type_error():
         DynamicsConfig(resume="yes")
     with pytest.raises(TypeError, match="env_name must be a string"):
         DynamicsConfig(env_name=3)
+    with pytest.raises(ValueError, match=r"^DynamicsConfig: out must be Unicode text, got '\\udc80'$"):
+        DynamicsConfig(out="\udc80")  # as Python decodes a byte 0x80 of the command line
 
 
 def test_dynamics_config_numpy_scalars_become_pythons():
@@ -51,7 +53,7 @@ def test_dynamics_config_numpy_scalars_become_pythons():
     )
     assert given == DynamicsConfig(num_epochs=3, seed=7, inner_lr=0.5, outer_lr=1, env_name="Pendulum-v1")
     assert {type(value) for value in vars(given).values()} == {int, float, str, bool}
-    assert json.loads(json.dumps(vars(given))) == vars(given) and given.folder == "runs/Pendulum-v1-seed7"
+    assert json.loads(json.dumps(vars(given))) == vars(given) and given.folder == "runs/dynamics-Pendulum-v1-seed7"
     with pytest.raises(TypeError, match=r"^DynamicsConfig: num_epochs must be an integer, got .*3.0\)?$"):
         DynamicsConfig(num_epochs=np.float64(3))
     with pytest.raises(ValueError, match=r"^DynamicsConfig: inner_lr must be finite, got inf$"):
