@@ -185,7 +185,7 @@ def test_main_import_of_module_in_current_directory_is_stored_and_repeated(tmp_p
     command = [sys.executable, "-c", f"import sys; sys.path.remove(''); {code}"]
     subprocess.run(command, check=True, capture_output=True)
     a, b = (json.loads((tmp_path / name / "report.json").read_text()) for name in "ab")
-    assert a["returns"] == b["returns"] and a["training"] == b["training"]
+    assert a["returns"] == b["returns"] and a["curve"] == b["curve"]
 
 
 @pytest.mark.parametrize("name", ["no_such_module", "own_empty.no_such_module", ".own_empty", "own_empty.py", "a-b"])
