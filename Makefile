@@ -82,7 +82,7 @@ sanitize: $(VENV)/test  ## the tests that reach every kernel, on kernels that st
 	PATH=$(abspath $(BIN)):$$PATH CXX=g++ CXXFLAGS="$(SANITIZE) -O1 -g1 -march=native -DEAML_NO_CLONES" LDFLAGS="$(SANITIZE)" \
 		$(BIN)/python setup.py -q build_ext --build-lib build/sanitize --build-temp build/sanitize/objects
 	find eaml_ext -name '*.py' -exec cp --parents {} build/sanitize ';'
-	$(SANITIZED) -c 'from eaml_ext import ops; assert "/build/sanitize/" in ops._C.__file__'
+	$(SANITIZED) -c 'from eaml_ext.ops import _library as used; assert "/build/sanitize/" in str(used.path) and not used.load_error'
 	$(SANITIZED) -m pytest -x -n 2 -m '' --hypothesis-profile=few --ignore=../../tests/ops/test_build.py \
 		-k '$(EVERY_KERNEL)' ../../tests/ops || { cat report.*; exit 1; }
 
@@ -141,7 +141,8 @@ format: $(VENV)/test
 
 compile_commands.json: setup.py $(KERNELS) | $(VENV)/demo  ## how setup.py compiles each file of csrc, for clangd
 	PATH=$(abspath $(BIN)):$$PATH $(BIN)/python setup.py -q build_ext --inplace --build-temp build/objects
-	$(BIN)/ninja -C build/objects -t compdb > $@
+	for part in _kernels _C; do $(BIN)/ninja -C build/objects/$$part -t compdb; done \
+		| $(BIN)/python -c 'import sys; print(sys.stdin.read().replace("]\n[", ","))' > $@
 
 bench: $(VENV)/demo  ## the kernel benchmarks in brief
 	$(BIN)/python -m benchmarks.run --quick

@@ -1,4 +1,8 @@
-"""Compile csrc/ into eaml_ext._C against the installed torch; without torch or a C++ compiler, install Python only.
+"""Compile csrc/ against the installed torch; without torch or a C++ compiler, install Python only.
+
+The kernels are a plain shared library, ``eaml_ext/_kernels-VERSION.so``. It needs LibTorch's stable ABI and no Python,
+so one file serves every Python 3 and every torch from TORCH_TARGET on. ``csrc/module.cpp`` is ``eaml_ext._C``, a
+binding for one Python that nothing needs.
 
 CUDA kernels are added with FORCE_CUDA=1, or if torch has CUDA and there is an nvcc. They are compiled for
 TORCH_CUDA_ARCH_LIST, or for the GPUs of this machine, or for CUDA_ARCHS.
@@ -13,12 +17,17 @@ import subprocess
 import sys
 import sysconfig
 from glob import glob
+from pathlib import Path
 
 from setuptools import setup
 
 sys.path.append(sysconfig.get_paths()["purelib"])  # the user's own torch, also under pip's build isolation
 
 TORCH_TARGET = "0x020b000000000000"  # LibTorch stable ABI of torch 2.11: one build serves every later release
+INIT = Path(__file__).with_name("eaml_ext") / "__init__.py"
+VERSION = re.search(r'^__version__ = "(.+)"$', INIT.read_text(encoding="utf-8"), re.MULTILINE)[1]
+LIBRARY = f"_kernels-{VERSION}.so"  # a library of another version is never loaded; the dots keep it from being a module
+BINDING = "csrc/module.cpp"
 CUDA_SOURCES = "csrc/*/cuda/*.cpp"  # and every .cu
 CUDA_ARCHS = "8.0;9.0+PTX;12.0"  # A100 to RTX 40, H100 and H200, RTX 50; other GPUs compile the PTX at load
 
@@ -54,8 +63,8 @@ def supported_flags(command: list[str], machine: str, supports=supports) -> list
     return supported if "-std=c++20" in supported else None
 
 
-def add_cuda(module) -> None:
-    """Add the CUDA kernels to the extension module, if they are forced or torch has CUDA."""
+def add_cuda(library) -> None:
+    """Add the CUDA kernels to the library, if they are forced or torch has CUDA."""
     import torch
     from torch.utils import cpp_extension
 
@@ -77,14 +86,14 @@ def add_cuda(module) -> None:
     archs = sorted(gpus) or [a for a in CUDA_ARCHS.split(";") if "compute_" + re.sub(r"\D", "", a) in known]
     archs = os.environ.setdefault("TORCH_CUDA_ARCH_LIST", ";".join(archs))
     cpp_extension.CUDA_HOME = home  # None in a torch without CUDA
-    module.sources += sorted(glob(CUDA_SOURCES) + glob("csrc/*/cuda/*.cu"))
+    library.sources += sorted(glob(CUDA_SOURCES) + glob("csrc/*/cuda/*.cu"))
     names = re.sub(r"[; ]+", "/", archs)  # nvcc reads a comma as the start of the next macro
-    module.define_macros += [("EAML_CUDA_VERSION", version), ("EAML_CUDA_ARCHS", names)]
-    module.library_dirs.append(f"{home}/lib64")
-    module.libraries += ["cudart_static", "rt", "dl", "pthread"]  # static, so that no libcudart is searched at load
+    library.define_macros += [("EAML_CUDA_VERSION", version), ("EAML_CUDA_ARCHS", names)]
+    library.library_dirs.append(f"{home}/lib64")
+    library.libraries += ["cudart_static", "rt", "dl", "pthread"]  # static, so that no libcudart is searched at load
     if torch.version.cuda:  # only a weak symbol needs torch_cuda, so the linker would drop it
-        module.extra_link_args += ["-Wl,--no-as-needed", "-ltorch_cuda"]
-    module.extra_compile_args["nvcc"] = ["-O3", "-std=c++20", "-Xcompiler=-fvisibility=hidden,-Wno-psabi"]
+        library.extra_link_args += ["-Wl,--no-as-needed", "-ltorch_cuda"]
+    library.extra_compile_args["nvcc"] = ["-O3", "-std=c++20", "-Xcompiler=-fvisibility=hidden,-Wno-psabi"]
 
 
 def without_kernels(reason: object) -> dict:
@@ -111,19 +120,26 @@ def extension() -> dict:
         import pybind11
 
         include_dirs.append(pybind11.get_include())
-    module = CppExtension(
-        name="eaml_ext._C",
-        sources=sorted(set(glob("csrc/**/*.cpp", recursive=True)) - set(glob(CUDA_SOURCES) + glob("csrc/bench/*"))),
-        include_dirs=include_dirs,
-        define_macros=[("TORCH_TARGET_VERSION", TORCH_TARGET)],
-        extra_compile_args={"cxx": [*flags, *os.environ.get("CXXFLAGS", "").split()]},
-    )
-    module.libraries = [name for name in module.libraries if name not in ("torch_python", "c10")]  # stable ABI only
-    add_cuda(module)
+
+    def make_extension(name: str, sources: set[str]):
+        module = CppExtension(
+            name=f"eaml_ext.{name}",
+            sources=sorted(sources),
+            include_dirs=include_dirs,
+            define_macros=[("TORCH_TARGET_VERSION", TORCH_TARGET)],
+            extra_compile_args={"cxx": [*flags, *os.environ.get("CXXFLAGS", "").split()]},
+        )
+        # of the stable ABI only
+        module.libraries = [name for name in module.libraries if name not in ("torch_python", "c10")]
+        return module
+
+    others = {BINDING, *glob(CUDA_SOURCES), *glob("csrc/bench/*")}
+    library = make_extension("_kernels", set(glob("csrc/**/*.cpp", recursive=True)) - others)
+    add_cuda(library)
 
     class Build(BuildExtension):
         def build_extensions(self) -> None:
-            log(f"compiling {len(module.sources)} files of kernels, one to two minutes of CPU time ({command[0]})")
+            log(f"compiling {len(library.sources)} files of kernels, one to two minutes of CPU time ({command[0]})")
             try:
                 super().build_extensions()
             except Exception as error:
@@ -132,7 +148,17 @@ def extension() -> dict:
                 without_kernels(error)  # other systems are untested
                 self.extensions = []
 
-    return {"ext_modules": [module], "cmdclass": {"build_ext": Build}}
+        def build_extension(self, ext) -> None:
+            objects = self.build_temp
+            self.build_temp = os.path.join(objects, ext.name.rpartition(".")[2])  # each has a build.ninja
+            super().build_extension(ext)
+            self.build_temp = objects
+
+        def get_ext_filename(self, name: str) -> str:
+            path = super().get_ext_filename(name)
+            return os.path.join(os.path.dirname(path), LIBRARY) if name.endswith("_kernels") else path
+
+    return {"ext_modules": [make_extension("_C", {BINDING}), library], "cmdclass": {"build_ext": Build}}
 
 
 if __name__ == "__main__":

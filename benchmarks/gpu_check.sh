@@ -66,20 +66,17 @@ if [ -n "${LIBRARY:-}" ]; then
   LIBRARY=$(realpath "$LIBRARY") || exit 1
   rm -rf "$package"
   copy_package
-  cat > "$package/eaml_ext/_C.py" << END
-import torch
-
-torch.ops.load_library("$LIBRARY")
-raise ImportError("$LIBRARY has the ops alone")
-END
+  version=$(PYTHONPATH=$root "$python" -c 'import eaml_ext; print(eaml_ext.__version__)') || exit 1
+  ln -s "$LIBRARY" "$package/eaml_ext/_kernels-$version.so"
   report build "skipped: the kernels are those of $LIBRARY"
 elif PYTHONPATH=$root "$python" -c 'import eaml_ext; raise SystemExit(not eaml_ext.build_info().get("cuda"))' \
   2> /dev/null; then
   package=$root
   report build "skipped: this folder has been built for CUDA"
 else
+  mkdir -p "$package"
   arch=$("$python" -c 'import torch; print("{}.{}".format(*torch.cuda.get_device_capability()))')
-  rm -f "$package/eaml_ext/_C.py"
+  find "$package" -name '_kernels-*' -type l -delete  # of an earlier call with LIBRARY
   FORCE_CUDA=1 TORCH_CUDA_ARCH_LIST=${TORCH_CUDA_ARCH_LIST:-$arch} step build 400 \
     "$python" setup.py -q build_ext --build-lib "$package" --build-temp "$out/objects" || exit 1
   copy_package

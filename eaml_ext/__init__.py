@@ -90,12 +90,14 @@ def build_info() -> dict[str, Any]:
     >>> sorted(build_info())[:2]
     ['compiler', 'cuda']
     """
+    import json
+
     import torch
 
-    from eaml_ext import ops
+    from eaml_ext.ops._library import library, load_error
 
-    compiled: dict[str, Any] = ops._C.build_info() if ops._C is not None else {}
-    return {**compiled, "kernels": ops._C is not None, "torch": torch.__version__}
+    compiled: dict[str, Any] = {} if load_error else json.loads(library._build_info())
+    return {**compiled, "kernels": load_error is None, "torch": torch.__version__}
 
 
 def __getattr__(name: str) -> Any:

@@ -50,7 +50,7 @@ def test_report_long_package_name_does_not_run_into_its_version(wants):
 def test_report_lists_compiled_kernels(reference_only):
     text = "\n".join(info.kernels())
     if reference_only:
-        assert "kernels    missing (they were hidden" in text or "kernels    missing (import of" in text
+        assert "kernels    missing (" in text
         assert info.BUILD in text
         return
     build = eaml_ext.build_info()
@@ -60,7 +60,13 @@ def test_report_lists_compiled_kernels(reference_only):
 
 
 def test_main_without_kernels_prints_reason_and_command_and_no_warning():
-    code = "import sys; sys.modules['eaml_ext._C'] = None; from eaml_ext import cli; cli.main(['info'])"
+    code = """
+from unittest import mock
+import torch
+mock.patch.object(torch.ops, "load_library", side_effect=OSError("the test hides them")).start()
+from eaml_ext import cli
+cli.main(["info"])
+"""
     done = subprocess.run([sys.executable, "-W", "error", "-c", code], capture_output=True, text=True, check=True)
     assert "kernels    missing (" in done.stdout and info.BUILD in done.stdout
     assert done.stderr == ""

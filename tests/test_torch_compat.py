@@ -56,12 +56,16 @@ def test_private_torch_names_of_code_are_found(code, name):
     assert name in private_torch_names(code)
 
 
-def test_compiled_module_is_imported_by_library_alone():
+def test_kernels_are_loaded_by_library_alone_and_binding_by_no_module():
     def imports(node: ast.AST) -> bool:
-        return isinstance(node, ast.ImportFrom) and node.module == "eaml_ext" and "_C" in [a.name for a in node.names]
+        names = [alias.name for alias in node.names] if isinstance(node, ast.Import | ast.ImportFrom) else []
+        module = [node.module] if isinstance(node, ast.ImportFrom) else []
+        return any(str(name).split(".")[-1] == "_C" for name in (*names, *module))
 
-    found = [path.name for path in SOURCES if any(map(imports, ast.walk(ast.parse(path.read_text(encoding="utf-8")))))]
-    assert found == ["_library.py"]
+    trees = {path.name: [*ast.walk(ast.parse(path.read_text(encoding="utf-8")))] for path in SOURCES}
+    loads = [n for n, tree in trees.items() if any(getattr(node, "attr", "") == "load_library" for node in tree)]
+    assert loads == ["_library.py"]
+    assert [n for n, tree in trees.items() if any(map(imports, tree))] == []
 
 
 def test_transforms_active_inside_transform_and_forward_mode_only():

@@ -70,4 +70,12 @@ STABLE_TORCH_LIBRARY_IMPL(eaml_ext, CPU, m) {
   register_ops<kDevice>(m);
 }
 
+// The layout of panels depends on the machine. References have no panels, so this schema is not in Python.
+STABLE_TORCH_LIBRARY_FRAGMENT(eaml_ext, m) {
+  m.def("_knn_panel_rows(int features, bool is_float) -> int");
+}
+STABLE_TORCH_LIBRARY_IMPL(eaml_ext, CompositeExplicitAutograd, m) {
+  m.impl("_knn_panel_rows", TORCH_BOX(&panel_rows));
+}
+
 }  // namespace eaml::knn

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from eaml_ext import _check
 from eaml_ext._torch_compat import has_kernel
-from eaml_ext.ops._library import _C
+from eaml_ext.ops._library import library
 from eaml_ext.ops._sizes import SIZE_LIMIT, check_size
 from eaml_ext.ops._typed import register_fake
 from eaml_ext.ops.knn._functional import Neighbors, search
@@ -80,8 +80,9 @@ def _write_fake(*_: object) -> None:
 
 def _panel_rows(dim: int, dtype: torch.dtype, device: torch.device) -> int | None:
     """Return the rows of a panel for the kernels of a device; None if no kernel reads panels."""
-    if device.type == "cpu" and _C is not None:
-        return _C.knn_panel_rows(dim, dtype is torch.float32)
+    if device.type == "cpu" and hasattr(library, "_knn_panel_rows"):  # an op of the CPU kernels
+        rows: int = library._knn_panel_rows(dim, dtype is torch.float32)
+        return rows
     key = {"cpu": "CPU", "cuda": "CUDA"}.get(device.type)
     if dtype is torch.float64 or key is None:
         return None
