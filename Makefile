@@ -7,7 +7,7 @@ KERNELS := $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -na
 SOURCES := $(KERNELS) $(wildcard tests/cuda_emulator/*.cpp tests/cuda_emulator/*.h)
 
 .PHONY: demo test test-all test-latest lock sanitize cuda-emulator sanitize-cuda cuda-check lint format bench experiments \
-	experiments-full docs release-check clean
+	experiments-full docs wheel wheel-check release-check clean
 
 # Packages have the versions of requirements/*.txt (`make lock`). torch has none there: an installed one stays.
 $(VENV)/demo: requirements/demo.txt setup.py pyproject.toml $(KERNELS)
@@ -164,9 +164,19 @@ docs: $(VENV)/docs  ## the site, in build/docs; a link that leads nowhere is an 
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build  # not --quiet: it would not count warnings
 
 # Without isolation: in an environment of its own, where no torch is, a wheel would be built without kernels.
+BUILD := $(BIN)/python -m build --no-isolation --config-setting=--build-option=--portable
+wheel: $(VENV)/release  ## dist/eaml_ext-*-py3-none-*.whl: the kernels for every Python 3
+	rm -f dist/*.whl
+	mkdir -p build
+	$(BUILD) --wheel > build/wheel.log 2>&1 || { tail -n 40 build/wheel.log; exit 1; }
+
+PYTHONS ?= $(BIN)/python
+wheel-check: wheel  ## the tests of the ops on that wheel with each of PYTHONS, which have its requirements and pytest
+	$(BIN)/python tests/wheel_check.py dist/*.whl $(PYTHONS)
+
 release-check: $(VENV)/release docs  ## sdist and wheel in dist, looked into
 	rm -rf dist
-	$(BIN)/python -m build --no-isolation --sdist --wheel > build/release.log 2>&1 || { tail -n 40 build/release.log; exit 1; }
+	$(BUILD) --sdist --wheel > build/release.log 2>&1 || { tail -n 40 build/release.log; exit 1; }
 	$(BIN)/twine check --strict dist/*
 	$(BIN)/python tests/release_check.py dist
 

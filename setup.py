@@ -2,7 +2,8 @@
 
 The kernels are a plain shared library, ``eaml_ext/_kernels-VERSION.so``. It needs LibTorch's stable ABI and no Python,
 so one file serves every Python 3 and every torch from TORCH_TARGET on. ``csrc/module.cpp`` is ``eaml_ext._C``, a
-binding for one Python that nothing needs.
+binding for one Python that nothing needs. A wheel has both and the tag of this Python. With
+``--build-option=--portable`` it has the library alone and the tag ``py3-none``.
 
 CUDA kernels are added with FORCE_CUDA=1, or if torch has CUDA and there is an nvcc. They are compiled for
 TORCH_CUDA_ARCH_LIST, or for the GPUs of this machine, or for CUDA_ARCHS.
@@ -18,8 +19,10 @@ import sys
 import sysconfig
 from glob import glob
 from pathlib import Path
+from typing import ClassVar
 
 from setuptools import setup
+from setuptools.command.bdist_wheel import bdist_wheel
 
 sys.path.append(sysconfig.get_paths()["purelib"])  # the user's own torch, also under pip's build isolation
 
@@ -161,5 +164,38 @@ def extension() -> dict:
     return {"ext_modules": [make_extension("_C", {BINDING}), library], "cmdclass": {"build_ext": Build}}
 
 
+class Wheel(bdist_wheel):
+    """bdist_wheel with ``--portable``."""
+
+    user_options: ClassVar = [
+        *bdist_wheel.user_options,
+        ("portable", None, "a wheel for every Python 3, without eaml_ext._C"),
+    ]
+    boolean_options: ClassVar = [*bdist_wheel.boolean_options, "portable"]
+
+    def initialize_options(self) -> None:
+        super().initialize_options()
+        self.portable = False
+
+    def finalize_options(self) -> None:
+        super().finalize_options()
+        if self.portable:
+            modules = self.distribution.ext_modules or []
+            self.distribution.ext_modules = [module for module in modules if module.name != "eaml_ext._C"]
+            self.distribution.exclude_package_data = {"eaml_ext": ["_C.pyi"]}
+
+    def get_tag(self) -> tuple[str, str, str]:
+        tag = super().get_tag()
+        return ("py3", "none", tag[2]) if self.portable else tag
+
+    def run(self) -> None:
+        if not self.skip_build:  # an earlier build may have left another version's library, or the binding
+            built = Path(self.get_finalized_command("build").build_lib, "eaml_ext")
+            for path in (*built.glob("_C.*"), *built.glob("_kernels-*")):
+                path.unlink()
+        super().run()
+
+
 if __name__ == "__main__":
-    setup(**extension())
+    options = extension()
+    setup(**{**options, "cmdclass": {**options.get("cmdclass", {}), "bdist_wheel": Wheel}})

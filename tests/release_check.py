@@ -1,8 +1,9 @@
 """Check the packages that `make release-check` has built: python tests/release_check.py dist.
 
 The sdist must contain all files that it is compiled and tested from, and the wheel the files that it runs from and no
-others. Both must have the version of eaml_ext, and no file may contain a path of this machine. With
-``--requirements EXTRA`` the requirements of an extra of pyproject.toml are printed instead.
+others. A wheel with the tag ``py3-none`` has the library of kernels and no file for one Python alone. Both packages
+must have the version of eaml_ext, and no file may contain a path of this machine. With ``--requirements EXTRA`` the
+requirements of an extra of pyproject.toml are printed instead.
 """
 
 import argparse
@@ -17,12 +18,13 @@ from typing import Any
 ROOT = Path(__file__).parents[1]
 WANTED = [
     *("pyproject.toml", "setup.py", "MANIFEST.in", "Makefile", "README.md", "LICENSE", "CHANGELOG.md", "mkdocs.yml"),
-    *("csrc/module.cpp", "csrc/common/simd.h", "csrc/selective_scan/cuda/launch.cuh", "csrc/knn/cpu/vector_inl.h"),
+    *("csrc/build_info.cpp", "csrc/common/simd.h", "csrc/selective_scan/cuda/launch.cuh", "csrc/knn/cpu/vector_inl.h"),
     *("eaml_ext/__init__.py", "eaml_ext/py.typed", "eaml_ext/_C.pyi", "tests/conftest.py", "docs/ops.md"),
     ".pre-commit-config.yaml",
     *("tests/ops/op_conformance.py", "tests/ops/op_calls.py"),
     *("benchmarks/run.py", "benchmarks/results/gradient_figure.png", "requirements/demo.txt", "requirements/test.txt"),
 ]
+BINDING_STUB = "eaml_ext/_C.pyi"
 UNWANTED = re.compile(r"\.(so|pyc|o|part)$|__pycache__|\.git/|\.venv|(^|/)(build|runs)/")
 
 
@@ -33,20 +35,35 @@ def version(root: Path = ROOT) -> str:
     return found[1]
 
 
+def modules(root: Path = ROOT) -> list[str]:
+    """Return the package's own files that a wheel contains."""
+    package = root / "eaml_ext"
+    files = [path for ending in ("*.py", "*.pyi", "py.typed") for path in package.rglob(ending)]
+    return sorted(path.relative_to(root).as_posix() for path in files)
+
+
 def sdist_faults(names: list[str], sources: list[str]) -> list[str]:
     """Return the faults of an sdist with the files ``names``, of which ``sources`` are compiled."""
     faults = [f"it lacks {name}" for name in [*WANTED, *sources] if name not in names]
     return [*faults, *(f"it has {name}" for name in names if UNWANTED.search(name))]
 
 
-def wheel_faults(names: list[str], kernels: bool) -> list[str]:
-    """Return the faults of a wheel with the files ``names``."""
-    wanted = ("eaml_ext/__init__.py", "eaml_ext/py.typed", "eaml_ext/_C.pyi")
-    faults = [f"it lacks {name}" for name in wanted if name not in names]
-    if kernels != any(re.match(r"eaml_ext/_C\..*(so|pyd)$", name) for name in names):
-        faults.append("it lacks the kernels" if kernels else "it has kernels")
-    tops = {name.split("/")[0] for name in names}
-    return [*faults, *(f"it has {top}" for top in sorted(tops) if not re.match(r"eaml_ext(-.*)?$", top))]
+def wheel_faults(wheel: str, files: dict[str, bytes], modules: list[str]) -> list[str]:
+    """Return the faults of the wheel with this name and these files; ``modules`` are the package's own files."""
+    *_, python, abi, platform = wheel.removesuffix(".whl").split("-")
+    portable = (python, abi) == ("py3", "none")
+    wanted = [name for name in modules if name != BINDING_STUB or not portable]
+    if platform != "any":
+        wanted.append(f"eaml_ext/_kernels-{version()}.so")
+    if not portable:
+        wanted += [name for name in files if re.match(r"eaml_ext/_C\.\w+-\w+-.*so$", name)] or ["eaml_ext/_C.*.so"]
+    faults = [f"it lacks {name}" for name in wanted if name not in files]
+    foreign = [name for name in files if name not in wanted and not re.match(r"eaml_ext-[^/]*\.dist-info/", name)]
+    faults += [f"it has {name}" for name in sorted(foreign)]
+    for name, content in files.items():
+        if name.startswith("eaml_ext/_kernels") and (symbol := re.search(rb"\0(_?Py[A-Z_]\w+)\0", content)):
+            faults.append(f"{name} needs {symbol[1].decode()} of Python")
+    return faults
 
 
 def files_with_path(texts: dict[str, bytes], path: str) -> list[str]:
@@ -68,10 +85,11 @@ def check(folder: Path) -> list[str]:
     faults += [f"{sdist.name}: {fault}" for fault in sdist_faults(list(files), sources)]
     faults += [f"{sdist.name}: {fault}" for fault in files_with_path(texts, str(ROOT))]
     with zipfile.ZipFile(wheel) as archive:
-        names = archive.namelist()
-        texts = {name: archive.read(name) for name in names}
-    faults += [f"{wheel.name}: {fault}" for fault in wheel_faults(names, "none-any" not in wheel.name)]
-    if sys.platform == "linux" and "none-any" in wheel.name:
+        texts = {name: archive.read(name) for name in archive.namelist()}
+    faults += [f"{wheel.name}: {fault}" for fault in wheel_faults(wheel.name, texts, modules())]
+    if "-py3-none-" not in wheel.name:
+        faults.append(f"{wheel.name} is for one Python alone: build it with --build-option=--portable")
+    elif sys.platform == "linux" and "none-any" in wheel.name:
         faults.append(f"{wheel.name} was built without kernels: no torch or no compiler was found")
     return [*faults, *(f"{wheel.name}: {fault}" for fault in files_with_path(texts, str(ROOT)))]
 

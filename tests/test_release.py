@@ -6,11 +6,13 @@ import runpy
 import shutil
 import subprocess
 import sys
+import sysconfig
 from pathlib import Path
 
 import pytest
 
 import eaml_ext
+from eaml_ext.ops import _library
 
 ROOT = Path(__file__).parents[1]
 SETUP = runpy.run_path(str(ROOT / "setup.py"), run_name="setup")
@@ -110,6 +112,75 @@ def test_build_that_fails_raises_on_linux_and_leaves_python_only_elsewhere(monke
     assert build.extensions == [] and "(error: no such thing)" in capsys.readouterr().err
 
 
+# ---- the library and its wheels --------------------------------------------------------------------------------------
+
+
+def command(name: str, monkeypatch, **options):
+    """Return a finalized command of setup.py."""
+    from setuptools import Distribution
+
+    monkeypatch.chdir(ROOT)
+    monkeypatch.setitem(SETUP["extension"].__globals__, "add_cuda", lambda module: None)
+    described = SETUP["extension"]()
+    if not described:
+        pytest.skip("kernels cannot be compiled here")
+    classes = {**described["cmdclass"], "bdist_wheel": SETUP["Wheel"]}
+    distribution = Distribution({**described, "cmdclass": classes, "name": "eaml_ext", "version": eaml_ext.__version__})
+    made = distribution.get_command_obj(name)
+    for option, value in options.items():
+        setattr(made, option, value)
+    made.ensure_finalized()
+    return made
+
+
+def test_library_has_the_version_in_its_name_and_no_tag_of_python(monkeypatch):
+    build = command("build_ext", monkeypatch)
+    name = f"_kernels-{eaml_ext.__version__}.so"
+    assert Path(build.get_ext_filename("eaml_ext._kernels")) == Path("eaml_ext", name)
+    assert build.get_ext_filename("_kernels") == name  # as for builds in place
+    assert sysconfig.get_config_var("EXT_SUFFIX") in build.get_ext_filename("eaml_ext._C")
+    build.inplace = True
+    assert Path(build.get_ext_fullpath("eaml_ext._kernels")).resolve() == _library.path
+
+
+def test_wheel_portable_has_tag_of_every_python_and_no_binding(monkeypatch):
+    wheel = command("bdist_wheel", monkeypatch, portable=True)
+    assert wheel.get_tag()[:2] == ("py3", "none") and wheel.get_tag()[2] != "any"
+    assert [module.name for module in wheel.distribution.ext_modules] == ["eaml_ext._kernels"]
+    assert wheel.distribution.exclude_package_data == {"eaml_ext": ["_C.pyi"]}
+
+
+def test_wheel_of_one_python_has_binding(monkeypatch):
+    wheel = command("bdist_wheel", monkeypatch)
+    assert wheel.get_tag()[0] != "py3" and wheel.get_tag()[1] != "none"
+    assert [module.name for module in wheel.distribution.ext_modules] == ["eaml_ext._C", "eaml_ext._kernels"]
+
+
+def test_wheel_deletes_libraries_of_earlier_builds_alone(monkeypatch, tmp_path):
+    wheel = command("bdist_wheel", monkeypatch)
+    built = tmp_path / "eaml_ext"
+    built.mkdir()
+    for name in ("_kernels-0.0.1.so", "_C.cpython-30-x.so", "_C.pyi", "info.py"):
+        (built / name).touch()
+    wheel.distribution.get_command_obj("build").build_lib = str(tmp_path)
+    monkeypatch.setattr(SETUP["Wheel"].__base__, "run", lambda self: None)
+    wheel.run()
+    assert [path.name for path in built.iterdir()] == ["info.py"]
+    (built / "_C.pyi").touch()
+    wheel.skip_build = True
+    wheel.run()
+    assert len([*built.iterdir()]) == 2
+
+
+def test_wheel_check_wheel_of_another_python_is_a_fault(tmp_path):
+    pytest.importorskip("pip", reason="pip is not installed")
+    wheel = tmp_path / "eaml_ext-0.1.0-cp27-none-any.whl"
+    wheel.write_bytes(b"")
+    run = [sys.executable, str(ROOT / "tests" / "wheel_check.py"), str(wheel), sys.executable]
+    done = subprocess.run(run, capture_output=True, text=True)
+    assert done.returncode == 1 and "is not a supported wheel on this platform" in done.stdout, done
+
+
 # ---- one version ---------------------------------------------------------------------------------------------------
 
 
@@ -132,16 +203,47 @@ def test_sdist_faults_lists_missing_and_unwanted_files():
     assert "it lacks csrc/common/simd.h" in faults([name for name in wanted if "simd" not in name], [])
 
 
-def test_wheel_faults_lists_missing_kernels_and_foreign_files():
-    faults = RELEASE["wheel_faults"]
-    plain = ["eaml_ext/__init__.py", "eaml_ext/py.typed", "eaml_ext/_C.pyi", "eaml_ext-0.1.0.dist-info/METADATA"]
-    assert faults(plain, kernels=False) == []
-    assert faults([*plain, "eaml_ext/_C.cpython-311-x86_64-linux-gnu.so"], kernels=True) == []
-    assert faults(plain, kernels=True) == ["it lacks the kernels"]
-    assert faults([plain[0], plain[2], "tests/conftest.py"], kernels=False) == [
-        "it lacks eaml_ext/py.typed",
-        "it has tests",
-    ]
+KERNELS = f"eaml_ext/_kernels-{eaml_ext.__version__}.so"
+BINDING = "eaml_ext/_C.cpython-311-x86_64-linux-gnu.so"
+MODULES = ["eaml_ext/__init__.py", "eaml_ext/_C.pyi", "eaml_ext/py.typed"]
+
+
+@pytest.mark.parametrize(
+    "tag, added, removed, faults",
+    [
+        ("py3-none-any", [], ["eaml_ext/_C.pyi"], []),
+        ("py3-none-linux_x86_64", [KERNELS], ["eaml_ext/_C.pyi"], []),
+        ("cp311-cp311-linux_x86_64", [KERNELS, BINDING], [], []),
+        ("py3-none-any", [KERNELS], ["eaml_ext/_C.pyi"], [f"it has {KERNELS}"]),
+        ("py3-none-linux_x86_64", [], ["eaml_ext/_C.pyi"], [f"it lacks {KERNELS}"]),
+        ("py3-none-linux_x86_64", [KERNELS, BINDING], [], [f"it has {BINDING}", "it has eaml_ext/_C.pyi"]),
+        ("cp311-cp311-linux_x86_64", [KERNELS], [], ["it lacks eaml_ext/_C.*.so"]),
+        (
+            "cp311-cp311-linux_x86_64",
+            [KERNELS, BINDING, "eaml_ext/_kernels-0.0.1.so", "eaml_ext/gone.py", "tests/conftest.py"],
+            ["eaml_ext/py.typed"],
+            [
+                "it lacks eaml_ext/py.typed",
+                "it has eaml_ext/_kernels-0.0.1.so",
+                "it has eaml_ext/gone.py",
+                "it has tests/conftest.py",
+            ],
+        ),
+    ],
+)
+def test_wheel_faults_lists_missing_kernels_and_foreign_files(tag, added, removed, faults):
+    names = {*MODULES, *added, "eaml_ext-0.1.0.dist-info/METADATA"} - {*removed}
+    assert RELEASE["wheel_faults"](f"eaml_ext-0.1.0-{tag}.whl", dict.fromkeys(names, b""), MODULES) == faults
+
+
+def test_wheel_faults_library_that_calls_python_is_one():
+    files = {"eaml_ext/__init__.py": b"", KERNELS: b"\0PyErr_Clear\0malloc\0"}
+    faults = RELEASE["wheel_faults"]("eaml_ext-0.1.0-py3-none-linux_x86_64.whl", files, ["eaml_ext/__init__.py"])
+    assert faults == [f"{KERNELS} needs PyErr_Clear of Python"]
+
+
+def test_modules_are_the_files_of_the_package():
+    assert {*MODULES, "eaml_ext/ops/_library.py"} < {*RELEASE["modules"]()}
 
 
 def test_files_with_path_of_this_machine_are_found():
