@@ -66,6 +66,12 @@ def supported_flags(command: list[str], machine: str, supports=supports) -> list
     return supported if "-std=c++20" in supported else None
 
 
+def prefix_maps(command: list[str], folders: list[str], supports=supports) -> list[str]:
+    """Return the flags that leave folders of this machine out of __FILE__, which torch's macros put into messages."""
+    maps = [f"-fmacro-prefix-map={folder}{os.sep}=" for folder in folders]
+    return [flag for flag in maps if supports(command, flag)]
+
+
 def add_cuda(library) -> None:
     """Add the CUDA kernels to the library, if they are forced or torch has CUDA."""
     import torch
@@ -109,6 +115,7 @@ def extension() -> dict:
     if sys.platform == "win32":
         return without_kernels("they need the vector types of gcc and clang, which MSVC does not have")
     try:
+        import torch
         from torch.utils.cpp_extension import BuildExtension, CppExtension
     except ImportError as error:
         return without_kernels(error)
@@ -118,6 +125,8 @@ def extension() -> dict:
     flags = supported_flags(command, platform.machine())
     if flags is None:
         return without_kernels(f"{' '.join(command)} does not support C++20; gcc 12 and clang 14 do")
+    site_packages = os.path.dirname(os.path.dirname(torch.__file__))
+    flags += prefix_maps(command, [os.getcwd(), site_packages])
     include_dirs = [os.path.abspath("csrc")]
     with contextlib.suppress(ImportError):  # without it, torch's own copy is used
         import pybind11

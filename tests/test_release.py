@@ -45,6 +45,20 @@ def test_supported_flags_without_cpp20_are_none():
     assert SETUP["supported_flags"](["old-cc"], "x86_64", lambda command, flag: flag != "-std=c++20") is None
 
 
+def test_prefix_maps_leave_folders_out_of_file_macros(tmp_path):
+    command = SETUP["cxx_command"]()
+    if command is None:
+        pytest.skip("no C++ compiler")
+    source = tmp_path / "a.cpp"
+    source.write_text("const char* file = __FILE__;\n")
+    flags = SETUP["prefix_maps"](command, [str(tmp_path)])
+    text = subprocess.run(
+        [*command, *flags, "-E", "-P", str(source)], capture_output=True, text=True, check=True
+    ).stdout
+    assert "file = " in text and (str(tmp_path) not in text or not flags)
+    assert SETUP["prefix_maps"](command, ["/a"], lambda command, flag: False) == []
+
+
 def test_supports_unknown_flags_are_refused_by_the_real_compiler():
     command = SETUP["cxx_command"]()
     if command is None:
@@ -92,6 +106,7 @@ def test_build_that_fails_raises_on_linux_and_leaves_python_only_elsewhere(monke
     namespace = SETUP["extension"].__globals__
     monkeypatch.setitem(namespace, "cxx_command", lambda: ["c++"])
     monkeypatch.setitem(namespace, "supported_flags", lambda *_: ["-std=c++20"])
+    monkeypatch.setitem(namespace, "prefix_maps", lambda *_: [])
     monkeypatch.setitem(namespace, "add_cuda", lambda module: None)
     options = SETUP["extension"]()
     binding, library = options["ext_modules"]
