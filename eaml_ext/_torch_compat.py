@@ -171,7 +171,8 @@ def record_onnx_nodes(nodes: Sequence[Any]) -> None:
     """
     from onnxscript import evaluator
 
-    evaluator.default().nodes.extend(nodes)  # torch.onnx._internal.exporter._building.OpRecorder
+    recorder: Any = evaluator.default()  # torch.onnx._internal.exporter._building.OpRecorder
+    recorder.nodes.extend(nodes)
 
 
 def is_compiler_error(error: BaseException) -> bool:

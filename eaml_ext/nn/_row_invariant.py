@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from eaml_ext._torch_compat import is_any_autocast_enabled, transforms_active
 from eaml_ext.nn.submodule import is_plain
+from eaml_ext.ops._sigmoid import sigmoid
 from eaml_ext.ops.row_invariant_linear import PLAIN, is_row_invariant, reads_in_place, row_invariant_linear
 
 
@@ -90,7 +91,7 @@ def project(x: Tensor, weight: Tensor) -> Tensor:
 
 def silu(x: Tensor) -> Tensor:
     """``x sigmoid(x)``."""
-    return x * _sigmoid(x) if _applies(x) else F.silu(x)
+    return x * sigmoid(x) if _applies(x) else F.silu(x)
 
 
 def gelu(x: Tensor) -> Tensor:
@@ -103,12 +104,7 @@ def glu(x: Tensor) -> Tensor:
     if not _applies(x):
         return F.glu(x)
     a, b = x.chunk(2, dim=-1)
-    return a * _sigmoid(b)
-
-
-def _sigmoid(x: Tensor) -> Tensor:
-    # Below -80 the value is 0 in float32. The bound keeps exp finite, whose gradient would be 0 times infinity.
-    return 1 / (1 + torch.exp(-x.clamp(min=-80)))
+    return a * sigmoid(b)
 
 
 def _applies(x: Tensor) -> bool:

@@ -17,6 +17,7 @@ from torch import Tensor
 from eaml_ext._torch_compat import transforms_active
 from eaml_ext.ops._composite import Composite
 from eaml_ext.ops._library import library
+from eaml_ext.ops._sigmoid import sigmoid
 from eaml_ext.ops._typed import Function
 from eaml_ext.ops.causal_conv1d._schema import NUM_INPUTS, ConvInputs, ConvOptions
 
@@ -144,7 +145,7 @@ def _sum_jvp(x: ConvInputs, v: ConvInputs, reset: Tensor | None, cu_seqlens: Ten
 
 def _silu_derivatives(x: Tensor) -> tuple[Tensor, Tensor]:
     """The first and second derivative of silu."""
-    s = torch.sigmoid(x)
+    s = sigmoid(x)
     slope = s * (1 - s)
     return s + x * slope, slope * (2 + x * (1 - 2 * s))
 
