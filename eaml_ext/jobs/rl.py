@@ -11,7 +11,7 @@ from eaml_ext.jobs import report, rl_report
 from eaml_ext.jobs.config import stored
 from eaml_ext.jobs.device import torch_device
 from eaml_ext.jobs.rl_config import MAMLConfig, RL2Config, RLConfig
-from eaml_ext.jobs.rl_evaluation import evaluate, measured_reward_scale, time_limit
+from eaml_ext.jobs.rl_evaluation import RANDOM, evaluate, measured_reward_scale, random_baseline, time_limit
 from eaml_ext.jobs.rl_training import load_run, restore, train
 from eaml_ext.jobs.run_folder import RunFolder
 from eaml_ext.jobs.tasks import prepare
@@ -60,12 +60,15 @@ def _run(
         scale = measured_reward_scale(settings, distribution) if state is None else state["reward_scale"]
     learner = make_learner(settings, distribution, make_policy(settings, distribution, device), scale)
     curve = [] if state is None else restore(settings, folder, state, learner)
+    limit = time_limit(distribution)
+    chance = random_baseline(settings, distribution, limit)  # first: episodes without an end must not cost a run
     folder.begin()  # only now, because a run that is refused changes no file
 
-    rl_report.print_start(settings, scale, time_limit(distribution), resumed=None if state is None else len(curve))
+    rl_report.print_start(settings, scale, limit, resumed=None if state is None else len(curve))
     train(settings, folder, learner, curve, scale)
     folder.trained = True
-    baselines, returns = evaluate(settings, learner)
+    unadapted, returns = evaluate(settings, learner, limit)
+    baselines = {RANDOM: chance, **unadapted}
 
     results = {
         **report.header(settings, started),

@@ -18,27 +18,50 @@ RANDOM, UNADAPTED = "random actions", "unadapted policy"
 SCALE_TASKS = 64  # tasks of the split "valid" in which the reward scale is measured
 
 
-def evaluate(settings: RLConfig, learner: RL2 | MAMLRL) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """Return the returns of the baselines and of the adapted policy on held-out tasks, ``(tasks,)`` each, by name.
+def random_baseline(settings: Any, dist: TaskDistribution[Any], limit: int | None) -> Tensor:
+    """Return the mean returns of random actions on held-out tasks, ``(tasks,)``.
 
-    The unadapted policy of rl2 has a state that is zeroed at each episode; that of maml makes no inner step. A baseline
-    has the mean over the episodes of a task.
+    Args:
+        settings: a config with ``seed`` and ``test_tasks``, and the ``episodes`` of rl2 or the ``rollouts_per_task`` of
+            maml.
+        dist: of the tasks.
+        limit: most steps of an episode, if known.
+
+    Raises:
+        ValueError: a reward or an observation is not finite, or an episode has not ended within 10,000 steps or within
+            a larger ``limit``.
     """
-    dist = learner.dist
     tasks = dist.sample(settings.test_tasks, "test", settings.seed)
+    episodes = settings.episodes if isinstance(settings, RL2Config) else settings.rollouts_per_task
     seed = derive_seed(settings.seed, Purpose.RANDOM_ACTIONS, bits=32)
+    return random_returns(dist, tasks, episodes, seed, _max_episode_steps(limit)).mean(1)
+
+
+def evaluate(
+    settings: RLConfig, learner: RL2 | MAMLRL, limit: int | None
+) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """Return the returns of the unadapted and of the adapted policy on held-out tasks, ``(tasks,)`` each, by name.
+
+    The unadapted policy of rl2 has a state that is zeroed at each episode; its return is the mean over the episodes of
+    a task. That of maml makes no inner step.
+
+    Args:
+        settings: of the run.
+        learner: after the training.
+        limit: as in :func:`random_baseline`.
+    """
+    tasks = learner.dist.sample(settings.test_tasks, "test", settings.seed)
+    most = _max_episode_steps(limit)
     if isinstance(learner, RL2):
         assert isinstance(settings, RL2Config)
         episodes = settings.episodes
-        chance = random_returns(dist, tasks, episodes, seed)
-        unadapted = learner.evaluate(tasks, episodes, keep_state=False).mean(1)
-        columns = list(learner.evaluate(tasks, episodes).T)
+        unadapted = learner.evaluate(tasks, episodes, keep_state=False, max_episode_steps=most).mean(1)
+        columns = list(learner.evaluate(tasks, episodes, max_episode_steps=most).T)
         names = [f"episode {i + 1}" for i in range(episodes)]
     else:
-        chance = random_returns(dist, tasks, learner.rollouts_per_task, seed)
-        unadapted, *columns = learner.evaluate(tasks).T
+        unadapted, *columns = learner.evaluate(tasks, max_episode_steps=most).T
         names = [f"after {i + 1} step{'s' * (i > 0)}" for i in range(len(columns))]
-    return {RANDOM: chance.mean(1), UNADAPTED: unadapted}, dict(zip(names, columns, strict=True))
+    return {UNADAPTED: unadapted}, dict(zip(names, columns, strict=True))
 
 
 def measured_reward_scale(settings: Any, dist: TaskDistribution[Any]) -> float:
@@ -61,9 +84,15 @@ def measured_reward_scale(settings: Any, dist: TaskDistribution[Any]) -> float:
     return float(f"{1 / rms:.2g}") if rms > 0 else 1.0
 
 
-def random_returns(dist: TaskDistribution[Any], tasks: Sequence[Task], episodes: int, seed: int) -> Tensor:
+def random_returns(
+    dist: TaskDistribution[Any],
+    tasks: Sequence[Task],
+    episodes: int,
+    seed: int,
+    max_episode_steps: int = MAX_EPISODE_STEPS,
+) -> Tensor:
     """Return the returns of actions drawn at random, ``(tasks, episodes)``."""
-    length = {"episodes": episodes, "max_episode_steps": MAX_EPISODE_STEPS}
+    length = {"episodes": episodes, "max_episode_steps": max_episode_steps}
     done = _random_actions("random_returns", dist, tasks, seed, **length)
     number = np.maximum(done.episode_starts.cumsum(1) - 1, 0)
     returns = np.zeros((len(tasks), episodes))
@@ -79,6 +108,11 @@ def time_limit(dist: TaskDistribution[Any]) -> int | None:
         return None if spec is None else spec.max_episode_steps
     finally:
         env.close()
+
+
+def _max_episode_steps(limit: int | None) -> int:
+    """Return the most steps of an evaluated episode: a known limit may exceed the default."""
+    return max(MAX_EPISODE_STEPS, limit or 0)
 
 
 def _random_actions(

@@ -9,11 +9,12 @@ import pytest
 import torch
 
 from eaml_ext import checkpoint, cli
-from eaml_ext.jobs import report, rl_config, rl_report
+from eaml_ext.jobs import report, rl_config, rl_evaluation, rl_report
 from eaml_ext.jobs.rl import make_policy, run
 from eaml_ext.jobs.rl_config import MAMLConfig, RL2Config
 from eaml_ext.jobs.rl_report import epoch_line, length_warning
 from eaml_ext.nn.cores import CORES
+from eaml_ext.rl import MAMLRL, RL2
 from eaml_ext.tasks import make_tasks
 
 SMALL = {"num_epochs": 1, "hidden_dim": 8, "state_size": 4, "test_tasks": 6, "tasks_per_update": 4, "steps": 20}
@@ -181,3 +182,18 @@ def test_plot_without_matplotlib_prints_the_extra(tmp_path, monkeypatch, capsys)
     run(RL2Config(out=str(tmp_path), **{**SMALL, "steps": 4, "test_tasks": 1}))  # one task has no interval
     assert "pip install 'eaml_ext[plot]'" in capsys.readouterr().out and not (tmp_path / "report.png").exists()
     assert json.loads((tmp_path / "report.json").read_text())["returns"]["episode 1"]["interval"] is None
+
+
+@pytest.mark.parametrize(("kind", "learner"), [(RL2Config, RL2), (MAMLConfig, MAMLRL)])
+def test_run_evaluates_episodes_up_to_a_time_limit_above_the_default(kind, learner, tmp_path, monkeypatch):
+    monkeypatch.setattr(rl_evaluation, "MAX_EPISODE_STEPS", 199)  # all episodes of Pendulum-v1 have 200 steps
+    limits, evaluate = [], learner.evaluate
+
+    def recorded(self, *args, max_episode_steps, **options):
+        limits.append(max_episode_steps)
+        return evaluate(self, *args, max_episode_steps=max_episode_steps, **options)
+
+    monkeypatch.setattr(learner, "evaluate", recorded)
+    results = run(kind(env_name="Pendulum-v1", out=str(tmp_path), **{**SMALL, "test_tasks": 2}))
+    assert limits == [200] * len(limits) and limits
+    assert -2000 < results["baselines"]["random actions"]["mean"] < -500  # a step costs up to 16.3, 6 on average

@@ -1,5 +1,7 @@
 """The reward scale that the meta-RL jobs measure, and the baseline of random actions."""
 
+import os
+
 import numpy as np
 import pytest
 import torch
@@ -7,6 +9,7 @@ from bandit import Bandit
 from learners import CARTPOLE, make_policy
 from scripted import Script
 
+from eaml_ext.jobs import rl, rl_evaluation
 from eaml_ext.jobs.rl_config import MAMLConfig, RL2Config
 from eaml_ext.jobs.rl_evaluation import measured_reward_scale, random_returns, time_limit
 from eaml_ext.rl import RL2
@@ -65,3 +68,12 @@ def test_random_returns_of_a_bandit_are_those_of_chance():
 def test_time_limit_is_that_of_the_spec_or_unknown():
     assert time_limit(CARTPOLE) == 500 and time_limit(make_tasks("Pendulum-v1")) == 200
     assert time_limit(Bandit()) is None
+
+
+@pytest.mark.parametrize("kind", [RL2Config, MAMLConfig])
+def test_run_random_episodes_without_an_end_are_refused_before_training(kind, tmp_path, monkeypatch):
+    monkeypatch.setattr(rl, "prepare", lambda _: Script(length=float("inf")))
+    monkeypatch.setattr(rl_evaluation, "MAX_EPISODE_STEPS", 30)
+    with pytest.raises(ValueError, match=r"max_episode_steps, got 30 steps without an end in tasks\[0\] of"):
+        rl.run(kind(out=str(tmp_path), num_epochs=1, steps=20))
+    assert not os.listdir(tmp_path)
