@@ -87,10 +87,12 @@ class SeedTasks(SampledTasks[SeedTask]):
         self.name = f"{self.env_name}-seeds-v1"
         self.action_dim = action_width(actions)
         self.action_space: Space[Any] = actions
-        self._spec: Any = copy.deepcopy(gymnasium.spec(env_name) if spec is None else spec)
-        self.truncates = self._spec.max_episode_steps is None
-        if self.truncates:
-            self._spec.max_episode_steps = EPISODE_STEPS
+        # The registered spec: that of the environment lists wrappers of its entry point, which make() compares with
+        # those of a new environment, and functions in their arguments are then others.
+        self._spec: Any = copy.copy(gymnasium.spec(self.env_name))
+        limit = self._spec.max_episode_steps if spec is None else spec.max_episode_steps
+        self.truncates = limit is None
+        self._spec.max_episode_steps = EPISODE_STEPS if limit is None else limit
 
     def _draw_tasks(self, ids: Sequence[str], split: str, seed: int, epoch: int) -> list[SeedTask]:
         tasks = []

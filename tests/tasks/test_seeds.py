@@ -2,6 +2,7 @@ import gymnasium
 import numpy as np
 import pytest
 from gymnasium import spaces
+from gymnasium.wrappers import TimeLimit, TransformObservation
 
 from eaml_ext.tasks import SPLITS, CartPoleTasks, SeedTasks
 from eaml_ext.tasks.seeds import EPISODE_STEPS
@@ -116,3 +117,19 @@ def test_make_env_environment_without_time_limit_is_truncated():
         env.close()
         assert truncations == [False] * (limit - 1) + [True]
     assert gymnasium.spec("EamlEndless-v0").max_episode_steps is None  # the registry keeps its own
+
+
+def test_make_env_entry_point_that_wraps_by_a_function_makes_equal_environments():
+    """A new environment has another function in the arguments of its wrapper."""
+
+    def entry_point():
+        return TimeLimit(TransformObservation(Drawn(), lambda x: x + 0.5, Drawn.observation_space), 5)
+
+    gymnasium.register("EamlWrapped-v0", entry_point)
+    distribution = SeedTasks("EamlWrapped-v0")
+    assert not distribution.truncates and distribution.drawn_in_reset() == ["goal", "mass"]
+    env = distribution.make_env(distribution.sample(2))
+    assert env.spec.max_episode_steps == 5 and env.reset(seed=[0, 1])[0].tolist() == [[0.5], [0.5]]
+    truncations = [env.step(np.array([0, 0]))[3].tolist() for _ in range(5)]
+    env.close()
+    assert truncations == [[False, False]] * 4 + [[True, True]]
