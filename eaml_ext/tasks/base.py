@@ -72,8 +72,8 @@ class TaskDistribution(Protocol[T]):
     def make_env(self, tasks: Sequence[T]) -> VectorEnv[Any, Any, Any]:
         """Return a vector environment in autoreset mode NEXT_STEP whose environment i is ``tasks[i]``.
 
-        Its observations are ``(len(tasks), *shape)`` with ``prod(shape) == obs_dim``; its actions are
-        ``(len(tasks), *action_space.shape)``.
+        An observation of its ``single_observation_space`` has ``obs_dim`` entries after ``gymnasium.spaces.flatten``;
+        actions are ``(len(tasks), *action_space.shape)``.
         """
 
     def reset_seeds(self, tasks: Sequence[T], seed: int) -> int | list[int]:
