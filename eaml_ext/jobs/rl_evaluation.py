@@ -104,8 +104,9 @@ def time_limit(dist: TaskDistribution[Any]) -> int | None:
     """Return the most steps of an episode, as Gymnasium's spec has them; None where it has none."""
     env = dist.make_env(dist.sample(1, "valid"))
     try:
-        spec = getattr(env, "spec", None)
-        return None if spec is None else spec.max_episode_steps
+        # A SyncVectorEnv that no spec has made has none; its environments may.
+        specs = [getattr(part, "spec", None) for part in (env, *getattr(env, "envs", ()))]
+        return next((spec.max_episode_steps for spec in specs if spec is not None), None)
     finally:
         env.close()
 

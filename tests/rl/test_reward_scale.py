@@ -1,11 +1,14 @@
 """The reward scale that the meta-RL jobs measure, and the baseline of random actions."""
 
 import os
+from functools import partial
 
+import gymnasium
 import numpy as np
 import pytest
 import torch
 from bandit import Bandit
+from gymnasium.vector import SyncVectorEnv
 from learners import CARTPOLE, make_policy
 from scripted import Script
 
@@ -65,9 +68,14 @@ def test_random_returns_of_a_bandit_are_those_of_chance():
     assert random_returns(dist, dist.sample(200, "test"), 5, seed=0).mean() == pytest.approx(0.25, abs=0.04)
 
 
-def test_time_limit_is_that_of_the_spec_or_unknown():
+def test_time_limit_is_that_of_the_spec_or_unknown(monkeypatch):
     assert time_limit(CARTPOLE) == 500 and time_limit(make_tasks("Pendulum-v1")) == 200
     assert time_limit(Bandit()) is None
+    # Gymnasium gives no spec to a vector of environments that a distribution makes itself.
+    tasks, vector = make_tasks("CartPole-v1"), SyncVectorEnv([partial(gymnasium.make, "Pendulum-v1")])
+    assert vector.spec is None
+    monkeypatch.setattr(type(tasks), "make_env", lambda *_: vector)
+    assert time_limit(tasks) == 200
 
 
 @pytest.mark.parametrize("kind", [RL2Config, MAMLConfig])
