@@ -12,6 +12,7 @@ SOURCES := $(KERNELS) $(wildcard tests/cuda_emulator/*.cpp tests/cuda_emulator/*
 # Packages have the versions of requirements/*.txt (`make lock`). torch has none there: an installed one stays.
 $(VENV)/demo: requirements/demo.txt setup.py pyproject.toml $(KERNELS)
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@echo 'installing packages'
 	$(BIN)/python -c 'import torch' 2>/dev/null || $(BIN)/pip install --quiet $(TORCH_RELEASE) --constraint $<
 	$(BIN)/pip install --quiet --requirement $<
 	@echo 'compiling the kernels: about a minute of CPU time'

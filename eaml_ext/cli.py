@@ -74,12 +74,14 @@ def parse(argv: Sequence[str]) -> tuple[str, argparse.ArgumentParser, dict[str, 
     algo = given.algo or algo
     p = parser(algo if algo in SETTINGS else "dynamics")
     if algo in SETTINGS and config:
-        config = config_file.check(given.config, config, SETTINGS[algo], algo)
+        config = config_file.check(given.config, config, algo, SETTINGS)
     p.set_defaults(algo=algo, **config)
     arguments, unknown = p.parse_known_args(argv)
     if unknown:
         flags = [option for action in p._actions for option in action.option_strings]
-        p.error(f"unrecognized arguments: {' '.join(unknown)}{config_file.closest(unknown[0].split('=')[0], flags)}")
+        name = unknown[0].split("=")[0]
+        hint = config_file.owners(name.removeprefix("--"), SETTINGS) or config_file.closest(name, flags)
+        p.error(f"unrecognized arguments: {' '.join(unknown)}{hint if name[:1] == '-' else '; the command is info'}")
     if given.import_:
         arguments.import_ = ",".join(given.import_)  # a repeated flag
     return algo, p, {name: value for name, value in vars(arguments).items() if name not in ("algo", "config")}

@@ -77,7 +77,7 @@ def test_parse_algo_of_file_is_used_unless_flag_is_given(tmp_path):
         ),
         ("zzz = 3", "has the key 'zzz', which is no setting of --algo dynamics\n"),
         ("[dynamics]\nnum_epochs = 3", "has the key 'dynamics', which is no setting"),
-        ('algo = "rl2"\ninner_lr = 1', "has the key 'inner_lr', which is no setting of --algo rl2"),
+        ('algo = "rl2"\ninner_lr = 1', "no setting of --algo rl2; it is a setting of --algo dynamics and maml\n"),
         ('algo = "magic"', "algo must be one of dynamics, rl2, maml"),
         ("algo = [1]", "algo must be one of dynamics, rl2, maml"),
         ("num_epochs = ", "is not a TOML file"),
@@ -127,7 +127,7 @@ def test_main_config_with_bad_values_exits_like_bad_flags(text, message, tmp_pat
 
 def test_main_config_missing_binary_or_folder_is_refused(tmp_path, capsys):
     (tmp_path / "binary").write_bytes(b"\xff\xfe\x00")
-    for name, message in (("none", "there is no file"), ("binary", "is not a TOML file"), (".", "directory")):
+    for name, message in (("none", "there is no file"), ("binary", "is not a TOML file"), (".", "is a folder")):
         assert cli.main(["--config", str(tmp_path / name)]) == 2
         error = capsys.readouterr().err
         assert message in error and error.count("\n") == 1
@@ -138,7 +138,8 @@ def test_main_config_missing_binary_or_folder_is_refused(tmp_path, capsys):
     [
         (["--num_epoch", "3"], "unrecognized arguments: --num_epoch 3; the closest is '--num_epochs'"),
         (["--sead=3"], "unrecognized arguments: --sead=3; the closest is '--seed'"),
-        (["infos"], "unrecognized arguments: infos"),
+        (["--algo", "maml", "--shots", "3"], "arguments: --shots 3; it is a setting of --algo dynamics"),
+        (["infos"], "unrecognized arguments: infos; the command is info"),
         (["--config"], "expected one argument"),
     ],
 )

@@ -4,7 +4,7 @@ import difflib
 import json
 import os
 import sys
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -39,30 +39,50 @@ def closest(name: str, known: Collection[str]) -> str:
     return f"; the closest is {found[0]!r}" if found else ""
 
 
+def owners(name: str, kinds: Mapping[str, Any]) -> str:
+    """Return ``"; it is a setting of --algo x"``, or an empty string where no algorithm has the setting ``name``.
+
+    Args:
+        name: of a setting.
+        kinds: the dataclass of the settings of each algorithm.
+
+    >>> from eaml_ext.jobs.config import DynamicsConfig
+    >>> owners("shots", {"dynamics": DynamicsConfig}), owners("shot", {"dynamics": DynamicsConfig})
+    ('; it is a setting of --algo dynamics', '')
+    """
+    found = [algo for algo, kind in kinds.items() if name in map(flag_name, fields(kind))]
+    return f"; it is a setting of --algo {' and '.join(found)}" if found else ""
+
+
 def read(path: str | os.PathLike[str]) -> dict[str, Any]:
     """Return the keys and values of a settings file; keys of version 0.1 become those of this version.
 
     Raises:
-        FileNotFoundError: there is no such file.
+        FileNotFoundError, IsADirectoryError: there is no such file.
         ValueError: the file is not TOML.
     """
     try:
         settings = tomllib.loads(Path(path).read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise FileNotFoundError(f"config: there is no file {os.fspath(path)}") from None
+    except IsADirectoryError:
+        wanted = Path(path) / NAME
+        raise IsADirectoryError(f"config: {os.fspath(path)} is a folder, a run's settings are in {wanted}") from None
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise ValueError(f"config: {os.fspath(path)} is not a TOML file ({error})") from None
     return {FLAGS.get(key, key): value for key, value in settings.items()}
 
 
-def check(path: str | os.PathLike[str], settings: dict[str, Any], kind: Any, algo: str) -> dict[str, Any]:
+def check(
+    path: str | os.PathLike[str], settings: dict[str, Any], algo: str, kinds: Mapping[str, Any]
+) -> dict[str, Any]:
     """Check keys and types of the settings in a file: argparse would convert a string, as if it were a flag.
 
     Args:
         path: of the file.
         settings: what :func:`read` returned.
-        kind: the dataclass of the settings.
-        algo: its name in ``--algo``.
+        algo: of the run.
+        kinds: the dataclass of the settings of each algorithm.
 
     Returns:
         The settings by the names of the fields.
@@ -70,11 +90,11 @@ def check(path: str | os.PathLike[str], settings: dict[str, Any], kind: Any, alg
     Raises:
         ValueError: a key is no setting of the algorithm, or its value has another type than the default.
     """
-    known = {flag_name(f): f for f in fields(kind)}
+    known = {flag_name(f): f for f in fields(kinds[algo])}
     for key, value in settings.items():
         if key not in known:
             text = f"{os.fspath(path)} has the key {key!r}, which is no setting of --algo {algo}"
-            raise ValueError(f"config: {text}{closest(key, known)}")
+            raise ValueError(f"config: {text}{owners(key, kinds) or closest(key, known)}")
         default = known[key].default
         types, wanted = _TYPES[type(default)]
         if known[key].metadata.get("type") is auto_or_number and value != default:
@@ -91,7 +111,8 @@ def text(settings: Any) -> str:
         settings: a dataclass of strings, numbers and booleans, named ``<Algo>Config``. ``resume`` and ``overwrite`` are
             left out: the file repeats a run, and says nothing on earlier files.
     """
-    lines = [f"# eaml_ext {__version__}: `eaml-ext --config {NAME}` repeats this run; flags given beside it win.\n"]
+    how = f"`eaml-ext --config {NAME}` repeats this run; flags given beside it win, such as --out FOLDER"
+    lines = [f"# eaml_ext {__version__}: {how}.\n"]
     lines.append(f"algo = {_toml(algo_of(settings))}\n")
     for f in fields(settings):
         if f.name not in HOW_TO_START:

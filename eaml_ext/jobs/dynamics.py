@@ -20,12 +20,11 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.optim.lr_scheduler import CosineAnnealingLR
 
-from eaml_ext import checkpoint
 from eaml_ext._terminal import write_line
 from eaml_ext.distributed import Group, run_on_rank_zero, torchrun_group
 from eaml_ext.experience import ExperienceBuffer
 from eaml_ext.jobs import format_1, report
-from eaml_ext.jobs.config import DynamicsConfig, stored
+from eaml_ext.jobs.config import DynamicsConfig
 from eaml_ext.jobs.device import torch_device
 from eaml_ext.jobs.evaluation import act, adapt
 from eaml_ext.jobs.run_folder import RunFolder
@@ -106,7 +105,7 @@ def _run(
     print("MetaMAML training completed.")
     print(f"Experience Buffer populated with {len(buffer)} experiences.")
     path = folder.path
-    checkpoint.save(path / "model.safetensors", model.state_dict(), {"settings": stored(settings)}, kind="dynamics")
+    model.save(path / "model.safetensors")
     buffer.save(path / "buffer.safetensors")
     variants, adapted = adapt(settings, distribution, trainer.maml, buffer)
     returns = act(settings, distribution, model, adapted)

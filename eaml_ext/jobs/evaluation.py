@@ -170,7 +170,10 @@ def act(
         a distribution without ``outcomes``, which compute the rewards of imagined steps.
     """
     outcomes: Any = getattr(distribution, "outcomes", None)
-    if outcomes is None or not settings.plan_tasks:
+    if not settings.plan_tasks:
+        return {}
+    if outcomes is None:
+        print(f"No planner: {distribution.name} has no outcomes(), which computes the rewards of imagined steps.")
         return {}
     count = min(settings.plan_tasks, settings.test_tasks)
     tasks = distribution.sample(count, "test", settings.seed)

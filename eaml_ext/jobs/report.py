@@ -14,6 +14,7 @@ from torch import Tensor
 from eaml_ext import __version__, _terminal, build_info
 from eaml_ext._files import atomic_write
 from eaml_ext._statistics import half_width
+from eaml_ext.checkpoint import deferred_interrupt
 from eaml_ext.jobs.config import STEPS_PER_CALL, algo_of, stored
 
 
@@ -136,13 +137,16 @@ def save_figure(path: str | Path, draw: Callable[[Any, Any], None]) -> None:
         path: of the PNG file.
         draw: called with the left and the right axes of matplotlib.
     """
-    try:
-        from matplotlib.backends.backend_agg import FigureCanvasAgg
-        from matplotlib.figure import Figure
-    except ImportError:
-        Path(path).unlink(missing_ok=True)
-        print("Plot left out: it needs matplotlib, which pip install 'eaml_ext[plot]' installs.")
-        return
+    with deferred_interrupt() as interrupted:  # Python reports one inside __set_name__ as a RuntimeError
+        try:
+            from matplotlib.backends.backend_agg import FigureCanvasAgg
+            from matplotlib.figure import Figure
+        except ImportError:
+            Path(path).unlink(missing_ok=True)
+            print("Plot left out: it needs matplotlib, which pip install 'eaml_ext[plot]' installs.")
+            return
+    if interrupted:
+        raise KeyboardInterrupt
 
     figure = Figure(figsize=(11, 4), layout="constrained")
     FigureCanvasAgg(figure)

@@ -5,10 +5,8 @@ from typing import Any
 
 import torch
 
-from eaml_ext import checkpoint
 from eaml_ext.distributed import world_size
 from eaml_ext.jobs import report, rl_report
-from eaml_ext.jobs.config import stored
 from eaml_ext.jobs.device import torch_device
 from eaml_ext.jobs.rl_config import MAMLConfig, RL2Config, RLConfig
 from eaml_ext.jobs.rl_evaluation import RANDOM, evaluate, measured_reward_scale, random_baseline, time_limit
@@ -78,8 +76,8 @@ def _run(
         "baselines": {name: report.summary(column) for name, column in baselines.items()},
         "returns": {name: report.summary(column) for name, column in returns.items()},
     }
-    path, tensors = folder.path, learner.policy.state_dict()
-    checkpoint.save(path / "policy.safetensors", tensors, {"settings": stored(settings)}, kind="policy")
+    path = folder.path
+    learner.policy.save(path / "policy.safetensors")
     report.write_json(path / "report.json", results)
     rl_report.plot(path / "report.png", settings, results)
     print(rl_report.table(results))

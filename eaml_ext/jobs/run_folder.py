@@ -127,8 +127,10 @@ class RunFolder:
             text = f"has {names} of an earlier run; --resume continues that run, --overwrite replaces its files"
             self._refuse("out", text)
         foreign = set(found) - {config_file.NAME, CHECKPOINT, *RESULTS[self._algo]}
-        if self._stored_algo() != self._algo or foreign:
-            self._refuse("resume", f"has {names} of another job than --algo {self._algo}")
+        stored = self._stored_algo()
+        if stored != self._algo or foreign:
+            job = "another job" if stored == self._algo else f"--algo {stored}"
+            self._refuse("resume", f"has {names} of {job}, not of --algo {self._algo}")
         if CHECKPOINT not in found and found != [config_file.NAME]:
             self._refuse("resume", f"has {names}, but no checkpoint; --overwrite starts again")
 

@@ -2,13 +2,14 @@
 
 from collections.abc import Callable
 from functools import lru_cache
+from os import PathLike
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.func import vmap
 
-from eaml_ext import _check
+from eaml_ext import _check, checkpoint
 from eaml_ext.meta.functional import functional_call
 from eaml_ext.nn import SSM
 from eaml_ext.rl import Trajectories
@@ -25,7 +26,7 @@ class DynamicsModel(nn.Module):
 
     Args:
         obs_dim, action_dim: sizes of observation and encoded action.
-        hidden_dim, state_size, num_layers: of the :class:`eaml_ext.nn.SSM`.
+        hidden_dim, state_size, num_layers, device: of the :class:`eaml_ext.nn.SSM`.
 
     Raises:
         TypeError, ValueError: a size that is no positive integer.
@@ -40,7 +41,13 @@ class DynamicsModel(nn.Module):
     scale: Tensor
 
     def __init__(
-        self, obs_dim: int, action_dim: int, hidden_dim: int = 32, state_size: int = 16, num_layers: int = 1
+        self,
+        obs_dim: int,
+        action_dim: int,
+        hidden_dim: int = 32,
+        state_size: int = 16,
+        num_layers: int = 1,
+        device: str | torch.device = "cpu",
     ) -> None:
         super().__init__()
         obs_dim, action_dim = (
@@ -48,10 +55,26 @@ class DynamicsModel(nn.Module):
             for name, value in (("obs_dim", obs_dim), ("action_dim", action_dim))
         )
         self.sizes = (obs_dim, action_dim, 1)
-        self.ssm = SSM(obs_dim + action_dim, hidden_dim, obs_dim, state_size=state_size, num_layers=num_layers)
-        self.register_buffer("mean", torch.zeros(obs_dim))  # of observations
-        self.register_buffer("std", torch.ones(obs_dim))
-        self.register_buffer("scale", torch.ones(obs_dim))  # of steps
+        options: dict[str, Any] = {"hidden_dim": hidden_dim, "state_size": state_size, "num_layers": num_layers}
+        self.options = {"obs_dim": obs_dim, "action_dim": action_dim, **options}
+        self.ssm = SSM(obs_dim + action_dim, output_dim=obs_dim, device=device, **options)
+        self.register_buffer("mean", torch.zeros(obs_dim, device=device))  # of observations
+        self.register_buffer("std", torch.ones(obs_dim, device=device))
+        self.register_buffer("scale", torch.ones(obs_dim, device=device))  # of steps
+
+    def save(self, path: str | PathLike[str]) -> None:
+        """Write weights, units and sizes to a file, without code."""
+        checkpoint.save_module("DynamicsModel.save", self, self.options, path, kind="dynamics")
+
+    @classmethod
+    def load(cls, path: str | PathLike[str], device: str | torch.device = "cpu") -> "DynamicsModel":
+        """Return the model that :meth:`save` or the main job wrote. Loading never runs code from the file.
+
+        Raises:
+            FileNotFoundError: there is no such file.
+            ValueError: the file is damaged, or holds no DynamicsModel.
+        """
+        return checkpoint.load_module("DynamicsModel.load", cls, path, device, kind="dynamics")
 
     def normalise(self, data: Trajectories) -> None:
         """Set the units from data: standard deviations of observations, root mean squares of steps.

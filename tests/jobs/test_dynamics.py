@@ -86,10 +86,8 @@ def test_run_folder_holds_report_plot_model_and_buffer(finished):
         assert len(report["curves"][name]) == len(report["curve_intervals"][name])
     assert len(report["meta_loss_intervals"]) == len(report["meta_loss"]) == SMALL["num_epochs"]
     assert (folder / "report.png").stat().st_size > 10_000
-    tensors, metadata = checkpoint.load(folder / "model.safetensors", kind="dynamics")
-    settings = metadata["settings"]
-    model = DynamicsModel(4, 2, settings["hidden_dim"], settings["state_size"])
-    model.load_state_dict(tensors)
+    model = DynamicsModel.load(folder / "model.safetensors")
+    assert model.ssm.hidden_dim == SMALL["hidden_dim"] and (model.scale != 1).all()
     buffer = ExperienceBuffer.load(folder / "buffer.safetensors")
     assert len(buffer) == 8000 and buffer.get_batch(3).context_embedding.shape == (3, 28)
 

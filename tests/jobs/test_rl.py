@@ -8,13 +8,13 @@ import numpy as np
 import pytest
 import torch
 
-from eaml_ext import checkpoint, cli
+from eaml_ext import cli
 from eaml_ext.jobs import report, rl_config, rl_evaluation, rl_report
 from eaml_ext.jobs.rl import make_policy, run
 from eaml_ext.jobs.rl_config import MAMLConfig, RL2Config
 from eaml_ext.jobs.rl_report import epoch_line, length_warning
 from eaml_ext.nn.cores import CORES
-from eaml_ext.rl import MAMLRL, RL2
+from eaml_ext.rl import MAMLRL, RL2, SSMMetaPolicy, feature_dim
 from eaml_ext.tasks import make_tasks
 
 SMALL = {"num_epochs": 1, "hidden_dim": 8, "state_size": 4, "test_tasks": 6, "tasks_per_update": 4, "steps": 20}
@@ -45,9 +45,8 @@ def test_main_rl_job_leaves_report_and_policy(algo, columns, line, tmp_path, cap
     assert float(out[2].removeprefix(line)) == pytest.approx(sum(written["curve"]) / 10, rel=1e-3)
     assert all(8 < row["mean"] < 500 for row in (*written["baselines"].values(), *written["returns"].values()))
     assert all(5 < value <= 20 for value in written["curve"])  # the rewards of a step are 1, those of an episode more
-    tensors, metadata = checkpoint.load(tmp_path / "policy.safetensors", kind="policy")
-    settings = (RL2Config if algo == "rl2" else MAMLConfig)(**metadata["settings"])
-    make_policy(settings, make_tasks(env), torch.device("cpu")).load_state_dict(tensors)
+    policy = SSMMetaPolicy.load(tmp_path / "policy.safetensors")
+    assert policy.has_normalisation and policy.state_dim == feature_dim(make_tasks(env))
 
 
 @pytest.mark.parametrize("kind", [RL2Config, MAMLConfig])

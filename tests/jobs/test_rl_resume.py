@@ -131,7 +131,7 @@ def test_resume_of_other_settings_is_refused_by_name_and_changes_nothing(algo, u
         assert capsys.readouterr().err == f"eaml-ext: resume: {text}\n"
     other = "maml" if algo == "rl2" else "rl2"
     assert cli.main([*flags(other, folder), "--resume"]) == 2
-    assert f"of another job than --algo {other}; " in capsys.readouterr().err
+    assert f", not of --algo {other}; " in capsys.readouterr().err
     assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
 
 

@@ -13,7 +13,7 @@ import pytest
 
 from eaml_ext import cli
 from eaml_ext.jobs import config_file, dynamics, run_folder
-from eaml_ext.jobs.config import DynamicsConfig
+from eaml_ext.jobs.config import DynamicsConfig, algo_of
 from eaml_ext.jobs.rl_config import MAMLConfig, RL2Config
 from eaml_ext.jobs.run_folder import CHECKPOINT, LOCK, OUTPUTS, RunFolder, lock
 
@@ -186,7 +186,8 @@ def test_run_folder_resume_of_another_job_is_refused(names, stored, kind, tmp_pa
     with pytest.raises(ValueError) as info, RunFolder(kind(out=str(tmp_path), resume=True)):
         pass
     listed = ", ".join(name for name in OUTPUTS if name in names)
-    text = f"{kind.__name__}: resume: {tmp_path} has {listed} of another job than --algo {algo}"
+    job = "another job" if stored is None else f"--algo {algo_of(stored)}"
+    text = f"{kind.__name__}: resume: {tmp_path} has {listed} of {job}, not of --algo {algo}"
     assert str(info.value) == f"{text}; --out names another folder"
     assert content(tmp_path) == before
 
