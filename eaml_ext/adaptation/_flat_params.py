@@ -31,12 +31,19 @@ class FlatParams:
     def __init__(
         self, model: nn.Module, choice: ParameterFilter | None, step_sizes: Mapping[str, float | Tensor] | None = None
     ):
-        if step_sizes is not None:
-            if not isinstance(step_sizes, Mapping) or not all(isinstance(name, str) for name in step_sizes):
-                got = [*step_sizes] if isinstance(step_sizes, Mapping) else type(step_sizes).__name__
-                raise TypeError(f"Adapter: step_sizes must be a dict by name, got {got}")
-            choice = [*step_sizes] if choice is None else choice
+        if step_sizes is not None and (
+            not isinstance(step_sizes, Mapping) or not all(isinstance(name, str) for name in step_sizes)
+        ):
+            got = [*step_sizes] if isinstance(step_sizes, Mapping) else type(step_sizes).__name__
+            raise TypeError(f"Adapter: step_sizes must be a dict by name, got {got}")
         selected = select("Adapter", model, choice)
+        if step_sizes is not None:
+            unknown = [name for name in step_sizes if name not in selected]
+            if unknown or (choice is None and not step_sizes):
+                wanted, first = ", ".join(selected), repr(unknown[0]) if unknown else "none"
+                raise ValueError(f"Adapter: step_sizes must have names of parameters that adapt, {wanted}, got {first}")
+            if choice is None:
+                choice, selected = [*step_sizes], {n: p for n, p in selected.items() if n in step_sizes}
         for name, parameter in selected.items():
             if not torch.isfinite(parameter).all():
                 raise ValueError(f"Adapter: the parameter {name} is not finite")
@@ -74,12 +81,8 @@ class FlatParams:
             step_sizes: by name, numbers or tensors that broadcast to the parameter, >= 0.
 
         Raises:
-            TypeError, ValueError: a name is not of an adapted parameter, or a step size does not fit.
+            TypeError, ValueError: a step size does not fit.
         """
-        unknown = [name for name in step_sizes if name not in self.names]
-        if unknown:
-            wanted = ", ".join(self.names)
-            raise ValueError(f"{where}: step_sizes has {unknown[0]}, the adapted parameters are {wanted}")
         rates = []
         for name, p in zip(self.names, self.params, strict=True):
             value = step_sizes.get(name, lr)

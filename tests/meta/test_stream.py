@@ -416,7 +416,19 @@ def test_meta_update_wrong_arguments_raise(options, error, text):
     ("options", "error", "text"),
     [
         ({"step_sizes": 3}, TypeError, "Adapter: step_sizes must be a dict by name, got int"),
-        ({"step_sizes": {"other": 0.1}, "parameters": "weight"}, ValueError, "Adapter: step_sizes has other"),
+        (
+            {"step_sizes": {"bias": 0.1}, "parameters": "weight"},
+            ValueError,
+            "Adapter: step_sizes must have names of parameters that adapt, weight, got 'bias'",
+        ),
+        *(
+            (
+                {"step_sizes": sizes},
+                ValueError,
+                f"Adapter: step_sizes must have names of parameters that adapt, weight, bias, got {got}",
+            )
+            for sizes, got in (({"foo": 0.1}, "'foo'"), ({"weight": 0.1, "foo": 0.1}, "'foo'"), ({}, "none"))
+        ),
         ({"step_sizes": {"weight": -1.0}}, ValueError, "Adapter: step_sizes['weight'] must be >= 0, got -1.0"),
         (
             {"step_sizes": {"weight": torch.ones(5)}},
@@ -438,6 +450,15 @@ def test_meta_update_wrong_arguments_raise(options, error, text):
 def test_adapter_wrong_step_sizes_raise(options, error, text):
     with pytest.raises(error, match="^" + re.escape(text)):
         Adapter(nn.Linear(3, 2), **options)
+
+
+def test_adapter_step_sizes_without_parameters_adapt_those_that_they_name():
+    model, batch = nn.Linear(3, 2), {"states": torch.randn(5, 3), "targets": torch.randn(5, 2)}
+    before = copy.deepcopy(model)
+    Adapter(model, AdaptationConfig(lr=0.2, **OPEN), step_sizes={"bias": 0.1}).adapt(mse_loss, batch)
+    (grad,) = torch.autograd.grad(mse_loss(before(batch["states"]), batch["targets"]), [before.bias])
+    torch.testing.assert_close(model.bias, before.bias - 0.1 * grad)
+    assert torch.equal(model.weight, before.weight)
 
 
 def test_adapter_step_sizes_scale_each_parameter():
