@@ -70,8 +70,9 @@ def check_streams(
     for name, value in (("x", x), ("y", y)):
         _check.tensor(where, name, value)
         if value.dim() < 2 or value.shape[:2] != x.shape[:2] or not value.shape[0] * value.shape[1]:
-            text = "(streams, time, ...), not empty" if name == "x" else f"{tuple(x.shape[:2])} as x, and more"
-            raise ValueError(f"{where}: {name} must have shape {text}, got {tuple(value.shape)}")
+            begin = f"begin with {tuple(x.shape[:2])}, as x does"
+            text = "have shape (streams, time, ...), not empty" if name == "x" else begin
+            raise ValueError(f"{where}: {name} must {text}, got {tuple(value.shape)}")
     _check.device(where, "y", y, x.device, "x")
     if reset is not None:
         _check.tensor(where, "reset", reset)

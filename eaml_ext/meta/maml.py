@@ -326,7 +326,8 @@ class MetaMAML:
         Args:
             tasks: ``(support_x, support_y, query_x, query_y)`` each: ``(n, ...)`` twice and ``(m, ...)`` twice, or n
                 and m sequences. Shapes may differ from task to task. With a group, this rank's tasks; all ranks call
-                together.
+                together. ``mse_loss`` broadcasts a target without the feature axis of the prediction, and only torch's
+                UserWarning reports it.
             loss_fn: ``(prediction, target) -> scalar``, or a list of one for each task; a MaskedLoss lets tasks of
                 different sizes run as one batch.
             kl_radius: step on the worst weighting of the tasks whose KL divergence from the plain mean is at most

@@ -192,7 +192,8 @@ class StreamMAML:
 
         Args:
             x: ``(streams, time, ...)``, the model's input.
-            y: ``(streams, time, ...)``, what ``loss_fn`` takes as target.
+            y: ``(streams, time, ...)``, what ``loss_fn`` takes as target. ``mse_loss`` broadcasts a target without the
+                feature axis of the prediction, and only torch's UserWarning reports it.
             loss_fn: the loss of the updates, ``(prediction, target) -> scalar`` of one chunk, ``(1, chunk_size, ...)``.
             outer_loss_fn: the loss of the predictions, of the same kind; None: ``loss_fn``. With another loss, ``y``
                 may hold the targets of both, and each loss reads its own part.

@@ -393,7 +393,7 @@ def test_init_wrong_arguments_raise(options, error, text):
 @pytest.mark.parametrize(
     ("options", "error", "text"),
     [
-        ({"y": torch.zeros(2, 14, 3)}, ValueError, "y must have shape (3, 14) as x, and more, got (2, 14, 3)"),
+        ({"y": torch.zeros(2, 14, 3)}, ValueError, "y must begin with (3, 14), as x does, got (2, 14, 3)"),
         ({"x": torch.zeros(3, 0, 3)}, ValueError, "x must have shape (streams, time, ...), not empty"),
         ({"reset": torch.zeros(3, 14)}, TypeError, "reset must be bool, got float32"),
         ({"lengths": torch.tensor([3, 0, 14])}, ValueError, "lengths must be in [1, 14], got [3, 0, 14]"),
