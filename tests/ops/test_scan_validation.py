@@ -119,6 +119,25 @@ def test_raw_op_dtype_without_kernels_raises(dtype):
         torch.ops.eaml_ext.selective_scan_step(state, u[..., 0], u[..., 0], A, now, now, None, None, None, False)
 
 
+@pytest.mark.parametrize("function", [selective_scan, selective_scan_reference])
+@pytest.mark.parametrize("left_out", [(), ("A",), ("A", "D")])
+def test_scan_channel_last_u_message_has_the_shape_of_u(function, left_out):
+    """A parameter that fits u as ``(batch, dim, length)`` is left out, so that the check reaches the next one."""
+    name = next(n for n in ("A", "D", "delta_bias") if n not in left_out)
+    channel_last = {**GOOD, "u": GOOD["u"].mT, "delta": GOOD["delta"].mT}
+    fitting = {"A": -torch.rand(5, 3), "D": torch.rand(5), "B": torch.rand(4, 3, 6), "C": torch.rand(4, 3, 6)}
+    arguments = {**channel_last, **{n: fitting[n] for n in (*left_out, "B", "C")}}
+    text = r", alone or per task, got \(6,.*\), and u has \(batch, dim, length\) = \(4, 5, 6\)$"
+    with pytest.raises(ValueError, match=rf"{name} must have shape \(dim,.*\) = \(5,.*\){text}"):
+        function(**{n: v for n, v in arguments.items() if n not in ("reset", "initial_state", "z")})
+
+
+def test_scan_and_step_parameter_that_fits_no_axis_has_a_message_without_u():
+    for function, arguments in ((selective_scan, GOOD), (selective_scan_step, GOOD_STEP)):
+        with pytest.raises(ValueError, match=r"A must have shape .* = \(6, 3\), alone or per task, got \(1, 3\)$"):
+            function(**{**arguments, "A": -torch.rand(1, 3)})
+
+
 @pytest.mark.parametrize("interleaved", ["B", "C"])
 def test_scan_interleaved_matrix_without_gradient_equals_complex_one(interleaved):
     states = {n: torch.complex(GOOD[n], 1 - GOOD[n]) for n in ("A", "B", "C", "initial_state")}

@@ -70,7 +70,11 @@ def check_arguments(
     def check_parameter(name: str, value: Tensor, sizes: tuple[int, ...], text: str) -> None:
         shape, rank = value.shape, len(sizes)
         if value.dim() not in (rank, rank + 1) or shape[-rank:] != sizes:
-            raise ValueError(f"{where}: {name} must have shape {text} = {sizes}, alone or per task, got {tuple(shape)}")
+            # A parameter that fits the last axis of u is probably right, and u is channel-last; a step has length 1.
+            is_channel_last = shape[-rank:] == (length, *sizes[1:]) and length > 1
+            axes = f", and u has (batch, dim, length) = {tuple(u.shape)}" if is_channel_last else ""
+            text = f"{text} = {sizes}, alone or per task, got {tuple(shape)}{axes}"
+            raise ValueError(f"{where}: {name} must have shape {text}")
         if value.dim() > rank and (shape[0] == 0 or batch % shape[0]):
             raise ValueError(f"{where}: {name} has {shape[0]} tasks, which do not divide the batch of {batch}")
 
