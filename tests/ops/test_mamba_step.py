@@ -102,7 +102,14 @@ def op_by_op(monkeypatch):
     return run
 
 
+@pytest.fixture
+def compiled(reference_only):
+    if reference_only:
+        pytest.skip("without the kernel a step runs op by op")
+
+
 @pytest.mark.kernels
+@pytest.mark.usefixtures("compiled")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("sizes", [(1, 1536, 16, 48), (3, 33, 16, 5), (8, 70, 5, 3), (2, 4, 64, 1)], ids=str)
 @pytest.mark.parametrize("biases", [True, False])
@@ -118,6 +125,8 @@ def test_mamba_step_has_the_bits_of_its_ops_one_by_one(sizes, dtype, biases, op_
     assert all(torch.equal(a, b[:1]) for a, b in zip(row, got, strict=True))
 
 
+@pytest.mark.kernels
+@pytest.mark.usefixtures("compiled")
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_mamba_step_in_reduced_precision_rounds_y_once(dtype):
     call = build(3, 40, 4, 16, 5)(dtype, "cpu")
@@ -132,6 +141,7 @@ def test_mamba_step_in_reduced_precision_rounds_y_once(dtype):
 
 
 @pytest.mark.kernels
+@pytest.mark.usefixtures("compiled")
 @pytest.mark.parametrize("changed", NAMES)
 def test_mamba_step_wrong_shape_or_dtype_raises(changed):
     call = build(2, 6, 4, 3, 2)(torch.float32, "cpu")
