@@ -139,11 +139,11 @@ class _FusedMixer(nn.Module):
         self, x: Tensor, conv_state: Tensor | None, ssm_state: Tensor | None, mask: Tensor | None
     ) -> tuple[Tensor, Tensor, Tensor]:
         """``(batch, length, hidden_size)`` -> the same shape, and the states after the last step."""
-        raise NotImplementedError
+        raise NotImplementedError(f"{type(self).__name__}: _scan is not defined")
 
     def _step(self, x: Tensor, conv_state: Tensor, ssm_state: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """``(batch, hidden_size)`` -> the same shape, and the states after the step."""
-        raise NotImplementedError
+        raise NotImplementedError(f"{type(self).__name__}: _step is not defined")
 
 
 # --- Mamba-1 ---------------------------------------------------------------------------------------------------------

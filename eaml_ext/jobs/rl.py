@@ -71,7 +71,7 @@ def _run(
     results = {
         **report.header(settings, started),
         "reward_scale": scale,
-        "curve": rl_report.numbers(curve),
+        "curve": curve,
         "skipped_updates": learner.skipped_updates,
         "baselines": {name: report.summary(column) for name, column in baselines.items()},
         "returns": {name: report.summary(column) for name, column in returns.items()},

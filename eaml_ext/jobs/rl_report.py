@@ -10,11 +10,6 @@ from eaml_ext.jobs import report
 from eaml_ext.jobs.rl_config import UPDATES, RL2Config, RLConfig
 
 
-def numbers(values: Sequence[float]) -> list[float | None]:
-    """Replace NaN by None, because JSON has no NaN."""
-    return [None if math.isnan(value) else value for value in values]
-
-
 def print_start(settings: RLConfig, reward_scale: float, limit: int | None, resumed: int | None) -> None:
     """Print the reward scale, a warning about lengths, and the number of updates of a run that goes on.
 
@@ -93,7 +88,7 @@ def plot(path: str | Path, settings: RLConfig, results: dict[str, Any]) -> None:
 
 
 def _draw(left: Any, right: Any, settings: RLConfig, results: dict[str, Any]) -> None:
-    curve = [math.nan if value is None else value for value in results["curve"]]
+    curve = results["curve"]
     left.plot(range(1, len(curve) + 1), curve)
     left.xaxis.get_major_locator().set_params(integer=True)
     recording = value_name(settings).removeprefix("Return per episode ")
