@@ -124,20 +124,24 @@ EAML_INLINE void load_transposed(const char* from, std::int64_t step, V (&to)[4]
   transpose_quads(rows, to, lanes);
 }
 
-// The outputs of kHeight rows from `row` on and of kWidth vectors from number `first` on. Several vectors hide the
-// latency of sums in order. The last outputs are in a tile with some before them, which are not stored.
+// For kHeight rows from `row` on: the outputs first, first + spread and so on, one per lane of kWidth vectors. Several
+// vectors hide the latency of sums in order. The lanes from `stored` on are stored.
 template <class V, int kHeight, int kWidth, Half kHalf, class T>
-EAML_INLINE void in_place_tile(const Params<T>& p, std::int64_t row, std::int64_t first) {
+EAML_INLINE void in_place_tile(const Params<T>& p, std::int64_t row, std::int64_t first, std::int64_t spread,
+                               int stored) {
   using Stored = StoredAs<kHalf, T>;
   constexpr int kLanes = Lanes<V>::count, kOutputs = kWidth * kLanes;
-  constexpr std::int64_t kStep = 4 * sizeof(T) / sizeof(Stored), kLine = 64 / sizeof(Stored), kAhead = 2 * kLine;
-  const std::int64_t inputs = p.inputs, step = inputs * sizeof(Stored), at = std::min(first, p.outputs - kOutputs);
-  const Stored* const weight = reinterpret_cast<const Stored*>(p.weight) + at * inputs;
+  constexpr std::int64_t kStep = 4 * sizeof(T) / sizeof(Stored), kLine = 64 / sizeof(Stored), kAhead = 4 * kLine;
+  const std::int64_t inputs = p.inputs, step = spread * inputs;
+  const Stored* const weight = reinterpret_cast<const Stored*>(p.weight) + first * inputs;
   const T* const x = p.x + row * inputs;
   V sums[kHeight][kWidth];
+  alignas(kAlignment) T lanes[kOutputs] = {};
+  if (p.bias)
+    for (int k = 0; k < kOutputs; ++k) lanes[k] = p.bias[first + k * spread];
   EAML_UNROLL
   for (int v = 0; v < kWidth; ++v) {
-    const V start = p.bias ? load<V>(p.bias + at + v * kLanes) : V{};
+    const V start = load<V>(lanes + v * kLanes);
     EAML_UNROLL
     for (int r = 0; r < kHeight; ++r) sums[r][v] = start;
   }
@@ -149,14 +153,12 @@ EAML_INLINE void in_place_tile(const Params<T>& p, std::int64_t row, std::int64_
   std::int64_t i = 0;
   if constexpr (kLanes % 4 == 0)
     for (; i + kStep <= inputs; i += kStep) {
-      if (i % kLine == 0) {  // prefetches the row and, near its end, the same output of the next tile
-        const std::int64_t ahead = i + kAhead < inputs ? i + kAhead : i + kAhead + (kOutputs - 1) * inputs;
-        for (int k = 0; k < kOutputs; ++k) EAML_PREFETCH(weight + k * inputs + ahead);
-      }
+      if (i % kLine == 0)
+        for (int k = 0; k < kOutputs; ++k) EAML_PREFETCH(weight + k * step + i + kAhead);
       EAML_UNROLL
       for (int v = 0; v < kWidth; ++v) {
         V weights[4];
-        load_transposed(reinterpret_cast<const char*>(weight + v * kLanes * inputs + i), step, weights,
+        load_transposed(reinterpret_cast<const char*>(weight + v * kLanes * step + i), step * sizeof(Stored), weights,
                         std::make_integer_sequence<int, kLanes>());
         EAML_UNROLL
         for (int k = 0; k < 4; ++k) {
@@ -170,9 +172,8 @@ EAML_INLINE void in_place_tile(const Params<T>& p, std::int64_t row, std::int64_
         }
       }
     }
-  alignas(kAlignment) T lanes[kOutputs];
   for (; i < inputs; ++i) {
-    for (int k = 0; k < kOutputs; ++k) lanes[k] = weight_at<kHalf, T>(weight + k * inputs + i);
+    for (int k = 0; k < kOutputs; ++k) lanes[k] = weight_at<kHalf, T>(weight + k * step + i);
     EAML_UNROLL
     for (int v = 0; v < kWidth; ++v) add(v, i, load<V>(lanes + v * kLanes));
   }
@@ -180,7 +181,7 @@ EAML_INLINE void in_place_tile(const Params<T>& p, std::int64_t row, std::int64_
   for (int r = 0; r < kHeight; ++r) {
     EAML_UNROLL
     for (int v = 0; v < kWidth; ++v) store(lanes + v * kLanes, sums[r][v]);
-    std::copy(lanes + (first - at), lanes + kOutputs, p.y + (row + r) * p.outputs + first);
+    for (int k = stored; k < kOutputs; ++k) p.y[(row + r) * p.outputs + first + k * spread] = lanes[k];
   }
 }
 
@@ -200,24 +201,33 @@ EAML_INLINE void narrow_tile(const Params<T>& p, std::int64_t row) {
 }
 
 template <class V, int kWidth, Half kHalf, class T>
-EAML_INLINE void in_place_rows(const Params<T>& p, std::int64_t output) {
+EAML_INLINE void in_place_rows(const Params<T>& p, std::int64_t output, std::int64_t spread, int stored) {
   std::int64_t row = 0;
-  for (; row + 4 <= p.rows; row += 4) in_place_tile<V, 4, kWidth, kHalf>(p, row, output);
-  if (row + 2 <= p.rows) in_place_tile<V, 2, kWidth, kHalf>(p, row, output), row += 2;
-  if (row < p.rows) in_place_tile<V, 1, kWidth, kHalf>(p, row, output);
+  for (; row + 4 <= p.rows; row += 4) in_place_tile<V, 4, kWidth, kHalf>(p, row, output, spread, stored);
+  if (row + 2 <= p.rows) in_place_tile<V, 2, kWidth, kHalf>(p, row, output, spread, stored), row += 2;
+  if (row < p.rows) in_place_tile<V, 1, kWidth, kHalf>(p, row, output, spread, stored);
 }
 
+// Each lane of the tiles reads rows that are adjacent in memory, one after another, because the processor's prefetchers
+// follow long streams. The lanes are an odd number of rows apart, so that they use different sets of the cache.
 template <class V, Half kHalf, class T>
 EAML_INLINE void in_place_panels(const Params<T>& p, std::int64_t first, std::int64_t last) {
-  constexpr int kLanes = Lanes<V>::count, kWidth = 2;
-  const std::int64_t end = std::min(p.outputs, last * kPanel);
+  constexpr int kLanes = Lanes<V>::count, kWidth = 2, kOutputs = kWidth * kLanes;
   if (p.outputs < kLanes) {
     for (std::int64_t row = 0; row < p.rows; ++row) narrow_tile<V, kHalf>(p, row);
     return;
   }
   std::int64_t output = first * kPanel;
-  for (; output + kWidth * kLanes <= end; output += kWidth * kLanes) in_place_rows<V, kWidth, kHalf>(p, output);
-  for (; output < end; output += kLanes) in_place_rows<V, 1, kHalf>(p, output);
+  const std::int64_t end = std::min(p.outputs, last * kPanel);
+  while (output + kOutputs <= end) {
+    const std::int64_t tiles = (end - output) / kOutputs, spread = tiles - (tiles + 1) % 2;
+    for (std::int64_t t = 0; t < spread; ++t) in_place_rows<V, kWidth, kHalf>(p, output + t, spread, 0);
+    output += spread * kOutputs;
+  }
+  for (; output < end; output += kLanes) {
+    const std::int64_t at = std::min(output, p.outputs - kLanes);
+    in_place_rows<V, 1, kHalf>(p, at, 1, static_cast<int>(output - at));
+  }
 }
 
 template <class V, class T>
