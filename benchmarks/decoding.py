@@ -101,7 +101,7 @@ def torch_products(step: Callable[[], Any]) -> Callable[[], Any]:
     def run() -> None:
         with (
             mock.patch("eaml_ext.nn._row_invariant.reads_in_place", lambda *_: False),
-            mock.patch("eaml_ext.ops.mamba_step._raw_op_accepts", lambda _: False),
+            mock.patch("eaml_ext.ops.mamba_step._raw_op_accepts", lambda *_: False),
         ):
             step()
 

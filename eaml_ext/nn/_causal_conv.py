@@ -4,7 +4,7 @@ Between calls ``conv_state`` holds the last ``d_conv`` inputs, ``(batch, d_inner
 """
 
 from collections.abc import Callable
-from typing import Literal, TypeGuard
+from typing import Any, Literal, TypeGuard
 
 import torch
 import torch.nn.functional as F
@@ -76,8 +76,8 @@ def conv1d_scan(
 
     The modules are called where their type and weights do not define them.
     """
-    if _is_plain_depthwise(conv1d, d_conv):
-        silu = _is_silu(act)
+    if is_plain_depthwise(conv1d, d_conv):
+        silu = is_silu(act)
         y, conv_state = causal_conv(x, conv_state, conv1d.weight, conv1d.bias, reset, lengths, silu, cu_seqlens)
         return y if silu else act(y), conv_state
 
@@ -98,18 +98,11 @@ def conv1d_scan(
 
 def conv1d_step(conv1d: nn.Module, act: Activation, d_conv: int, conv_state: Tensor) -> Tensor:
     """The output ``(batch, dim)`` at the newest input of ``conv_state`` ``(batch, dim, d_conv)``."""
-    if not _is_plain_depthwise(conv1d, d_conv):
+    if not is_plain_depthwise(conv1d, d_conv):
         return act(_call_conv1d(conv1d, conv_state.mT, d_conv, None)[:, 0].to(conv_state.dtype))
-    silu = _is_silu(act)
+    silu = is_silu(act)
     y = _convolve(conv_state[..., -1:], conv_state[..., :-1], conv1d.weight, conv1d.bias, None, silu)[..., 0]
     return y if silu else act(y)
-
-
-def plain_silu_taps(conv1d: nn.Module, act: Activation, d_conv: int) -> tuple[Tensor, Tensor | None] | None:
-    """The weight ``(dim, d_conv)`` and bias that define ``act(conv1d(x))``, None where their modules must be called."""
-    if not (_is_plain_depthwise(conv1d, d_conv) and _is_silu(act)):
-        return None
-    return conv1d.weight.squeeze(1), conv1d.bias
 
 
 def _convolve(
@@ -216,12 +209,13 @@ def _call_conv1d(conv1d: nn.Module, inputs: Tensor, d_conv: int, in_episode: Ten
     return y.mT if in_episode is None else y.reshape(*in_episode.shape[:2], dim)
 
 
-def _is_plain_depthwise(conv1d: nn.Module, d_conv: int) -> TypeGuard[nn.Conv1d]:
+def is_plain_depthwise(conv1d: Any, d_conv: int) -> TypeGuard[nn.Conv1d]:
     """Whether a call of ``conv1d`` computes :func:`causal_conv` with its weight and bias."""
     if not is_plain(conv1d, nn.Conv1d):
         return False
     return conv1d.weight.shape[1:] == (1, d_conv) and conv1d.stride == conv1d.dilation == (1,)
 
 
-def _is_silu(act: Activation) -> bool:
-    return isinstance(act, nn.Module) and is_plain(act, nn.SiLU)
+def is_silu(act: Any) -> bool:
+    """Return whether a call of ``act`` computes ``silu`` alone."""
+    return is_plain(act, nn.SiLU)

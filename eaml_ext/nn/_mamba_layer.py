@@ -60,6 +60,10 @@ class MambaLayer(nn.Module):
         """Run :meth:`step` on checked arguments, ``x`` and y ``(batch, d_model)``."""
         raise NotImplementedError(f"{type(self).__name__}: _run_step is not defined")
 
+    def _run_step_kernel(self, x: Any, conv_state: Any, ssm_state: Any) -> tuple[Tensor, Tensor, Tensor] | None:
+        """Run :meth:`step` on a kernel that checks its arguments; None where there is none, or it refused them."""
+        return None
+
     def forward(
         self,
         x: Tensor,
@@ -162,6 +166,9 @@ class MambaLayer(nn.Module):
         Returns:
             y, of the shape of ``x``, then ``conv_state`` and ``ssm_state`` after the step.
         """
+        results = self._run_step_kernel(x, conv_state, ssm_state)
+        if results is not None:
+            return results
         where = f"{type(self).__name__}.step"
         self._check_input(where, x, (2, 3))
         if x.dim() == 3 and x.shape[1] != 1:

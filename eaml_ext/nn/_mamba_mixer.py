@@ -4,18 +4,21 @@ The Mamba block of Gu & Dao 2023 ("Mamba", figure 3) on any module with the subm
 """
 
 from collections.abc import Callable
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
-from eaml_ext.nn._causal_conv import conv1d_scan, conv1d_step, plain_silu_taps
-from eaml_ext.nn._row_invariant import linear, linear_step, project
+from eaml_ext._torch_compat import own_parameters, own_submodules
+from eaml_ext.nn._causal_conv import conv1d_scan, conv1d_step, is_plain_depthwise, is_silu
+from eaml_ext.nn._row_invariant import linear, linear_step, project, project_step
 from eaml_ext.nn.padding import zero_delta_after_length
 from eaml_ext.nn.precision import to_opmath
 from eaml_ext.nn.submodule import is_plain
 from eaml_ext.ops import selective_scan, selective_scan_step
-from eaml_ext.ops.mamba_step import mamba_step
+from eaml_ext.ops.mamba_step import Weights, mamba_step
+
+_LINEAR_LAYERS = ("in_proj", "x_proj", "dt_proj", "out_proj")
 
 
 class MambaMixerLayer(Protocol):
@@ -110,21 +113,53 @@ def mixer_step(
     layer: MambaMixerLayer, x: Tensor, conv_state: Tensor, ssm_state: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Run one step of :func:`mixer_scan`, ``x`` and y ``(batch, d_model)``."""
+    weights = plain_weights(layer)
+    if weights is not None:
+        return mamba_step(x, conv_state.to(x.dtype), ssm_state, *weights, linear=project_step)
     xz = linear_step(layer.in_proj, x)
-    conv_state = conv_state.to(xz.dtype)
+    x, z = xz.chunk(2, dim=-1)
+    conv_state = torch.cat([conv_state[..., 1:].to(x.dtype), x.unsqueeze(-1)], dim=-1)
+    x = conv1d_step(layer.conv1d, layer.act, layer.d_conv, conv_state)
+    delta, B, C, dt_bias = _project_delta(layer, x)
     A, D = -torch.exp(to_opmath(layer.A_log)), to_opmath(layer.D)
-    x_proj, dt_proj, taps = layer.x_proj, layer.dt_proj, plain_silu_taps(layer.conv1d, layer.act, layer.d_conv)
-    if taps is not None and is_plain(x_proj, nn.Linear) and x_proj.bias is None and is_plain(dt_proj, nn.Linear):
-        dt_bias = None if dt_proj.bias is None else to_opmath(dt_proj.bias)
-        weights = *(None if v is None else to_opmath(v) for v in taps), x_proj.weight, dt_proj.weight, dt_bias
-        y, conv_state, ssm_state = mamba_step(xz, conv_state, ssm_state, *weights, A, D, linear=project)
-    else:
-        x, z = xz.chunk(2, dim=-1)
-        conv_state = torch.cat([conv_state[..., 1:], x.unsqueeze(-1)], dim=-1)
-        x = conv1d_step(layer.conv1d, layer.act, layer.d_conv, conv_state)
-        delta, B, C, dt_bias = _project_delta(layer, x)
-        y, ssm_state = selective_scan_step(ssm_state, x, delta, A, B, C, D, z, dt_bias, True)
+    y, ssm_state = selective_scan_step(ssm_state, x, delta, A, B, C, D, z, dt_bias, True)
     return linear_step(layer.out_proj, y), conv_state, ssm_state
+
+
+def plain_weights(layer: MambaMixerLayer) -> Weights | None:
+    """The weights that :func:`mamba_step` takes, in order; None where the submodules must be called instead.
+
+    The dicts of the modules are read, because an attribute of a module takes a microsecond.
+    """
+    if not isinstance(layer, nn.Module):
+        return None
+    modules, own = own_submodules(layer), own_parameters(layer)
+    conv1d = modules.get("conv1d")
+    linears: list[Any] = [modules.get(name) for name in _LINEAR_LAYERS]
+    if not (is_plain_depthwise(conv1d, layer.d_conv) and is_silu(modules.get("act"))):
+        return None
+    if not all(is_plain(module, nn.Linear) for module in linears):
+        return None
+    conv, (in_proj, x_proj, dt_proj, out_proj) = own_parameters(conv1d), (own_parameters(layer) for layer in linears)
+    try:
+        if x_proj["bias"] is not None:
+            return None
+        conv_bias, dt_bias = conv["bias"], dt_proj["bias"]
+        return (
+            in_proj["weight"],
+            in_proj["bias"],
+            to_opmath(conv["weight"]),
+            None if conv_bias is None else to_opmath(conv_bias),
+            x_proj["weight"],
+            dt_proj["weight"],
+            None if dt_bias is None else to_opmath(dt_bias),
+            to_opmath(own["A_log"]),
+            to_opmath(own["D"]),
+            out_proj["weight"],
+            out_proj["bias"],
+        )
+    except KeyError:  # a tensor that is no parameter
+        return None
 
 
 def _project_delta(layer: MambaMixerLayer, x: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:

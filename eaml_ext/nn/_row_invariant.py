@@ -54,8 +54,8 @@ class row_invariant:
 
 def linear(layer: nn.Module, x: Tensor) -> Tensor:
     """``layer(x)``."""
-    if _applies(x) and is_plain(layer, nn.Linear) and type(layer.weight) in PLAIN:
-        return row_invariant_linear(x, layer.weight, layer.bias)
+    if _applies(x) and is_plain(layer, nn.Linear):
+        return project(x, layer.weight, layer.bias)
     y: Tensor = layer(x)
     return y
 
@@ -79,14 +79,21 @@ def linear_step(layer: nn.Module, x: Tensor) -> Tensor:
     ...     torch.allclose(linear_step(head, x), head(x), atol=1e-5)
     True
     """
-    if is_plain(layer, nn.Linear) and reads_in_place(x, layer.weight, layer.bias):
-        return row_invariant_linear(x, layer.weight, layer.bias)
-    return linear(layer, x)
+    if is_plain(layer, nn.Linear):
+        return project_step(x, layer.weight, layer.bias)
+    y: Tensor = layer(x)
+    return y
 
 
-def project(x: Tensor, weight: Tensor) -> Tensor:
-    """``x W^T``, ``(*, inputs)`` and ``(outputs, inputs)`` -> ``(*, outputs)``."""
-    return row_invariant_linear(x, weight) if _applies(x) and type(weight) in PLAIN else F.linear(x, weight)
+def project(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """``x W^T + bias``, ``(*, inputs)``, ``(outputs, inputs)`` and ``(outputs,)`` -> ``(*, outputs)``."""
+    product = row_invariant_linear if _applies(x) and type(weight) in PLAIN else F.linear
+    return product(x, weight, bias)
+
+
+def project_step(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """:func:`linear_step` of a plain layer with these weights."""
+    return (row_invariant_linear if reads_in_place(x, weight, bias) else project)(x, weight, bias)
 
 
 def silu(x: Tensor) -> Tensor:

@@ -8,9 +8,10 @@ from torch import Tensor, nn
 
 from eaml_ext import _check
 from eaml_ext.nn._mamba_layer import MambaLayer, check_d_inner
-from eaml_ext.nn._mamba_mixer import mixer_scan, mixer_step
+from eaml_ext.nn._mamba_mixer import mixer_scan, mixer_step, plain_weights
 from eaml_ext.nn._step_size import check_dt_range, draw_step_sizes, inverse_softplus
 from eaml_ext.ops._sizes import check_size
+from eaml_ext.ops.mamba_step import run_kernel
 
 
 class Mamba(MambaLayer):
@@ -136,6 +137,18 @@ class Mamba(MambaLayer):
 
     def _run_step(self, x: Tensor, conv_state: Tensor, ssm_state: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         return mixer_step(self, x, conv_state, ssm_state)
+
+    def _run_step_kernel(self, x: Any, conv_state: Any, ssm_state: Any) -> tuple[Tensor, Tensor, Tensor] | None:
+        if torch.is_grad_enabled() or torch.compiler.is_compiling() or type(x) is not Tensor:
+            return None
+        weights, rank = plain_weights(self), x.dim()
+        if weights is None or not (rank == 2 or (rank == 3 and x.shape[1] == 1)):
+            return None
+        results = run_kernel(x if rank == 2 else x.flatten(1), conv_state, ssm_state, weights)
+        if results is None or rank == 2:
+            return results
+        y, conv_state, ssm_state = results
+        return y.unsqueeze(1), conv_state, ssm_state
 
     def extra_repr(self) -> str:
         return f"{self.d_model}, d_state={self.d_state}, d_conv={self.d_conv}, expand={self.expand}"

@@ -1,6 +1,6 @@
 """Submodules whose weights go to an op without a call: when that equals a call, and which dtype they take."""
 
-from typing import TypeGuard, TypeVar
+from typing import Any, TypeGuard, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -10,7 +10,7 @@ from eaml_ext._torch_compat import has_hooks
 Module = TypeVar("Module", bound=nn.Module)
 
 
-def is_plain(module: nn.Module, kind: type[Module]) -> TypeGuard[Module]:
+def is_plain(module: Any, kind: type[Module]) -> TypeGuard[Module]:
     """Return whether a call of ``module`` runs ``kind.forward`` alone, so that an op may read its weights instead.
 
     Adapters, quantised and parametrised layers have another type. Pruning, weight norm and offloading attach hooks or
