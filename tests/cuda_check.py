@@ -26,7 +26,11 @@ from cuda_check_sass import functions
 
 from distutils.core import run_setup  # isort: skip
 
-CPU_ONLY = ("eaml_ext::mamba_step", "eaml_ext::row_invariant_linear")  # on a GPU, other ops run in their place
+CPU_ONLY = (
+    "eaml_ext::mamba_step",
+    "eaml_ext::rms_norm",
+    "eaml_ext::row_invariant_linear",
+)  # on a GPU, other ops run in their place
 BUDGET_ARCH = "sm_90"  # of the budgets of instructions
 FOUND = re.compile(
     r"Compiling entry function '(\w+)' for '(sm_\d+)'.*?(\d+) bytes stack frame, (\d+) bytes spill stores, "

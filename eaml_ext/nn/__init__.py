@@ -1,6 +1,6 @@
 """State-space layers and models, and layers that read from a learned memory."""
 
-from eaml_ext.nn._row_invariant import linear_step
+from eaml_ext.nn._decoding import linear_step, norm_step
 from eaml_ext.nn.episodic import EpisodicRead, KNNAttention
 from eaml_ext.nn.lora import LORA_FACTORS, add_lora, merge_lora
 from eaml_ext.nn.mamba import Mamba
@@ -19,4 +19,5 @@ __all__ = [
     "add_lora",
     "linear_step",
     "merge_lora",
+    "norm_step",
 ]

@@ -11,7 +11,8 @@ from torch import Tensor, nn
 
 from eaml_ext._torch_compat import own_parameters, own_submodules
 from eaml_ext.nn._causal_conv import conv1d_scan, conv1d_step, is_plain_depthwise, is_silu
-from eaml_ext.nn._row_invariant import linear, linear_step, project, project_step
+from eaml_ext.nn._decoding import linear_step, project_step
+from eaml_ext.nn._row_invariant import linear, project
 from eaml_ext.nn.padding import zero_delta_after_length
 from eaml_ext.nn.precision import to_opmath
 from eaml_ext.nn.submodule import is_plain

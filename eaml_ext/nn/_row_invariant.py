@@ -16,8 +16,9 @@ from torch import Tensor, nn
 
 from eaml_ext._torch_compat import is_any_autocast_enabled, transforms_active
 from eaml_ext.nn.submodule import is_plain
+from eaml_ext.ops._inference import PLAIN
 from eaml_ext.ops._sigmoid import sigmoid
-from eaml_ext.ops.row_invariant_linear import PLAIN, is_row_invariant, reads_in_place, row_invariant_linear
+from eaml_ext.ops.row_invariant_linear import is_row_invariant, row_invariant_linear
 
 
 class _State(threading.local):
@@ -60,40 +61,10 @@ def linear(layer: nn.Module, x: Tensor) -> Tensor:
     return y
 
 
-def linear_step(layer: nn.Module, x: Tensor) -> Tensor:
-    """``layer(x)`` for a step of decoding: few rows take the time of reading the weight once.
-
-    A plain ``nn.Linear`` on a CPU runs on the package's kernel, where torch's product takes up to twice as long. It
-    runs so without gradients, for up to eight rows, on float32, float64, bfloat16 and float16. Every other layer, a
-    quantised one among them, and every other input is a call of the layer.
-
-    Args:
-        layer: maps ``(*, inputs)`` to ``(*, outputs)``.
-        x: ``(*, inputs)``, floating.
-
-    Returns:
-        ``(*, outputs)``, dtype of ``x``.
-
-    >>> head, x = nn.Linear(30, 8), torch.randn(1, 30)
-    >>> with torch.no_grad():
-    ...     torch.allclose(linear_step(head, x), head(x), atol=1e-5)
-    True
-    """
-    if is_plain(layer, nn.Linear):
-        return project_step(x, layer.weight, layer.bias)
-    y: Tensor = layer(x)
-    return y
-
-
 def project(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """``x W^T + bias``, ``(*, inputs)``, ``(outputs, inputs)`` and ``(outputs,)`` -> ``(*, outputs)``."""
     product = row_invariant_linear if _applies(x) and type(weight) in PLAIN else F.linear
     return product(x, weight, bias)
-
-
-def project_step(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """:func:`linear_step` of a plain layer with these weights."""
-    return (row_invariant_linear if reads_in_place(x, weight, bias) else project)(x, weight, bias)
 
 
 def silu(x: Tensor) -> Tensor:

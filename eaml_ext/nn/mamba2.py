@@ -9,9 +9,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from eaml_ext import _check
+from eaml_ext.nn._decoding import linear_step
 from eaml_ext.nn._mamba2_mixer import mamba2_scan, mamba2_step
 from eaml_ext.nn._mamba_layer import MambaLayer, check_d_inner
-from eaml_ext.nn._row_invariant import linear_step
 from eaml_ext.nn._step_size import check_dt_range, draw_step_sizes, inverse_softplus
 from eaml_ext.nn.padding import count_sequences
 from eaml_ext.nn.precision import to_opmath

@@ -8,13 +8,13 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
-from eaml_ext._torch_compat import dispatch_mode_active, has_kernel, is_any_autocast_enabled
+from eaml_ext._torch_compat import has_kernel
+from eaml_ext.ops._inference import PLAIN, may_run_kernel
 from eaml_ext.ops._library import library
 from eaml_ext.ops._typed import register_fake
 from eaml_ext.ops.causal_conv1d import causal_conv1d, causal_conv1d_reference
-from eaml_ext.ops.row_invariant_linear import MAX_ROWS_IN_PLACE, PLAIN
+from eaml_ext.ops.row_invariant_linear import MAX_ROWS_IN_PLACE
 from eaml_ext.ops.selective_scan import selective_scan_reference, selective_scan_step
-from eaml_ext.ops.selective_scan._autograd import can_skip_autograd
 
 Linear = Callable[[Tensor, Tensor, Tensor | None], Tensor]
 Results = tuple[Tensor, Tensor, Tensor]
@@ -42,7 +42,6 @@ torch.library.define(
 
 _op = library.mamba_step.default
 _ON_CPU = has_kernel("eaml_ext::mamba_step", "CPU")
-_PLAIN, _PLAIN_OR_NONE = frozenset(PLAIN), frozenset((*PLAIN, type(None)))
 # The dtype of arithmetic for each dtype of x.
 _OPMATH = {
     torch.float32: torch.float32,
@@ -114,7 +113,7 @@ def mamba_step(
     return linear(y, out_proj, out_bias), _push(conv_state, x), ssm_state
 
 
-def run_kernel(x: Tensor, conv_state: Tensor, ssm_state: Tensor, weights: tuple[Tensor | None, ...]) -> Results | None:
+def run_kernel(x: Tensor, conv_state: Tensor, ssm_state: Tensor, weights: Weights) -> Results | None:
     """Run :func:`mamba_step` as one kernel; None where it cannot run, whatever the arguments are.
 
     It runs on a CPU without derivatives, for up to eight rows. In float32 and float64 it has the bits of the ops one by
@@ -179,19 +178,12 @@ def _push(conv_state: Tensor, x: Tensor) -> Tensor:
     return torch.cat([conv_state[..., 1:], x.unsqueeze(-1)], dim=-1)
 
 
-def _raw_op_accepts(inputs: tuple[Tensor, ...], weights: tuple[Tensor | None, ...]) -> bool:
+def _raw_op_accepts(inputs: tuple[Tensor, ...], weights: Weights) -> bool:
     """Return whether the raw op may run, which checks shapes and dtypes itself."""
-    if torch.compiler.is_compiling() or not (_ON_CPU and _PLAIN.issuperset(map(type, inputs))):
+    if not (_ON_CPU and PLAIN.issuperset(map(type, inputs))):
         return False
     x = inputs[0]
-    if (
-        not x.is_cpu
-        or x.dim() != 2
-        or x.shape[0] > MAX_ROWS_IN_PLACE
-        or not _PLAIN_OR_NONE.issuperset(map(type, weights))
-    ):
-        return False
-    return can_skip_autograd((*inputs, *weights)) and not (is_any_autocast_enabled() or dispatch_mode_active())
+    return x.is_cpu and x.dim() == 2 and x.shape[0] <= MAX_ROWS_IN_PLACE and may_run_kernel((*inputs, *weights))
 
 
 @register_fake("eaml_ext::mamba_step")

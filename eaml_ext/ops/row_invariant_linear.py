@@ -7,12 +7,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
-from eaml_ext._torch_compat import (
-    dispatch_mode_active,
-    has_kernel,
-    is_any_autocast_enabled,
-    transforms_active,
-)
+from eaml_ext._torch_compat import has_kernel
+from eaml_ext.ops._inference import may_run_kernel
 from eaml_ext.ops._library import library
 from eaml_ext.ops._typed import Function, register_fake
 
@@ -20,7 +16,6 @@ torch.library.define("eaml_ext::row_invariant_linear", "(Tensor x, Tensor weight
 torch.library.impl("eaml_ext::row_invariant_linear", "CompositeExplicitAutograd", F.linear)
 
 MAX_ROWS_IN_PLACE = 8  # kFewRows in csrc/row_invariant_linear/cpu/kernel.h
-PLAIN = (Tensor, torch.nn.Parameter)  # a quantised weight may be of a derived class
 
 _op = library.row_invariant_linear.default
 _DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
@@ -37,17 +32,11 @@ def reads_in_place(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
 
     It reads the weight once at the rate of the memory, and bfloat16 and float16 without a conversion in memory.
     """
-    if torch.compiler.is_compiling() or not _ON_CPU or not x.is_cpu or x.dim() == 0:
+    if not _ON_CPU or not x.is_cpu or x.dim() == 0 or x.numel() > MAX_ROWS_IN_PLACE * x.shape[-1]:
         return False
-    if x.numel() > MAX_ROWS_IN_PLACE * x.shape[-1]:
+    if x.dtype not in _DTYPES or x.dtype != weight.dtype or not weight.is_cpu:
         return False
-    if type(x) not in PLAIN or type(weight) not in PLAIN or x.dtype != weight.dtype or x.dtype not in _DTYPES:
-        return False
-    if bias is not None and (type(bias) not in PLAIN or bias.dtype != x.dtype):
-        return False
-    if torch.is_grad_enabled() and any(v is not None and v.requires_grad for v in (x, weight, bias)):
-        return False
-    return weight.is_cpu and not (transforms_active() or is_any_autocast_enabled() or dispatch_mode_active())
+    return (bias is None or bias.dtype == x.dtype) and may_run_kernel((x, weight, bias))
 
 
 def row_invariant_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from eaml_ext.nn import Mamba, Mamba2, linear_step
+from eaml_ext.nn import Mamba, Mamba2, linear_step, norm_step
 from eaml_ext.nn._row_invariant import linear, project, row_invariant
 from eaml_ext.ops import mamba_step as module
 
@@ -168,3 +168,28 @@ def test_small_weights_steps_are_close_to_the_scan_and_to_float32(make, form):
     assert 0 < (y.float() - want).abs().max() < error * largest
     assert (y.float() - whole.float()).abs().max() < error * largest
     assert ssm_state.dtype == torch.float32 and conv_state.dtype == inputs.dtype
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("options", [{}, {"eps": 1e-3}, {"elementwise_affine": False}], ids=str)
+@pytest.mark.parametrize("rows", [(1,), (70,), (2, 3), (0,)], ids=str)
+def test_norm_step_is_close_to_the_layer(rows, options, dtype):
+    layer, x = nn.RMSNorm(30, **options, dtype=dtype), torch.randn(*rows, 30, dtype=dtype)
+    if layer.weight is not None:
+        nn.init.normal_(layer.weight)
+    with torch.no_grad():
+        y, want = norm_step(layer, x), layer(x)
+    assert y.dtype == dtype and y.shape == x.shape
+    eps = 8 * torch.finfo(dtype).eps
+    torch.testing.assert_close(y, want, rtol=eps, atol=eps)
+    assert norm_step(layer, x.requires_grad_()).requires_grad
+
+
+def test_norm_step_other_layers_are_called():
+    x = torch.randn(2, 3, 4)
+    with torch.no_grad():
+        for layer in (nn.LayerNorm(4), nn.RMSNorm((3, 4)), nn.Identity()):
+            assert torch.equal(norm_step(layer, x), layer(x))
+        layer = nn.RMSNorm(4)
+        layer.register_forward_hook(lambda module, args, y: 2 * y)
+        torch.testing.assert_close(norm_step(layer, x), 2 * nn.functional.rms_norm(x, (4,)))
