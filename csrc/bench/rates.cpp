@@ -46,13 +46,18 @@ EAML_INLINE float multiply_adds_(float number) {
   return sum[0];
 }
 
-template <class V>
+// Sums an array in kStreams parts side by side.
+template <class V, int kStreams>
 EAML_INLINE float read_(const float* from, std::int64_t count) {
   constexpr int kWide = 4, kStep = kWide * Lanes<V>::count;
+  const std::int64_t part = count / kStreams;
   V sum[kWide] = {};
-  for (std::int64_t i = 0; i + kStep <= count; i += kStep) {
+  for (std::int64_t i = 0; i + kStep <= part; i += kStep) {
     EAML_UNROLL
-    for (int k = 0; k < kWide; ++k) sum[k] += load<V>(from + i + k * Lanes<V>::count);
+    for (int stream = 0; stream < kStreams; ++stream) {
+      EAML_UNROLL
+      for (int k = 0; k < kWide; ++k) sum[k] += load<V>(from + stream * part + i + k * Lanes<V>::count);
+    }
   }
   return (sum[0] + sum[1] + sum[2] + sum[3])[0];
 }
@@ -68,7 +73,10 @@ EAML_INLINE float read_(const float* from, std::int64_t count) {
     return multiply_adds_<Vec<float, BYTES / sizeof(float)>>(number); \
   }                                                                   \
   TARGET float read(const float* from, std::int64_t count) {          \
-    return read_<Vec<float, BYTES / sizeof(float)>>(from, count);     \
+    return read_<Vec<float, BYTES / sizeof(float)>, 1>(from, count);  \
+  }                                                                   \
+  TARGET float read4(const float* from, std::int64_t count) {         \
+    return read_<Vec<float, BYTES / sizeof(float)>, 4>(from, count);  \
   }
 EAML_VERSIONS(EAML_DEFINE)
 #undef EAML_DEFINE
@@ -100,13 +108,15 @@ double best_read_rate(std::int64_t bytes) {
   return size / fastest(5 + int(1e9 / size), [&] { return read(x.data(), std::int64_t(x.size())); });
 }
 
-// Reads every array once; each thread reads its share of each.
-void read_arrays(const float* const* arrays, const std::int64_t* counts, std::int64_t size, int threads) {
+// Reads every array once; each thread reads its share of each, in order or in four parts side by side.
+void read_arrays(const float* const* arrays, const std::int64_t* counts, std::int64_t size, int threads,
+                 bool in_parts) {
   const auto read_share = [=](int thread) {
     volatile float keep = 0;
     for (std::int64_t i = 0; i < size; ++i) {
       const std::int64_t begin = counts[i] * thread / threads, end = counts[i] * (thread + 1) / threads;
-      keep = keep + read(arrays[i] + begin, end - begin);
+      const float* const from = arrays[i] + begin;
+      keep = keep + (in_parts ? read4(from, end - begin) : read(from, end - begin));
     }
   };
   std::vector<std::thread> others;
@@ -132,6 +142,7 @@ EAML_EXPORT double read_rate(std::int64_t bytes) {
   return eaml::rates::best_read_rate(bytes);
 }
 // Reads `size` arrays of counts[i] float32 numbers once, on threads.
-EAML_EXPORT void read_arrays(const float* const* arrays, const std::int64_t* counts, std::int64_t size, int threads) {
-  eaml::rates::read_arrays(arrays, counts, size, threads);
+EAML_EXPORT void read_arrays(const float* const* arrays, const std::int64_t* counts, std::int64_t size, int threads,
+                             bool in_parts) {
+  eaml::rates::read_arrays(arrays, counts, size, threads, in_parts);
 }
