@@ -2,16 +2,21 @@
 
 import inspect
 from collections.abc import Mapping
+from functools import partial
 from typing import TYPE_CHECKING, Any, ClassVar, cast
 
 import torch
 from torch import Tensor, nn
 
+from eaml_ext.nn._decoding import project_step
 from eaml_ext.nn._mamba2_mixer import UNLIMITED, Mamba2MixerLayer, mamba2_scan, mamba2_step
 from eaml_ext.nn._mamba_mixer import MambaMixerLayer, mixer_scan, mixer_step
+from eaml_ext.nn.submodule import is_plain
 
 try:
+    from transformers.activations import ACT2FN
     from transformers.cache_utils import Cache
+    from transformers.modeling_utils import PreTrainedModel
     from transformers.models.bamba.modeling_bamba import BambaMixer
     from transformers.models.falcon_h1.modeling_falcon_h1 import FalconH1Mixer
     from transformers.models.falcon_mamba.modeling_falcon_mamba import FalconMambaMixer
@@ -306,7 +311,8 @@ def accelerate(model: nn.Module) -> nn.Module:
     """Run the Mamba layers of a transformers model on the fused scan, in place.
 
     The layers are those of Mamba, Falcon-Mamba, Jamba, Mamba-2, Bamba, Granite-4 (``GraniteMoeHybrid``), Nemotron-H,
-    Zamba2 and Falcon-H1. Attention, MLPs and experts between them stay as they are.
+    Zamba2 and Falcon-H1. Attention, MLPs and experts between them stay as they are. The layer that makes the logits
+    runs as :func:`eaml_ext.nn.linear_step` in generation on a CPU.
 
     Up to rounding, logits, gradients and generation equal those of transformers without mamba_ssm, with one difference.
     A prompt passed in parts through a cache continues from the state in the cache; transformers' Mamba-1 layers start
@@ -343,4 +349,14 @@ def accelerate(model: nn.Module) -> nn.Module:
         )
     for mixer in mixers:
         mixer.__class__ = _FUSED.get(type(mixer), type(mixer))
+        if is_plain(mixer.act, type(ACT2FN["silu"])):  # the ops know torch's class alone
+            mixer.act = nn.SiLU().train(mixer.training)
+    head = cast(Any, model).get_output_embeddings() if isinstance(model, PreTrainedModel) else None
+    if is_plain(head, nn.Linear):
+        # An attribute, not a class: torch.ao.quantization finds layers by their exact type.
+        head.forward = partial(_project, head)  # type: ignore[method-assign]
     return model
+
+
+def _project(head: nn.Linear, x: Tensor) -> Tensor:
+    return project_step(x, head.weight, head.bias)

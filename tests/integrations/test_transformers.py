@@ -21,6 +21,7 @@ from transformers.models.mamba.modeling_mamba import MambaMixer
 import eaml_ext.integrations.transformers as integration
 from eaml_ext.integrations.transformers import FusedMambaMixer, accelerate
 from eaml_ext.nn import Mamba
+from eaml_ext.ops import mamba_step, row_invariant_linear
 
 # transformers 5.24 renamed the argument and the output.
 CACHE = "cache" if "cache" in inspect.signature(MambaForCausalLM.forward).parameters else "cache_params"
@@ -321,6 +322,23 @@ def test_accelerate_weights_names_and_copies_are_kept(tmp_path):
     for other in (accelerate(again), copy.deepcopy(ours), pickle.loads(pickle.dumps(ours))):
         assert torch.equal(other(x).logits, ours(x).logits)
         assert all(type(block.mixer) is FusedMambaMixer for block in other.backbone.layers)
+
+
+@pytest.mark.kernels
+@torch.no_grad()
+def test_accelerate_a_step_of_generation_is_one_kernel_a_layer_and_one_for_the_logits(monkeypatch):
+    _, model = models()
+    calls, step, product = [], mamba_step._op, row_invariant_linear._op
+    monkeypatch.setattr(mamba_step, "_op", lambda *args: calls.append("step") or step(*args))
+    monkeypatch.setattr(row_invariant_linear, "_op", lambda *args: calls.append("product") or product(*args))
+    for ours in (model, copy.deepcopy(model)):
+        cache = getattr(ours(tokens(), use_cache=True), CACHE)
+        calls.clear()
+        ours(tokens(1), **{CACHE: cache}, use_cache=True)
+        assert calls == ["step"] * len(model.backbone.layers) + ["product"]
+        assert ours.lm_head.forward.args == (ours.lm_head,)
+        ours.lm_head.weight.data.zero_()
+        assert not ours(tokens()).logits.any()
 
 
 def test_accelerate_gradient_checkpointing_keeps_the_gradients():
