@@ -113,8 +113,8 @@ GradientTuple causal_conv1d_backward(const Device& device, Tensor grad_y, Tensor
     Call<T> call = make_call<T>(device, x, weight, bias, initial_states, reset, cu_seqlens, silu);
     ConvParams<T>& p = call.params;
     check(device, "grad_y", grad_y, x.scalar_type(), {p.batch, p.dim, p.runs.length});
-    Tensor grad_x = torch::stable::empty_like(x), grad_bias = torch::stable::new_empty(weight, {0});
-    Tensor grad_states = torch::stable::new_empty(x, {0});
+    Tensor grad_x = torch::stable::empty_like(x), grad_bias = allocate(weight, {0});
+    Tensor grad_states = allocate(x, {0});
     // Sequences without steps, and states that a reset drops, have the gradient 0.
     if (initial_states)
       grad_states = torch::stable::new_zeros(x, {p.batch, p.runs.sequences, p.dim, int64_t{p.width} - 1});
@@ -132,7 +132,7 @@ GradientTuple causal_conv1d_backward(const Device& device, Tensor grad_y, Tensor
       p.grad_states = {mutable_data<T>(grad_states), grad_states.stride(0),    grad_states.stride(2),
                        grad_states.stride(3),        half_of(x.scalar_type()), grad_states.stride(1)};
     functions.plan_backward(p);
-    const Tensor partial = torch::stable::new_empty(weight, {p.batch * p.segments * (p.width + 1) * p.dim});
+    const Tensor partial = allocate(weight, {p.batch * p.segments * (p.width + 1) * p.dim});
     p.partial = mutable_data<T>(partial);
     functions.backward(p, x, mutable_data<T>(grad_weight), bias ? mutable_data<T>(grad_bias) : nullptr);
     return GradientTuple(grad_x, grad_weight, grad_bias, grad_states);

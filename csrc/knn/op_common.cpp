@@ -87,13 +87,13 @@ std::tuple<Tensor, Tensor> knn(const Device& device, Tensor queries, Tensor keys
   std::vector<std::int64_t> shape(queries.sizes().begin(), queries.sizes().end());
   shape.back() = k;
   const ScalarType type = queries.scalar_type();
-  Tensor indices = torch::stable::new_empty(queries, shape, ScalarType::Long);
-  if (indices.numel() == 0) return {torch::stable::new_empty(queries, shape), indices};
+  Tensor indices = allocate(queries, shape, ScalarType::Long);
+  if (indices.numel() == 0) return {allocate(queries, shape), indices};
 
   queries = to_opmath(queries), keys = to_contiguous(keys);
   if (valid) valid = to_contiguous(*valid);
   if (bias) bias = to_opmath(*bias);
-  Tensor values = torch::stable::new_empty(queries, shape);
+  Tensor values = allocate(queries, shape);
   const auto search = [&]<class T>(const Functions<T>& functions) {
     const auto code = static_cast<Metric>(metric);
     functions.search(make_params<T>(queries, keys, k, code, valid, bias, panels, state), values, indices);

@@ -151,7 +151,7 @@ Sizes sizes_of(const Tensor& t) {
 }
 
 Tensor empty(const Tensor& like, const Sizes& size) {
-  return torch::stable::new_empty(like, size);
+  return allocate(like, size);
 }
 
 int64_t saved_chunks(const ScanParams& s) {

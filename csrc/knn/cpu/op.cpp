@@ -27,8 +27,8 @@ void run_search(const KnnParams<T>& params, Tensor& values, Tensor& indices) {
   const KnnOutput<T> output{mutable_data<T>(values), mutable_data<std::int64_t>(indices)};
   const Plan plan = knn::plan(params, torch::stable::get_num_threads());
   const std::int64_t partial = plan.key_blocks > 1 ? plan.key_blocks * values.numel() : 0;
-  const Tensor block_values = partial ? torch::stable::new_empty(values, {partial}) : values;
-  const Tensor block_indices = partial ? torch::stable::new_empty(indices, {partial}) : indices;
+  const Tensor block_values = partial ? allocate(values, {partial}) : values;
+  const Tensor block_indices = partial ? allocate(indices, {partial}) : indices;
   const KnnOutput<T> blocks{mutable_data<T>(block_values), mutable_data<std::int64_t>(block_indices)};
   torch::stable::parallel_for(0, plan.units, plan.grain,
                               [&](std::int64_t begin, std::int64_t end) { search(params, plan, begin, end, blocks); });

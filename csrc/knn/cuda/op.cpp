@@ -18,7 +18,7 @@ bool all_exist(const Tensor&, std::int64_t) {
 
 // Scratch memory of one call. torch reuses freed memory only for later work of the same stream.
 Tensor scratch(const Tensor& like, std::int64_t bytes) {
-  return torch::stable::new_empty(like, {bytes}, ScalarType::Byte);
+  return allocate(like, {bytes}, ScalarType::Byte);
 }
 
 template <class T>

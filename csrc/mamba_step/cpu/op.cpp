@@ -173,9 +173,8 @@ Results run(const Arguments& a, const Sizes& s) {
   static thread_local Arena arena;
   const Half half = half_of(a.x.scalar_type());
   const bool reduced = half != Half::kNone;
-  const Tensor y = torch::stable::new_empty(a.x, {s.batch, s.outputs}),
-               conv_state = torch::stable::new_empty(a.x, {s.batch, s.dim, s.width}),
-               ssm_state = torch::stable::new_empty(a.ssm_state, {s.batch, s.dim, s.dstate});
+  const Tensor y = allocate(a.x, {s.batch, s.outputs}), conv_state = allocate(a.x, {s.batch, s.dim, s.width}),
+               ssm_state = allocate(a.ssm_state, {s.batch, s.dim, s.dstate});
   const Tensor A = negative_exp<T>(a.A_log);
   arena.reset();
   const auto take = [&](int64_t columns) { return arena.take<T>(s.batch * columns); };

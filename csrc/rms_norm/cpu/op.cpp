@@ -1,65 +1,15 @@
-// rms_norm on the CPU: y = x / sqrt(mean(x^2) + eps) weight, for each row. Torch makes it of six operations, whose
-// calls cost more than the arithmetic of a single row.
-#include <cmath>
-
+// rms_norm on tensors: checks, allocation, threads. Torch makes it of six operations, whose calls cost more than the
+// arithmetic of a single row.
 #include "common/arena.h"
 #include "common/check.h"
 #include "common/half_arrays.h"
-#include "common/simd.h"
 #include "common/tensor.h"
+#include "rms_norm/cpu/kernel.h"
 
 namespace eaml::rms_norm {
 namespace {
 
 using std::int64_t;
-
-template <class T>
-struct Params {
-  int64_t size;
-  const T *x, *weight;  // (rows, size); (size,), null: ones
-  T eps, *y;
-};
-
-template <class V, class T>
-EAML_INLINE void normalise_(const Params<T>& p, int64_t first, int64_t last) {
-  constexpr int64_t W = Lanes<V>::count;
-  constexpr int kSums = 4;  // to hide the latency of sums
-  for (int64_t row = first; row < last; ++row) {
-    const T* const x = p.x + row * p.size;
-    T* const y = p.y + row * p.size;
-    V sums[kSums] = {};
-    int64_t i = 0;
-    for (; i + kSums * W <= p.size; i += kSums * W) {
-      EAML_UNROLL
-      for (int k = 0; k < kSums; ++k) {
-        const V v = load<V>(x + i + k * W);
-        sums[k] += v * v;
-      }
-    }
-    const V total = (sums[0] + sums[1]) + (sums[2] + sums[3]);
-    T sum = 0;
-    for (int64_t lane = 0; lane < W; ++lane) sum += total[lane];
-    for (; i < p.size; ++i) sum += x[i] * x[i];
-    const T scale = 1 / std::sqrt(sum / T(p.size) + p.eps);
-    i = 0;
-    for (; i + W <= p.size; i += W) {
-      const V normalised = load<V>(x + i) * scale;
-      store(y + i, p.weight ? normalised * load<V>(p.weight + i) : normalised);
-    }
-    for (; i < p.size; ++i) y[i] = x[i] * scale * (p.weight ? p.weight[i] : T(1));
-  }
-}
-
-#define EAML_DEFINE_FOR(TARGET, BYTES, T)                                       \
-  TARGET void normalise(const Params<T>& params, int64_t first, int64_t last) { \
-    normalise_<Vec<T, BYTES / sizeof(T)>>(params, first, last);                 \
-  }
-#define EAML_DEFINE(TARGET, BYTES)      \
-  EAML_DEFINE_FOR(TARGET, BYTES, float) \
-  EAML_DEFINE_FOR(TARGET, BYTES, double)
-EAML_VERSIONS(EAML_DEFINE)
-#undef EAML_DEFINE
-#undef EAML_DEFINE_FOR
 
 template <class T>
 void run(const Tensor& x, const OptionalTensor& weight, double eps, const Tensor& y) {
@@ -89,14 +39,14 @@ void run(const Tensor& x, const OptionalTensor& weight, double eps, const Tensor
 
 Tensor rms_norm(Tensor x, OptionalTensor weight, double eps) {
   const ScalarType type = x.scalar_type();
-  const bool fits = x.dim() == 2 &&
-                    (!weight || (weight->dim() == 1 && weight->size(0) == x.size(1) && weight->scalar_type() == type));
+  const bool fits = x.dim() == 2 && (!weight || (weight->is_cpu() && weight->dim() == 1 &&
+                                                 weight->size(0) == x.size(1) && weight->scalar_type() == type));
   EAML_CHECK(fits && is_kernel_dtype(type),
              "rms_norm: x and weight must be (rows, size) and (size,), of one dtype: float32, float64, bfloat16 or "
              "float16");
   x = to_contiguous(x);
   if (weight) weight = to_contiguous(*weight);
-  Tensor y = torch::stable::new_empty(x, {x.size(0), x.size(1)});
+  Tensor y = allocate(x, {x.size(0), x.size(1)});
   if (y.numel() > 0) type == ScalarType::Double ? run<double>(x, weight, eps, y) : run<float>(x, weight, eps, y);
   return y;
 }

@@ -41,7 +41,7 @@ Tensor row_invariant_linear(Tensor x, Tensor weight, OptionalTensor bias) {
              "of one dtype: float32, float64, bfloat16 or float16");
   x = to_contiguous(x), weight = to_contiguous(weight);
   if (bias) bias = to_contiguous(*bias);
-  Tensor y = torch::stable::new_empty(x, {x.size(0), weight.size(0)});
+  Tensor y = allocate(x, {x.size(0), weight.size(0)});
   if (y.numel() > 0) type == ScalarType::Double ? run<double>(x, weight, bias, y) : run<float>(x, weight, bias, y);
   return y;
 }

@@ -40,7 +40,7 @@ class Scratch {
   template <class T>
   T* take(int64_t count) {
     constexpr ScalarType kType = sizeof(T) == 4 ? ScalarType::Float : ScalarType::Double;
-    tensors_.push_back(torch::stable::new_empty(like_, {count}, kType));
+    tensors_.push_back(allocate(like_, {count}, kType));
     return mutable_data<T>(tensors_.back());
   }
 
