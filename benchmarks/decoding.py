@@ -5,7 +5,7 @@
 A model of 24 ``nn.Mamba`` blocks with RMSNorm, residuals and a tied head computes one token of one row at a time, with
 random weights: in float32, in bfloat16, and with the linear layers in int8 by torch's dynamic quantisation.
 
-"read" is the time in which a loop of sums reads the same weights from memory in order, and "read in parts" that of four
+"read" is the time in which a loop of sums reads the same weights from memory in order. "read in parts" is that of four
 parts of each matrix at once, the fastest way known here. "products" is the time of the token's matrix-vector products
 alone, one call each, in the same order. "torch" is the float32 model where torch computes them and the step
 runs op by op. "accelerated" is transformers' model by ``accelerate``, if transformers is installed. All calls are
