@@ -2,7 +2,6 @@
 
 import inspect
 from collections.abc import Mapping
-from functools import partial
 from typing import TYPE_CHECKING, Any, ClassVar, cast
 
 import torch
@@ -351,12 +350,15 @@ def accelerate(model: nn.Module) -> nn.Module:
         mixer.__class__ = _FUSED.get(type(mixer), type(mixer))
         if is_plain(mixer.act, type(ACT2FN["silu"])):  # the ops know torch's class alone
             mixer.act = nn.SiLU().train(mixer.training)
-    head = cast(Any, model).get_output_embeddings() if isinstance(model, PreTrainedModel) else None
-    if is_plain(head, nn.Linear):
-        # An attribute, not a class: torch.ao.quantization finds layers by their exact type.
-        head.forward = partial(_project, head)  # type: ignore[method-assign]
+    for part in model.modules():
+        head = cast(Any, part).get_output_embeddings() if isinstance(part, PreTrainedModel) else None
+        if is_plain(head, nn.Linear):
+            head.__class__ = _LogitsLayer
     return model
 
 
-def _project(head: nn.Linear, x: Tensor) -> Tensor:
-    return project_step(x, head.weight, head.bias)
+class _LogitsLayer(nn.Linear):
+    """A layer of logits that runs as :func:`eaml_ext.nn.linear_step` in single steps."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        return project_step(input, self.weight, self.bias)

@@ -37,8 +37,8 @@ def linear_step(layer: nn.Module, x: Tensor) -> Tensor:
 def norm_step(layer: nn.Module, x: Tensor) -> Tensor:
     """``layer(x)`` for a step of decoding: one call where torch makes an RMS norm of six.
 
-    A plain ``nn.RMSNorm`` of the last dimension runs on the package's kernel, on a CPU without gradients. Every other
-    layer and every other input is a call of the layer.
+    A plain ``nn.RMSNorm`` of the last dimension runs on the package's kernel, on a CPU without gradients. In reduced
+    precision it needs an ``eps`` of its own. Every other layer and every other input is a call of the layer.
 
     Args:
         layer: maps ``(*, size)`` to the same shape.
@@ -53,8 +53,11 @@ def norm_step(layer: nn.Module, x: Tensor) -> Tensor:
     True
     """
     if is_plain(layer, nn.RMSNorm) and layer.normalized_shape == x.shape[-1:]:
-        eps = torch.finfo(x.dtype).eps if layer.eps is None else layer.eps
-        return rms_norm(x, layer.weight, eps)
+        eps = layer.eps
+        if eps is None and x.dtype in (torch.float32, torch.float64):  # torch's own choice in reduced precision varies
+            eps = torch.finfo(x.dtype).eps
+        if eps is not None:
+            return rms_norm(x, layer.weight, eps)
     y: Tensor = layer(x)
     return y
 

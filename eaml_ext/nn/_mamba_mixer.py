@@ -134,14 +134,14 @@ def plain_weights(layer: MambaMixerLayer) -> Weights | None:
     """
     if not isinstance(layer, nn.Module):
         return None
-    modules, own = own_submodules(layer), own_parameters(layer)
+    modules = own_submodules(layer)
     conv1d = modules.get("conv1d")
     linears: list[Any] = [modules.get(name) for name in _LINEAR_LAYERS]
     if not (is_plain_depthwise(conv1d, layer.d_conv) and is_silu(modules.get("act"))):
         return None
     if not all(is_plain(module, nn.Linear) for module in linears):
         return None
-    conv, (in_proj, x_proj, dt_proj, out_proj) = own_parameters(conv1d), (own_parameters(layer) for layer in linears)
+    conv, (in_proj, x_proj, dt_proj, out_proj) = own_parameters(conv1d), map(own_parameters, linears)
     try:
         if x_proj["bias"] is not None:
             return None
@@ -154,8 +154,8 @@ def plain_weights(layer: MambaMixerLayer) -> Weights | None:
             x_proj["weight"],
             dt_proj["weight"],
             None if dt_bias is None else to_opmath(dt_bias),
-            to_opmath(own["A_log"]),
-            to_opmath(own["D"]),
+            to_opmath(layer.A_log),
+            to_opmath(layer.D),
             out_proj["weight"],
             out_proj["bias"],
         )

@@ -1,4 +1,4 @@
-"""When an op without derivatives may take its arguments as they are."""
+"""When a kernel of the CPU without derivatives may take its arguments as they are."""
 
 from collections.abc import Iterable
 
@@ -8,17 +8,19 @@ from torch import Tensor
 from eaml_ext._torch_compat import dispatch_mode_active, is_any_autocast_enabled, transforms_active
 
 PLAIN = frozenset((Tensor, torch.nn.Parameter))  # a quantised weight may be of a derived class
-_PLAIN_OR_NONE = PLAIN | {type(None)}
 
 
 def may_run_kernel(args: Iterable[Tensor | None]) -> bool:
-    """Return whether nothing but a kernel would see a call: no autograd, compiler, transform, autocast or mode.
+    """Return whether nothing but a kernel would handle a call on these tensors, of any shape and dtype.
 
-    Tensors of derived classes stand for other numbers than they store.
+    They must be dense tensors on the CPU, of torch's own classes: others stand for numbers that they do not store.
+    Autograd, torch.compile, torch.func, autocast and dispatch modes must have no part in the call.
     """
-    args = tuple(args)
-    if torch.compiler.is_compiling() or not _PLAIN_OR_NONE.issuperset(map(type, args)):
+    if torch.compiler.is_compiling():  # first: tests of sizes would become conditions of an exported program
         return False
-    if torch.is_grad_enabled() and any(v is not None and v.requires_grad for v in args):
+    given = [v for v in args if v is not None]
+    if not all(type(v) in PLAIN and v.is_cpu and v.layout is torch.strided for v in given):
+        return False
+    if torch.is_grad_enabled() and any(v.requires_grad for v in given):
         return False
     return not (transforms_active() or is_any_autocast_enabled() or dispatch_mode_active())

@@ -13,6 +13,7 @@ from eaml_ext.ops._inference import PLAIN, may_run_kernel
 from eaml_ext.ops._library import library
 from eaml_ext.ops._typed import register_fake
 from eaml_ext.ops.causal_conv1d import causal_conv1d, causal_conv1d_reference
+from eaml_ext.ops.causal_conv1d._schema import MAX_KERNEL_WIDTH
 from eaml_ext.ops.row_invariant_linear import MAX_ROWS_IN_PLACE
 from eaml_ext.ops.selective_scan import selective_scan_reference, selective_scan_step
 
@@ -178,12 +179,14 @@ def _push(conv_state: Tensor, x: Tensor) -> Tensor:
     return torch.cat([conv_state[..., 1:], x.unsqueeze(-1)], dim=-1)
 
 
-def _raw_op_accepts(inputs: tuple[Tensor, ...], weights: Weights) -> bool:
-    """Return whether the raw op may run, which checks shapes and dtypes itself."""
-    if not (_ON_CPU and PLAIN.issuperset(map(type, inputs))):
+def _raw_op_accepts(inputs: tuple[Tensor, Tensor, Tensor], weights: Weights) -> bool:
+    """Return whether the raw op may run, which checks other shapes and dtypes itself."""
+    if not (_ON_CPU and PLAIN.issuperset(map(type, inputs)) and may_run_kernel((*inputs, *weights))):
         return False
-    x = inputs[0]
-    return x.is_cpu and x.dim() == 2 and x.shape[0] <= MAX_ROWS_IN_PLACE and may_run_kernel((*inputs, *weights))
+    x, conv_state, _ = inputs
+    if x.dim() != 2 or x.shape[0] > MAX_ROWS_IN_PLACE or x.dtype not in _OPMATH:
+        return False
+    return conv_state.dim() == 3 and conv_state.shape[2] <= MAX_KERNEL_WIDTH
 
 
 @register_fake("eaml_ext::mamba_step")

@@ -38,7 +38,7 @@ def rms_norm(x: Tensor, weight: Tensor | None = None, eps: float = 1e-6) -> Tens
     >>> rms_norm(torch.tensor([1.0, -1.0, 7.0, 7.0]), torch.tensor([5.0, 5.0, 5.0, 0.0]), eps=0.0)
     tensor([ 1., -1.,  7.,  0.])
     """
-    if _ON_CPU and x.is_cpu and may_run_kernel((x, weight)) and _fits(x, weight):
+    if _ON_CPU and may_run_kernel((x, weight)) and _fits(x, weight):
         y: Tensor = _op(x if x.dim() == 2 else x.reshape(-1, x.shape[-1]), weight, eps)
         return y if x.dim() == 2 else y.reshape(x.shape)
     return F.rms_norm(x, x.shape[-1:], weight, eps)
@@ -58,7 +58,7 @@ torch.library.impl("eaml_ext::rms_norm", "CompositeExplicitAutograd", rms_norm_r
 def _fits(x: Tensor, weight: Tensor | None) -> bool:
     if x.dim() == 0 or x.numel() == 0 or x.dtype not in _DTYPES:
         return False
-    return weight is None or (weight.shape == x.shape[-1:] and weight.dtype == x.dtype and weight.is_cpu)
+    return weight is None or (weight.shape == x.shape[-1:] and weight.dtype == x.dtype)
 
 
 @register_fake("eaml_ext::rms_norm")

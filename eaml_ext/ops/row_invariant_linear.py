@@ -32,11 +32,11 @@ def reads_in_place(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
 
     It reads the weight once at the rate of the memory, and bfloat16 and float16 without a conversion in memory.
     """
-    if not _ON_CPU or not x.is_cpu or x.dim() == 0 or x.numel() > MAX_ROWS_IN_PLACE * x.shape[-1]:
+    if not (_ON_CPU and may_run_kernel((x, weight, bias))):
         return False
-    if x.dtype not in _DTYPES or x.dtype != weight.dtype or not weight.is_cpu:
+    if x.dim() == 0 or x.numel() > MAX_ROWS_IN_PLACE * x.shape[-1]:
         return False
-    return (bias is None or bias.dtype == x.dtype) and may_run_kernel((x, weight, bias))
+    return x.dtype in _DTYPES and weight.dtype == x.dtype and (bias is None or bias.dtype == x.dtype)
 
 
 def row_invariant_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:

@@ -168,6 +168,7 @@ void scan(const Sizes& s, const Arguments& a, const Tensor& A, const T* u, const
     selective_scan::real_states::forward(p, in, nullptr, out, begin, end);
   });
 }
+
 template <class T>
 Results run(const Arguments& a, const Sizes& s) {
   static thread_local Arena arena;
