@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from eaml_ext._random import check_seed
+from eaml_ext.rl._vector_env import CheckedVectorEnv
 from eaml_ext.tasks.base import Task, TaskDistribution, check_tasks, collection_stream
 
 
@@ -59,8 +60,9 @@ class RolloutLoop:
         max_episode_steps: bound on the length of an episode, for ``episodes`` only.
 
     Raises:
-        TypeError, ValueError: an argument has another type or is out of its range, or the environments are not in
-            autoreset mode NEXT_STEP, or their observations have another size than ``dist.obs_dim``.
+        TypeError, ValueError: an argument has another type or is out of its range.
+        ValueError: the vector environment lacks an attribute, is not in autoreset mode NEXT_STEP, or returned values
+            that do not fit Gymnasium's interface or ``dist.obs_dim``.
         NonFiniteError: an initial observation is not finite.
     """
 
@@ -75,26 +77,20 @@ class RolloutLoop:
         episodes: int | None = None,
         max_episode_steps: int | None = None,
     ) -> None:
-        from gymnasium.vector import AutoresetMode
-
         self._where, self._dist, self._tasks = where, dist, tasks
         self._steps, self._episodes, self._max_episode_steps = steps, episodes, max_episode_steps
         env_seed, self.action_seed = (int(word) for word in collection_stream(tasks, seed).generate_state(2))
         n = len(tasks)
-        self.env = dist.make_env(tasks)
+        self._vector = CheckedVectorEnv(where, dist, tasks)
+        self.env = self._vector.env
         try:
-            mode = self.env.metadata.get("autoreset_mode")
-            if mode is not AutoresetMode.NEXT_STEP:
-                raise ValueError(f"{where}: dist must make environments in autoreset mode NEXT_STEP, got {mode}")
-            # Gymnasium annotates one seed; its SyncVectorEnv takes a list of seeds, too.
-            seeds: Any = dist.reset_seeds(tasks, env_seed)
-            self.observation = self._as_array(self.env.reset(seed=seeds)[0])
+            self.observation = self._vector.reset(dist.reset_seeds(tasks, env_seed))
             if self.observation.size != n * dist.obs_dim:
                 text = f"obs_dim must be the size of an observation, {self.observation.size // n}, got {dist.obs_dim}"
                 raise ValueError(f"{where}: {text} in {dist.name}")
             check_finite(where, dist, tasks, np.zeros(n, int), observation=self.observation)
         except BaseException:
-            self.env.close()
+            self._vector.close()
             raise
         self.reward, self.episode_starts = np.zeros(n, np.float32), np.ones(n, bool)
         self.num_steps, self._num_episodes = np.zeros(n, int), np.zeros(n, int)
@@ -108,7 +104,7 @@ class RolloutLoop:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self.env.close()
+        self._vector.close()
 
     @property
     def active(self) -> np.ndarray:
@@ -123,35 +119,24 @@ class RolloutLoop:
 
         Raises:
             NonFiniteError: a reward or an observation of an active task is not finite.
-            ValueError: an episode has not ended within ``max_episode_steps``.
+            ValueError: an environment returned values that do not fit Gymnasium's interface, or an episode has not
+                ended within ``max_episode_steps``.
         """
-        observation, reward, terminated, truncated, _ = self.env.step(action)
+        self.observation, reward, terminations, truncations = self._vector.step(action)
         active, resetting = self.active, self._done
         moved = active & ~resetting
-        self._done = np.logical_or(terminated, truncated)
+        self._done = terminations | truncations
         self.num_steps = self.num_steps + moved
         self._num_episodes = self._num_episodes + (self._done & moved)
-        self.observation = self._as_array(observation)
-        self.reward = np.where(moved, np.array(reward, np.float32), 0.0)
+        self.reward = np.where(moved, reward, 0.0)
         steps = np.where(active, self.num_steps, -1)
         values = {"reward": self.reward, "observation": self.observation}
         check_finite(self._where, self._dist, self._tasks, steps, **values)
-        columns = (moved, self.reward, self.episode_starts, np.array(terminated, bool), np.array(truncated, bool))
+        columns = (moved, self.reward, self.episode_starts, terminations, truncations)
         for column, value in zip(self._columns.values(), columns, strict=True):
             column.append(value)
         self.episode_starts = resetting
         self._check_episode_steps(moved)
-
-    def _as_array(self, observations: Any) -> np.ndarray:
-        """Return observations as a new float32 array, because vector environments may reuse what they return."""
-        from gymnasium.spaces import Box, flatten
-        from gymnasium.vector.utils import iterate
-
-        single = self.env.single_observation_space
-        if isinstance(single, Box):
-            return np.array(observations, np.float32)
-        rows = iterate(self.env.observation_space, observations)
-        return np.stack([np.asarray(flatten(single, row), np.float32) for row in rows])
 
     def transitions(self) -> Transitions:
         """Return the transitions recorded so far."""

@@ -127,6 +127,8 @@ def collect(
     Raises:
         TypeError, ValueError: an argument has another type or is out of its range, before any environment is made; or
             the policy returned an array that the action space does not contain.
+        ValueError: an environment returned values that do not fit Gymnasium's interface, such as an observation that
+            does not fit its space.
         NonFiniteError: a reward or an observation is not finite. This ValueError names the environment, the task and
             the step.
 

@@ -200,7 +200,8 @@ def rollout(
 
     Raises:
         TypeError, ValueError: an argument has another type or is out of its range, before any environment is made.
-        ValueError: an episode has not ended within ``max_episode_steps``.
+        ValueError: an episode has not ended within ``max_episode_steps``, or an environment returned values that do
+            not fit Gymnasium's interface, such as an observation that does not fit its space.
         NonFiniteError: a reward, an observation or an action distribution is not finite. This ValueError names the
             environment, the task and the step.
 

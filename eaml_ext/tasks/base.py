@@ -73,7 +73,7 @@ class TaskDistribution(Protocol[T]):
         """Return a vector environment in autoreset mode NEXT_STEP whose environment i is ``tasks[i]``.
 
         An observation of its ``single_observation_space`` has ``obs_dim`` entries after ``gymnasium.spaces.flatten``;
-        actions are ``(len(tasks), *action_space.shape)``.
+        actions of its ``action_space`` are ``(len(tasks), *action_space.shape)``.
         """
 
     def reset_seeds(self, tasks: Sequence[T], seed: int) -> int | list[int]:

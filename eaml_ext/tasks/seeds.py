@@ -4,20 +4,18 @@ from __future__ import annotations
 
 import copy
 import numbers
-import reprlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from eaml_ext._random import check_seed
+from eaml_ext.tasks._checked_env import CheckedEnv
 from eaml_ext.tasks._modules import import_user_module
 from eaml_ext.tasks.base import SPLITS, SampledTasks, Task, action_width, check_tasks, task_stream
 
 if TYPE_CHECKING:
-    from gymnasium import Env, Wrapper
     from gymnasium.spaces import Space
     from gymnasium.vector import VectorEnv
 
@@ -107,17 +105,13 @@ class SeedTasks(SampledTasks[SeedTask]):
     def make_env(self, tasks: Sequence[SeedTask]) -> VectorEnv[Any, Any, Any]:
         """Return one environment per task; a reset with :meth:`reset_seeds` makes them the tasks.
 
-        The first reset and the first step of an environment raise ValueError where the observation does not fit its own
-        space. Values out of the bounds of a Box are accepted.
-
         Raises:
             TypeError, ValueError: ``tasks`` is no non-empty sequence of ``SeedTask``.
         """
         import gymnasium
 
         check_tasks("SeedTasks.make_env", tasks, SeedTask)
-        wrappers = [partial(_check_first_observations, self.env_name)]
-        return gymnasium.make_vec(self._spec, len(tasks), vectorization_mode="sync", wrappers=wrappers)
+        return gymnasium.make_vec(self._spec, len(tasks), vectorization_mode="sync")
 
     def reset_seeds(self, tasks: Sequence[SeedTask], seed: int) -> list[int]:
         """Return the seeds of the tasks. The collection's ``seed`` affects actions only.
@@ -142,15 +136,16 @@ class SeedTasks(SampledTasks[SeedTask]):
         import gymnasium
 
         environment = gymnasium.make(self._spec)
+        checked = CheckedEnv(environment, "make_tasks", self.env_name, environment.observation_space)
         try:
-            environment.reset(seed=0)  # the first reset may set attributes that later ones keep
+            checked.reset(seed=0)  # the first reset may set attributes that later ones keep
             snapshots = []
             for seed in (0, 1, 0):
-                environment.reset(seed=seed)
+                checked.reset(seed=seed)
                 snapshots.append(_numbers(environment))
             environment.action_space.seed(0)
             for _ in range(PROBE_STEPS):
-                _, _, terminated, truncated, _ = environment.step(environment.action_space.sample())
+                _, _, terminated, truncated, _ = checked.step(environment.action_space.sample())
                 snapshots.append(_numbers(environment))
                 if terminated or truncated:
                     break
@@ -164,55 +159,6 @@ class SeedTasks(SampledTasks[SeedTask]):
             and not np.array_equal(value, other[name])
             and all(name in same and np.array_equal(value, same[name]) for same in episode)
         )
-
-
-def _check_first_observations(name: str, environment: Env[Any, Any]) -> Wrapper[Any, Any, Any, Any]:
-    """Return the environment with a check of the observations of its first reset and its first step."""
-    from gymnasium import Wrapper
-
-    class CheckFirstObservations(Wrapper[Any, Any, Any, Any]):
-        has_reset = has_stepped = False  # checks in every step would slow fast environments
-
-        def reset(self, **options: Any) -> tuple[Any, dict[str, Any]]:
-            observation, info = self.env.reset(**options)
-            if not self.has_reset:
-                _check_observation(name, self.observation_space, observation)
-                self.has_reset = True
-            return observation, info
-
-        def step(self, action: Any) -> tuple[Any, Any, bool, bool, dict[str, Any]]:
-            result = self.env.step(action)
-            if not self.has_stepped:
-                _check_observation(name, self.observation_space, result[0])
-                self.has_stepped = True
-            return result
-
-    return CheckFirstObservations(environment)
-
-
-def _check_observation(name: str, space: Space[Any], observation: Any) -> None:
-    """Raise ValueError unless Gymnasium can batch the observation in its space and flatten it."""
-    from gymnasium.spaces import flatten
-    from gymnasium.vector.utils import concatenate, create_empty_array
-
-    try:
-        out: Any = create_empty_array(space, 1)
-        concatenate(space, [observation], out)
-        flatten(space, observation)
-    except Exception:  # of any kind: Gymnasium and custom spaces document none
-        got = _shapes(observation)
-        raise ValueError(f"SeedTasks.make_env: observations of {name} must fit {space}, got {got}") from None
-
-
-def _shapes(observation: Any) -> str:
-    """Return an observation in words: arrays by their shape and dtype, other leaves by their value."""
-    if isinstance(observation, Mapping):
-        return "{" + ", ".join(f"{key!r}: {_shapes(value)}" for key, value in observation.items()) + "}"
-    if isinstance(observation, tuple):
-        return "(" + ", ".join(map(_shapes, observation)) + ")"
-    if isinstance(observation, np.ndarray):
-        return f"{observation.dtype} of shape {observation.shape}"
-    return reprlib.repr(observation)
 
 
 def _numbers(environment: Any) -> dict[str, np.ndarray]:

@@ -69,6 +69,32 @@ class NotANumber(Point):
         return np.array([self.position, np.nan if self.t == 3 else 0.0], np.float32)
 
 
+class Grows(Point):
+    def observe(self):
+        return np.array([self.position, self.velocity, 0.0][: 2 + (self.t >= 5)], np.float32)
+
+
+class Unrewarded(Point):
+    def step(self, action):
+        observation, _, *others = super().step(action)
+        return observation, None, *others
+
+
+class FourValues(Point):
+    """Follows the interface of Gym before 0.26."""
+
+    def step(self, action):
+        observation, reward, done, _, info = super().step(action)
+        return observation, reward, done, info
+
+
+class ResetAlone(Point):
+    """Follows the interface of Gym before 0.26."""
+
+    def reset(self, *, seed=None, options=None):
+        return super().reset(seed=seed)[0]
+
+
 class Raises(Point):
     def step(self, action):
         if self.t == 3:
@@ -118,6 +144,7 @@ class Words(Point):
 
 
 LIMITED = (Dict, MultiDiscrete, Pixels, NotANumber, Raises, OneStep, Constant, Clock, PhysicsInReset, Buttons, Words)
-for kind in LIMITED:
+MISTAKEN = (Grows, Unrewarded, FourValues, ResetAlone)
+for kind in (*LIMITED, *MISTAKEN):
     gymnasium.register(f"Own{kind.__name__}-v0", kind, max_episode_steps=20)
 gymnasium.register("OwnEndless-v0", Point)

@@ -40,6 +40,14 @@ END_WELL = [
 REFUSED = {
     f"{OWN}NotANumber-v0": r"\w+: observation must be finite, got nan at step 3 of tasks\[\d\] of "
     r"OwnNotANumber-v0-seeds-v1, OwnNotANumber-v0-seeds-v1/(train|valid|test)/0/\d+/\d",
+    f"{OWN}Grows-v0": r"\w+: observation must fit Box\(-inf, inf, \(2,\), float32\), got float32 of shape \(3,\) at "
+    r"step 5 of tasks\[0\] of OwnGrows-v0-seeds-v1, OwnGrows-v0-seeds-v1/(train|valid|test)/0/\d+/0",
+    f"{OWN}Unrewarded-v0": "make_tasks: reward must be a number, got None at step 1 of OwnUnrewarded-v0",
+    f"{OWN}FourValues-v0": r"make_tasks: step must take an action and return \(observation, reward, terminated, "
+    r"truncated, info\), got ValueError: not enough values to unpack \(expected 5, got 4\) at step 1 "
+    r"of OwnFourValues-v0",
+    f"{OWN}ResetAlone-v0": r"make_tasks: reset must take seed and options and return \(observation, info\), got "
+    r"float32 of shape \(2,\) at step 0 of OwnResetAlone-v0",
     f"{OWN}Buttons-v0": r"make_tasks: env_name 'own_environments:OwnButtons-v0' must have Discrete or Box actions, "
     r"got MultiDiscrete\(\[2 2\]\)",
     f"{OWN}Words-v0": r"make_tasks: env_name 'own_environments:OwnWords-v0' must have observations that "

@@ -1,5 +1,3 @@
-import re
-
 import gymnasium
 import numpy as np
 import pytest
@@ -135,65 +133,3 @@ def test_make_env_entry_point_that_wraps_by_a_function_makes_equal_environments(
     truncations = [env.step(np.array([0, 0]))[3].tolist() for _ in range(5)]
     env.close()
     assert truncations == [[False, False]] * 4 + [[True, True]]
-
-
-class Observed(gymnasium.Env):
-    """Declares ``space``; ``reset`` returns ``first`` and ``step`` returns ``later``."""
-
-    action_space = spaces.Discrete(2)
-
-    def __init__(self, space, first, later):
-        self.observation_space, self.first, self.later = space, first, later
-
-    def reset(self, *, seed=None, options=None):
-        super().reset(seed=seed)
-        return self.first, {}
-
-    def step(self, action):
-        return self.later, 0.0, False, False, {}
-
-
-def vector_of_observed(name, space, first, later):
-    gymnasium.register(name, Observed, kwargs={"space": space, "first": first, "later": later})
-    distribution = SeedTasks(name)
-    return distribution.make_env(distribution.sample(2))
-
-
-BOX = spaces.Box(-1.0, 1.0, (2,))
-DICT = spaces.Dict({"at": BOX, "door": spaces.Discrete(3)})
-AT = np.zeros(2, np.float32)
-
-
-@pytest.mark.filterwarnings("ignore::UserWarning")  # Gymnasium warns of such observations, too
-@pytest.mark.parametrize(
-    ("space", "good", "bad", "got"),
-    [
-        (BOX, AT, np.zeros(3, np.float32), "float32 of shape (3,)"),
-        (BOX, AT, np.zeros((2, 1), np.float32), "float32 of shape (2, 1)"),
-        (BOX, AT, np.zeros(2, complex), "complex128 of shape (2,)"),
-        (BOX, AT, 0.5, "0.5"),
-        (spaces.Discrete(3), 1, 3, "3"),
-        (DICT, {"at": AT, "door": 0}, {"at": np.zeros(3), "door": 1}, "{'at': float64 of shape (3,), 'door': 1}"),
-        (spaces.Tuple((BOX, BOX)), (AT, AT), (AT, np.zeros(1)), "(float32 of shape (2,), float64 of shape (1,))"),
-    ],
-)
-def test_make_env_observation_that_does_not_fit_its_space_raises(space, good, bad, got, request):
-    for part, observations in (("First", (bad, good)), ("Later", (good, bad))):
-        name = f"Eaml{part}{request.node.callspec.indices['space']}-v0"
-        env = vector_of_observed(name, space, *observations)
-        text = f"SeedTasks.make_env: observations of {name} must fit {space}, got {got}"
-        with pytest.raises(ValueError, match="^" + re.escape(text) + "$"):
-            env.reset(seed=[0, 1])
-            assert part == "Later"
-            env.step(np.array([0, 0]))
-        env.close()
-
-
-@pytest.mark.filterwarnings("ignore::UserWarning")
-@pytest.mark.parametrize("value", [np.full(2, 1.5), np.array([2, 3]), [0.5, 0.25]])
-def test_make_env_observation_out_of_bounds_or_of_another_number_type_is_accepted(value, request):
-    env = vector_of_observed(f"EamlLoose{request.node.callspec.indices['value']}-v0", BOX, value, value)
-    first, later = env.reset(seed=[0, 1])[0], env.step(np.array([0, 0]))[0]
-    env.close()
-    np.testing.assert_array_equal(first, np.array([value, value], np.float32))
-    np.testing.assert_array_equal(later, first)
