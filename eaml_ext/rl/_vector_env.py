@@ -10,6 +10,7 @@ import numpy as np
 from eaml_ext.tasks._checked_env import CheckedEnv, IntegerRanges, described
 from eaml_ext.tasks.base import Task, TaskDistribution
 
+ATTRIBUTES = ("reset", "step", "close", "metadata", "single_observation_space", "action_space")
 RESULTS = {
     "reset": ("observations", "infos"),
     "step": ("observations", "rewards", "terminations", "truncations", "infos"),
@@ -30,7 +31,8 @@ class CheckedVectorEnv:
         tasks: one environment each.
 
     Raises:
-        ValueError: the vector environment is not in autoreset mode NEXT_STEP.
+        ValueError: the vector environment lacks an attribute, has another number of environments, or is not in
+            autoreset mode NEXT_STEP.
     """
 
     def __init__(self, where: str, dist: TaskDistribution[Any], tasks: Sequence[Task]) -> None:
@@ -42,16 +44,26 @@ class CheckedVectorEnv:
             self._ranges = IntegerRanges(self.env.single_observation_space)
             self._check_each(tasks)
         except BaseException:
-            self.env.close()
+            if hasattr(self.env, "close"):
+                self.env.close()
             raise
 
     def _check_attributes(self) -> None:
+        from gymnasium.spaces import Box
         from gymnasium.vector import AutoresetMode
 
         start, env = f"{self._where}: dist must make", self.env
+        is_box = isinstance(getattr(env, "single_observation_space", None), Box)
+        for name in ATTRIBUTES if is_box else (*ATTRIBUTES, "observation_space"):
+            if not hasattr(env, name):
+                text = f"vector environments with the attribute {name}, got {type(env).__name__} without it"
+                raise ValueError(f"{start} {text} from {self._dist.name}")
         mode = env.metadata.get("autoreset_mode")
         if mode is not AutoresetMode.NEXT_STEP:
             raise ValueError(f"{start} environments in autoreset mode NEXT_STEP, got {mode}")
+        got = getattr(env, "num_envs", self._num_tasks)
+        if got != self._num_tasks:
+            raise ValueError(f"{start} one environment for each of {self._num_tasks} tasks, got {got}")
 
     def _check_each(self, tasks: Sequence[Task]) -> None:
         """Replace the environments of a SyncVectorEnv until :meth:`close`."""

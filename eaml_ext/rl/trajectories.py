@@ -155,7 +155,7 @@ def collect(
             actions.append(_as_action(action, loop.env.action_space))
             loop.step(actions[-1])
             observations.append(loop.observation)
-        action_space = loop.env.single_action_space
+        action_space = getattr(loop.env, "single_action_space", dist.action_space)
 
     done = loop.transitions()
     rows = np.arange(len(tasks))[:, None]

@@ -222,6 +222,45 @@ class Faulty(Script):
         return self.change(env) or env
 
 
+@pytest.mark.parametrize("name", ["single_observation_space", "action_space", "observation_space"])
+def test_collect_vector_environment_without_attribute_raises(name):
+    closed = []
+
+    def change(env):
+        if name == "observation_space":
+            env.single_observation_space = spaces.Discrete(2)
+        delattr(env, name)
+        env.close = lambda: closed.append(True)
+
+    text = f"dist must make vector environments with the attribute {name}, got ScriptedEnv without it from script-v1"
+    with pytest.raises(ValueError, match=f"^collect: {text}$"):
+        collect(Faulty(change), Script().sample(2), 5, 0)
+    assert closed == [True]
+
+
+@pytest.mark.parametrize("made", [None, gymnasium.make("CartPole-v1")])
+def test_collect_distribution_that_makes_no_vector_environment_raises(made):
+    class Other(Script):
+        def make_env(self, tasks):
+            return made
+
+    text = r"with the attribute \w+, got \w+ without it from script-v1"
+    with pytest.raises(ValueError, match=f"^collect: dist must make vector environments {text}$"):
+        collect(Other(), Script().sample(2), 5, 0)
+
+
+def test_collect_vector_environment_without_single_action_space_runs():
+    whole = collect(Script(length=3), Script().sample(2), 5, 0)
+    without = collect(Faulty(lambda env: delattr(env, "single_action_space")), Script().sample(2), 5, 0)
+    assert without.actions.equal(whole.actions) and without.observations.equal(whole.observations)
+
+
+def test_collect_vector_environment_of_another_size_raises():
+    text = "dist must make one environment for each of 2 tasks, got 3"
+    with pytest.raises(ValueError, match=f"^collect: {text}$"):
+        collect(Faulty(lambda _: Script().make_env(Script().sample(3))), Script().sample(2), 5, 0)
+
+
 @pytest.mark.parametrize(
     ("index", "value", "text"),
     [
