@@ -22,6 +22,7 @@ MODULES = sorted(
     for m in pkgutil.walk_packages(eaml_ext.__path__, "eaml_ext.")
     if m.name not in ("eaml_ext._C", "eaml_ext.__main__")
 )
+BLOCK = re.compile(r"^```python\n(.*?)^```\n(?:\n```text\n(.*?)^```\n)?", flags=re.M | re.S)
 
 
 @pytest.fixture(autouse=True)
@@ -33,16 +34,26 @@ def _restored_task_registry(monkeypatch):
 
 
 def blocks(path: Path) -> list:
-    """Return the Python blocks of a page as test parameters."""
-    code = re.findall(r"^```python\n(.*?)^```", path.read_text(), flags=re.M | re.S)
-    return [pytest.param(c, id=f"{path.name}-{i}") for i, c in enumerate(code)]
+    """Return the Python blocks of a page, each with the ``text`` block after it, its output, as test parameters."""
+    return [pytest.param(*block, id=f"{path.name}-{i}") for i, block in enumerate(BLOCK.findall(path.read_text()))]
 
 
-@pytest.mark.parametrize("code", [block for page in PAGES for block in blocks(page)])
-def test_documentation_blocks_run(code, tmp_path, monkeypatch):
+@pytest.mark.parametrize("code, expected", [block for page in PAGES for block in blocks(page)])
+def test_documentation_blocks_run_and_print_their_text_blocks(code, expected, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     torch.manual_seed(0)
-    exec(compile(code, "README.md", "exec"), {"__name__": "__readme__"})
+    run_block(code, expected, "README.md", {"__name__": "__readme__"})
+
+
+def run_block(code: str, expected: str, name: str, space: dict) -> None:
+    """Run a block; compare its output with ``expected`` unless that is empty."""
+    out = io.StringIO()
+    with contextlib.redirect_stdout(out):
+        exec(compile(code, name, "exec"), space)
+    if expected:
+        # After training, errors depend on instruction set and torch release by a few hundredths of their value.
+        same = alike(out.getvalue(), expected, relative="0.1")
+        assert same, f"{name} printed\n{out.getvalue()}instead of\n{expected}"
 
 
 NUMBER = re.compile(r"-?\d+\.\d+(?:e[-+]\d+)?|-?\d+e[-+]\d+")
@@ -87,16 +98,10 @@ def test_tutorials_print_their_text_blocks(path, tmp_path, monkeypatch):
     """The Python blocks of a page are one program; a ``text`` block after one of them is its output."""
     monkeypatch.chdir(tmp_path)
     space = {"__name__": "__tutorial__"}
-    found = re.findall(r"^```python\n(.*?)^```\n(?:\n```text\n(.*?)^```\n)?", path.read_text(), flags=re.M | re.S)
+    found = BLOCK.findall(path.read_text())
     assert sum(bool(expected) for _, expected in found) >= 2
     for code, expected in found:
-        out = io.StringIO()
-        with contextlib.redirect_stdout(out):
-            exec(compile(code, path.name, "exec"), space)
-        if expected:
-            # After training, errors depend on instruction set and torch release by a few hundredths of their value.
-            same = alike(out.getvalue(), expected, relative="0.1")
-            assert same, f"{path.name} printed\n{out.getvalue()}instead of\n{expected}"
+        run_block(code, expected, path.name, space)
 
 
 @pytest.mark.parametrize(
