@@ -175,6 +175,14 @@ def record_onnx_nodes(nodes: Sequence[Any]) -> None:
     recorder.nodes.extend(nodes)
 
 
+def is_check_of_op(error: Exception, op: str) -> bool:
+    """Return whether a check in the C++ of ``op`` raised ``error``: its sentence begins with the name.
+
+    torch makes a ValueError of std::invalid_argument, and from 2.15.0 on a RuntimeError. Tried with 2.11.0 to 2.15.0.
+    """
+    return isinstance(error, ValueError) or str(error).startswith(op)
+
+
 def is_compiler_error(error: BaseException) -> bool:
     """Return whether torch.compile raised ``error`` because it cannot compile a function.
 
@@ -193,6 +201,7 @@ __all__ = [
     "has_kernel",
     "hooks",
     "is_any_autocast_enabled",
+    "is_check_of_op",
     "is_compiler_error",
     "is_functorch_wrapped_tensor",
     "own_buffers",

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
-from eaml_ext._torch_compat import has_kernel
+from eaml_ext._torch_compat import has_kernel, is_check_of_op
 from eaml_ext.ops._inference import may_run_kernel
 from eaml_ext.ops._library import library
 from eaml_ext.ops._typed import Function, register_fake
@@ -63,7 +63,12 @@ def row_invariant_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) 
     """
     rows = x if x.dim() == 2 else x.reshape(math.prod(x.shape[:-1]), x.shape[-1])
     run = _RowInvariantLinear.apply if torch.is_grad_enabled() else _op
-    y: Tensor = run(rows, weight, bias)
+    try:
+        y: Tensor = run(rows, weight, bias)
+    except RuntimeError as error:
+        if not is_check_of_op(error, "row_invariant_linear"):
+            raise
+        raise ValueError(str(error)) from None
     return y if x.dim() == 2 else y.reshape(*x.shape[:-1], weight.shape[0])
 
 

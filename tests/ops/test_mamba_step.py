@@ -161,8 +161,27 @@ def test_mamba_step_wrong_shape_or_dtype_raises(changed):
     args = dict(call.tensors)
     value = args[changed]
     for bad in (torch.cat([value, value], dim=-1), value.half(), value[..., None]):
-        with pytest.raises(ValueError, match=r"^mamba_step: "):
+        with pytest.raises((ValueError, RuntimeError), match=r"^mamba_step: "):
             op(*({**args, changed: bad}[name] for name in NAMES))
+
+
+@pytest.mark.kernels
+@pytest.mark.usefixtures("compiled")
+@pytest.mark.parametrize("kind", [ValueError, RuntimeError])  # of torch before 2.15, and later
+def test_mamba_step_runs_op_by_op_after_a_check_of_the_op_and_passes_other_errors(kind, monkeypatch):
+    call = build(2, 6, 4, 3, 2)(torch.float32, "cpu")
+    want = outputs(mamba_step, call)
+
+    def fail(*args):
+        raise kind(sentence)
+
+    monkeypatch.setattr(module, "_op", fail)
+    sentence = "mamba_step: D has a wrong shape"
+    torch.testing.assert_close(outputs(mamba_step, call), want)
+    if kind is RuntimeError:
+        sentence = "not enough memory: you tried to allocate 8 bytes"
+        with pytest.raises(RuntimeError, match=r"^not enough memory"):
+            outputs(mamba_step, call)
 
 
 @pytest.mark.kernels

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from eaml_ext import _check
-from eaml_ext._torch_compat import dispatch_mode_active, has_kernel, transforms_active
+from eaml_ext._torch_compat import dispatch_mode_active, has_kernel, is_check_of_op, transforms_active
 from eaml_ext.ops._library import library
 from eaml_ext.ops._typed import allow_in_graph
 from eaml_ext.ops.causal_conv1d._autograd import can_skip_autograd, differentiable_conv
@@ -175,8 +175,9 @@ def causal_conv1d(
         try:
             y: Tensor = library.causal_conv1d(x, weight, bias, states, reset, None, activation is not None)
             return y
-        except ValueError:  # the op checks shapes itself; the checks below raise an error that names the argument
-            pass
+        except (ValueError, RuntimeError) as error:
+            if not is_check_of_op(error, "causal_conv1d"):
+                raise  # else the checks below raise an error that names the argument
     return _public_conv(
         "causal_conv1d",
         (x, weight, bias, seq_idx, initial_states, activation, reset, cu_seqlens),

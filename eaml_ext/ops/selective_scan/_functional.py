@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from eaml_ext import _check
-from eaml_ext._torch_compat import dispatch_mode_active, has_kernel, transforms_active
+from eaml_ext._torch_compat import dispatch_mode_active, has_kernel, is_check_of_op, transforms_active
 from eaml_ext.ops._library import library
 from eaml_ext.ops._typed import allow_in_graph
 from eaml_ext.ops.fallback import warn_once
@@ -223,8 +223,9 @@ def selective_scan(
         try:
             y, last, _ = library.selective_scan(u, delta, A, B, C, D, z, delta_bias, initial_state, *options, False)
             return (y, last) if return_last_state else y
-        except ValueError:  # the op checks shapes itself; the checks below raise an error that names the argument
-            pass
+        except (ValueError, RuntimeError) as error:
+            if not is_check_of_op(error, "selective_scan"):
+                raise  # else the checks below raise an error that names the argument
     x = promote_under_autocast(x)
     options = check_arguments("selective_scan", x, delta_softplus, reset, cu_seqlens, seq_idx)
     _check.flag("selective_scan", "return_last_state", return_last_state)
@@ -316,8 +317,10 @@ def selective_scan_step(
         try:
             pair: tuple[Tensor, Tensor] = library.selective_scan_step(*arguments)
             return pair
-        except ValueError as error:  # the op checks shapes itself
-            shape_error = error
+        except (ValueError, RuntimeError) as error:
+            if not is_check_of_op(error, "selective_scan"):
+                raise
+            shape_error = ValueError(str(error))
     x, options, dtype = check_step_arguments(arguments)  # raises an error that names the argument
     if shape_error is not None:
         raise shape_error
