@@ -49,6 +49,8 @@ class split_invariant:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        if torch.compiler.is_dynamo_compiling():  # in Python 3.10, Dynamo traces this after the error of __enter__
+            raise RuntimeError("split_invariant: open the context outside of the compiled function")
         self._add(-1)
 
     @staticmethod
