@@ -38,7 +38,7 @@ def cpu_name() -> str:
 
 def machine() -> dict[str, Any]:
     """Describe the CPU, torch and the build."""
-    return {"cpu": cpu_name(), "torch": torch.__version__, "build": eaml_ext.build_info()}
+    return {"cpu": cpu_name(), "build": eaml_ext.build_info()}
 
 
 def cpus() -> int:
