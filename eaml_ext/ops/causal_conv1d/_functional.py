@@ -8,6 +8,7 @@ from torch import Tensor
 
 from eaml_ext import _check
 from eaml_ext._torch_compat import dispatch_mode_active, has_kernel, is_check_of_op, transforms_active
+from eaml_ext.ops._inference import PLAIN
 from eaml_ext.ops._library import library
 from eaml_ext.ops._typed import allow_in_graph
 from eaml_ext.ops.causal_conv1d._autograd import can_skip_autograd, differentiable_conv
@@ -18,7 +19,6 @@ from eaml_ext.ops.fallback import warn_once
 
 Activation = Literal["silu", "swish"] | None
 
-_PLAIN = (Tensor, torch.nn.Parameter)
 _ON_CPU, _ON_CUDA = (has_kernel("eaml_ext::causal_conv1d", key) for key in ("CPU", "CUDA"))
 
 
@@ -280,7 +280,7 @@ def _raw_conv_accepts(
 
     References and fake kernels check no shapes, so tensors that reach them are excluded.
     """
-    if type(x) not in _PLAIN or type(weight) not in _PLAIN or transforms_active() or dispatch_mode_active():
+    if type(x) not in PLAIN or type(weight) not in PLAIN or transforms_active() or dispatch_mode_active():
         return False
     if not (x.is_cpu and _ON_CPU) and not (x.is_cuda and _ON_CUDA):
         return False
@@ -289,7 +289,7 @@ def _raw_conv_accepts(
     for v, dtype in ((x, x.dtype), (weight, full), (bias, full), (initial_states, x.dtype), (reset, torch.bool)):
         if v is None:
             continue
-        if type(v) not in _PLAIN or v.dtype != dtype or v.device != device or v.layout is not torch.strided:
+        if type(v) not in PLAIN or v.dtype != dtype or v.device != device or v.layout is not torch.strided:
             return False
         if records and v.requires_grad:
             return False

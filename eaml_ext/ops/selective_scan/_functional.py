@@ -8,6 +8,7 @@ from torch import Tensor
 
 from eaml_ext import _check
 from eaml_ext._torch_compat import dispatch_mode_active, has_kernel, is_check_of_op, transforms_active
+from eaml_ext.ops._inference import PLAIN
 from eaml_ext.ops._library import library
 from eaml_ext.ops._typed import allow_in_graph
 from eaml_ext.ops.fallback import warn_once
@@ -25,7 +26,6 @@ from eaml_ext.ops.selective_scan._schema import (
 from eaml_ext.ops.selective_scan._split_invariance import is_split_invariant
 from eaml_ext.ops.selective_scan._validation import check_arguments, check_step_arguments, promote_under_autocast
 
-_PLAIN = (Tensor, torch.nn.Parameter)
 _ON_CPU, _ON_CUDA = (has_kernel("eaml_ext::selective_scan", key) for key in ("CPU", "CUDA"))
 
 
@@ -335,7 +335,7 @@ def _raw_scan_accepts(x: ScanInputs, reset: Tensor | None) -> bool:
     plain tensors, too.
     """
     u = x.u
-    if type(u) not in _PLAIN or u.dtype not in _RAW_DTYPES or transforms_active() or dispatch_mode_active():
+    if type(u) not in PLAIN or u.dtype not in _RAW_DTYPES or transforms_active() or dispatch_mode_active():
         return False
     if not (u.is_cpu and _ON_CPU) and not (u.is_cuda and _ON_CUDA):
         return False
@@ -345,7 +345,7 @@ def _raw_scan_accepts(x: ScanInputs, reset: Tensor | None) -> bool:
             if i < len(REQUIRED):
                 return False
             continue
-        if type(v) not in _PLAIN or v.dtype not in dtypes or v.device != device or v.layout is not dense:
+        if type(v) not in PLAIN or v.dtype not in dtypes or v.device != device or v.layout is not dense:
             return False
         if records and v.requires_grad:
             return False
